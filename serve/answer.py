@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from serve.encoding import encode
 from serve.errors import ApiError
 from serve.gateway import Gateway
 from serve.requests import Common
@@ -21,6 +23,7 @@ USAGE = {  # what OpenAI's clients require; nothing is counted in tokens here
     "output_tokens": 0,
     "total_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+    "output_tokens_details": {"image_tokens": 0, "text_tokens": 0},
 }
 
 
@@ -35,6 +38,7 @@ class Answer:
         event: What the names of events begin with.
         partial: How many smaller images of each image are sent.
         base: The server's address, for URLs.
+        warnings: What of the request has no effect, or was made up for it.
     """
 
     door: Gateway
@@ -43,6 +47,7 @@ class Answer:
     event: str
     partial: int
     base: str
+    warnings: Sequence[str] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def whole(self) -> dict[str, Any]:
@@ -52,8 +57,9 @@ class Answer:
             async for event in events:
                 if event[0] == "image":
                     _, i, name, result = event
-                    data[i] = self._image(name, result, self.asked.response_format)
-        return {"created": self.created, "size": _size(self.work.side), "output_format": "png", "data": data}
+                    data[i] = await self._image(name, result, self.asked.response_format)
+        size = _size(self.work.side)
+        return {"created": self.created, **self._common(), "size": size, "usage": USAGE, "data": data}
 
     async def events(self) -> AsyncGenerator[bytes]:
         """Yields server-sent events. Raises ApiError before the first, and sends a later one as an event."""
@@ -62,7 +68,7 @@ class Answer:
         try:
             async with aclosing(self.door.draw(self.work)) as events:
                 async for kind, *rest in events:
-                    said = self._said(kind, rest, sent)
+                    said = await self._said(kind, rest, sent)
                     yield b": drawing\n\n" if said is None else self._event(*said)
                     begun = True
         except ApiError as e:
@@ -72,15 +78,15 @@ class Answer:
             yield _sse("error", e.body)
         yield b"data: [DONE]\n\n"
 
-    def _said(self, kind: str, rest: list[Any], sent: dict[int, int]) -> tuple[str, dict[str, Any]] | None:
+    async def _said(self, kind: str, rest: list[Any], sent: dict[int, int]) -> tuple[str, dict[str, Any]] | None:
         """Returns name and content of an event, None for one that the client has not asked for."""
         if kind == "partial" and sent.get(rest[0], 0) < self.partial:
             index = sent[rest[0]] = sent.get(rest[0], 0) + 1
             about = {"index": rest[0], "size": _size(rest[1]), "partial_image_index": index - 1}
-            return "partial_image", about | {"b64_json": _base64(rest[2])}
+            return "partial_image", about | {"b64_json": await self._encoded(rest[2])}
         if kind == "image":
             i, name, result = rest
-            image = self._image(name, result, "b64_json") | {"url": self._url(name)}
+            image = await self._image(name, result, "b64_json") | {"url": self._url(name)}
             return "completed", {"index": i, "size": _size(self.work.side), "usage": USAGE, **image}
         if kind == "place" and self.asked.progress:
             return "queued", {"place": rest[0]}
@@ -88,18 +94,34 @@ class Answer:
             return "step", dict(zip(("stage", "step", "steps"), rest, strict=True))
         return None
 
-    def _image(self, name: str, result: Result, kind: str) -> dict[str, Any]:
+    async def _image(self, name: str, result: Result, kind: str) -> dict[str, Any]:
         """Returns one image with its seed and score."""
-        where = {"b64_json": _base64(result.png)} if kind == "b64_json" else {"url": self._url(name)}
+        where = {"b64_json": await self._encoded(result.png)} if kind == "b64_json" else {"url": self._url(name)}
         return {**where, "seed": result.seed, "score": result.score}
 
+    async def _encoded(self, png: bytes) -> str:
+        """Returns an image in base64, in the format that is asked for."""
+        asked = self.asked
+        data = await asyncio.to_thread(encode, png, asked.output_format, asked.output_compression)
+        return base64.b64encode(data).decode()
+
     def _url(self, name: str) -> str:
-        return f"{self.base}v1/images/files/{name}.png"
+        asked = self.asked
+        lossy = "" if asked.output_format == "png" else f"?compression={asked.output_compression}"
+        return f"{self.base}v1/images/files/{name}.{asked.output_format}{lossy}"
+
+    def _common(self) -> dict[str, Any]:
+        """Returns what all answers have."""
+        return {
+            "background": "opaque",
+            "output_format": self.asked.output_format,
+            "quality": self.asked.said_quality,
+            "warnings": list(self.warnings),
+        }
 
     def _event(self, kind: str, about: dict[str, Any]) -> bytes:
         name = f"{self.event}.{kind}"
-        common = {"type": name, "created_at": self.created, "quality": "auto", "background": "opaque"}
-        return _sse(name, {**common, "output_format": "png", **about})
+        return _sse(name, {"type": name, "created_at": self.created, **self._common(), **about})
 
 
 def _size(side: int) -> str:
@@ -108,7 +130,3 @@ def _size(side: int) -> str:
 
 def _sse(event: str, data: dict[str, Any]) -> bytes:
     return f"event: {event}\ndata: {json.dumps(data)}\n\n".encode()
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()

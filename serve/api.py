@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Form, Request, Response
+from fastapi import APIRouter, FastAPI, Form, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
@@ -20,12 +21,23 @@ from starlette.middleware.cors import CORSMiddleware
 from models.tokens import check_captions
 from serve import neighbours
 from serve.answer import Answer
-from serve.errors import ApiError
+from serve.encoding import BEST, MEDIA_TYPES, encode
+from serve.errors import ApiError, invalid, unreadable
 from serve.gateway import Gateway
 from serve.guard import Guard
-from serve.requests import LARGEST_SEED, Common, Edit, Generation, Interpolation, Variation
+from serve.requests import (
+    ALIASES,
+    LARGEST_SEED,
+    PROMPT,
+    Common,
+    Edit,
+    Generation,
+    Interpolation,
+    Variation,
+    names_model,
+)
 from serve.settings import MOST_IMAGES
-from serve.uploads import check_mask, read_image, read_mask
+from serve.uploads import check_mask, read_caption, read_image, read_mask
 from serve.work import Work, drawn_side
 
 STUDIO = Path(__file__).parent / "studio"
@@ -37,7 +49,7 @@ log = logging.getLogger("unclip")
 def make_api(door: Gateway, tokens: Mapping[str, str], figures: Callable[[], bytes]) -> FastAPI:
     """Returns the application."""
     api = FastAPI(title="unclip serve", version="1", docs_url=None, redoc_url=None)  # their pages load foreign scripts
-    api.state.door, api.state.figures = door, figures
+    api.state.door, api.state.figures, api.state.started = door, figures, int(time.time())
     api.add_exception_handler(ApiError, _told)
     api.add_exception_handler(RequestValidationError, _told)
     api.add_exception_handler(HTTPException, _told)
@@ -55,20 +67,23 @@ def make_api(door: Gateway, tokens: Mapping[str, str], figures: Callable[[], byt
 async def _told(request: Request, error: Exception) -> JSONResponse:
     """Returns an error as OpenAI's clients read it."""
     if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part not in ("body", "query")]
-        message = f"{'.'.join(where)}: {first['msg']}" if where else first["msg"]
-        error = ApiError(400, "invalid_request", message, ".".join(where) or None)
+        first, sent = error.errors()[0], request.headers.get("content-type", "")
+        of_form = first["loc"][0] == "body" and not request.url.path.endswith("/generations")
+        if sent.startswith("multipart/form-data") or not of_form:
+            error = unreadable(first)
+        else:
+            error = invalid("The body is no form: send multipart/form-data, with the image as a file")
     elif isinstance(error, HTTPException):
-        error = ApiError(
-            error.status_code, "not_found" if error.status_code == 404 else "invalid_request", error.detail
-        )
+        missing = error.status_code in (404, 405)  # a path that no endpoint has is one of the page's files
+        message = f"There is no {request.method} {request.url.path} here; /openapi.json lists what there is"
+        error = ApiError(404, "not_found", message) if missing else invalid(error.detail)
     assert isinstance(error, ApiError)
     request.app.state.door.observe("refusals_total", code=error.code)
     return JSONResponse(error.body, error.status, headers=dict(error.headers))
 
 
 @router.get("/health")
+@router.head("/health", include_in_schema=False)
 async def health(request: Request) -> dict[str, Any]:
     """Says that the server is alive, and how many wait."""
     door: Gateway = request.app.state.door
@@ -94,21 +109,43 @@ def metrics(request: Request) -> Response:
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
     """Lists the model, with its sizes, its priors and its sampling defaults."""
+    return {"object": "list", "data": [await _model(request)]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(request: Request, name: str) -> dict[str, Any]:
+    """Returns the model, by any of the names that a request for images may call it."""
+    found = await _model(request)
+    _check_model(request, name, found["unclip"])
+    return found
+
+
+async def _model(request: Request) -> dict[str, Any]:
     door: Gateway = request.app.state.door
     about = {**await door.described(), "most_images": MOST_IMAGES}
-    return {
-        "object": "list",
-        "data": [{"id": door.name, "object": "model", "created": 0, "owned_by": "you", "unclip": about}],
-    }
+    common = {"object": "model", "created": request.app.state.started, "owned_by": "unclip"}
+    return {"id": door.name, **common, "unclip": about}
 
 
-@router.get("/v1/images/files/{name}.png")
-async def file(request: Request, name: str) -> Response:
+def _check_model(request: Request, model: str, about: Mapping[str, Any]) -> None:
+    """Raises ApiError for the name of another model."""
+    own = request.app.state.door.name
+    if not names_model(model, own, about["bundle"]):
+        message = f"The model {model!r} is not served here: leave model out, or use {own!r}"
+        raise ApiError(404, "model_not_found", message, "model")
+
+
+@router.get("/v1/images/files/{name}.{output_format}")
+async def file(
+    request: Request, name: str, output_format: str, compression: Annotated[int, Query(ge=0, le=100)] = BEST
+) -> Response:
     """Returns a finished image, as long as the server keeps it."""
     found = request.app.state.door.results.get(name)
-    if found is None:
+    if found is None or output_format not in MEDIA_TYPES:
         raise ApiError(404, "not_found", "This image is not kept any longer: send its request again")
-    return Response(found.png, media_type="image/png", headers={"Cache-Control": "private, max-age=3600, immutable"})
+    data = await asyncio.to_thread(encode, found.png, output_format, compression)
+    kept = {"Cache-Control": "private, max-age=3600, immutable"}
+    return Response(data, media_type=MEDIA_TYPES[output_format], headers=kept)
 
 
 @router.post("/v1/images/generations")
@@ -120,19 +157,44 @@ async def generations(request: Request, asked: Generation) -> Response:
 @router.post("/v1/images/variations")
 async def variations(request: Request, asked: Annotated[Variation, FORM]) -> Response:
     """Draws other images with the meaning of one."""
-    images = [await read_image(asked.image, "image")]
+    images = [await read_image(asked.image[0], "image")]
     return await _answer(request, asked, "variation", "image_variation", images, eta=asked.eta)
 
 
 @router.post("/v1/images/edits")
 async def edits(request: Request, asked: Annotated[Edit, FORM]) -> Response:
-    """Draws a part of an image again, or changes an image by words."""
-    images = [await read_image(asked.image, "image")]
-    if asked.mask is None:
-        return await _answer(request, asked, "difference", "image_edit", images, before=asked.before)
-    images.append(await read_mask(asked.mask))
-    await asyncio.to_thread(check_mask, *images)
-    return await _answer(request, asked, "inpainting", "image_edit", images)
+    """Draws a part of an image again, changes an image by words, or blends two."""
+    images = [await read_image(image, "image") for image in asked.image]
+    if asked.mask is not None:
+        images.append(await read_mask(asked.mask))
+        await asyncio.to_thread(check_mask, *images)
+        return await _answer(request, asked, "inpainting", "image_edit", images)
+    if len(images) == 2:
+        why = "prompt has no effect: two images are blended by their embeddings"
+        return await _answer(request, asked, "interpolation", "image_edit", images, [why])
+    before, said = await _before(request, asked, images[0])
+    return await _answer(request, asked, "difference", "image_edit", images, said, before=before)
+
+
+async def _before(request: Request, asked: Edit, image: bytes) -> tuple[str, list[str]]:
+    """Returns the caption of the image as it is, and where it is from if the request does not say it."""
+    if asked.before is not None:
+        return asked.before, []
+    why = "stands for the image as it is: send before, its caption, where another fits better"
+    if _differs(recipe := await read_caption(asked.image[0]), asked.prompt):
+        return recipe, [f"before: {recipe!r}, the caption in the image's own recipe, {why}"]
+    if _differs(nearest := await neighbours.nearest_caption(request, image), asked.prompt):
+        return nearest, [f"before: {nearest!r}, the caption of the nearest training image, {why}"]
+    return "", [f"before: the empty caption {why}"]
+
+
+def _differs(caption: str, prompt: str) -> bool:
+    """Returns whether there is a direction from a caption that nobody has checked to the prompt."""
+    try:
+        check_captions([caption[:PROMPT]])
+    except ValueError:
+        return False
+    return caption.split() not in ([], prompt.split())
 
 
 @router.post("/v1/images/interpolations")
@@ -143,11 +205,23 @@ async def interpolations(request: Request, asked: Annotated[Interpolation, FORM]
 
 
 async def _answer(
-    request: Request, asked: Common, kind: str, event: str, images: Sequence[bytes] = (), **more: Any
+    request: Request,
+    asked: Common,
+    kind: str,
+    event: str,
+    images: Sequence[bytes] = (),
+    warnings: Sequence[str] = (),
+    **more: Any,
 ) -> Response:
     """Draws, and answers with all images at once or with each as it is made."""
     door: Gateway = request.app.state.door
-    side = await door.side(asked.model, asked.size)
+    about = await door.described()
+    warnings = [*warnings, *asked.warnings()]
+    if asked.model is not None:
+        _check_model(request, asked.model, about)
+        if asked.model.startswith(ALIASES) and asked.model != door.name:
+            warnings.append(f"model: {asked.model} is a name for {door.name!r} here")
+    side = asked.side(about["sides"])
     try:
         captions = [caption for caption in (asked.prompt, more.get("before")) if caption is not None]
         await asyncio.to_thread(check_captions, captions)  # one word of thousands of letters takes most of a second
@@ -158,10 +232,11 @@ async def _answer(
     if door.settings.log_prompts:
         log.info("%s: %r", kind, asked.prompt)
     seed = random.SystemRandom().randrange(LARGEST_SEED - MOST_IMAGES) if asked.seed is None else asked.seed
-    smaller = len([one for one in (await door.described())["sides"] if one < side])
+    smaller = len([one for one in about["sides"] if one < side])
     partial = min(asked.partial_images, smaller) if asked.stream else 0
-    work = Work(kind, asked.options(), side, asked.rows(seed), tuple(images), more, partial > 0)
-    answer = Answer(door, asked, work, event, partial, str(request.base_url))
+    options = asked.options(about["sampling"], about["timesteps"])
+    work = Work(kind, options, side, asked.rows(seed), tuple(images), more, partial > 0)
+    answer = Answer(door, asked, work, event, partial, str(request.base_url), warnings)
     try:
         if not asked.stream:
             return JSONResponse(await answer.whole())

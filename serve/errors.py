@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+SHOWN = 60  # characters of a wrong value that a message repeats
+EXPECTED = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false"}
+BOUNDS = {"greater_than_equal": ("ge", "or more"), "less_than_equal": ("le", "or less")}
+
 
 class ApiError(Exception):
     """A request that is not answered with images; ``status`` is HTTP's.
@@ -32,9 +36,46 @@ class ApiError(Exception):
     @property
     def headers(self) -> Mapping[str, str]:
         """Returns the headers of the answer."""
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
         return {"Retry-After": str(max(1, round(self.retry_after)))} if self.retry_after else {}
 
 
 def broken() -> ApiError:
     """Returns the error for a fault of the server's own, which its log has."""
     return ApiError(500, "server_error", "This could not be done, by a fault that the server's log has: try another")
+
+
+def invalid(message: str, param: str | None = None) -> ApiError:
+    """Returns the error for a request that can never be answered as it is; ``param`` is the field that is wrong."""
+    return ApiError(400, "invalid_request", message, param)
+
+
+def unreadable(error: Mapping[str, Any]) -> ApiError:
+    """Returns pydantic's first error of a body as a client should read it."""
+    kind, given, context = str(error["type"]), error.get("input"), error.get("ctx", {})
+    where = [part for part in error["loc"] if part not in ("body", "query")]
+    if kind == "json_invalid":
+        return invalid(f"The body is not JSON ({context['error']}, at character {where[0]})")
+    if not where:
+        empty = "empty" if kind == "missing" else "not a JSON object"
+        return invalid(f'The body is {empty}: send JSON, such as {{"prompt": "a red fox"}}, as application/json')
+    name = str(where[0])
+    shown = repr(given) if len(repr(given)) <= SHOWN else f"{repr(given)[:SHOWN]} ..."
+    expected = EXPECTED.get(kind.partition("_")[0], "text")
+    if kind == "missing":
+        message = f"{name} is missing"
+    elif kind == "literal_error":
+        message = f"{name} is {shown}: use {context['expected']}"
+    elif kind in BOUNDS:
+        bound, word = BOUNDS[kind]
+        message = f"{name} is {shown}: use {context[bound]} {word}"
+    elif kind == "string_too_long":
+        message = f"{name} has {len(str(given))} characters: use {context['max_length']} or less"
+    elif kind == "none_required":
+        message = f"{name} has no meaning here: leave it out"
+    elif kind == "value_error" and "UploadFile" in str(context.get("error")):
+        message = f"{name} is not a file: send it as a file of a multipart/form-data body"
+    else:
+        message = f"{name} is {shown}: use {expected}"
+    return invalid(message, name)

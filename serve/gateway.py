@@ -64,25 +64,6 @@ class Gateway:
         except Died:
             raise _nobody() from None
 
-    async def side(self, model: str | None, size: str) -> int:
-        """Returns the side that a request asks for. Raises ApiError for a model or size that is not here."""
-        about = await self.described()
-        known = (None, "dall-e-2", self.name)
-        if model not in known and not (len(model or "") >= 8 and about["bundle"].startswith(model)):
-            raise ApiError(
-                404,
-                "model_not_found",
-                f"The model {model!r} is not served here: leave model out, or use {self.name!r}",
-                "model",
-            )
-        largest = about["sides"][-1]
-        side = largest if size == "auto" else int(size.partition("x")[0])
-        if side > largest:
-            raise ApiError(
-                400, "invalid_size", f"This bundle's images end at {largest} px: use a smaller size, or auto", "size"
-            )
-        return side
-
     async def draw(self, work: Work) -> AsyncGenerator[Event]:
         """Yields the events of drawing, with ("image", row, name, Result) for each image.
 

@@ -57,6 +57,7 @@ class ModelRunner:
             "sides": sides(self.unclip),
             "priors": [option for _, option in priors_of(self.unclip)],
             "sampling": dataclasses.asdict(self.unclip.sampling),
+            "timesteps": self.unclip.decoder.config.steps,
             "device": str(self.unclip.clip.mean.device),
         }
 

@@ -22,7 +22,7 @@ from pipeline.data.neighbours.search import FoundRow, embed_opened, look_up, rea
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.image import MAX_PIXELS, Storing
 from pipeline.data.pairs.row_index import read_images
-from pipeline.errors import CorruptObject
+from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact, made_with
 from pipeline.store import Store, open_store
 from serve.bundle import Served
@@ -79,6 +79,12 @@ class TrainingSet:
         embedding = embed_opened(self.clip, Image.open(io.BytesIO(image)))
         return [self._described(row) for row in look_up(self.store, self.artifacts, embedding, count, ("train",))]
 
+    def caption(self, image: bytes) -> str:
+        """Returns the caption of the training row nearest to an image, a PNG as ``read_image`` gives it."""
+        embedding = embed_opened(self.clip, Image.open(io.BytesIO(image)))
+        found = look_up(self.store, self.artifacts, embedding, 1, ("train",))
+        return found[0].caption if found else ""
+
     def _described(self, row: FoundRow) -> dict[str, Any]:
         # Paths of this machine stay private, and a URL may hold a password or a signature.
         url = shown(row.url) if row.url.startswith(("http://", "https://")) else None
@@ -102,6 +108,21 @@ class TrainingSet:
             return None
         found = shared_decoder().prepare(data, MAX_PIXELS, THUMBNAIL)
         return None if isinstance(found, str) else base64.b64encode(found.data).decode()
+
+
+async def nearest_caption(request: Request, image: bytes) -> str:
+    """Returns the caption of the training image nearest to an image, "" where the rows have no index."""
+    door = request.app.state.door
+    bundle = (await door.described())["bundle"]
+    try:
+        training = await run_in_threadpool(training_set_of, door.served, bundle, door.settings.licenses)
+        return await asyncio.get_running_loop().run_in_executor(SEARCHING, training.caption, image)
+    except ApiError:  # it has none
+        return ""
+    except (CorruptObject, UserError) as e:  # an image can be changed without it
+        training_set_of.cache_clear()
+        log.warning("nearest caption: %s", e)
+        return ""
 
 
 def find_training_set(store: Store, bundle: Artifact, licenses: Collection[str] = ()) -> TrainingSet | None:

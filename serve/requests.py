@@ -1,95 +1,227 @@
-"""What a client may ask for: the fields of OpenAI's image API, and ours."""
+"""What a client may ask for: the fields of OpenAI's image API, ours, and what becomes of those of other servers."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import UploadFile
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticKnownError
 
+from pipeline.errors import did_you_mean
+from serve.encoding import BEST
+from serve.errors import ApiError, invalid
 from serve.settings import MOST_IMAGES
 from serve.work import Row
 
 LARGEST_SEED = 2**53  # what JavaScript counts to exactly
 PROMPT = 4000  # characters; the tokenizer's own limit is lower and is said in tokens
-Share = Annotated[float, Field(ge=0, le=1)]
+SIZES = (64, 256, 512, 1024)
+ALIASES = ("dall-e-", "gpt-image-", "chatgpt-image-")
+"""The beginnings of OpenAI's names of image models, which clients have built in."""
+QUALITIES = {"low": 0.5, "medium": 1.0, "high": 2.0, "xhigh": 4.0, "max": 8.0}
+"""The decoder's steps by the quality, as a multiple of the bundle's own."""
+SAME_QUALITY = {"auto": "medium", "standard": "medium", "hd": "high"}
+
+IGNORED = {
+    "user": "limits count for each token",
+    "safety_identifier": "limits count for each token",
+    "moderation": "the server's own rules hold",
+    "style": "say in the prompt how it should look",
+    "complexity": "nothing is planned before an image is drawn",
+    "input_fidelity": "strength says how far an image is changed",
+    "negative_prompt": "guidance leads away from the empty caption",
+    "true_cfg_scale": "guidance_scale is the decoder's",
+    "lora": "the bundle's own weights draw",
+    **dict.fromkeys(
+        ("system_prompt", "use_system_prompt", "bot_task", "enhance_prompt", "max_sequence_length"),
+        "CLIP reads the prompt as it is",
+    ),
+    **dict.fromkeys(
+        ("generator_device", "vae_use_slicing", "vae_use_tiling", "enable_teacache", "enable_cache_dit", "rollout"),
+        "the server decides how it computes",
+    ),
+    **dict.fromkeys(
+        ("flow_shift", "guidance_scale_2", "diffusers_kwargs", "extra_params", "infer_align_image_size"),
+        "this model has nothing like it",
+    ),
+    "output_quality": "output_compression sets the quality of JPEG and WebP",
+    "enable_upscaling": "size says how large an image is drawn",
+}
+"""Fields of OpenAI's other models, of vLLM-Omni and of SGLang that change nothing here: the answer warns of them."""
+
+REFUSED = {
+    "background=transparent": "this model draws every pixel: use opaque",
+    "output_format=gif": "this model draws single images: use png, jpeg or webp",
+    "output_format=svg": "this model draws pixels: use png, jpeg or webp",
+    "svg": "this model draws pixels: leave it out",
+    "frame_count": "this model draws single images: leave it out",
+    "frame_duration_ms": "this model draws single images: leave it out",
+    "markup": "this model cannot read marks on an image: send a mask of what is to be drawn again",
+    "mask_image": "send mask, which is transparent where the image is to be drawn again",
+    "reference_image": "send image, and mask",
+    "url": "this server fetches no images: send the file as image",
+    "layers": "this model draws one layer: leave it out",
+    "width": "use size, such as 256x256",
+    "height": "use size, such as 256x256",
+}
+"""Fields, or values of fields, that ask for what this model cannot do, each with what to do instead."""
+
+
+def _number(value: Any) -> Any:
+    """Refuses JSON's true and false, which pydantic takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticKnownError("int_type")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Upload = Annotated[list[UploadFile], Field(validation_alias=AliasChoices("image", "image[]"))]
 
 
 class Common(BaseModel):
     """The fields that all endpoints have.
 
     Attributes:
-        prompt: The caption.
-        model: The served model, ``dall-e-2``, or the beginning of the bundle's key; may be left out.
-        n: How many images.
-        size: Width and height in pixels; ``auto`` is the largest that the bundle makes.
-        response_format: ``url`` is valid as long as the server keeps the image.
-        user: Accepted and ignored.
-        seed: Of the first image; each next image adds one. Random if left out; the answer has it.
-        steps: Steps of the decoder.
-        guidance: The decoder's guidance, one less than the literature's scale.
-        stream: Answer with server-sent events, each image as soon as it is made.
-        partial_images: How many of the smaller images are sent before the last, with ``stream``.
-        progress: Send our own events of the place in line and of steps, too, with ``stream``.
+        prompt: Caption of the image.
+        model: Name of the served model, one of OpenAI's names of image models, or the beginning of the bundle's key.
+        n: Number of images, up to 10; of an interpolation at least 2, and 5 by default.
+        size: Width and height in pixels: ``64x64``, ``256x256``, ``512x512`` (drawn at 1024 and made smaller),
+            ``1024x1024``, or ``auto``, the largest that the bundle makes.
+        response_format: Form of an image in the answer; a ``url`` is valid as long as the server keeps the image.
+        output_format: Format of the images; only a PNG carries its recipe.
+        output_compression: Quality of JPEG and WebP, 0 to 100.
+        quality: Steps of the decoder, as a multiple of the bundle's own and at most its timesteps: ``low`` half,
+            ``medium`` (``auto``, ``standard``) one, ``high`` (``hd``) two, ``xhigh`` four, ``max`` eight times as many.
+        background: Background of the images, which are opaque.
+        seed: Seed of the first image; image i uses seed + i. Random by default; the answer has it.
+        steps: Steps of the decoder, in place of ``quality``.
+        num_inference_steps: The same as ``steps``, as diffusers, vLLM-Omni and SGLang call it.
+        guidance: Guidance of the decoder, one less than the literature's scale: 0 is none.
+        guidance_scale: Guidance on the literature's scale, as diffusers, vLLM-Omni and SGLang count it: 1 is none.
+        stream: Server-sent events as the answer, each image as soon as it is made.
+        partial_images: Number of the smaller images sent before the last, 0 to 3, with ``stream``.
+        progress: Our own events of the place in the queue and of steps besides, with ``stream``.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
 
     prompt: str | None = Field(None, max_length=PROMPT)
-    model: str | None = Field(None, max_length=100)
-    n: int = Field(1, ge=1, le=MOST_IMAGES)
-    size: Literal["auto", "64x64", "256x256", "512x512", "1024x1024"] = "auto"
-    response_format: Literal["url", "b64_json"] = "url"
-    user: str | None = Field(None, max_length=1000)
-    seed: int | None = Field(None, ge=0, lt=LARGEST_SEED)
-    steps: int | None = Field(None, ge=2, le=1000)
-    guidance: float | None = Field(None, ge=0, le=30)
+    model: str | None = Field(None, max_length=200)
+    n: Whole = Field(1, ge=1, le=MOST_IMAGES)
+    size: str = Field("auto", max_length=100)
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: Whole = Field(BEST, ge=0, le=100)
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = "auto"
+    background: Literal["auto", "opaque"] = "auto"
+    seed: Whole | None = Field(None, ge=0, le=LARGEST_SEED - 1)
+    steps: Whole | None = Field(None, ge=2, le=1000)
+    num_inference_steps: Whole | None = Field(None, ge=2, le=1000)
+    guidance: Number | None = Field(None, ge=0, le=30)
+    guidance_scale: Number | None = Field(None, ge=0, le=31)
     stream: bool = False
-    partial_images: int = Field(0, ge=0, le=3)
+    partial_images: Whole = Field(0, ge=0, le=3)
     progress: bool = False
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, values: Any) -> Any:
-        """Leaves out what is null, which OpenAI's types allow for fields that have a default here."""
-        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+    def _possible(cls, values: Any) -> Any:
+        """Leaves out what is null, and raises ApiError for what this model cannot do."""
+        if not isinstance(values, dict):
+            return values
+        given = {name: value for name, value in values.items() if value is not None}
+        for name, value in given.items():
+            plain = _plain(name)
+            for refused in (plain, f"{plain}={value}" if isinstance(value, str) else plain):
+                if refused in REFUSED:
+                    raise invalid(f"{refused}: {REFUSED[refused]}", plain)
+        return given
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        """Raises ApiError for a field that no client sends."""
+        for name in self._ignored():
+            if name not in IGNORED:
+                raise invalid(f"{name}: unknown field{did_you_mean(name, type(self).model_fields)}", name)
+        return self
+
+    def _ignored(self) -> list[str]:
+        return list(dict.fromkeys(map(_plain, self.model_extra or ())))
+
+    def warnings(self) -> list[str]:
+        """Returns what of the request changes nothing, each in a line."""
+        said = [f"{name} has no effect: {IGNORED[name]}" for name in self._ignored()]
+        if self.output_format == "png" and self.output_compression != BEST:
+            said.append("output_compression has no effect: PNG is lossless")
+        return said
 
     def rows(self, seed: int) -> tuple[Row, ...]:
         """Returns the images to draw, the first with ``seed``."""
         return tuple(Row(self.prompt, seed + i) for i in range(self.n))
 
-    def options(self) -> dict[str, Any]:
-        """Returns the sampling options that the request sets, but for the size."""
-        options = {
-            "decoder_steps": self.steps,
-            "decoder_guidance": self.guidance,
-            "prior": getattr(self, "prior", None),
-        }
+    def side(self, sides: Sequence[int]) -> int:
+        """Returns the side that ``size`` asks for, of a bundle whose images have these ``sides``. Raises ApiError."""
+        largest = sides[-1]
+        if self.size == "auto":
+            return largest
+        possible = [side for side in SIZES if side <= largest] or [largest]
+        found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", self.size)
+        width, height = map(int, found.groups()) if found else (largest, largest)
+        if found and width == height and width in possible:
+            return width
+        nearest = min(possible, key=lambda side: abs(side * side - width * height))
+        raise ApiError(
+            400,
+            "invalid_size",
+            f"size is {self.size}, and this bundle draws squares of {', '.join(map(str, possible))} px: use "
+            f"{nearest}x{nearest}, the nearest, or auto",
+            "size",
+        )
+
+    def options(self, sampling: Mapping[str, Any], timesteps: int) -> dict[str, Any]:
+        """Returns the sampling options that the request changes, but for the size.
+
+        Args:
+            sampling: The bundle's sampling defaults.
+            timesteps: Timesteps of the decoder, which is as many steps as it can take.
+        """
+        steps = self.steps or self.num_inference_steps
+        share = QUALITIES[self.said_quality]
+        if steps is None and share != 1:
+            steps = min(max(2, round(share * sampling["decoder_steps"])), timesteps)
+        guidance = self.guidance
+        if guidance is None and self.guidance_scale is not None:
+            guidance = max(0.0, self.guidance_scale - 1)
+        options = {"decoder_steps": steps, "decoder_guidance": guidance, "prior": getattr(self, "prior", None)}
         return {name: value for name, value in options.items() if value is not None}
 
+    @property
+    def said_quality(self) -> str:
+        """Returns the quality by the name that an answer has."""
+        return SAME_QUALITY.get(self.quality, self.quality)
 
-class Captioned(Common):
-    """Asks for images of a caption, by OpenAI's fields for them.
+
+class Generation(Common):
+    """Asks for images of a caption.
 
     Attributes:
-        prompt: The caption.
-        prior: Which prior draws the image embedding.
-        quality: OpenAI's; there is one quality.
-        background: OpenAI's; images are opaque.
-        moderation: OpenAI's; the server's own rules hold.
-        output_format: OpenAI's; images are PNG.
+        prompt: Caption of the image.
+        prior: Prior that draws the image embedding; by default the bundle's own.
     """
 
     prompt: str = Field(max_length=PROMPT)
     prior: Literal["ar", "diffusion"] | None = None
-    quality: Literal["auto", "standard"] | None = None
-    background: Literal["auto", "opaque"] | None = None
-    moderation: Literal["auto"] | None = None
-    output_format: Literal["png"] | None = None
 
-
-class Generation(Captioned):
-    """Asks for images of a caption."""
+    @model_validator(mode="after")
+    def _captioned(self) -> Self:
+        if not self.prompt.strip():
+            raise invalid("prompt is empty: say what the image should show", "prompt")
+        return self
 
 
 class Variation(Common):
@@ -97,27 +229,33 @@ class Variation(Common):
 
     Attributes:
         image: A PNG, JPEG or WebP.
-        eta: How free they are: 0 is the reconstruction, 1 changes most.
-        prompt: Tells the decoder what is in the image.
+        eta: Freedom of the variations: 0 is the reconstruction, 1 changes most.
+        prompt: Caption of the image, which tells the decoder what is in it.
     """
 
-    image: UploadFile
+    image: Upload
     eta: Share = 1.0
 
+    @model_validator(mode="after")
+    def _of_one(self) -> Self:
+        _check_count(self.image, 1, "a variation is of one image")
+        return self
 
-class Edit(Captioned):
-    """Asks for a part of an image to be drawn again, or for an image changed by words.
+
+class Edit(Generation):
+    """Asks for a part of an image to be drawn again, for an image changed by words, or for a blend of two.
 
     Attributes:
-        image: A PNG, JPEG or WebP.
-        prompt: The caption of what it should become.
+        image: A PNG, JPEG or WebP; two, as ``image[]``, are blended.
+        prompt: Caption of what the image should become.
         mask: An image whose transparent pixels are drawn again; without one the image is changed by words.
-        before: The caption of the image as it is, where it is changed by words (section 3.3 of the paper).
-        strength: How far it is turned towards the words; the paper goes up to 0.25 to 0.5.
-        prior: Which prior draws the image embedding, with a mask.
+        before: Caption of the image as it is, where it is changed by words (section 3.3 of the paper). By default the
+            caption in a PNG's own recipe, else that of the nearest training image, else the empty one.
+        strength: Share of the turn towards the words; the paper goes up to 0.25 to 0.5.
+        prior: Prior that draws the image embedding, with a mask.
     """
 
-    image: UploadFile
+    image: Upload
     mask: UploadFile | None = None
     before: str | None = Field(None, max_length=PROMPT)
     strength: Share = 0.4
@@ -126,12 +264,18 @@ class Edit(Captioned):
         """Returns the images to draw: with a mask of the next seeds, else of one seed, turned further and further."""
         if self.mask is not None:
             return super().rows(seed)
+        if len(self.image) == 2:
+            return tuple(Row(None, seed, (i + 1) / (self.n + 1)) for i in range(self.n))
         return tuple(Row(self.prompt, seed, self.strength * (i + 1) / self.n) for i in range(self.n))
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        if (self.mask is None) == (self.before is None):
-            raise ValueError("give a mask (transparent where to draw), or a caption of the image as it is as 'before'")
+        if self.mask is None:
+            _check_count(self.image, 2, "this model changes one image, or blends two")
+        else:
+            _check_count(self.image, 1, "with a mask this model draws over one image")
+        if self.mask is not None and self.before is not None:
+            raise invalid("before: a mask draws a part again, and before changes the whole: leave one out", "before")
         return self
 
 
@@ -140,14 +284,29 @@ class Interpolation(Common):
 
     Attributes:
         first: A PNG, JPEG or WebP.
-        second: Another.
+        second: Another PNG, JPEG or WebP.
     """
 
     prompt: None = None  # a way between two images has no caption
     first: UploadFile
     second: UploadFile
-    n: int = Field(5, ge=2, le=MOST_IMAGES)
+    n: Whole = Field(5, ge=2, le=MOST_IMAGES)
 
     def rows(self, seed: int) -> tuple[Row, ...]:
         """Returns the images to draw, all of one seed."""
         return tuple(Row(None, seed, i / (self.n - 1)) for i in range(self.n))
+
+
+def names_model(model: str, served: str, bundle: str) -> bool:
+    """Returns whether a request for ``model`` means the model of this name, whose bundle has this key."""
+    return model == served or model.startswith(ALIASES) or (len(model) >= 8 and bundle.startswith(model))
+
+
+def _plain(name: str) -> str:
+    """Returns the field that an entry of a form belongs to, such as svg for svg[model]."""
+    return name.partition("[")[0]
+
+
+def _check_count(images: Iterable[UploadFile], most: int, why: str) -> None:
+    if (count := len(list(images))) > most:
+        raise invalid(f"image: {why}, and {count} were sent: send {'one' if most == 1 else 'two at most'}", "image")

@@ -14,12 +14,13 @@ from models.inpainting import OPAQUE
 from models.sampling_config import BASE
 from models.view import view
 from pipeline.data.pairs.decoding import OWN, shared_decoder
-from pipeline.data.pairs.image import MAX_BYTES, StoredImage
+from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, StoredImage
 from pipeline.ledger import REASONS
 from serve.errors import ApiError
 
-MAX_PIXELS = 16_000_000  # of an upload; an honest one takes the decoder for a second at most
 DECODING = ThreadPoolExecutor(1)  # there is one decoder: who waits for it keeps no captions waiting
+CAPTION = b"caption" + 5 * b"\0"  # how a text chunk of ours begins that is neither compressed nor translated
+CHUNKS = 16  # of a PNG that are looked at for it; ours has four before its pixels
 SKEW = 0.02  # by which the shapes of image and mask may differ, since their sides are rounded
 
 
@@ -31,6 +32,26 @@ async def read_image(file: UploadFile, field: str) -> bytes:
 async def read_mask(file: UploadFile) -> bytes:
     """Returns how opaque an upload is as a PNG of the same view, white where it is opaque. Raises ApiError."""
     return await _opened(shared_decoder().opacity, file, "mask")
+
+
+async def read_caption(file: UploadFile) -> str:
+    """Returns the caption in the recipe that a PNG of this software carries, "" where there is none."""
+    await file.seek(0)
+    return recipe_caption(await file.read(MAX_BYTES))
+
+
+def recipe_caption(data: bytes) -> str:
+    """Returns the caption in a PNG's text chunk, "" without one. Reads no pixels and unpacks nothing."""
+    at = 8 if data.startswith(b"\x89PNG\r\n\x1a\n") else len(data)
+    for _ in range(CHUNKS):
+        head = data[at : at + 8]
+        if len(head) < 8 or head[4:] == b"IDAT":
+            break
+        size = int.from_bytes(head[:4])
+        if head[4:] == b"iTXt" and data.startswith(CAPTION, at + 8):
+            return data[at + 8 + len(CAPTION) : at + 8 + size].decode(errors="replace")
+        at += 12 + size  # length, kind and checksum
+    return ""
 
 
 def check_mask(image: bytes, mask: bytes) -> None:

@@ -14,12 +14,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from pipeline.config import Config
 from pipeline.schema import FILE, dataclasses_in, descriptions, schema
 from pipeline.training.recipes import TrainingRecipe
+from serve.requests import IGNORED, REFUSED, Edit, Generation, Interpolation, Variation
 from serve.settings import ServeSettings
 
 PAGE = Path(__file__).parents[1] / "docs/configuration.md"
 PAGES = (PAGE, PAGE.with_name("serve.md"))
 TABLE = re.compile(r"^<!-- fields of ([\w, ]+) -->\n\n((?:\|.*\n)*)", re.MULTILINE)
 KINDS = {kind.__name__: kind for kind in dataclasses_in()}
+ENDPOINTS = {Generation: "generations", Edit: "edits", Variation: "variations", Interpolation: "interpolations"}
 
 
 def default(field: dataclasses.Field[Any]) -> str:
@@ -37,7 +39,9 @@ def fields(kind: type) -> dict[str, dataclasses.Field[Any]]:
 
 
 def table(names: list[str]) -> str:
-    """Returns the table of one class, or of several that share fields."""
+    """Returns the table of one class, or of several that share fields, or of the image API's requests."""
+    if names[0] in REQUESTS:
+        return REQUESTS[names[0]]()
     kinds = [(KINDS | {"ServeSettings": ServeSettings})[name] for name in names]
     shown, said = fields(kinds[0]), descriptions(kinds[0])
     columns = ["default"]
@@ -52,7 +56,42 @@ def table(names: list[str]) -> str:
     rows += [
         [name, *(default(fields(kind)[name]) for kind in kinds), meaning(said[name], types[name])] for name in shown
     ]
+    return written(rows)
+
+
+def written(rows: list[list[str]]) -> str:
+    """Returns rows of cells as Markdown."""
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def request_table() -> str:
+    """Returns the table of the fields of requests that have a meaning."""
+    rows = [["field", "of", "default", "meaning"], ["---"] * 4]
+    names = dict.fromkeys(name for kind in ENDPOINTS for name in kind.model_fields)
+    for name in names:
+        found = {kind: kind.model_fields[name] for kind in ENDPOINTS if name in kind.model_fields}
+        found = {kind: field for kind, field in found.items() if field.annotation is not type(None)}
+        kind, field = next(iter(found.items()))
+        of = "all" if len(found) == len(ENDPOINTS) else ", ".join(ENDPOINTS[kind] for kind in found)
+        needed = [ENDPOINTS[kind] for kind, field in found.items() if field.is_required()]
+        value = "" if field.is_required() or field.default is None else json.dumps(field.default)
+        if needed:
+            value = "required" if len(needed) == len(found) else f"required for {', '.join(needed)}"
+        rows.append([name, of, value, meaning(descriptions(kind)[name], field.annotation)])
+    return written(rows)
+
+
+def unused_table() -> str:
+    """Returns the table of the fields of requests that have no effect, or that are refused."""
+    rows = [["field", "answer"], ["---"] * 2]
+    for answer, reasons in (("no effect", IGNORED), ("400", REFUSED)):
+        for reason in dict.fromkeys(reasons.values()):
+            fields = ", ".join(f"`{name}`" for name in reasons if reasons[name] == reason)
+            rows.append([fields, f"{answer}: {reason}"])
+    return written(rows)
+
+
+REQUESTS = {"requests": request_table, "other models": unused_table}
 
 
 def meaning(text: str, kind: Any) -> str:

@@ -417,7 +417,7 @@ function exact() {
 }
 
 function command() {
-  const { path, ...fields } = exact(), images = Object.keys(viewed.run.request.images);
+  const { path, ...fields } = { ...exact(), response_format: "url" }, images = Object.keys(viewed.run.request.images);
   const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
   const key = sessionStorage.getItem("token") ? ' -H "Authorization: Bearer $UNCLIP_TOKEN"' : "";
   const body = images.length
@@ -435,12 +435,11 @@ function python() {
   const files = images.map((name) => `"${name}": open("${name}.png", "rb")`).join(", ");
   if (!method) {
     const all = Object.entries(fields).map(([k, v]) => `"${k}": ${text(v)}`).join(", ");
-    return `import os\n\nimport httpx\n\nmade = httpx.post(\n    "${ROOT}v1/${path}",\n    data={${all}},\n    files={${files}},\n    headers={"Authorization": "Bearer " + os.environ.get("UNCLIP_TOKEN", "none")},\n    timeout=600,\n).json()\n`
+    return `import os\n\nimport httpx\n\nmade = httpx.post(\n    "${ROOT}v1/${path}",\n    data={${all}, "response_format": "url"},\n    files={${files}},\n    headers={"Authorization": "Bearer " + os.environ.get("UNCLIP_TOKEN", "none")},\n    timeout=600,\n).json()\n`
       + `for i, image in enumerate(made["data"]):\n    with open(f"drawn-{i}.png", "wb") as file:\n        file.write(httpx.get(image["url"]).content)\n`;
   }
   const words = [...images.map((name) => `${name}=open("${name}.png", "rb")`),
-    ...Object.entries(fields).filter(([k]) => own.has(k)).map(([k, v]) => `${k}=${text(v)}`),
-    'response_format="b64_json"', `extra_body={${extra}}`];
+    ...Object.entries(fields).filter(([k]) => own.has(k)).map(([k, v]) => `${k}=${text(v)}`), `extra_body={${extra}}`];
   return `import base64\nimport os\n\nfrom openai import OpenAI\n\nclient = OpenAI(base_url="${ROOT}v1", api_key=os.environ.get("UNCLIP_TOKEN", "none"))\n`
     + `made = client.images.${method}(\n${words.map((word) => `    ${word},\n`).join("")})\n`
     + `for i, image in enumerate(made.data):\n    with open(f"drawn-{i}.png", "wb") as file:\n        file.write(base64.b64decode(image.b64_json))\n`;

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import urllib.request
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,29 +17,11 @@ import pytest
 from PIL import Image
 
 from models.view import view
+from serve.encoding import encode
 from serve.metrics import FIGURES
 from tests.chain import ROOT
-from tests.models.test_cascade import make
-from tests.serve.conftest import serving
 
-SMALL: dict[str, Any] = {"size": "64x64", "response_format": "b64_json"}
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of ``unclip serve`` with a bundle of random weights, of 16, 64 and 256 px."""
-    folder = tmp_path_factory.mktemp("served") / "tiny"
-    make().save(folder)
-    with_port = serving(folder)
-    yield next(with_port)
-    next(with_port, None)
-
-
-@pytest.fixture(scope="module")
-def client(served: str) -> Iterator[openai.OpenAI]:
-    """OpenAI's client, of that server."""
-    with openai.OpenAI(base_url=f"{served}/v1", api_key="none", max_retries=0) as client:
-        yield client
+SMALL: dict[str, Any] = {"size": "64x64"}
 
 
 def opened(data: Any) -> Any:
@@ -75,13 +56,31 @@ def test_nulls_and_openais_own_fields_are_taken_everywhere(client: openai.OpenAI
 
 
 def test_a_url_holds_the_image_that_base64_would(client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"prompt": "the sea", "size": "64x64", "model": "dall-e-2", "extra_body": {"seed": 1}}
-    (by_url,) = client.images.generate(**asked).data or []
-    (by_text,) = client.images.generate(**asked, response_format="b64_json").data or []
-    assert by_url.url is not None
-    with urllib.request.urlopen(by_url.url) as answer:
-        assert answer.headers["Content-Type"] == "image/png"
-        assert answer.read() == base64.b64decode(by_text.b64_json or "")
+    kinds = {}
+    for kind, compression in (("png", 100), ("jpeg", 100), ("jpeg", 10), ("webp", 50)):
+        asked: dict[str, Any] = {"output_format": kind, "output_compression": compression, "extra_body": {"seed": 1}}
+        (by_url,) = client.images.generate(prompt="the sea", **SMALL, **asked, response_format="url").data or []
+        (by_text,) = client.images.generate(prompt="the sea", **SMALL, **asked).data or []
+        assert by_url.url is not None
+        with urllib.request.urlopen(by_url.url) as answer:
+            assert answer.headers["Content-Type"] == f"image/{kind}"
+            data = answer.read()
+        assert data == base64.b64decode(by_text.b64_json or "")
+        kinds[kind, compression] = len(data)
+    assert kinds["jpeg", 10] < kinds["jpeg", 100]
+    stream: Any = client.images.generate(prompt="the sea", **SMALL, output_format="webp", stream=True)
+    (made,) = stream
+    assert (opened(made.b64_json).format, made.output_format) == ("WEBP", "webp")
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_a_smaller_quality_is_a_smaller_file_of_nearly_the_same_image(kind: str) -> None:
+    image = noise(0, 8).resize((256, 256))
+    files = [encode(png(image), kind, compression) for compression in (100, 50, 0)]
+    assert len(files[0]) > len(files[1]) > len(files[2])
+    errors = [float(np.abs(np.asarray(Image.open(io.BytesIO(file)), float) - image).mean()) for file in files]
+    assert errors[0] < 2
+    assert errors == sorted(errors)
 
 
 def test_a_stream_brings_each_size_as_it_is_made(client: openai.OpenAI) -> None:
@@ -97,16 +96,38 @@ def test_a_stream_brings_each_size_as_it_is_made(client: openai.OpenAI) -> None:
     assert [e.type.rpartition(".")[2] for e in one] == ["partial_image", "completed"]
 
 
+def test_fields_of_other_servers_mean_what_they_mean_there(client: openai.OpenAI) -> None:
+    def settings(**asked: Any) -> dict[str, Any]:
+        quality = asked.pop("quality", "auto")
+        (one,) = client.images.generate(prompt="a fox", **SMALL, quality=quality, extra_body={"seed": 1, **asked}).data
+        return json.loads(opened(one.b64_json).info["settings"])
+
+    own = settings()
+    assert settings(num_inference_steps=6)["decoder_steps"] == settings(steps=6)["decoder_steps"] == 6
+    assert settings(guidance_scale=3.0)["decoder_guidance"] == settings(guidance=2)["decoder_guidance"] == 2
+    assert settings(guidance_scale=0.0)["decoder_guidance"] == settings(guidance_scale=1)["decoder_guidance"] == 0
+    steps = {name: settings(quality=name)["decoder_steps"] / own["decoder_steps"] for name in ("low", "high", "max")}
+    assert steps == {"low": 0.5, "high": 2, "max": 8}
+    assert settings(quality="max", steps=5)["decoder_steps"] == 5
+
+
 @pytest.mark.parametrize(
     ("asked", "status", "says"),
     [
         ({"prompt": "tree " * 80}, 400, "80 tokens and CLIP reads 75"),
-        ({"prompt": "x", "size": "1024x1024"}, 400, "end at 256 px"),
-        ({"prompt": "x", "size": "1792x1024"}, 400, "size: Input should be 'auto', '64x64'"),
-        ({"prompt": "x", "n": 11}, 400, "n: Input should be less than or equal to 10"),
-        ({"prompt": "x", "model": "dall-e-3"}, 404, "The model 'dall-e-3' is not served here"),
-        ({"prompt": "x", "extra_body": {"sede": 1}}, 400, "sede: Extra inputs are not permitted"),
-        ({"prompt": "x", "extra_body": {"steps": 1}}, 400, "steps: Input should be greater than or equal to 2"),
+        ({"prompt": "x", "size": "1024x1024"}, 400, "squares of 64, 256 px: use 256x256"),
+        ({"prompt": "x", "size": "80x60"}, 400, "use 64x64, the nearest, or auto"),
+        ({"prompt": "x", "size": "large"}, 400, "size is large, and this bundle draws"),
+        ({"prompt": "x", "n": 11}, 400, "n is 11: use 10 or less"),
+        ({"prompt": "x", "n": True}, 400, "n is True: use a whole number"),
+        ({"prompt": "x", "n": "many"}, 400, "n is 'many': use a whole number"),
+        ({"prompt": " "}, 400, "prompt is empty"),
+        ({"prompt": "x", "model": "a-cat"}, 404, "The model 'a-cat' is not served here: .* use 'tiny fox'"),
+        ({"prompt": "x", "quality": "best"}, 400, "quality is 'best': use 'auto', 'low'"),
+        ({"prompt": "x", "extra_body": {"sede": 1}}, 400, "sede: unknown field; did you mean seed"),
+        ({"prompt": "x", "extra_body": {"steps": 1}}, 400, "steps is 1: use 2 or more"),
+        ({"prompt": "x", "extra_body": {"seed": 2**60}}, 400, "seed is .*: use 9007199254740991 or less"),
+        ({"prompt": "x", "extra_body": {"width": 512}}, 400, "width: use size"),
     ],
 )
 def test_a_mistake_is_said_as_openai_says_it(
@@ -116,6 +137,51 @@ def test_a_mistake_is_said_as_openai_says_it(
         client.images.generate(**asked)
     assert caught.value.status_code == status
     assert caught.value.body["type"] == "invalid_request_error"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "sent", "status", "param", "says"),
+    [
+        ("POST", "/v1/images/generations", {"json": {}}, 400, "prompt", "prompt is missing"),
+        ("POST", "/v1/images/generations", {"json": []}, 400, None, "not a JSON object: send JSON, such as"),
+        ("POST", "/v1/images/generations", {}, 400, None, "The body is empty: send JSON, such as"),
+        (
+            "POST",
+            "/v1/images/generations",
+            {"content": b'{"prompt": "x"'},
+            400,
+            None,
+            "The body is not JSON (Expecting",
+        ),
+        ("POST", "/v1/images/generations", {"data": {"prompt": "x"}}, 400, None, "as application/json"),
+        ("POST", "/v1/images/edits", {"json": {"prompt": "x"}}, 400, None, "send multipart/form-data"),
+        ("POST", "/v1/images/edits", {"files": {"mask": b"x"}}, 400, "prompt", "prompt is missing"),
+        ("POST", "/v1/chat/completions", {"json": {}}, 404, None, "There is no POST /v1/chat/completions here"),
+        ("GET", "/v1/images/generations", {}, 404, None, "There is no GET /v1/images/generations here"),
+        (
+            "GET",
+            "/v1/images/files/a.webp?compression=500",
+            {},
+            400,
+            "compression",
+            "compression is '500': use 100 or less",
+        ),
+        ("GET", "/v1/models/gpt-4o", {}, 404, "model", "The model 'gpt-4o' is not served here"),
+    ],
+)
+def test_a_body_or_path_that_is_none_is_said_in_our_words(
+    served: str, method: str, path: str, sent: dict[str, Any], status: int, param: str | None, says: str
+) -> None:
+    headers = {"Content-Type": "application/json"} if "content" in sent else {}
+    answer = httpx.request(method, served + path, headers=headers, timeout=60, **sent)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["param"]) == (status, "invalid_request_error", param)
+    assert says in error["message"]
+
+
+def test_health_answers_head(served: str) -> None:
+    answer = httpx.head(f"{served}/health")
+    assert (answer.status_code, answer.content) == (200, b"")
 
 
 def test_the_figures_that_the_board_shows_are_there_without_captions(client: openai.OpenAI, served: str) -> None:
@@ -131,10 +197,15 @@ def test_the_figures_that_the_board_shows_are_there_without_captions(client: ope
     assert 'unclip_images_total{kind="generation"}' in figures
 
 
-def test_the_model_is_listed_with_what_it_can_do(client: openai.OpenAI) -> None:
+def test_the_model_is_listed_and_found_by_each_of_its_names(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
-    assert model.id == "tiny"
+    assert (model.id, model.owned_by) == ("tiny fox", "unclip")
+    assert model.created > 1_700_000_000
     assert model.unclip["sides"] == [16, 64, 256]  # type: ignore[attr-defined]
+    for name in ("tiny fox", "dall-e-3", "gpt-image-1.5", model.unclip["bundle"][:8]):  # type: ignore[attr-defined]
+        assert client.models.retrieve(name) == model
+    made = client.images.generate(prompt="a red fox", model="tiny fox", **SMALL)
+    assert made.warnings == []  # type: ignore[attr-defined]
 
 
 def png(image: Image.Image) -> bytes:
@@ -195,13 +266,54 @@ def test_words_change_an_image_by_their_difference(client: openai.OpenAI) -> Non
     assert min(differences(images(made))) > 0
     with pytest.raises(openai.BadRequestError, match="both captions have the same embedding"):
         client.images.edit(**asked, extra_body=words | {"before": "an angry cat"})
-    with pytest.raises(openai.BadRequestError, match=r"give a mask .* or a caption of the image as it is"):
-        client.images.edit(**asked)
+
+
+def test_an_edit_by_its_prompt_alone_begins_at_the_caption_of_the_images_own_recipe(client: openai.OpenAI) -> None:
+    def edit(image: Any, prompt: str = "an angry cat", **more: Any) -> tuple[str, list[str]]:
+        asked = {"seed": 1, "steps": 4, **more}
+        made: Any = client.images.edit(image=image, prompt=prompt, **SMALL, extra_body=asked)
+        return json.loads(opened(made.data[0].b64_json).info["made"])["before"], made.warnings
+
+    ours = client.images.generate(prompt="a cat", **SMALL, extra_body={"seed": 1}).data
+    assert ours is not None
+    drawn = base64.b64decode(ours[0].b64_json or "")
+    before, (said,) = edit(drawn)
+    assert before == "a cat"
+    assert "'a cat', the caption in the image's own recipe, stands for the image as it is" in said
+    assert edit(drawn, before="a dog") == ("a dog", [])
+    before, (said,) = edit(drawn, prompt="a  cat")  # no direction leads from a caption to itself
+    assert (before, said.startswith("before: the empty caption stands")) == ("", True)
+    plain = opened(ours[0].b64_json)
+    assert edit(png(plain.copy()))[0] == ""  # a browser's canvas keeps no text
+    with pytest.raises(openai.BadRequestError, match="a mask draws a part again"):
+        client.images.edit(image=drawn, mask=drawn, prompt="a dog", **SMALL, extra_body={"before": "a cat"})
+
+
+@pytest.mark.filterwarnings("ignore:deprecated")
+def test_two_images_are_blended_and_more_refused(client: openai.OpenAI) -> None:
+    files = [png(noise(i)) for i in range(3)]
+    asked = {"seed": 1, "steps": 4}
+    made: Any = client.images.edit(image=files[:2], prompt="a cat", n=3, **SMALL, extra_body=asked)
+    assert min(differences(images(made))) > 0
+    assert made.warnings == ["prompt has no effect: two images are blended by their embeddings"]
+    for sent, more, says in (
+        (files, {}, "changes one image, or blends two, and 3 were sent: send two at most"),
+        (files[:2], {"mask": files[0]}, "draws over one image, and 2 were sent: send one"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=says):
+            client.images.edit(image=sent, prompt="a cat", **SMALL, **more)  # type: ignore[arg-type]
+
+
+def test_a_photograph_of_48_megapixels_is_taken(client: openai.OpenAI) -> None:
+    photograph = io.BytesIO()
+    noise(0, 64).resize((8064, 6048)).save(photograph, "JPEG")
+    made = client.images.edit(image=photograph.getvalue(), prompt="a cat", **SMALL, extra_body={"steps": 4})
+    assert len(images(made)) == 1
 
 
 def test_an_interpolation_ends_at_both_images(client: openai.OpenAI, served: str) -> None:
     files = {"first": png(noise(1)), "second": png(noise(2))}
-    fields = {"n": "4", "size": "64x64", "response_format": "b64_json", "seed": "1", "steps": "8"}
+    fields = {"n": "4", "size": "64x64", "seed": "1", "steps": "8"}
     answer = httpx.post(f"{served}/v1/images/interpolations", files=files, data=fields, timeout=60)
     assert answer.status_code == 200, answer.text
     made = [opened(one["b64_json"]) for one in answer.json()["data"]]
@@ -218,7 +330,7 @@ def test_an_interpolation_ends_at_both_images(client: openai.OpenAI, served: str
         (b"", "zero_bytes"),
         (b"<svg/>", "not_an_image"),
         (png(noise())[:-200], "truncated"),
-        (png(Image.new("1", (5000, 5000))), "too_many_pixels"),
+        (png(Image.new("1", (9000, 9000))), "too_many_pixels"),
     ],
 )
 def test_an_upload_is_opened_in_the_one_way_and_refused_with_a_reason(
@@ -238,6 +350,6 @@ def test_the_commands_of_the_page_run_as_they_stand(served: str, tmp_path: Path)
     ended = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     made = {file.name: Image.open(file).size for file in tmp_path.glob("*.png") if file.name != "mask.png"}
-    assert made == {"heart.png": (64, 64), "other.png": (64, 64), "edited.png": (64, 64)}
+    assert made == dict.fromkeys(("heart.png", "other.png", "edited.png", "turned.png"), (64, 64))
     assert ended.stdout.count("event: image_generation.partial_image") == 1
     assert ended.stdout.count("event: image_generation.completed") == 1

@@ -116,10 +116,11 @@ def test_a_host_that_is_none_is_refused(host: str) -> None:
 def api(settings: ServeSettings, tokens: Mapping[str, str]) -> TestClient:
     """The whole application before a door that draws nothing."""
 
-    async def side(model: str | None, size: str) -> int:
-        return int(size.partition("x")[0])
+    async def described() -> dict[str, Any]:
+        return {"bundle": "b" * 64, "sides": [64, 256, 1024]}
 
-    door: Any = SimpleNamespace(settings=settings, observe=lambda *_, **__: None, side=side, traffic=Traffic())
+    observe = lambda *_, **__: None  # noqa: E731
+    door: Any = SimpleNamespace(settings=settings, observe=observe, described=described, traffic=Traffic())
     return TestClient(make_api(door, tokens, lambda: b""), base_url=URL)
 
 

@@ -69,6 +69,14 @@ def test_what_cannot_be_looked_for(client: TestClient, image: bytes, count: int,
     assert says in error["message"]
 
 
+def test_an_edit_by_its_prompt_alone_begins_at_the_nearest_training_caption(bench: Bench) -> None:
+    """Which a bundle's folder alone does not know; then it begins at the empty caption."""
+    for store, before in ((bench.store.url, "image 2"), ("", "")):
+        for client in door(bench, ServeSettings(), store):
+            answer = client.post("/v1/images/edits", data={"prompt": "a fox"}, files={"image": picture(2)})
+        assert answer.json()["error"]["message"] == f"nothing is drawn here, difference least of all {before}"
+
+
 def test_a_folder_of_a_bundle_alone_says_so(bench: Bench) -> None:
     for client in door(bench, ServeSettings(), ""):
         answer = ask(client, picture(0))

@@ -55,11 +55,11 @@ def api_of(bench: Bench, settings: ServeSettings, store: str, tokens: Mapping[st
     """The API of a server that knows its bundle, and draws nothing."""
 
     async def ask() -> dict[str, Any]:
-        about = {"priors": ["diffusion"], "sampling": {"prior": "diffusion"}, "device": "cpu"}
+        about = {"priors": ["diffusion"], "sampling": {"prior": "diffusion"}, "timesteps": 8, "device": "cpu"}
         return {"bundle": bench.made["bundle"].key, "sides": [64, 256], **about}
 
     async def draw(work: Work) -> AsyncGenerator[Event]:
-        raise Refused(f"nothing is drawn here, {work.kind} least of all")
+        raise Refused(" ".join(["nothing is drawn here,", work.kind, "least of all", *map(str, work.more.values())]))
         yield
 
     def observe(name: str, value: float = 1, **labels: str) -> None:
