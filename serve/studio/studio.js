@@ -3,17 +3,21 @@
 const $ = (selector, root = document) => root.querySelector(selector);
 const ROOT = new URL(".", location.href).href; // wherever the server is mounted
 const KEPT = 100; // runs of the history
+const PAGE = 8; // runs that are shown at once, before one scrolls to more
+const THUMBNAIL = 320; // px of what a tile shows of a larger image
+const UNDO_MS = 10_000;
 const SEEDS = 2 ** 32;
 const STAGES = {
-  ar_prior: "imagining it", diffusion_prior: "imagining it", inversion: "reading the picture", decoder: "drawing 64 px",
+  ar_prior: "imagining it", diffusion_prior: "imagining it", inversion: "reading the image", decoder: "drawing 64 px",
   upsampler_256: "growing to 256 px", upsampler_1024: "growing to 1024 px",
 };
-const ORDER = ["imagining it", "reading the picture", "drawing 64 px", "growing to 256 px", "growing to 1024 px"];
+const ORDER = ["imagining it", "reading the image", "drawing 64 px", "growing to 256 px", "growing to 1024 px"];
 const KINDS = { "images/generations": "drawn", "images/variations": "varied", "images/edits": "changed",
   "images/interpolations": "blended", own: "your own" };
 
 const runs = new Map(); // by id: {id, at, title, caption, request: {path, fields, images}, items, seconds, problem}
 const elements = new Map(); // the article of each run
+let older = []; // ids of runs in the database that are not shown yet, oldest first
 const urls = new WeakMap(); // the address of each image, as long as it is in use
 const stops = new Map(); // of each run that is drawn, what stops it
 let model = { sides: [64, 256, 1024], priors: [], sampling: {} };
@@ -107,30 +111,81 @@ async function history(mode, act) {
   const opened = await database;
   if (!opened) return null;
   return new Promise((resolve) => {
-    const asked = act(opened.transaction("runs", mode).objectStore("runs"));
-    asked.onsuccess = () => resolve(asked.result);
-    asked.onerror = () => resolve(null);
+    const transaction = opened.transaction("runs", mode);
+    const asked = act(transaction.objectStore("runs"));
+    transaction.oncomplete = () => resolve(asked.result);
+    transaction.onabort = () => resolve(null); // such as for want of room
   });
 }
 
 async function keep(run) {
   runs.set(run.id, run);
-  await history("readwrite", (table) => table.put(run));
-  for (const id of [...runs.keys()].sort((a, b) => a - b).slice(0, -KEPT)) forget(id);
+  navigator.storage?.persist?.(); // else a browser may drop all of it when its disk is full
+  for (const item of run.items) if (item.side > THUMBNAIL) item.thumbnail ??= await shrunk(item.blob);
+  if (await history("readwrite", (table) => table.put(run)) === null && await database) tell("This browser has no room to keep it.");
+  for (const id of [...older, ...runs.keys()].sort((a, b) => a - b).slice(0, -KEPT)) remove(id);
 }
 
-function forget(id) {
+async function shrunk(blob) { // without it a tile of a 1024 px image takes four megabytes of pixels
+  const bitmap = await createImageBitmap(blob, { resizeWidth: THUMBNAIL, resizeHeight: THUMBNAIL, resizeQuality: "high" });
+  const canvas = make("canvas", { width: THUMBNAIL, height: THUMBNAIL });
+  canvas.getContext("2d").drawImage(bitmap, 0, 0);
+  bitmap.close();
+  return new Promise((resolve) => canvas.toBlob(resolve, "image/webp", 0.9));
+}
+
+function remove(id) {
   runs.get(id)?.items.forEach(release);
   runs.delete(id);
+  older = older.filter((one) => one !== id);
   elements.get(id)?.remove();
   elements.delete(id);
   history("readwrite", (table) => table.delete(id));
   emptiness();
 }
 
+async function more() { // shows the next runs of the history, newest first
+  const ids = older.splice(-PAGE).reverse();
+  for (const run of await Promise.all(ids.map((id) => history("readonly", (table) => table.get(id))))) {
+    if (!run) continue; // another tab has deleted it
+    runs.set(run.id, run);
+    show(run, undefined, true);
+  }
+  if (older.length) watcher.observe($("#runs").lastElementChild ?? document.body);
+}
+
+const watcher = new IntersectionObserver((seen) => {
+  if (!seen.some((one) => one.isIntersecting)) return;
+  watcher.disconnect();
+  more();
+}, { rootMargin: "1000px" });
+
+let undoing; // the timer that takes the offer back
+
+function offer(text, undo) { // says what was deleted, and takes it back if it is asked to
+  $("#undo span").textContent = text;
+  $("#undo").hidden = false;
+  clearTimeout(undoing);
+  const close = () => { $("#undo").hidden = true; };
+  undoing = setTimeout(close, UNDO_MS);
+  $("#undo button").onclick = () => { close(); undo(); };
+}
+
+function removeWithUndo(run) {
+  const next = elements.get(run.id)?.nextElementSibling;
+  remove(run.id);
+  offer(`Deleted: ${run.title}`, async () => {
+    const article = show(run);
+    next?.isConnected ? next.before(article) : $("#runs").append(article);
+    await keep(run);
+    $(".tile", article)?.focus();
+  });
+}
+
 function emptiness() {
-  $("#empty").hidden = elements.size > 0;
-  $("#clear").hidden = elements.size === 0;
+  const none = elements.size + older.length === 0;
+  $("#empty").hidden = !none;
+  $("#clear").hidden = none;
 }
 
 // --- drawing --------------------------------------------------------------------------------------------------------
@@ -151,7 +206,7 @@ async function draw(title, path, fields, images = {}, caption = fields.prompt) {
     run.problem = stop.signal.aborted ? "Stopped." : explained(error);
   }
   stops.delete(run.id);
-  if (!elements.has(run.id)) { // it was forgotten meanwhile
+  if (!elements.has(run.id)) { // it was deleted meanwhile
     run.items.forEach(release);
     return;
   }
@@ -159,9 +214,11 @@ async function draw(title, path, fields, images = {}, caption = fields.prompt) {
   run.items = run.items.filter((item) => item.blob);
   const inside = article.contains(document.activeElement);
   article.replaceWith(show(run));
-  if (inside) $(".tile, .forget", elements.get(run.id)).focus();
-  $("#said").textContent = run.problem || `${run.title}: ${run.items.length} drawn`;
-  if (run.items.length) await keep(run);
+  if (inside) $(".tile, .delete", elements.get(run.id)).focus();
+  tell(run.problem || `${run.title}: ${run.items.length} drawn`);
+  if (!run.items.length) return;
+  await keep(run);
+  if (run.items.some((item) => item.thumbnail) && elements.has(run.id)) fill(elements.get(run.id), run);
 }
 
 async function receive(run, article, signal) {
@@ -184,8 +241,10 @@ async function receive(run, article, signal) {
       if ($("#viewer").open && viewed.run === run) viewed.index === (event.index ?? 0) ? portray() : around();
     }
   }
-  if (missing) throw new Error("The server went away before all was drawn. Draw the same again: what is done is kept.");
+  if (missing) throw new Error("The server went away before all was drawn. Draw it again: what is done is kept.");
 }
+
+const tell = (text) => { $("#said").textContent = text; }; // to a screen reader
 
 function said(article, text, share = 0) {
   $(".going span", article).textContent = text;
@@ -200,9 +259,11 @@ function address(blob) {
   return urls.get(blob);
 }
 
-function release({ blob }) {
-  URL.revokeObjectURL(urls.get(blob));
-  urls.delete(blob);
+function release({ blob, thumbnail }) {
+  for (const one of [blob, thumbnail]) {
+    URL.revokeObjectURL(urls.get(one));
+    urls.delete(one);
+  }
 }
 
 function make(tag, properties = {}, ...children) {
@@ -216,22 +277,22 @@ function choices(group, name, options, chosen) {
     make("input", { type: "radio", name, value, checked: value === chosen }), text)));
 }
 
-function show(run, stop) {
+function show(run, stop, below = false) {
   const article = $("#a-run").content.firstElementChild.cloneNode(true);
   $("h3", article).textContent = run.title;
   $(".going", article).hidden = !stop;
   $(".stop", article).onclick = () => stop.abort();
-  for (const name of [".again", ".forget"]) $(name, article).hidden = Boolean(stop);
+  for (const name of [".again", ".delete"]) $(name, article).hidden = Boolean(stop);
   $(".again", article).hidden ||= run.request.path === "own";
   $(".again", article).onclick = () => {
     const { path, fields, images } = run.request;
     draw(run.title, path, { ...fields, seed: Math.floor(Math.random() * SEEDS) }, images, run.caption);
   };
-  $(".forget", article).onclick = () => { forget(run.id); $("#caption").focus(); };
+  $(".delete", article).onclick = () => { removeWithUndo(run); $("#undo button").focus(); };
   $(".problem", article).hidden = !run.problem;
   $(".problem", article).textContent = run.problem;
   fill(article, run);
-  if (!elements.has(run.id)) $("#runs").prepend(article);
+  if (!elements.has(run.id)) $("#runs")[below ? "append" : "prepend"](article);
   elements.set(run.id, article);
   emptiness();
   return article;
@@ -242,12 +303,12 @@ function fill(article, run) {
   const when = new Date(run.at).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
   const took = run.seconds ? `in ${run.seconds.toFixed(1)} s` : "";
   const side = fields.size === "auto" ? run.items[0]?.side : fields.size?.split("x")[0];
-  const facts = [KINDS[path], side && `${side} px`, took, when];
+  const facts = [run.problem && !run.items.length ? "nothing drawn" : KINDS[path], side && `${side} px`, took, when];
   $("header p", article).textContent = facts.filter(Boolean).join(" · ");
   const best = Math.max(...run.items.map((item) => item.score ?? -1));
   const tiles = run.items.map((item, index) => {
     if (!item.blob) return make("div", { className: "tile" }, make("div", { className: "wait" }));
-    const image = make("img", { src: address(item.blob), alt: described(run, index), className: item.side < 200 ? "small" : "" });
+    const image = make("img", { loading: "lazy", decoding: "async", src: address(item.thumbnail ?? item.blob), alt: described(run, index), className: item.side < 200 ? "small" : "" });
     const score = item.score == null ? "" : `score ${item.score.toFixed(3)}`;
     const nearest = run.items.length > 1 && item.score === best && !item.partial;
     const note = make("span", {}, item.partial ? `${item.side} px so far` : score, nearest ? make("b", {}, "nearest") : "");
@@ -258,7 +319,7 @@ function fill(article, run) {
   if (focused >= 0) tiles[focused].focus();
 }
 
-const described = (run, index) => `${run.title}, picture ${index + 1} of ${run.items.length}`;
+const described = (run, index) => `${run.title}, image ${index + 1} of ${run.items.length}`;
 
 // --- one picture ----------------------------------------------------------------------------------------------------
 
@@ -276,10 +337,10 @@ function view(run, index) {
     .filter(({ one }) => one.blob && one !== item).slice(0, 60);
   $("#others").replaceChildren(...others.map(({ other, one, at }, place) => make("label", { className: "pick" },
     make("input", { type: "radio", name: "other", value: `${other.id}/${at}`, required: true, checked: place === 0 }),
-    make("img", { src: address(one.blob), alt: described(other, at) }))));
-  if (!others.length) $("#others").append(make("p", {}, "Draw or drop another picture first."));
+    make("img", { loading: "lazy", src: address(one.thumbnail ?? one.blob), alt: described(other, at) }))));
+  if (!others.length) $("#others").append(make("p", {}, "Draw or drop another image first."));
   $("#tool-between button").disabled = !others.length;
-  $("#recipe").textContent = run.request.path === "own" ? "A picture of your own." : JSON.stringify(exact(), null, 1);
+  $("#recipe").textContent = run.request.path === "own" ? "An image of your own." : JSON.stringify(exact(), null, 1);
   for (const button of document.querySelectorAll("[data-copy]")) button.hidden = run.request.path === "own";
   $("#copied").textContent = "";
   unpaint();
@@ -288,7 +349,7 @@ function view(run, index) {
   if (!$("#viewer").open) $("#viewer").showModal();
 }
 
-function around() { // offers the pictures before and after the one that is viewed, as far as they are drawn
+function around() { // offers the images before and after the one that is viewed, as far as they are drawn
   const { run, index } = viewed;
   for (const [button, to] of [["#previous", index - 1], ["#next", index + 1]]) {
     const there = Boolean(run.items[to]?.blob);
@@ -298,13 +359,13 @@ function around() { // offers the pictures before and after the one that is view
   }
 }
 
-function portray() { // shows the picture that is viewed, which may grow
+function portray() { // shows the image that is viewed, which may grow
   const { run, index } = viewed, item = run.items[index];
   Object.assign($("#large"), { src: address(item.blob), alt: described(run, index), className: item.side < 200 ? "small" : "" });
   const facts = [`${item.side} px${item.partial ? " so far" : ""}`, item.seed != null && `seed ${item.seed}`, item.score != null && `score ${item.score.toFixed(3)}: how near it is to the caption`];
   $("#about").textContent = facts.filter(Boolean).join(" · ");
   $("#download").href = address(item.blob);
-  $("#download").download = `${(run.title.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["picture"]).join("-").slice(0, 60)}-${item.seed ?? index}.png`;
+  $("#download").download = `${(run.title.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["image"]).join("-").slice(0, 60)}-${item.seed ?? index}.png`;
 }
 
 function use(event) {
@@ -327,7 +388,7 @@ function use(event) {
     draw(`${run.title} → ${other.title}`, "images/interpolations", { ...common, n: given.n }, { first: image, second: other.items[at].blob });
   }
   if (form.dataset.tool === "mask") {
-    const problem = painted ? "" : "Paint over a part of the picture first.";
+    const problem = painted ? "" : "Paint over a part of the image first.";
     form.elements.prompt.setCustomValidity(problem);
     if (problem) { form.elements.prompt.reportValidity(); form.elements.prompt.setCustomValidity(""); return; }
     const { guidance, prior } = shown;
@@ -344,7 +405,7 @@ async function learnt() {
     const form = asForm({ count: 8 }, { image: run.items[index].blob });
     const { data } = await (await call("v1/unclip/neighbours", { form })).json();
     if (viewed.run !== run || viewed.index !== index) return;
-    $("#learnt-says").textContent = data.length ? "" : "The index holds no picture.";
+    $("#learnt-says").textContent = data.length ? "" : "The index holds no image.";
     $("#learnt").replaceChildren(...data.map((row) => make("li", {},
       row.b64_json ? make("img", { src: address(png(row.b64_json, "image/jpeg")), alt: row.caption })
         : make("p", { className: "none" }, "Its licence does not let it be shown."),
@@ -489,11 +550,11 @@ function toDefaults() {
 function outputs() {
   for (const range of document.querySelectorAll("input[type=range]")) {
     const suffix = range.name === "brush" ? "%" : "";
-    $("output", range.parentElement).textContent = `${range.value}${suffix}`;
+    $(`output[for="${range.id}"]`).textContent = `${range.value}${suffix}`;
   }
   const form = $("#compose").elements;
   const seed = $("#fresh").checked ? "a new seed" : `seed ${form.seed.value}`;
-  $("#summary").textContent = [`${form.n.value} pictures`, form.size?.value.split("x")[0].concat(" px"), seed].filter(Boolean).join(", ");
+  $("#summary").textContent = [`${form.n.value} images`, form.size?.value.split("x")[0].concat(" px"), seed].filter(Boolean).join(", ");
 }
 
 async function takeIn(file) {
@@ -504,14 +565,14 @@ async function takeIn(file) {
     const square = make("canvas", { width: side, height: side });
     square.getContext("2d").drawImage(bitmap, (bitmap.width - short) / 2, (bitmap.height - short) / 2, short, short, 0, 0, side, side);
     const blob = await new Promise((resolve) => square.toBlob(resolve));
-    const title = file.name?.replace(/\.\w+$/, "") || "A picture of your own";
+    const title = file.name?.replace(/\.\w+$/, "") || "An image of your own";
     const run = { id: Date.now() + Math.random(), at: Date.now(), title, seconds: 0, problem: "",
       request: { path: "own", fields: {}, images: {} }, items: [{ blob, side }] };
     show(run);
     await keep(run);
     view(run, 0);
   } catch {
-    $("#problem").textContent = `${file.name || "This"} is not a picture that this browser can open: take a PNG, JPEG or WebP.`;
+    $("#problem").textContent = `${file.name || "This"} is not an image that this browser can open: take a PNG, JPEG or WebP.`;
     $("#problem").hidden = false;
   }
 }
@@ -540,12 +601,26 @@ for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", f
   });
 }
 $("#clear").addEventListener("click", () => { 
-  if (!confirm("Forget all pictures that this browser keeps?")) return;
+  if (!confirm("Delete all images that this browser keeps?")) return;
   for (const stop of stops.values()) stop.abort();
-  [...elements.keys()].forEach(forget);
+  [...elements.keys()].forEach(remove);
+  older = [];
+  emptiness();
   history("readwrite", (table) => table.clear()); // also what another tab has drawn since
 });
 $("#close").addEventListener("click", () => $("#viewer").close());
+$("#delete-one").addEventListener("click", () => {
+  const { run, index } = viewed;
+  $("#viewer").close();
+  if (run.items.length === 1) removeWithUndo(run);
+  else {
+    const before = run.items;
+    const change = (items) => { run.items = items; elements.get(run.id).replaceWith(show(run)); return keep(run); };
+    change(before.toSpliced(index, 1));
+    offer("Deleted: one image", () => change(before));
+  }
+  $("#undo button").focus();
+});
 let pressed = null; // where a click in the viewer began: text may be selected beyond its edge
 $("#viewer").addEventListener("pointerdown", (event) => { pressed = event.target; });
 $("#viewer").addEventListener("click", (event) => { if (event.target === $("#viewer") && pressed === event.target) $("#viewer").close(); });
@@ -566,8 +641,6 @@ canvas.addEventListener("keydown", byKey);
 outputs();
 unpaint();
 connectAtLast();
-for (const run of (await history("readonly", (table) => table.getAll())) ?? []) {
-  runs.set(run.id, run);
-  show(run);
-}
+older = (await history("readonly", (table) => table.getAllKeys())) ?? [];
+await more();
 emptiness();

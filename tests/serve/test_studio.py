@@ -74,7 +74,7 @@ def done(page: Page, title: str, how: str = "drawn") -> Locator:
     """Returns the newest run of a title, when all of it is there."""
     run = page.locator("article", has=page.get_by_role("heading", name=title, exact=True)).first
     expect(run).to_contain_text(f"{how} · 64 px")
-    expect(run.get_by_role("button", name="Forget")).to_be_visible()
+    expect(run.get_by_role("button", name="Delete")).to_be_visible()
     expect(run.locator(".problem")).to_be_hidden()
     return run
 
@@ -119,7 +119,7 @@ def test_what_was_drawn_outlives_the_page_until_it_is_forgotten(studio: Page) ->
     studio.reload()
     again = done(studio, CAPTION)
     assert again.locator("img").evaluate_all("all => all.map(i => i.naturalWidth)") == [64] * 4
-    again.get_by_role("button", name="Forget").click()
+    again.get_by_role("button", name="Delete").click()
     studio.reload()
     expect(studio.locator("#empty")).to_be_visible()
     assert studio.locator("article").count() == 0
@@ -129,7 +129,7 @@ def test_a_picture_is_taken_along_with_its_recipe(studio: Page, tmp_path: Path) 
     studio.context.grant_permissions(["clipboard-read", "clipboard-write"])
     draw(studio).locator(".tile").nth(1).click()
     viewer = studio.locator("#viewer")
-    viewer.get_by_text("Take it with you").click()
+    viewer.locator("#tool-take summary").click()
     with studio.expect_download() as downloading:
         viewer.get_by_text("Download").click()
     drawn = Path(downloading.value.path())
@@ -161,15 +161,15 @@ def test_a_picture_is_varied_changed_by_words_and_blended_into_another(studio: P
 
     varied.locator(".tile").nth(2).click()
     viewer.locator("#tool-words summary").click()
-    expect(viewer.get_by_label("It shows")).to_have_value(CAPTION)
-    viewer.locator("#tool-words").get_by_label("It should show").fill("a blue fox")
+    expect(viewer.get_by_label("Before")).to_have_value(CAPTION)
+    viewer.locator("#tool-words").get_by_label("After").fill("a blue fox")
     viewer.get_by_role("button", name="Change").click()
     changed = done(studio, "a blue fox", "changed")
     assert changed.locator(".tile img").count() == 4
 
     changed.locator(".tile").first.click()
     viewer.locator("#tool-between summary").click()
-    viewer.locator("#others").get_by_alt_text("a blue house, picture 1 of 4").click()
+    viewer.locator("#others").get_by_alt_text("a blue house, image 1 of 4").click()
     viewer.get_by_role("button", name="Blend").click()
     blended = done(studio, "a blue fox → a blue house", "blended")
     assert blended.locator(".tile img").count() == 5
@@ -242,7 +242,7 @@ def test_a_picture_is_dropped_or_pasted(studio: Page) -> None:
         studio.evaluate(event, files)
         expect(studio.locator("#viewer").get_by_role("heading", name="mine")).to_be_visible()
         studio.keyboard.press("Escape")
-        studio.locator("article").get_by_role("button", name="Forget").click()
+        studio.locator("article").get_by_role("button", name="Delete").click()
 
 
 def test_a_place_in_line_is_shown_and_what_is_stopped_makes_room(studio: Page) -> None:
@@ -264,7 +264,7 @@ def test_a_place_in_line_is_shown_and_what_is_stopped_makes_room(studio: Page) -
 def test_a_file_that_is_no_picture_is_named(studio: Page) -> None:
     studio.locator("#own").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
     expect(studio.get_by_role("alert")).to_have_text(
-        "a.png is not a picture that this browser can open: take a PNG, JPEG or WebP."
+        "a.png is not an image that this browser can open: take a PNG, JPEG or WebP."
     )
 
 
