@@ -120,10 +120,10 @@ def ours(site: Site, folder: Path, rows: int, shard_rows: int, workers: int) -> 
             "preset": "nano",
             "store": str(folder),
             "source": {"paths": [str(site.write_list(folder / "list.csv", rows))], "shard_rows": shard_rows},
-            "pairs": {"image_size": SIZE, "encode_quality": QUALITY},
+            "pairs": {"image_size": SIZE, "encode_quality": QUALITY, "allow": ["127.0.0.0/8"]},
             "bundle": {"models": ["diffusion_prior", "decoder"], "sampling": {"size": 64}},
             "run": {
-                "pairs": {"workers": workers, "threads": THREADS, "allow": ["127.0.0.0/8"]},
+                "pairs": {"workers": workers, "threads": THREADS},
                 "ray": {"cpus": 4},
             },
         }

@@ -84,7 +84,6 @@ class PairsSettings(ShardSettings):
         timeout_s: For a whole image, with redirects, retries and pauses.
         retries: After a timeout, a failed connection, a 429 or a 5xx status; pauses double and are random.
         hosts: Host name to ``address:port``, such as a mirror; trusted.
-        allow: Hosts and networks that may be reached although they are not public.
         contact: A URL or mail address for the user agent, where owners of servers may complain.
         headers: Origin, such as ``https://images.example.org``, to the environment variable that holds headers for
             it alone.
@@ -95,7 +94,6 @@ class PairsSettings(ShardSettings):
     timeout_s: PositiveFloat = 20.0
     retries: NonNegativeInt = 2
     hosts: dict[str, str] = field(default_factory=dict)
-    allow: tuple[str, ...] = ()
     contact: str = ""
     headers: dict[str, str] = field(default_factory=dict)
 

@@ -114,16 +114,22 @@ def last_run(store: Store, project: str) -> dict[str, Any]:
     return record["stages"] if record else {}
 
 
-def last_made(ctx: Context, inputs: Sequence[str]) -> dict[str, Artifact] | None:
+def last_made(ctx: Context, inputs: Sequence[str], besides: Sequence[str] = ()) -> dict[str, Artifact] | None:
     """Returns the artefacts of the context's stage and of some of its inputs, as an earlier run made them.
 
-    It is the newest run of the project that asked for the same version and recipe and whose artefacts exist, or None.
+    It is the newest run of the project that asked for the same version and recipe, fields ``besides`` apart, and whose
+    artefacts exist, or None.
     """
-    asked = {"version": ctx.version, "recipe": flatten(ctx.recipe)}
+
+    def plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in recipe.items() if name not in besides}
+
+    asked = ctx.version, plain(flatten(ctx.recipe))
     for path in sorted((entry.path for entry in ctx.store.list(f"runs/{ctx.config.project}/")), reverse=True):
         record = read_record(ctx.store, path)
         stages = record["stages"] if record else {}
-        if stages.get(ctx.stage, {}).items() >= asked.items():
+        then = stages.get(ctx.stage)
+        if then and (then["version"], plain(then["recipe"])) == asked:
             found = {name: load_artifact(ctx.store, name, stages[name]["key"]) for name in (ctx.stage, *inputs)}
             if all(found.values()):
                 return {name: artifact for name, artifact in found.items() if artifact is not None}

@@ -78,11 +78,16 @@ class Fetcher:
     """
 
     def __init__(
-        self, settings: PairsSettings, max_bytes: int, deny: DenyLists = NOTHING_DENIED, reach: Reach = NOTHING
+        self,
+        settings: PairsSettings,
+        max_bytes: int,
+        deny: DenyLists = NOTHING_DENIED,
+        reach: Reach = NOTHING,
+        allow: Sequence[str] = (),
     ):
         self._settings, self._max_bytes, self._deny, self._reach = settings, max_bytes, deny, reach
         private = private_headers(settings.headers, os.environ)
-        guard, hosts = Guard(settings.hosts, settings.allow), Hosts(settings.per_host)
+        guard, hosts = Guard(settings.hosts, allow), Hosts(settings.per_host)
         self._access = Access(guard, hosts, user_agent(settings.contact), private)
         self._robots = Robots(self._read_robots)
         self._s3 = S3Reader(settings.threads, settings.timeout_s, max_bytes)

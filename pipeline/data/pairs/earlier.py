@@ -50,9 +50,9 @@ class Known:
 def earlier_shards(ctx: Context) -> dict[int, dict[str, ShardRow]]:
     """Returns, by number, the shards of source and pairs that the last run with the same recipe made.
 
-    Returns none if their table is gone or damaged.
+    Addresses that it did not allow may be allowed now. Returns none if their table is gone or damaged.
     """
-    made = last_made(ctx, ("source",))
+    made = last_made(ctx, ("source",), besides=("allow",))
     if made is None:
         return {}
     try:
@@ -80,7 +80,11 @@ def take_over(
         same = [
             i
             for i, (now, then) in enumerate(zip(refs, before, strict=False))
-            if not now["reject"] and not then["reject"] and all(now[k] == then[k] for k in ("url", "sha256"))
+            if not now["reject"]
+            and not then["reject"]
+            and all(now[k] == then[k] for k in ("url", "sha256"))
+            # Another recipe may allow the address.
+            and index[i]["reason"] != "forbidden_address"
         ]
         own = [i for i in same if index[i]["tar"] is None and index[i]["size"] is not None]
         images = {}

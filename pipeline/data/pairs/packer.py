@@ -59,7 +59,7 @@ class Packer:
     @cached_property
     def fetcher(self) -> Fetcher:
         # Opened at the first shard, where a UserError of this machine's environment is still one line.
-        return Fetcher(self.settings, self.recipe.max_bytes, self.deny, self.reach)
+        return Fetcher(self.settings, self.recipe.max_bytes, self.deny, self.reach, self.recipe.allow)
 
     def __call__(self, task: ShardTask) -> ShardOutput:
         with TemporaryFile() as spool:

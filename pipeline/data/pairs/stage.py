@@ -39,6 +39,7 @@ class PairsRecipe:
         encode_quality: 0 to 100; for png the compression, 0 to 9.
         max_bytes: Limit for one image, as fetched.
         max_pixels: Limit for one image by its header, before anything is decoded; Pillow opens none above 178,956,970.
+        allow: Hosts and networks that may be reached although they are not public, such as ``10.0.0.0/8``.
         deny_hosts: A text file of hosts that are never asked, each with all its subdomains.
         deny_urls: A text file of URLs that are never fetched.
         deny_sha256: A text file of sha256 of images that are never kept.
@@ -51,6 +52,7 @@ class PairsRecipe:
     encode_quality: int = 95
     max_bytes: PositiveInt = MAX_BYTES
     max_pixels: Annotated[int, Field(gt=0, le=MOST_PIXELS)] = MAX_PIXELS
+    allow: tuple[str, ...] = ()
     deny_hosts: ContentFile | None = None
     deny_urls: ContentFile | None = None
     deny_sha256: ContentFile | None = None

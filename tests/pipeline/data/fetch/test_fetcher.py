@@ -74,8 +74,9 @@ def site() -> Iterator[str]:
 
 
 def fetcher(reach: Reach = NOTHING, **changes: object) -> Fetcher:
-    settings = {"threads": 4, "timeout_s": 5.0, "retries": 0, "allow": ("127.0.0.1",)}
-    return Fetcher(PairsSettings(**{**settings, **changes}), MAX_BYTES, reach=reach)  # type: ignore[arg-type]
+    settings = {"threads": 4, "timeout_s": 5.0, "retries": 0, "allow": ("127.0.0.1",), **changes}
+    allow = settings.pop("allow")
+    return Fetcher(PairsSettings(**settings), MAX_BYTES, reach=reach, allow=allow)  # type: ignore[arg-type]
 
 
 def one(reference: str, reach: Reach = NOTHING, **changes: object) -> Fetched:

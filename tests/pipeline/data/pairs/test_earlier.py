@@ -53,6 +53,17 @@ def test_rows_that_moved_or_have_another_hash_are_asked_for(tmp_path: Path) -> N
     assert [row["reason"] for row in hashed.rows("pairs")] == ["http_4xx", None, "opted_out", "hash_mismatch"]
 
 
+def test_what_is_allowed_later_is_asked_for_in_its_place(tmp_path: Path) -> None:
+    with serving({"/8.png": GOOD["/8.png"]}) as private:
+        urls = ("http://h/0.png", "http://h/1.png", f"http://{private}/8.png")
+        paths = [write_list(tmp_path / "a.csv", [(url, "a picture", "train") for url in urls])]
+        first = _run(tmp_path / "a", paths, GOOD)
+        assert first.made["pairs"].ledger == Ledger(kept=2, rejected={"forbidden_address": 1})
+        allowed = _run(tmp_path / "a", paths, {}, allow=["127.0.0.0/8"])  # nobody else is asked again
+    assert allowed.made["pairs"].ledger == Ledger(kept=3)
+    assert allowed.made["pairs"].key != first.made["pairs"].key
+
+
 def test_a_denied_member_of_a_tar_keeps_its_evidence(tmp_path: Path) -> None:
     (tmp_path / "deny").write_text(hashlib.sha256(picture(2)).hexdigest())
     for numbers in ((1, 2), (1, 2, 3)):
