@@ -18,9 +18,9 @@ from pipeline.graph.execute import heal
 from pipeline.graph.pointer import read_releases
 from pipeline.ledger import Ledger
 from pipeline.local import Reach, open_local, read_local
-from pipeline.release.diff import find_bundle as find_in_store
+from pipeline.release.signing import files_of, find_release
 from pipeline.store import Store, local_folder, open_store
-from pipeline.store.names import is_part
+from pipeline.store.names import is_digest, is_part
 from pipeline.store.records import digest, materialise, put_blob
 
 RELEASE = "release:"
@@ -36,6 +36,7 @@ class Bundle:
         blobs: Its files by their names, with the sha256 of each.
         store: Holds the files.
         place: Its own folder, where it has one already.
+        files: Digest of the files that were signed, of a release that has to be.
     """
 
     output: Path
@@ -43,6 +44,7 @@ class Bundle:
     blobs: Mapping[str, str]
     store: Store | None = None
     place: Path | None = None
+    files: str = ""
 
     @property
     def name(self) -> str:
@@ -55,7 +57,8 @@ class Bundle:
         if self.store is None:
             assert self.place is not None
             return self.place
-        folder = self.output / "bundle" / self.name
+        # What is there is not read again: files of a signed release lie apart from those that another list named.
+        folder = self.output / "bundle" / (f"signed-{self.files[:12]}" if self.files else self.name)
         self.copy(folder)
         return folder
 
@@ -91,9 +94,9 @@ def find_bundle(source: str | None, overrides: Sequence[str] = ()) -> Bundle:
     if source.startswith(RELEASE):
         config = load_as_run(source.removeprefix(RELEASE), overrides)
         store = open_store(config.store)
-        return _stored(
-            Path(config.run.output), store, find_in_store(store, read_releases(store, config.project), "current")
-        )
+        keys = config.release.keys
+        artifact = find_release(store, config.project, read_releases(store, config.project), keys)
+        return _stored(Path(config.run.output), store, artifact, files_of(artifact) if keys else "")
     folder = Path(source)
     if folder.suffix in (".yaml", ".yml"):
         project = open_as_run(source, overrides)
@@ -110,12 +113,15 @@ def find_bundle(source: str | None, overrides: Sequence[str] = ()) -> Bundle:
     return _of_output(folder)
 
 
-def remember_bundle(output: Path, store: str, key: str) -> None:
-    """Writes into a run's output folder where its bundle is, relative to it where the store is below it."""
+def remember_bundle(output: Path, store: str, key: str, files: str = "") -> None:
+    """Writes into a run's output folder where its bundle is, relative to it where the store is below it.
+
+    ``files``: the digest of the files of a signed release; others under this key are not drawn with then.
+    """
     output.mkdir(parents=True, exist_ok=True)
     if (folder := local_folder(open_store(store))) and folder.is_relative_to(output.absolute()):
         store = os.path.relpath(folder, output.absolute())
-    (output / "bundle.json").write_text(json.dumps({"store": store, "bundle": key}) + "\n")
+    (output / "bundle.json").write_text(json.dumps({"store": store, "bundle": key, "files": files}) + "\n")
 
 
 def _newest_output() -> Path:
@@ -130,23 +136,27 @@ def _of_output(output: Path) -> Bundle:
     """Returns the bundle that ``remember_bundle`` wrote down; its copy in the folder, where its store has gone."""
     try:
         word = json.loads(read_local(output / "bundle.json", 1 << 16))
-        url, key = word["store"], word["bundle"]
-        if not is_part(key):
-            raise ValueError(key)
+        url, key, files = word["store"], word["bundle"], word["files"]
+        if not is_part(key) or not (files == "" or is_digest(files)):
+            raise ValueError(word)
         store = open_store(url if "://" in url else str(output / url))
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{output}: no finished bundle there; name {PLACES}") from None
     artifact = load_artifact(store, "bundle", key)
-    copy = output / "bundle" / key[:12]
+    copy = output / "bundle" / (f"signed-{files[:12]}" if files else key[:12])
+    if artifact is not None and files and files != files_of(artifact):
+        raise UserError(
+            f"{output}: its bundle in {store.url} has other files than those that were signed; take it again"
+        )
     if artifact is None and (copy / "sampling.json").is_file():
         return _of_folder(copy, output)
     if artifact is None:
         raise UserError(f"{output}: its bundle is not in {store.url} any longer; run its configuration again")
-    return _stored(output, store, artifact)
+    return _stored(output, store, artifact, files)
 
 
-def _stored(output: Path, store: Store, artifact: Artifact) -> Bundle:
-    return Bundle(output, artifact.key, artifact.blobs, store)
+def _stored(output: Path, store: Store, artifact: Artifact, files: str = "") -> Bundle:
+    return Bundle(output, artifact.key, artifact.blobs, store, files=files)
 
 
 def _of_folder(folder: Path, output: Path) -> Bundle:

@@ -332,6 +332,9 @@ def _release(parser: Parser) -> None:
     text = "promote in spite of the gates, and record why"
     actions["promote"].add_argument("--force", metavar="REASON", help=text)
     actions["rollback"].add_argument("--reason", default="", help="why, for the record")
+    for name in ("promote", "rollback"):
+        text = "sign the move with this private Ed25519 key, as ssh-keygen writes it"
+        actions[name].add_argument("--key", metavar="FILE", help=text)
     named = "current, previous, own (this configuration's), or the beginning of a bundle's key"
     diff = actions["diff"]
     diff.add_argument("first", nargs="?", default="current", metavar="OLD", help=f"{named}; by default current")

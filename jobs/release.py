@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from jobs.bundles import remember_bundle
 from jobs.output import print_json
 from jobs.project import Project, load_as_run, project_of
@@ -32,6 +34,16 @@ from pipeline.release.compare import (
 )
 from pipeline.release.diff import data_changes, find_bundle, recipes_changed, stages_behind
 from pipeline.release.gates import failing, unjudged
+from pipeline.release.signing import (
+    Untrusted,
+    check_signed,
+    files_of,
+    find_release,
+    is_signed,
+    public_line,
+    read_private_key,
+    signed,
+)
 from pipeline.store import Store, open_store
 
 
@@ -51,6 +63,38 @@ class Asked:
     def name(self) -> str:
         return self.config.project
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Returns the public keys that may sign; empty where signatures are not checked."""
+        return self.config.release.keys
+
+    def find_release(self) -> Artifact:
+        """Returns the bundle of the release. Raises UserError, also for one without the signature that it needs."""
+        return find_release(self.store, self.name, self.releases, self.keys)
+
+    def signed(self, place: int) -> bool:
+        """Returns whether a key that may sign has signed the move at a place, or no signature is asked for."""
+        return not self.keys or is_signed(self.name, self.releases.moves[: place + 1], self.keys)
+
+    def signer(self, file: str | None) -> Ed25519PrivateKey | None:
+        """Returns the private key in a file. Raises UserError for one that may not sign, and where one is needed."""
+        if file is None:
+            if self.keys:
+                raise UserError(f"{self.name}: release.keys asks for a signature; name a private key with --key FILE")
+            return None
+        key = read_private_key(file)
+        if self.keys and public_line(key) not in [" ".join(known.split()[:2]) for known in self.keys]:
+            raise UserError(f"{file}: is none of release.keys; add its line there: {public_line(key)}")
+        return key
+
+    def move(self, move: Move, signer: Ed25519PrivateKey | None) -> None:
+        """Moves the release, with a signature if there is a key. Raises UserError if another process was first."""
+        if signer is not None:
+            move = signed(self.name, self.releases, move, signer)
+        move_release(self.store, self.name, self.releases, move)
+        if signer is not None and not self.keys:
+            print(f'{self.name}: to have signatures checked, write release: {{keys: ["{public_line(signer)}"]}}')
+
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs one of the commands."""
@@ -63,12 +107,14 @@ def main(arguments: argparse.Namespace) -> int:
 def _promote(asked: Asked, arguments: argparse.Namespace) -> int:
     if arguments.force is not None and not arguments.force.strip():
         raise UserError("--force needs a reason, which is recorded")
+    signer = asked.signer(arguments.key)
     made = asked.project().made("bundle", "evaluation")
     key, current = made["bundle"].key, asked.releases.current
-    if current is not None and current.bundle == key:
+    again = current is not None and current.bundle == key
+    if again and (signer is None or _holds(asked, made["bundle"], [public_line(signer)])):
         print(f"{asked.name}: {key[:12]} is the release already")
         return 0
-    failed, unknown = _judged(asked, made["evaluation"]) if current is not None else ([], [])
+    failed, unknown = _judged(asked, made["evaluation"]) if current is not None and not again else ([], [])
     for line in (*failed, *(f"not judged: {line}" for line in unknown)):
         print(f"  {line}")
     if failed and arguments.force is None:
@@ -78,11 +124,21 @@ def _promote(asked: Asked, arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    move = Move("promote", key, made["evaluation"].key, time.time(), arguments.force or "", tuple(failed))
-    move_release(asked.store, asked.name, asked.releases, move)
+    files, reason = files_of(made["bundle"]), arguments.force or ""
+    move = Move("promote", key, made["evaluation"].key, time.time(), reason, tuple(failed), files)
+    asked.move(move, signer)
     was = f", which was {current.bundle[:12]}" if current is not None else ""
     print(f"{asked.name}: {key[:12]} is the release{was}")
     return 0
+
+
+def _holds(asked: Asked, bundle: Artifact, keys: Sequence[str]) -> bool:
+    """Returns whether a bundle is the release, with the files that it has now and signatures by one of ``keys``."""
+    try:
+        check_signed(asked.store, asked.name, asked.releases, keys)
+    except Untrusted:
+        return False
+    return asked.releases.current is not None and asked.releases.current.files == files_of(bundle)
 
 
 def _judged(asked: Asked, evaluation: Artifact) -> tuple[list[str], list[str]]:
@@ -114,15 +170,20 @@ def _against(asked: Asked, bundle: str, new: Measured) -> tuple[Measured | None,
 
 
 def _rollback(asked: Asked, arguments: argparse.Namespace) -> int:
-    current, previous = asked.releases.current, asked.releases.previous
+    signer, current, previous = asked.signer(arguments.key), asked.releases.current, asked.releases.previous
     if current is None or previous is None:
         raise UserError(
             f"{asked.name}: no release exists before {'this one' if current else 'the first'} to go back to"
         )
     if load_artifact(asked.store, "bundle", previous.bundle) is None:
         raise UserError(f"{asked.name}: bundle {previous.bundle[:12]} has gone from {asked.store.url}; promote another")
-    move = Move("rollback", previous.bundle, previous.evaluation, time.time(), arguments.reason)
-    move_release(asked.store, asked.name, asked.releases, move)
+    if not asked.signed(asked.releases.places[-2]):
+        raise UserError(
+            f"{asked.name}: {previous.bundle[:12]} was promoted without a signature of release.keys; promote it again "
+            "with its configuration and --key FILE"
+        )
+    move = Move("rollback", previous.bundle, previous.evaluation, time.time(), arguments.reason, (), previous.files)
+    asked.move(move, signer)
     print(f"{asked.name}: {previous.bundle[:12]} is the release again, which was {current.bundle[:12]}")
     return 0
 
@@ -137,11 +198,13 @@ def _list(asked: Asked, arguments: argparse.Namespace) -> int:
         print(f"{asked.name}: nothing has been released")
         return 0
     print(f"{asked.name}: {current.bundle} is the release")
-    for move in asked.releases.moves:
+    for place, move in enumerate(asked.releases.moves):
         when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(move.at))
         print(f"  {when} UTC  {move.action:9}{move.bundle[:12]}  {move.reason}".rstrip())
         for line in move.failed:
             print(f"{'':22}in spite of: {line}")
+        if not asked.signed(place):
+            print(f"{'':22}not signed by one of release.keys")
     return 0
 
 
@@ -191,9 +254,9 @@ def _evaluate(asked: Asked, arguments: argparse.Namespace) -> int:
     project, current = asked.project(), asked.releases.current
     if current is None:
         raise UserError(f"{asked.name}: nothing has been released yet")
-    bundle = load_artifact(asked.store, "bundle", current.bundle)
-    if bundle is None:
+    if load_artifact(asked.store, "bundle", current.bundle) is None:
         raise UserError(f"{asked.name}: bundle {current.bundle[:12]} has gone from {asked.store.url}; promote another")
+    bundle = asked.find_release()
     # The early checkpoint belongs to this configuration, not to the release.
     stage = project.graph["evaluation"]
     stage = replace(stage, recipe=replace(stage.recipe, early=0))
@@ -212,15 +275,15 @@ def _evaluate(asked: Asked, arguments: argparse.Namespace) -> int:
 
 
 def _take(asked: Asked, arguments: argparse.Namespace) -> int:
-    bundle = find_bundle(asked.store, asked.releases, "current")
-    remember_bundle(Path(arguments.folder), asked.store.url, bundle.key)
+    bundle = asked.find_release()
+    remember_bundle(Path(arguments.folder), asked.store.url, bundle.key, files_of(bundle) if asked.keys else "")
     print(f'{arguments.folder}: unclip sample --from {arguments.folder} "CAPTION" draws with {bundle.key[:12]}')
     return 0
 
 
 def _weights(asked: Asked, arguments: argparse.Namespace) -> int:
     """Prints, as YAML, how a configuration begins with the release's weights; CLIP is left out, as it is pinned."""
-    bundle, keys = find_bundle(asked.store, asked.releases, "current"), {v.stage: v.key for v in asked.project().plan()}
+    bundle, keys = asked.find_release(), {v.stage: v.key for v in asked.project().plan()}
     for name in MODELS:
         blob = bundle.blobs.get(f"{name}/model.safetensors")
         if name == "ar_prior" and blob and bundle.inputs["codec"] != keys.get("codec"):

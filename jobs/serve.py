@@ -84,7 +84,8 @@ def find_served(source: str | None) -> Served:
 
     if source is not None and source.startswith(RELEASE):
         config = load_config(source.removeprefix(RELEASE), [])
-        served = Served(config.project, store=open_store(config.store).url, project=config.project)
+        store = open_store(config.store).url
+        served = Served(config.project, store=store, project=config.project, keys=config.release.keys)
         served.current()
         return served
     bundle = find_bundle(source)
@@ -112,7 +113,7 @@ def _rayservice(source: str | None, settings: ServeSettings) -> str:
     # Pods listen for others, so that a Secret without UNCLIP_TOKENS is refused.
     settings = replace(settings, host="0.0.0.0", replicas=most)
     settings = replace(settings, device="cuda" if pods.gpus else "cpu", cpus=settings.cpus or pods.cpus)
-    served = {"name": config.project, "store": store.url, "project": config.project}
+    served = {"name": config.project, "store": store.url, "project": config.project, "keys": config.release.keys}
     arguments = {"served": served, "settings": dataclasses.asdict(settings)}
     environment = plain(os.environ)
     service = render_service(config.project, arguments, settings.replicas, pods, environment)

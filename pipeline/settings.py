@@ -29,6 +29,7 @@ STATE_BYTES = 20  # a parameter of a training: weight, average, gradient and two
 # Names of variables that hold secrets.
 SECRETS = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|(ACCESS|API|PRIVATE|STORAGE|ACCOUNT)_?KEY", re.IGNORECASE)
 NO_SECRET = "no secret is written into YAML; put it into a Secret, run.kubernetes.secret"
+PUBLIC_KEY = re.compile(r"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI[A-Za-z0-9+/]{43}( .*)?")  # OpenSSH's spelling
 SPARED = 30  # times as long as it took to write a checkpoint, until the next one
 
 
@@ -292,16 +293,27 @@ class Prices:
 
 @dataclass(frozen=True)
 class ReleaseGates:
-    """Says what a bundle must show before it becomes the release.
+    """Says what a bundle must show before it becomes the release, and whose signature a release needs.
 
     Attributes:
         claims: Every claim that held for the release must hold for the new bundle.
         figures: No figure may be worse than the release's, row by row, by more than chance.
         tolerance: By how much it may, as a share of the release's figure.
         ignore: Figures that no gate asks about, such as ``decoder.background``.
+        keys: Public keys (``ssh-ed25519 AAAA...``) of which one must have signed a release before it is served, taken
+            or drawn with; without any, signatures are not checked.
     """
 
     claims: bool = True
     figures: bool = True
     tolerance: NonNegativeFloat = 0.0
     ignore: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for number, key in enumerate(self.keys, 1):
+            if not PUBLIC_KEY.fullmatch(key):  # which may be a private one, and is not repeated
+                raise ValueError(
+                    f"keys: number {number} is not a public Ed25519 key; write the line of release.key.pub, which "
+                    "ssh-keygen -t ed25519 -f release.key makes"
+                )

@@ -9,15 +9,16 @@ from models.cascade import UnCLIP
 from models.sampling_config import UPSAMPLERS
 from pipeline.data.embeddings.scores import Head, load_heads
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import load_artifact
+from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.pointer import read_releases
 from pipeline.parse import ContentFile
+from pipeline.release.signing import find_release
 from pipeline.sampling.drawing import open_bundle
 from pipeline.store import open_store
 from pipeline.store.records import materialise
 
 
-@dataclass(frozen=True)
+@dataclass
 class Served:
     """Names a bundle: in a store by its key or as the release of a project, or a folder.
 
@@ -27,6 +28,8 @@ class Served:
         key: The bundle's key, or what identifies the folder; "" for the release of ``project``.
         project: The project whose release is followed.
         folder: The bundle's folder, if it is not in a store.
+        keys: Public keys of which one must have signed the release; without any, signatures are not checked.
+        moves: Number of moves of the release that this process has seen; with ``keys`` an older state is refused.
     """
 
     name: str
@@ -34,22 +37,40 @@ class Served:
     key: str = ""
     project: str = ""
     folder: str = ""
+    keys: tuple[str, ...] = ()
+    moves: int = 0
+
+    def __post_init__(self) -> None:
+        self.keys = tuple(self.keys)  # which JSON makes a list
 
     def current(self) -> str:
-        """Returns the key of the bundle to serve now. Raises UserError for a project without a release."""
+        """Returns the key of the bundle to serve now.
+
+        Raises UserError for a project without a release, and Untrusted for one that none of ``keys`` has signed so.
+        """
         if self.key:
             return self.key
-        move = read_releases(open_store(self.store), self.project).current
-        if move is None:
+        store = open_store(self.store)
+        releases = read_releases(store, self.project)
+        if releases.current is None:
             raise UserError(f"{self.project} has no release in {self.store}; make one with unclip release promote")
-        return move.bundle
+        if self.keys:
+            find_release(store, self.project, releases, self.keys, self.moves)
+        self.moves = len(releases.moves)
+        return releases.current.bundle
 
     def open(self, key: str, device: str) -> UnCLIP:
         """Loads the bundle of a key. Raises UserError where it is not in the store, CorruptObject if it is damaged."""
         if self.folder:
             return open_bundle(self.folder, device)
         store = open_store(self.store)
-        artifact = load_artifact(store, "bundle", key)
+        artifact: Artifact | None
+        if self.keys:
+            artifact = find_release(store, self.project, read_releases(store, self.project), self.keys, self.moves)
+            if artifact.key != key:
+                raise UserError(f"the release was moved on from bundle {key[:12]} while that was opened; try again")
+        else:
+            artifact = load_artifact(store, "bundle", key)
         if artifact is None:
             raise UserError(f"bundle {key[:12]} is not in {store.url} any longer; run its configuration again")
         with tempfile.TemporaryDirectory() as folder:

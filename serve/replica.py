@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import UserError
+from pipeline.release.signing import Untrusted
 from pipeline.sampling.drawing import refusals
 from serve.bundle import Served, read_head
 from serve.model_runner import ModelRunner, Stopped
@@ -72,7 +73,8 @@ class Replica:
                 self.warning, pause = "", self.settings.follow_s
             except Exception as e:  # whatever is wrong with the new one, the old one goes on
                 pause = min(2 * pause, max(SELDOM_S, pause))
-                self.warning = "the release could not be loaded, and the one before goes on: see the log"
+                what = "is not signed by a trusted key" if isinstance(e, Untrusted) else "could not be loaded"
+                self.warning = f"the release {what}, and the one before goes on: see the log"
                 log.warning("bundle %s goes on: the release could not be loaded (%s)", self.runner.key[:12], e)
 
     def _switch(self) -> None:

@@ -22,7 +22,8 @@ class Move:
     """One move of the pointer, to a ``bundle`` with the ``evaluation`` it was judged by (keys).
 
     ``at``: seconds since the epoch; ``reason``: why it was forced or rolled back; ``failed``: the gates that did not
-    hold.
+    hold; ``files``: a digest of the bundle's files; ``signature``: hexadecimal, by a key of who may release (see
+    pipeline.release.signing), or empty.
     """
 
     action: Literal["promote", "rollback"]
@@ -31,6 +32,8 @@ class Move:
     at: float
     reason: str = ""
     failed: tuple[str, ...] = ()
+    files: str = ""
+    signature: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,20 @@ class Releases:
     moves: tuple[Move, ...] = ()
 
     @property
-    def standing(self) -> tuple[Move, ...]:
-        """Returns the promotions that were not rolled back, the current one last."""
-        stack: list[Move] = []
-        for move in self.moves:
+    def places(self) -> tuple[int, ...]:
+        """Returns the places in ``moves`` of the promotions that were not rolled back, the current one last."""
+        stack: list[int] = []
+        for place, move in enumerate(self.moves):
             if move.action == "promote":
-                stack.append(move)
+                stack.append(place)
             else:
                 stack.pop()
         return tuple(stack)
+
+    @property
+    def standing(self) -> tuple[Move, ...]:
+        """Returns the promotions that were not rolled back, the current one last."""
+        return tuple(self.moves[place] for place in self.places)
 
     @property
     def current(self) -> Move | None:

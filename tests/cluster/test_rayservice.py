@@ -16,6 +16,7 @@ from serve.bundle import Served
 from serve.guard import read_tokens
 from serve.settings import ServeSettings
 
+KEY = f"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI{'B' * 43} ana@example.org"
 KUBERNETES: dict[str, Any] = {"image": "registry.example.org/unclip:1", "secret": "unclip"}
 
 
@@ -23,7 +24,9 @@ KUBERNETES: dict[str, Any] = {"image": "registry.example.org/unclip:1", "secret"
 def project(tmp_path: Path) -> Path:
     config = {"project": "Birds_2", "preset": "nano", "store": "s3://bucket/birds", "source": {"paths": ["a.csv"]}}
     (tmp_path / "a.csv").write_text("url,caption\n")
-    (tmp_path / "birds.yaml").write_text(yaml.safe_dump({**config, "run": {"kubernetes": KUBERNETES}}))
+    (tmp_path / "birds.yaml").write_text(
+        yaml.safe_dump({**config, "release": {"keys": [KEY]}, "run": {"kubernetes": KUBERNETES}})
+    )
     return tmp_path / "birds.yaml"
 
 
@@ -38,7 +41,9 @@ def test_a_release_is_rendered_as_a_service_that_ray_serve_takes(
     assert served.http_options.host == "0.0.0.0"
     (application,) = served.applications
     assert application.import_path == BUILDER
-    assert Served(**application.args["served"]) == Served("Birds_2", "s3://bucket/birds", project="Birds_2")
+    assert Served(**application.args["served"]) == Served(
+        "Birds_2", "s3://bucket/birds", project="Birds_2", keys=(KEY,)
+    )
     settings = parse(ServeSettings, application.args["settings"], "serve")
     assert (settings.replicas, settings.idle_replicas, settings.batch, settings.device) == (3, 0, 16, "cuda")
     with pytest.raises(UserError, match="lets others in"):  # as a pod does whose Secret has no UNCLIP_TOKENS

@@ -31,6 +31,7 @@ EDITED = "tests/jobs/test_edit.py, as it stands, with models of random weights"
 RETRAINED = "tests/jobs/test_retrain.py, in the order of docs/retrain.md and with what they print"
 RAYJOB = "tests/cluster/test_submit_kuberay.py and test_rayjob_runs.py; there is no Kubernetes here"
 SUBMITTED = "tests/cluster/test_local.py, to clusters on loopback"
+SIGNED = "tests/jobs/test_signed_release.py, with made-up artefacts"
 SERVED = "tests/serve, with models of random weights"
 CHECKED = "tests/test_benchmarks.py, on a CPU; there is no GPU here"
 # Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
@@ -96,6 +97,8 @@ TESTED = {
     "python examples/train_prior.py configs/nano.yaml": "here",
     "python examples/add_stage.py configs/nano.yaml": "here",
     "python examples/another_decoder.py configs/nano.yaml": "here",
+    "unclip release promote configs/nano.yaml --key release.key": SIGNED,
+    'unclip release rollback configs/nano.yaml --key release.key --reason "it drew cats"': SIGNED,
     "unclip release take configs/nano.yaml out/released": "here",
     'unclip sample "a red heart" --from out/released': "here",
     "unclip release weights configs/nano.yaml": "here",

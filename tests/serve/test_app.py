@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 
 from jobs.serve import read_settings
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.pointer import Move, move_release, read_releases
+from pipeline.release.signing import files_of, public_line, read_private_key, signed
 from serve import bundle
 from serve.listening import listen, named
 from serve.processes import sized
@@ -23,6 +27,7 @@ from serve.settings import ServeSettings
 from serve.work import Row, Work
 from tests.chain import ROOT
 from tests.faults import start
+from tests.pipeline.release.test_signing import make_key
 from tests.pipeline.sampling.test_generation import publish_bundle
 
 
@@ -109,6 +114,37 @@ def test_a_release_is_followed_after_a_failure(monkeypatch: pytest.MonkeyPatch) 
     until(("a", True))
     releases.broken = False
     until(("b", False))
+
+
+def test_a_new_release_that_is_not_signed_leaves_the_old_one_and_is_said(tmp_path: Path) -> None:
+    store, first = publish_bundle(tmp_path)
+    key, threads = read_private_key(make_key(tmp_path)), torch.get_num_threads()
+
+    def promote(artifact: Artifact, sign: bool) -> None:
+        seen = read_releases(store, "p")
+        move = Move("promote", artifact.key, "e" * 64, 1.0, files=files_of(artifact))
+        move_release(store, "p", seen, signed("p", seen, move, key) if sign else move)
+
+    def until(key: str, warning: str) -> None:
+        deadline = time.monotonic() + 60
+        while (found := ((drawer.next or drawer.runner).key, drawer.warning)) != (key, warning):
+            assert time.monotonic() < deadline, found
+            time.sleep(0.01)
+
+    promote(first, True)
+    second = publish_artifact(store, replace(first, key="c" * 64), 0.0)
+    served = bundle.Served("p", store=store.url, project="p", keys=(public_line(key),))
+    try:
+        drawer = Replica(served, ServeSettings(cpus=1, follow_s=0.02))
+        until(first.key, "")
+        promote(second, False)
+        until(first.key, "the release is not signed by a trusted key, and the one before goes on: see the log")
+        promote(second, True)
+        until(second.key, "")
+        with pytest.raises(UserError, match="was moved on from bundle b"):
+            drawer.served.open(first.key, "cpu")
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
