@@ -117,21 +117,9 @@ class ReplicaPool:
         raises.
         """
         member = await self._acquire()
-        waiting: asyncio.Task[Event] | None = None
         try:
             async with aclosing(member.handle.draw(work)) as events:
-                while True:
-                    patience = self._patience(member)
-                    waiting = asyncio.ensure_future(anext(events))
-                    await asyncio.wait((waiting, member.lost), timeout=patience, return_when="FIRST_COMPLETED")
-                    if not waiting.done() and not member.lost.done():
-                        self._lose(member, f"made no step for {patience:.0f} s")
-                    if not waiting.done():
-                        raise Died("it does not answer")
-                    try:
-                        event = waiting.result()
-                    except StopAsyncIteration:
-                        return
+                while (event := await self._next(member, events)) is not None:
                     member.missed = 0
                     if event[0] == "bundle":
                         self.about = member.about = event[1]
@@ -142,11 +130,24 @@ class ReplicaPool:
             self._lose(member, "is gone")
             raise
         finally:
-            if waiting is not None and not waiting.done():
-                waiting.cancel()
-                with suppress(BaseException):
-                    await waiting
             self._release(member)
+
+    async def _next(self, member: Member, events: AsyncGenerator[Event]) -> Event | None:
+        """Returns the next event, None after the last. Raises Died where the replica is lost or makes no step."""
+        patience = self._patience(member)
+        waiting = asyncio.ensure_future(anext(events))
+        try:
+            await asyncio.wait((waiting, member.lost), timeout=patience, return_when="FIRST_COMPLETED")
+            if waiting.done():
+                return waiting.result()
+        except StopAsyncIteration:
+            return None
+        finally:
+            if not waiting.done():  # a generator that runs cannot be closed
+                waiting.cancel()
+                await asyncio.wait((waiting,))
+        self._lose(member, f"made no step for {patience:.0f} s")
+        raise Died("it does not answer")
 
     def _patience(self, member: Member) -> float:
         """Returns the seconds without an event after which a drawing is taken for stuck."""
