@@ -39,7 +39,9 @@ BRANDS = dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "
 )
 MAX_SCANS = 500  # of a JPEG; encoders write about 10
 LONGEST_SIDE = 8  # times image_size: the long side of what is stored
-MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # of a JPEG: no escaped byte, no padding, no restart
+# The markers of a JPEG behind which libjpeg reads a length. It passes over others by two bytes, and what follows may be
+# a scan: TEM (01), RST (D0 to D7) and, where it looks for a restart, reserved ones (02 to BF).
+SEGMENT = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xd9-\xdd\xe0-\xef\xfe])")
 SCAN, END = 0xDA, 0xD9
 
 
@@ -218,10 +220,11 @@ def _decode(
 def too_many_scans(jpeg: bytes) -> bool:
     """Returns whether a JPEG has more than MAX_SCANS scans.
 
-    A decoder goes over all pixels for each, however few bytes it has. See LJT-01-003 of libjpeg-turbo's advice.
+    A decoder goes over all pixels for each, however few bytes it has. See LJT-01-003 of libjpeg-turbo's advice. Never
+    counts fewer than libjpeg finds before it gives up.
     """
     at, scans = 2, 0
-    while scans <= MAX_SCANS and (marker := MARKER.search(jpeg, at)):
+    while scans <= MAX_SCANS and (marker := SEGMENT.search(jpeg, at)):
         at, kind = marker.end(), marker[1][0]
         if kind == END:
             break

@@ -37,6 +37,9 @@ def time_bombs() -> Iterator[Named]:
         yield f"scans-{mode}-commented.jpg", data, "decode_error", (80, 72)
         data = whole[:-2] + (b"\xff\xff\xff" + whole[last:-2]) * 501 + END
         yield f"scans-{mode}-padded.jpg", data, "decode_error", (80, 72)
+        for name, marker in (("tem", b"\xff\1"), ("tem-padded", b"\xff\xff\1"), ("restart", b"\xff\xd3")):
+            data = whole[:-2] + (marker + whole[last:][:10]) * 3000 + END
+            yield f"scans-{mode}-behind-{name}.jpg", data, "decode_error", (80, 72)
         data = whole[:-2] + whole[last:-2] * (500 - len(places)) + END
         yield f"scans-{mode}-just-few-enough.jpg", data, None, (80, 72)
     plain = encoded(smooth("RGB"), "JPEG")

@@ -1,6 +1,7 @@
 """Keys, and what a picture becomes before it is stored."""
 
 import io
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from pipeline.data.pairs.image import LONGEST_SIDE, StoredImage, Storing, inspect, prepare
+from pipeline.data.pairs import image
+from pipeline.data.pairs.image import LONGEST_SIDE, MAX_SCANS, StoredImage, Storing, inspect, prepare, too_many_scans
 from pipeline.data.source.stage import row_key
 
 
@@ -140,3 +142,76 @@ def test_the_long_side_is_bounded_by_the_short_ones_limit() -> None:
         largest = small(encoded(noise(16 * LONGEST_SIDE, 16)), kind=kind, quality=quality)
         assert isinstance(largest, StoredImage)
         assert len(largest.data) <= 3 * LONGEST_SIDE * 16**2 + 1024
+
+
+SCAN, END = b"\xff\xda", b"\xff\xd9"
+
+
+def progressive(**options: object) -> tuple[bytes, bytes]:
+    """A progressive JPEG without its end, and its last scan."""
+    whole = encoded(smooth(80, 72), "JPEG", progressive=True, **options)[:-2]
+    return whole, whole[whole.rfind(SCAN) :]
+
+
+@pytest.mark.parametrize(
+    "marker", [b"\xff\1", b"\xff\xff\1", b"\xff\2", b"\xff\xbf", b"\xff\xd0", b"\xff\xd7", b"\xff"]
+)
+def test_no_marker_hides_scans(marker: bytes) -> None:
+    """Of 3,000 scans in 66 KB, or 36 KB; those of markers that have no length of their own."""
+    whole, last = progressive()
+    data = whole + (marker + last[:10] + b"\0" * 10) * 3000 + END
+    assert too_many_scans(data)
+    assert prepare(data, 1_000_000, Storing(64)) == "decode_error"
+
+
+def scans_of(jpeg: bytes) -> int:
+    """Counts scans byte by byte as libjpeg's jdmarker.c does, up to its first error or the end.
+
+    Where a decoder of entropy-coded data looks for a restart, it passes over reserved markers (02 to BF), which are an
+    error elsewhere; here they are passed over always.
+    """
+    at, scans = 2, 0
+    while True:
+        while at < len(jpeg) and jpeg[at] != 0xFF:
+            at += 1
+        while at < len(jpeg) and jpeg[at] == 0xFF:
+            at += 1
+        if at >= len(jpeg):
+            return scans
+        marker, at = jpeg[at], at + 1
+        if marker == 0xD9:
+            return scans
+        if marker < 0xC0 or 0xD0 <= marker <= 0xD7:
+            continue
+        if marker in (0xC8, 0xD8, 0xDE, 0xDF) or 0xF0 <= marker <= 0xFD:
+            return scans  # libjpeg gives up
+        scans += marker == 0xDA
+        length = int.from_bytes(jpeg[at : at + 2])
+        at += 2 + max(0, length - 2)
+
+
+PIECES = st.one_of(
+    st.sampled_from([progressive()[1], SCAN + b"\0\x0c", END, b"\0\0", b"\0\1", b"\0\4", b"\xff"]),
+    st.integers(0, 255).map(lambda kind: bytes([0xFF, kind])),
+    st.binary(max_size=6),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(PIECES, max_size=12), st.integers(10, 16))
+def test_no_fewer_scans_are_counted_than_libjpeg_finds(pieces: list[bytes], most: int) -> None:
+    data = progressive()[0] + b"".join(pieces)
+    with patch.object(image, "MAX_SCANS", most):
+        assert too_many_scans(data) >= (scans_of(data) > most)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(range(1, MAX_SCANS - 9)),
+    st.sampled_from([b"", b"\xff\1", b"\xff\xd2", b"\xff\xfe\0\4\xff\xda", b"\xff\xe1\0\x06\xff\xda\xff\xda"]),
+)
+def test_few_enough_scans_are_not_too_many(times: int, between: bytes) -> None:
+    whole, last = progressive()
+    data = whole + (between + last[:10]) * times + END
+    assert scans_of(data) == 10 + times <= MAX_SCANS
+    assert not too_many_scans(data)
