@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import unclip
-from models.view import open_view
 from unclip.stages import (
     Artifact,
     Context,
@@ -23,6 +22,7 @@ from unclip.stages import (
     Store,
     map_shards,
     read_images,
+    read_pair_pixels,
     read_shards,
     read_table,
     shard_key,
@@ -47,8 +47,11 @@ class Measure:
     def __call__(self, task: ShardTask) -> ShardOutput:
         pairs = task.inputs["pairs"]
         rows = [row for row in read_table(self.store, pairs.blobs["index"]).to_pylist() if row["status"] == "kept"]
-        files = read_images(self.store, [Place.of(row, pairs.blobs.get("images")) for row in rows])
-        values = [float(open_view(file, self.recipe.side).mean()) / 255 for file in files]
+        places = [Place.of(row, pairs.blobs.get("images")) for row in rows]
+        values = []
+        for place, file in zip(places, read_images(self.store, places), strict=True):
+            view = read_pair_pixels(place.key, file, self.recipe.side, in_place=place.in_place)
+            values.append(float(view.mean()) / 255)
         table = write_table({"key": [row["key"] for row in rows], "brightness": values})
         return ShardOutput(Ledger(kept=len(rows)), {"brightness": table})
 

@@ -1,5 +1,6 @@
 """The parts of a stage of your own; examples/add_stage.py is a whole one."""
 
+from pipeline.data.pairs.decoding import read_pair_pixels
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.graph.artifacts import Artifact, read_shards, read_table, write_table
 from pipeline.graph.shards import map_shards
@@ -21,6 +22,7 @@ __all__ = [
     "Store",
     "map_shards",
     "read_images",
+    "read_pair_pixels",
     "read_shards",
     "read_table",
     "shard_key",

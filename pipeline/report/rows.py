@@ -9,13 +9,17 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from pipeline.data.pairs.decoding import shared_decoder
+from pipeline.data.pairs.image import IN_PLACE_PIXELS, Storing
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.graph.artifacts import Artifact, ShardRow
+from pipeline.ledger import REASONS
 from pipeline.report.html import attempt
 from pipeline.report.inputs import ReportInput
 
 LISTED = ("source", "pairs", "curation")  # stages that all rows of the list pass, in order
 SHARDS_READ = 3
+THUMBNAIL = Storing(160, "png", 1, "keep_ratio_largest")
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,13 @@ def thumbnail(given: ReportInput, shard: PairsShard, row: Mapping[str, Any], sai
     caption = shard.captions.get(row["key"], "")
 
     def image() -> Markup:
-        [data] = read_images(given.store, [Place.of(row, shard.shard.blobs.get("images"))])
-        return given.album.image(data, 160, caption or f"row {row['key']}", most=14_000)
+        place = Place.of(row, shard.shard.blobs.get("images"))
+        [data] = read_images(given.store, [place])
+        if place.in_place:  # others have made it
+            found = shared_decoder().prepare(data, IN_PLACE_PIXELS, THUMBNAIL)
+            if isinstance(found, str):
+                raise ValueError(REASONS[found])
+            data = found.data
+        return given.album.image(data, THUMBNAIL.image_size, caption or f"row {row['key']}", most=14_000)
 
     return Thumbnail(attempt(f"Row {row['key']}", image), said, caption)

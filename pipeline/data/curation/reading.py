@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -12,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from models.view import upright_rgb
 from pipeline.data.fetch.references import shown
+from pipeline.data.pairs.decoding import read_pair_pixels
 from pipeline.data.pairs.row_index import SPLITS, Place, read_images
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardList, read_table
@@ -38,6 +37,7 @@ class Pair:
         attribution: Whom to name; None where the list names nobody.
         captions: All of them.
         data: The stored file; None where embeddings were imported without an image.
+        in_place: Whether the file lies in a tar of the user's: others have made it, and a child decodes it.
         image_embedding: float16 [d], unit norm, where embeddings were asked for.
         text_embedding: The same, of the first caption.
     """
@@ -51,6 +51,7 @@ class Pair:
     attribution: str | None
     captions: list[str]
     data: bytes | None = field(repr=False)
+    in_place: bool
     image_embedding: np.ndarray | None = field(repr=False, default=None)
     text_embedding: np.ndarray | None = field(repr=False, default=None)
 
@@ -61,10 +62,13 @@ class Pair:
 
     @cached_property
     def image(self) -> Image.Image:
-        """Returns the image, upright RGB. Raises UserError where embeddings were imported without it."""
+        """Returns the image, upright RGB.
+
+        Raises UserError where embeddings were imported without it, and where it cannot be read.
+        """
         if self.data is None:
             raise UserError(f"row {self.key} has imported embeddings and no image; read its embeddings instead")
-        return upright_rgb(Image.open(io.BytesIO(self.data)))
+        return Image.fromarray(read_pair_pixels(self.key, self.data, None, in_place=self.in_place))
 
 
 class PairReader:
@@ -121,6 +125,7 @@ class PairReader:
             images = dict(zip((place.key for place in places), read_images(self.store, places), strict=True))
             for row, text in zip(rows, texts, strict=True):
                 row |= {"captions": text, "data": images.get(row["key"]), "url": shown(row["url"])}
+                row["in_place"] = row["tar"] is not None
             for name, column in vectors.items():
                 for row, value in zip(rows, column.slice(start, TOGETHER), strict=True):
                     row[name] = value.values.to_numpy(zero_copy_only=False)

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from models.view import open_view
 from pipeline.data.embeddings.scores import Head, load_heads, score_column
+from pipeline.data.pairs.decoding import read_pair_pixels
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.imported import SCHEME, read_imported
 from pipeline.data.source.rows import read_captions
@@ -159,8 +159,8 @@ class ImageParts:
             with steps("read"):
                 found = read_images(self.store, places)
             with steps("decode"):
-                for i, data in enumerate(found, done):
-                    views[i] = open_view(data, self.size)
+                for i, (place, data) in enumerate(zip(places, found, strict=True), done):
+                    views[i] = read_pair_pixels(place.key, data, self.size, in_place=place.in_place)
             done += len(places)
             del found, data  # else they lie in memory beside the next ones
         return rows, views, steps.seconds

@@ -18,17 +18,20 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 from threading import Lock, Thread
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from pipeline.data.pairs.image import (
+    IN_PLACE_PIXELS,
     MAX_BYTES,
     MAX_PIXELS,
+    MOST_PIXELS,
     READ,
     StoredImage,
     Storing,
@@ -38,6 +41,8 @@ from pipeline.data.pairs.image import (
     measure,
     opacity,
     prepare,
+    read_foreign_pixels,
+    read_pixels,
 )
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
@@ -48,15 +53,16 @@ from pipeline.sandbox import (
     limit_memory,
     limit_time,
     memory_mapped,
+    processor_time,
     receive,
     send,
 )
 
 IDLE_S = 60  # after which a child ends; the next request starts another
-BASE_S, S_PER_PIXEL = 30.0, 1e-6  # what an image may take; a hundred times what an honest one does
 BASE_BYTES, BYTES_PER_PIXEL = 256 << 20, 20  # what the child may map for it
 MODULE = "pipeline.data.pairs.decoding"
 COMMAND = (sys.executable, "-P", "-m", MODULE)  # -P: the current folder may be a stranger's, and have a json.py
+ONLY_PIXELS = "only-pixels"  # argument for a child that stores nothing: half the memory, and half the time to start
 # glibc gives the pixels of every image back to the system and faults them in again for the next one, a third of the
 # child's time. These keep 128 MiB instead, in blocks of up to 32.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
@@ -64,13 +70,37 @@ OWN = Storing(1024, "png", 1)  # how an image of the user's own is handed on: no
 _READY = {"ready": True}
 
 
-def seconds(pixels: int) -> float:
-    """Returns how long an image of this many pixels may take."""
-    return BASE_S + pixels * S_PER_PIXEL
+class TimeLimit(NamedTuple):
+    """Says how much processor time an image may take, by its pixels."""
+
+    base_s: float
+    s_per_pixel: float
+
+    def seconds(self, pixels: int) -> float:
+        """Returns how long an image of this many pixels may take."""
+        return self.base_s + pixels * self.s_per_pixel
+
+
+LONGEST = TimeLimit(30.0, 1e-6)  # a hundred times what an honest image takes
+
+
+@dataclass
+class Decoding:
+    """Says how long decoding an image may take, and then how long it took.
+
+    Attributes:
+        limit: Of its processor time.
+        seconds: Processor time of the child, as the system and not the child counts it.
+        pixels: By the header of the image, 0 where none was read.
+    """
+
+    limit: TimeLimit = LONGEST
+    seconds: float = 0.0
+    pixels: int = 0
 
 
 class ImageDecoder:
-    """Calls ``image.prepare``, ``opacity``, ``inspect`` and ``measure`` in a child process, started when it is needed.
+    """Calls the functions of pipeline.data.pairs.image in a child process, started when it is needed.
 
     All give "decoder_crashed" for bytes that killed it twice, and "decode_timeout" for bytes that took more processor
     time than their pixels may, or more time than ``max_pixels`` may. All raise UserError if it does not start at all.
@@ -85,29 +115,41 @@ class ImageDecoder:
         self._overdue: float | None = None  # that of the last one that was not
         atexit.register(self.close)
 
-    def prepare(self, data: bytes, max_pixels: int, storing: Storing) -> StoredImage | str:
+    def prepare(
+        self, data: bytes, max_pixels: int, storing: Storing, work: Decoding | None = None
+    ) -> StoredImage | str:
         """Calls image.prepare."""
-        return self._stored("prepare", data, max_pixels, storing)
+        return self._stored("prepare", data, max_pixels, storing, work)
 
     def opacity(self, data: bytes, max_pixels: int, storing: Storing) -> StoredImage | str:
         """Calls image.opacity."""
-        return self._stored("opacity", data, max_pixels, storing)
+        return self._stored("opacity", data, max_pixels, storing, None)
 
-    def _stored(self, name: str, data: bytes, max_pixels: int, storing: Storing) -> StoredImage | str:
-        said, body = self._ask(name, data, max_pixels, [max_pixels, astuple(storing)])
+    def _stored(
+        self, name: str, data: bytes, max_pixels: int, storing: Storing, work: Decoding | None
+    ) -> StoredImage | str:
+        said, body = self._ask(name, data, max_pixels, [max_pixels, astuple(storing)], work)
         return said if isinstance(said, str) else StoredImage(body, *said)
 
-    def inspect(self, data: bytes, max_pixels: int) -> tuple[int, int] | str:
+    def inspect(self, data: bytes, max_pixels: int, work: Decoding | None = None) -> tuple[int, int] | str | None:
         """Calls image.inspect."""
-        return self._size("inspect", data, max_pixels)
+        said, _ = self._ask("inspect", data, max_pixels, [max_pixels], work)
+        return said if said is None or isinstance(said, str) else (said[0], said[1])
 
     def measure(self, data: bytes, max_pixels: int) -> tuple[int, int] | str:
         """Calls image.measure."""
-        return self._size("measure", data, max_pixels)
-
-    def _size(self, name: str, data: bytes, max_pixels: int) -> tuple[int, int] | str:
-        said, _ = self._ask(name, data, max_pixels, [max_pixels])
+        said, _ = self._ask("measure", data, max_pixels, [max_pixels])
         return said if isinstance(said, str) else (said[0], said[1])
+
+    def read_pixels(self, data: bytes, size: int | None) -> np.ndarray:
+        """Calls image.read_foreign_pixels. Raises ValueError with the reason where an image cannot be read."""
+        said, body = self._ask("read_pixels", data, IN_PLACE_PIXELS, [size])
+        if isinstance(said, str):
+            raise ValueError(REASONS[said])
+        pixels = np.frombuffer(body, np.uint8).reshape(*said, 3)
+        if size and said != [size, size]:
+            raise ValueError(REASONS["decoder_crashed"])
+        return pixels
 
     def start(self) -> None:
         """Starts the child, if it is not there, without waiting for it."""
@@ -139,18 +181,25 @@ class ImageDecoder:
             process.communicate()
         return process.returncode
 
-    def _ask(self, name: str, data: bytes, max_pixels: int, arguments: list[Any]) -> tuple[Any, bytes]:
+    def _ask(
+        self, name: str, data: bytes, max_pixels: int, arguments: list[Any], work: Decoding | None = None
+    ) -> tuple[Any, bytes]:
+        work = work or Decoding()
         with self._lock:
             if self._process is not None and self._process.poll() is not None:  # it had nothing to do, and has ended
                 self.close()
             for _ in range(2):
                 self._wait_until_ready()
                 assert self._process is not None
-                self._until = until = time.monotonic() + seconds(max_pixels)
-                answer = _exchange(self._process, [name, arguments, max_pixels], data)
+                before = processor_time(self._process.pid)
+                most = LONGEST.seconds(max_pixels)
+                self._until = until = time.monotonic() + most
+                answer = _exchange(self._process, [name, arguments, max_pixels, work.limit], data)
                 self._until = None
+                work.seconds += min(processor_time(self._process.pid) - before, most)
                 if answer is not None:
-                    return answer
+                    said, work.pixels, body = answer
+                    return said, body
                 if self.close() == -signal.SIGXCPU or self._overdue == until:
                     return "decode_timeout", b""
             return "decoder_crashed", b""
@@ -171,6 +220,34 @@ class ImageDecoder:
 def shared_decoder() -> ImageDecoder:
     """Returns the decoder of this process."""
     return ImageDecoder()
+
+
+_idle: list[ImageDecoder] = []  # as many as threads have asked at once, the last one used at the end
+
+
+def read_pair_pixels(key: str, data: bytes, size: int | None, *, in_place: bool) -> np.ndarray:
+    """Returns what image.read_pixels makes of the image of a kept row, which has this key.
+
+    What this pipeline's own encoder has made is decoded here. What lies ``in_place``, in a tar of the user's, has been
+    made by others: a child decodes it, one for each thread that asks at the same time.
+
+    Raises UserError for an image that cannot be read.
+    """
+    try:
+        return _read_in_child(data, size) if in_place else read_pixels(data, size)
+    except (OSError, ValueError) as e:
+        raise UserError(f"the image of row {key} cannot be opened ({e}): take the row off the list") from e
+
+
+def _read_in_child(data: bytes, size: int | None) -> np.ndarray:
+    try:
+        decoder = _idle.pop()
+    except IndexError:
+        decoder = ImageDecoder((*COMMAND, ONLY_PIXELS))
+    try:
+        return decoder.read_pixels(data, size)
+    finally:
+        _idle.append(decoder)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -194,43 +271,68 @@ def open_image(path: Path) -> Image.Image:
     return Image.open(io.BytesIO(found.data))
 
 
-def _exchange(process: subprocess.Popen[bytes], request: Any, data: bytes) -> tuple[Any, bytes] | None:
-    """Returns a child's answer, or None if it ended or said what a sound one does not."""
+def _exchange(process: subprocess.Popen[bytes], request: Any, data: bytes) -> tuple[Any, int, bytes] | None:
+    """Returns a child's answer, with the image's pixels; None if it ended or said what a sound one does not."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
         send(process.stdin, request, data)
-        said, body = receive(process.stdout)
-    except (OSError, EOFError, ValueError):
+        (said, pixels), body = receive(process.stdout)
+        return (said, max(0, min(int(pixels), request[2])), body) if _is_sound(request[0], said) else None
+    except (OSError, EOFError, ValueError, TypeError):
         return None
-    return None if isinstance(said, str) and said not in REASONS else (said, body)
+
+
+def _is_sound(name: str, said: Any) -> bool:
+    """Returns whether a function of this name can have said that. What took a child over may say anything."""
+    if said is None or isinstance(said, str):
+        return said in REASONS or (said is None and name == "inspect")
+    *sides, extension = said if name in ("prepare", "opacity") else (*said, "jpg")
+    return (
+        len(sides) == 2
+        and all(type(side) is int and 0 < side <= MOST_PIXELS for side in sides)
+        and extension in ("jpg", "png", "webp")
+    )
 
 
 # --- in the child -----------------------------------------------------------------------------------------------------
 
 
-def _answer(name: str, arguments: list[Any], data: bytes) -> tuple[Any, bytes]:
+class _Clock:
+    """Holds the limit of the image that is being decoded, from when its request came, and its pixels."""
+
+    def __init__(self, limit: TimeLimit):
+        self._limit, self._began, self.pixels = limit, time.process_time(), 0
+        limit_time(limit.seconds(0))
+
+    def starts(self, pixels: int) -> None:
+        """Sets the limit for an image of this many pixels."""
+        self.pixels = pixels
+        limit_time(self._limit.seconds(pixels) - (time.process_time() - self._began))
+
+
+def _answer(name: str, arguments: list[Any], data: bytes, clock: _Clock) -> tuple[Any, bytes]:
     try:
         if name == "measure":
             return measure(data, *arguments), b""
         if name == "inspect":
-            return inspect(data, *arguments, starts=_limit_to), b""
+            return inspect(data, *arguments, starts=clock.starts), b""
+        if name == "read_pixels":
+            pixels = read_foreign_pixels(data, *arguments, starts=clock.starts)
+            return (pixels, b"") if isinstance(pixels, str) else (pixels.shape[:2], pixels.tobytes())
         max_pixels, storing = arguments
         made = opacity if name == "opacity" else prepare
-        found = made(data, max_pixels, Storing(*storing), starts=_limit_to)
+        found = made(data, max_pixels, Storing(*storing), starts=clock.starts)
     except MemoryError:
         return "decode_error", b""
     return (found, b"") if isinstance(found, str) else ([found.width, found.height, found.extension], found.data)
 
 
-def _limit_to(pixels: int) -> None:
-    limit_time(seconds(pixels))
-
-
 def main() -> None:
     """Answers requests until stdin closes, the parent is gone, or no request came for a while."""
-    load_resizer()  # before memory is limited by what is mapped
-    heif_is_there()
+    if ONLY_PIXELS not in sys.argv:
+        load_resizer()  # before memory is limited by what is mapped
+        heif_is_there()
     with contextlib.suppress(OSError):  # Linux: if memory ends, this process is the first to go
         Path("/proc/self/oom_score_adj").write_text("1000")
     warnings.simplefilter("ignore")  # of odd metadata and large images, which are judged here
@@ -243,12 +345,13 @@ def main() -> None:
     send(pipe, _READY, b"")
     while _request_comes(requests, parent):
         try:
-            (name, arguments, max_pixels), data = receive(requests)
+            (name, arguments, max_pixels, limit), data = receive(requests)
         except EOFError:
             return
         limit_memory(mapped + BASE_BYTES + BYTES_PER_PIXEL * max_pixels)
-        _limit_to(0)
-        send(pipe, *_answer(name, arguments, data))
+        clock = _Clock(TimeLimit(*limit))
+        said, body = _answer(name, arguments, data, clock)
+        send(pipe, [said, clock.pixels], body)
 
 
 def _request_comes(requests: BinaryIO, parent: int) -> bool:

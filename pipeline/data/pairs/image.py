@@ -10,6 +10,7 @@ import importlib.util
 import io
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,12 +20,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from models.view import turned, upright_rgb
+from models.view import open_view, turned, upright_rgb
 
 MAX_BYTES, MAX_PIXELS = 32 << 20, 64_000_000  # of an image, unless a recipe says otherwise
 MOST_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS, above which Pillow opens nothing
 READ = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
-IN_PLACE = ("PNG", "JPEG", "WEBP")  # used where they lie in tars of the user's: trainings decode them again
+# What is used where it lies in a tar of the user's. Trainings decode it again at every epoch, so all else is stored as
+# a fetched image is.
+IN_PLACE = ("PNG", "JPEG", "WEBP")
+IN_PLACE_PIXELS, IN_PLACE_SCANS, IN_PLACE_S = 16_000_000, 50, 1.0
 BEGINNINGS = {
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"\xff\xd8\xff": "JPEG",
@@ -149,13 +153,47 @@ def _opaque(image: Image.Image) -> Image.Image:
     return Image.merge("RGB", [alpha] * 3)
 
 
-def inspect(data: bytes, max_pixels: int, *, starts: Callable[[int], object] = int) -> tuple[int, int] | str:
-    """Returns width and height, upright, of an image that can be used as it lies, or the reason why it cannot.
+def inspect(data: bytes, max_pixels: int, *, starts: Callable[[int], object] = int) -> tuple[int, int] | str | None:
+    """Returns width and height, upright, of an image that can be used as it lies, or the reason why it cannot be used.
 
-    It is one that ``prepare`` would take but for its sides.
+    It is one that ``prepare`` would take but for its sides. Returns None for an image that is to be stored as a fetched
+    one is: it is of a kind that IN_PLACE lacks, has more pixels than IN_PLACE_PIXELS or more scans than IN_PLACE_SCANS,
+    or took more than IN_PLACE_S of processor time.
     """
+    start = time.process_time()
+    size = measure(data, max_pixels)
+    if isinstance(size, str):
+        return size
+    if kind_of(data) not in IN_PLACE or size[0] * size[1] > IN_PLACE_PIXELS or too_many_scans(data, IN_PLACE_SCANS):
+        return None
     upright = _decode(data, max_pixels, starts, upright_rgb)
-    return upright if isinstance(upright, str) else upright.size
+    if isinstance(upright, str):
+        return upright
+    return upright.size if time.process_time() - start <= IN_PLACE_S else None
+
+
+def read_pixels(data: bytes, size: int | None) -> np.ndarray:
+    """Returns the view of an image, uint8 [size, size, 3], or without a size all of it, upright, uint8 [h, w, 3].
+
+    Raises OSError or ValueError on a bad file.
+    """
+    return open_view(data, size) if size else np.asarray(upright_rgb(Image.open(io.BytesIO(data))))
+
+
+def read_foreign_pixels(data: bytes, size: int | None, *, starts: Callable[[int], object] = int) -> np.ndarray | str:
+    """Returns what ``read_pixels`` does, of an image that ``inspect`` lets be used as it lies; else the reason."""
+    if kind_of(data) not in IN_PLACE:
+        return "not_an_image"
+    header = _decode(data, IN_PLACE_PIXELS, int, None)
+    if isinstance(header, str):
+        return header
+    if too_many_scans(data, IN_PLACE_SCANS):
+        return "decode_error"
+    starts(header.width * header.height)
+    try:
+        return read_pixels(data, size)
+    except Exception:  # as in _decode
+        return "decode_error"
 
 
 def measure(data: bytes, max_pixels: int) -> tuple[int, int] | str:
@@ -202,7 +240,7 @@ def _decode(
                 return "too_many_pixels"
             if shown is None:
                 return image
-            if kind == "JPEG" and too_many_scans(data):
+            if too_many_scans(data, MAX_SCANS):
                 return "decode_error"
             starts(pixels)
             image.load()
@@ -217,20 +255,22 @@ def _decode(
         return "truncated" if cut else "decode_error"
 
 
-def too_many_scans(jpeg: bytes) -> bool:
-    """Returns whether a JPEG has more than MAX_SCANS scans.
+def too_many_scans(data: bytes, most: int) -> bool:
+    """Returns whether an image is a JPEG that has more than this many scans.
 
     A decoder goes over all pixels for each, however few bytes it has. See LJT-01-003 of libjpeg-turbo's advice. Never
     counts fewer than libjpeg finds before it gives up.
     """
+    if kind_of(data) != "JPEG":
+        return False
     at, scans = 2, 0
-    while scans <= MAX_SCANS and (marker := SEGMENT.search(jpeg, at)):
+    while scans <= most and (marker := SEGMENT.search(data, at)):
         at, kind = marker.end(), marker[1][0]
         if kind == END:
             break
         scans += kind == SCAN
-        at += int.from_bytes(jpeg[at : at + 2])  # its own length, those two bytes included
-    return scans > MAX_SCANS
+        at += int.from_bytes(data[at : at + 2])  # its own length, those two bytes included
+    return scans > most
 
 
 def _bitmap(image: Image.Image) -> io.BytesIO:

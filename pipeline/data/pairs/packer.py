@@ -17,9 +17,9 @@ from typing import IO, Any
 from pipeline.data.fetch.fetcher import Fetched, Fetcher
 from pipeline.data.fetch.opener import Evidence, Refused, normal_url
 from pipeline.data.fetch.rules import DenyLists, read_deny_lists
+from pipeline.data.pairs.budget import ShardDecoder
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.earlier import Known, take_over
-from pipeline.data.pairs.image import IN_PLACE, kind_of
 from pipeline.data.pairs.row_index import OPT_OUTS, index_counts, index_table, opt_out_table
 from pipeline.data.pairs.stage import PairsRecipe
 from pipeline.data.pairs.unfinished import Unfinished
@@ -82,11 +82,12 @@ class Packer:
         known: dict[int, Known] = {}
         if earlier := task.inputs.get("earlier pairs"):
             known = take_over(self.store, refs, task.inputs["earlier source"], earlier, spool)
-        copied = set()  # members of tars whose kind is not read where they lie
+        decoder = ShardDecoder(self.decoder)
+        copied = set()  # members of tars that are not used where they lie
         for i in (i for i in wanted if refs[i]["url"].startswith("tar://")):
             if i in known and known[i].image is None:
                 rows[i] |= _taken_over(known[i])
-            elif i in known or not self._use_in_place(rows[i], refs[i]):
+            elif i in known or not self._use_in_place(rows[i], refs[i], decoder):
                 copied.add(i)
         imported = [i for i in wanted if refs[i]["url"].startswith(SCHEME)]
         for i, found in zip(imported, read_imported([refs[i]["url"] for i in imported], self.reach), strict=True):
@@ -100,7 +101,7 @@ class Packer:
         with Unfinished(digest([self.store.url, task.key, repr(self.settings)])) as unfinished:
             ended = unfinished.ended
             left = [i for i in own if i not in known and rows[i]["key"] not in ended]
-            new = self._new_images([(rows[i], refs[i]) for i in left], steps)
+            new = self._new_images([(rows[i], refs[i]) for i in left], decoder, steps)
             for i in own:
                 if rows[i]["key"] in ended:
                     rows[i] |= ended[rows[i]["key"]]
@@ -122,7 +123,7 @@ class Packer:
         return ShardOutput(ledger, blobs, index_counts(rows), steps.seconds, unfinished.remove)
 
     def _new_images(
-        self, wanted: Sequence[tuple[dict[str, Any], Mapping[str, Any]]], steps: Steps
+        self, wanted: Sequence[tuple[dict[str, Any], Mapping[str, Any]]], decoder: ShardDecoder, steps: Steps
     ) -> Iterator[bytes | None]:
         """Fetches the images of rows and yields what is to be stored of each, in order; None where the row is rejected.
 
@@ -133,9 +134,11 @@ class Packer:
         found = (self._member(tar_place(url)) if url.startswith("tar://") else next(fetched) for url in urls)
         answers = steps.each("fetch", found)
         # Two, so that there is always one to be decoded next, while images are put into the tar and others come.
-        return ordered_map(partial(self._judge, steps), zip(wanted, answers, strict=True), threads=2)
+        return ordered_map(partial(self._judge, decoder, steps), zip(wanted, answers, strict=True), threads=2)
 
-    def _judge(self, steps: Steps, found: tuple[tuple[dict[str, Any], Mapping[str, Any]], Fetched]) -> bytes | None:
+    def _judge(
+        self, decoder: ShardDecoder, steps: Steps, found: tuple[tuple[dict[str, Any], Mapping[str, Any]], Fetched]
+    ) -> bytes | None:
         (row, ref), answer = found
         if answer.data is None:
             _reject(row, answer.reason, answer.evidence)
@@ -145,7 +148,7 @@ class Packer:
             return None
         r = self.recipe
         with steps("decode"):
-            image = self.decoder.prepare(answer.data, r.max_pixels, r.storing)
+            image = decoder.prepare(_origin(ref["url"]), answer.data, r.max_pixels, r.storing)
         if isinstance(image, str):
             _reject(row, image)
             return None
@@ -167,22 +170,22 @@ class Packer:
             return Fetched(None, reason_of(e))
         return Fetched(data, None)
 
-    def _use_in_place(self, row: dict[str, Any], ref: Mapping[str, Any]) -> bool:
+    def _use_in_place(self, row: dict[str, Any], ref: Mapping[str, Any], decoder: ShardDecoder) -> bool:
         """Indexes a member of an existing tar where it lies, after decoding it once.
 
-        Returns False for an image of a kind that is to be stored as a fetched one is.
+        Returns False for an image that is to be stored as a fetched one is.
         """
         place = tar_place(ref["url"])
         answer = self._member(place)
         if place is None or answer.data is None:
             _reject(row, answer.reason)
             return True
-        if kind_of(answer.data) not in ("", *IN_PLACE):
-            return False
         sha256 = hashlib.sha256(answer.data).hexdigest()
         if self._reject_hash(row, ref, sha256):
             return True
-        found = self.decoder.inspect(answer.data, self.recipe.max_pixels)
+        found = decoder.inspect(_origin(ref["url"]), answer.data, self.recipe.max_pixels)
+        if found is None:
+            return False
         if isinstance(found, str):
             _reject(row, found)
         elif min(found) < self.recipe.min_image_size:
@@ -208,6 +211,13 @@ class Packer:
     def _reject_denied(self, row: dict[str, Any], sha256: str) -> None:
         if entry := self.deny.hash(sha256):
             _reject(row, "denied", Evidence(entry, time.time()))
+
+
+def _origin(url: str) -> str:
+    """Returns the host or bucket that a reference names, or else the folder or tar that it leads to."""
+    _, _, place = url.partition("://")
+    host = place.partition("/")[0]
+    return host.lower() or (place.partition("?")[0] if url.startswith("tar:") else place.rpartition("/")[0])
 
 
 def _reject(row: dict[str, Any], reason: str | None, evidence: Evidence | None = None) -> None:

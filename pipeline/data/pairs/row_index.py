@@ -81,6 +81,11 @@ class Place(NamedTuple):
         """Returns the place of an index row, in a shard with this blob."""
         return cls(row["key"], images, row["tar"], row["offset"], row["size"], row["sha256"])
 
+    @property
+    def in_place(self) -> bool:
+        """Returns whether the image lies in a tar of the user's, so that others have made it."""
+        return self.tar is not None
+
 
 def read_images(store: Store, places: Sequence[Place]) -> list[bytes]:
     """Returns the stored bytes of images, each checked against its sha256. Neighbours are read together.

@@ -23,7 +23,7 @@ from pipeline.graph.workers import ShardTask
 from pipeline.parse import ContentFile
 from pipeline.store.content import put_content
 
-VERSION = 6
+VERSION = 7
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from models.view import open_view
+from pipeline.data.pairs.decoding import read_pair_pixels
 from pipeline.data.pairs.row_index import Place, read_images
-from pipeline.errors import UserError
 from pipeline.store import Store
 
 CACHE_MB = 512
@@ -59,7 +58,5 @@ class Views:
         return result
 
     def _open(self, place: Place, data: bytes) -> np.ndarray:
-        try:
-            return np.ascontiguousarray(open_view(data, self.size).transpose(2, 0, 1))
-        except (OSError, ValueError) as e:
-            raise UserError(f"the image of row {place.key} cannot be opened ({e}): take the row off the list") from e
+        view = read_pair_pixels(place.key, data, self.size, in_place=place.in_place)
+        return np.ascontiguousarray(view.transpose(2, 0, 1))

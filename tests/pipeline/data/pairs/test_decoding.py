@@ -9,13 +9,14 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from pipeline.data.pairs import decoding, packer
-from pipeline.data.pairs.decoding import BASE_BYTES, BYTES_PER_PIXEL, KEEP_MEMORY, ImageDecoder
+from pipeline.data.pairs.decoding import BASE_BYTES, BYTES_PER_PIXEL, KEEP_MEMORY, Decoding, ImageDecoder, TimeLimit
 from pipeline.data.pairs.image import StoredImage, Storing, heif_is_there, inspect, prepare
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
@@ -53,13 +54,14 @@ def hurt(function):
             bytearray(1 << 40)
         if b"LIES" in data:
             return "no_such_reason"
+        if b"LIST" in data:
+            return [[], 10**30]
         return function(data, *arguments, starts=starts)
     return hurting
 
-decoding.prepare, decoding.inspect = hurt(decoding.prepare), hurt(decoding.inspect)
+for name in ("prepare", "inspect", "read_foreign_pixels"):
+    setattr(decoding, name, hurt(getattr(decoding, name)))
 decoding.IDLE_S = int(sys.argv[2])
-if os.environ.get("LANG") == "hurried":
-    decoding.BASE_S = 0.2
 decoding.main()
 """
 
@@ -79,7 +81,7 @@ def with_word(word: str) -> bytes:
     return picture(1) + word.encode()
 
 
-@pytest.mark.parametrize("word", ["SEGFAULT", "OUT-OF-MEMORY", "ABORT", "EXIT", "LIES"])
+@pytest.mark.parametrize("word", ["SEGFAULT", "OUT-OF-MEMORY", "ABORT", "EXIT", "LIES", "LIST"])
 def test_a_picture_that_kills_its_decoder_costs_itself(decoder: ImageDecoder, word: str) -> None:
     assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
     assert decoder.inspect(with_word(word), 1_000_000) == "decoder_crashed"
@@ -100,22 +102,26 @@ def test_answers_are_those_of_the_functions_whatever_is_printed(decoder: ImageDe
     assert isinstance(decoder.prepare(whole, *LIMITS), StoredImage)
 
 
-@pytest.fixture
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child has a second of processor time for a picture."""
-    monkeypatch.setenv("LANG", "hurried")
+SHORT = TimeLimit(0.2, 1e-6)
 
 
-@pytest.mark.usefixtures("hurried")
 def test_one_that_takes_more_processor_time_than_its_pixels_may_is_not_tried_again(tmp_path: Path) -> None:
     with closing(wrapped(tmp_path)) as decoder:
-        for ask in (lambda data: decoder.inspect(data, 10**9), lambda data: decoder.prepare(data, *LIMITS)):
-            assert ask(with_word("SPIN")) == "decode_timeout"
-            assert not isinstance(ask(picture(2)), str)
+        for ask in (
+            partial(decoder.inspect, max_pixels=10**9),
+            partial(decoder.prepare, max_pixels=10**6, storing=LIMITS[1]),
+        ):
+            work = Decoding(SHORT)
+            assert ask(with_word("SPIN"), work=work) == "decode_timeout"
+            assert 0.2 < work.seconds < 5
+            work = Decoding(SHORT)
+            assert not isinstance(ask(picture(2), work=work), str)
+            assert work.pixels == 80 * 72
+            assert 0 < work.seconds < 1
 
 
 def test_one_that_only_waits_is_ended_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "BASE_S", 1.0)
+    monkeypatch.setattr(decoding, "LONGEST", TimeLimit(1.0, 1e-6))
     with closing(wrapped(tmp_path)) as decoder:
         assert decoder.inspect(with_word("SLEEP"), 1) == "decode_timeout"
         monkeypatch.undo()

@@ -158,11 +158,11 @@ def test_a_feed_that_was_left_in_the_middle_of_a_share_begins_again(
     feed = make_feed(shared_world)
     expected = take(make_feed(shared_world), 3)
 
-    def slowly(data: bytes, size: int) -> np.ndarray:
+    def slowly(key: str, data: bytes, size: int, *, in_place: bool) -> np.ndarray:
         time.sleep(0.02)
         return open_view(data, size)
 
-    monkeypatch.setattr("pipeline.training.feed.views.open_view", slowly)
+    monkeypatch.setattr("pipeline.training.feed.views.read_pair_pixels", slowly)
     take(feed, 1)
     again: list[LocalBatch] = []
     reader = threading.Thread(target=lambda: again.extend(take(feed, 3)), daemon=True)
@@ -323,7 +323,7 @@ def test_a_row_without_embedding_is_named(world: World) -> None:
 def test_images_are_not_read_twice_while_there_is_room(shared_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     feed = make_feed(shared_world, ("image",))
     epoch = take(feed, feed.order.lane_rows // 2)
-    monkeypatch.setattr("pipeline.training.feed.views.open_view", lambda data, size: pytest.fail("decoded again"))
+    monkeypatch.setattr("pipeline.training.feed.views.read_pair_pixels", lambda *_, **__: pytest.fail("decoded again"))
     again = take(feed, len(epoch))
     assert all(torch.equal(a.batch["image"], b.batch["image"]) for a, b in zip(epoch, again, strict=True))
 
