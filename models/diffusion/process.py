@@ -16,7 +16,8 @@ from models.diffusion.schedules import Schedule
 MOST_SNR = 5.0
 """The signal-to-noise ratio from which an error of x0 weighs no more: there hardly any of the image is hidden.
 
-Hang et al. 2023 found this value best, too."""
+Hang et al. 2023 found this value best, too. Their weight is min(SNR, 5); here it is 1 more, so that an error counts
+where all is noise, from which sampling takes its first steps."""
 
 
 class Prediction(NamedTuple):

@@ -74,8 +74,14 @@ def test_rows_do_not_see_each_other() -> None:
         )
 
 
+@fails_under(
+    (Decoder.condition, "self.image_to_time(z)", "self.image_to_time(image_embedding)"),
+    (Decoder.condition, "self.image_to_tokens(z)", "self.image_to_tokens(image_embedding)"),
+    (Decoder.condition, "self.layout(z)", "self.layout(image_embedding)"),
+)
 def test_both_conditions_matter_unless_they_are_dropped() -> None:
-    model, batch = make(), make_batch(2)
+    """An embedding has three ways into the network, and a dropped one takes none."""
+    model, batch = make(layout_channels=3), make_batch(2)
     other_image = batch | {"image_embedding": batch["image_embedding"].flip(0)}
     other_text = batch | {"tokens": batch["tokens"].flip(0)}
     for other, dropped in ((other_image, {"keep_image": False}), (other_text, {"keep_text": False})):

@@ -140,6 +140,7 @@ def test_the_cascade_visits_the_timesteps_of_its_grid(
     (sampling_grid, " and not inverted", ""),
     (sampling_grid, "redraws or ", ""),
     (sampling_grid, "isinstance(model, Decoder) and ", ""),
+    (sampling_grid, '== "x0"', '!= "eps"'),
 )
 def test_few_steps_end_early_but_for_a_network_of_the_last_timestep() -> None:
     made = make()
@@ -152,6 +153,8 @@ def test_few_steps_end_early_but_for_a_network_of_the_last_timestep() -> None:
     assert torch.equal(sampling_grid("upsampler_256", images, 26), strided_grid(1000, 26))
     of_images = Decoder(replace(made.decoder.config, prediction="x0"), made.decoder.embed_dim, made.decoder.text_tower)
     assert torch.equal(sampling_grid("decoder", of_images, 27), trailing_grid(1000, 27))
+    of_v = Decoder(replace(made.decoder.config, prediction="v"), made.decoder.embed_dim, made.decoder.text_tower)
+    assert torch.equal(sampling_grid("decoder", of_v, 27), strided_grid(1000, 27))
     assert torch.equal(sampling_grid("decoder", of_images, 27, inverted=True), trailing_grid(1000, 27))
     assert torch.equal(sampling_grid("decoder", made.decoder, 7, inverted=True), strided_grid(1000, 7))
 

@@ -8,9 +8,10 @@ from PIL import Image
 from models.diffusion.process import Prediction
 from models.diffusion.schedules import make_schedule, strided_grid
 from models.draw import Draw
-from models.inpainting import Kept, inpaint, repaint
+from models.inpainting import RESAMPLINGS, Kept, inpaint, repaint
 from models.reverse import ignore
 from models.view import view
+from tests.models.mutations import fails_under
 from tests.models.test_cascade import make
 
 SIDE = 256
@@ -57,3 +58,25 @@ def test_what_is_drawn_agrees_with_what_is_kept() -> None:
     drawn = made[:, :, :, 4:]
     assert made[:, :, :, :4].sub(0.6).abs().max() < 1e-6
     assert drawn.mean((1, 2, 3)).sub(0.6).abs().max() < 0.15
+
+
+@fails_under(
+    (repaint, "(1 - ratio).sqrt()", "(1 - level).sqrt()"),
+    (repaint, "per_row(ratio.sqrt(), x) * x", "per_row(level.sqrt(), x) * x"),
+)
+def test_a_step_is_taken_again_from_the_noise_of_its_level() -> None:
+    """The data are one white image: x at level a is sqrt(a) in the mean, with variance 1 - a, whenever it is seen."""
+    schedule, seen = make_schedule("cosine", 1000), []
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> Prediction:
+        level = schedule.at(t)[:, None, None, None].float()
+        seen.append((float(x.mean()), float(x.var()), float(level[0])))
+        return Prediction(torch.ones_like(x), (x - level.sqrt()) / (1 - level).sqrt())
+
+    nothing = Kept(Image.new("RGB", (64, 64), "white"), Image.new("RGB", (64, 64), "black"))
+    draw = Draw([(seed, 1) for seed in range(8)])
+    repaint(denoise, draw.normal("x_T", 3, 64, 64), nothing, strided_grid(1000, 20), schedule, draw, True)
+    assert len(seen) == 19 * RESAMPLINGS + 1
+    for mean, variance, level in seen:
+        assert mean == pytest.approx(level**0.5, abs=0.02)
+        assert variance == pytest.approx(1 - level, abs=0.02)
