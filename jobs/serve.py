@@ -20,7 +20,7 @@ from cluster.submission import KUBERAY, attach_or_submit, check_reach, stop
 from jobs.bundles import RELEASE, find_bundle
 from jobs.submit import follow
 from pipeline.config import load_config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, install
 from pipeline.parse import parse, read_value
 from pipeline.store import local_folder, open_store
 from serve.settings import ServeSettings
@@ -40,7 +40,7 @@ def main(arguments: argparse.Namespace) -> int:
     words = [f"{name}={value}" for name in ("host", "port") if (value := getattr(arguments, name)) is not None]
     settings = read_settings([*arguments.overrides, *words])
     if find_spec("multipart") is None and find_spec("python_multipart") is None:
-        raise UserError("unclip serve needs more packages; install them with pip install 'unclip-ray[serve]'")
+        raise UserError(f"unclip serve needs more packages: {install('serve')}")
     if arguments.to == KUBERAY:
         print(_rayservice(arguments.bundle, settings), end="")
         return 0

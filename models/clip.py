@@ -37,7 +37,9 @@ CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 TOKENIZER_FILES = ("tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json")
 """Where transformers looks for code and for the names of further files."""
-NEEDS_TRANSFORMERS = "has a tokenizer of its own: pip install 'unclip-ray[siglip]' on every node"
+NEEDS_TRANSFORMERS = (
+    "has a tokenizer of its own: pip install 'sentencepiece>=0.2,<1' 'transformers>=5,<6' on every node"
+)
 TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language"}
 """What a folder may say of its tokenizer: open_clip passes all else on to transformers, code included."""
 

@@ -10,6 +10,14 @@ class UserError(Exception):
     """A mistake in what was asked for, or in the machine it was asked of: one line, what to do next, no traceback."""
 
 
+def install(extra: str) -> str:
+    """Returns how to install the packages of an extra of pyproject.toml, for the end of a message.
+
+    From the checkout: no index has this project, and whoever took its name there could run code of theirs.
+    """
+    return f"pip install -e '.[{extra}]' in the checkout installs what is missing"
+
+
 class Unreachable(UserError):
     """A server did not answer, or answered that it cannot, for as long as one request may wait. It may later."""
 

@@ -9,6 +9,7 @@ import torch
 from benchmarks.gpu.bench import Bench, Outcome, Skipped, on
 from models.draw import Draw
 from models.precision import autocast
+from pipeline.errors import install
 
 ROWS = 32
 Found = tuple[float, int]  # seconds, and bytes at the highest
@@ -19,7 +20,7 @@ def peers(bench: Bench) -> Outcome:
     if not bench.cuda:
         raise Skipped("python -m benchmarks.unet_step compares them on a CPU")
     if find_spec("diffusers") is None:
-        raise Skipped("diffusers is not installed: pip install 'unclip-ray[reference]'")
+        raise Skipped(f"diffusers is not installed: {install('reference')}")
     from benchmarks.unet_step import KINDS, SIDES
 
     outcome = Outcome("")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import NoTrainInceptionV3
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, install
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.images import IMAGES
 from pipeline.evaluate.paired import whole
@@ -31,7 +31,7 @@ from pipeline.store.content import read_content
 
 WEIGHTS_BYTES = 256 << 20  # the published file has 91 MiB
 PACKAGES = ("torchmetrics", "torch-fidelity")
-MISSING = "evaluation.inception needs torch-fidelity: pip install 'unclip-ray[fid]'"
+MISSING = f"evaluation.inception needs torch-fidelity: {install('fid')}"
 PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 log = logging.getLogger("unclip")
 

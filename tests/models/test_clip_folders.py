@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import re
 import socket
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,8 @@ from pipeline.store import open_store
 from pipeline.store.records import put_blob
 from tests.models.mutations import fails_under
 from tests.models.test_clip import VIT, views
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_folder_that_lacks_a_file_is_refused(tmp_path: Path) -> None:
@@ -159,7 +163,7 @@ def test_an_own_tokenizer_that_is_not_there_is_one_line(siglip: Path, monkeypatc
     with pytest.raises(ValueError, match="its tokenizer cannot be loaded"):
         Clip.from_folder(siglip)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"pip install 'unclip-ray\[siglip\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'sentencepiece>=0.2,<1' 'transformers>=5,<6'"):
         Clip.from_folder(siglip)
 
 
@@ -289,7 +293,9 @@ def test_doctor_and_the_workers_of_embeddings_say_what_is_lacking(
     blobs = {file.name: put_blob(store, file) for file in siglip.iterdir()}
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr(clip_weights, "find_spec", lambda name: None)
-    lacks = r"has a tokenizer of its own: pip install 'unclip-ray\[siglip\]' on every node"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = " ".join(f"'{requirement}'" for requirement in extras["siglip"])
+    lacks = re.escape(f"has a tokenizer of its own: pip install {asked} on every node")
     with pytest.raises(UserError, match=rf"clip\.weights: local-dir:{siglip} {lacks}"):
         clip_weights.find_weights("clip.weights", f"local-dir:{siglip}")
     with pytest.raises(UserError, match=f"embeddings: the CLIP cannot be opened on {socket.gethostname()}: .*{lacks}"):

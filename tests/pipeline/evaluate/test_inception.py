@@ -102,7 +102,7 @@ def test_the_weights_content_is_in_the_key_and_their_path_is_not(tmp_path: Path)
 
 
 def test_without_a_package_it_says_which_to_install(monkeypatch: pytest.MonkeyPatch, weights: ContentFile) -> None:
-    said = r"^evaluation\.inception needs torch-fidelity: pip install 'unclip-ray\[fid\]'$"
+    said = r"^evaluation\.inception needs torch-fidelity: pip install -e '\.\[fid\]' in the checkout installs "
     monkeypatch.setattr(theirs, "_TORCH_FIDELITY_AVAILABLE", False)
     with pytest.raises(UserError, match=said):
         load_inception(STORE, weights, CPU)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, install
 
 VERSION = 2  # raise it when the list changes: names, captions, order, splits or pixels
 HOST = "emoji.test"
@@ -212,7 +212,7 @@ def _names() -> dict[str, str]:
 def _require_packages() -> None:
     missing = [name for module, name in _DEMO.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise UserError(f"the emoji images need {', '.join(missing)}: pip install 'unclip-ray[demo]'")
+        raise UserError(f"the emoji images need {', '.join(missing)}: {install('demo')}")
 
 
 def _normal(code: str) -> str:

@@ -202,7 +202,7 @@ def test_a_users_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="nano, nano-more, tiny, full"):
         emoji_rows("huge")
     monkeypatch.setitem(emoji._DEMO, "no_such_module", "no-such-package")
-    with pytest.raises(UserError, match=r"no-such-package.*pip install 'unclip-ray\[demo\]'"), serving():
+    with pytest.raises(UserError, match=r"no-such-package.*pip install -e '\.\[demo\]' in the checkout"), serving():
         pass
 
 
