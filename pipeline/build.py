@@ -114,7 +114,7 @@ def build(config: Config) -> Graph:
             "evaluation",
             evaluation.VERSION,
             config.evaluation,
-            (*of_decoder, "bundle"),
+            (*of_decoder, "source", "bundle"),
             evaluation.run_evaluation,
             kind="result",
         ),

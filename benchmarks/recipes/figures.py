@@ -79,7 +79,7 @@ def measure(stage: str, ctx: Context, models: Mapping[str, str], splits: Sequenc
 
 def mean(values: Tensor) -> Found:
     """Returns the mean of [n] and its interval."""
-    return float(values.double().mean()), *bootstrap(values.double(), SEED)
+    return float(values.double().mean()), *bootstrap(values.double(), torch.arange(len(values)), SEED)
 
 
 def listed(ctx: Context, split: str, columns: Sequence[str], side: int = 0) -> list[JoinedRow]:
@@ -108,7 +108,7 @@ def clip_figures(clip: Clip, ctx: Context, phrases: Phrases, split: str) -> dict
     # Held-out names stand among held-out names alone.
     more = [caption(row) for row in known["train"]] if split != "test" else []
     offered = choices(Eye("CLIP", clip), [caption(row) for row in rows[:NAMED]], more, phrases)
-    found = {choice.name: mean(right(choice, seen[split][:NAMED])) for choice in offered}
+    found = {choice.name: mean(right(choice, seen[split][:NAMED])[0]) for choice in offered}
     everything = [(caption(row), name == split) for name, part in known.items() for row in part]
     return found | other_style(torch.cat([*seen.values()]), everything, phrases)
 
@@ -145,7 +145,7 @@ def other_style(images: Tensor, rows: Sequence[tuple[str, bool]], phrases: Phras
     found = torch.cat(places) if places else torch.empty(0)
     if len(found) < FEWEST:
         return {}
-    interval = median_interval(found, torch.zeros_like(found), SEED)
+    interval = median_interval(found, torch.zeros_like(found), torch.arange(len(found)), SEED)
     return {"other_style_rank": (float(found.median()), *interval), "other_style_first_10": mean(found <= FIRST)}
 
 
@@ -231,7 +231,7 @@ class _Measured:
         seeds = list(range(len(rows)))
         sampling, batch = self._sampling(), rows.batch
         drawn = self.unclip.draw_embedding(batch["tokens"], batch["text_embedding"], seeds, sampling)
-        ratio, interval = variance_ratio(drawn[None], batch["image_embedding"], SEED)
+        ratio, interval = variance_ratio(drawn[None], batch["image_embedding"], torch.arange(len(drawn)), SEED)
         others = listed(self.ctx, "train", COLUMNS, SIDE)[: GALLERY - len(rows)]
         more = [row.image_embedding for row in others if row.image_embedding is not None]
         filled = torch.from_numpy(np.stack(more)) if more else batch["image_embedding"][:0]
@@ -282,9 +282,8 @@ def _held_out(ctx: Context, split: str, rows: list[JoinedRow]) -> HeldOut:
         for name in ("image_embedding", "text_embedding")
     }
     batch |= {"tokens": tokenize(captions), "image": read_views(ctx.store, [r.place for r in rows if r.place], SIDE)}
-    return HeldOut(
-        split, [row.key for row in rows], captions, [row.license for row in rows], batch, derangement(captions)
-    )
+    keys = [row.key for row in rows]  # each a group of its own
+    return HeldOut(split, keys, keys, captions, [row.license for row in rows], batch, derangement(captions))
 
 
 def errors(denoise: Denoise, x0: Tensor, config: Any, draw: Draw) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.draw import Draw, derive_seed
 from pipeline.evaluate.figure import Figure
-from pipeline.evaluate.metrics import standard_error
+from pipeline.evaluate.metrics import numbered, standard_error
 from pipeline.evaluate.paired import whole
 from pipeline.evaluate.rows import HeldOut
 from pipeline.training.task import Batch
@@ -63,7 +63,7 @@ def rise(
 def gap_figure(model: str, condition: str, rows: HeldOut, found: Rise) -> Figure:
     """Returns line (a): holds if the mean rise is above three standard errors."""
     difference = found.other - found.own
-    mean, error = float(difference.mean()), standard_error(difference)
+    mean, error = float(difference.mean()), standard_error(difference, numbered(rows.groups))
     says = f"loss with another row's {condition}, above the loss with its own"
     values = float(found.other.mean()), float(found.own.mean())
     holds = mean > ERRORS * error

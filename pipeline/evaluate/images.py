@@ -91,7 +91,7 @@ def background_figure(model: str, source: str, images: Tensor, rows: HeldOut, ph
     right = torch.tensor([[found == named[j] for j in chosen] for found in seen], dtype=torch.float64)
     hits = right.diagonal()
     chance = (right.sum(1) - hits) / (len(chosen) - 1)
-    return paired("d", model, "background", says, hits, chance, rows, seed, "above")
+    return paired("d", model, "background", says, hits, chance, rows, seed, "above", torch.tensor(chosen))
 
 
 def ranking_figures(clip: Clip, rows: HeldOut, drawn: Tensor, early: Tensor | str, seed: int) -> list[Figure]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.evaluate.figure import Figure
-from pipeline.evaluate.metrics import Interval, percentiles, resample
+from pipeline.evaluate.metrics import Interval, numbered, percentiles, resample
 from pipeline.evaluate.paired import paired, whole
 from pipeline.evaluate.rows import HeldOut
 from pipeline.evaluate.statistics import BLOCK
@@ -32,18 +32,19 @@ def nearest(images: Tensor, training: Tensor) -> Nearest:
     return Nearest((1 - cosine).clamp(min=0), place)
 
 
-def share_nearer(drawn: Tensor, real: Tensor, seed: int) -> tuple[float, Interval]:
-    """Returns how often a distance of ``drawn`` [n] is below one of ``real`` [n], and its bootstrap interval over rows.
+def share_nearer(drawn: Tensor, real: Tensor, groups: Tensor, seed: int) -> tuple[float, Interval]:
+    """Returns how often a distance of ``drawn`` [n] is below one of ``real`` [n], with a bootstrap interval.
 
-    All pairs count, ties by half (the area under the ROC curve): 0.5 for equal distributions, 1 where all is copied.
+    The interval is over ``groups`` [n]. All pairs count, ties by half (the area under the ROC curve): 0.5 for equal
+    distributions, 1 where all is copied.
     """
-    weights, pairs = resample(len(drawn), seed), len(drawn) ** 2
+    weights, pairs = resample(groups, seed), len(drawn) ** 2
     total, resampled = 0.0, torch.zeros(len(weights), dtype=torch.float64)
     for part, counted in zip(real.split(BLOCK), weights.split(BLOCK, 1), strict=True):
         below = (drawn[:, None] < part).double() + (drawn[:, None] == part).double() / 2
         total += float(below.sum())
         resampled += ((weights @ below) * counted).sum(1)
-    return total / pairs, percentiles(resampled / pairs)
+    return total / pairs, percentiles(resampled / weights.sum(1).square())
 
 
 def closest(distance: Tensor, count: int) -> list[int]:
@@ -69,7 +70,7 @@ def memorisation_figures(
         part = rows.first(len(seen))
         says = "distance of drawn images to the nearest training image; baseline: held-out images"
         figures.append(paired(LINE, model, "nearest_training", says, ours, theirs, part, seed, None))
-        share, interval = share_nearer(ours, theirs, seed)
+        share, interval = share_nearer(ours, theirs, numbered(part.groups), seed)
         says = "share of pairs in which the drawn image is nearer to training than the held-out one"
         around = (interval.low - 0.5, interval.high - 0.5)
         figures.append(whole(LINE, model, "share_nearer", says, share, 0.5, part, interval=around))

@@ -7,6 +7,7 @@ from math import nan, sqrt
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 RESAMPLES = 1000
@@ -29,27 +30,47 @@ def derangement(labels: Sequence[Hashable]) -> Tensor:
     if n < 2:
         raise ValueError(f"{n} rows have no other row among them")
 
-    numbers: dict[Hashable, int] = {}
-    numbered = torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels])
+    known = numbered(labels)
     least, best = n + 1, 0
     for shift in sorted(range(1, n), key=lambda k: abs(k - n // 2)):
-        if (shared := int((numbered == numbered.roll(-shift)).sum())) < least:
+        if (shared := int((known == known.roll(-shift)).sum())) < least:
             least, best = shared, shift
         if not least:
             break
     return (torch.arange(n) + best) % n
 
 
-def standard_error(x: Tensor) -> float:
-    """Returns the standard error of the mean of ``x`` [n]; nan for one row."""
-    return float(x.double().std()) / sqrt(len(x)) if len(x) > 1 else nan
+def numbered(labels: Sequence[Hashable]) -> Tensor:
+    """Returns the number of each label, int64 [n]: equal ones have the same, from 0 in the order of their first."""
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels], dtype=torch.int64)
 
 
-def resample(n: int, seed: int) -> Tensor:
-    """Returns how often each of ``n`` rows is in each bootstrap sample: fp64 [RESAMPLES, n], rows that sum to n."""
+def standard_error(x: Tensor, groups: Tensor) -> float:
+    """Returns the standard error of the mean of ``x`` [n], whose rows are independent between ``groups`` [n].
+
+    It is the cluster-robust one (Liang and Zeger 1986), that of independent rows where each is a group of its own; nan
+    for one group.
+    """
+    x, count = x.double().cpu(), int(groups.max()) + 1
+    if count < 2:
+        return nan
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, groups, x - x.mean())
+    return sqrt(count / (count - 1) * float(sums.square().sum())) / len(x)
+
+
+def resample(groups: Tensor, seed: int) -> Tensor:
+    """Returns how often each row is in each bootstrap sample, which draws whole ``groups`` [n]: fp64 [RESAMPLES, n].
+
+    Rows of one group, such as the two styles of an emoji, are alike: drawn one by one they would count as more than is
+    known (Davison and Hinkley 1997, section 3.8). Groups have the numbers of ``numbered``; of unequal ones samples have
+    unequal sizes.
+    """
+    count = int(groups.max()) + 1
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(n, (RESAMPLES, n), generator=generator)
-    return torch.zeros(RESAMPLES, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+    drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
+    times = torch.zeros(RESAMPLES, count, dtype=torch.float64)
+    return times.scatter_add_(1, drawn, torch.ones_like(drawn).double())[:, groups]
 
 
 def percentiles(values: Tensor) -> Interval:
@@ -58,36 +79,37 @@ def percentiles(values: Tensor) -> Interval:
     return Interval(low, high)
 
 
-def bootstrap(x: Tensor, seed: int) -> Interval:
-    """Returns the percentile bootstrap interval of the mean of ``x`` [n] over rows (Efron 1979)."""
-    if len(x) < 2:
+def bootstrap(x: Tensor, groups: Tensor, seed: int) -> Interval:
+    """Returns the percentile bootstrap interval of the mean of ``x`` [n] over ``groups`` [n] (Efron 1979)."""
+    if int(groups.max()) < 1:
         return Interval(nan, nan)
-    return percentiles(resample(len(x), seed) @ x.double().cpu() / len(x))
+    weights = resample(groups, seed)
+    return percentiles(weights @ x.double().cpu() / weights.sum(1))
 
 
 def total_variance(x: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns the trace of the unbiased covariance of rows [n, d].
 
-    With ``weights`` [m, n], each of which sums to n, it is [m], else [].
+    With ``weights`` [m, n], how often each row counts, it is [m], else [].
     """
     x = x.double()
-    n = len(x)
-    weights = torch.ones(1, n, dtype=torch.float64) if weights is None else weights
-    mean = weights @ x / n
+    weights = torch.ones(1, len(x), dtype=torch.float64) if weights is None else weights
+    n = weights.sum(1)
+    mean = weights @ x / n[:, None]
     variance = (weights @ x.square().sum(1) - n * mean.square().sum(1)) / (n - 1)
     return variance[0] if len(variance) == 1 else variance
 
 
-def variance_ratio(samples: Tensor, data: Tensor, seed: int) -> tuple[float, Interval]:
+def variance_ratio(samples: Tensor, data: Tensor, groups: Tensor, seed: int) -> tuple[float, Interval]:
     """Returns the total variance of ``samples`` [k, n, d], one a row and averaged over k, over that of ``data`` [n, d].
 
-    With a bootstrap interval over rows.
+    With a bootstrap interval over ``groups`` [n].
     """
 
     def ratio(weights: Tensor | None) -> Tensor:
         return torch.stack([total_variance(s, weights) for s in samples]).mean(0) / total_variance(data, weights)
 
-    return float(ratio(None)), percentiles(ratio(resample(len(data), seed)))
+    return float(ratio(None)), percentiles(ratio(resample(groups, seed)))
 
 
 def median_distance(x: Tensor) -> float:
@@ -110,20 +132,27 @@ def mmd_terms(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
     return (kernel(x, x) + kernel(y, y) - cross - cross.T).fill_diagonal_(0)
 
 
-def u_statistic(terms: Tensor) -> tuple[float, float]:
-    """Returns the mean of symmetric ``terms`` [n, n] over i != j, and its jackknife standard error over rows."""
+def u_statistic(terms: Tensor, groups: Tensor) -> tuple[float, float]:
+    """Returns the mean of symmetric ``terms`` [n, n] over i != j, and its standard error.
+
+    That is the jackknife's, which leaves out one of ``groups`` [n] at a time; nan where fewer than two rows are left.
+    """
     n = len(terms)
     total = terms.sum()
     value = float(total / (n * (n - 1)))
-    if n < 3:
+    member = F.one_hot(groups).double()
+    rest = n - member.sum(0)
+    if len(rest) < 2 or int(rest.min()) < 2:
         return value, nan
-    left_out = (total - 2 * terms.sum(1)) / ((n - 1) * (n - 2))
-    return value, float(((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt())
+    ours = terms @ member
+    left_out = (total - 2 * ours.sum(0) + (member * ours).sum(0)) / (rest * (rest - 1))
+    g = len(rest)
+    return value, float(((g - 1) / g * (left_out - left_out.mean()).square().sum()).sqrt())
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
     """Returns cosines of rows [..., d]: fp64 [...]."""
-    return torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=-1)
+    return F.cosine_similarity(x.double(), y.double(), dim=-1)
 
 
 def bucket_counts(codes: Tensor, buckets: int) -> Tensor:

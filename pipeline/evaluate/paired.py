@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pipeline.evaluate.figure import Figure
-from pipeline.evaluate.metrics import bootstrap
+from pipeline.evaluate.metrics import bootstrap, numbered
 from pipeline.evaluate.rows import HeldOut
 
 
@@ -29,13 +29,16 @@ def paired(
     rows: HeldOut,
     seed: int,
     claim: Literal["above", "below"] | None,
+    chosen: Tensor | None = None,
 ) -> Figure:
-    """Compares ``value`` [n] with ``baseline`` [n]: a 95% bootstrap interval of the mean difference over these n rows.
+    """Compares ``value`` [n] with ``baseline`` [n]: a 95% interval of the mean difference, by bootstrap over groups.
 
+    Both are of the first n of ``rows``, or of the ``chosen`` ones, int64 [n].
     The figure holds if the whole interval is on the side of 0 that ``claim`` names; with None it is for information.
     """
     value, baseline = value.double().cpu(), baseline.double().cpu()
-    interval = bootstrap(value - baseline, seed)
+    groups = numbered([rows.groups[i] for i in (range(len(value)) if chosen is None else chosen.tolist())])
+    interval = bootstrap(value - baseline, groups, seed)
     return whole(
         line,
         model,

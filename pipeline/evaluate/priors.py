@@ -150,7 +150,7 @@ def _three(
 
 
 def _variance(model: str, end: str, where: str, samples: Tensor, image: Tensor, rows: HeldOut, seed: int) -> Figure:
-    ratio, interval = metrics.variance_ratio(samples, image, seed)
+    ratio, interval = metrics.variance_ratio(samples, image, metrics.numbered(rows.groups), seed)
     says = f"variance of samples over that of images, from 0.5 to 1.5{where}"
     around, holds = (interval.low - 1, interval.high - 1), 0.5 <= ratio <= 1.5
     return whole("c", model, f"variance_ratio{end}", says, ratio, 1.0, rows, interval=around, holds=holds)
@@ -159,8 +159,9 @@ def _variance(model: str, end: str, where: str, samples: Tensor, image: Tensor, 
 def _mmd(model: str, end: str, where: str, sample: Tensor, text: Tensor, image: Tensor, rows: HeldOut) -> Figure:
     bandwidth = metrics.median_distance(image)
     ours, theirs = (metrics.mmd_terms(x, image, bandwidth) for x in (sample, text))
-    difference, error = metrics.u_statistic(ours - theirs)
+    groups = metrics.numbered(rows.groups)
+    difference, error = metrics.u_statistic(ours - theirs, groups)
     says = f"squared MMD of samples to images, below the caption embeddings'{where}"
-    value, baseline = (metrics.u_statistic(x)[0] for x in (ours, theirs))
+    value, baseline = (metrics.u_statistic(x, groups)[0] for x in (ours, theirs))
     more = {"difference": difference, "error": error, "holds": difference < -2 * error}
     return whole("c", model, f"mmd{end}", says, value, baseline, rows, **more)

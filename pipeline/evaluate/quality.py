@@ -111,11 +111,14 @@ def _filled(own: Sequence[str], more: Sequence[str]) -> list[str]:
     return distinct + others[: max(0, AMONG - len(distinct))]
 
 
-def right(choice: Choice, images: Tensor) -> Tensor:
-    """Returns whether images [n, d], of the first n rows, find their own caption: bool, for those that take part."""
+def right(choice: Choice, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns whether images [n, d], of the first n rows, find their own caption, and which rows take part.
+
+    bool [m] and int64 [m].
+    """
     kept = choice.chosen < len(images)
     texts = choice.texts[kept] if choice.texts.dim() == 3 else choice.texts
-    return told_apart(images[choice.chosen[kept]], texts, choice.own[kept])
+    return told_apart(images[choice.chosen[kept]], texts, choice.own[kept]), choice.chosen[kept]
 
 
 def clip_score(images: Tensor, texts: Tensor) -> Tensor:
@@ -197,9 +200,10 @@ def quality_figures(
         values = clip_score(seen, texts[:m]), clip_score(real[:m], texts[:m])
         figures.append(paired("f", model, f"{short}_score{end}", score, *values, part, seed, None))
         for choice in offered:
-            ours, theirs = right(choice, seen), right(choice, real[:m])
+            (ours, chosen), (theirs, _) = right(choice, seen), right(choice, real[:m])
             if len(ours) >= FEWEST:
                 says = f"{choice.says}, of {subject} images, by {eye.name}; baseline: real images"
-                figures.append(paired("f", model, f"{short}_{choice.name}{end}", says, ours, theirs, part, seed, None))
+                name = f"{short}_{choice.name}{end}"
+                figures.append(paired("f", model, name, says, ours, theirs, part, seed, None, chosen))
         figures += distribution_figures(model, eye.name, subject, end, seen, training[:m], real[:m], part, seed)
     return figures

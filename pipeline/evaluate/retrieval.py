@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.evaluate.figure import Figure
-from pipeline.evaluate.metrics import Interval, cosine, percentiles, resample
+from pipeline.evaluate.metrics import Interval, cosine, numbered, percentiles, resample
 from pipeline.evaluate.paired import paired, whole
 from pipeline.evaluate.rows import HeldOut, TrainingRows
 from pipeline.evaluate.statistics import frechet_distance
@@ -41,9 +41,9 @@ def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
     return values[order][reached.int().argmax(1)]
 
 
-def median_interval(x: Tensor, y: Tensor, seed: int) -> Interval:
-    """Returns the bootstrap interval over rows of the median of ``x`` [n] less that of ``y`` [n]."""
-    weights = resample(len(x), seed)
+def median_interval(x: Tensor, y: Tensor, groups: Tensor, seed: int) -> Interval:
+    """Returns the bootstrap interval over ``groups`` [n] of the median of ``x`` [n] less that of ``y`` [n]."""
+    weights = resample(groups, seed)
     return percentiles(weighted_median(x, weights) - weighted_median(y, weights))
 
 
@@ -104,7 +104,7 @@ def _ranked(
     ours, theirs = ranks(query, gallery.cpu(), own), ranks(baseline, gallery.cpu(), own)
     end = f"by {said}, among {len(gallery)}; baseline: by {BASELINES[name]}"
     medians = float(ours.median()), float(theirs.median())
-    says, interval = f"median rank of the image {end}", median_interval(ours, theirs, seed)
+    says, interval = f"median rank of the image {end}", median_interval(ours, theirs, numbered(rows.groups), seed)
     figures = [whole("c", model, f"rank_of_{what}_{name}", says, *medians, rows, interval=interval)]
     for k in (k for k in RECALLS if k < len(gallery)):
         says = f"images found in the first {k} {end}" if k > 1 else f"images found first {end}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from models.sampling_config import BASE
 from models.tokens import tokenize
 from pipeline.data.pairs.row_index import Place
+from pipeline.data.source.stage import row_key, shard_of
 from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.metrics import derangement
-from pipeline.graph.artifacts import Artifact
+from pipeline.graph.artifacts import Artifact, ShardList, read_table
 from pipeline.held_out import FEWEST, HELD_OUT_SPLITS
 from pipeline.store import Store
 from pipeline.training.feed.tables import JoinedRow, Tables
@@ -34,12 +35,14 @@ class HeldOut:
     """Rows of one split: held out, or training rows that stand beside these.
 
     ``batch``: "tokens" int64 [n, 77], "image_embedding" and "text_embedding" fp32 [n, d] of unit norm and, for
-    images, "image" uint8 [n, 3, s, s]. ``captions``: the first of each row, which is the one that was embedded.
+    images, "image" uint8 [n, 3, s, s]. ``groups``: of the source, else the row's own key; rows of one are alike, so
+    intervals are over groups. ``captions``: the first of each row, which is the one that was embedded.
     ``licenses``: of the images, None where unknown. ``other``: another row for each row, int64 [n].
     """
 
     split: str
     keys: list[str]
+    groups: list[str]
     captions: list[str]
     licenses: list[str | None]
     batch: Batch
@@ -51,13 +54,14 @@ class HeldOut:
     def to(self, device: torch.device) -> HeldOut:
         """Returns the same on a device."""
         batch = {name: column.to(device) for name, column in self.batch.items()}
-        return HeldOut(self.split, self.keys, self.captions, self.licenses, batch, self.other.to(device))
+        return replace(self, batch=batch, other=self.other.to(device))
 
     def first(self, rows: int) -> HeldOut:
         """Returns the first ``rows`` of them (two or more), with other rows among themselves."""
         batch = {name: column[:rows] for name, column in self.batch.items()}
         other = derangement(self.captions[:rows]).to(self.other.device)
-        return HeldOut(self.split, self.keys[:rows], self.captions[:rows], self.licenses[:rows], batch, other)
+        kept = {name: getattr(self, name)[:rows] for name in ("keys", "groups", "captions", "licenses")}
+        return HeldOut(self.split, batch=batch, other=other, **kept)
 
 
 def held_out(
@@ -82,7 +86,7 @@ def held_out(
             found = tables.first(max(LOOKED, rows) if prefer else rows)
             if prefer:
                 found = sorted(found, key=lambda row: not prefer(_caption(row)))[:rows]
-            return _join(store, split, found, side)
+            return _join(store, inputs, split, found, side)
     return there
 
 
@@ -102,7 +106,7 @@ def named_rows(
     if len(chosen) < FEWEST:
         return len(chosen)
     ordered = [found[i] for i in chosen] + [row for i, row in enumerate(found) if i not in set(chosen)]
-    return _join(store, split, ordered[: max(GALLERY, len(chosen))], side), len(chosen)
+    return _join(store, inputs, split, ordered[: max(GALLERY, len(chosen))], side), len(chosen)
 
 
 def _caption(row: JoinedRow) -> str:
@@ -114,16 +118,26 @@ def _unit(rows: list[JoinedRow], name: str) -> Tensor:
     return F.normalize(torch.from_numpy(np.stack([getattr(row, name) for row in rows])), dim=-1)
 
 
-def _join(store: Store, split: str, rows: list[JoinedRow], side: int) -> HeldOut:
+def _groups(store: Store, source: Artifact, keys: list[str]) -> list[str]:
+    """Returns the group of each row that the source names, else its key."""
+    shards, named = ShardList(store, source), dict[str, str | None]()
+    for number in sorted({shard_of(key) for key in keys}):
+        if shard := shards.find(number):
+            groups = read_table(store, shard.blobs["refs"], ["group"])["group"].to_pylist()
+            named |= {row_key(number, place): group for place, group in enumerate(groups)}
+    return [named.get(key) or key for key in keys]
+
+
+def _join(store: Store, inputs: Mapping[str, Artifact], split: str, rows: list[JoinedRow], side: int) -> HeldOut:
     captions = [_caption(row) for row in rows]
     batch: Batch = {"tokens": tokenize(captions)}
     for name in ("image_embedding", "text_embedding"):
         batch[name] = _unit(rows, name)
     if side:
         batch["image"] = read_views(store, [row.place for row in rows if row.place], side)
-    return HeldOut(
-        split, [row.key for row in rows], captions, [row.license for row in rows], batch, derangement(captions)
-    )
+    keys, licenses = [row.key for row in rows], [row.license for row in rows]
+    groups = _groups(store, inputs["source"], keys)
+    return HeldOut(split, keys, groups, captions, licenses, batch, derangement(captions))
 
 
 def read_views(store: Store, places: list[Place], side: int) -> Tensor:

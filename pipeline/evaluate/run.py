@@ -103,7 +103,7 @@ def early_decoder(ctx: Context, device: torch.device) -> Decoder | str:
     if not recipe.batch <= early <= recipe.fork or early >= recipe.samples:
         end = f"samples {recipe.samples:,}" + (f" less decay {recipe.decay:,}" if recipe.decay else "")
         return f"evaluation.early {early:,} is not between decoder.batch {recipe.batch:,} and {end}"
-    inputs = {name: artifact for name, artifact in ctx.inputs.items() if name != "bundle"}  # what is left is its own
+    inputs = {name: artifact for name, artifact in ctx.inputs.items() if name not in ("source", "bundle")}  # its own
     decoder = replace(ctx, stage="decoder", version=recipe.version, recipe=recipe, inputs=inputs)
     key = at_stop(decoder, early).key
     artifact = load_artifact(ctx.store, "decoder", key)

@@ -17,7 +17,7 @@ from pipeline.graph.stages import Context
 from pipeline.held_out import FEWEST
 from pipeline.parse import ContentFile
 
-VERSION = 11
+VERSION = 12
 
 HeldOutRows = Annotated[int, Field(ge=FEWEST)]
 Several = Annotated[int, Field(ge=2)]  # samples, whose spread counts

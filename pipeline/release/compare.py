@@ -146,7 +146,7 @@ def changes(old: Measured, new: Measured) -> list[Change]:
     """Returns every figure that both have row by row, in the order of the new evaluation."""
     import torch
 
-    from pipeline.evaluate.metrics import bootstrap
+    from pipeline.evaluate.metrics import bootstrap, numbered
 
     same_codec = old.bundle.inputs.get("codec") == new.bundle.inputs.get("codec")
     then, found = old.figures, []
@@ -158,7 +158,7 @@ def changes(old: Measured, new: Measured) -> list[Change]:
             continue
         rows = torch.tensor([before, after], dtype=torch.float64)
         difference = rows[1] - rows[0]
-        mean, interval = float(difference.mean()), bootstrap(difference, seed=0)
+        mean, interval = float(difference.mean()), bootstrap(difference, numbered(range(len(difference))), seed=0)
         means = float(rows[0].mean()), float(rows[1].mean())
         found.append(Change(model, name, *means, mean, interval, len(difference), figure["claim"]))
     return found

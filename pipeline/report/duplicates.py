@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from markupsafe import Markup
 
 from pipeline.data.curation.stage import Rejected
+from pipeline.data.source.stage import shard_of
 from pipeline.graph.artifacts import ShardRow
 from pipeline.report.html import number, template
 from pipeline.report.inputs import ReportInput
@@ -68,7 +69,7 @@ def _too_near(given: ReportInput, shard: ShardRow) -> list[Rejected]:
 def _cells(given: ReportInput, keys: Collection[str]) -> dict[str, Thumbnail]:
     """Returns by key the images that may be shown, each with what became of its row. Holds one shard at a time."""
     shards = given.shards("pairs")
-    wanted = sorted({int(key[:-4]) for key in keys} & shards.keys())  # see pipeline.data.source.stage.row_key
+    wanted = sorted({shard_of(key) for key in keys} & shards.keys())
     cells = {}
     for shard in read_pairs(given, (shards[i] for i in wanted)):
         for row in shard.rows:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.data.source.journal import reference_mark, reference_marks
 from pipeline.data.source.rows import ListRow, write_rows, written_rows
-from pipeline.data.source.stage import SourceShard, row_key
+from pipeline.data.source.stage import SourceShard, row_key, shard_of
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table
 from pipeline.store import Store
@@ -121,8 +121,8 @@ def _rows_in(store: Store, shard: SourceShard, marks: set[str]) -> list[tuple[in
 def _of_keys(store: Store, source: Sequence[SourceShard], keys: frozenset[str]) -> set[str]:
     shards = {shard.number: shard for shard in source}
     marks = set()
-    for number in sorted({int(key[:8]) for key in keys}):
-        wanted = {key for key in keys if int(key[:8]) == number}
+    for number in sorted({shard_of(key) for key in keys}):
+        wanted = {key for key in keys if shard_of(key) == number}
         urls = read_table(store, shards[number].refs, ["url"])["url"].to_pylist() if number in shards else []
         found = {key: url for i, url in enumerate(urls) if (key := row_key(number, i)) in wanted and url}
         if missing := sorted(wanted - found.keys()):

@@ -322,6 +322,11 @@ def row_key(number: int, place: int) -> str:
     return f"{number:08d}{place:04d}"
 
 
+def shard_of(key: str) -> int:
+    """Returns the shard of a row, from its key."""
+    return int(key[:-4])
+
+
 def hash_share(value: str) -> float:
     """Returns the place of a group or a reference in [0, 1], by which it is held out or not."""
     return int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") / 2**64

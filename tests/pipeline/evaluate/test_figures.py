@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
@@ -24,8 +24,10 @@ from pipeline.evaluate.evaluation import absent
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.gap import Rise, gap_figure, rise
 from pipeline.evaluate.metrics import bucket_counts, derangement
+from pipeline.evaluate.paired import paired
 from pipeline.evaluate.rows import HeldOut, TrainingRows
 from pipeline.evaluate.whitening import Whitening, fit_whitening
+from tests.models.mutations import fails_under
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -33,9 +35,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def held_out(captions: list[str], **batch: Tensor) -> HeldOut:
-    return HeldOut(
-        "test", [str(i) for i in range(len(captions))], captions, [None] * len(captions), batch, derangement(captions)
-    )
+    keys = [str(i) for i in range(len(captions))]
+    return HeldOut("test", keys, keys, captions, [None] * len(captions), batch, derangement(captions))
 
 
 def rows(n: int, **batch: Tensor) -> HeldOut:
@@ -76,6 +77,25 @@ def test_a_model_that_uses_its_condition_has_the_gap_that_it_must_have() -> None
     assert figure.error == pytest.approx(float(expected.std()) / math.sqrt(70), abs=1e-4)
     noisy = Rise(torch.zeros(4), torch.tensor([1.0, -1.0, 3.0, 2.0]))  # a positive mean alone is not enough
     assert gap_figure("m", "c", rows(4), noisy).holds is False
+
+
+@fails_under((paired, "rows.groups[i]", "i"))
+def test_claims_hold_by_chance_one_time_in_forty_however_many_rows_a_group_has() -> None:
+    """Values of rows without an effect, alike within groups of four: one by one they would hold 16 times in 100."""
+    names = [f"{i // 4}" for i in range(120)]
+    many = replace(rows(120), groups=names)
+    held = 0
+    for seed in range(300):
+        values = normal(30, seed=seed).repeat_interleave(4) + 0.2 * normal(120, seed=1000 + seed)
+        held += paired("c", "m", "n", "says", values, torch.zeros(120), many, seed, "above").holds is True
+    assert 0.005 < held / 300 < 0.06
+
+
+def test_a_condition_gap_counts_groups() -> None:
+    own = normal(30, seed=0).double()
+    once = gap_figure("m", "c", rows(30), Rise(torch.zeros(30), own))
+    many = replace(rows(120), groups=[f"{i % 30}" for i in range(120)])
+    assert gap_figure("m", "c", many, Rise(torch.zeros(120), own.repeat(4))).error == pytest.approx(once.error)
 
 
 def test_conditions_may_depend_on_the_draw() -> None:

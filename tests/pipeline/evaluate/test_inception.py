@@ -77,7 +77,7 @@ def test_every_set_has_its_figure_on_its_own_rows() -> None:
     drawn = {kind: features[i][:size] for i, (kind, size) in enumerate(sizes.items())}
     real, training = features[3:]
     captions = [str(i) for i in range(12)]
-    rows = HeldOut("test", captions, captions, [None] * 12, {}, derangement(captions))
+    rows = HeldOut("test", captions, captions, captions, [None] * 12, {}, derangement(captions))
     found = {(f.model, f.name): f for f in fid_figures(drawn, real, training, rows)}
     assert found.keys() == {("decoder", "fid"), ("ar_prior", "fid"), ("decoder", "fid_early")}
     prior = found["ar_prior", "fid"]

@@ -60,7 +60,7 @@ OF_ROWS: dict[str, Callable[[Tensor], Tensor]] = {  # higher is better
     "R-precision of a row's own captions": lambda x: told_apart(x, CAPTIONS.expand(N, N, D), OWN).double(),
 }
 OF_SETS: dict[str, Callable[[Tensor], float]] = {
-    "MMD": lambda x: -metrics.u_statistic(metrics.mmd_terms(x, IMAGE, metrics.median_distance(IMAGE)))[0],
+    "MMD": lambda x: -metrics.u_statistic(metrics.mmd_terms(x, IMAGE, metrics.median_distance(IMAGE)), OWN)[0],
     "CMMD": lambda x: -cmmd(x, IMAGE),
     "Fréchet distance": lambda x: -frechet_distance(x, IMAGE),
     "precision": lambda x: float(covered(x, IMAGE).double().mean()),
@@ -115,10 +115,8 @@ def test_the_share_of_nearer_images_ranks_copies_above_likenesses_above_new_ones
     def distance(x: Tensor) -> Tensor:
         return 1 - (x @ training.T).max(1).values
 
-    shares = [
-        share_nearer(distance(unit((1 - k) * training[:N] + k * normal(N, D, seed=11) / 4)), distance(real), 0)[0]
-        for k in (0.0, 0.5, 0.75, 1.0)
-    ]
+    made = [unit((1 - k) * training[:N] + k * normal(N, D, seed=11) / 4) for k in (0.0, 0.5, 0.75, 1.0)]
+    shares = [share_nearer(distance(x), distance(real), OWN, 0)[0] for x in made]
     assert shares[0] == 1
     assert all(upper >= lower for upper, lower in pairwise(shares)), shares
     assert shares[-1] == pytest.approx(0.5, abs=0.1)

@@ -31,7 +31,7 @@ from pipeline.evaluate.evaluation import GUIDANCES
 from pipeline.evaluate.figure import as_text
 from pipeline.evaluate.rows import HeldOut, held_out, training_rows
 from pipeline.evaluate.stage import EvaluationRecipe, run_evaluation
-from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
+from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact, write_shard_table
 from pipeline.graph.stages import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
@@ -101,7 +101,7 @@ class Case:
     bundle: Artifact
 
     def context(self, recipe: EvaluationRecipe = RECIPE) -> Context:
-        inputs = {name: self.world.inputs[name] for name in READS} | {"bundle": self.bundle}
+        inputs = {name: self.world.inputs[name] for name in (*READS, "source")} | {"bundle": self.bundle}
         stage = Stage("evaluation", 1, recipe, tuple(inputs), run_evaluation)
         key = stage_key(stage, {name: artifact.key for name, artifact in inputs.items()})
         config = SimpleNamespace(decoder=DecoderRecipe(samples=64, batch=16, lanes=8, model=DECODER))
@@ -304,3 +304,16 @@ def test_held_out_rows_are_the_first_with_their_images(shared_world: World) -> N
     assert not {place.key for place in seen.places} & {
         k for k, e in shared_world.examples.items() if e.split != "train"
     }
+
+
+def test_groups_are_those_of_the_source_and_else_rows_by_themselves(case: Case) -> None:
+    inputs = case.context().inputs
+    found = held_out(case.world.store, inputs, 10)
+    assert isinstance(found, HeldOut)
+    assert found.groups == [f"concept {int(key[8:]) // 4}" for key in found.keys]
+    assert found.first(3).groups == found.groups[:3]
+    table, ledger = write_shard_table(case.world.store, [])
+    lists_none = replace(inputs["source"], shard_table=table, ledger=ledger)
+    alone = held_out(case.world.store, {**inputs, "source": lists_none}, 10)
+    assert isinstance(alone, HeldOut)
+    assert alone.groups == alone.keys

@@ -107,7 +107,7 @@ def make_world(folder: Path, shards: Sequence[int] = (21, 22, 23, 24), side: int
     """
     store = open_store(str(folder))
     examples: dict[str, Example] = {}
-    made: dict[str, list[Shard]] = {"pairs": [], "captions": [], "embeddings": [], "curation": []}
+    made: dict[str, list[Shard]] = {"source": [], "pairs": [], "captions": [], "embeddings": [], "curation": []}
     for number, rows in enumerate(shards):
         group = [make_example(number, row, side) for row in range(rows)]
         examples |= {example.key: example for example in group}
@@ -116,6 +116,7 @@ def make_world(folder: Path, shards: Sequence[int] = (21, 22, 23, 24), side: int
         kept = [example for example, row in zip(group, index, strict=True) if row["status"] == "kept"]
         other_way = kept[::-1]  # rows are joined by key, so their order must not matter
         tables = {
+            "source": {"refs": write_table({"group": [f"concept {place // 4}" for place in range(rows)]})},
             "pairs": {"index": write_table(index_table(index)), "images": tar},
             "captions": {
                 "captions": write_table(
