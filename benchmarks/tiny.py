@@ -21,13 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import begin, finish, interleave, parser, show
 from models.cascade import UnCLIP
-from models.clip import Clip
+from models.clip import Clip, config_of
 from models.decoder import Decoder, decoder_loss
 from models.diffusion_prior import DiffusionPrior
 from models.draw import Draw
 from models.precision import autocast, computes_in
+from models.prior_configs import ClipConfig
 from models.upsampler import Upsampler
-from pipeline.config import preset_config
+from pipeline.config import Config, preset_config
 from pipeline.cost.flops import text_tower
 from pipeline.training.optimizer import make_optimizer
 from pipeline.training.recipes import DecoderRecipe
@@ -151,10 +152,24 @@ def families(training: Training, steps: int) -> dict[str, float]:
     return {name: total / whole for name, total in sorted(totals.items(), key=lambda item: -item[1])}
 
 
+def sized_config(preset: str) -> Config:
+    """Returns a preset's configuration, with the sizes of a CLIP that exists: benchmarks give it random weights."""
+    config = preset_config(preset)
+    if not config.clip.pretrained:
+        return config
+    sizes = config_of(config.clip.weights)
+    image, text = sizes["vision_cfg"], sizes["text_cfg"]
+    model = ClipConfig(
+        sizes["embed_dim"], image["image_size"], "vit", (image["layers"],), image["width"], image["patch_size"],
+        text["width"], text["layers"], text["heads"],
+    )  # fmt: skip
+    return replace(config, clip=replace(config.clip, model=model))
+
+
 def generator(preset: str) -> UnCLIP:
     """Returns the preset's cascade with random weights."""
     torch.manual_seed(0)
-    config = preset_config(preset)
+    config = sized_config(preset)
     clip, prior, decoder = (
         Clip.build(config.clip.model, seed=0).eval(),
         config.diffusion_prior.model,

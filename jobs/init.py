@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.bundles import find_bundle
-from models.sampling_config import MODELS
+from models.sampling_config import UPSAMPLERS
 from pipeline.config import check_project
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.peek import MOST_COUNTED, Look, behind_embeddings, look
@@ -104,10 +104,10 @@ def _left_out(seen: Look) -> str:
     if not seen.sides and not seen.unopened:
         return (
             "images are measured once they are fetched; where few reach 1024 px, as on the web, set bundle.models="
-            f"[{','.join(MODELS[:-1])}] bundle.sampling.size=256"
+            f"[{','.join(models_for(seen)[0][:-1])}] bundle.sampling.size=256"
         )
     models, size = models_for(seen)
-    left_out = " and ".join(MODELS[len(models) :])
+    left_out = " and ".join(name for name in UPSAMPLERS if name not in models)
     return left_out and f"bundle.models leaves {left_out} out, and samples have {size} px: {sizes_seen(seen)}"
 
 

@@ -21,7 +21,7 @@ from pipeline.config import load_config
 from pipeline.cost.estimate import UTILISATION, Ask, Cost, elapsed, estimate, parse_fleet
 from pipeline.cost.limits import lacking
 from pipeline.cost.observed import Seen, observe, read_profile
-from pipeline.cost.table import cost_table, places, remarks, size
+from pipeline.cost.table import cost_table, places, remarks, second_prior, size
 from pipeline.errors import UserError
 from pipeline.graph.plan import Verdict
 from pipeline.graph.ray import find_machine
@@ -186,6 +186,8 @@ def _print_plan(
         longest = sorted(costs, key=lambda stage: -costs[stage].seconds)[:LONGEST]
         parts = ", ".join(f"{stage} {duration(costs[stage].seconds)}" for stage in longest)
         print(f"most of it: {parts}; {size(sum(cost.disk for cost in costs.values()))} of disk; -v says more")
+        for line in second_prior(costs, ask):
+            print(line)
 
 
 def _print_costs(costs: Mapping[str, Cost], ask: Ask) -> None:

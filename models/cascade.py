@@ -355,7 +355,7 @@ class UnCLIP:
         Raises ValueError without a codec, and on more components than it has.
         """
         if self.codec is None:
-            raise ValueError("this bundle has no codec, which holds the principal components: add one")
+            raise ValueError("this bundle has no codec, which holds the principal components: train an ar_prior, too")
         parts = torch.cat([first_components(self.codec, embedding, count) for count in counts])
         return self.decode(parts, None, [seed] * len(counts), self.manipulation_sampling(options), progress)
 

@@ -271,7 +271,9 @@ def _decay(preset: Mapping[str, Any], samples: Any) -> dict[str, int]:
 
 
 def _scaled(config: Config, scale: Any) -> Config:
-    """Returns ``config`` with every training ``scale`` times as long, its warmup, decay and early checkpoint included.
+    """Returns ``config`` with every training ``scale`` times as long, its decay and early checkpoint included.
+
+    Its warmup stays: how many steps an optimiser needs to know its weights does not depend on how many follow.
 
     Raises UserError for a scale that is not a number above 0.
     """
@@ -280,8 +282,8 @@ def _scaled(config: Config, scale: Any) -> Config:
     for stage in TRAININGS:
         recipe = getattr(config, stage)
         samples = max(recipe.batch, round(recipe.samples * scale))
-        warmup, decay = round(recipe.warmup * scale), min(samples, round(recipe.decay * scale))
-        longer[stage] = dataclasses.replace(recipe, samples=samples, warmup=warmup, decay=decay)
+        decay = min(samples, round(recipe.decay * scale))
+        longer[stage] = dataclasses.replace(recipe, samples=samples, decay=decay)
     early = config.evaluation.early
     early = max(config.decoder.batch, round(early * scale)) if early else 0
     return dataclasses.replace(config, **longer, evaluation=dataclasses.replace(config.evaluation, early=early))

@@ -18,7 +18,7 @@ from pipeline.parse import adapter
 FILE = Path(__file__).with_suffix(".json")  # as tests/reference.py writes it
 PRESET = {"enum": list(PRESETS), "description": "Sizes of models and trainings; single fields win over it."}
 SCALE = {"type": "number", "exclusiveMinimum": 0, "default": 1}
-SCALE["description"] = "Every training takes this many times its samples, warmup and decay."
+SCALE["description"] = "Every training takes this many times its samples and decay, and its warmup stays."
 
 
 def dataclasses_in(kind: type = Config) -> Iterator[type]:

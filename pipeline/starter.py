@@ -46,7 +46,7 @@ DROPOUT = 0.1  # of Table 3's decoder
 TUNED = tuple(name for name in MODELS if name != PRIORS["ar"])
 LENGTH = 4  # a training from random weights is this many times as long
 RATE = 10.0  # and its learning rate this many times as high
-WARMUP = 100  # batches: the optimiser knows nothing of the weights that it is given
+WARMUP = 100  # steps: the optimiser knows nothing of the weights that it is given
 SHORTEST = 10  # batches; and the warmup is at most such a part of the training
 EARLY = 4  # and the checkpoint that the evaluation compares with comes after such a part
 
@@ -76,6 +76,7 @@ bundle:
   # A model is trained on images whose short side is at least the side that it makes: an upsampler on 1024 or 256 px,
   # the decoder on 64 px. Where you have no image that large, leave the upsampler out and lower size.
   # {measured}
+  # Add ar_prior for a second prior, which sampling takes with prior: ar (docs/how/ar_prior.md).
   models: [{models}]
   sampling:
     size: {size} # of the images to draw: 64, 256 or 1024
@@ -118,7 +119,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
     preset = "small" if gpu else "tiny"
     models, size = models_for(seen)
     recipes = preset_config(preset)
-    longest = max(getattr(recipes, name).samples for name in MODELS)
+    longest = max(getattr(recipes, name).samples for name in models)
     clip, dropout, tuned = _clip(gpu, source, seen), _dropout(recipes, seen), ""
     if bundle is not None:
         clip = dropout = ""  # both are the bundle's
@@ -183,7 +184,7 @@ def _values(folder: Path, recipe: Any) -> dict[str, Any]:
         "init_from": str(folder / "model.safetensors"),
         "samples": batches * recipe.batch,
         "learning_rate": recipe.learning_rate / RATE,
-        "warmup": min(WARMUP, batches // SHORTEST) * recipe.batch,
+        "warmup_steps": min(WARMUP, batches // SHORTEST),
     }
     model = json.loads((folder / "config.json").read_text())["config"]
     usual = json.loads(json.dumps(asdict(recipe.model)))
@@ -250,12 +251,13 @@ def _dropout(recipes: Config, seen: Look | None) -> str:
 def models_for(seen: Look | None) -> tuple[list[str], int]:
     """Returns the models for which one image in a hundred is large enough, and the side that they end at.
 
-    These are all models if no size is known.
+    If no size is known, these are all models that sampling takes by default: not the AR prior.
     """
+    models = [name for name in MODELS if name != PRIORS["ar"]]
     for size, left_out in ((1024, 0), (256, 1)):
         if seen is None or not seen.sides or 100 * seen.reaching(size) >= len(seen.sides):
-            return list(MODELS[: len(MODELS) - left_out]), size
-    return list(MODELS[:-2]), 64
+            return models[: len(models) - left_out], size
+    return models[:-2], 64
 
 
 def sizes_seen(seen: Look | None) -> str:

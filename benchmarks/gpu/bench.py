@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.images import WORDS
+from benchmarks.tiny import sized_config
 from models.clip import Clip
 from models.codec import Codec
 from models.draw import Draw, derive_seed
@@ -24,7 +25,7 @@ from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, DiffusionPriorConfig
 from models.tokens import tokenize
 from pipeline.build import build
-from pipeline.config import Config, preset_config
+from pipeline.config import Config
 from pipeline.training.feed.draws import Asked, make_numbers, use_one_thread
 from pipeline.training.feed.feed import LocalBatch, read_ahead
 from pipeline.training.recipes import TrainingRecipe
@@ -84,7 +85,7 @@ class Bench:
 
     @cached_property
     def config(self) -> Config:
-        return preset_config(self.preset)
+        return sized_config(self.preset)
 
     def wait(self) -> None:
         """Waits until the device has done everything."""
@@ -214,7 +215,7 @@ class Repeated:
 
 def of_rows(recipe: TrainingRecipe, rows: int, steps: int) -> TrainingRecipe:
     """Returns a recipe for ``steps`` steps of ``rows`` rows whose rate neither rises nor falls."""
-    return replace(recipe, batch=rows, lanes=1, samples=rows * steps, warmup=0, decay=0)
+    return replace(recipe, batch=rows, lanes=1, samples=rows * steps, warmup_steps=0, decay=0)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from models.sampling_config import PRIORS
 from pipeline.cost import estimate as assumed
 from pipeline.cost.estimate import (
     Ask,
@@ -34,7 +35,6 @@ def money(gpu_hours: float, core_hours: float, prices: Prices) -> float:
 
 def cost_table(costs: Mapping[str, Cost], seconds: float, prices: Prices) -> Iterator[str]:
     """Yields one line a stage, and their sum, which takes ``seconds``. Money is a column where there are prices."""
-    priced = replace(Prices(), currency=prices.currency) != prices
     rows: list[tuple[str, ...]] = [(*HEAD, prices.currency)]
     total = [0.0] * 5
     for name, one in costs.items():
@@ -43,13 +43,27 @@ def cost_table(costs: Mapping[str, Cost], seconds: float, prices: Prices) -> Ite
         total = [a + b for a, b in zip(total, values, strict=True)]
         rows.append(_row(name, values, prices))
     rows.append(_row("all", [seconds, *total[1:]], prices))
-    shown = [row if priced else row[:-1] for row in rows]
+    shown = [row if _priced(prices) else row[:-1] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     for row in shown:
         first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         yield "  ".join(["", row[0].ljust(len(first)), *rest])
     if prices.storage_tb_month:
         yield f"storage: {total[-1] / 1e12 * prices.storage_tb_month:,.2f} {prices.currency} a month"
+
+
+def _priced(prices: Prices) -> bool:
+    return replace(Prices(), currency=prices.currency) != prices
+
+
+def second_prior(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
+    """Yields what GPUs cost for a prior that sampling does not take, and how to leave it out."""
+    taken, prices = PRIORS[ask.config.bundle.sampling.prior], ask.config.run.prices
+    for name in PRIORS.values():
+        if name != taken and name in costs and (hours := costs[name].seconds / 3600 * costs[name].gpus):
+            paid = f", {money(hours, 0, prices):,.2f} {prices.currency}" if _priced(prices) else ""
+            spent = f"{name} takes {_hours(hours)} GPU hours{paid}"
+            yield f"{spent}, and sampling takes {taken}; leave it out of bundle.models to save them"
 
 
 def _row(name: str, values: list[float], prices: Prices) -> tuple[str, ...]:
@@ -72,7 +86,8 @@ def size(value: float) -> str:
 
 
 def remarks(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
-    """Yields sentences: cores for each GPU, what does not fit, and what is assumed."""
+    """Yields sentences: a second prior, cores for each GPU, what does not fit, and what is assumed."""
+    yield from second_prior(costs, ask)
     by_basis: dict[str, list[str]] = {}
     for stage, cost in costs.items():
         by_basis.setdefault(cost.basis, []).append(stage)

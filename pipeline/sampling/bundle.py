@@ -22,7 +22,9 @@ class BundleRecipe:
     """Says which models go into a bundle, and how to sample from them by default.
 
     Attributes:
-        models: The decoder, one prior or both, and none, one or both upsamplers.
+        models: The decoder, one prior or both, and none, one or both upsamplers. What is not listed is not
+            trained. ``small`` and ``karlo`` leave out the AR prior, with its codec: sampling takes it only where
+            ``sampling.prior`` is ``ar``.
         sampling: Sampling defaults.
     """
 

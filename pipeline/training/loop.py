@@ -188,4 +188,5 @@ def _bad(step: Step) -> list[str]:
 
 def _diverged(stage: str, samples: int, bad: list[str]) -> str:
     rows = f"the loss of rows {', '.join(bad[:5])}{' and more' if len(bad) > 5 else ''}" if bad else "the gradient"
-    return f"{stage}: {rows} is not finite after sample {samples:,}; lower learning_rate, raise warmup or set clip_norm"
+    remedy = "lower learning_rate, raise warmup_steps or set clip_norm"
+    return f"{stage}: {rows} is not finite after sample {samples:,}; {remedy}"

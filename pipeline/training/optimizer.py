@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from models.ar_prior import SmoothEmbedding
 from pipeline.training.distributed.sharding import first_row, full_tensor, local
 from pipeline.training.recipes import TrainingRecipe
 
@@ -130,7 +131,8 @@ def make_optimizer(model: nn.Module, recipe: TrainingRecipe, half: bool = False)
         recipe: Says how.
         half: Whether Muon may compute in bf16.
     """
-    spared = {id(p) for m in model.modules() if isinstance(m, (*NORMALISATIONS, nn.Embedding)) for p in m.parameters()}
+    whole = (*NORMALISATIONS, nn.Embedding, SmoothEmbedding)
+    spared = {id(p) for m in model.modules() if isinstance(m, whole) for p in m.parameters()}
     spared |= {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] in VECTORS}
     learned = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in learned if p.ndim > 1 and id(p) not in spared]

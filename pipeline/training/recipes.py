@@ -1,6 +1,6 @@
 """The recipes of trainings. No torch and no Ray here.
 
-Everything is counted in samples, the rows that a model has seen. Run settings (workers, micro-batch, checkpoints) are
+Progress is counted in samples, the rows that a model has seen. Run settings (workers, micro-batch, checkpoints) are
 elsewhere, in pipeline.settings, because they do not change a result but for rounding, and micro-batch and workers for
 dropout.
 """
@@ -25,7 +25,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running average
 class TrainingRecipe:
     """Says how one model is trained; its subclasses have the values of Table 3.
 
-    Everything is counted in samples: the rows that a model has seen.
+    Progress is counted in samples: the rows that a model has seen.
 
     Attributes:
         samples: Where it stops, in samples seen, rounded up to whole batches; raising it later goes on from there.
@@ -35,7 +35,7 @@ class TrainingRecipe:
         beta2: Of Adam; beta1 is 0.9.
         eps: Of Adam.
         weight_decay: Decoupled, on the weights of layers; not on biases, norms, embeddings, positions and padding.
-        warmup: Samples over which the learning rate rises.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly; ``scale`` leaves them as they are.
         decay: Samples before the stop over which it falls to zero; such a training branches off one whose rate
             stays. Where ``samples`` replaces a preset's, the decay keeps its share of them.
         clip_norm: Bound on the gradient's norm; 0 is none.
@@ -64,7 +64,7 @@ class TrainingRecipe:
     beta2: Decay = 0.999
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
-    warmup: NonNegativeInt = 0
+    warmup_steps: NonNegativeInt = 0
     decay: NonNegativeInt = 0
     clip_norm: NonNegativeFloat = 0.0
     ema_half_life: NonNegativeInt = 0
@@ -109,7 +109,8 @@ class TrainingRecipe:
 class ClipRecipe(TrainingRecipe):
     """Says which CLIP everything else is built on.
 
-    Learning rate and decay are those of unCLIP's and CLIP's papers.
+    Learning rate, its warmup and weight decay are those of unCLIP's and CLIP's papers. That the rate falls, as in the
+    latter, large presets say: ``decay``.
 
     Attributes:
         model: What is trained.
@@ -128,7 +129,7 @@ class ClipRecipe(TrainingRecipe):
     beta2: Decay = 0.98
     eps: PositiveFloat = 1e-6
     weight_decay: NonNegativeFloat = 0.2
-    warmup: NonNegativeInt = 2000 * 32_768
+    warmup_steps: NonNegativeInt = 2000
     model: ClipConfig = field(default_factory=ClipConfig)
     weights: str = "train"
 
@@ -150,7 +151,7 @@ class ARPriorRecipe(TrainingRecipe):
     """Trains the autoregressive prior as Table 3's first column says."""
 
     task: ClassVar[str] = "ar_prior"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
     samples: PositiveInt = 1_000_000 * 4096
     batch: PositiveInt = 4096

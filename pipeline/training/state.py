@@ -133,10 +133,10 @@ def begin(
 def learning_rate(recipe: TrainingRecipe, samples: int) -> float:
     """Returns the rate of the step that ends at ``samples``.
 
-    It rises linearly over ``warmup`` samples, is constant, and falls linearly over the last ``decay``, whose first step
-    has the full rate.
+    It rises linearly over ``warmup_steps``, is constant, and falls linearly over the last ``decay`` samples, whose
+    first step has the full rate.
     """
-    rise = min(1.0, samples / recipe.warmup) if recipe.warmup else 1.0
+    rise = min(1.0, samples / (recipe.warmup_steps * recipe.batch)) if recipe.warmup_steps else 1.0
     left = (
         1.0 - (samples - recipe.batch - recipe.fork) / recipe.decay if recipe.decay and samples > recipe.fork else 1.0
     )

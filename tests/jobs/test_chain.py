@@ -139,7 +139,7 @@ def test_fine_tuning_goes_on_from_a_bundle(chain: Chain, tmp_path: Path) -> None
         assert recipe.model == load_model(bundle / name).config
         assert recipe.init_from == hashlib.sha256(weights.read_bytes()).hexdigest()
         assert recipe.samples % recipe.batch == 0
-    still = {"samples": 128, "learning_rate": 1e-9, "warmup": 0, "ema_half_life": 0}
+    still = {"samples": 128, "learning_rate": 1e-9, "warmup_steps": 0, "ema_half_life": 0}
     words = [f"diffusion_prior.{name}={value}" for name, value in still.items()]
     words += [f"run.{stage}.workers=0" for stage in ("pairs", "embeddings", "thresholds", "curation")]
     words += [f"run.pairs.hosts={{emoji.test: '{chain.pictures}'}}", "--until", "diffusion_prior"]

@@ -261,7 +261,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration that runs in seconds."""
-    short = {"samples": 16, "batch": 8, "warmup": 0}
+    short = {"samples": 16, "batch": 8, "warmup_steps": 0}
     models = ["ar_prior", "diffusion_prior", "decoder"]
     sampling = {"size": 64, "prior_steps": 2, "decoder_steps": 2}
     return {

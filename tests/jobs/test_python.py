@@ -359,7 +359,7 @@ def test_weights_to_begin_with_are_taken(tmp_path: Path) -> None:
         torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0)), dim=2
     )
     data = {"captions": ["a picture"] * 8, "image_embedding": image, "text_embedding": text}
-    few: dict[str, Any] = {"device": "cpu", "samples": 8, "batch": 8, "progress": False, "warmup": 0}
+    few: dict[str, Any] = {"device": "cpu", "samples": 8, "batch": 8, "progress": False, "warmup_steps": 0}
     first, _ = unclip.train("diffusion_prior", data, **few)
     save_model(tmp_path, first)
     still = {"learning_rate": 1e-30, "weight_decay": 0.0, "seed": 5, "init_from": str(tmp_path / "model.safetensors")}

@@ -10,13 +10,16 @@ import torch
 from torch import nn
 
 from models.ar_prior import ARPrior
+from models.clip import config_of
 from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.interchange.cascade import KARLO_SAMPLING
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig, TextTower
 from models.upsampler import Upsampler
-from pipeline.config import PRESETS, preset_config
+from pipeline.build import build as build_graph
+from pipeline.config import PRESETS, TRAININGS, make_config, preset_config
+from pipeline.graph.stages import Graph
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,16 +31,23 @@ def millions(module: nn.Module) -> float:
 def build(name: str) -> dict[str, Any]:
     """Every model of a preset, on the meta device."""
     preset = preset_config(name)
-    dim, tower = preset.clip.model.embed_dim, TextTower.of(preset.clip.model.model_config())
+    sizes = config_of(preset.clip.weights) if preset.clip.pretrained else preset.clip.model.model_config()
+    dim, tower = sizes["embed_dim"], TextTower.of(sizes)
     with torch.device("meta"):
         return {
-            "clip": open_clip.CLIP(**preset.clip.model.model_config()),
+            "clip": open_clip.CLIP(**sizes),
             "ar_prior": ARPrior(preset.ar_prior.model, dim, min(319, dim), tower),
             "diffusion_prior": DiffusionPrior(preset.diffusion_prior.model, dim, tower),
             "decoder": Decoder(preset.decoder.model, dim, tower),
             "upsampler_256": Upsampler(preset.upsampler_256.model),
             "upsampler_1024": Upsampler(preset.upsampler_1024.model),
         }
+
+
+def graph_of(name: str, **values: Any) -> Graph:
+    """The stages of a configuration of nothing but a preset and these values."""
+    values |= {"project": name, "store": name, "source": {"paths": [name]}, "preset": name}
+    return build_graph(make_config(values))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -118,6 +128,43 @@ def test_captions_are_read_through_the_clip_of_the_run(name: str) -> None:
         tables = [module for module in models[model].modules() if isinstance(module, nn.Embedding)]
         assert tables
         assert not any(table.weight.requires_grad for table in tables)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_sampling_does_not_take_is_trained_in_the_demos_and_the_paper_alone(name: str) -> None:
+    """Nano and tiny are small enough to show both priors, and the paper compares them."""
+    both = name in ("nano", "tiny", "paper")
+    assert preset_config(name).bundle.sampling.prior == "diffusion"
+    assert {stage in graph_of(name) for stage in ("codec", "ar_prior")} == {both}
+
+
+@pytest.mark.parametrize("name", ["small", "karlo"])
+def test_one_line_turns_the_ar_prior_on(name: str) -> None:
+    asked = ["ar_prior", *preset_config(name).bundle.models]
+    graph = graph_of(name, bundle={"models": asked})
+    assert {"codec", "ar_prior"} == graph.keys() - graph_of(name).keys()
+    assert graph["bundle"].inputs[:3] == ("clip", "codec", "ar_prior")
+
+
+def test_karlo_ends_where_karlo_does() -> None:
+    assert "upsampler_1024" not in graph_of("karlo")
+    assert preset_config("karlo").bundle.sampling.size == 256
+
+
+@pytest.mark.parametrize("name", ["small", "karlo", "paper"])
+def test_large_trainings_warm_up_and_clip_gradients_however_short_they_are(name: str) -> None:
+    whole = {"project": name, "store": name, "source": {"paths": [name]}, "preset": name}
+    for config in (make_config(whole), make_config(whole | {"scale": 0.02})):
+        for stage in (stage for stage in TRAININGS if not getattr(config, stage).pretrained):
+            recipe = getattr(config, stage)
+            assert recipe.clip_norm == 1.0
+            assert 100 <= recipe.warmup_steps <= recipe.samples / recipe.batch / 2
+
+
+@pytest.mark.parametrize("name", ["small", "paper"])
+def test_the_rate_of_a_large_clip_falls(name: str) -> None:
+    recipe = preset_config(name).clip
+    assert recipe.decay == recipe.samples / 5
 
 
 def test_karlo_samples_what_it_trains() -> None:

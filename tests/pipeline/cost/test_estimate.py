@@ -214,6 +214,28 @@ def test_what_a_cpu_took_says_nothing_of_a_gpu() -> None:
     ]
 
 
+def test_a_plan_says_what_a_prior_costs_that_sampling_does_not_take() -> None:
+    prices = ["run.prices.gpu_hour=2", "run.prices.currency=CHF"]
+    said = {}
+    for name, overrides in {
+        "plain": [],
+        "priced": prices,
+        "ar": ["bundle.sampling.prior=ar"],
+        "one": ["bundle.models=[diffusion_prior,decoder]", "bundle.sampling.size=64"],
+    }.items():
+        ask = asked(load_config(ROOT / "configs/paper.yaml", overrides), 10**6, H100S)
+        costs = {stage: estimate(stage, ask) for stage in ask.graph}
+        said[name] = [line for line in remarks(costs, ask) if "sampling takes" in line]
+    hours = 64 * estimate("ar_prior", asked(PAPER, 10**6, H100S)).seconds / 3600
+    rest = "and sampling takes diffusion_prior; leave it out of bundle.models to save them"
+    assert said["plain"] == [f"ar_prior takes {hours:,.0f} GPU hours, {rest}"]
+    assert said["priced"] == [f"ar_prior takes {hours:,.0f} GPU hours, {2 * hours:,.2f} CHF, {rest}"]
+    assert re.match(r"diffusion_prior takes [\d,]+ GPU hours, and sampling takes ar_prior;", *said["ar"])
+    assert said["one"] == []
+    here = asked(NANO)
+    assert not [line for line in remarks({s: estimate(s, here) for s in here.graph}, here) if "sampling takes" in line]
+
+
 def test_what_runs_side_by_side_is_not_added_up() -> None:
     """EMOJI's last four trainings have a thread each, of which NANO's have none."""
     emoji = load_config(ROOT / "configs/emoji.yaml")

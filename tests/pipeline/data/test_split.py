@@ -9,7 +9,7 @@ from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
 
 TRAINED = ("clip", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 ROWS = 26
-SMALL = {"batch": 8, "samples": 16, "lanes": 4, "warmup": 0}
+SMALL = {"batch": 8, "samples": 16, "lanes": 4, "warmup_steps": 0}
 RECIPES = dict.fromkeys((name for name in TRAINED if name != "codec"), SMALL)
 RECIPES["upsampler_1024"] = SMALL | {"samples": 8, "batch": 4}  # the slowest by far
 

@@ -18,7 +18,7 @@ from tests.pipeline.evaluate.test_stage import RECIPE, Case, few_threads, make_c
 
 EARLY = 64
 PRIOR = DiffusionPriorRecipe(
-    samples=1024, batch=16, lanes=8, window=5, learning_rate=1e-2, ema_half_life=64, warmup=32,
+    samples=1024, batch=16, lanes=8, window=5, learning_rate=1e-2, ema_half_life=64, warmup_steps=2,
     model=DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2, steps=50),
 )  # fmt: skip
 

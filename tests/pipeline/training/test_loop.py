@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.ar_prior import SmoothEmbedding
 from models.clip import Clip
 from models.draw import Draw, Part
 from models.folder import KINDS
@@ -135,14 +136,17 @@ def test_the_average_forgets_the_random_start_at_any_length(share: LocalBatch, s
 
 
 def test_warm_up_rises_then_stays() -> None:
-    recipe = replace(RECIPE, warmup=64, learning_rate=1.0)
+    recipe = replace(RECIPE, warmup_steps=4, learning_rate=1.0)
     assert [learning_rate(recipe, samples) for samples in (16, 32, 64, 80)] == [0.25, 0.5, 1.0, 1.0]
-    assert learning_rate(replace(recipe, warmup=0), 16) == 1.0
+    assert learning_rate(replace(recipe, warmup_steps=0), 16) == 1.0
+    assert learning_rate(replace(recipe, batch=32), 64) == 0.5  # the second step of four, however many rows it has
 
 
 def test_the_rate_falls_to_the_stop() -> None:
     """Full at the first step of the fall, one part of the steps that are left at each, and never zero."""
-    recipe = replace(RECIPE, samples=150, decay=64, warmup=32, learning_rate=1.0)  # ten batches of 16, the last four
+    recipe = replace(
+        RECIPE, samples=150, decay=64, warmup_steps=2, learning_rate=1.0
+    )  # ten batches of 16, the last four
     assert recipe.fork == 96
     assert [learning_rate(recipe, samples) for samples in range(16, 161, 16)] == [0.5, *[1.0] * 6, 0.75, 0.5, 0.25]
     assert replace(recipe, decay=0).fork == 160
@@ -174,6 +178,7 @@ def test_weight_decay_takes_nothing_but_weights_of_layers(preset: str, name: str
     for path, parameter in model.named_parameters():
         owner, _, own = path.rpartition(".")
         is_layer = isinstance(modules[owner], (nn.Linear, nn.Conv2d)) and own == "weight"
+        is_layer &= not isinstance(modules[owner], SmoothEmbedding)
         assert (is_layer and parameter.requires_grad) <= (id(parameter) in decayed) <= parameter.requires_grad
         if id(parameter) in decayed and not is_layer:
             odd.add(own)

@@ -22,7 +22,7 @@ from pipeline.training.recipes import (
 def test_every_preset_trains_for_a_batch_and_beyond_its_warmup(preset: str, stage: str) -> None:
     recipe = getattr(preset_config(preset), stage)
     assert recipe.samples >= recipe.batch
-    assert recipe.warmup < recipe.samples
+    assert recipe.warmup_steps * recipe.batch < recipe.samples
 
 
 def test_defaults_are_table_3() -> None:

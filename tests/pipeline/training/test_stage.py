@@ -35,7 +35,7 @@ from tests.pipeline.training.conftest import World, make_world, with_codec
 from tests.pipeline.training.trainings import CLIP_MODEL, DECODER, MODEL, SETTINGS, assert_close, lines, weights
 
 RECIPE = DiffusionPriorRecipe(
-    samples=192, batch=16, lanes=8, window=5, learning_rate=1e-2, ema_half_life=64, warmup=32, model=MODEL
+    samples=192, batch=16, lanes=8, window=5, learning_rate=1e-2, ema_half_life=64, warmup_steps=2, model=MODEL
 )
 
 

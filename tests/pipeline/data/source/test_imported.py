@@ -22,7 +22,7 @@ DIM = 64  # of the nano preset's CLIP
 PARTS = {"2": 14, "10": 25}  # rows by number, in this order although text sorts otherwise
 ROWS = sum(PARTS.values())
 NAN, ZERO, BARE = 3, 20, 30  # rows that are no embedding, that have no length, that have no caption
-SHORT = {"samples": 64, "batch": 16, "warmup": 0}
+SHORT = {"samples": 64, "batch": 16, "warmup_steps": 0}
 
 
 def url(row: int) -> str:

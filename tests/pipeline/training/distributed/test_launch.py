@@ -39,7 +39,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     assert marker.exists()
 
 
-CLIP = ClipRecipe(samples=60, batch=12, lanes=3, precision="fp32", warmup=24, learning_rate=1e-3, model=CLIP_MODEL)
+CLIP = ClipRecipe(samples=60, batch=12, lanes=3, precision="fp32", warmup_steps=2, learning_rate=1e-3, model=CLIP_MODEL)
 
 
 def test_ray_workers_train_what_this_process_trains(ray: Any, world: World, caplog: pytest.LogCaptureFixture) -> None:
