@@ -286,8 +286,9 @@ def test_it_says_on_what_each_stage_will_run(capsys: Output, request: pytest.Fix
     code, lines = doctor(capsys, "store", "preset=paper")
     assert code == 0
     assert level(lines, "gpu") == ["ok"]
-    [said] = [line for line in lines if line.split()[1] == "stages"]
+    [said] = [line for line in lines if line.startswith("ok       stages    ")]
     assert said.startswith("ok       stages    runs on ")
+    assert not any(" a GPU: " in line for line in lines)
     assert "8 H100 (clip, ar_prior, " in said
     assert "1 H100 (embeddings, samples, evaluation)" in said  # of one shard
 
