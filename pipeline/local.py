@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+MAX_REFERENCE = 8 << 10  # characters; no server takes a longer URL, and each rule of a robots.txt is compared with it
 IN_PLACE = ("tar://", "embedding://")  # members of tars and rows of embeddings, used where they lie
 
 

@@ -12,6 +12,7 @@ import contextlib
 import http.client
 import io
 import ipaddress
+import math
 import re
 import socket
 import ssl
@@ -24,9 +25,9 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from pipeline.data.fetch.addresses import is_public
 from pipeline.errors import UserError
+from pipeline.local import MAX_REFERENCE
 
 _SAFE = "!#$%&'()*+,/:;=?@[]~"  # what a browser leaves as it is in a path or a query
-MAX_URL = 8 << 10  # characters of a reference; no server takes more, and each rule of a site is compared with it
 _LONGEST_HOST = 253  # characters of a name that DNS can hold; older Pythons take quadratic time for the IDNA of more
 _SHARES = 4  # of the time that is left an address of a name may take one, if others wait behind it
 
@@ -117,10 +118,10 @@ def normal_url(reference: str) -> str:
     """Returns an http(s) URL in one spelling, that the guard, the server, robots.txt and deny lists all see.
 
     Host in lower case and ASCII (IDNA), spaces and letters outside ASCII escaped as a browser does, no fragment, no
-    ``.`` or ``..`` in the path. Raises Refused for anything else, for one over MAX_URL, and for user names and escapes
-    in the host, which parsers read differently.
+    ``.`` or ``..`` in the path. Raises Refused for anything else, for one over MAX_REFERENCE, and for user names and
+    escapes in the host, which parsers read differently.
     """
-    if len(reference) > MAX_URL:
+    if len(reference) > MAX_REFERENCE:
         raise Refused("unsupported_reference")
     try:
         parts = urlsplit(reference)
@@ -157,15 +158,16 @@ def _without_dots(path: str) -> str:
 
 
 def ask(
-    guard: Guard, url: str, headers: Mapping[str, str], deadline: float, max_bytes: int
+    guard: Guard, url: str, headers: Mapping[str, str], deadline: float, max_bytes: int, silence_s: float = math.inf
 ) -> http.client.HTTPResponse:
     """Returns the answer to a GET of a normal URL, whatever its status, its body not yet read.
 
-    ``deadline`` is a time.monotonic(). What it raises are reasons after failures_as_reasons.
+    ``deadline`` is a time.monotonic(), and the server may be silent for ``silence_s``. What it raises are reasons after
+    failures_as_reasons.
     """
     parts = urlsplit(url)
     connection_to = {"http": _HTTPConnection, "https": _HTTPSConnection}[parts.scheme]
-    connection = connection_to(parts.netloc, guard, deadline, max_bytes)
+    connection = connection_to(parts.netloc, guard, deadline, max_bytes, silence_s)
     selector = f"{parts.path}?{parts.query}" if parts.query else parts.path
     try:
         connection.request("GET", selector, headers={**headers, "Connection": "close"})
@@ -203,10 +205,12 @@ def _remaining(deadline: float) -> float:
 
 
 class _HTTPConnection(http.client.HTTPConnection):
-    def __init__(self, place: str, guard: Guard, deadline: float, max_bytes: int):
+    def __init__(self, place: str, guard: Guard, deadline: float, max_bytes: int, silence_s: float):
         super().__init__(place)
         self._guard, self._deadline = guard, deadline
-        self.response_class = partial(_Response, deadline=deadline, max_bytes=max_bytes)  # type: ignore[assignment]
+        self.response_class = partial(  # type: ignore[assignment]
+            _Response, deadline=deadline, max_bytes=max_bytes, silence_s=silence_s
+        )
 
     def connect(self) -> None:
         self.sock = self._guard.connect(self.host, self.port, self._deadline)
@@ -228,10 +232,12 @@ def _tls_context() -> ssl.SSLContext:
 class _Response(http.client.HTTPResponse):
     """Stops at the deadline, however slowly bytes drip, and at ``max_bytes``."""
 
-    def __init__(self, sock: socket.socket, *args: Any, deadline: float, max_bytes: int, **settings: Any):
+    def __init__(
+        self, sock: socket.socket, *args: Any, deadline: float, max_bytes: int, silence_s: float, **settings: Any
+    ):
         super().__init__(sock, *args, **settings)
         self._max_bytes = max_bytes
-        self.fp = io.BufferedReader(_DeadlineReader(self.fp.detach(), sock, deadline))
+        self.fp = io.BufferedReader(_DeadlineReader(self.fp.detach(), sock, deadline, silence_s))
 
     def read(self, amt: int | None = None) -> bytes:
         if amt is not None:
@@ -251,17 +257,17 @@ class _Response(http.client.HTTPResponse):
 
 
 class _DeadlineReader(io.RawIOBase):
-    """Reads from a socket's file and waits no longer than until the deadline."""
+    """Reads from a socket's file and waits no longer than until the deadline, nor than ``silence_s`` for a byte."""
 
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float):
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float, silence_s: float):
         super().__init__()
-        self._raw, self._sock, self._deadline = raw, sock, deadline
+        self._raw, self._sock, self._deadline, self._silence_s = raw, sock, deadline, silence_s
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(_remaining(self._deadline))
+        self._sock.settimeout(min(self._silence_s, _remaining(self._deadline)))
         return self._raw.readinto(buffer)
 
     def close(self) -> None:

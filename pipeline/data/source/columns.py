@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from pipeline.progress import say_once
 SEPARATORS = (";", "\t", "|")  # of other programs' CSV
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 LIMIT = 1 << 20  # characters of a row of a CSV or TSV file, of a value in Parquet, of a file of captions
+MOST_SHOWN = 100  # columns, and characters of each, in a message
+MAX_CAPTION = 4096  # characters, of which CLIP reads the first 77 tokens; the rest is cut
+MAX_CAPTIONS = 64 << 10  # characters of the captions of one row; further ones are left out
 # What the two columns that every list needs are called elsewhere: img2dataset, LAION, clip-retrieval, diffusers.
 KNOWN = {
     "url": (
@@ -65,7 +68,8 @@ def _known(path: Path, names: Sequence[str], column: str) -> str:
             break
     else:
         found = []
-    which = f"{' and '.join(found)} could be meant" if found else f"it has {', '.join(names)}"
+    some = [name[:MOST_SHOWN] for name in names[:MOST_SHOWN]] + ["..."] * (len(names) > MOST_SHOWN)
+    which = f"{' and '.join(found)} could be meant" if found else f"it has {', '.join(some)}"
     heads = "; line 1 has to name the columns" if any("://" in name for name in names) else ""
     alone = names[0] if len(names) == 1 and ".csv" in path.name.lower() else ""
     if mark := next((mark for mark in SEPARATORS if mark in alone), ""):
@@ -85,3 +89,15 @@ def text_of(value: Any) -> str | None:
     return (
         value if value is None or isinstance(value, str) else value.decode() if isinstance(value, bytes) else str(value)
     )
+
+
+def bounded_captions(texts: Iterable[str | None]) -> tuple[list[str], int]:
+    """Returns the captions of a row within MAX_CAPTION and MAX_CAPTIONS, and how many are cut or left out."""
+    kept, cut, left = [], 0, MAX_CAPTIONS
+    for text in filter(None, texts):
+        short = text if len(text) <= MAX_CAPTION else " ".join(text.split())[:MAX_CAPTION]
+        cut += len(short) < len(text) or len(short) > left
+        if len(short) <= left:
+            left -= len(short)
+            kept.append(short)
+    return kept, cut

@@ -73,8 +73,8 @@ def warn_of_captions(what: str, again: int, rows: int) -> None:
     """Says where many captions are left out, since an earlier row names their image: ``again`` of ``rows`` rows."""
     if again > max(FEW, SHARE * rows):
         log.warning(
-            "%s: %s with an image that an earlier row names, whose captions are left out: write all captions of an "
-            "image into one row, as a list",
+            "%s: %s with an image that an earlier row names, whose captions are left out: sort the list by image, for "
+            "rows of one image that stand together are merged",
             what,
             counted(again, "row"),
         )

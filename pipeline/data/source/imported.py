@@ -11,17 +11,22 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from tokenize import TokenError
 from urllib.parse import parse_qs, quote, unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline.data.source.child import ListReader
 from pipeline.errors import UserError
 from pipeline.local import Outside, Reach, open_local, reason_of
 
 SCHEME = "embedding://"
+# What np.save writes before a matrix.
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(?P<length>..)\{'descr': '(?P<kind>[<>|=]?[a-zA-Z]\d{0,4})', "
+    rb"'fortran_order': (?P<fortran>True|False), 'shape': \((?P<shape>(?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n",
+    re.DOTALL,
+)
+_MOST_HEADER = 1024
 NAMES = ("img_emb", "text_emb")
 
 
@@ -30,7 +35,7 @@ def is_embeddings(folder: Path) -> bool:
     return all((folder / name).is_dir() for name in ("img_emb", "metadata"))
 
 
-def metadata_parts(folder: Path, reach: Reach) -> list[tuple[str, Path]]:
+def metadata_parts(folder: Path, reach: Reach, reader: ListReader) -> list[tuple[str, Path]]:
     """Returns the number of each part, as its files spell it, and its Parquet file, by rising number.
 
     Raises:
@@ -46,13 +51,13 @@ def metadata_parts(folder: Path, reach: Reach) -> list[tuple[str, Path]]:
             raise UserError(f"source {missing[0]}: no such file; every part needs metadata and both embeddings")
         try:
             shapes = [_open(each, reach).shape for each in files]
-            with open_local(file, reach) as opened:
-                rows = pq.ParquetFile(opened).metadata.num_rows
+            counted = list(reader.rows("count", file, 1, within=reach))
+            rows = int(counted[0][0]) if isinstance(counted[0], list) else 0
         except Outside as e:
             raise UserError(
                 f"source {e.filename}: a link {e.strerror}; name under source.roots where it leads"
             ) from None
-        except (OSError, ValueError, pa.ArrowInvalid) as e:
+        except (OSError, ValueError) as e:
             raise UserError(f"source {folder}: part {part} cannot be read ({str(e).splitlines()[0]})") from None
         if len(shapes[0]) != 2 or shapes[0] != shapes[1] or shapes[0][0] != rows:
             raise UserError(
@@ -119,18 +124,20 @@ def _file(folder: Path, name: str, part: str) -> Path:
 def _open(path: Path, within: Reach | None) -> np.memmap:
     """Returns a matrix that stays on disk. Raises OSError, and ValueError for what is not an array of numbers."""
     with open_local(path, within) as file:
-        # Not np.load, which opens a path itself, and whatever that has become.
-        if np.lib.format.read_magic(file) != (1, 0):
+        # Not numpy's own reader, which parses the header as Python.
+        head = file.read(_MOST_HEADER)
+        if not head.startswith(b"\x93NUMPY\x01\x00"):
             raise ValueError(f"{path.name} is not as np.save writes a matrix")
+        found = _HEADER.match(head)
         try:
-            shape, fortran, kind = np.lib.format.read_array_header_1_0(file)
-        except (SyntaxError, TypeError, TokenError, RecursionError, MemoryError):  # numpy parses it as Python
+            if found is None or len(found[0]) != 10 + int.from_bytes(found["length"], "little"):
+                raise TypeError
+            kind = np.dtype(found["kind"].decode())
+        except TypeError:
             raise ValueError(f"{path.name} has a damaged header") from None
+        shape = tuple(map(int, re.findall(rb"\d+", found["shape"])))
         if kind not in (np.float16, np.float32):
             raise ValueError(f"{path.name} holds {kind}, not float16 or float32")
-        if (
-            min(shape, default=0) < 0
-            or math.prod(shape) * kind.itemsize > os.fstat(file.fileno()).st_size - file.tell()
-        ):
+        if math.prod(shape) * kind.itemsize > os.fstat(file.fileno()).st_size - len(found[0]):
             raise ValueError(f"{path.name} ends before its {shape} values")
-        return np.memmap(file, kind, "r", file.tell(), shape, "F" if fortran else "C")
+        return np.memmap(file, kind, "r", len(found[0]), shape, "F" if found["fortran"] == b"True" else "C")

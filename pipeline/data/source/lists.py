@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import pyarrow as pa
-
 from pipeline.data.fetch.references import without_password
-from pipeline.data.source.columns import IMAGES, LIMIT, SIZES, Flaw
+from pipeline.data.source.child import ListReader
+from pipeline.data.source.columns import IMAGES, LIMIT, MAX_CAPTION, MAX_CAPTIONS, SIZES, Flaw, bounded_captions
 from pipeline.data.source.folders import METADATA, folder_kind, folder_splits, is_image, read_files, unread_files, walk
 from pipeline.data.source.imported import embedding_reference, is_embeddings, metadata_parts
 from pipeline.data.source.remote import check_remote, fetched, is_remote, remote_beside, remote_version
-from pipeline.data.source.rows import ROWS_SUFFIX, SIDECARS, ListRow, one_line_each, sidecar_row, written_rows
+from pipeline.data.source.rows import ROWS_SUFFIX, SIDECARS, ListRow, one_line_each, packaged_rows, sidecar_row
 from pipeline.data.source.tables import SUFFIXES, table_kind, table_rows
 from pipeline.data.source.tars import tar_rows
 from pipeline.errors import UserError
 from pipeline.local import Reach, local_path, open_local, reason_of
+from pipeline.progress import counted, say_once
 
 if TYPE_CHECKING:
     from pipeline.data.source.stage import SourceRecipe
@@ -42,15 +42,20 @@ def read_rows(path: str, recipe: SourceRecipe) -> Iterator[ListRow]:
     kind, where = _kind(path)
     rows = flawed = captioned = 0
     flaw = ""
-    try:
-        for row in _rows(path, kind, where, recipe):
-            rows += 1
-            flawed += bool(row.flaw)
-            flaw = flaw or row.flaw
-            captioned += bool(row.captions)
-            yield row
-    except OSError as e:
-        raise UserError(f"source {path}: cannot be read ({e.strerror or e})") from None
+    with ListReader() as reader:
+        try:
+            for row in _rows(path, kind, where, recipe, reader):
+                rows += 1
+                flawed += bool(row.flaw)
+                flaw = flaw or row.flaw
+                captioned += bool(row.captions)
+                yield row
+        except OSError as e:
+            raise UserError(f"source {path}: cannot be read ({e.strerror or e})") from None
+        say_once(reader.spent)
+        if reader.cut:
+            most = f"{MAX_CAPTION:,} characters, or those of a row to {MAX_CAPTIONS:,}"
+            say_once(f"source {path}: {counted(reader.cut, 'caption')} cut to {most}; CLIP reads 77 tokens of each")
     if rows and not captioned:
         if flaw:
             raise UserError(
@@ -78,7 +83,7 @@ def _looked_for(kind: str, where: str, recipe: SourceRecipe) -> str:
     return f"its column {recipe.caption_column} is empty; name another one in source.caption_column"
 
 
-def _rows(path: str, kind: str, where: str, recipe: SourceRecipe) -> Iterator[ListRow]:
+def _rows(path: str, kind: str, where: str, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
     if kind == "emoji":
         from pipeline.data.source.emoji.flaws import flawed_rows
         from pipeline.data.source.emoji.listing import emoji_rows
@@ -86,29 +91,27 @@ def _rows(path: str, kind: str, where: str, recipe: SourceRecipe) -> Iterator[Li
         for url, captions, group, split, *rights in flawed_rows() if where == "flawed" else emoji_rows(where):
             yield ListRow(url, one_line_each(captions), group, split, "", *rights)
     elif kind == "folder":
-        yield from _folder_rows(Path(where), recipe, reach(recipe, path))
-    elif kind in ("tars", "tables"):
+        yield from _folder_rows(Path(where), recipe, reach(recipe, path), reader)
+    elif kind == "tables":
         for file in read_files(Path(where), kind):
-            yield from tar_rows(file) if kind == "tars" else _table_rows(file, recipe, reach(recipe, path))
-    elif kind == "tar":
-        yield from tar_rows(Path(where))
+            yield from _merged(_table_rows(file, recipe, reader, reach(recipe, path)))
+    elif kind in ("tar", "tars"):
+        for file in read_files(Path(where), kind) if kind == "tars" else [Path(where)]:
+            yield from tar_rows(file, reader)
     elif kind == "embeddings":
-        yield from _embedding_rows(Path(where), recipe, reach(recipe, path))
+        yield from _embedding_rows(Path(where), recipe, reach(recipe, path), reader)
     elif kind == "rows":
         may = reach(recipe, path)
-        try:
-            for row in written_rows(Path(where)):
-                yield replace(row, reject=row.reject or may.refusal(row.url))
-        except (pa.ArrowInvalid, TypeError, KeyError) as e:
-            raise UserError(f"source {path}: not a file of rows as a package holds them ({e}); name the list") from None
+        for row in packaged_rows(Path(where), reader):
+            yield replace(row, reject=row.reject or may.refusal(row.url))
     elif kind == "remote":
         copy = fetched(path)
         try:
-            yield from _table_rows(copy, recipe, reach(recipe, path), path)
+            yield from _merged(_table_rows(copy, recipe, reader, reach(recipe, path), path))
         except UserError as e:
             raise UserError(str(e).replace(str(copy), path)) from None
     else:
-        yield from _table_rows(Path(where), recipe, reach(recipe, path))
+        yield from _merged(_table_rows(Path(where), recipe, reader, reach(recipe, path)))
 
 
 def reach(recipe: SourceRecipe, *paths: str) -> Reach:
@@ -203,7 +206,10 @@ def unread(path: str, recipe: SourceRecipe) -> str:
         return ""
     folder, may = Path(where), reach(recipe, path)
     tables = [file for file, metadata in walk(folder) if kind == "folder" and file == metadata]
-    named = frozenset(_named_file(row.url) for table in tables for row in _metadata_rows(table, recipe, may))
+    with ListReader() as reader:
+        named = frozenset(
+            _named_file(row.url) for table in tables for row in _metadata_rows(table, recipe, may, reader)
+        )
     return unread_files(folder, kind, named)
 
 
@@ -238,12 +244,12 @@ def _short_side(sizes: list[Any]) -> int:
     return 0
 
 
-def _folder_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[ListRow]:
+def _folder_rows(folder: Path, recipe: SourceRecipe, may: Reach, reader: ListReader) -> Iterator[ListRow]:
     """Yields the rows of metadata, as in an imagefolder, and those of images that no metadata speak for."""
     splits = folder_splits(folder)
     for file, metadata in walk(folder):
         if file == metadata:
-            for row in _metadata_rows(file, recipe, may):
+            for row in _metadata_rows(file, recipe, may, reader):
                 place = os.path.relpath(_named_file(row.url) or folder, folder).split(os.sep)[0]
                 yield replace(row, split=row.split or splits.get(place, ""))
         elif metadata is None and is_image(file):
@@ -251,12 +257,14 @@ def _folder_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[Lis
             beside = ((extension, file.with_suffix(f".{case(extension)}")) for extension, case in names)
             sidecars = {extension: (data, str(text)) for extension, text in beside if (data := _bytes(text, may))}
             row = sidecar_row(f"file://{quote(os.fsencode(file))}", sidecars)
-            yield replace(row, reject=row.reject or _link_refusal(str(file), may))
+            captions, cut = bounded_captions(row.captions)
+            reader.cut += cut
+            yield replace(row, captions=tuple(captions), reject=row.reject or _link_refusal(str(file), may))
 
 
-def _metadata_rows(table: Path, recipe: SourceRecipe, may: Reach) -> Iterator[ListRow]:
+def _metadata_rows(table: Path, recipe: SourceRecipe, may: Reach, reader: ListReader) -> Iterator[ListRow]:
     column = "file_name" if recipe.image_column == "url" else recipe.image_column
-    return _table_rows(table, replace(recipe, image_column=column), may)
+    return _merged(_table_rows(table, replace(recipe, image_column=column), reader, may))
 
 
 def _named_file(reference: str) -> str:
@@ -289,16 +297,46 @@ def _bytes(text: Path, may: Reach) -> bytes:
         return b""
 
 
-def _embedding_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[ListRow]:
+def _embedding_rows(folder: Path, recipe: SourceRecipe, may: Reach, reader: ListReader) -> Iterator[ListRow]:
     """Yields a row for each embedding, split as its image would be; the list's hash is that image's."""
-    for part, metadata in metadata_parts(folder, may):
-        for i, row in enumerate(_table_rows(metadata, recipe)):
+    for part, metadata in metadata_parts(folder, may, reader):
+        for i, row in enumerate(_table_rows(metadata, recipe, reader)):
             url = "" if row.reject else embedding_reference(folder, part, i, row.url)
             yield replace(row, url=url, group=row.group or row.url, sha256="")
 
 
+def _merged(rows: Iterator[ListRow]) -> Iterator[ListRow]:
+    """Yields rows with the captions of those that follow and name the same image, as in lists with a row a caption.
+
+    Rows that differ in more than their captions stay rows of their own, and those that stand elsewhere; both are
+    duplicates.
+    """
+    first: ListRow | None = None
+    captions: dict[str, None] = {}
+    room = merged = 0
+    for row in rows:
+        if first and row.url and row.url == first.url and not row.reject and _beyond(row) == _beyond(first):
+            merged += 1
+            for caption in row.captions:
+                if len(caption) <= room and caption not in captions:
+                    captions[caption] = None
+                    room -= len(caption)
+            continue
+        if first:
+            yield replace(first, captions=tuple(captions)) if merged else first
+        first, captions, merged = row, dict.fromkeys(row.captions), 0
+        room = MAX_CAPTIONS - sum(map(len, row.captions))
+    if first:
+        yield replace(first, captions=tuple(captions)) if merged else first
+
+
+def _beyond(row: ListRow) -> tuple[str, ...]:
+    """Returns what a row says besides its image and its captions."""
+    return row.group, row.split, row.sha256, row.license, row.attribution
+
+
 def _table_rows(
-    path: Path, recipe: SourceRecipe, may: Reach | None = None, remote: str | None = None
+    path: Path, recipe: SourceRecipe, reader: ListReader, may: Reach | None = None, remote: str | None = None
 ) -> Iterator[ListRow]:
     """Yields the rows of a table.
 
@@ -306,7 +344,7 @@ def _table_rows(
     if it is a copy of that list.
     """
     optional = (recipe.split_column, recipe.hash_column, "license", "attribution", recipe.group_column)
-    found = table_rows(path, (recipe.image_column, recipe.caption_column), optional)
+    found = table_rows(path, (recipe.image_column, recipe.caption_column), optional, reader)
     for number, values in enumerate(found, 1):
         if isinstance(values, Flaw):
             yield ListRow("", (), reject=values.reason, flaw=values.what)

@@ -1,28 +1,36 @@
-"""Reads Parquet tables, only the columns that are used, and few rows at once where these are large."""
+"""Reads Parquet tables, only the columns that are used, and few rows at once where these are large.
+
+It runs in the child process of pipeline.data.source.child.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as t
 
-from pipeline.data.source.columns import Flaw, columns_of, text_of
+from pipeline.data.source.child import Budget
+from pipeline.data.source.columns import LIMIT, Flaw, columns_of, text_of
 from pipeline.errors import UserError
-from pipeline.local import open_local
 
-BATCH_ROWS = 10_000  # read at once, at most
-BATCH_BYTES = 64 << 20  # of the columns that are used, about
+BATCH_ROWS = 4_096  # read at once, at most
+BATCH_BYTES = 16 << 20  # of the columns that are used, about
+_PLAIN = {str, type(None)}
 
 
-def parquet_rows(path: Path, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
+def parquet_rows(
+    opened: BinaryIO, path: Path, budget: Budget, wanted: Sequence[str], needed: int
+) -> Iterator[list[Any] | Flaw]:
     """Yields the rows of a Parquet file as ``table_rows`` does; the first ``needed`` columns have to be there."""
     number = 0
     try:
-        with open_local(path) as opened, pq.ParquetFile(opened, buffer_size=1 << 20) as file:
+        # Text as dictionaries: a value that many rows name by its number would be written out for each.
+        leaves = _text_leaves(opened)
+        with pq.ParquetFile(opened, buffer_size=1 << 20, read_dictionary=leaves) as file:
             schema = file.schema_arrow
             found = columns_of(path, schema.names, wanted, needed)
             used = [name for name in found if name is not None]
@@ -34,9 +42,23 @@ def parquet_rows(path: Path, wanted: Sequence[str], needed: int) -> Iterator[lis
                 for row in zip(*columns, strict=True):
                     number += 1
                     yield _texts(wanted, row, number)
+    except MemoryError:  # Arrow's is an ArrowException, too
+        raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         where = f" behind row {number:,}" if number else ""
         raise UserError(f"source {path}: cannot be read{where} ({(str(e) or repr(e)).splitlines()[0]})") from None
+
+
+def parquet_count(opened: BinaryIO, path: Path, budget: Budget) -> Iterator[list[Any] | Flaw]:
+    """Yields the number of rows of a Parquet file, as the only value of a row."""
+    with pq.ParquetFile(opened) as file:
+        yield [str(file.metadata.num_rows)]
+
+
+def _text_leaves(opened: BinaryIO) -> list[str]:
+    """Returns the paths of the columns of a file that hold text or bytes, also inside of lists."""
+    found = pq.read_metadata(opened).schema
+    return [found.column(i).path for i in range(len(found)) if found.column(i).physical_type == "BYTE_ARRAY"]
 
 
 def _check_type(path: Path, column: str, kind: pa.DataType, place: int) -> None:
@@ -67,7 +89,7 @@ def _batches(file: pq.ParquetFile, used: Sequence[str]) -> Iterator[pa.RecordBat
         found = metadata.row_group(group)
         size = sum(found.column(i).total_uncompressed_size for i in chunks)
         rows = min(BATCH_ROWS, max(1, BATCH_BYTES * found.num_rows // max(1, size)))
-        yield from file.iter_batches(rows, row_groups=[group], columns=used)
+        yield from file.iter_batches(rows, row_groups=[group], columns=used, use_threads=False)
 
 
 def _belongs(path: str, column: str) -> bool:
@@ -77,15 +99,21 @@ def _belongs(path: str, column: str) -> bool:
 def _values(array: pa.Array) -> list[Any]:
     """Returns the values of a column, with text that is not UTF-8 as bytes, and NaN as None."""
     if t.is_dictionary(array.type):
-        values = _values(array.dictionary)
-        return [None if i is None else values[i] for i in array.indices.to_pylist()]
+        used = array.indices.unique().drop_null()  # of a batch, few of a large dictionary
+        named = dict(zip(used.to_pylist(), _values(array.dictionary.take(used)), strict=True))
+        return [named.get(i) for i in array.indices.to_pylist()]
+    if t.is_list(array.type) or t.is_large_list(array.type):
+        start, stop = (array.offsets[i].as_py() for i in (0, -1))
+        values = _values(array.values.slice(start, stop - start))
+        ends = [end - start for end in array.offsets.to_pylist()]
+        there = array.is_valid().to_pylist()
+        return [values[a:b] if valid else None for a, b, valid in zip(ends, ends[1:], there, strict=False)]
     if t.is_floating(array.type):
         return [None if value != value else value for value in array.to_pylist()]
     try:
         return list(array.to_pylist())
     except UnicodeDecodeError:
-        many = t.is_list(array.type) or t.is_large_list(array.type)
-        return list(array.cast(pa.list_(pa.binary()) if many else pa.binary()).to_pylist())
+        return list(array.cast(pa.binary()).to_pylist())
     except (OverflowError, ValueError, KeyError):  # a time that Python has not, or a zone that it does not know
         return list(map(_time, array))
 
@@ -99,6 +127,8 @@ def _time(value: pa.Scalar) -> Any:
 
 
 def _texts(wanted: Sequence[str], row: Sequence[Any], number: int) -> list[Any] | Flaw:
+    if {*map(type, row)} <= _PLAIN and max(map(len, filter(None, row)), default=0) <= LIMIT:
+        return list(row)
     values: list[Any] = []
     for column, value in zip(wanted, row, strict=True):
         try:

@@ -1,4 +1,8 @@
-"""Fetches lists that lie on S3 or on a web server, once in a process."""
+"""Fetches lists that lie on S3 or on a web server, once in a process.
+
+The user names the address of a list himself, so it may be a private one; where its server redirects to is the
+server's word, and judged as images' addresses are.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,32 @@ import hashlib
 import http.client
 import os
 import shutil
+import socket
 import tempfile
-import urllib.error
-import urllib.request
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
-from urllib.parse import quote, unquote
+from typing import BinaryIO
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
+from pipeline.data.fetch.opener import Guard, Refused, ask, failures_as_reasons, normal_url
 from pipeline.data.fetch.references import shown
 from pipeline.data.fetch.rules import user_agent
 from pipeline.data.source.tables import SUFFIXES, table_kind
 from pipeline.errors import UserError
+from pipeline.ledger import REASONS
 from pipeline.progress import say_once
 from pipeline.store import Entry, Store, open_store
 
 SCHEMES = ("s3://", "http://", "https://")
 PART_BYTES = 64 << 20
 TIMEOUT_S = 60.0  # without a byte
+MOST_S = 6 * 3600.0  # for a whole list
+LEAST_RATE = 16 << 10  # bytes a second, on average after TIMEOUT_S
+MOST_BYTES = 8 << 30  # of a list on a web server, and at most half of what is free on the disk
+HOPS = 5  # redirects, at most
 
 
 def is_remote(path: str) -> bool:
@@ -93,12 +104,33 @@ def _fetch(path: str, version: str) -> Path:
             for part in store.read_parts(key, parts):
                 out.write(part)
         else:
-            with _asked(path) as answer:
-                shutil.copyfileobj(answer, out)
-                promised = answer.headers["Content-Length"]
-            if promised and out.tell() != int(promised):
-                raise UserError(f"source {path}: {out.tell():,} of {promised} bytes came; run the same command again")
+            try:
+                _copy(path, out)
+            except BaseException:
+                file.unlink()
+                raise
     return file
+
+
+def _copy(path: str, out: BinaryIO) -> None:
+    """Writes the body of a list within the budgets of bytes and time."""
+    most, begun = min(MOST_BYTES, shutil.disk_usage(_folder().name).free // 2), time.monotonic()
+    by_hand = "download it and name the file"
+    with _asked(path) as answer:
+        promised = int(said) if (said := answer.headers["Content-Length"] or "").isdecimal() else None
+        if promised is not None and promised > most:
+            raise UserError(f"source {path}: it has {promised:,} bytes, and {most:,} at most are fetched; {by_hand}")
+        while data := answer.read1(1 << 20):
+            try:
+                out.write(data)
+            except OSError as e:
+                raise UserError(f"source {path}: no room for it in {_folder().name} ({e.strerror})") from None
+            if out.tell() > most:
+                raise UserError(f"source {path}: over {most:,} bytes came, and there is no end; {by_hand}")
+            if out.tell() < LEAST_RATE * (time.monotonic() - begun - TIMEOUT_S):
+                raise UserError(f"source {path}: the server sends less than {LEAST_RATE:,} bytes a second; {by_hand}")
+    if promised is not None and out.tell() != promised:
+        raise UserError(f"source {path}: {out.tell():,} of {promised} bytes came; run the same command again")
 
 
 @cache
@@ -108,15 +140,34 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 @contextmanager
 def _asked(path: str) -> Iterator[http.client.HTTPResponse]:
-    """Asks a web server, by the proxies of the environment; the user has named it, so it may be a private one."""
+    """Asks a web server, and where it redirects to. Raises UserError for whatever goes wrong, in the body too."""
+    url, deadline = path, time.monotonic() + MOST_S
     try:
-        asked = urllib.request.Request(path, headers={"User-Agent": user_agent("")})  # some refuse Python's own
-        with urllib.request.urlopen(asked, timeout=TIMEOUT_S) as answer:
-            yield answer
-    except urllib.error.HTTPError as e:
-        raise UserError(f"source {path}: the server answers {e.code} {e.reason}; check the URL in a browser") from None
-    except (OSError, http.client.HTTPException, ValueError) as e:
-        why = getattr(e, "reason", None) or e or type(e).__name__
+        with failures_as_reasons():
+            # The addresses of the host that the user named, as they are now: a name that changes its address in between
+            # must not lead a redirect into a private network.
+            named = {
+                str(found[4][0]).partition("%")[0]
+                for found in socket.getaddrinfo(urlsplit(normal_url(url)).hostname, None)
+            }
+            guard = Guard({}, sorted(named))
+            for _ in range(HOPS + 1):
+                headers = {"User-Agent": user_agent("")}
+                answer = ask(guard, normal_url(url), headers, deadline, MOST_BYTES, TIMEOUT_S)
+                with closing(answer):
+                    if answer.status not in (301, 302, 303, 307, 308):
+                        if answer.status != 200:
+                            said = f"the server answers {answer.status} {answer.reason}; check the URL in a browser"
+                            raise UserError(f"source {path}: {said}")
+                        yield answer
+                        return
+                    url = urljoin(normal_url(url), answer.headers["Location"] or "")
+            raise Refused("unreachable")
+    except Refused as e:
+        why, where = str(e), "" if url == path else f", where it redirects to {shown(url)}"
+        if why == "forbidden_address":
+            raise UserError(f"source {path}: not fetched{where}: that is no public address; name that URL") from None
         raise UserError(
-            f"source {path}: cannot be fetched ({why}); run again, or download it and name the file"
+            f"source {path}: cannot be fetched ({why}: {REASONS[why]}{where}); run again, or download it and name "
+            "the file"
         ) from None

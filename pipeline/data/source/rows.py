@@ -6,14 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.source.columns import KNOWN, LIMIT
+from pipeline.data.source.child import ListReader
+from pipeline.data.source.columns import KNOWN, LIMIT, Flaw
 from pipeline.data.source.tables import parsed_object
+from pipeline.errors import UserError
 from pipeline.graph.artifacts import ShardRow, read_table
+from pipeline.ledger import REASONS
 from pipeline.store import Store
 
 SIDECARS = ("txt", "caption", "json")  # extensions of what holds the captions of an image, the first that is there
@@ -93,8 +96,26 @@ def write_rows(file: IO[bytes], rows: Iterable[ListRow]) -> int:
     return count
 
 
-def written_rows(file: Path | pa.NativeFile) -> Iterator[ListRow]:
-    """Yields the rows that ``write_rows`` has written."""
+def packaged_rows(path: Path, reader: ListReader) -> Iterator[ListRow]:
+    """Yields the rows of a package's file, which may be a stranger's. Raises UserError for any other file."""
+    names = [field.name for field in fields(ListRow)]
+    try:
+        for found in reader.rows("parquet", path, len(names), names, len(names)):
+            if isinstance(found, Flaw):
+                yield ListRow("", (), reject=found.reason, flaw=found.what)
+                continue
+            row: dict[str, Any] = dict(zip(names, found, strict=True))
+            captions = row["captions"] if isinstance(row["captions"], list) else [row["captions"]]
+            row = {name: value if isinstance(value, str) else "" for name, value in row.items()}
+            reject = row["reject"] if row["reject"] in REASONS else None
+            yield ListRow(**row | {"captions": tuple(filter(None, captions)), "reject": reject})
+    except UserError as e:
+        said = str(e).removeprefix(f"source {path}: ")
+        raise UserError(f"source {path}: not a file of rows as a package holds them ({said}); name the list") from None
+
+
+def written_rows(file: pa.NativeFile) -> Iterator[ListRow]:
+    """Yields the rows that ``write_rows`` has written into the store."""
     for batch in pq.ParquetFile(file).iter_batches(batch_size=10_000):
         for row in batch.to_pylist():
             yield ListRow(**{**row, "captions": tuple(row["captions"])})

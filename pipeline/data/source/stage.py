@@ -46,7 +46,7 @@ from pipeline.store import Store
 from pipeline.store.records import digest, put_blob, read_blob
 
 VERSION = 1
-LAYOUT = 8  # of the records of segments, which no key counts
+LAYOUT = 9  # of the records of segments, which no key counts
 SEGMENT_SHARDS = 100_000  # shard numbers a segment may use: number = segment * SEGMENT_SHARDS + place
 HASHES_A_BLOB = 1 << 20
 CAPTIONED = "captioned"  # how a shard of captions counts its rows that have one

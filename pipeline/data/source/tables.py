@@ -1,5 +1,7 @@
 """Reads tables of rows: CSV, TSV, JSONL and Parquet. What cannot be read costs its own row, and says why.
 
+``table_rows`` does so in a child process; what it runs there is below, but for Parquet, which has a file of its own.
+
 A CSV or TSV file is read by its physical lines, each of which is one row, an empty line, or a part of a quoted value
 that spans lines. A quotation mark that is not closed as it should be therefore never swallows the rows behind it. In a
 JSONL file each line is an object. Files of text may be compressed with gzip.
@@ -18,17 +20,18 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
+from pipeline.data.source.child import Budget, ListReader
 from pipeline.data.source.columns import IMAGES, LIMIT, Flaw, columns_of, text_of
-from pipeline.data.source.parquet import parquet_rows
 from pipeline.errors import UserError
-from pipeline.local import open_local
 from pipeline.progress import counted
 
 _HEAD = 1 << 20  # bytes by which the encoding of a file is judged
 HEAD_LINES = 100  # of a JSONL file, which say what its columns of references and captions are called
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
+# What looking ahead for the end of a quoted value may cost: this many times what was read, and each line a bit more.
+AHEAD, AHEAD_LINE = 4, 32
 QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
 
 csv.field_size_limit(LIMIT)
@@ -40,30 +43,42 @@ def table_kind(name: str) -> str | None:
     return suffix and suffix.removesuffix(".gz")
 
 
-def table_rows(path: Path, needed: Sequence[str], optional: Sequence[str]) -> Iterator[list[Any] | Flaw]:
+def table_rows(
+    path: Path, needed: Sequence[str], optional: Sequence[str], reader: ListReader | None = None
+) -> Iterator[list[Any] | Flaw]:
     """Yields for each row its values in ``needed`` and ``optional`` columns.
 
-    A value is text, a list of texts and Nones, or None where it is empty or its column is absent.
+    A value is text, a list of texts and Nones, or None where it is empty or its column is absent. A caption, the second
+    value, is cut behind child.MAX_CAPTION characters.
 
     Args:
         path: Of a CSV, TSV, JSONL or Parquet file.
         needed: The columns of the references of images and of the captions. Where one has the name that it has by
             default and is absent, the one column of a name in KNOWN is taken.
         optional: Other columns.
+        reader: The reader of the list that has the file; without it the file is a list.
 
     Raises:
         UserError: for a file that cannot be read, is not UTF-8, lacks a column, or has one twice or of another type.
     """
-    rows = parquet_rows if table_kind(path.name) == ".parquet" else _text_rows
-    return rows(path, [*needed, *optional], len(needed))
+    if reader is None:
+        with ListReader() as own:
+            yield from table_rows(path, needed, optional, own)
+        return
+    wanted = [*needed, *optional]
+    kind = "parquet" if table_kind(path.name) == ".parquet" else "text"
+    yield from reader.rows(kind, path, len(wanted), wanted, len(needed))
 
 
 # --- CSV, TSV and JSONL -----------------------------------------------------------------------------------------------
 
 
-def _text_rows(path: Path, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
+def text_rows(
+    opened: BinaryIO, path: Path, budget: Budget, wanted: Sequence[str], needed: int
+) -> Iterator[list[Any] | Flaw]:
+    """Yields the rows of a CSV, TSV or JSONL file as ``table_rows`` does."""
     kind = table_kind(path.name)
-    with _unpacked(path) as file:
+    with _unpacked(opened, path, budget) as file:
         head = file.read(_HEAD)
         _check_encoding(path, head)
         file.seek(0)
@@ -75,19 +90,36 @@ def _text_rows(path: Path, wanted: Sequence[str], needed: int) -> Iterator[list[
 
 
 @contextmanager
-def _unpacked(path: Path) -> Iterator[IO[bytes]]:
+def _unpacked(file: BinaryIO, path: Path, budget: Budget) -> Iterator[BinaryIO]:
     """Opens a file of text, which gzip may have compressed."""
-    with open_local(path) as file:
-        if not path.name.lower().endswith(".gz"):
-            yield file
-            return
-        try:
-            with gzip.GzipFile(fileobj=file) as unpacked:
-                yield unpacked  # type: ignore[misc]
-        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-            raise UserError(
-                f"source {path}: cannot be unpacked ({e}); compress it again, or name it unpacked"
-            ) from None
+    if not path.name.lower().endswith(".gz"):
+        yield file
+        return
+    try:
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            yield io.BufferedReader(_Counted(unpacked, budget), 1 << 16)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise UserError(f"source {path}: cannot be unpacked ({e}); compress it again, or name it unpacked") from None
+
+
+class _Counted(io.RawIOBase):
+    """Counts what is unpacked."""
+
+    def __init__(self, file: gzip.GzipFile, budget: Budget):
+        super().__init__()
+        self._file, self._budget = file, budget
+        self.seek = file.seek  # type: ignore[method-assign]
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._file.readinto(buffer)
+        self._budget.unpack(size)
+        return size
 
 
 def _check_encoding(path: Path, head: bytes) -> None:
@@ -129,6 +161,7 @@ class _Lines:
         self._number = 0  # of the last line that was taken
         self._columns = 0
         self._image = 0  # place of the column of references
+        self._read = self._ahead_in_vain = 0  # characters, of all lines and of those that were taken for nothing
 
     def rows(self, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
         header = self._record(self._take())
@@ -187,20 +220,22 @@ class _Lines:
             line = rest = self._file.readline(LIMIT + 1)
             while len(line) > LIMIT and rest and not rest.endswith(self._end):
                 rest = self._file.readline(LIMIT)
+            self._read += len(line) + AHEAD_LINE
         self._number += bool(line)
         return line
 
     def _record(self, first: str) -> list[str] | None:
         """Returns the cells of the row that begins with a line, by the strict rules of quoting.
 
-        Returns None if the row breaks them, and then no other line is taken.
+        Returns None if the row breaks them, and then no other line is taken. Where most such rows are broken, none may
+        span lines, for each would be looked at from every line before it.
         """
         behind: list[str] = []
 
         def lines() -> Iterator[str]:
             yield first
             size = len(first)
-            while line := self._take():
+            while self._ahead_in_vain <= AHEAD * self._read and (line := self._take()):
                 behind.append(line)
                 size += len(line)
                 if size > LIMIT or self._is_row(line):
@@ -214,6 +249,7 @@ class _Lines:
         if behind and (cells is None or self._columns not in (0, len(cells))):
             self._ahead.extendleft(reversed(behind))
             self._number -= len(behind)
+            self._ahead_in_vain += sum(map(len, behind)) + AHEAD_LINE * len(behind)
             return None
         return cells
 

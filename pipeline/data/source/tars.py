@@ -10,10 +10,10 @@ from posixpath import normpath
 from typing import Any, BinaryIO
 from urllib.parse import parse_qs, quote, unquote_to_bytes, urlsplit
 
-from pipeline.data.source.columns import IMAGES, LIMIT
+from pipeline.data.source.child import Budget, ListReader
+from pipeline.data.source.columns import IMAGES, LIMIT, Flaw
 from pipeline.data.source.rows import SIDECARS, ListRow, sidecar_row
 from pipeline.errors import UserError
-from pipeline.local import open_local
 
 HEADER = 64 << 10  # bytes, at most: names, and what tar keeps of a file beside it
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -41,28 +41,39 @@ def tar_place(reference: str) -> dict[str, Any] | None:
     return {"tar": path, "offset": offset, "size": size} if is_tar(path) and offset >= 0 and size >= 0 else None
 
 
-def tar_rows(path: Path) -> Iterator[ListRow]:
+def tar_rows(path: Path, reader: ListReader) -> Iterator[ListRow]:
     """Yields the samples of a tar: members that share a name up to the first dot, as in webdataset; no hidden ones.
 
     One that has no member with the name of an image is a row without a reference.
     """
-    with open_local(path) as file:
-        head = file.read(6)
-        if packed := next((kind for magic, kind in PACKED.items() if head.startswith(magic)), None):
-            raise UserError(
-                f"source {path}: compressed with {packed}; images are read where they lie, so unpack it first"
-            )
-        try:
-            yield from _members(path, file)
-        except (
-            tarfile.TarError,
-            ValueError,
-            OverflowError,
-            OSError,
-            IndexError,
-            RecursionError,
-        ) as e:  # tarfile believes sizes, even negative ones, and follows headers of headers
-            raise UserError(f"source {path}: not a readable tar ({e})") from None
+    for row in reader.rows("tar", path, 4):
+        if isinstance(row, Flaw):
+            yield ListRow("", (), reject=row.reason, flaw=row.what)
+        else:
+            url, captions, reject, flaw = row
+            yield ListRow(url or "", tuple(filter(None, captions or ())), reject=reject, flaw=flaw or "")
+
+
+# --- in the child process of pipeline.data.source.child ---------------------------------------------------------------
+
+
+def members(file: BinaryIO, path: Path, budget: Budget) -> Iterator[list[Any]]:
+    """Yields the samples of a tar, each as reference, captions, reason and flaw of its row."""
+    head = file.read(6)
+    if packed := next((kind for magic, kind in PACKED.items() if head.startswith(magic)), None):
+        raise UserError(f"source {path}: compressed with {packed}; images are read where they lie, so unpack it first")
+    try:
+        for row in _members(path, file, budget):
+            yield [row.url, list(row.captions), row.reject, row.flaw]
+    except (
+        tarfile.TarError,
+        ValueError,
+        OverflowError,
+        OSError,
+        IndexError,
+        RecursionError,
+    ) as e:  # tarfile believes sizes, even negative ones, and follows headers of headers
+        raise UserError(f"source {path}: not a readable tar ({e})") from None
 
 
 class _Tar:
@@ -77,7 +88,7 @@ class _Tar:
         return self._read(size)
 
 
-def _members(path: Path, file: BinaryIO) -> Iterator[ListRow]:
+def _members(path: Path, file: BinaryIO, budget: Budget) -> Iterator[ListRow]:
     file.seek(0)
     with tarfile.open(fileobj=_Tar(file), mode="r:") as tar:  # type: ignore[call-overload]
         files: dict[str, tarfile.TarInfo] = {}
@@ -107,7 +118,9 @@ def _members(path: Path, file: BinaryIO) -> Iterator[ListRow]:
                 image = tar_reference(str(path), member.name, whole.offset_data, whole.size)
             elif extension in SIDECARS:
                 file.seek(whole.offset_data)
-                said[extension] = (file.read(min(whole.size, LIMIT + 1)), f"{member.name!r} in {path}")
+                data = file.read(min(whole.size, LIMIT + 1))
+                budget.unpack(len(data))  # many links may lead to one text
+                said[extension] = (data, f"{member.name!r} in {path}")
         if name:
             yield sidecar_row(image, said)
         # Where a header is damaged, or another tar begins, tarfile ends as if there were no more members.

@@ -3,7 +3,9 @@
 import gzip
 import io
 import re
+import socket
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -81,3 +83,68 @@ def test_mistakes_are_one_line_that_names_the_url() -> None:
             assert len(str(error.value).splitlines()) == 1
             assert "abc" not in str(error.value)
             assert remote._folder().name not in str(error.value)
+
+
+BODY = b"url,caption\nhttp://h/0.jpg,a cat\n"
+
+
+def refused(path: str) -> str:
+    with pytest.raises(UserError) as error:
+        list(read_rows(path, of(path)))
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+@pytest.mark.parametrize("promised", ["", str(4 << 20)])
+def test_a_list_without_end_fills_no_disk(monkeypatch: pytest.MonkeyPatch, promised: str) -> None:
+    monkeypatch.setattr(remote, "MOST_BYTES", 1 << 20)
+    page = Page(BODY * (4 << 20 >> 5), headers={"Content-Length": promised, "ETag": "1"})
+    remote._folder().cleanup()
+    remote._folder.cache_clear()
+    with serving({"/a.csv": page}) as address:
+        said = refused(f"http://{address}/a.csv")
+    assert not any(file.is_file() for file in Path(remote._folder().name).rglob("*"))
+    assert ("over 1,048,576 bytes came" if not promised else "1,048,576 at most are fetched") in said
+
+
+def test_a_server_that_drips_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "TIMEOUT_S", 0.5)
+    with serving(Pages({"/a.csv": Page(BODY * 100, headers={"ETag": "1"}, drip_s=0.02)})) as address:
+        assert "less than 16,384 bytes a second" in refused(f"http://{address}/a.csv")
+    with serving(Pages({"/a.csv": Page(BODY, headers={"ETag": "1"}, drip_s=3.0)})) as address:
+        assert "cannot be fetched (timeout: " in refused(f"http://{address}/a.csv")
+
+
+def test_a_redirect_leads_to_the_same_host_or_to_a_public_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving({"/b.csv": Page(BODY)}) as inner:
+        port = inner.rpartition(":")[2]
+        pages = {
+            "/a.csv": Page(status=302, headers={"Location": "/b.csv"}),
+            "/b.csv": Page(BODY),
+            "/same.csv": Page(status=307, headers={"Location": f"http://{inner}/b.csv"}),
+            "/inside.csv": Page(status=301, headers={"Location": f"http://127.0.0.2:{port}/b.csv"}),
+            "/metadata.csv": Page(status=302, headers={"Location": "http://169.254.169.254/latest/"}),
+            "/file.csv": Page(status=302, headers={"Location": "file:///etc/passwd"}),
+            "/loop.csv": Page(status=302, headers={"Location": "/loop.csv"}),
+        }
+        with serving(pages) as address:
+            for name in ("a", "same"):
+                assert [row.url for row in read_rows(f"http://{address}/{name}.csv", of("."))] == ["http://h/0.jpg"]
+            for name in ("inside", "metadata"):
+                said = refused(f"http://{address}/{name}.csv")
+                assert "that is no public address" in said
+                assert "where it redirects to http://1" in said
+            assert "unsupported_reference" in refused(f"http://{address}/file.csv")
+            assert "unreachable" in refused(f"http://{address}/loop.csv")
+
+            # A name that is looked up again: what it meant first may be reached, not what it means now.
+            resolve, asked = socket.getaddrinfo, []
+
+            def rebinding(host: str, *rest: Any, **options: Any) -> Any:
+                asked.append(host)
+                return resolve("127.0.0.1" if len(asked) > 1 else "192.0.2.1", *rest, **options)
+
+            monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+            said = refused(f"http://evil.test:{address.rpartition(':')[2]}/b.csv")
+            assert "that is no public address" in said
+            assert len(asked) == 2

@@ -1,6 +1,7 @@
 """CSV, TSV and Parquet: what cannot be read costs its own row with a reason, and nothing is mangled or swallowed."""
 
 import csv
+import io
 import json
 import string
 from pathlib import Path
@@ -13,8 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.source import parquet
+from pipeline.data.source.child import Budget
+from pipeline.data.source.columns import MAX_CAPTIONS, Flaw
 from pipeline.data.source.lists import NO_VALUE, read_rows
 from pipeline.data.source.stage import SourceRecipe, scan
+from pipeline.data.source.tables import text_rows
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
 from pipeline.ledger import REASONS
@@ -23,7 +27,8 @@ from tests.pipeline.data.hostile_lists import List, csv_text, hostile_lists
 
 REFERENCES = [f"http://h/{i}.jpg" for i in range(30)]
 LISTS = {each.name: each for each in hostile_lists(REFERENCES)}
-QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Each example starts a child process; tests/pipeline/data/source/test_fuzz.py has more, with one child.
+QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 
 
 @pytest.fixture
@@ -116,21 +121,19 @@ def test_what_csv_writes_is_read_as_it_was(
 LINE = st.text(st.sampled_from("\",\t\\ab:/'; " + string.digits), max_size=30)
 
 
-@QUIET
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["csv", "tsv"])
-def test_no_line_swallows_sound_rows(kind: str, tmp_path: Path, data: st.DataObject) -> None:
+def test_no_line_swallows_sound_rows(kind: str, data: st.DataObject) -> None:
     """Any lines among sound rows leave all of these as they are, and are rows themselves unless two belong together."""
     delimiter = "," if kind == "csv" else "\t"
     sound = [f"http://sound/{i}.jpg{delimiter}the {i}th cat" for i in range(12)]
     lines = [("sound", line) for line in sound]
     for _ in range(data.draw(st.integers(1, 6))):
         lines.insert(data.draw(st.integers(0, len(lines))), ("any", data.draw(LINE)))
-    path = tmp_path / f"a.{kind}"
-    path.write_text("\n".join([f"url{delimiter}caption", *(line for _, line in lines)]))
-    found = list(read_rows(str(path), SourceRecipe((str(path),))))
-    kept = [row for row in found if row.url.startswith("http://sound/")]
-    assert [row.captions for row in kept] == [(f"the {i}th cat",) for i in range(12)]
+    text = "\n".join([f"url{delimiter}caption", *(line for _, line in lines)])
+    found = list(text_rows(io.BytesIO(text.encode()), Path(f"a.{kind}"), Budget(), ["url", "caption"], 2))
+    kept = [row for row in found if not isinstance(row, Flaw) and (row[0] or "").startswith("http://sound/")]
+    assert [row[1] for row in kept] == [f"the {i}th cat" for i in range(12)]
     others = [line for kind, line in lines if kind == "any" and line]
     assert len(found) - 12 <= len(others)
     if sum('"' in line for line in others) < 2:
@@ -220,3 +223,49 @@ def test_large_values_are_read_few_at_once(tmp_path: Path, monkeypatch: pytest.M
         batches = list(parquet._batches(file, ["url", "caption"]))
     assert [batch.num_rows for batch in batches] == [10] * 4
     assert [captions for _, captions in rows_of(path)] == [(text,) for text in captions]
+
+
+# --- a row a caption --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_rows_of_one_image_are_one_row_with_all_captions(tmp_path: Path, kind: str) -> None:
+    """As Flickr30k and COCO are exported: five rows an image, each with a caption."""
+    path = tmp_path / f"a.{kind}"
+    rows = [(f"http://h/{i}.jpg", f"caption {j} of {i}") for i in range(20) for j in range(5)]
+    if kind == "csv":
+        path.write_text("url,caption\n" + "".join(f"{url},{caption}\n" for url, caption in rows))
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps({"url": url, "caption": caption}) + "\n" for url, caption in rows))
+    else:
+        pq.write_table(pa.table({"url": [url for url, _ in rows], "caption": [text for _, text in rows]}), path)
+    found = list(read_rows(str(path), SourceRecipe((str(path),))))
+    assert [row.url for row in found] == [f"http://h/{i}.jpg" for i in range(20)]
+    assert found[7].captions == tuple(f"caption {j} of 7" for j in range(5))
+    (shard,) = scan(SourceRecipe((str(path),)), open_store(str(tmp_path / "store")), write=False).shards
+    assert shard.ledger.kept == shard.ledger.rows == 20
+
+
+def test_what_is_merged_and_what_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(
+        "url,caption,split,group\n"
+        "http://h/0,a,train,\nhttp://h/0,a,train,\nhttp://h/0,b,train,\n"  # the same caption counts once
+        "http://h/0,c,test,\n"  # a held-out caption never joins a training row
+        "http://h/1,d,,\nhttp://h/2,e,,\nhttp://h/1,f,,\n"  # not one behind the other
+        ",g,,\n,h,,\n"  # no image
+    )
+    found = list(read_rows(str(path), SourceRecipe((str(path),))))
+    assert [(row.url, row.captions) for row in found] == [
+        ("http://h/0", ("a", "b")),
+        ("http://h/0", ("c",)),
+        ("http://h/1", ("d",)),
+        ("http://h/2", ("e",)),
+        ("http://h/1", ("f",)),
+        ("", ("g",)),
+        ("", ("h",)),
+    ]
+    many = tmp_path / "b.csv"
+    many.write_text("url,caption\n" + "".join(f"http://h/0,{i:01000}\n" for i in range(1_000)))
+    (row,) = read_rows(str(many), SourceRecipe((str(many),)))
+    assert len(row.captions) == MAX_CAPTIONS // 1000

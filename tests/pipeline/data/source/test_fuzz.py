@@ -1,0 +1,190 @@
+"""Readers of lists under generated and damaged files: they end with rows or one line, in time that the size allows."""
+
+import gzip
+import io
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.source.child import Budget, ListReader
+from pipeline.data.source.imported import _open
+from pipeline.data.source.rows import ListRow, write_rows
+from pipeline.data.source.tables import text_rows
+from pipeline.errors import UserError
+
+SIZE = 100_000  # bytes of a repeated text, for which a reader of quadratic time takes a minute
+WANTED = ["url", "caption", "split", "group"]
+fuzzed = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+class Readers:
+    """One child for many files, and another where that has ended."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.reader = folder, ListReader()
+
+    def check(self, name: str, data: bytes, kind: str, *arguments: Any, crash: bool = False) -> None:
+        """Reads a file. The child's own limit of processor time, 2 s and 2 s a MB, must not be met."""
+        path = self.folder / name
+        path.write_bytes(data)
+        if self.reader.spent:
+            self.reader.close()
+        if self.reader._process is None:
+            self.reader = ListReader()
+        said = ""
+        try:
+            for _ in self.reader.rows(kind, path, len(arguments[0]) if arguments else 4, *arguments):
+                pass
+        except UserError as e:
+            said = str(e)
+        assert len(said.splitlines()) <= 1
+        assert "processor time" not in said
+        assert "Error:" not in said  # of Python, which is a bug in a reader
+        assert crash or "reader" not in self.reader.spent
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Readers]:
+    found = Readers(tmp_path_factory.mktemp("fuzz"))
+    yield found
+    found.reader.close()
+
+
+# What readers look for, which random bytes seldom have.
+TOKENS = ['"', '""', ",", "\t", "\n", "\r\n", "a", "http://h/1.jpg", "{", "}", "[", "]", ":", '"url"', "1e9", "\\ud800"]
+odd = st.sampled_from(["\0", "é", "\ufeff", "\x1c", "\u2028", "caption", "null", "-"])
+pieces = st.lists(st.sampled_from(TOKENS) | odd, min_size=1, max_size=6).map("".join)
+texts = st.tuples(pieces, pieces, pieces).map(lambda found: found[0] + found[1] * (SIZE // len(found[1])) + found[2])
+
+
+def headed(kind: str, text: str) -> bytes:
+    return {"csv": "url,caption\n", "tsv": "url\tcaption\n", "jsonl": '{"url": "a", "caption": "b"}\n'}[
+        kind
+    ].encode() + text.encode()
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+@fuzzed
+@given(texts)
+def test_texts(readers: Readers, kind: str, text: str) -> None:
+    readers.check(f"a.{kind}", headed(kind, text), "text", WANTED, 2)
+
+
+def patterns() -> set[str]:
+    """All texts of up to five marks, of which a repeated one can leave a quoted value open; one of each rotation."""
+    drawn = ("".join(marks) for n in range(2, 6) for marks in product('",\na', repeat=n))
+    return {min(text[i:] + text[:i] for i in range(len(text))) for text in drawn if '"' in text and "\n" in text}
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_no_pattern_of_quotation_marks_takes_quadratic_time(kind: str) -> None:
+    """With quadratic time the worst of them takes seconds, with linear time none a tenth of one."""
+    taken = {}
+    for pattern in sorted(patterns()):
+        data = headed(kind, (pattern * (12_000 // len(pattern))).replace(",", "," if kind == "csv" else "\t"))
+        start = time.process_time()
+        found = list(text_rows(io.BytesIO(data), Path(f"a.{kind}"), Budget(), WANTED, 2))
+        taken[pattern] = time.process_time() - start
+        assert len(found) <= len(data)
+    assert {pattern: seconds for pattern, seconds in taken.items() if seconds > 1} == {}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@fuzzed
+@given(text=texts, times=st.integers(1, 10), damage=st.data())
+def test_compressed_texts(readers: Readers, kind: str, text: str, times: int, damage: st.DataObject) -> None:
+    packed = gzip.compress(headed(kind, text) * times, 1)
+    readers.check(f"a.{kind}.gz", damaged(damage, packed), "text", WANTED, 2)
+
+
+def damaged(draw: st.DataObject, data: bytes, most: int = 3) -> bytes:
+    """Returns bytes with some of them changed, or cut; some stay as they are."""
+    found = bytearray(data)
+    for _ in range(draw.draw(st.integers(0, most))):
+        found[draw.draw(st.integers(0, len(found) - 1))] = draw.draw(st.integers(0, 255))
+    return bytes(found[: draw.draw(st.just(len(found)) | st.integers(1, len(found)))])
+
+
+values = st.none() | pieces | st.just("x" * 100_000)
+tables = st.fixed_dictionaries(
+    {
+        "url": st.lists(values, min_size=3, max_size=3),
+        "caption": st.lists(values, min_size=3, max_size=3)
+        | st.lists(st.none() | st.lists(values, max_size=3), min_size=3, max_size=3),
+        "group": st.lists(st.none() | st.integers(-(2**40), 2**40), min_size=3, max_size=3)
+        | st.lists(values, min_size=3, max_size=3),
+    }
+)
+
+
+def parquet(columns: dict[str, list[Any]], times: int, **options: Any) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.table({name: pa.array(value * times) for name, value in columns.items()}), out, **options)
+    return out.getvalue()
+
+
+@fuzzed
+@given(columns=tables, times=st.sampled_from([1, 50, 3000]), damage=st.data())
+def test_parquet(readers: Readers, columns: dict[str, list[Any]], times: int, damage: st.DataObject) -> None:
+    kind = damage.draw(st.sampled_from(["zstd", "snappy", "gzip", "none"]))
+    whole = parquet(columns, times if "x" * 100_000 not in str(columns) else 1, compression=kind)
+    # Arrow's C++ may die of damaged bytes, which is what the child is for.
+    readers.check("a.parquet", damaged(damage, whole), "parquet", WANTED, 2, crash=True)
+
+
+@fuzzed
+@given(texts=st.lists(values, min_size=1, max_size=5), damage=st.data())
+def test_files_of_rows(readers: Readers, texts: Sequence[str | None], damage: st.DataObject) -> None:
+    out = io.BytesIO()
+    write_rows(out, [ListRow(text or "", (text or "",)) for text in texts])
+    names = [field.name for field in fields(ListRow)]
+    readers.check("a.rows", damaged(damage, out.getvalue()), "parquet", names, len(names), crash=True)
+
+
+@fuzzed
+@given(
+    members=st.lists(
+        st.tuples(st.sampled_from(["a.jpg", "a.txt", "b.json", ".c", "d/e.png"]) | pieces, pieces), max_size=6
+    ),
+    times=st.sampled_from([1, 30]),
+    layout=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    damage=st.data(),
+)
+def test_tars(readers: Readers, members: list[tuple[str, str]], times: int, layout: int, damage: st.DataObject) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=layout) as tar:
+        for name, text in members * times:
+            member = tarfile.TarInfo(name.replace("\0", "")[:90] or "a")
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
+    readers.check("a.tar", damaged(damage, out.getvalue(), 10), "tar")
+
+
+@fuzzed
+@given(shape=st.lists(st.integers(0, 5), max_size=3), kind=st.sampled_from("efdiOS"), damage=st.data())
+def test_matrices(readers: Readers, shape: list[int], kind: str, damage: st.DataObject) -> None:
+    out = io.BytesIO()
+    np.save(out, np.zeros(shape, kind), allow_pickle=True)
+    path = readers.folder / "a.npy"
+    path.write_bytes(damaged(damage, out.getvalue()))
+    with suppress(ValueError):
+        found = _open(path, None)
+        assert found.dtype in (np.float16, np.float32)
+        assert found.sum() is not None
