@@ -1,0 +1,398 @@
+"""The machine: rules that let drivers go on, kill them, and write as a stranger does, and what must always hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from contextlib import ExitStack
+from typing import Any, ClassVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pipeline.data.source.journal import read_journal, reference_mark
+from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact, read_shards
+from pipeline.ledger import Ledger
+from pipeline.store import open_store
+from pipeline.store.records import blob_path
+from tests.machine import stranger
+from tests.machine.bucket import Bucket
+from tests.machine.driver import Clock, Driver, History, StepStore, outcome
+from tests.machine.house import House
+
+PROJECTS = ("p", "q")
+DRIVERS = ("a", "b")
+COMMANDS = ("run", "run", "run", "plan", "retry", "forget", "gc", "gc", "pin", "unpin", "promote", "rollback", "list")
+DECISIONS = ("promote", "forget", "retry")  # which are swapped, so that two at once must not undo each other
+FAULTY = 0.03  # of the requests to a bucket
+GRACE_HOURS = 1.0
+DEAD_S = 4 * 86_400.0  # without a sign of life, after which no lease keeps anything
+
+
+class Machine(RuleBasedStateMachine):
+    """Two drivers on one store in a folder."""
+
+    strangers: ClassVar[bool] = False
+    in_bucket: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.history = History(self.clock)
+        self.house = House(self.clock, PROJECTS)
+        self.drivers = {name: Driver(name, self.clock) for name in DRIVERS}
+        self.watcher = Driver("watcher", self.clock)
+        self.clock.pause = self._pause
+        self.foreign: dict[str, bytes] = {}  # what the stranger wrote, as far as it stands
+        self.tainted = False  # whether a stranger's record may have been taken for work that was done
+        self.kept: dict[str, set[str]] = {}  # what a holder (a pin, a release) named while it was whole
+        self.moves: dict[str, list[Any]] = {name: [] for name in PROJECTS}
+        self.decided: dict[str, tuple[set[str], int]] = {name: (set(), 0) for name in PROJECTS}
+        self.asked_to_forget: dict[str, set[str]] = {name: set() for name in PROJECTS}
+        self.rows = 0
+        self.stack = ExitStack()
+        self.folder = tempfile.mkdtemp(prefix="machine-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        self.stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        self.stack.enter_context(self.house.living())
+        if self.in_bucket:
+            bucket = Bucket(0, FAULTY, self.clock.time)
+            self.inner: Any = bucket.store()
+            self.fresh = bucket.store
+            self.raw = lambda: {key.removeprefix("machine/"): data for key, data in bucket.objects.items()}
+        else:
+            self.inner = open_store(self.folder)
+            self.fresh = self.inner.fresh
+            self.raw = lambda: files(self.folder)
+
+    def _pause(self) -> None:
+        for driver in (*self.drivers.values(), self.watcher):
+            driver.pause_if_here("sleep")
+
+    def store(self, driver: Driver) -> StepStore:
+        return StepStore(self.inner, driver, self.history, self.fresh)
+
+    # --- rules --------------------------------------------------------------------------------------------------------
+
+    @initialize(
+        rows=st.lists(st.sampled_from(["", "slow", "dead"]), min_size=1, max_size=4),
+        shared=st.booleans(),
+        done=st.sampled_from(((), ("run p",), ("run p", "promote p"), ("run p", "run q", "promote q"))),
+    )
+    def begin(self, rows: list[str], shared: bool, done: tuple[str, ...]) -> None:
+        """Lists of both projects, with equal rows where they are ``shared``, and what is done before."""
+        for name in PROJECTS:
+            self.rows = 0
+            for kind in rows:
+                self._append(name, kind, "" if shared else name)
+        for what in done:
+            self._do(*what.split())
+
+    @rule(project=st.sampled_from(PROJECTS), kind=st.sampled_from(["", "slow", "dead"]))
+    def append(self, project: str, kind: str) -> None:
+        if len(self.house.lists[project].rows) < 8:
+            self._append(project, kind, project)
+
+    def _append(self, project: str, kind: str, owner: str) -> None:
+        self.rows += 1
+        self.house.lists[project].rows.append(f"http://a.test/{kind}{owner}{self.rows}.png")
+
+    @rule(
+        name=st.sampled_from(DRIVERS),
+        command=st.sampled_from(COMMANDS),
+        project=st.sampled_from(PROJECTS),
+        steps=st.sampled_from((0, 1, 3, 10, 30, 100, 10_000)),
+        row=st.integers(0, 7),
+    )
+    def start(self, name: str, command: str, project: str, steps: int, row: int) -> None:
+        """Begins a command, if the driver has none, and goes on for some operations."""
+        driver = self.drivers[name]
+        if not driver.busy:
+            driver.start(f"{command} {project}", self._command(driver, command, project, row))
+        driver.step(steps)
+
+    @rule(
+        commands=st.tuples(*[st.sampled_from((*COMMANDS, *DECISIONS * 3))] * 2),
+        alike=st.booleans(),
+        project=st.sampled_from(PROJECTS),
+        turns=st.lists(st.integers(1, 12), min_size=1, max_size=8),
+        rows=st.tuples(*[st.integers(0, 7)] * 2),
+    )
+    def start_both(
+        self, commands: tuple[str, str], alike: bool, project: str, turns: list[int], rows: tuple[int, int]
+    ) -> None:
+        """Begins two commands of one project at once, and lets them go on in turns."""
+        for name, command, row in zip(DRIVERS, commands, rows, strict=True):
+            self.start(name, commands[0] if alike else command, project, 0, row)
+        for number, steps in enumerate(turns):
+            self.drivers[DRIVERS[number % 2]].step(steps)
+
+    @rule(name=st.sampled_from(DRIVERS), steps=st.sampled_from((1, 2, 5, 20, 60, 10_000)))
+    @precondition(lambda self: any(driver.busy for driver in self.drivers.values()))
+    def step(self, name: str, steps: int) -> None:
+        self.drivers[name].step(steps)
+
+    @rule(name=st.sampled_from(DRIVERS))
+    @precondition(lambda self: any(driver.busy for driver in self.drivers.values()))
+    def kill(self, name: str) -> None:
+        """Kills a driver where it stands, or the other one."""
+        driver = self.drivers[name] if self.drivers[name].busy else next(d for d in self.drivers.values() if d.busy)
+        driver.kill()
+
+    @rule(hours=st.sampled_from((0.5, 2.0, 30.0, 100.0)))
+    def wait(self, hours: float) -> None:
+        self.clock.seconds += hours * 3600
+
+    @rule(choice=st.integers(0, 2**16), seed=st.integers(0, 2**32))
+    @precondition(lambda self: self.strangers)
+    def write(self, choice: int, seed: int) -> None:
+        """A stranger writes at a path that is free, most often at one that somebody has just looked for."""
+        draw = random.Random(seed)
+        records = {path: data for path, data in self.raw().items() if path.endswith(".json")}
+        sought = [path for path in list(self.history.missed)[-60:] if path not in records]
+        paths = sought * 3 + list(stranger.PATHS) if draw.random() < 0.7 else list(stranger.PATHS)
+        path = paths[choice % len(paths)]
+        data = stranger.thing(path, records, draw)
+        if self.inner.create(path, data):
+            self.foreign[path] = data
+            self.history.created(path, data)
+            self.tainted |= path.startswith(("artifacts/", "shards/", "checkpoints/", "locks/list-", "runs/"))
+
+    @rule(number=st.integers(0, 50))
+    def race(self, number: int) -> None:
+        """Somebody publishes, with other bytes, what is published already: nothing of that stays."""
+        paths = sorted(path for path in self.raw() if path.startswith("artifacts/") and path not in self.foreign)
+        if not paths or self.tainted:
+            return
+        path = paths[number % len(paths)]
+        _, stage, file = path.split("/")
+        before = self.inner.read(path)
+        racer = Artifact(stage, file.removesuffix(".json"), {}, {"another": "recipe"}, Ledger(kept=number))
+        stands = publish_artifact(self.store(self.watcher), racer, 1.0)
+        assert self.inner.read(path) == before, f"{path} was overwritten"
+        assert dict(stands.recipe) != {"another": "recipe"}, f"{path}: a racer has not adopted what stands"
+
+    def _command(self, driver: Driver, command: str, project: str, row: int) -> Any:
+        house, store = self.house, self.store(driver)
+        rows = house.lists[project].rows
+        days = (30.0, 0.0, 1.0)[row % 3]
+        if command == "forget":
+            url = rows[row % len(rows)]
+
+            def forget() -> None:
+                house.data(store, project, "forget", what=[url], file=None)
+                self.asked_to_forget[project].add(url)
+                self.no_decision_is_undone(self.raw())
+
+            return forget
+        if command in ("promote", "rollback", "retry"):
+
+            def decide() -> None:
+                if command == "retry":
+                    house.data(store, project, "retry", reason=None)
+                else:
+                    house.release(store, project, command)
+                self.no_decision_is_undone(self.raw())  # before anybody else goes on
+
+            return decide
+        if command == "gc":
+            return lambda: house.data(store, project, "gc", yes=row != 7, keep_days=days, grace_hours=GRACE_HOURS)
+        return {
+            "run": lambda: self._made(house.run(store, project)),
+            "plan": lambda: house.plan(store, project),
+            "pin": lambda: house.pin(store, project, "pin"),
+            "unpin": lambda: house.pin(store, project, "unpin"),
+            "list": lambda: house.release(store, project, "list"),
+        }[command]
+
+    def _made(self, artifacts: dict[str, Artifact]) -> None:
+        """Says that a run has ended well. Its results are what the store has, also where another run was first."""
+        objects = self.raw()
+        for stage, made in artifacts.items():
+            path = artifact_path(stage, made.key)
+            standing = objects.get(path)
+            if standing is not None and path not in self.foreign and not self.tainted:
+                assert json.loads(standing)["blobs"] == dict(made.blobs), f"{path}: a racer has not adopted what stands"
+
+    # --- what holds ---------------------------------------------------------------------------------------------------
+
+    @invariant()
+    def holds(self) -> None:
+        self.commands_end_well()
+        objects = self.raw()
+        self.nothing_is_overwritten(objects)
+        self.nothing_released_or_pinned_is_lost(objects)
+        self.no_decision_is_undone(objects)
+
+    def commands_end_well(self) -> None:
+        for driver in (*self.drivers.values(), self.watcher):
+            for what, ended in driver.ended:
+                how = outcome(ended)
+                if how not in ("value", "refused", "killed"):
+                    raise AssertionError(f"{what} ended with {how}") from ended
+            driver.ended.clear()
+
+    def nothing_is_overwritten(self, objects: dict[str, bytes]) -> None:
+        for path, digest in self.history.first.items():
+            if path in objects:
+                assert hashlib.sha256(objects[path]).hexdigest() == digest, f"{path} was overwritten"
+
+    def nothing_released_or_pinned_is_lost(self, objects: dict[str, bytes]) -> None:
+        holders = self._holders(objects)
+        for holder, named in holders.items():
+            whole = {path for path in named if path in objects and self._is_sound(path, objects[path])}
+            lost = self.kept.get(holder, set()) - whole
+            assert not lost, f"{holder} has lost {sorted(lost)}"
+            self.kept[holder] = self.kept.get(holder, set()) | whole
+        self.kept = {holder: paths for holder, paths in self.kept.items() if holder in holders}
+
+    def no_decision_is_undone(self, objects: dict[str, bytes]) -> None:
+        """Moves of a release, rows that are forgotten and rows that are tried again are added to, whoever is first."""
+        for project in PROJECTS:
+            pointer, journal = f"releases/{project}.json", f"locks/list-{project}.json"
+            if pointer in objects and pointer not in self.foreign:
+                before, now = self.moves[project], json.loads(objects[pointer])["moves"]
+                assert now[: len(before)] == before, f"{pointer} has lost a move"
+                self.moves[project] = now
+            if journal in objects and journal not in self.foreign:
+                said = json.loads(objects[journal])
+                marks, retries = self.decided[project]
+                assert marks <= set(said["forgotten"]), f"{journal} remembers again what was forgotten"
+                assert retries <= len(said["retries"]), f"{journal} has lost rows that are to be tried again"
+                self.decided[project] = set(said["forgotten"]), len(said["retries"])
+
+    def _is_sound(self, path: str, data: bytes) -> bool:
+        return not path.startswith("blobs/") or stranger.is_blob_of(path, data)
+
+    def _holders(self, objects: dict[str, bytes]) -> dict[str, set[str]]:
+        """Returns what each pin and each standing promotion names, read without the code that is tested."""
+        found: dict[str, set[str]] = {}
+        for project in PROJECTS:
+            path = f"releases/{project}.json"
+            if path in objects and path not in self.foreign:
+                stack: list[dict[str, Any]] = []
+                for move in json.loads(objects[path])["moves"]:
+                    stack.append(move) if move["action"] == "promote" else stack.pop()
+                for place, move in enumerate(stack):
+                    named = _named(objects, "bundle", move["bundle"])
+                    evaluation = _named(objects, "evaluation", move["evaluation"], ("evaluation.json",))
+                    found[f"{path} {place} {move['at']}"] = named | evaluation
+        for path, data in objects.items():
+            if (
+                path.startswith("locks/")
+                and path.endswith(".json")
+                and "list-" not in path
+                and path not in self.foreign
+            ):
+                found[f"{path} {data.decode()}"] = _named(objects, "clip", json.loads(data)["key"])
+        return found
+
+    def teardown(self) -> None:
+        try:
+            if self.rows:
+                self.settle()
+        finally:
+            for driver in self.drivers.values():
+                if driver.busy:
+                    driver.kill()
+            self.stack.close()
+
+    def settle(self) -> None:
+        """Lets all end, takes away what the stranger wrote, and says what must be true of a store in peace."""
+        for driver in self.drivers.values():
+            driver.finish()
+        self.holds()
+        for path, data in self.foreign.items():
+            if self.inner.stat(path) is not None and self.inner.read(path) == data:
+                self.inner.delete([path])
+                self.history.removed([path])
+                if path in self.history.sound:  # which is what an operator is told to do
+                    self.inner.create(path, self.history.sound[path])
+        self.foreign = {}
+        self.clock.seconds += DEAD_S
+        for project in PROJECTS:
+            self._do("run", project)
+            if not self.tainted:
+                self._ledger_balances(project)
+        for _ in range(2):
+            self._do("gc", PROJECTS[0], row=0)
+            self.clock.seconds += GRACE_HOURS * 3600 + 1
+        if self.tainted:
+            return
+        self._forgotten_is_gone()
+        for project in PROJECTS:
+            stale = [v for v in self._do("plan", project) if v.state == "stale"]
+            assert not stale, f"{project}: gc has deleted what the last run needs: {stale}"
+
+    def _do(self, command: str, project: str, row: int = 0) -> Any:
+        """Runs a command alone; it must end with a value, unless a stranger's work is among what it uses."""
+        self.watcher.start(f"{command} {project}, in peace", self._command(self.watcher, command, project, row))
+        self.watcher.finish()
+        what, ended = self.watcher.ended[-1]
+        self.holds()
+        how = outcome(ended)
+        assert how == "value" or self.tainted, f"{what} ended with {how}: {ended}"
+        return ended
+
+    def _ledger_balances(self, project: str) -> None:
+        store = self.store(self.watcher)
+        opened = self.house.project(store, project)
+        made = opened.finished()
+        for stage, artifact in made.items():
+            if artifact.shard_table is not None:
+                shards = read_shards(store, artifact)
+                counted = (sum(shard.kept for shard in shards), sum(shard.lost for shard in shards))
+                ledger = artifact.ledger
+                assert counted == (ledger.kept, ledger.rows - ledger.kept), f"{project}: {stage}: {counted} {ledger}"
+        listed = sum(shard.ledger.rows for shard in opened.scan.shards)
+        assert len(self.house.lists[project].rows) <= listed
+        assert made["source"].ledger.rows == made["pairs"].ledger.rows == listed, f"{project}: rows are lost"
+
+    def _forgotten_is_gone(self) -> None:
+        store, forgotten = self.store(self.watcher), {}
+        for project in PROJECTS:
+            marks = read_journal(store, project).forgotten
+            lost = {url for url in self.asked_to_forget[project] if reference_mark(url) not in marks}
+            assert not lost, f"{project}: {lost} were forgotten, and are not any longer"
+            forgotten[project] = {url for url in self.house.lists[project].rows if reference_mark(url) in marks}
+        listed = {url for name in PROJECTS for url in self.house.lists[name].rows if url not in forgotten[name]}
+        gone = set().union(*forgotten.values()) - listed
+        for path, data in self.raw().items():
+            if path.startswith(("blobs/", "damaged/")):
+                held = [url for url in gone if url.encode() in data]
+                assert not held, f"{path} still has {held}, which was forgotten"
+
+
+class BucketMachine(Machine):
+    """The same in a bucket whose answers are lost, late or errors."""
+
+    in_bucket = True
+
+
+class StrangerMachine(Machine):
+    """The same with a stranger, who may add any object; what was taken from them need not come true."""
+
+    strangers = True
+
+
+def files(folder: str) -> dict[str, bytes]:
+    """Returns the objects of a store in a folder, read without its code."""
+    found = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            if not name.startswith("."):
+                with open(os.path.join(root, name), "rb") as file:
+                    found[os.path.relpath(file.name, folder)] = file.read()
+    return found
+
+
+def _named(objects: dict[str, bytes], stage: str, key: str, only: tuple[str, ...] = ()) -> set[str]:
+    path = artifact_path(stage, key)
+    try:
+        blobs = json.loads(objects[path])["blobs"]
+        return {path} | {blob_path(blob) for name, blob in blobs.items() if not only or name in only}
+    except Exception:  # it is gone, or a stranger's: what was named before is remembered
+        return {path}

@@ -1,0 +1,49 @@
+"""Stores of older formats, kept as files: every command says in a line that it is older, and changes nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.store.records import FORMAT
+from tests.machine.machine import files
+from tests.machine.old import FOLDER, ROWS, house, store_in, unpack
+
+KEPT = sorted(int(file.name.partition(".")[0]) for file in FOLDER.glob("*.tar.xz"))
+COMMANDS = {
+    "run": lambda house, store: house.run(store, "p"),
+    "plan": lambda house, store: house.plan(store, "p"),
+    "retry": lambda house, store: house.data(store, "p", "retry", reason=None),
+    "forget": lambda house, store: house.data(store, "p", "forget", what=[ROWS[1]], file=None),
+    "gc": lambda house, store: house.data(store, "p", "gc", yes=True, keep_days=0.0, grace_hours=0.0),
+    "pin": lambda house, store: house.pin(store, "p", "pin"),
+    "promote": lambda house, store: house.release(store, "p", "promote"),
+    "rollback": lambda house, store: house.release(store, "p", "rollback"),
+    "list": lambda house, store: house.release(store, "p", "list"),
+}
+
+
+def test_the_format_before_this_one_is_kept() -> None:
+    assert FORMAT - 1 in KEPT
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("version", [version for version in KEPT if version < FORMAT])
+def test_a_store_of_an_older_format_is_refused_in_a_line(tmp_path: Path, version: int, command: str) -> None:
+    unpack(version, tmp_path)
+    before = files(str(tmp_path))
+    made, clock = house()
+    with made.living(), pytest.raises(UserError, match="older version of this software") as refused:
+        COMMANDS[command](made, store_in(tmp_path, clock))
+    assert "\n" not in str(refused.value)
+    assert files(str(tmp_path)) == before
+
+
+def test_a_store_of_this_format_is_read(tmp_path: Path) -> None:
+    if FORMAT in KEPT:
+        unpack(FORMAT, tmp_path)
+    made, clock = house()
+    with made.living():
+        store = store_in(tmp_path, clock)
+        made.run(store, "p")
+        assert not [verdict for verdict in made.plan(store, "p") if verdict.state == "stale"]
