@@ -19,7 +19,7 @@ from pipeline.settings import RaySettings
 from serve.api import make_api
 from serve.bundle import Served
 from serve.gateway import Gateway
-from serve.guard import read_tokens
+from serve.guard import read_tokens, requests_log
 from serve.listening import named
 from serve.metrics import Metrics
 from serve.pool import Handle, ReplicaPool
@@ -73,6 +73,9 @@ class Service:
 
     def __init__(self, served: Served, settings: ServeSettings, tokens: Mapping[str, str], gpu: bool | None):
         self.metrics = Metrics()
+        lines = logging.StreamHandler()
+        lines.setFormatter(logging.Formatter("%(message)s"))  # each is a JSON object
+        requests_log.handlers, requests_log.propagate, requests_log.level = [lines], False, logging.INFO
 
         async def start() -> Handle:
             if gpu is None:

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.pointer import Move, move_release, read_releases
 from pipeline.release.signing import files_of, public_line, read_private_key, signed
-from serve import bundle
+from serve import bundle, model_runner
 from serve.listening import listen, named
 from serve.processes import sized
 from serve.replica import Replica
@@ -211,3 +212,32 @@ def test_what_cannot_be_drawn_is_refused_with_its_reason(
     _, (kind, why) = asyncio.run(events())
     assert kind == "refused"
     assert said in why
+
+
+def test_the_next_batch_is_drawn_while_images_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish_bundle(tmp_path)
+    replica = Replica(bundle.Served("b", key="b", folder=str(tmp_path / "bundle")), ServeSettings())
+    encode, gate = model_runner.png_with_text, threading.Event()
+
+    def slowly(*words: Any) -> bytes:
+        assert gate.wait(60)
+        return encode(*words)
+
+    monkeypatch.setattr(model_runner, "png_with_text", slowly)
+
+    async def kinds(caption: str, seen: list[str]) -> None:
+        async for event in replica.draw(Work("generation", {"decoder_steps": 2}, 64, (Row(caption, 0),))):
+            seen.append(event[0])
+
+    async def test() -> None:
+        first: list[str] = []
+        second: list[str] = []
+        tasks = [asyncio.create_task(kinds("a", first)), asyncio.create_task(kinds("b", second))]
+        while "drawn" not in second:
+            await asyncio.sleep(0.01)
+        assert "image" not in first
+        gate.set()
+        await asyncio.gather(*tasks)
+        assert first[-1] == second[-1] == "image"
+
+    asyncio.run(asyncio.wait_for(test(), 60))

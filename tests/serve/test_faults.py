@@ -27,6 +27,7 @@ from tests.serve.load import load, memory, processes_below
 pytestmark = pytest.mark.slow
 SECONDS = float(os.environ.get("UNCLIP_LOAD_SECONDS", 60))
 CLIENTS, HOSTILE = 45, 5
+REPLICA = "ray::ReplicaProcess"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     (folder / "served.yaml").write_text(yaml.safe_dump(config))
     standing = Server("", None, store)  # type: ignore[arg-type]
     standing.promote(first.key)
-    words = ("port=0", "follow_s=1", "queue=200", "results_mb=8", "batch=8")
+    words = ("port=0", "replicas=2", "idle_replicas=2", "follow_s=1", "queue=200", "results_mb=8", "batch=8")
     process = start("serve", f"release:{folder / 'served.yaml'}", *words)
     try:
         yield replace(standing, url=address(process), process=process)
@@ -71,10 +72,9 @@ def later(seconds: float, do: object, *arguments: object) -> None:
     threading.Timer(seconds, do, arguments).start()  # type: ignore[arg-type]
 
 
-def kill(server: Server, name: str) -> None:
-    for pid, command in processes_below(server.process.pid).items():
-        if name in command:
-            os.kill(pid, signal.SIGKILL)
+def kill_one_replica(server: Server) -> None:
+    below = processes_below(server.process.pid)
+    os.kill(next(pid for pid, command in below.items() if REPLICA in command), signal.SIGKILL)
 
 
 def test_a_client_that_goes_stops_its_drawing(server: Server) -> None:
@@ -92,7 +92,7 @@ def test_a_client_that_goes_stops_its_drawing(server: Server) -> None:
 
 
 def test_a_killed_process_loses_no_request(server: Server) -> None:
-    later(3, kill, server, "ServeReplica:unclip:drawer")
+    later(3, kill_one_replica, server)
     seen = load(server.url, 10, 8, 0, steps=30)
     assert not seen.wrong
     assert {200} <= set(seen.statuses) <= {200, 429}
@@ -112,15 +112,18 @@ def test_a_release_changes_under_load_between_whole_requests(server: Server, tmp
 @pytest.mark.timeout(300 + 2 * SECONDS)
 def test_load_with_hostile_clients_ends_in_no_error_and_no_leak(server: Server) -> None:
     load(server.url, SECONDS / 4, CLIENTS, HOSTILE, seed=1)  # what is kept and what is cached fill up
-    before = processes_below(server.process.pid)
-    names = ("ServeReplica:unclip:door", "ServeReplica:unclip:drawer", "ProxyActor")
-    first = {name: memory(before, name) for name in names}
+    first = held(server)
     seen = load(server.url, SECONDS, CLIENTS, HOSTILE)
     print(seen.statuses, seen.hostile, f"slowest {seen.slowest:.1f} s")
     assert not seen.wrong
     assert {200} <= set(seen.statuses) <= {200, 429, 503}
     assert not [status for status in seen.hostile if status.partition(":")[2].startswith("5") and "503" not in status]
-    after = processes_below(server.process.pid)
-    grown = {name: memory(after, name) / first[name] for name in names}
+    grown = {name: after / first[name] for name, after in held(server).items()}
     print(grown)
     assert max(grown.values()) < 1.1, grown
+
+
+def held(server: Server) -> dict[str, int]:
+    """The resident bytes of the gateway and of the replicas."""
+    below = processes_below(server.process.pid)
+    return {"gateway": memory({server.process.pid: "gateway"}, "gateway"), "replicas": memory(below, REPLICA)}

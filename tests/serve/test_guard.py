@@ -1,6 +1,7 @@
 """Who may ask, how much, and what a body may weigh: without Ray, for a request that is refused reaches no further."""
 
 import asyncio
+import hashlib
 import json
 import subprocess
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -240,3 +241,81 @@ def test_only_hashes_of_tokens_travel_to_a_cluster(
     )
     assert main(["serve", "--stop"]) == 2
     assert "--stop ends what --to http://HEAD:8265 began" in capsys.readouterr().err
+
+
+def test_a_body_counts_until_its_request_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only until it has arrived."""
+    monkeypatch.setattr(guard, "ALL_BYTES", 9000)
+    answering, gate = asyncio.Event(), asyncio.Event()
+    app = FastAPI()
+
+    @app.post("/v1/images/generations")
+    async def slow(request: Request) -> int:
+        size = len(await request.body())
+        answering.set()
+        await gate.wait()
+        return size
+
+    guarded = Guard(app, ServeSettings(), {}, lambda *_, **__: None, Traffic())
+
+    async def test() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url=URL) as client:
+            path = "/v1/images/generations"
+            first = asyncio.create_task(client.post(path, content=b"x" * 6000))
+            await answering.wait()
+            assert (await client.post(path, content=b"x" * 6000)).status_code == 503
+            gate.set()
+            assert (await first).json() == 6000
+            assert (await client.post(path, content=b"x" * 6000)).json() == 6000
+
+    asyncio.run(test())
+
+
+def test_a_large_body_arrives_as_it_was_sent() -> None:
+    """It lies on the disk meanwhile."""
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    for size in (0, guard.CHUNK, guard.IN_MEMORY + 1, 3 * guard.IN_MEMORY):
+        assert asking(ServeSettings(), {})(content=b"x" * size, headers=form).json() == size
+
+
+def test_a_server_that_ends_takes_nothing_new_and_hands_out_what_it_has() -> None:
+    traffic = Traffic()
+    ask = asking(ServeSettings(), {}, traffic)
+    assert ask().status_code == 200
+    traffic.drain()
+    answer = ask()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+    assert answer.headers["Retry-After"] == "5"
+    assert ask("/v1/images/files/a.png", "GET").status_code == 200
+    assert traffic.open == 0
+
+
+def test_others_that_are_let_in_have_limits_unless_they_are_set() -> None:
+    assert set(ServeSettings().limits().values()) == {0}
+    assert min(ServeSettings(host="0.0.0.0").limits().values()) > 0
+    assert ServeSettings(host="0.0.0.0", requests_per_minute=0).limits()["requests"] == 0
+    assert ServeSettings(megabytes_per_minute=5.0).limits()["megabytes"] == 5
+
+
+def test_a_request_is_one_line_of_the_log_without_its_caption(caplog: pytest.LogCaptureFixture) -> None:
+    app = FastAPI()
+
+    @app.post("/v1/images/generations")
+    async def drawn(request: Request) -> int:
+        request.scope["drawing"] = 2, 256
+        return 0
+
+    names = {hashlib.sha256(TOKEN.encode()).hexdigest(): "ana"}
+    guarded = Guard(app, ServeSettings(), names, lambda *_, **__: None, Traffic())
+    caplog.set_level("INFO", "unclip.requests")
+    with TestClient(guarded, URL) as client:
+        answer = client.post("/v1/images/generations", json={"prompt": "a secret"}, headers=bearer(TOKEN))
+        client.post("/v1/images/generations", headers=bearer("wrong"))
+    taken, refused = (json.loads(record.message) for record in caplog.records)
+    assert taken.pop("ms") >= 0
+    assert taken.pop("time").endswith("Z")
+    assert taken == {
+        "id": answer.headers["x-request-id"], "token": "ana", "endpoint": "/v1/images/generations", "status": 200,
+        "images": 2, "size": "256x256",
+    }  # fmt: skip
+    assert (refused["status"], refused["token"]) == (401, "")

@@ -1,0 +1,149 @@
+"""The pool: what is silent, stuck or gone is replaced, and nobody waits for it."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any
+
+import pytest
+
+from serve import pool
+from serve.errors import ApiError
+from serve.pool import ReplicaPool
+from serve.queue import Died, Event
+from serve.settings import ServeSettings
+from serve.work import Row, Work
+
+WORK = Work("generation", {}, 64, (Row("a", 0),))
+
+
+class Fake:
+    """A replica that draws, hangs or is silent, as it is told."""
+
+    def __init__(self) -> None:
+        self.hangs, self.silent, self.ended, self.closed = False, False, "", 0
+
+    async def draw(self, work: Work) -> AsyncGenerator[Event]:
+        try:
+            yield ("bundle", {"bundle": "b", "slowest_s": 0.0})
+            if self.hangs:
+                await asyncio.sleep(1000)
+            yield ("drawn",)
+            yield ("image", 0, b"", 0.5)
+        finally:
+            self.closed += 1
+
+    async def describe(self) -> dict[str, Any]:
+        if self.silent:
+            await asyncio.sleep(1000)
+        return {"bundle": "b", "slowest_s": 0.0}
+
+    async def close(self) -> None:
+        self.ended = "closed"
+
+    async def kill(self) -> None:
+        self.ended = "killed"
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "PING_S", 0.02)
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 30))
+
+
+async def opened(made: list[Fake], first: int = 1, broken: bool = False, **settings: Any) -> ReplicaPool:
+    async def start() -> Fake:
+        if broken and made:
+            await asyncio.sleep(1000)
+        made.append(Fake())
+        return made[-1]
+
+    found = ReplicaPool(start, ServeSettings(**settings), lambda *_, **__: None)
+    await found.open(first)
+    while len(found.members) < first:
+        await asyncio.sleep(0)
+    return found
+
+
+async def draw(drawn: ReplicaPool) -> list[str]:
+    return [event[0] async for event in drawn.draw(WORK)]
+
+
+def test_a_replica_that_makes_no_step_is_replaced_and_its_batch_can_be_drawn_again() -> None:
+    async def test() -> None:
+        made: list[Fake] = []
+        drawn = await opened(made, replicas=1, watchdog_s=0.1)
+        made[0].hangs = True
+        with pytest.raises(Died):
+            await draw(drawn)
+        while len(made) < 2 or not drawn.members:
+            await asyncio.sleep(0.01)
+        assert (made[0].ended, made[0].closed) == ("killed", 1)
+        assert await draw(drawn) == ["bundle", "drawn", "image"]
+        await drawn.close()
+        assert made[1].ended == "closed"
+
+    run(test())
+
+
+def test_a_step_may_take_as_long_as_the_warm_up_says() -> None:
+    async def test() -> None:
+        drawn = await opened([], replicas=1, watchdog_s=60.0, batch=4)
+        (member,) = drawn.members
+        assert drawn._patience(member) == 60
+        member.about = {"slowest_s": 3.0}
+        assert drawn._patience(member) == 120
+        await drawn.close()
+
+    run(test())
+
+
+def test_nobody_waits_for_a_replica_that_is_lost_and_not_yet_replaced() -> None:
+    async def test() -> None:
+        made: list[Fake] = []
+        drawn = await opened(made, broken=True, replicas=1)
+        made[0].hangs = made[0].silent = True
+        tasks = [asyncio.create_task(draw(drawn)) for _ in range(3)]
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(ends[0], Died)
+        for end in ends[1:]:
+            assert isinstance(end, ApiError)
+            assert (end.status, "Retry-After" in end.headers) == (503, True)
+        assert not drawn.ready()
+        assert made[0].ended == "killed"
+        await drawn.close()
+
+    run(test())
+
+
+def test_a_silent_replica_gets_no_work_and_is_replaced() -> None:
+    async def test() -> None:
+        made: list[Fake] = []
+        drawn = await opened(made, 2, replicas=2, idle_replicas=2)
+        made[0].silent = True
+        while drawn.members[0].missed < 2:
+            await asyncio.sleep(0)
+        assert drawn.ready()
+        assert await draw(drawn) == ["bundle", "drawn", "image"]
+        assert [member.missed for member in drawn.members if member.handle is made[1]] == [0]
+        while made[0].ended != "killed" or len(made) < 3:
+            await asyncio.sleep(0.01)
+        await drawn.close()
+
+    run(test())
+
+
+def test_idle_replicas_end_and_come_back() -> None:
+    async def test() -> None:
+        made: list[Fake] = []
+        drawn = await opened(made, replicas=1, idle_replicas=0, idle_s=0.05)
+        while drawn.members:
+            await asyncio.sleep(0.01)
+        assert drawn.ready()
+        assert await draw(drawn) == ["bundle", "drawn", "image"]
+        assert (len(made), made[0].ended) == (2, "closed")
+        await drawn.close()
+
+    run(test())
