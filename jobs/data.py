@@ -25,6 +25,7 @@ from pipeline.progress import counted, duration
 from pipeline.store import open_store
 from pipeline.upkeep.collect import collect
 
+MOST_TOLD = 20  # objects that cannot be read, which are told one by one
 FILE_BYTES = 256 << 20  # of a list of what to forget
 
 
@@ -136,7 +137,7 @@ def _collect(project: Project, arguments: argparse.Namespace) -> int:
     found = collect(project.store, keep_s, grace_s, project.store.now(), arguments.yes)
     if arguments.json:
         print_json(vars(found))
-        return 0
+        return 1 if found.unreadable else 0
     print(f"{'':12}{'needed':>16}{'garbage':>26}{'deleted':>26}")
     for kind in sorted(found.needed.keys() | found.garbage.keys()):
         tallies = (found.needed[kind], found.garbage[kind], found.deleted[kind])
@@ -147,7 +148,15 @@ def _collect(project: Project, arguments: argparse.Namespace) -> int:
         print("nothing is deleted without --yes")
     elif any(tally.objects for tally in found.garbage.values()):
         print(f"garbage is deleted by the first gc that comes {duration(grace_s)} after the one that found it")
-    return 0
+    if not found.unreadable:
+        return 0
+    for path, why in sorted(found.unreadable.items())[:MOST_TOLD]:
+        print(f"{project.store.url}/{path} {why}")
+    print(
+        f"{counted(len(found.unreadable), 'object')} could not be read, and all that it may name is kept: see to it as "
+        "said above, then run unclip data gc again"
+    )
+    return 1
 
 
 def _listed(project: Project) -> list[SourceShard]:

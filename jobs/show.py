@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -69,15 +70,13 @@ def _overview_values(seen: Overview) -> dict[str, Any]:
 
     return {
         "store": seen.url,
-        "running": [{"key": key, **lease} for key, lease in seen.leases.items()],
+        "running": [{"key": key, **asdict(lease)} for key, lease in seen.leases.items()],
         "runs": [
             {
                 "project": run.project,
                 "at": run.at,
                 "by": run.by,
-                "stages": {
-                    name: {"key": of["key"], "state": state((name, of["key"]))} for name, of in run.stages.items()
-                },
+                "stages": {name: {"key": of.key, "state": state((name, of.key))} for name, of in run.stages.items()},
             }
             for run in seen.runs
         ],

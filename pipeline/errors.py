@@ -22,8 +22,19 @@ class Unreachable(UserError):
     """A server did not answer, or answered that it cannot, for as long as one request may wait. It may later."""
 
 
+class OtherFormat(UserError):
+    """A record was written by a newer or an older version of this software. ``why`` says so without its name."""
+
+    def __init__(self, name: str, why: str):
+        super().__init__(f"{name} {why}")
+        self.name, self.why = name, why
+
+    def __reduce__(self) -> tuple[type[OtherFormat], tuple[str, str]]:  # it crosses processes
+        return type(self), (self.name, self.why)
+
+
 class CorruptObject(Exception):
-    """A stored object is missing or its bytes do not match its name.
+    """A stored object is missing, its bytes do not match its name, or it is no object of its kind.
 
     ``path`` is the object in the store. A run sets it aside with the records that name it, and makes them again.
     """

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import PlainSerializer, WrapValidator
 
 REASONS = {
     # source
@@ -66,15 +68,18 @@ def status_of(reason: str | None) -> str:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Counts of rows by how they ended. Raises ValueError for a reason outside REASONS or a negative count."""
+    """Counts of rows by how they ended. Raises ValueError for a reason outside REASONS or a negative count.
+
+    Records hold it as a StoredLedger.
+    """
 
     kept: int = 0
     rejected: Mapping[str, int] = field(default_factory=dict)
     deferred: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for reason, count in (*self.rejected.items(), *self.deferred.items()):
-            if reason not in REASONS:
+        for reason, count in (("kept", self.kept), *self.rejected.items(), *self.deferred.items()):
+            if reason not in REASONS and reason != "kept":
                 raise ValueError(f"unknown reason {reason}: add it to pipeline.ledger.REASONS")
             if count < 0:
                 raise ValueError(f"{reason}: {count} rows")
@@ -99,14 +104,6 @@ class Ledger:
             "deferred": dict(sorted(self.deferred.items())),
         }
 
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Ledger:
-        """Raises ValueError when the counts do not add up to the rows."""
-        ledger = Ledger(data["kept"], data["rejected"], data["deferred"])
-        if ledger.rows != data["rows"]:
-            raise ValueError(f"ledger does not balance: {ledger.rows} rows counted, {data['rows']} recorded")
-        return ledger
-
     @property
     def lost(self) -> dict[str, int]:
         """Rows that were not kept, by reason."""
@@ -119,3 +116,15 @@ class Ledger:
         for reason, count in Counter(statuses).items():
             ended[status_of(reason)][str(reason)] = count
         return Ledger(sum(ended["kept"].values()), ended["rejected"], ended["deferred"])
+
+
+def _balanced(data: Any, parse: Callable[[Any], Ledger]) -> Ledger:
+    """Returns the ledger of a record. Raises ValueError when its counts do not add up to its rows."""
+    ledger = parse(data)
+    if isinstance(data, dict) and ledger.rows != data.get("rows"):
+        raise ValueError(f"ledger does not balance: {ledger.rows} rows counted, {data.get('rows')!r:.30} recorded")
+    return ledger
+
+
+StoredLedger = Annotated[Ledger, WrapValidator(_balanced), PlainSerializer(Ledger.as_json)]
+"""A ledger as a record holds it: with the number of its rows, so that a reader can check the balance."""

@@ -65,8 +65,8 @@ def observe(store: Store, project: str, graph: Graph, held_out: float) -> Seen:
         held_out: The share of the list's rows that an evaluation may look at.
     """
     asked = last_run(store, project)
-    recipes = {name: stage["recipe"] for name, stage in asked.items()}  # also of models that the graph has no longer
-    made = {name: load_artifact(store, name, stage["key"]) for name, stage in asked.items() if name in graph}
+    recipes = {name: stage.recipe for name, stage in asked.items()}  # also of models that the graph has no longer
+    made = {name: load_artifact(store, name, stage.key) for name, stage in asked.items() if name in graph}
     rows = made["pairs"].ledger.rows if made.get("pairs") else 0  # type: ignore[union-attr]
     found = {name: _observed(artifact, graph, recipes, rows, held_out) for name, artifact in made.items() if artifact}
     return {name: [one] for name, one in found.items() if one}

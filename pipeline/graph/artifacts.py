@@ -8,74 +8,28 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from pipeline.errors import CorruptObject
 from pipeline.graph.damage import create_record, read_record
+from pipeline.graph.kinds import Artifact, Shard, artifact_path, shard_path
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
-from pipeline.store.names import check_blobs, is_part
-from pipeline.store.records import blob_path, put_blob, read_blob, whoami
+from pipeline.store.names import Digest, FileName, Part
+from pipeline.store.records import Count, blob_path, put_blob, read_blob, said, whoami
 
 StageKey = tuple[str, str]  # a stage and a key
 NOTE = "note."  # begins the names of blobs that a shard's record names and an artefact's table does not
 GROUP = 8192  # shards of a table in one row group
 SEGMENTS = "shards/source/segment-"  # begins the paths of records of a list's segments
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One shard of an artefact.
-
-    Blobs called ``note.`` are beside the result, such as times: they may differ when a shard is made again. ``counts``
-    are sums that later stages need without opening a blob.
-    """
-
-    number: int
-    key: str
-    ledger: Ledger
-    blobs: Mapping[str, str] = field(default_factory=dict)
-    counts: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """An immutable result.
-
-    ``blobs`` maps file names to sha256; ``shard_table`` is the blob that lists its shards. ``version`` is that of its
-    stage, and ``by`` the user and the host that made it.
-    """
-
-    stage: str
-    key: str
-    inputs: Mapping[str, str]
-    recipe: Mapping[str, Any]
-    ledger: Ledger
-    blobs: Mapping[str, str] = field(default_factory=dict)
-    shard_table: str | None = None
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
-    times: Mapping[str, float] = field(default_factory=dict)
-    version: int | None = None
-    by: Mapping[str, str] = field(default_factory=dict)
-
-
-def shard_path(stage: str, key: str) -> str:
-    """Returns the path of a shard's record."""
-    return f"shards/{stage}/{key}.json"
-
-
-def artifact_path(stage: str, key: str) -> str:
-    """Returns the path of an artefact's record."""
-    return f"artifacts/{stage}/{key}.json"
 
 
 def is_preview(name: str) -> bool:
@@ -96,21 +50,14 @@ def publish_shard(
     names = {name: put_blob(store, data) for name, data in sorted(blobs.items())}
     path = shard_path(stage, key)
     crash_point("shard.before_record", path)
-    body = {"number": number, "key": key, "ledger": ledger.as_json(), "blobs": names, "counts": dict(counts)}
-    record = create_record(store, path, body)
+    shard = create_record(store, path, Shard(number, key, ledger, names, dict(counts)))
     crash_point("shard.after_record", path)
-    return _shard(record)
+    return shard
 
 
 def read_shard(store: Store, stage: str, key: str) -> Shard | None:
     """Returns a finished shard, or None if it has still to be made."""
-    record = read_record(store, shard_path(stage, key))
-    return None if record is None else _shard(record)
-
-
-def _shard(record: Mapping[str, Any]) -> Shard:
-    ledger = Ledger.from_json(record["ledger"])
-    return Shard(record["number"], record["key"], ledger, record["blobs"], record["counts"])
+    return read_record(store, shard_path(stage, key), Shard)
 
 
 def environment() -> dict[str, str]:
@@ -134,17 +81,15 @@ def publish_artifact(store: Store, artifact: Artifact, seconds: float) -> Artifa
     """Creates the record of an artefact whose blobs are in the store. Returns the one that stands."""
     crash_point("artifact.before_record", artifact_path(artifact.stage, artifact.key))
     times = {"finished": time.time(), "seconds": seconds, **artifact.times}
-    computed = {"environment": {**environment(), **artifact.environment}, "times": times, "by": whoami()}
-    body = vars(artifact) | {"ledger": artifact.ledger.as_json()} | computed
-    record = create_record(store, artifact_path(artifact.stage, artifact.key), body)
+    told = replace(artifact, environment={**environment(), **artifact.environment}, times=times, by=whoami())
+    standing = create_record(store, artifact_path(artifact.stage, artifact.key), told)
     crash_point("artifact.after_record", artifact_path(artifact.stage, artifact.key))
-    return artifact_of(record)
+    return standing
 
 
 def load_artifact(store: Store, stage: str, key: str) -> Artifact | None:
     """Returns a finished artefact, or None."""
-    record = read_record(store, artifact_path(stage, key))
-    return None if record is None else artifact_of(record)
+    return read_record(store, artifact_path(stage, key), Artifact)
 
 
 def keys_of(store: Store, stage: str, start: str = "") -> list[str]:
@@ -173,12 +118,6 @@ def ancestors(store: Store, artifact: Artifact) -> Iterator[Artifact]:
                 seen.add(inputs)
                 if (found := load_artifact(store, *inputs)) is not None:
                     queue.append(found)
-
-
-def artifact_of(record: Mapping[str, Any]) -> Artifact:
-    """Returns the artefact that a record holds."""
-    held = {field.name: record[field.name] for field in fields(Artifact) if field.name in record}
-    return Artifact(**held | {"ledger": Ledger.from_json(record["ledger"])})
 
 
 # --- tables, and the list of an artefact's shards ---------------------------------------------------------------------
@@ -224,12 +163,15 @@ def write_shard_table(store: Store, shards: Iterable[Shard]) -> tuple[str, Ledge
 class ShardRow:
     """A shard as an artefact's table lists it, with its numbers of kept rows, and of others."""
 
-    number: int
-    key: str
-    kept: int
-    lost: int
-    blobs: Mapping[str, str]
-    counts: Mapping[str, int]
+    number: Count
+    key: Part
+    kept: Count
+    lost: Count
+    blobs: Mapping[FileName, Digest]
+    counts: Mapping[str, Count]
+
+
+_SHARD_ROW = TypeAdapter(ShardRow)
 
 
 class ShardList:
@@ -282,7 +224,8 @@ class ShardList:
         try:
             yield
         except (ValueError, KeyError, TypeError) as e:
-            raise CorruptObject(blob_path(self._blob), f"is not a list of shards ({e})") from None
+            why = said(e) if isinstance(e, ValueError) else e
+            raise CorruptObject(blob_path(self._blob), f"is not a list of shards ({why})") from None
 
 
 def read_shards(store: Store, artifact: Artifact) -> list[ShardRow]:
@@ -297,16 +240,13 @@ def _rows(table: pa.Table) -> Iterator[ShardRow]:
         for kind in ("blob.", "count.")
     )
     for row in table.to_pylist():
-        shard = ShardRow(
-            row["number"],
-            row["key"],
-            row["kept"],
-            row["rejected"] + row["deferred"],
-            {name: row[column] for column, name in blobs.items() if row[column] is not None},
-            {name: row[column] for column, name in counts.items()},
+        yield _SHARD_ROW.validate_python(
+            {
+                "number": row["number"],
+                "key": row["key"],
+                "kept": row["kept"],
+                "lost": row["rejected"] + row["deferred"],
+                "blobs": {name: row[column] for column, name in blobs.items() if row[column] is not None},
+                "counts": {name: row[column] for column, name in counts.items()},
+            }
         )
-        check_blobs(shard.blobs)
-        numbers = (shard.number, shard.kept, shard.lost, *shard.counts.values())
-        if not is_part(shard.key) or not all(isinstance(number, int) for number in numbers):
-            raise ValueError(f"shard {shard.number!r}, key {shard.key!r}")
-        yield shard

@@ -7,45 +7,54 @@ look at, and is collected with other garbage.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.kinds import Artifact, Pin
 from pipeline.graph.pointer import read_releases, release_path, released_projects
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
-from pipeline.store.names import is_blob_or_record, is_part
-from pipeline.store.records import FORMAT, blob_path, open_record, peek_record, read_twice, seal
+from pipeline.store.names import Digest, is_blob_or_record
+from pipeline.store.records import R, blob_path, open_record, peek_record, read_plain, seal
 
 FOLDER = "damaged/"
 LIST = "locks/list-"
+
+
+@dataclass(frozen=True)
+class _Retries:
+    """The blobs of rows that a list tries again, of all that its journal holds (see pipeline.data.source.journal)."""
+
+    retries: tuple[Digest, ...]
+
+
 log = logging.getLogger("unclip")
 
 
-def create_record(store: Store, path: str, body: dict[str, Any]) -> dict[str, Any]:
+def create_record(store: Store, path: str, record: R) -> R:
     """Creates a record, or adopts the one that somebody else created first. Returns the one that stands.
 
-    Raises ValueError for a name that no record may hold, and UserError as ``set_aside``.
+    Raises ValueError for one that no reader would take, and UserError as ``set_aside``.
     """
-    while not store.create(path, seal(body)):
-        standing = read_record(store, path)
+    while not store.create(path, seal(record, path)):
+        standing = read_record(store, path, type(record))
         if standing is not None:
             return standing
-    return {**body, "format": FORMAT}
+    return record
 
 
-def read_record(store: Store, path: str) -> dict[str, Any] | None:
-    """Returns a record's body, or None if there is none to be trusted; a damaged one is set aside with a warning.
+def read_record(store: Store, path: str, kind: type[R]) -> R | None:
+    """Returns a record of this kind, or None if there is none to be trusted. Sets a damaged one aside with a warning.
 
-    Raises UserError for a newer format, and as ``set_aside``.
+    Raises OtherFormat, and UserError as ``set_aside``.
     """
     try:
-        return open_record(store, path)
+        return open_record(store, path, kind)
     except CorruptObject as e:
         set_aside(store, [path])
         log.warning("%s/%s %s; it is set aside in %s, and its work done again", store.url, path, e.why, FOLDER)
@@ -94,22 +103,20 @@ def stands_on(store: Store) -> dict[str, tuple[str, str]]:
     made = {entry.path.rpartition("/")[2].removesuffix(".json"): entry.path for entry in store.list("artifacts/")}
     found: dict[str, tuple[str, str]] = {}
 
-    def stand(key: str, by: str, way_out: str = "") -> dict[str, Any]:
-        """Adds an artefact and its blobs, and returns its record, empty if there is none to be trusted."""
+    def stand(key: str, by: str, way_out: str = "") -> Iterable[str]:
+        """Adds an artefact and its blobs. Returns the keys of its inputs, none without a record to be trusted."""
         if key not in made:
-            return {}
-        record = peek_record(store, made[key]) or {}
-        blobs = [*record.get("blobs", {}).values(), *filter(None, [record.get("shard_table")])]
+            return ()
+        record = peek_record(store, made[key], Artifact)
         found.setdefault(made[key], (by, "delete it, and run again"))
-        for path in map(blob_path, blobs):
+        for path in map(blob_path, record.named if record else ()):
             found.setdefault(path, (by, way_out or f"delete it and {made[key]}, and run again"))
-        return record
+        return record.inputs.values() if record else ()
 
     for project in released_projects(store):
         by, way_out = f"the release of {project}", f"roll it back, or delete {release_path(project)}, and run again"
         for move in read_releases(store, project).standing:
-            bundle = stand(move.bundle, by, way_out)
-            for key in (move.evaluation, *bundle.get("inputs", {}).values()):
+            for key in (move.evaluation, *stand(move.bundle, by, way_out)):
                 stand(key, by, way_out)
     for entry in store.list("locks/"):
         if entry.path.startswith(LIST):
@@ -123,29 +130,23 @@ def stands_on(store: Store) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _retries(store: Store, path: str) -> list[str]:
+def _retries(store: Store, path: str) -> tuple[str, ...]:
     """Returns the blobs of rows that a list tries again. Raises UserError if its journal is damaged."""
     try:
-        return list(json.loads(store.read(path))["retries"])
-    except (ValueError, KeyError, TypeError):
+        found = read_plain(store, path, _Retries)
+    except CorruptObject:
         raise UserError(f"{store.url}/{path} is damaged: restore it, or name another store to begin again") from None
+    return found.retries if found else ()
 
 
 def pinned_key(store: Store, path: str) -> str:
     """Returns the key that a pin names. Raises FileNotFoundError, and UserError if the pin is damaged."""
     try:
-        return read_twice(store, lambda store: _pinned_key(store, path))
+        pin = read_plain(store, path, Pin)
     except CorruptObject:
         raise UserError(
             f"{store.url}/{path} is damaged, and nobody can tell what it pins: delete it, and pin again"
         ) from None
-
-
-def _pinned_key(store: Store, path: str) -> str:
-    try:
-        key = json.loads(store.read(path))["key"]
-    except (ValueError, KeyError, TypeError):
-        key = None
-    if not is_part(key):
-        raise CorruptObject(path, "names no key")
-    return str(key)
+    if pin is None:
+        raise FileNotFoundError(path)
+    return pin.key

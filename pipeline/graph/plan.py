@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 from pipeline.graph.artifacts import load_artifact
 from pipeline.graph.damage import pinned_key
 from pipeline.graph.keys import flatten, recipe_changes
+from pipeline.graph.kinds import PlannedStage
 from pipeline.graph.stages import Graph, Stage, ordered, stage_key
 from pipeline.store import Store
 from pipeline.store.records import digest
@@ -44,7 +44,7 @@ def plan(
     source_keys: Mapping[str, str],
     project: str,
     store: Store,
-    previous: Mapping[str, Any],
+    previous: Mapping[str, PlannedStage],
     supposed: Mapping[str, str | None] = MappingProxyType({}),
 ) -> list[Verdict]:
     """Returns one verdict a stage, in order. Runs nothing and writes nothing.
@@ -74,18 +74,18 @@ def plan(
     return verdicts
 
 
-def _because(stage: Stage, keys: Mapping[str, str], before: Mapping[str, Any] | None) -> str:
+def _because(stage: Stage, keys: Mapping[str, str], before: PlannedStage | None) -> str:
     """Returns why a stage is stale, in the words of the user's configuration."""
     if before is None:
         return "not made yet"
-    if before["key"] == keys[stage.name]:
+    if before.key == keys[stage.name]:
         return "not finished yet"
-    if before["version"] != stage.version:
-        return f"its code changed (version {before['version']} -> {stage.version})"
-    changed = recipe_changes(before["recipe"], flatten(stage.recipe))
+    if before.version != stage.version:
+        return f"its code changed (version {before.version} -> {stage.version})"
+    changed = recipe_changes(before.recipe, flatten(stage.recipe))
     if changed:
         return ", ".join(changed)
     if stage.kind == "source":
         return "the list changed"
-    inputs = [name for name in stage.inputs if before["inputs"].get(name) != keys[name]]
+    inputs = [name for name in stage.inputs if before.inputs.get(name) != keys[name]]
     return f"{', '.join(inputs)} changed"

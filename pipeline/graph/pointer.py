@@ -6,13 +6,14 @@ is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.errors import CorruptObject, UserError
 from pipeline.store import Store
-from pipeline.store.records import open_record, seal
+from pipeline.store.names import Part
+from pipeline.store.records import Record, Seconds, open_record, seal
 
 FOLDER = "releases/"
 
@@ -27,9 +28,9 @@ class Move:
     """
 
     action: Literal["promote", "rollback"]
-    bundle: str
-    evaluation: str
-    at: float
+    bundle: Part
+    evaluation: Part
+    at: Seconds
     reason: str = ""
     failed: tuple[str, ...] = ()
     files: str = ""
@@ -46,13 +47,7 @@ class Releases:
     @property
     def places(self) -> tuple[int, ...]:
         """Returns the places in ``moves`` of the promotions that were not rolled back, the current one last."""
-        stack: list[int] = []
-        for place, move in enumerate(self.moves):
-            if move.action == "promote":
-                stack.append(place)
-            else:
-                stack.pop()
-        return tuple(stack)
+        return _places(self.moves)
 
     @property
     def standing(self) -> tuple[Move, ...]:
@@ -68,6 +63,37 @@ class Releases:
     def previous(self) -> Move | None:
         """Returns the promotion that a rollback makes the release, if there is one."""
         return self.standing[-2] if len(self.standing) > 1 else None
+
+
+@dataclass(frozen=True)
+class Pointer(Record):
+    """The moves of a project's release as they are stored."""
+
+    project: Part
+    moves: tuple[Move, ...]
+
+    @property
+    def standing(self) -> tuple[Move, ...]:
+        """Returns the promotions that were not rolled back, the current one last."""
+        return tuple(self.moves[place] for place in _places(self.moves))
+
+    def check(self, path: str) -> None:
+        if path != release_path(self.project):
+            raise ValueError(f"it is the release of {self.project}")
+        _places(self.moves)
+
+
+def _places(moves: Sequence[Move]) -> tuple[int, ...]:
+    """Returns the places of promotions not rolled back. Raises ValueError for more rollbacks than promotions."""
+    stack: list[int] = []
+    for place, move in enumerate(moves):
+        if move.action == "promote":
+            stack.append(place)
+        elif stack:
+            stack.pop()
+        else:
+            raise ValueError("moves: a rollback of nothing")
+    return tuple(stack)
 
 
 def release_path(project: str) -> str:
@@ -88,22 +114,18 @@ def read_releases(store: Store, project: str) -> Releases:
     if standing is None:
         return Releases()
     try:
-        body = open_record(store, path)
-    except CorruptObject:
+        pointer = open_record(store, path, Pointer)
+    except CorruptObject as e:
         raise UserError(
-            f"{store.url}/{path} is corrupt, and nothing can make it again: restore it, or delete it and promote again"
+            f"{store.url}/{path} {e.why}, and nothing can make it again: restore it, or delete it and promote again"
         ) from None
-    if body is None:  # deleted meanwhile
-        return Releases()
-    return Releases(
-        standing.version, tuple(Move(**{**move, "failed": tuple(move["failed"])}) for move in body["moves"])
-    )
+    return Releases(standing.version, pointer.moves) if pointer else Releases()  # it may be deleted meanwhile
 
 
 def move_release(store: Store, project: str, seen: Releases, move: Move) -> None:
     """Adds a move to the ``seen`` ones. Raises UserError, naming the other move, if another process was first."""
-    moves = [asdict(each) for each in (*seen.moves, move)]
-    if store.swap(release_path(project), seen.version, seal({"project": project, "moves": moves})):
+    path = release_path(project)
+    if store.swap(path, seen.version, seal(Pointer(project, (*seen.moves, move)), path)):
         return
     won = read_releases(store, project).moves
     what = f"a {won[-1].action} to bundle {won[-1].bundle[:12]}" if won else "it is gone"

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import calendar
 import dataclasses
 import secrets
 import shlex
 import sys
-import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.damage import create_record, read_record
 from pipeline.graph.keys import flatten, trajectory
+from pipeline.graph.kinds import RUN_NAME, PlannedStage, Run
 from pipeline.graph.plan import Verdict
 from pipeline.graph.stages import Context, Graph
 from pipeline.store import Store
+from pipeline.store.base import Entry
 from pipeline.store.records import whoami
 
 OURS = ("unclip", "cli")  # programs whose words are recorded
 AGAIN_S = 86_400  # after which a run that finds everything made is recorded again
+MOST_RUNS = 10**8 - 1  # of a project: their numbers have eight digits, and so sort as their names do
 
 
 def remember(
@@ -39,22 +41,16 @@ def remember(
     verdicts were planned with (see pipeline.data.source.journal). ``wanted``: the stages that it makes; all by default.
     """
     keys = {v.stage: v.key for v in verdicts}
-    stages: dict[str, dict[str, Any]] = {}
+    stages: dict[str, PlannedStage] = {}
     for v in verdicts:
         stage = graph[v.stage]
         inputs = {name: keys[name] for name in stage.inputs}
-        stages[v.stage] = {
-            "key": v.key,
-            "version": stage.version,
-            "recipe": flatten(stage.recipe),
-            "inputs": inputs,
-        }
+        owners = {}
         if stage.kind == "training":
-            stages[v.stage]["trajectory"] = trajectory(stage.name, stage.version, stage.recipe, inputs)
-            trunk = dataclasses.replace(stage.recipe, decay=0)
-            stages[v.stage]["trunk"] = trajectory(stage.name, stage.version, trunk, inputs)
-    more = {"package": package} if package else {}
-    _write(store, project, stages, forgettings, wanted=sorted(stages if wanted is None else wanted), **more)
+            for name, recipe in (("trajectory", stage.recipe), ("trunk", dataclasses.replace(stage.recipe, decay=0))):
+                owners[name] = trajectory(stage.name, stage.version, recipe, inputs)
+        stages[v.stage] = PlannedStage(v.key, stage.version, flatten(stage.recipe), inputs, **owners, lineage=v.lineage)
+    _write(store, project, stages, forgettings, stages if wanted is None else wanted, package)
 
 
 def remember_again(
@@ -64,31 +60,37 @@ def remember_again(
 
     Without it, what is in use would become what no recent run has asked for.
     """
-    newest = max((entry.path for entry in store.list(f"runs/{project}/")), default=None)
-    record = (read_record(store, newest) if newest else None) or {}
-    asked = {"stages": {v.stage: v.key for v in verdicts}, "forgettings": forgettings, "wanted": sorted(wanted)}
-    told = {
-        "stages": {stage: each["key"] for stage, each in record.get("stages", {}).items()},
-        "forgettings": record.get("forgettings"),
-        "wanted": record.get("wanted"),
-    }
-    if newest is None or asked != told or time.time() - asked_at(newest) > AGAIN_S:
+    entry, run = next(_runs(store, project), (None, None))
+    if entry and run:
+        asked = ({v.stage: v.key for v in verdicts}, forgettings, tuple(sorted(wanted)))
+        told = ({stage: each.key for stage, each in run.stages.items()}, run.forgettings, run.wanted)
+    if not entry or asked != told or store.now() - entry.modified > AGAIN_S:
         remember(store, project, graph, verdicts, forgettings=forgettings, wanted=wanted)
 
 
 def remember_stage(ctx: Context, project: str) -> None:
     """Records that this stage alone is asked for, before it starts."""
     inputs = {name: artifact.key for name, artifact in ctx.inputs.items()}
-    asked = {"key": ctx.key, "version": ctx.version, "recipe": flatten(ctx.recipe), "inputs": inputs}
-    _write(ctx.store, project, {ctx.stage: asked}, 0)
+    asked = PlannedStage(ctx.key, ctx.version, flatten(ctx.recipe), inputs)
+    _write(ctx.store, project, {ctx.stage: asked}, 0, [ctx.stage])
 
 
-def _write(store: Store, project: str, stages: Mapping[str, Any], forgettings: int, **more: Any) -> None:
-    now = time.time()
-    stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now % 1 * 1e6):06d}"
-    path = f"runs/{project}/{stamp}-{secrets.token_hex(4)}.json"
-    body = {"project": project, "stages": stages, "forgettings": forgettings}
-    create_record(store, path, {**body, "by": {**whoami(), "command": _command()}, **more})
+def _write(
+    store: Store,
+    project: str,
+    stages: Mapping[str, PlannedStage],
+    forgettings: int,
+    wanted: Collection[str],
+    package: str | None = None,
+) -> None:
+    """Records a run under the next number. Two that begin at once may have one number; then their names decide."""
+    last = max((entry.path for entry in run_entries(store, project)), default=None)
+    number = run_number(last) + 1 if last else 1
+    if number > MOST_RUNS:
+        raise UserError(f"{store.url}/{last} has the last number that a run can have: delete it, and run again")
+    by = {**whoami(), "command": _command()}
+    run = Run(project, stages, forgettings, tuple(sorted(wanted)), by, package)
+    create_record(store, f"runs/{project}/{number:08d}-{secrets.token_hex(4)}.json", run)
 
 
 def _command() -> str:
@@ -102,16 +104,22 @@ def _command() -> str:
     return " ".join([program, *map(shlex.quote, words)])
 
 
-def asked_at(path: str) -> float:
-    """Returns when the run of this record began, in seconds since the epoch."""
-    return calendar.timegm(time.strptime(path.rpartition("/")[2][:15], "%Y%m%dT%H%M%S"))
+def run_entries(store: Store, project: str) -> list[Entry]:
+    """Returns what stands for a project's runs in a store, the first run first. Their records are not read."""
+    return [entry for entry in store.list(f"runs/{project}/") if RUN_NAME.fullmatch(entry.path)]
 
 
-def last_run(store: Store, project: str) -> dict[str, Any]:
-    """Returns key, version, recipe and input keys of the last run, by stage; empty before the first run."""
-    newest = max((entry.path for entry in store.list(f"runs/{project}/")), default=None)
-    record = read_record(store, newest) if newest else None
-    return record["stages"] if record else {}
+def run_number(path: str) -> int:
+    """Returns the number of a run from the path of its record. Raises ValueError for another path."""
+    name = RUN_NAME.fullmatch(path)
+    if name is None:
+        raise ValueError(f"{path} is not the name of a run")
+    return int(name["number"])
+
+
+def last_run(store: Store, project: str) -> Mapping[str, PlannedStage]:
+    """Returns what the last run asked of each stage; empty before the first run."""
+    return next((run.stages for _, run in _runs(store, project)), {})
 
 
 def last_made(ctx: Context, inputs: Sequence[str], besides: Sequence[str] = ()) -> dict[str, Artifact] | None:
@@ -125,12 +133,18 @@ def last_made(ctx: Context, inputs: Sequence[str], besides: Sequence[str] = ()) 
         return {name: value for name, value in recipe.items() if name not in besides}
 
     asked = ctx.version, plain(flatten(ctx.recipe))
-    for path in sorted((entry.path for entry in ctx.store.list(f"runs/{ctx.config.project}/")), reverse=True):
-        record = read_record(ctx.store, path)
-        stages = record["stages"] if record else {}
-        then = stages.get(ctx.stage)
-        if then and (then["version"], plain(then["recipe"])) == asked:
-            found = {name: load_artifact(ctx.store, name, stages[name]["key"]) for name in (ctx.stage, *inputs)}
+    for _, run in _runs(ctx.store, ctx.config.project):
+        own = run.stages.get(ctx.stage)
+        if own and (own.version, plain(own.recipe)) == asked and own.inputs.keys() >= {*inputs}:
+            keys = {ctx.stage: own.key} | {name: own.inputs[name] for name in inputs}
+            found = {name: load_artifact(ctx.store, name, key) for name, key in keys.items()}
             if all(found.values()):
                 return {name: artifact for name, artifact in found.items() if artifact is not None}
     return None
+
+
+def _runs(store: Store, project: str) -> Iterator[tuple[Entry, Run]]:
+    """Yields the runs of a project that can be read, the last one first."""
+    for entry in reversed(run_entries(store, project)):
+        if run := read_record(store, entry.path, Run):
+            yield entry, run

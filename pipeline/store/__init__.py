@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
 from pipeline.store.base import Entry
-from pipeline.store.folder import FolderStore, lock_path
+from pipeline.store.folder import FolderStore
 
 
 class Store(Protocol):
@@ -116,7 +116,7 @@ def check_conditions(store: Store) -> None:
         if not store.swap(path, version, b"3") or store.swap(path, version, b"4") or store.read(path) != b"3":
             raise UserError(f"store {store.url} swaps objects without comparing (If-Match is ignored); {advice}")
     finally:
-        store.delete([path, lock_path(path)])
+        store.delete([path])
     if list(store.list(path)):
         raise UserError(f"store {store.url} keeps objects that were deleted; allow these credentials to delete")
 

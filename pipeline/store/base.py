@@ -8,11 +8,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Entry:
-    """Describes one object: its path, size in bytes, and a token that changes whenever its content does."""
+    """Describes one object.
+
+    Attributes:
+        path: Its path in the store.
+        size: Bytes.
+        version: A token that changes whenever its content does.
+        modified: When it was written, by the store's clock, in seconds since the epoch.
+    """
 
     path: str
     size: int
     version: str
+    modified: float
 
 
 def cut(chunks: Iterable[bytes], start: int, parts: Iterable[tuple[int, int]]) -> Iterator[bytes]:

@@ -26,6 +26,7 @@ from pipeline.store.names import check_path
 
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{12}")
 COPIED = 1 << 20  # bytes at once
+SWAPPED = ("locks/", "leases/", "releases/")  # where objects are that may be swapped
 
 
 @contextmanager
@@ -145,8 +146,8 @@ class FolderStore:
         found = _stat(name, folder)
         if found is None or not stat.S_ISREG(found.st_mode):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        swapped = path.startswith(("locks/", "leases/", "releases/"))
-        return Entry(path, found.st_size, _content_version(folder, name) if swapped else path)
+        version = _content_version(folder, name) if path.startswith(SWAPPED) else path
+        return Entry(path, found.st_size, version, found.st_mtime)
 
     def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
         with _explained(self.url), self._folder(path, make=True) as (folder, name):
@@ -169,9 +170,7 @@ class FolderStore:
         with _explained(self.url), self._folder(path, make=True) as (folder, name):
             temporary = _write_temporary(folder, name, new)  # outside the lock, which a process that stops would keep
             try:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-                with open(os.open(lock_path(name), flags, 0o666, dir_fd=folder), "w") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                with _locked(folder, name):
                     if (None if _stat(name, folder) is None else _content_version(folder, name)) != old:
                         return False
                     os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -185,7 +184,11 @@ class FolderStore:
         with _explained(self.url):
             for path in paths:
                 with suppress(FileNotFoundError), self._folder(path) as (folder, name):
-                    if _stat(name, folder) is not None:
+                    if path.startswith(SWAPPED) and _stat(_lock_name(name), folder) is not None:
+                        with _locked(folder, name):
+                            os.unlink(_lock_name(name), dir_fd=folder)
+                            os.unlink(name, dir_fd=folder)
+                    elif _stat(name, folder) is not None:
                         os.unlink(name, dir_fd=folder)
 
     def now(self) -> float:
@@ -207,6 +210,19 @@ class FolderStore:
                             os.unlink(name, dir_fd=folder)
                             count += 1
         return count
+
+
+@contextmanager
+def _locked(folder: int, name: str) -> Iterator[None]:
+    """Keeps others from swapping or deleting an object. Who deletes it deletes the lock with it, and then lets go."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        with open(os.open(_lock_name(name), flags, 0o666, dir_fd=folder), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = _stat(_lock_name(name), folder)
+            if found is not None and os.path.samestat(found, os.fstat(lock.fileno())):  # else it was deleted meanwhile
+                yield
+                return
 
 
 def _is_folder(child: os.DirEntry[str]) -> bool:
@@ -259,10 +275,9 @@ def _linked(file: Path, folder: int, name: str) -> bool:
     return True
 
 
-def lock_path(path: str) -> str:
-    """Returns the hidden file that a swap in a folder locks."""
-    folder, slash, name = path.rpartition("/")
-    return f"{folder}{slash}.{name}.lock"
+def _lock_name(name: str) -> str:
+    """Returns the hidden file beside an object that a swap locks."""
+    return f".{name}.lock"
 
 
 def _content_version(folder: int, name: str) -> str:

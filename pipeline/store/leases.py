@@ -17,24 +17,66 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pipeline.progress import Line, duration
 from pipeline.store import Store
-from pipeline.store.records import who, whoami
+from pipeline.store.records import Count, Seconds, parse, read_plain, who, whoami
 
 SAY_EVERY_S = 30.0  # in a log, between lines about the progress of the leader
 log = logging.getLogger("unclip")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease, as it is stored.
+
+    Attributes:
+        nonce: Drawn for each lease.
+        stage: The name of the work, for people.
+        lease_s: Without activity, after which a waiter takes over.
+        user: Of the process that works, with its host.
+        boot: The boot of the machine and the container (see ``_boot``).
+        pid: Of the process, with the kernel's time of its start.
+        since: When it began, in seconds since the epoch, by its own clock.
+        at: Its last sign of life, None before the first.
+        beat: Differs from one sign of life to the next.
+        progress: Of the work, for people.
+        released: Whether it has stopped.
+    """
+
+    nonce: str
+    stage: str
+    lease_s: Seconds
+    user: str
+    host: str
+    boot: str
+    pid: Count
+    started: str
+    since: Seconds
+    at: Seconds | None = None
+    beat: str = ""
+    progress: str = ""
+    released: bool = False
+
+    @property
+    def name(self) -> str:
+        """Returns for example 'ana@gpu-7'."""
+        return who({"user": self.user, "host": self.host})
+
+    def as_json(self) -> bytes:
+        """Returns the bytes of the lease."""
+        return json.dumps(asdict(self)).encode()
 
 
 class Lease:
     """Holds a lease as a context manager, renewed by a thread until it is released."""
 
     def __init__(
-        self, store: Store, path: str, owner: dict[str, Any], lease_s: float, progress: Callable[[], str] = lambda: ""
+        self, store: Store, path: str, owner: Holder, lease_s: float, progress: Callable[[], str] = lambda: ""
     ):
         self._store, self._path, self._owner, self._every = store, path, owner, lease_s / 4
         self._progress = progress
@@ -49,22 +91,23 @@ class Lease:
         self._stop.set()
         self._thread.join()
         try:
-            self._beat({"released": True})
+            self._beat(replace(self._owner, released=True))
         except Exception as e:  # must not hide why the work ended; others wait until the lease expires
             log.warning("lease %s could not be released: %s", self._path, e)
 
     def _renew(self) -> None:
         while not self._stop.wait(self._every):
             try:
-                if not self._beat({"beat": secrets.token_hex(4), "at": time.time(), "progress": self._progress()}):
+                beat = secrets.token_hex(4)
+                if not self._beat(replace(self._owner, beat=beat, at=time.time(), progress=self._progress())):
                     return
             except Exception as e:  # a lease that cannot be renewed costs at most duplicate work
                 log.warning("lease %s could not be renewed: %s", self._path, e)
 
-    def _beat(self, fields: dict[str, Any]) -> bool:
+    def _beat(self, now: Holder) -> bool:
         version, held = _read(self._store, self._path)
-        ours = held.get("nonce") == self._owner["nonce"]
-        return ours and self._store.swap(self._path, version, json.dumps(self._owner | fields).encode())
+        ours = held is not None and held.nonce == self._owner.nonce
+        return ours and self._store.swap(self._path, version, now.as_json())
 
 
 def lead_or_wait(
@@ -90,25 +133,25 @@ def lead_or_wait(
         progress: of the work, for people. The lease shows it to processes that wait.
     """
     path = lease_path(key)
-    owner = {"nonce": secrets.token_hex(8), "stage": stage, "lease_s": lease_s, **_identity()}
+    nonce = secrets.token_hex(8)
     watched: tuple[str | None, str] | None = None
     since = time.monotonic()
-    followed: dict[str, Any] = {}  # the leader's lease
+    followed: tuple[Holder | None] | None = None  # the leader's lease, which may be damaged
     with Line(SAY_EVERY_S) as line:
         while True:
             if finished():
                 return None
             version, held = _read(store, path)
-            free = version is None or held.get("released") or _is_dead(held)
+            free = version is None or (held is not None and (held.released or _is_dead(held)))
             if (version, activity()) != watched:
-                if not free and held.get("nonce") != followed.get("nonce", ""):
-                    followed = held
+                if not free and (followed is None or _nonce(held) != _nonce(followed[0])):
+                    followed = (held,)
                     line.clear()
                     log.warning("%s: waiting for %s", stage, _leader(held))
                 watched, since = (version, activity()), time.monotonic()
             if free or time.monotonic() - since > lease_s:
-                owner["since"] = time.time()
-                if store.swap(path, version, json.dumps(owner).encode()):
+                owner = _this_process(nonce, stage, lease_s)
+                if store.swap(path, version, owner.as_json()):
                     line.clear()
                     if followed:
                         log.warning("%s: taking over: %s", stage, _why(held, lease_s))
@@ -124,54 +167,54 @@ def lease_path(key: str) -> str:
     return f"leases/{key}.json"
 
 
-def read_lease(store: Store, path: str) -> dict[str, Any] | None:
+def read_lease(store: Store, path: str) -> Holder | None:
     """Returns who holds a lease; None if it is released, or its process is known to be dead.
 
-    That is user, host, pid, stage, ``since`` and ``at`` (its last sign of life) in seconds since the epoch, and the
-    ``progress`` of the work.
+    Raises CorruptObject for an object that is no lease.
     """
-    try:
-        held: dict[str, Any] = json.loads(store.read(path))
-    except (FileNotFoundError, ValueError):
-        return None
-    return None if held.get("released") or _is_dead(held) else held
+    held = read_plain(store, path, Holder)
+    return None if held is None or held.released or _is_dead(held) else held
 
 
-def _who(held: Mapping[str, Any]) -> str:
-    return who(held) or "another process"
+def _nonce(held: Holder | None) -> str | None:
+    return held.nonce if held else None
 
 
-def _leader(held: Mapping[str, Any]) -> str:
-    began = held.get("since")  # of a lease that is damaged nothing may be there
-    since = f", since {time.strftime('%Y-%m-%d %H:%M', time.gmtime(began))} UTC" if began else ""
+def _who(held: Holder | None) -> str:
+    return (held.name if held else "") or "another process"
+
+
+def _leader(held: Holder | None) -> str:
+    since = f", since {time.strftime('%Y-%m-%d %H:%M', time.gmtime(held.since))} UTC" if held else ""
     return f"{_who(held)}, which works on this already{since}"
 
 
-def _follow(stage: str, held: Mapping[str, Any]) -> str:
-    return f"{stage}: following {_who(held)}: {held.get('progress') or 'no progress reported yet'}"
+def _follow(stage: str, held: Holder | None) -> str:
+    return f"{stage}: following {_who(held)}: {(held and held.progress) or 'no progress reported yet'}"
 
 
-def _why(held: Mapping[str, Any], lease_s: float) -> str:
-    if held.get("released"):
+def _why(held: Holder | None, lease_s: float) -> str:
+    if held and held.released:
         return f"{_who(held)} has stopped"
-    return f"{_who(held)} " + ("is dead" if _is_dead(held) else f"has not moved for {duration(lease_s)}")
+    return f"{_who(held)} " + ("is dead" if held and _is_dead(held) else f"has not moved for {duration(lease_s)}")
 
 
-def _read(store: Store, path: str) -> tuple[str | None, dict[str, Any]]:
+def _read(store: Store, path: str) -> tuple[str | None, Holder | None]:
+    """Returns the version of a lease, None if there is none, and who holds it, None where it is damaged."""
     standing = store.stat(path)
     if standing is None:
-        return None, {}
+        return None, None
     try:
-        found = json.loads(store.read(path))
-        return standing.version, found if isinstance(found, dict) else {}
+        return standing.version, parse(store.read(path), Holder)
     except FileNotFoundError:
-        return None, {}
+        return None, None
     except ValueError:
-        return standing.version, {}
+        return standing.version, None
 
 
-def _identity() -> dict[str, Any]:
-    return {**whoami(), "boot": _boot(), "pid": os.getpid(), "started": _started(os.getpid())}
+def _this_process(nonce: str, stage: str, lease_s: float) -> Holder:
+    me, pid = whoami(), os.getpid()
+    return Holder(nonce, stage, lease_s, me["user"], me["host"], _boot(), pid, _started(pid), time.time())
 
 
 def _boot() -> str:
@@ -194,8 +237,7 @@ def _started(pid: int) -> str:
         return ""
 
 
-def _is_dead(held: Mapping[str, Any]) -> bool:
+def _is_dead(held: Holder) -> bool:
     """Returns whether the holder was a process of this very boot of this host and of this container, and has ended."""
-    here = _boot() and held.get("boot") == _boot() and held.get("host") == socket.gethostname()
-    pid = held.get("pid")  # which becomes a path
-    return bool(here) and isinstance(pid, int) and _started(pid) != held.get("started")
+    here = _boot() and held.boot == _boot() and held.host == socket.gethostname()
+    return bool(here) and _started(held.pid) != held.started

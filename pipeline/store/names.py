@@ -7,8 +7,9 @@ a record may lead only to an object of the store, or to a file below the folder 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from pipeline.errors import UserError
 
@@ -55,39 +56,19 @@ def check_path(path: str) -> None:
         )
 
 
-def check_blobs(blobs: Any) -> None:
-    """Raises ValueError unless ``blobs`` maps names of files to names of blobs."""
-    if not isinstance(blobs, Mapping):
-        raise ValueError(f"{blobs!r} does not map names to blobs")
-    for name, blob in blobs.items():
-        if not is_file_name(name) or not is_digest(blob):
-            raise ValueError(f"{name!r}: {blob!r} is not a file with its blob")
+def _part(value: str) -> str:
+    if not is_part(value):
+        raise ValueError(f"{value[:100]!r} is not a name that a record may hold")
+    return value
 
 
-def check_record(body: Mapping[str, Any]) -> None:
-    """Raises ValueError for a record with a name that could become a path to anything but an object of the store.
+def _file_name(value: str) -> str:
+    if not is_file_name(value):
+        raise ValueError(f"{value[:100]!r} is not the name of a file")
+    return value
 
-    All records pass this one gate: those of artefacts, shards, segments of a list, checkpoints, runs and releases.
-    Readers judge the other fields.
-    """
-    parts = [body[name] for name in ("stage", "key", "project") if name in body]
-    digests = list(body.get("hashes", ()))
-    if body.get("shard_table") is not None:
-        digests.append(body["shard_table"])
-    for asked in (body, *body.get("stages", {}).values()):
-        parts += [part for named in asked.get("inputs", {}).items() for part in named]
-        parts += [asked[name] for name in ("key", "trajectory", "trunk") if name in asked]
-    for move in body.get("moves", ()):
-        parts += [move["bundle"], move["evaluation"]]
-    for shard in body.get("shards", ()):
-        digests += [shard["refs"], shard["captions"]]
-    for line in body.get("journal", {}).get("lines", ()):
-        digests += [line["preview"]] if "preview" in line else []
-    for holds, names in (
-        (is_part, [*parts, *body.get("stages", ())]),
-        (is_digest, digests),
-        (is_file_name, [body["package"]] if "package" in body else []),
-    ):
-        if wrong := [name for name in names if not holds(name)]:
-            raise ValueError(f"{wrong[0]!r} is not a name that a record may hold")
-    check_blobs(body.get("blobs", {}))
+
+# The types of names in records, tables and pins: whatever is declared with them was checked when it was read.
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Part = Annotated[str, AfterValidator(_part)]
+FileName = Annotated[str, AfterValidator(_file_name)]

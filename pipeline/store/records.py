@@ -1,7 +1,9 @@
 """Reads and writes blobs, which are named by their content, and the records that name them.
 
-A record carries its format and its own checksum. An object that looks damaged is read again, past caches, before it is
-treated as damaged (see pipeline.graph.damage).
+A record carries its format and its own checksum, and is an instance of a subclass of Record: its fields are its schema.
+The checksum tells damage, not who wrote it: anyone who can write to a store can write a record that is well sealed. So
+every read names the kind of record that it expects, and anything else there is a damaged object. An object that looks
+damaged is read again, past caches, before it is treated as damaged (see pipeline.graph.damage).
 """
 
 from __future__ import annotations
@@ -14,17 +16,44 @@ import secrets
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pipeline.errors import CorruptObject, UserError
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from pipeline.errors import CorruptObject, OtherFormat, UserError
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
-from pipeline.store.names import check_record, is_digest, is_file_name
+from pipeline.store.names import is_digest, is_file_name
 from pipeline.store.parallel import ordered_map
 
-FORMAT = 2
+FORMAT = 3
 PART_BYTES = 16 << 20  # of a blob that is read in parts
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Seconds = Annotated[FiniteFloat, Field(ge=0)]
 T = TypeVar("T")
+_adapters: dict[Any, TypeAdapter[Any]] = {}  # by kind: to build one takes milliseconds
+
+
+class Record:
+    """Marks the dataclasses that are stored as records. Their fields are the schema: types, names and ranges.
+
+    Fields that a class does not have are passed over, so that a newer version may add one within a format.
+    """
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_inf_nan="constants")
+
+    @property
+    def named(self) -> list[str]:
+        """Returns the blobs that the record names."""
+        return []
+
+    def check(self, path: str) -> None:
+        """Raises ValueError unless the record may lie at this path."""
+
+
+R = TypeVar("R", bound=Record)
 
 
 def canonical(value: Any) -> bytes:
@@ -115,63 +144,94 @@ def materialise(store: Store, blobs: Mapping[str, str], folder: str | Path, repl
                 raise
 
 
-def open_record(store: Store, path: str) -> dict[str, Any] | None:
-    """Returns a record's body, or None if it does not exist.
+def open_record(store: Store, path: str, kind: type[R]) -> R | None:
+    """Returns a record of this kind, or None if it does not exist.
 
-    Raises CorruptObject for a record that cannot be trusted, and UserError for another format.
+    Raises CorruptObject for a record that cannot be trusted, and OtherFormat.
     """
-    return read_twice(store, lambda store: _open_record(store, path))
+    return read_twice(store, lambda store: _open_record(store, path, kind))
 
 
-def _open_record(store: Store, path: str) -> dict[str, Any] | None:
+def _open_record(store: Store, path: str, kind: type[R]) -> R | None:
     try:
         data = store.read(path)
     except FileNotFoundError:
         return None
-    body = unseal(data, f"{store.url}/{path}")
-    if body is None:
+    try:
+        body = from_json(data)
+        checksum, version = body.pop("checksum"), body["format"]
+        sealed = type(version) is int and (version != FORMAT or checksum == digest(body))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sealed = False
+    if not sealed:
         raise CorruptObject(path, "is corrupt")
-    return body
+    if version > FORMAT:
+        raise OtherFormat(f"{store.url}/{path}", "was written by a newer version of this software; upgrade to read it")
+    if version < FORMAT:
+        why = "was written by an older version of this software; name another store to begin again"
+        raise OtherFormat(f"{store.url}/{path}", why)
+    try:
+        record = parse(data, kind)
+        record.check(path)
+    except ValueError as e:
+        raise CorruptObject(path, f"is no record that belongs there ({said(e)})") from None
+    return record
 
 
-def peek_record(store: Store, path: str) -> dict[str, Any] | None:
-    """Returns a record's body, or None if there is none to be trusted.
+def read_plain(store: Store, path: str, kind: type[T]) -> T | None:
+    """Returns a small object that is swapped and has no seal, such as a pin or a lease; None if it does not exist.
+
+    Raises CorruptObject for anything else than JSON of this kind.
+    """
+
+    def read(store: Store) -> T | None:
+        try:
+            return parse(store.read(path), kind)
+        except FileNotFoundError:
+            return None
+        except ValueError as e:
+            raise CorruptObject(path, f"is damaged ({said(e)})") from None
+
+    return read_twice(store, read)
+
+
+def parse(data: bytes, kind: type[T]) -> T:
+    """Returns the value that JSON holds. Raises ValueError unless it has exactly the types of ``kind``."""
+    value: T = _adapter(kind).validate_json(data, strict=True)
+    return value
+
+
+def said(error: ValueError) -> str:
+    """Returns on one line which field of an object is wrong first, and why."""
+    if not isinstance(error, ValidationError):
+        return str(error)[:200]
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")[:200]
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind]
+
+
+def peek_record(store: Store, path: str, kind: type[R]) -> R | None:
+    """Returns a record of this kind, or None if there is none to be trusted.
 
     A damaged record stays as it is: for read-only callers.
     """
     try:
-        return open_record(store, path)
+        return open_record(store, path, kind)
     except CorruptObject:
         return None
 
 
-def seal(body: dict[str, Any]) -> bytes:
-    """Returns the bytes of a record, with format and checksum. Raises ValueError for a name that no record may hold."""
-    check_record(body)
-    body = {**body, "format": FORMAT}
-    return canonical({**body, "checksum": digest(body)})
-
-
-def unseal(data: bytes, where: str) -> dict[str, Any] | None:
-    """Returns the body of a record, or None if it is damaged or holds a name that could lead out of the store.
-
-    Raises UserError for another format, of the record ``where``.
-    """
-    try:
-        body = json.loads(data)
-        checksum = body.pop("checksum")
-        version = body["format"]
-        newer, older = version > FORMAT, version < FORMAT
-        if version == FORMAT and checksum == digest(body):
-            check_record(body)
-            return body
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    if newer:
-        raise UserError(f"{where} was written by a newer version of this software; upgrade to read it")
-    if older:
-        raise UserError(f"{where} was written by an older version of this software; name another store to begin again")
-    return None
+def seal(record: Record, path: str) -> bytes:
+    """Returns the bytes of a record. Raises ValueError for one that no reader would take at this path."""
+    body = {**_adapter(type(record)).dump_python(record, mode="json", warnings=False), "format": FORMAT}
+    data = canonical({**body, "checksum": digest(body)})
+    parse(data, type(record)).check(path)
+    return data
 
 
 def whoami() -> dict[str, str]:

@@ -214,7 +214,7 @@ class S3Store:
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=where["Key"])
             for page in pages:
                 for item in page.get("Contents", ()):
-                    yield Entry(item["Key"][skip:], item["Size"], item["ETag"])
+                    yield Entry(item["Key"][skip:], item["Size"], item["ETag"], item["LastModified"].timestamp())
 
     def stat(self, path: str) -> Entry | None:
         with self._explained(path):
@@ -230,7 +230,7 @@ class S3Store:
                     except FileNotFoundError:
                         return None
                 raise
-        return Entry(path, found["ContentLength"], found["ETag"])
+        return Entry(path, found["ContentLength"], found["ETag"], found["LastModified"].timestamp())
 
     def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
         return self._put(path, data, IfNoneMatch="*") if isinstance(data, bytes) else self._upload(path, data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,12 +31,15 @@ from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.records import blob_path, open_record, peek_record, put_blob, read_blob
 from pipeline.training.distributed.sharding import first_row, is_saved, is_sharded, local, rows_of
+from pipeline.training.records import CheckpointRecord, FailedStep, SavedJournal
 from pipeline.training.state import MetricsJournal, TrainState, forms, parts, put_back
 
 READERS = 16  # of a blob at once
 PartBlob = tuple[str, str]  # a part and its blob
 Collect = Callable[[list[PartBlob]], list[PartBlob]]
 MOST_HEADER = 100_000_000  # bytes, of a file of safetensors
+NAME = re.compile(r"[0-9]{12}-[0-9]{4,}\.json")  # of a checkpoint: its samples and its attempt
+ATTEMPT = re.compile(r"([0-9]{4,})\.json")
 log = logging.getLogger("unclip")
 
 
@@ -45,16 +49,19 @@ class Snapshot:
 
     Attributes:
         samples: Seen so far.
+        seconds: Of the training so far, and ``laps`` by phase.
+        journal: The metrics so far.
         tensors: By part and name.
         starts: The place of the first row of each sharded tensor, by part and name.
-        body: The rest of a checkpoint's record.
         wait: Returns when a GPU has copied the tensors.
     """
 
     samples: int
+    seconds: float
+    laps: Mapping[str, float]
+    journal: SavedJournal
     tensors: Mapping[str, Mapping[str, Tensor]]
     starts: Mapping[str, Mapping[str, int]]
-    body: Mapping[str, Any]
     wait: Callable[[], None] = lambda: None
 
 
@@ -72,11 +79,10 @@ def snapshot(state: TrainState, first: bool = True) -> Snapshot:
             continue
         tensors[part] = {name: _copied(local(tensor)) for name, tensor in own.items()}
         starts[part] = {name: first_row(tensor) for name, tensor in own.items() if is_sharded(tensor)}
-    journal = deepcopy(state.journal.as_json())
-    body = {"samples": state.samples, "seconds": state.seconds, "laps": dict(state.phase_seconds), "journal": journal}
+    journal = deepcopy(state.journal.saved())
     device = state.failed.device
     wait = torch.cuda.current_stream(device).record_event().synchronize if device.type == "cuda" else (lambda: None)
-    return Snapshot(state.samples, tensors, starts, body, wait)
+    return Snapshot(state.samples, state.seconds, dict(state.phase_seconds), journal, tensors, starts, wait)
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -111,26 +117,27 @@ class Checkpoints:
         blobs = dict(collect(list(zip(names, stored, strict=True))))
         if rank > 0:
             return
-        body = {**taken.body, "attempt": self.attempt, "blobs": blobs}
+        record = CheckpointRecord(taken.samples, self.attempt, taken.seconds, taken.laps, taken.journal, blobs)
         self.check()
         crash_point("checkpoint.before_record")
-        create_record(self.store, f"{self.folder}{taken.samples:012d}-{self.attempt:04d}.json", body)
+        create_record(self.store, f"{self.folder}{taken.samples:012d}-{self.attempt:04d}.json", record)
         crash_point("checkpoint.after_record")
         self._prune(taken.samples)
 
     def save_failure(self, weights: Mapping[str, Tensor], samples: int, keys: Sequence[str]) -> None:
         """Saves the weights before the step after ``samples`` samples, which failed, and the keys of its bad rows."""
-        body = {"samples": samples, "keys": list(keys), "blobs": {"model": self._put(weights, {}, failed=True)}}
-        create_record(self.store, f"{self.folder}failures/{samples:012d}-{self.attempt:04d}.json", body)
+        failed = FailedStep(samples, tuple(keys), {"model": self._put(weights, {}, failed=True)})
+        create_record(self.store, f"{self.folder}failures/{samples:012d}-{self.attempt:04d}.json", failed)
 
     def last_failure(self) -> tuple[int, dict[str, Tensor]] | None:
         """Returns the samples before the last step that failed, and the weights then; None if no step failed.
 
         Raises CorruptObject.
         """
-        for path in sorted((e.path for e in self.store.list(f"{self.folder}failures/")), key=_attempt, reverse=True):
-            if record := peek_record(self.store, path):
-                return record["samples"], load(read_blob(self.store, record["blobs"]["model"]))
+        paths = (entry.path for entry in self.store.list(f"{self.folder}failures/") if NAME.search(entry.path))
+        for path in sorted(paths, key=_attempt, reverse=True):
+            if failed := peek_record(self.store, path, FailedStep):
+                return failed.samples, load(read_blob(self.store, failed.blobs["model"]))
         return None
 
     def newest(self, at_most: int) -> int:
@@ -140,8 +147,8 @@ class Checkpoints:
     def journal(self, at_most: int) -> tuple[int, MetricsJournal] | None:
         """Returns samples and journal of the newest checkpoint up to ``at_most``; None without a checkpoint."""
         for path in reversed(self.records()):
-            if _samples(path) <= at_most and (record := peek_record(self.store, path)):
-                return record["samples"], MetricsJournal(**record["journal"])
+            if _samples(path) <= at_most and (record := peek_record(self.store, path, CheckpointRecord)):
+                return record.samples, MetricsJournal.of(record.journal)
         return None
 
     def restore(self, state: TrainState, at_most: int) -> bool:
@@ -154,17 +161,17 @@ class Checkpoints:
             if _samples(path) > at_most:
                 continue
             try:
-                record = open_record(self.store, path)
+                record = open_record(self.store, path, CheckpointRecord)
                 if record is None:
                     continue
-                saved = {part: self._read(record["blobs"], part, like) for part, like in forms(state).items()}
+                saved = {part: self._read(record.blobs, part, like) for part, like in forms(state).items()}
             except CorruptObject as e:
                 log.warning("checkpoint at sample %s is skipped, for the one before it: %s", f"{_samples(path):,}", e)
                 continue
             put_back(state, saved)
-            state.samples, state.seconds = record["samples"], record["seconds"]
-            state.phase_seconds = record["laps"]
-            state.journal = MetricsJournal(**record["journal"])
+            state.samples, state.seconds = record.samples, record.seconds
+            state.phase_seconds = dict(record.laps)
+            state.journal = MetricsJournal.of(record.journal)
             return True
         return False
 
@@ -215,7 +222,7 @@ class Checkpoints:
     def records(self) -> list[str]:
         """Returns the paths of records, the oldest first."""
         paths = (entry.path for entry in self.store.list(self.folder))
-        return sorted(path for path in paths if path.removeprefix(self.folder)[0].isdigit())
+        return sorted(path for path in paths if NAME.fullmatch(path.removeprefix(self.folder)))
 
     def _prune(self, samples: int) -> None:
         """Deletes all but the newest records of this and earlier attempts up to ``samples``, then unnamed blobs.
@@ -241,8 +248,8 @@ class Checkpoints:
 
     def _blobs(self, paths: list[str]) -> set[str | None]:
         """Returns the blobs that records name, and None if one of the records cannot be read."""
-        records = [peek_record(self.store, path) for path in paths]
-        return {blob for record in records for blob in (record["blobs"].values() if record else [None])}
+        records = [peek_record(self.store, path, CheckpointRecord) for path in paths]
+        return {blob for record in records for blob in (record.blobs.values() if record else [None])}
 
 
 def _about(data: bytes) -> dict[str, Any]:
@@ -286,8 +293,8 @@ def _attempt(path: str) -> int:
 def last_attempt(store: Store, trajectory: str) -> int:
     """Returns the highest attempt so far, 0 before the first."""
     prefix = f"checkpoints/{trajectory}/attempts/"
-    names = (entry.path.removeprefix(prefix).removesuffix(".json") for entry in store.list(prefix))
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    names = (ATTEMPT.fullmatch(entry.path.removeprefix(prefix)) for entry in store.list(prefix))
+    return max((int(name[1]) for name in names if name), default=0)
 
 
 def take_attempt(store: Store, trajectory: str) -> int:

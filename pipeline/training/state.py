@@ -18,6 +18,7 @@ from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.distributed.sharding import local, recompute
 from pipeline.training.optimizer import kinds, make_optimizer
 from pipeline.training.recipes import TrainingRecipe
+from pipeline.training.records import SavedJournal
 from pipeline.training.task import Objective, Task
 
 MEMORY = 0.1
@@ -46,9 +47,14 @@ class MetricsJournal:
         self.lines.append({"samples": samples, **{name: float(s) / self.steps for name, s in self.sums.items()}})
         self.sums, self.steps = {}, 0
 
-    def as_json(self) -> dict[str, Any]:
+    def saved(self) -> SavedJournal:
         """Returns the fields as a checkpoint's record holds them."""
-        return {"lines": self.lines, "sums": {name: float(s) for name, s in self.sums.items()}, "steps": self.steps}
+        return SavedJournal(self.lines, {name: float(s) for name, s in self.sums.items()}, self.steps)
+
+    @staticmethod
+    def of(saved: SavedJournal) -> MetricsJournal:
+        """Returns the journal that a checkpoint's record holds."""
+        return MetricsJournal(list(saved.lines), dict(saved.sums), saved.steps)
 
     def latest(self) -> dict[str, Any]:
         """Returns the latest value of every metric."""
@@ -211,11 +217,11 @@ def put_back(state: TrainState, saved: Mapping[str, Mapping[str, Tensor]]) -> No
 
 def share(state: TrainState, group: ProcessGroup) -> None:
     """Gives all workers, which hold the same tensors, the state that rank 0 has restored."""
-    about = (state.samples, state.seconds, state.phase_seconds, state.journal.as_json(), [*parts(state)["optimizer"]])
+    about = (state.samples, state.seconds, state.phase_seconds, state.journal.saved(), [*parts(state)["optimizer"]])
     state.samples, state.seconds, state.phase_seconds, journal, moments = group.collect([about])[0]
     if not state.samples:  # all begin with the same random weights
         return
-    state.journal = MetricsJournal(**journal)
+    state.journal = MetricsJournal.of(journal)
     if not group.is_rank_0:
         like = forms(state)
         put_back(state, like | {"optimizer": {name: like["optimizer"][name] for name in moments}})

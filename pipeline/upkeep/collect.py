@@ -7,19 +7,26 @@ missing afterwards, and made again as any damaged blob.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import zlib
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from pydantic import FiniteFloat
 
 from pipeline.errors import UserError
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
-from pipeline.upkeep.live import Live, find_live, mark_blobs
+from pipeline.store.records import parse
+from pipeline.upkeep.reachable import Live, mark_blobs
+from pipeline.upkeep.roots import find_live
 
 log = logging.getLogger("unclip")
 TOMBSTONES = "locks/tombstones.json.gz"
+MOST_UNPACKED = 256 << 20  # bytes of tombstones, over two million of them
 RECORDS = ("runs/", "leases/", "artifacts/", "shards/", "checkpoints/")  # before what they name
 NAMED = ("packages/", "blobs/", "damaged/")
 NAMING_BLOBS = ("shards/", "checkpoints/")
@@ -40,12 +47,16 @@ class Tally:
 
 @dataclass
 class Collection:
-    """Holds what a collection found, by kind (blobs, shards ...), and what it deleted."""
+    """Holds what a collection found, by kind (blobs, shards ...), and what it deleted.
+
+    ``unreadable``: why an object could not be read, and what to do, by path. It stays, with all that it may name.
+    """
 
     needed: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     garbage: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     deleted: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     abandoned: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
 
 
 def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: bool) -> Collection:
@@ -75,12 +86,13 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
                 found.needed[kind].add(entry.size)
                 continue
             found.garbage[kind].add(entry.size)
-            since = earlier.get(entry.path, now)
+            since = min(earlier.get(entry.path, now), now)
             if now - since >= grace_s and (entry.path in earlier or grace_s == 0):
                 due.append(entry.path)
                 sizes[entry.path] = entry.size
             else:
                 tombstones[entry.path] = since
+    found.unreadable = live.unreadable
     if not delete:
         return found
     if _names(store, DECIDING) - known:  # a run has begun or finished something meanwhile, or somebody pinned
@@ -88,8 +100,9 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
     for path, _ in sorted(_names(store, NAMING_BLOBS) - known):
         live.paths.add(path)
         mark_blobs(store, path, live)
+    found.unreadable = live.unreadable
     due = [path for path in due if path not in live]
-    packed = gzip.compress(json.dumps(tombstones).encode(), mtime=0)
+    packed = gzip.compress(_as_json(tombstones), mtime=0)
     if not store.swap(TOMBSTONES, standing.version if standing else None, packed):
         raise UserError(f"another collection runs in {store.url}; let it finish")
     crash_point("gc.before_delete")
@@ -100,11 +113,27 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
     return found
 
 
+def _as_json(tombstones: Mapping[str, float]) -> bytes:
+    """Returns as many marks as may be unpacked again. What is beyond them is marked by a later collection."""
+    marks, size = [], 2
+    for path, since in tombstones.items():
+        mark = f"{json.dumps(path)}: {since!r}"
+        size += len(mark) + 2
+        if size > MOST_UNPACKED:
+            break
+        marks.append(mark)
+    return f"{{{', '.join(marks)}}}".encode()
+
+
 def _marked(packed: bytes) -> dict[str, float]:
     """Returns since when objects have been marked; none, with a warning, where that is damaged."""
     try:
-        return dict(json.loads(gzip.decompress(packed)))
-    except (OSError, EOFError, zlib.error, ValueError, TypeError):
+        with gzip.open(io.BytesIO(packed)) as file:
+            data = file.read(MOST_UNPACKED + 1)
+        if len(data) > MOST_UNPACKED:
+            raise ValueError("too much")
+        return parse(data, dict[str, FiniteFloat])
+    except (OSError, EOFError, zlib.error, ValueError):
         log.warning("%s is damaged: all garbage is marked from now on, and deleted after the grace period", TOMBSTONES)
         return {}
 

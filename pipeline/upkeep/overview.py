@@ -8,15 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, StageKey, artifact_of, artifact_path
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.artifacts import Artifact, StageKey, artifact_path
 from pipeline.graph.damage import pinned_key
+from pipeline.graph.kinds import ARTIFACT_NAME, RUN_NAME, PlannedStage, Run
 from pipeline.graph.pointer import Move, read_releases, released_projects
-from pipeline.graph.runs import asked_at
+from pipeline.graph.runs import run_entries
 from pipeline.store import Store
-from pipeline.store.leases import lease_path, read_lease
+from pipeline.store.base import Entry
+from pipeline.store.leases import Holder, lease_path, read_lease
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import peek_record
 
@@ -31,16 +32,16 @@ class PastRun:
 
     Attributes:
         project: that it belongs to.
-        at: seconds since the epoch.
+        at: seconds since the epoch, by the store's clock.
         by: user, host and command.
-        stages: key, version, recipe and input keys of every stage.
+        stages: what it asked of every stage.
         wanted: the stages that it was to make.
     """
 
     project: str
     at: float
     by: Mapping[str, str]
-    stages: Mapping[str, Mapping[str, Any]]
+    stages: Mapping[str, PlannedStage]
     wanted: Collection[str]
 
 
@@ -62,7 +63,7 @@ class Overview:
     runs: Sequence[PastRun]
     all_runs: int
     made: frozenset[StageKey]
-    leases: Mapping[str, Mapping[str, Any]]
+    leases: Mapping[str, Holder]
     pinned: frozenset[str]
     releases: Mapping[str, Move | str]
 
@@ -88,14 +89,14 @@ class Lineage:
 
 def overview(store: Store, project: str | None = None) -> Overview:
     """Returns the last runs of a project, or of all, and what is under way in the store."""
-    paths = _run_paths(store, project)
-    runs = _runs(store, paths[:SHOWN_RUNS])
+    entries = _run_entries(store, project)
+    runs = _runs(store, entries[:SHOWN_RUNS])
     made = _made(store)
     keys = {key for _, key in made}
     # Those of checkpoints lie below.
     begun = [entry.path for entry in store.list("leases/") if entry.path.count("/") == 1]
     unfinished = [path for path in begun if _key(path) not in keys][:MOST]
-    held = zip(unfinished, ordered_map(lambda path: read_lease(store, path), unfinished), strict=True)
+    held = zip(unfinished, ordered_map(lambda path: _holder(store, path), unfinished), strict=True)
     leases = {_key(path): lease for path, lease in held if lease is not None}
     releases: dict[str, Move | str] = {}
     for name in dict.fromkeys(run.project for run in runs):
@@ -105,7 +106,7 @@ def overview(store: Store, project: str | None = None) -> Overview:
             releases[name] = str(e)
         else:
             releases |= {name: current} if current is not None else {}
-    return Overview(store.url, runs, len(paths), made, leases, _pinned(store), releases)
+    return Overview(store.url, runs, len(entries), made, leases, _pinned(store), releases)
 
 
 def find_artifact(store: Store, start: str) -> StageKey:
@@ -139,9 +140,9 @@ def lineage(store: Store, name: StageKey) -> Lineage:
         behind |= dict(zip(level, ordered_map(lambda one: _load(store, one), level), strict=True))
         above = [one for made in map(behind.get, level) if made is not None for one in made.inputs.items()]
         level = [one for one in dict.fromkeys(above) if one not in behind]
-    runs = _runs(store, _run_paths(store)[:USING_RUNS])
+    runs = _runs(store, _run_entries(store)[:USING_RUNS])
     asked = [(stage, of) for run in runs for stage, of in run.stages.items()]
-    using = dict.fromkeys((stage, of["key"]) for stage, of in asked if of["inputs"].get(name[0]) == name[1])
+    using = dict.fromkeys((stage, of.key) for stage, of in asked if of.inputs.get(name[0]) == name[1])
     users = zip(using, ordered_map(lambda one: _load(store, one), using), strict=True)
     return Lineage(
         artifact,
@@ -153,25 +154,35 @@ def lineage(store: Store, name: StageKey) -> Lineage:
 
 
 def _made(store: Store) -> frozenset[StageKey]:
-    names = (entry.path.removesuffix(".json").split("/") for entry in store.list("artifacts/"))
-    return frozenset((stage, key) for _, stage, key in names)
+    names = (ARTIFACT_NAME.fullmatch(entry.path) for entry in store.list("artifacts/"))
+    return frozenset((name["stage"], name["key"]) for name in names if name)
 
 
-def _run_paths(store: Store, project: str | None = None) -> list[str]:
-    """Returns paths of run records, the newest first."""
-    paths = (entry.path for entry in store.list(f"runs/{project}/" if project else "runs/"))
-    return sorted(paths, key=_key, reverse=True)
+def _run_entries(store: Store, project: str | None = None) -> list[Entry]:
+    """Returns what stands for runs, the newest first: of one project by their numbers, of several by the store's clock.
+
+    Several projects have no counter in common.
+    """
+    if project:
+        return run_entries(store, project)[::-1]
+    entries = [entry for entry in store.list("runs/") if RUN_NAME.fullmatch(entry.path)]
+    return sorted(entries, key=lambda entry: (entry.modified, entry.path), reverse=True)
 
 
-def _runs(store: Store, paths: Sequence[str]) -> list[PastRun]:
-    records = zip(paths, ordered_map(lambda path: peek_record(store, path), paths), strict=True)
+def _runs(store: Store, entries: Sequence[Entry]) -> list[PastRun]:
+    records = zip(entries, ordered_map(lambda entry: peek_record(store, entry.path, Run), entries), strict=True)
     return [
-        PastRun(
-            record["project"], asked_at(path), record["by"], record["stages"], record.get("wanted", record["stages"])
-        )
-        for path, record in records
-        if record is not None
+        PastRun(run.project, entry.modified, run.by, run.stages, run.wanted)
+        for entry, run in records
+        if run is not None
     ]
+
+
+def _holder(store: Store, path: str) -> Holder | None:
+    try:
+        return read_lease(store, path)
+    except CorruptObject:
+        return None
 
 
 def _pinned(store: Store) -> frozenset[str]:
@@ -199,8 +210,7 @@ def _released(store: Store, name: StageKey) -> list[str]:
 
 
 def _load(store: Store, name: StageKey) -> Artifact | None:
-    record = peek_record(store, artifact_path(*name))
-    return None if record is None else artifact_of(record)
+    return peek_record(store, artifact_path(*name), Artifact)
 
 
 def _key(path: str) -> str:

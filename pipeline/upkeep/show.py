@@ -8,10 +8,12 @@ from textwrap import wrap
 from typing import Any
 
 from pipeline.graph.artifacts import Artifact, StageKey
+from pipeline.graph.kinds import PlannedStage
 from pipeline.graph.pointer import Move
 from pipeline.graph.stages import direct
 from pipeline.ledger import Ledger
 from pipeline.progress import counted, duration
+from pipeline.store.leases import Holder
 from pipeline.store.records import who
 from pipeline.upkeep.overview import Lineage, Overview, PastRun
 
@@ -23,7 +25,7 @@ UNBROKEN = "\0"  # a space at which no line ends
 def show_overview(found: Overview, now: float) -> str:
     """Returns the last runs, what is being made, and of each project its last run's stages, pins and release."""
     lines = [f"store {found.url}", "", "running now" if found.leases else "running now: nothing"]
-    for key, lease in sorted(found.leases.items(), key=lambda item: item[1].get("since", 0)):
+    for key, lease in sorted(found.leases.items(), key=lambda item: item[1].since):
         lines += _running(key, lease, now)
     if not found.runs:
         return "\n".join([*lines, "", "no runs yet"])
@@ -31,7 +33,7 @@ def show_overview(found: Overview, now: float) -> str:
     lines += ["", "last runs" + (f" (and {earlier:,} before)" if earlier > 0 else "")]
     size = max(len(run.project) for run in found.runs)
     for run in found.runs:
-        made = sum((stage, run.stages[stage]["key"]) in found.made for stage in run.wanted)
+        made = sum((stage, run.stages[stage].key) in found.made for stage in run.wanted)
         what = f"{made} of {len(run.wanted)} stages made"
         lines.append(f"  {_date(run.at)}  {run.project:{size}}  {what}  {_asked_by(run)}".rstrip())
     for project in dict.fromkeys(run.project for run in found.runs):
@@ -39,14 +41,14 @@ def show_overview(found: Overview, now: float) -> str:
     return "\n".join(lines)
 
 
-def _running(key: str, lease: Mapping[str, Any], now: float) -> Iterator[str]:
-    began = f"since {_date(lease['since'])} ({duration(max(0, now - lease['since']))})"
-    silent = max(0, now - lease.get("at", lease["since"]))
-    heard = "not heard of for {}: probably ended" if silent > lease["lease_s"] else "heard of {} ago"
-    who_does = f"{lease['stage']} {key[:SHORT]} by {who(lease)}, pid {lease['pid']}"
+def _running(key: str, lease: Holder, now: float) -> Iterator[str]:
+    began = f"since {_date(lease.since)} ({duration(max(0, now - lease.since))})"
+    silent = max(0, now - (lease.since if lease.at is None else lease.at))
+    heard = "not heard of for {}: probably ended" if silent > lease.lease_s else "heard of {} ago"
+    who_does = f"{lease.stage} {key[:SHORT]} by {lease.name}, pid {lease.pid}"
     yield f"  {who_does}, {began}, {heard.format(duration(silent))}"
-    if lease.get("progress"):
-        yield f"    {lease['progress']}"
+    if lease.progress:
+        yield f"    {lease.progress}"
 
 
 def _asked_by(run: PastRun) -> str:
@@ -55,7 +57,7 @@ def _asked_by(run: PastRun) -> str:
 
 def _project(run: PastRun, found: Overview, now: float) -> Iterator[str]:
     stages = sorted(run.stages, key=lambda stage: (_depth(stage, run.stages), stage))
-    names = [(stage, run.stages[stage]["key"]) for stage in stages]
+    names = [(stage, run.stages[stage].key) for stage in stages]
     states: dict[str, list[StageKey]] = {"made": [], "being made": [], "not made": []}
     for name in names:
         state = "made" if name in found.made else "being made" if name[1] in found.leases else "not made"
@@ -70,9 +72,9 @@ def _project(run: PastRun, found: Overview, now: float) -> Iterator[str]:
         yield from _listed("release", [release])
 
 
-def _depth(stage: str, stages: Mapping[str, Mapping[str, Any]]) -> int:
+def _depth(stage: str, stages: Mapping[str, PlannedStage]) -> int:
     """Returns how many stages are behind one, along the longest way."""
-    return max((1 + _depth(name, stages) for name in stages[stage]["inputs"] if name in stages), default=0)
+    return max((1 + _depth(name, stages) for name in stages[stage].inputs if name in stages), default=0)
 
 
 def show_lineage(found: Lineage, defaults: Mapping[str, Any], now: float) -> str:

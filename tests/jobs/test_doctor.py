@@ -122,7 +122,7 @@ class Memory:
         return self.objects[path][start:stop]
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        yield from [Entry(p, len(d), d.hex()) for p, d in sorted(self.objects.items()) if p.startswith(prefix)]
+        yield from [Entry(p, len(d), d.hex(), 0.0) for p, d in sorted(self.objects.items()) if p.startswith(prefix)]
 
     def stat(self, path: str) -> Entry | None:
         return next((entry for entry in self.list(path) if entry.path == path), None)

@@ -10,13 +10,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from pipeline.data.fetch.references import comparable
 from pipeline.data.source.imported import imported_url
-from pipeline.errors import UserError
+from pipeline.errors import CorruptObject, UserError
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
+from pipeline.store.names import Digest
+from pipeline.store.records import Count, read_plain
 
 FORGOTTEN = "forgotten:"
 
@@ -31,9 +32,9 @@ class ListJournal:
         forgettings: How often something was forgotten, which tells earlier runs from later ones whatever clocks say.
     """
 
-    retries: tuple[str, ...] = ()
+    retries: tuple[Digest, ...] = ()
     forgotten: frozenset[str] = frozenset()
-    forgettings: int = 0
+    forgettings: Count = 0
 
 
 EMPTY = ListJournal()
@@ -90,13 +91,10 @@ def _read(store: Store, project: str) -> tuple[str | None, ListJournal]:
     if standing is None:
         return None, EMPTY
     try:
-        data: dict[str, Any] = json.loads(store.read(path))
-        return standing.version, ListJournal(tuple(data["retries"]), frozenset(data["forgotten"]), data["forgettings"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{store.url}/{path} is damaged, or an older version of this software wrote it: restore it, or name "
-            "another store to begin again"
-        ) from None
+        journal = read_plain(store, path, ListJournal)
+    except CorruptObject as e:
+        raise UserError(f"{store.url}/{path} {e.why}: restore it, or name another store to begin again") from None
+    return (standing.version, journal) if journal else (None, EMPTY)  # it may be deleted meanwhile
 
 
 def _as_json(journal: ListJournal) -> bytes:

@@ -14,7 +14,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Annotated
@@ -39,11 +39,12 @@ from pipeline.graph.artifacts import (
 )
 from pipeline.graph.damage import create_record, read_record, set_aside
 from pipeline.graph.stages import Context
-from pipeline.ledger import Ledger
+from pipeline.ledger import Ledger, StoredLedger
 from pipeline.local import Reach
 from pipeline.progress import counted, say_once
 from pipeline.store import Store
-from pipeline.store.records import digest, put_blob, read_blob
+from pipeline.store.names import Digest
+from pipeline.store.records import Count, Record, digest, put_blob, read_blob
 
 VERSION = 1
 LAYOUT = 9  # of the records of segments, which no key counts
@@ -114,14 +115,14 @@ class SourceShard:
         captions: Blob of the captions, "" before they are stored.
     """
 
-    number: int
-    image_key: str
-    caption_key: str
-    ledger: Ledger
-    held_out: Mapping[str, int] = field(default_factory=dict)
-    captioned: int = 0
-    refs: str = ""
-    captions: str = ""
+    number: Count
+    image_key: Digest
+    caption_key: Digest
+    ledger: StoredLedger
+    held_out: Mapping[str, Count] = field(default_factory=dict)
+    captioned: Count = 0
+    refs: Digest = ""
+    captions: Digest = ""
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,24 @@ class Scan:
 
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(Record):
     """Holds a list as it is stored, with the blobs of the sorted hashes that no earlier segment has."""
 
     shards: list[SourceShard]
-    hashes: list[str] = field(default_factory=list)
+    hashes: list[Digest]
+
+    @property
+    def tables(self) -> list[str]:
+        """Returns the blobs of the references and captions of all shards."""
+        return [blob for shard in self.shards for blob in (shard.refs, shard.captions)]
+
+    @property
+    def named(self) -> list[str]:
+        return [*self.tables, *self.hashes]
+
+    def check(self, path: str) -> None:
+        if not all(self.tables):
+            raise ValueError("shards: one of them has no tables")
 
 
 def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal = EMPTY) -> Scan:
@@ -197,11 +211,7 @@ def _segment_path(name: str) -> str:
 
 
 def _stored(store: Store, name: str) -> Segment | None:
-    record = read_record(store, _segment_path(name))
-    if record is None:
-        return None
-    shards = [SourceShard(**{**shard, "ledger": Ledger.from_json(shard["ledger"])}) for shard in record["shards"]]
-    return Segment(shards, record["hashes"])
+    return read_record(store, _segment_path(name), Segment)
 
 
 def _see(seen: SeenReferences, name: str, path: str, segment: Segment, cutter: _Cutter) -> None:
@@ -253,8 +263,7 @@ class _Cutter:
             if segment < FIRST_RETRY:
                 parts = range(0, len(judged.fresh), HASHES_A_BLOB)
                 hashes = [put_blob(self.store, judged.fresh[i : i + HASHES_A_BLOB].tobytes()) for i in parts]
-            body = {"shards": [{**asdict(s), "ledger": s.ledger.as_json()} for s in shards], "hashes": hashes}
-            create_record(self.store, _segment_path(name), body)
+            create_record(self.store, _segment_path(name), Segment(shards, hashes))
         return Segment(shards, hashes)
 
     def references(self, rows: Iterator[ListRow]) -> Iterator[str]:

@@ -15,13 +15,16 @@ from pipeline.config import load_config
 from pipeline.data.curation.near_passes import pack, read_piece
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.journal import change_journal, journal_path
+from pipeline.data.source.stage import Segment
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import (
     SEGMENTS,
     Artifact,
+    Shard,
     artifact_path,
     load_artifact,
     publish_artifact,
+    shard_path,
     write_shard_table,
 )
 from pipeline.graph.damage import create_record, read_record, set_aside, stands_on
@@ -30,7 +33,7 @@ from pipeline.graph.plan import pin_path, read_pin
 from pipeline.graph.pointer import Move, Releases, move_release, read_releases, release_path
 from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store
-from pipeline.store.records import FORMAT, blob_path, peek_record, put_blob, read_blob
+from pipeline.store.records import blob_path, peek_record, put_blob, read_blob
 from pipeline.upkeep.collect import collect
 from tests.chain import ROOT
 from tests.flips import flip_first_reads
@@ -73,6 +76,9 @@ def _release(store: Store) -> tuple[Move, ...]:
     return read_releases(store, "p").moves
 
 
+SHARD, SHARD_PATH = Shard(0, "k", Ledger(kept=1)), shard_path("pairs", "k")
+
+
 @pytest.mark.parametrize(
     ("read", "found"),
     [
@@ -80,12 +86,12 @@ def _release(store: Store) -> tuple[Move, ...]:
         (_release, (Move("promote", "bundle", "evaluation", NOW),)),
         (lambda store: read_blob(store, put_blob(store, b"blob")), b"blob"),
         (
-            lambda store: create_record(store, "runs/a.json", {}) and read_record(store, "runs/a.json"),
-            {"format": FORMAT},
+            lambda store: create_record(store, SHARD_PATH, SHARD) and read_record(store, SHARD_PATH, Shard),
+            SHARD,
         ),
         (
-            lambda store: create_record(store, "runs/a.json", {}) and peek_record(store, "runs/a.json"),
-            {"format": FORMAT},
+            lambda store: create_record(store, SHARD_PATH, SHARD) and peek_record(store, SHARD_PATH, Shard),
+            SHARD,
         ),
         (_pieces, b"two"),
         (_pictures, b"picture"),
@@ -135,10 +141,10 @@ def test_what_is_damaged_lies_aside_until_it_is_garbage(store: Store, caplog: py
     publish_artifact(store, Artifact("pairs", "k", {}, {}, Ledger()), 1.0)
     damaged = [spoil(store, path)]
     with caplog.at_level(logging.WARNING):
-        assert read_record(store, path) is None
+        assert read_record(store, path, Artifact) is None
     (warning,) = caplog.records
     assert f"{path} is corrupt; it is set aside in damaged/" in warning.getMessage()
-    assert read_record(store, path) is None
+    assert read_record(store, path, Artifact) is None
     publish_artifact(store, Artifact("pairs", "k", {}, {}, Ledger(kept=1)), 1.0)
     damaged.append(spoil(store, path))
     assert load_artifact(store, "pairs", "k") is None
@@ -300,7 +306,7 @@ def test_what_a_pin_names_stays(victim: str, store: Store) -> None:
 def test_what_another_run_deletes_while_one_heals_is_passed_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pin, and a record that names the damaged blob."""
     blob = put_blob(store, b"rows")
-    create_record(store, f"{SEGMENTS}one.json", {"shards": [], "hashes": [blob]})
+    create_record(store, f"{SEGMENTS}one.json", Segment([], [blob]))
     store.swap(pin_path("lineage"), None, json.dumps({"key": "k"}).encode())
     lift_when_listed(monkeypatch, store, SEGMENTS, "locks/")
     heal(store, CorruptObject(blob_path(blob), "has other bytes"), {}, GRAPH)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import differences, flatten
+from pipeline.graph.kinds import PlannedStage
 from pipeline.graph.plan import Verdict, pin_path, plan
 from pipeline.graph.stages import Kind, Stage, stage_key
 from pipeline.ledger import Ledger
@@ -100,12 +101,12 @@ def test_a_changed_value_makes_its_stage_and_what_follows_stale(store: Store) ->
     _make(store, first)
     graph = _graph(decoder=Recipe(model=Model(dropout=0.1)))
     previous = {
-        v.stage: {
-            "key": v.key,
-            "version": 1,
-            "recipe": flatten(Recipe()),
-            "inputs": {n: k.key for n in graph[v.stage].inputs for k in first if k.stage == n},
-        }
+        v.stage: PlannedStage(
+            v.key,
+            version=1,
+            recipe=flatten(Recipe()),
+            inputs={n: k.key for n in graph[v.stage].inputs for k in first if k.stage == n},
+        )
         for v in first
     }
     verdicts = plan(graph, SOURCE, "p", store, previous)

@@ -9,15 +9,19 @@ from jobs.project import Project, open_project
 from jobs.run import run
 from pipeline.build import build
 from pipeline.config import load_config
+from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
-from pipeline.graph.damage import read_record
+from pipeline.graph.damage import create_record, read_record
 from pipeline.graph.keys import flatten
+from pipeline.graph.kinds import Run
 from pipeline.graph.plan import plan
-from pipeline.graph.runs import AGAIN_S, asked_at, remember, remember_again
+from pipeline.graph.runs import AGAIN_S, last_run, remember, remember_again, run_entries, run_number
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import put_blob
 from pipeline.upkeep.collect import collect
+from pipeline.upkeep.overview import overview
+from tests.aged import aged
 
 DAY_S = 86_400.0
 GRAPH = build(load_config("configs/nano.yaml"))
@@ -38,9 +42,9 @@ def test_the_words_of_ones_own_program_are_not_recorded(
     verdicts = plan(GRAPH, {"source": "s", "captions": "c"}, "p", store, {})
     remember(store, "p", GRAPH, verdicts)
     (entry,) = store.list("runs/p/")
-    record = read_record(store, entry.path)
-    assert record
-    assert record["by"]["command"] == recorded
+    run = read_record(store, entry.path, Run)
+    assert run
+    assert run.by["command"] == recorded
 
 
 def test_a_run_that_finds_everything_made_is_recorded_where_no_record_of_today_says_so(
@@ -51,16 +55,61 @@ def test_a_run_that_finds_everything_made_is_recorded_where_no_record_of_today_s
         remember_again(store, "p", GRAPH, verdicts, forgettings, {wanted})
         return [entry.path for entry in store.list("runs/p/")]
 
-    now = time.time()
     assert len(again()) == len(again()) == 1
     assert len(again(source="other")) == len(again(source="other")) == 2
     assert len(again()) == 3  # what a run of the same list was asked for before the other is not the last any more
     assert len(again(forgettings=1)) == 4
     assert len(again(forgettings=1, wanted="captions")) == 5
-    monkeypatch.setattr(time, "time", lambda: now + AGAIN_S + 60)
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # clocks of machines do not count, but that of the store
+    assert len(again(forgettings=1, wanted="captions")) == 5
+    now = store.now()
+    monkeypatch.setattr(type(store), "now", lambda _: now + AGAIN_S + 60)
     found = again(forgettings=1, wanted="captions")
-    assert len(found) == 6
-    assert asked_at(found[-1]) == pytest.approx(now + AGAIN_S + 60, abs=1)
+    assert [run_number(path) for path in found] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_follows_the_highest_number_whatever_the_clock_says(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine a year ahead is the last only until the next run."""
+
+    def ask(source: str) -> None:
+        verdicts = plan(GRAPH, {"source": source, "captions": "c"}, "p", store, {})
+        remember(store, "p", GRAPH, verdicts)
+
+    with monkeypatch.context() as ahead:
+        ahead.setattr(time, "time", lambda: 4e9)
+        ask("ahead")
+    ask("s")
+    assert last_run(store, "p")["source"].key == "s"
+    assert [run.stages["source"].key for run in overview(store, "p").runs] == ["s", "ahead"]
+    assert all(run.at < 4e9 for run in overview(store).runs)
+
+
+def test_runs_that_begin_at_once_share_a_number_and_names_decide(store: Store) -> None:
+    run = Run("p", {}, 0, ())
+    for name in ("ffffffff", "00000000"):
+        create_record(store, f"runs/p/00000007-{name}.json", run)
+    assert [entry.path for entry in run_entries(store, "p")] == [
+        "runs/p/00000007-00000000.json",
+        "runs/p/00000007-ffffffff.json",
+    ]
+    remember(store, "p", {}, [])
+    assert [run_number(entry.path) for entry in run_entries(store, "p")] == [7, 7, 8]
+
+
+def test_a_number_that_nobody_can_follow_is_said(store: Store) -> None:
+    create_record(store, "runs/p/99999999-00000000.json", Run("p", {}, 0, ()))
+    with pytest.raises(UserError, match=r"runs/p/99999999-00000000\.json has the last number .*: delete it"):
+        remember(store, "p", {}, [])
+
+
+def test_what_is_no_run_is_nobodys_last_run(store: Store) -> None:
+    remember(store, "p", GRAPH, plan(GRAPH, {"source": "s", "captions": "c"}, "p", store, {}))
+    for name in ("x", "20300101T000000.000000-00000000", "00000002", "x/00000002-00000000"):
+        store.create(f"runs/p/{name}.json", b"{}")
+    store.create("runs/p/00000003-00000000.json", b"damaged")
+    assert last_run(store, "p")["source"].key == "s"
 
 
 def test_what_a_run_of_today_finds_made_outlives_another_configuration(
@@ -73,13 +122,12 @@ def test_what_a_run_of_today_finds_made_outlives_another_configuration(
     def project(batch: int) -> Project:
         return open_project({**values, "preset": "nano", "run": {"output": str(tmp_path)}}, [f"decoder.batch={batch}"])
 
-    def make(batch: int, at: float) -> None:
+    def make(batch: int, age_s: float) -> None:
         found = project(batch)
         verdicts = found.plan()
         keys = {verdict.stage: verdict.key for verdict in verdicts}
-        with monkeypatch.context() as then:
-            then.setattr(time, "time", lambda: at)
-            remember(found.store, "p", found.graph, verdicts)
+        remember(found.store, "p", found.graph, verdicts)
+        aged(monkeypatch, found.store, run_entries(found.store, "p")[-1].path, age_s)
         for verdict in verdicts:
             stage = found.graph[verdict.stage]
             inputs = {name: keys[name] for name in stage.inputs}
@@ -87,11 +135,10 @@ def test_what_a_run_of_today_finds_made_outlives_another_configuration(
             made = Artifact(stage.name, verdict.key, inputs, flatten(stage.recipe), Ledger(), blobs=blobs)
             publish_artifact(found.store, made, 1.0)
 
-    now = time.time()
-    make(16, now - 60 * DAY_S)
+    make(16, 60 * DAY_S)
     monkeypatch.setattr("jobs.run._shows", lambda *_: True)  # a report of these artefacts cannot be written
     run(project(16))
-    make(8, now)
+    make(8, 0)
     store = project(16).store
     for passed in (0, 2 * DAY_S):
         collect(store, 30 * DAY_S, DAY_S, store.now() + passed, True)

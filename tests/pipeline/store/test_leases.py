@@ -5,11 +5,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import Unreachable
+from pipeline.errors import CorruptObject, Unreachable
 from pipeline.store import Store, leases
 from pipeline.store.leases import Lease, lead_or_wait, lease_path, read_lease
 from pipeline.store.records import who, whoami
@@ -52,7 +53,7 @@ def test_one_leads_and_the_other_waits_for_its_record(store: Store) -> None:
 
 
 def test_a_released_lease_is_free_at_once(store: Store) -> None:
-    with _lead(store) or Lease(store, "", {}, 1):
+    with _lead(store) or pytest.fail("no lease"):
         pass
     looks = iter([False])  # at its second look it would find the work done
     assert _lead(store, lambda: next(looks, True)) is not None
@@ -130,12 +131,12 @@ def test_a_lease_tells_who_holds_it_until_it_is_released(store: Store) -> None:
     began = read_lease(store, lease_path("k"))
     assert began is not None
     with lease:
-        while "at" not in (held := read_lease(store, lease_path("k")) or {}):
+        while (held := read_lease(store, lease_path("k"))) is None or held.at is None:
             time.sleep(0.02)
-    assert held["progress"] == "8 of 64 samples"
-    assert {"user": held["user"], "host": held["host"]} == whoami()
-    assert held["stage"] == "decoder"
-    assert held["since"] == began["since"] <= held["at"] <= time.time()
+    assert held.progress == "8 of 64 samples"
+    assert {"user": held.user, "host": held.host} == whoami()
+    assert held.stage == "decoder"
+    assert held.since == began.since <= held.at <= time.time()
     assert read_lease(store, lease_path("k")) is None
     assert read_lease(store, lease_path("another")) is None
 
@@ -153,7 +154,7 @@ def test_taking_over_says_why(store: Store, caplog: pytest.LogCaptureFixture) ->
     with taken:
         held = read_lease(store, lease_path("k"))
         assert held is not None
-        assert {"user": held["user"], "host": held["host"]} == whoami()
+        assert {"user": held.user, "host": held.host} == whoami()
 
 
 @pytest.mark.parametrize(("change", "why"), [({"started": "0"}, "is dead"), ({"released": True}, "has stopped")])
@@ -189,23 +190,25 @@ def test_a_damaged_lease_is_taken_over_after_its_time(content: bytes, store: Sto
     with led:
         held = read_lease(store, lease_path("k"))
         assert held is not None
-        assert held["pid"] == os.getpid()
+        assert held.pid == os.getpid()
 
 
 def test_a_process_of_another_container_counts_as_held(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process id, which is of this boot and this host, is nobody's here, or somebody else's."""
     with monkeypatch.context() as there:
         there.setattr(leases.os, "readlink", lambda _: "pid:[4026532000]")
-        held = leases._identity() | {"started": "1"}
-    store.swap(lease_path("k"), None, json.dumps(held).encode())
+        held = replace(leases._this_process("nonce", "decoder", 60.0), started="1")
+    store.swap(lease_path("k"), None, held.as_json())
     assert read_lease(store, lease_path("k")) == held
-    _change(store, boot=leases._identity()["boot"])
+    _change(store, boot=leases._boot())
     assert read_lease(store, lease_path("k")) is None
 
 
 @pytest.mark.parametrize("pid", ["../../x", "self", 1.5, None, [1]])
 def test_what_a_lease_calls_a_process_becomes_no_path(pid: object, store: Store) -> None:
-    """Such a lease counts as held, until it has stood still for its time."""
-    held = {"pid": pid, "started": "never", "boot": leases._boot(), "host": whoami()["host"]}
-    store.swap(lease_path("k"), None, json.dumps(held).encode())
-    assert read_lease(store, lease_path("k")) == held
+    """Such a lease is damaged: it counts as held until it has stood still for its time."""
+    own = leases._this_process("nonce", "decoder", 60.0)
+    store.swap(lease_path("k"), None, json.dumps(asdict(own) | {"pid": pid, "started": "never"}).encode())
+    with pytest.raises(CorruptObject, match=r"is damaged \(pid: "):
+        read_lease(store, lease_path("k"))
+    assert lead_or_wait(store, "k", 0.2, lambda: False, lambda: "", poll_s=0.05) is not None

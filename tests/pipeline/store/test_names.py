@@ -2,14 +2,17 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.data.source.stage import Segment
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import (
     Artifact,
+    Shard,
     ShardList,
     ancestors,
     artifact_path,
@@ -20,15 +23,16 @@ from pipeline.graph.artifacts import (
     shard_path,
     write_table,
 )
-from pipeline.graph.damage import read_record
+from pipeline.graph.kinds import Run
 from pipeline.graph.plan import pin_path, read_pin
-from pipeline.graph.pointer import read_releases, release_path
+from pipeline.graph.pointer import Pointer, read_releases, release_path
 from pipeline.graph.runs import last_run
 from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store
 from pipeline.store.names import is_blob_or_record, is_file_name, is_part
-from pipeline.store.records import FORMAT, blob_path, canonical, digest, put_blob, read_blob, seal
+from pipeline.store.records import FORMAT, Record, blob_path, canonical, digest, open_record, put_blob, read_blob, seal
 from pipeline.training.checkpoints import Checkpoints
+from pipeline.training.records import CheckpointRecord, FailedStep
 
 BLOB = "0123456789abcdef" * 4
 AWAY = ("../x", "../../x", "a/../../x", "/etc/x", "//x", "a//b", "a/", "", ".", "..", "a/./b", "a\\b", "a\0", "a\nb")
@@ -86,17 +90,36 @@ def test_what_may_be_set_aside(path: str, ours: bool) -> None:
 LEDGER = Ledger(kept=1).as_json()
 ARTIFACT = {
     "stage": "bundle", "key": "k", "inputs": {"clip": "c"}, "recipe": {}, "ledger": LEDGER, "blobs": {"a": BLOB},
-    "shard_table": None, "metrics": {}, "environment": {}, "times": {},
+    "shard_table": None, "metrics": {}, "environment": {}, "times": {"finished": 0.5, "seconds": 1},
 }  # fmt: skip
 SHARD = {"number": 0, "key": "k", "ledger": LEDGER, "blobs": {"index": BLOB}, "counts": {}}
-SEGMENT = {"shards": [{"number": 0, "refs": BLOB, "captions": BLOB}], "hashes": [BLOB]}
-CHECKPOINT = {"samples": 8, "blobs": {"model": BLOB}, "journal": {"lines": [{"samples": 8, "preview": BLOB}]}}
+SOURCE_SHARD = {"number": 0, "image_key": BLOB, "caption_key": BLOB, "ledger": LEDGER, "refs": BLOB, "captions": BLOB}
+SEGMENT = {"shards": [SOURCE_SHARD], "hashes": [BLOB]}
+CHECKPOINT = {
+    "samples": 8, "attempt": 1, "seconds": 0.5, "laps": {}, "blobs": {"model": BLOB},
+    "journal": {"lines": [{"samples": 8, "preview": BLOB}], "sums": {}, "steps": 0},
+}  # fmt: skip
+FAILURE = {"samples": 8, "keys": ["000000000000"], "blobs": {"model": BLOB}}
 RUN = {
-    "project": "p",
-    "stages": {"clip": {"key": "k", "trajectory": "t", "trunk": "u", "inputs": {"pairs": "k"}}},
-    "package": f"packages/{BLOB}.zip",
-}
+    "project": "p", "forgettings": 0, "wanted": ["clip"], "by": {"host": "h"}, "package": f"packages/{BLOB}.zip",
+    "stages": {
+        "clip": {"key": "k", "version": 1, "recipe": {}, "trajectory": "t", "trunk": "u", "inputs": {"pairs": "k"}}
+    },
+}  # fmt: skip
 RELEASE = {"project": "p", "moves": [{"action": "promote", "bundle": "b", "evaluation": "e", "at": 0, "failed": []}]}
+PATHS: dict[type[Record], str] = {
+    Artifact: artifact_path("bundle", "k"),
+    Shard: shard_path("pairs", "k"),
+    Segment: "shards/source/segment-x.json",
+    CheckpointRecord: "checkpoints/t/000000000008-0001.json",
+    FailedStep: "checkpoints/t/failures/000000000008-0001.json",
+    Run: "runs/p/00000001-00000000.json",
+    Pointer: release_path("p"),
+}
+SOUND: dict[type[Record], dict[str, Any]] = {
+    Artifact: ARTIFACT, Shard: SHARD, Segment: SEGMENT, CheckpointRecord: CHECKPOINT, FailedStep: FAILURE, Run: RUN,
+    Pointer: RELEASE,
+}  # fmt: skip
 
 
 def _with(body: dict[str, Any], *where: Any) -> dict[str, Any]:
@@ -109,62 +132,72 @@ def _with(body: dict[str, Any], *where: Any) -> dict[str, Any]:
     return changed
 
 
-FORGED = [
-    *(_with(ARTIFACT, "blobs", {name: BLOB}) for name in AWAY),
-    *(_with(ARTIFACT, "blobs", {"a": name}) for name in NO_BLOBS),
-    _with(ARTIFACT, "blobs", [BLOB]),
-    _with(ARTIFACT, "shard_table", "../../x"),
-    _with(ARTIFACT, "stage", "../.."),
-    _with(ARTIFACT, "key", ".."),
-    _with(ARTIFACT, "inputs", {"../../x": "k"}),
-    _with(ARTIFACT, "inputs", {"clip": "../../../x"}),
-    _with(SHARD, "blobs", {"index": "../../x"}),
-    _with(SHARD, "key", "../x"),
-    _with(SEGMENT, "shards", 0, "refs", "../../x"),
-    _with(SEGMENT, "shards", 0, "captions", "../../x"),
-    _with(SEGMENT, "hashes", ["../../x"]),
-    _with(CHECKPOINT, "blobs", {"model": "../../x"}),
-    _with(CHECKPOINT, "journal", "lines", 0, "preview", "../../x"),
-    _with(RUN, "project", "../x"),
-    _with(RUN, "stages", {"../x": {"key": "k", "inputs": {}}}),
-    *(_with(RUN, "stages", "clip", name, "../x") for name in ("key", "trajectory", "trunk")),
-    _with(RUN, "stages", "clip", "inputs", {"pairs": "../x"}),
-    _with(RUN, "package", "../../x.zip"),
-    *(_with(RELEASE, "moves", 0, name, "../x") for name in ("bundle", "evaluation")),
+FORGED: list[tuple[type[Record], dict[str, Any]]] = [
+    *((Artifact, _with(ARTIFACT, "blobs", {name: BLOB})) for name in AWAY),
+    *((Artifact, _with(ARTIFACT, "blobs", {"a": name})) for name in NO_BLOBS),
+    (Artifact, _with(ARTIFACT, "blobs", [BLOB])),
+    (Artifact, _with(ARTIFACT, "shard_table", "../../x")),
+    (Artifact, _with(ARTIFACT, "stage", "../..")),
+    (Artifact, _with(ARTIFACT, "key", "..")),
+    (Artifact, _with(ARTIFACT, "inputs", {"../../x": "k"})),
+    (Artifact, _with(ARTIFACT, "inputs", {"clip": "../../../x"})),
+    (Shard, _with(SHARD, "blobs", {"index": "../../x"})),
+    (Shard, _with(SHARD, "key", "../x")),
+    (Segment, _with(SEGMENT, "shards", 0, "refs", "../../x")),
+    (Segment, _with(SEGMENT, "shards", 0, "captions", "../../x")),
+    (Segment, _with(SEGMENT, "hashes", ["../../x"])),
+    (CheckpointRecord, _with(CHECKPOINT, "blobs", {"model": "../../x"})),
+    (CheckpointRecord, _with(CHECKPOINT, "journal", "lines", 0, "preview", "../../x")),
+    (FailedStep, _with(FAILURE, "blobs", {"model": "../../x"})),
+    (Run, _with(RUN, "project", "../x")),
+    (Run, _with(RUN, "stages", {"../x": RUN["stages"]["clip"]})),  # type: ignore[index]
+    *((Run, _with(RUN, "stages", "clip", name, "../x")) for name in ("key", "trajectory", "trunk")),
+    (Run, _with(RUN, "stages", "clip", "inputs", {"pairs": "../x"})),
+    (Run, _with(RUN, "package", "../../x.zip")),
+    *((Pointer, _with(RELEASE, "moves", 0, name, "../x")) for name in ("bundle", "evaluation")),
 ]
 
 
-@pytest.mark.parametrize("body", [ARTIFACT, SHARD, SEGMENT, CHECKPOINT, RUN, RELEASE])
-def test_a_record_of_each_kind_passes_the_gate(body: dict[str, Any], store: Store) -> None:
-    forge(store, "runs/p/a.json", body)
-    assert read_record(store, "runs/p/a.json") == {**body, "format": FORMAT}
-    seal(body)
+@pytest.mark.parametrize("kind", SOUND)
+def test_a_record_of_each_kind_passes_the_gate(kind: type[Record], store: Store) -> None:
+    forge(store, PATHS[kind], SOUND[kind] | {"a field of a newer version": 1})
+    found = open_record(store, PATHS[kind], kind)
+    assert found
+    store.delete([PATHS[kind]])
+    assert store.create(PATHS[kind], seal(found, PATHS[kind]))
+    assert open_record(store, PATHS[kind], kind) == found
 
 
-@pytest.mark.parametrize("body", FORGED)
-def test_a_forged_record_is_damaged_and_none_is_made(body: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "body"), FORGED)
+def test_a_forged_record_is_damaged(kind: type[Record], body: dict[str, Any], tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
-    forge(store, "runs/p/a.json", body)
-    assert read_record(store, "runs/p/a.json") is None
-    (aside,) = (entry.path for entry in store.list(""))
-    assert aside.startswith("damaged/runs/p/a.json.")
-    with pytest.raises(
-        ValueError, match=r"not a name that a record may hold|not a file with its blob|does not map names"
-    ):
-        seal(body)
+    forge(store, PATHS[kind], body)
+    with pytest.raises(CorruptObject, match="is no record that belongs there") as caught:
+        open_record(store, PATHS[kind], kind)
+    assert caught.value.path == PATHS[kind]
+
+
+def test_no_forged_record_is_made(store: Store) -> None:
+    made = Artifact("bundle", "k", {}, {}, Ledger(), times={"finished": 0.0, "seconds": 1.0})
+    seal(made, PATHS[Artifact])
+    for forged in (replace(made, blobs={"../x": BLOB}), replace(made, key="../x"), replace(made, shard_table="x")):
+        with pytest.raises(ValueError, match=r"not a name that a record may hold|not the name of a file|shard_table"):
+            seal(forged, PATHS[Artifact])
+    with pytest.raises(ValueError, match="it is the artefact bundle k"):
+        seal(made, artifact_path("bundle", "another"))
 
 
 def test_readers_of_each_kind_pass_a_forged_record_over(store: Store) -> None:
     forge(store, artifact_path("bundle", "k"), _with(ARTIFACT, "blobs", {"../../x": BLOB}))
     forge(store, shard_path("pairs", "k"), _with(SHARD, "blobs", {"index": "../../x"}))
     forge(store, "checkpoints/t/000000000008-0001.json", _with(CHECKPOINT, "blobs", {"model": "../../x"}))
-    forge(store, "runs/p/20260101T000000.000000-00000000.json", _with(RUN, "stages", "clip", "key", "../x"))
+    forge(store, "runs/p/00000001-00000000.json", _with(RUN, "stages", "clip", "key", "../x"))
     assert load_artifact(store, "bundle", "k") is None
     assert read_shard(store, "pairs", "k") is None
     assert Checkpoints(store, "t", 1).journal(100) is None
     assert last_run(store, "p") == {}
     forge(store, release_path("p"), _with(RELEASE, "moves", 0, "bundle", "../x"))
-    with pytest.raises(UserError, match=r"releases/p\.json is corrupt"):
+    with pytest.raises(UserError, match=r"releases/p\.json is no record that belongs there \(moves\.0\.bundle: "):
         read_releases(store, "p")
 
 

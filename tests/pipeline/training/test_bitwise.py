@@ -4,7 +4,7 @@ import json
 import random
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipeline.graph.stages import Context, trajectory_key
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training.recipes import ARPriorRecipe, DecoderRecipe, UpsamplerRecipe
+from pipeline.training.records import CheckpointRecord
 from tests.pipeline.training.conftest import World, make_world, with_codec
 from tests.pipeline.training.distributed.test_launch import CLIP
 from tests.pipeline.training.test_stage import RECIPE
@@ -88,11 +89,11 @@ def left(name: str, folder: Path) -> dict[str, Any]:
     artifact = load_artifact(world.store, name, ctx.key)
     assert artifact is not None
     newest = max(entry.path for entry in world.store.list(f"checkpoints/{trajectory_key(ctx)}/0"))
-    record = read_record(world.store, newest)
+    record = read_record(world.store, newest, CheckpointRecord)
     assert record is not None
-    assert record["samples"] == STEPS * BATCH
-    held = {part: tensors(read_blob(world.store, blob)) for part, blob in record["blobs"].items()}
-    return {"artefact": artifact.blobs, "checkpoint": held, "journal": json.dumps(record["journal"])}
+    assert record.samples == STEPS * BATCH
+    held = {part: tensors(read_blob(world.store, blob)) for part, blob in record.blobs.items()}
+    return {"artefact": artifact.blobs, "checkpoint": held, "journal": json.dumps(asdict(record.journal))}
 
 
 def tensors(data: bytes) -> tuple[dict[str, Any], bytes]:

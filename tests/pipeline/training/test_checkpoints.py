@@ -14,6 +14,7 @@ from pipeline.store.records import blob_path
 from pipeline.training.checkpoints import Checkpoints, last_attempt, snapshot, take_attempt
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.recipes import DiffusionPriorRecipe
+from pipeline.training.records import CheckpointRecord
 from pipeline.training.state import TrainState, begin, parts
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from tests.flips import flip_first_reads
@@ -81,18 +82,18 @@ def _cut_record(store: Store, path: str) -> None:
 
 
 def _cut_blob(store: Store, path: str) -> None:
-    record = read_record(store, path)
+    record = read_record(store, path, CheckpointRecord)
     assert record is not None
-    blob = blob_path(record["blobs"]["optimizer"])
+    blob = blob_path(record.blobs["optimizer"])
     data = store.read(blob)
     store.delete([blob])
     store.create(blob, data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def _lose_blob(store: Store, path: str) -> None:
-    record = read_record(store, path)
+    record = read_record(store, path, CheckpointRecord)
     assert record is not None
-    store.delete([blob_path(record["blobs"]["model"])])
+    store.delete([blob_path(record.blobs["model"])])
 
 
 @pytest.mark.parametrize("damage", [_cut_record, _cut_blob, _lose_blob])
@@ -165,9 +166,9 @@ def test_old_ones_go_with_their_blobs(store: Store) -> None:
     checkpoints = Checkpoints(store, "t", 1, keep=2)
     for steps in (1, 2, 3, 4):
         save(checkpoints, make_state(steps))
-    records = [read_record(store, entry.path) for entry in store.list("checkpoints/t/0")]
-    assert [record["samples"] for record in records if record] == [48, 64]
-    named = {blob_path(blob) for record in records if record for blob in record["blobs"].values()}
+    records = [read_record(store, entry.path, CheckpointRecord) for entry in store.list("checkpoints/t/0")]
+    assert [record.samples for record in records if record] == [48, 64]
+    named = {blob_path(blob) for record in records if record for blob in record.blobs.values()}
     assert {entry.path for entry in store.list("blobs/")} == named
 
 
@@ -217,10 +218,10 @@ def test_an_overtaken_attempt_deletes_nothing_of_its_successor(store: Store) -> 
 
 def test_a_forged_record_deletes_nothing_of_a_release_or_of_another_training(store: Store) -> None:
     save(Checkpoints(store, "u", 1), make_state(1))
-    other = read_record(store, "checkpoints/u/000000000016-0001.json")
+    other = read_record(store, "checkpoints/u/000000000016-0001.json", CheckpointRecord)
     assert other
-    blobs = released(store)["decoder"].blobs | other["blobs"] | {"none": "0" * 64}
-    forge(store, "checkpoints/t/000000000000-0001.json", CHECKPOINT | {"blobs": blobs})
+    blobs = released(store)["decoder"].blobs | {**other.blobs} | {"none": "0" * 64}
+    forge(store, "checkpoints/t/000000000000-0001.json", CHECKPOINT | {"samples": 0, "blobs": blobs})
     checkpoints = Checkpoints(store, "t", 1, keep=1)
     for steps in (1, 2):
         save(checkpoints, make_state(steps))

@@ -18,6 +18,7 @@ from pipeline.training import stage
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.recipes import DiffusionPriorRecipe
+from pipeline.training.records import CheckpointRecord
 from pipeline.training.task import Examples
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.timing import Speed
@@ -54,12 +55,14 @@ def test_gamma_is_in_no_checkpoint_and_the_training_goes_on_after_a_milestone(
     shared_world: World, trained: Artifact
 ) -> None:
     folder = f"checkpoints/{trajectory_key(shared_world.context('diffusion_prior', RECIPE, KEEPING))}/"
-    records = [read_record(shared_world.store, entry.path) for entry in shared_world.store.list(f"{folder}0")]
-    assert {record["samples"] for record in records if record} == {16, 32, 48, 64}
+    records = [
+        read_record(shared_world.store, entry.path, CheckpointRecord) for entry in shared_world.store.list(f"{folder}0")
+    ]
+    assert {record.samples for record in records if record} == {16, 32, 48, 64}
     for record in records:
         assert record is not None
         for name in ("model", "ema"):
-            assert "gamma" not in load(read_blob(shared_world.store, record["blobs"][name]))
+            assert "gamma" not in load(read_blob(shared_world.store, record.blobs[name]))
     assert trained.metrics["samples_seen"] == 64
 
 

@@ -17,6 +17,7 @@ from pipeline.training import stage
 from pipeline.training.checkpoints import Checkpoints, Course, snapshot
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.recipes import DiffusionPriorRecipe
+from pipeline.training.records import CheckpointRecord
 from pipeline.training.saver import Saver
 from pipeline.training.state import learning_rate
 from tests.flips import flip_first_reads
@@ -48,8 +49,8 @@ def test_steps_go_on_while_the_store_takes_its_time(world: World, monkeypatch: p
     ctx = world.context("diffusion_prior", recipe, settings)
     stage.train(ctx)
     entries = world.store.list(f"checkpoints/{trajectory_key(ctx)}/0")
-    records = [read_record(world.store, entry.path) for entry in entries]
-    first, *between, last = [record["samples"] // 16 for record in records if record]
+    records = [read_record(world.store, entry.path, CheckpointRecord) for entry in entries]
+    first, *between, last = [record.samples // 16 for record in records if record]
     assert (first, last) == (1, 80)
     assert len(between) == 1
     assert between[0] >= 70

@@ -155,10 +155,10 @@ def results(world: World) -> dict[str, bytes]:
     """All blobs of all diffusion priors in a store, by samples and name."""
     found = {}
     for entry in world.store.list("artifacts/diffusion_prior/"):
-        record = read_record(world.store, entry.path)
+        record = read_record(world.store, entry.path, Artifact)
         assert record is not None
-        for name, blob in record["blobs"].items():
-            found[f"{record['recipe']['samples']} {name}"] = read_blob(world.store, blob)
+        for name, blob in record.blobs.items():
+            found[f"{record.recipe['samples']} {name}"] = read_blob(world.store, blob)
     return found
 
 

@@ -51,7 +51,7 @@ def test_it_finds_runs_artefacts_pins_and_the_release(store: Store) -> None:
     ask(store, "other")
     move_release(store, "p", Releases(), Move("promote", keys["bundle"], "e", 5.0))
     found = overview(store, "p")
-    assert [run.stages["source"]["key"] for run in found.runs] == [keys["source"], first["source"]]
+    assert [run.stages["source"].key for run in found.runs] == [keys["source"], first["source"]]
     assert found.all_runs == 2
     assert all(run.by["host"] and run.by["command"] and time.time() - run.at < 600 for run in found.runs)
     assert found.made == {(stage, keys[stage]) for stage in ("source", "captions", "pairs", "clip")}
@@ -77,7 +77,7 @@ def test_only_what_is_not_made_and_not_released_runs(store: Store) -> None:
     store.swap(lease_path("odd"), None, b"{")
     found = overview(store, "p").leases
     assert found.keys() == {keys["captions"]}
-    assert found[keys["captions"]]["stage"] == "captions"
+    assert found[keys["captions"]].stage == "captions"
 
 
 def test_a_pin_that_is_lifted_meanwhile_pins_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_a_key_that_is_none(store: Store) -> None:
 
 def test_damaged_records_are_left_alone_and_passed_over(store: Store) -> None:
     ask(store)
-    store.create("runs/p/20300101T000000.000000-00000000.json", b"damaged")
+    store.create("runs/p/00000002-00000000.json", b"damaged")
     store.create(artifact_path("clip", "broken"), b"damaged")
     found = overview(store, "p")
     assert (found.all_runs, len(found.runs)) == (2, 1)

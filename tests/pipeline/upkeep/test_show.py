@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 from pipeline.graph.artifacts import Artifact
+from pipeline.graph.kinds import PlannedStage
 from pipeline.graph.pointer import Move
 from pipeline.ledger import Ledger
+from pipeline.store.leases import Holder
 from pipeline.upkeep.overview import Lineage, Overview, PastRun
 from pipeline.upkeep.show import show_lineage, show_overview
 
@@ -12,25 +14,19 @@ NOW = 1_750_000_000.0  # 2025-06-15 15:06:40 UTC
 ANA = {"user": "ana", "host": "gpu-7"}
 
 
-def asked(*stages: str) -> dict[str, dict[str, object]]:
+def asked(*stages: str) -> dict[str, PlannedStage]:
     """A chain of stages, each made from the one before."""
     return {
-        stage: {"key": stage * 8, "version": 1, "recipe": {}, "inputs": {i: i * 8 for i in stages[max(0, n - 1) : n]}}
+        stage: PlannedStage(stage * 8, 1, {}, {i: i * 8 for i in stages[max(0, n - 1) : n]})
         for n, stage in reversed(list(enumerate(stages)))
     }
 
 
 STAGES = asked("source", "clip", "codec")
 RUN = PastRun("emoji", NOW - 600, {**ANA, "command": "unclip run emoji.yaml"}, STAGES, STAGES.keys())
-LEASE = {
-    **ANA,
-    "pid": 42,
-    "stage": "clip",
-    "since": NOW - 300,
-    "at": NOW - 4,
-    "lease_s": 60,
-    "progress": "8 of 64 samples",
-}
+LEASE = Holder(
+    "nonce", "clip", 60, **ANA, boot="", pid=42, started="", since=NOW - 300, at=NOW - 4, progress="8 of 64 samples"
+)
 FOUND = Overview(
     "s3://b/p",
     [RUN, replace(RUN, at=NOW - 10_000), replace(RUN, project="other", at=NOW - 20_000)],
@@ -75,7 +71,7 @@ def test_stages_stand_in_the_order_in_which_they_are_made() -> None:
 
 
 def test_a_process_silent_for_longer_than_a_lease_has_probably_ended() -> None:
-    shown = show_overview(replace(FOUND, leases={"k": {**LEASE, "at": NOW - 61}}), NOW)
+    shown = show_overview(replace(FOUND, leases={"k": replace(LEASE, at=NOW - 61)}), NOW)
     assert "not heard of for 1 min 01 s: probably ended" in shown
 
 

@@ -132,8 +132,8 @@ def _spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def _hashes(store: Store) -> set[str]:
-    records = [source.read_record(store, entry.path) for entry in store.list("shards/source/segment-")]
-    return {name for record in records if record for name in record["hashes"]}
+    records = [source.read_record(store, entry.path, source.Segment) for entry in store.list("shards/source/segment-")]
+    return {name for record in records if record for name in record.hashes}
 
 
 def test_without_news_neither_lists_nor_hashes_are_read(

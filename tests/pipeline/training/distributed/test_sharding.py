@@ -18,9 +18,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
-from pipeline.graph.damage import read_record
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
+from pipeline.store.records import peek_record
 from pipeline.training import stage
 from pipeline.training.distributed import process_group
 from pipeline.training.distributed.process_group import ProcessGroup
@@ -36,6 +36,7 @@ from pipeline.training.distributed.sharding import (
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import backward
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe
+from pipeline.training.records import CheckpointRecord
 from pipeline.training.state import begin
 from pipeline.training.tasks.decoder import DecoderTask
 from pipeline.training.timing import StepTimer
@@ -103,8 +104,8 @@ def test_two_workers_train_what_one_process_trains(world: World, tmp_path: Path)
     check_equal(world, "diffusion_prior", PRIOR, [(16, 0), (32, 2), (48, 2), (64, 0)], tmp_path)
     # Of the checkpoints before 16 and 48: what is not sharded is in the blobs of the first worker.
     assert [len(lines(tmp_path / f"read-{rank}")) for rank in (0, 1)] == [3 + 3, 3 + 6]
-    records = [read_record(world.store, entry.path) for entry in world.store.list("checkpoints/")]
-    blobs = {record["samples"]: sorted(record["blobs"]) for record in records if record and record.get("blobs")}
+    records = [peek_record(world.store, entry.path, CheckpointRecord) for entry in world.store.list("checkpoints/")]
+    blobs = {record.samples: sorted(record.blobs) for record in records if record}
     assert blobs[16] == blobs[64] == ["ema", "model", "optimizer"]
     assert blobs[32] == sorted([*blobs[16], *(f"{part}.00001" for part in blobs[16])])
 
@@ -137,8 +138,8 @@ def test_two_nodes_that_each_hold_the_model_train_it_and_save_one_copy(world: Wo
     straight = make_world(tmp_path / "straight")
     expected = trained(straight, "diffusion_prior", PRIOR, [(48, 0)], tmp_path)
     assert_equal_trainings((world, made), (straight, expected))
-    records = [read_record(world.store, entry.path) for entry in world.store.list("checkpoints/")]
-    blobs = [len(record["blobs"]) for record in records if record and record.get("blobs")]
+    records = [peek_record(world.store, entry.path, CheckpointRecord) for entry in world.store.list("checkpoints/")]
+    blobs = [len(record.blobs) for record in records if record]
     assert set(blobs) == {6}  # three parts of two workers
 
 

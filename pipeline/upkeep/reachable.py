@@ -1,0 +1,83 @@
+"""Holds what a collection of garbage keeps, and reads records for it: one that cannot be read ends no collection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipeline.data.source.stage import Segment
+from pipeline.errors import CorruptObject, OtherFormat
+from pipeline.graph.artifacts import SEGMENTS, Shard
+from pipeline.graph.damage import LIST
+from pipeline.graph.pointer import FOLDER as RELEASES
+from pipeline.store import Store
+from pipeline.store.records import R, Record, blob_path, open_record
+from pipeline.training.records import CheckpointRecord, FailedStep
+
+NAMED = ("packages/", "blobs/")  # which only other objects name
+REMEDIES = {
+    RELEASES: "restore it, or delete it and promote again",
+    LIST: "restore it: without it, what was forgotten comes back with the next run",
+    "locks/": "delete it, and pin again",
+    "artifacts/": "delete it, and unclip run makes it again where it is needed",
+    "shards/": "delete it, and unclip run makes it again where it is needed",
+    "checkpoints/": "delete it, unless another machine can read it",
+    "": "delete it",
+}
+"""What to do about an object that cannot be read, by how its path begins."""
+
+
+@dataclass
+class Live:
+    """Holds what stays.
+
+    Attributes:
+        paths: Of objects.
+        prefixes: Under which everything stays because a stage is not finished.
+        unreadable: Why an object cannot be read, and what to do, by path. It stays.
+        unknown: Whether one of them may name any blob. Then those stay that nothing names, but not ``disowned`` ones.
+        disowned: Blobs that garbage names.
+    """
+
+    paths: set[str] = field(default_factory=set)
+    prefixes: set[str] = field(default_factory=set)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    unknown: bool = False
+    disowned: set[str] = field(default_factory=set)
+
+    def __contains__(self, path: str) -> bool:
+        if path in self.paths or path in self.unreadable or path.startswith(tuple(self.prefixes)):
+            return True
+        return self.unknown and path.startswith(NAMED) and path not in self.disowned
+
+
+def mark_blobs(store: Store, path: str, live: Live) -> None:
+    """Marks the blobs that the record of a shard, a checkpoint or a segment of the list names."""
+    if "/attempts/" in path:
+        return
+    record = read_or_tell(store, path, kind_of(path), live)
+    live.paths.update(map(blob_path, record.named if record else ()))
+    # Work makes the shard of a damaged record again, but a checkpoint may be readable to another machine.
+    live.unknown = live.unknown or (path in live.unreadable and path.startswith("checkpoints/"))
+
+
+def kind_of(path: str) -> type[Record]:
+    """Returns the kind of a record under shards/ or checkpoints/."""
+    if path.startswith("shards/"):
+        return Segment if path.startswith(SEGMENTS) else Shard
+    return FailedStep if "/failures/" in path else CheckpointRecord
+
+
+def read_or_tell(store: Store, path: str, kind: type[R], live: Live) -> R | None:
+    """Returns a record, None if it is missing or cannot be read: then ``live`` says why, and it stays where it is."""
+    try:
+        return open_record(store, path, kind)
+    except (CorruptObject, OtherFormat) as e:
+        live.unreadable[path] = told(path, e)
+        return None
+
+
+def told(path: str, error: CorruptObject | OtherFormat) -> str:
+    """Returns why an object cannot be read, and what a person can do about it."""
+    if isinstance(error, OtherFormat):
+        return error.why
+    return f"{error.why}; {next(todo for prefix, todo in REMEDIES.items() if path.startswith(prefix))}"
