@@ -153,7 +153,7 @@ def _collect(project: Project, arguments: argparse.Namespace) -> int:
     for path, why in sorted(found.unreadable.items())[:MOST_TOLD]:
         print(f"{project.store.url}/{path} {why}")
     print(
-        f"{counted(len(found.unreadable), 'object')} could not be read, and all that it may name is kept: see to it as "
+        f"{counted(len(found.unreadable), 'object')} could not be read; what that may name is kept: see to it as "
         "said above, then run unclip data gc again"
     )
     return 1

@@ -9,6 +9,7 @@ A CLIP is numbers: no folder, and no tokenizer of the hub, brings code that is r
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -29,14 +30,17 @@ from models.draw import Draw
 from models.folder import read_config
 from models.losses import Losses
 from models.prior_configs import ClipConfig
-from models.tensors import save_tensors
+from models.tensors import save_tensors, shapes_only
 from models.tokens import CONTEXT, VOCABULARY, cut_tokens, shortened, tokenize
 
+MOST_SIDE, MOST_CONTEXT = 2048, 4096  # pixels and tokens, whose squares take memory beside the weights
 SHORTER = (16, 32)  # tokens that most captions fit into
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 TOKENIZER_FILES = ("tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json")
 """Where transformers looks for code and for the names of further files."""
+UNUSABLE = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError, SafetensorError)
+"""What open_clip and torch raise for configurations and weights that are odd, or do not fit."""
 NEEDS_TRANSFORMERS = (
     "has a tokenizer of its own: pip install 'sentencepiece>=0.2,<1' 'transformers>=5,<6' on every node"
 )
@@ -94,8 +98,9 @@ class Clip(nn.Module):
         """
         model_config = config_in(folder)
         try:
+            _check_sizes(Path(folder))
             model = open_clip.create_model(f"local-dir:{folder}")
-        except (KeyError, TypeError, AttributeError, AssertionError, SafetensorError, RuntimeError) as error:
+        except UNUSABLE as error:
             raise _unusable(folder, error) from error
         return cls(model, model_config, _own_tokenizer(f"local-dir:{folder}", model_config)).eval()
 
@@ -273,6 +278,9 @@ def _check_towers(name: str, model_config: dict) -> None:
         raise ValueError(
             f"{name}: its image tower {image['timm_model_name']} needs the hub to be built: choose another CLIP"
         )
+    side, context = image.get("image_size", 0), text.get("context_length", CONTEXT)
+    if max(side if isinstance(side, list) else [side]) > MOST_SIDE or context > MOST_CONTEXT:
+        raise ValueError(f"{name} reads images over {MOST_SIDE} px or over {MOST_CONTEXT} tokens: choose another CLIP")
     if text.get("hf_tokenizer_name"):
         return
     odd = "tokenizer_kwargs" in text or text.get("vocab_size", VOCABULARY) != VOCABULARY
@@ -280,6 +288,20 @@ def _check_towers(name: str, model_config: dict) -> None:
         raise ValueError(
             f"{name} names no tokenizer and does not read CLIP's own BPE tokens, at most {CONTEXT}: choose another CLIP"
         )
+
+
+def _check_sizes(folder: Path) -> None:
+    """Raises ValueError for a folder whose configuration describes a larger CLIP than its weights are."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "weights" not in str(record.msg)  # that there are none, on the root logger
+
+    logging.getLogger().addFilter(wanted)
+    try:
+        with shapes_only(folder / WEIGHTS_FILE):
+            open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False, device="meta")
+    finally:
+        logging.getLogger().removeFilter(wanted)
 
 
 def _check_links(folder: Path) -> None:

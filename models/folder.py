@@ -20,7 +20,7 @@ from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, DiffusionPriorConfig, TextTower
-from models.tensors import save_tensors
+from models.tensors import save_tensors, shapes_only
 from models.upsampler import Upsampler
 
 FORMAT = 1
@@ -70,7 +70,7 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Any:
         if unknown:
             raise ValueError(f"{folder}/{CONFIG_FILE} has unknown fields {sorted(unknown)}: update this software")
         config = kind.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in document["config"].items()})
-        with torch.device("meta"):  # no time lost on random weights
+        with shapes_only(Path(folder) / WEIGHTS_FILE):
             model = kind.model(config, **sizes_from_json(document["sizes"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}/{CONFIG_FILE} is damaged ({error!r}): fetch or train it again") from error

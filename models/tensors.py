@@ -1,14 +1,56 @@
-"""Writes tensors as safetensors files."""
+"""Writes tensors as safetensors files, and builds no model that is larger than its file."""
 
 import os
 import re
 import stat
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+MOST_TENSORS = 10_000  # of a model; the largest CLIP that open_clip knows has under 2,000
+
+
+@contextmanager
+def shapes_only(weights: Path) -> Iterator[None]:
+    """Builds models inside without numbers, on the meta device, as long as they fit a safetensors file.
+
+    A configuration may come from anybody: it takes neither memory nor time beyond what the file holds.
+
+    Raises:
+        ValueError: when a model has more than twice as many tensors or numbers as the file.
+        SafetensorError: when the file is damaged.
+    """
+    with safe_open(weights, "pt") as file:
+        sizes = [prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118 - no mapping
+    # Twice: some networks replace a layer while they are built, or tie two.
+    tensors, numbers = min(2 * len(sizes), MOST_TENSORS), 2 * sum(sizes)
+    builder = threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal tensors, numbers
+        if parameter is None or threading.get_ident() != builder:  # another thread builds something else
+            return
+        tensors, numbers = tensors - 1, numbers - parameter.numel()
+        if tensors < 0 or numbers < 0:
+            raise ValueError(
+                f"{weights} holds {len(sizes):,} tensors of {sum(sizes):,} numbers, and the configuration beside it "
+                "describes a larger model: fetch both again"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        hook.remove()
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -3,7 +3,9 @@
 import json
 import pickle
 import re
+import shutil
 import socket
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -17,6 +19,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from models.clip import TOKENIZER_FILES, Clip
+from models.decoder import Decoder
+from models.folder import save_model
+from models.image_configs import DecoderConfig
+from models.tensors import shapes_only
 from models.view import view
 from pipeline.data.embeddings.encoder import OpenEncoder
 from pipeline.doctor import clip_weights
@@ -362,3 +368,91 @@ def test_a_pickle_beside_the_weights_is_not_read_and_none_in_their_place(tmp_pat
     with pytest.raises(FileNotFoundError, match=r"has no open_clip_model.safetensors"):
         Clip.from_folder(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+GREEDY = """
+import json, resource, sys, time
+from pathlib import Path
+from models.clip import Clip
+from models.folder import load_model
+load, folder, small = {"clip": Clip.from_folder, "model": load_model}[sys.argv[1]], sys.argv[2], sys.argv[3]
+load(small)  # what libraries take
+before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+try:
+    load(folder)
+except ValueError as error:
+    print(json.dumps(str(error)))
+print(time.process_time() - began, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def greed(kind: str, folder: Path, small: Path) -> tuple[str, float, float]:
+    """The error, the processor seconds and the MiB that it takes a process of its own to refuse a folder."""
+    words = [sys.executable, "-c", GREEDY, kind, str(folder), str(small)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=300, cwd=ROOT)
+    said, spent = done.stdout.splitlines()
+    return json.loads(said), *map(float, spent.split())  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vision_cfg": {"width": 8192, "layers": 48}},
+        {"vision_cfg": {"layers": 10**7}},
+        {"vision_cfg": {"image_size": 2048, "patch_size": 1, "width": 8192}},
+        {"text_cfg": {"width": 8192, "layers": 48}},
+        {"text_cfg": {"layers": 10**7}},
+        {"embed_dim": 10**7},
+    ],
+    ids=["wide images", "deep images", "many patches", "wide text", "deep text", "wide embeddings"],
+)
+def test_a_configuration_takes_no_more_than_its_weights_hold(change: dict, tmp_path: Path) -> None:
+    """A folder of 13 MB could take 38 GB, or time without end."""
+    small, folder = tmp_path / "small", tmp_path / "clip"
+    Clip.build(VIT, seed=0).save(small)
+    shutil.copytree(small, folder)
+    document = json.loads((folder / "open_clip_config.json").read_text())
+    for tower, values in change.items():
+        inner = document["model_cfg"][tower]
+        document["model_cfg"][tower] = inner | values if isinstance(inner, dict) else values
+    (folder / "open_clip_config.json").write_text(json.dumps(document))
+    said, seconds, size = greed("clip", folder, small)
+    assert "describes a larger model: fetch both again" in said
+    assert "\n" not in said
+    assert seconds < 5
+    assert size < 100
+
+
+@pytest.mark.parametrize("change", [{"depth": 10**7}, {"channels": 2**20}, {"text_depth": 10**7}])
+def test_a_models_configuration_takes_no_more_than_its_weights_hold(change: dict, tmp_path: Path) -> None:
+    small, folder = tmp_path / "small", tmp_path / "decoder"
+    config = DecoderConfig(
+        image_size=16, channels=32, depth=1, multipliers=(1, 2), head_channels=32, attention_resolutions=(8,),
+        text_context=4, text_width=32, text_depth=1, text_heads=1,
+    )  # fmt: skip
+    save_model(small, Decoder(config, embed_dim=32))
+    shutil.copytree(small, folder)
+    document = json.loads((folder / "config.json").read_text())
+    document["config"] |= change
+    (folder / "config.json").write_text(json.dumps(document))
+    said, seconds, size = greed("model", folder, small)
+    assert "describes a larger model: fetch both again" in said
+    assert seconds < 5
+    assert size < 100
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "ViT-B-16-SigLIP", "convnext_base", "ViTamin-S", "coca_ViT-B-32"])
+def test_each_kind_of_tower_is_measured_before_it_is_built(name: str, tmp_path: Path) -> None:
+    """Networks of open_clip and of timm, at random, pass from a folder as they were saved."""
+    model_config = open_clip.get_model_config(name)
+    model_config["text_cfg"].pop("hf_tokenizer_name", None)
+    with torch.device("meta"):
+        whole = open_clip.create_model(name, load_weights=False, device="meta")
+    sizes = {key: tensor.shape for key, tensor in whole.state_dict().items()}
+    file = tmp_path / "weights.safetensors"
+    save_file({key: torch.zeros(shape, dtype=torch.uint8) for key, shape in sizes.items()}, file)
+    with shapes_only(file):
+        again = open_clip.create_model(name, load_weights=False, device="meta")
+    assert {key: tensor.shape for key, tensor in again.state_dict().items()} == sizes
+    with pytest.raises(ValueError, match="describes a larger model"), shapes_only(file):
+        [open_clip.create_model(name, load_weights=False, device="meta") for _ in range(3)]

@@ -75,7 +75,7 @@ def test_a_leader_that_stands_still_is_replaced_and_does_not_take_back(store: St
     assert still is not None
     taken = _lead(store)
     assert taken is not None
-    assert not still._beat({"beat": 1})  # the old leader cannot renew what it no longer holds
+    assert not still._beat(still._owner)  # the old leader cannot renew what it no longer holds
     with taken:
         done = threading.Event()
         seen: list[object] = []
