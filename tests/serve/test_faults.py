@@ -72,9 +72,10 @@ def later(seconds: float, do: object, *arguments: object) -> None:
     threading.Timer(seconds, do, arguments).start()  # type: ignore[arg-type]
 
 
-def kill_one_replica(server: Server) -> None:
-    below = processes_below(server.process.pid)
-    os.kill(next(pid for pid, command in below.items() if REPLICA in command), signal.SIGKILL)
+def kill_replicas(server: Server) -> None:
+    for pid, command in processes_below(server.process.pid).items():
+        if REPLICA in command:
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_client_that_goes_stops_its_drawing(server: Server) -> None:
@@ -91,12 +92,16 @@ def test_a_client_that_goes_stops_its_drawing(server: Server) -> None:
     assert 'unclip_images_total{kind="generation"} 1.0' in figures
 
 
-def test_a_killed_process_loses_no_request(server: Server) -> None:
-    later(3, kill_one_replica, server)
+def test_killed_replicas_leave_no_request_without_an_answer(server: Server) -> None:
+    later(3, kill_replicas, server)
     seen = load(server.url, 10, 8, 0, steps=30)
     assert not seen.wrong
-    assert {200} <= set(seen.statuses) <= {200, 429}
+    assert {200} <= set(seen.statuses) <= {200, 429, 503}
     assert "unclip_retries_total 0.0" not in httpx.get(f"{server.url}/metrics").text
+    deadline = time.monotonic() + 120
+    while "unclip_num_replicas 2.0" not in httpx.get(f"{server.url}/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
 
 
 def test_a_release_changes_under_load_between_whole_requests(server: Server, tmp_path: Path) -> None:
