@@ -40,7 +40,7 @@ def run(machine: type[Machine], programs: int, steps: int = 30) -> None:
     )
 
 
-@pytest.mark.parametrize(("machine", "programs"), [(Machine, 100), (BucketMachine, 12)])
+@pytest.mark.parametrize(("machine", "programs"), [(Machine, 60), (BucketMachine, 8)])
 def test_nothing_is_lost_undone_or_left_and_every_command_ends_well(machine: type[Machine], programs: int) -> None:
     run(machine, programs)
 
