@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from models.cascade import UnCLIP
 from models.sampling_config import UPSAMPLERS
@@ -18,7 +18,7 @@ from pipeline.store import open_store
 from pipeline.store.records import materialise
 
 
-@dataclass
+@dataclass(unsafe_hash=True)  # caches are kept by what names it
 class Served:
     """Names a bundle: in a store by its key or as the release of a project, or a folder.
 
@@ -38,7 +38,7 @@ class Served:
     project: str = ""
     folder: str = ""
     keys: tuple[str, ...] = ()
-    moves: int = 0
+    moves: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         self.keys = tuple(self.keys)  # which JSON makes a list

@@ -121,8 +121,11 @@ async function history(mode, act) {
 async function keep(run) {
   runs.set(run.id, run);
   navigator.storage?.persist?.(); // else a browser may drop all of it when its disk is full
-  for (const item of run.items) if (item.side > THUMBNAIL) item.thumbnail ??= await shrunk(item.blob);
-  if (await history("readwrite", (table) => table.put(run)) === null && await database) tell("This browser has no room to keep it.");
+  const put = () => history("readwrite", (table) => table.put(run));
+  if (await put() === null && await database) tell("This browser has no room to keep it.");
+  const large = run.items.filter((item) => item.side > THUMBNAIL && !item.thumbnail);
+  for (const item of large) item.thumbnail = await shrunk(item.blob);
+  if (large.length && runs.has(run.id)) await put(); // it may have been deleted meanwhile
   for (const id of [...older, ...runs.keys()].sort((a, b) => a - b).slice(0, -KEPT)) remove(id);
 }
 

@@ -131,7 +131,7 @@ def test_a_picture_is_taken_along_with_its_recipe(studio: Page, tmp_path: Path) 
     viewer = studio.locator("#viewer")
     viewer.locator("#tool-take summary").click()
     with studio.expect_download() as downloading:
-        viewer.get_by_text("Download").click()
+        viewer.locator("#download").click()
     drawn = Path(downloading.value.path())
     assert downloading.value.suggested_filename.startswith("a-red-fox-s-b-tail-b-")
     with Image.open(drawn) as image:

@@ -77,7 +77,7 @@ def test_the_mask_lies_where_one_points(page: Page, width: int, height: int) -> 
     with_history(page, 1)
     page.locator(".tile").first.click()
     page.locator("#tool-mask summary").click()
-    page.get_by_role("slider", name="Brush").fill("2")
+    page.get_by_role("slider", name="Brush").fill("6")
     image = page.locator("#large").bounding_box()
     assert image
     assert image["y"] >= 0
@@ -129,6 +129,7 @@ def test_what_is_deleted_can_be_brought_back_where_it_was(page: Page) -> None:
     expect(row).to_have_count(0)
     page.get_by_role("button", name="Undo").click()
     expect(row.locator("img")).to_have_count(4)
+    page.wait_for_timeout(500)
     assert page.locator("article h3").all_text_contents() == ["run 3", "run 2", "run 1"]
     page.reload()
     expect(row.locator("img")).to_have_count(4)
