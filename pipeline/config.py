@@ -251,7 +251,7 @@ def make_config(values: Mapping[str, Any]) -> Config:
             raise UserError(f"{stage}: expected a mapping, got {given!r}")
         own = {name: value for name, value in given.items() if name != "preset"}
         preset = _preset(given.get("preset", common)).get(stage, {})
-        values[stage] = overlay(preset | _decay(preset, own.get("samples")), own)
+        values[stage] = overlay(preset | _decay(stage, preset, own.get("samples")), own)
     config = _named(_with_clip_as_it_is(_scaled(parse(Config, values), scale)))
     _check(config)
     return config
@@ -262,12 +262,13 @@ def preset_config(name: str) -> Config:
     return make_config({"project": name, "store": name, "source": {"paths": [name]}, "preset": name})
 
 
-def _decay(preset: Mapping[str, Any], samples: Any) -> dict[str, int]:
+def _decay(stage: str, preset: Mapping[str, Any], samples: Any) -> dict[str, int]:
     """Returns the decay of a training that takes other ``samples`` than its preset: the same share of them."""
     samples = read_count(str(samples)) if isinstance(samples, str | float) else samples
     if "decay" not in preset or not isinstance(samples, int) or samples < 1:
         return {}
-    return {"decay": round(preset["decay"] * samples / preset["samples"])}
+    usual = preset.get("samples", getattr(DEFAULTS[stage](), "samples", samples))
+    return {"decay": round(preset["decay"] * samples / usual)}
 
 
 def _scaled(config: Config, scale: Any) -> Config:

@@ -61,6 +61,8 @@ TESTED = {
     "unclip plan my-project.yaml": "here",
     "unclip plan my-project.yaml --gpus 1xH100": "here",
     "unclip report my-project.yaml": "here",
+    "unclip run photos.yaml preset=nano": "tests/jobs/test_as_run.py, with a recipe's value",
+    "unclip report photos.yaml": "tests/jobs/test_as_run.py",
     "unclip plan configs/paper.yaml --pairs 650M --gpus 64xH100 clip.weights=train \\": "tests/jobs/test_plan.py",
     "unclip run configs/nano.yaml": "here",
     "unclip show configs/nano.yaml": "here",

@@ -208,6 +208,11 @@ def test_a_count_in_words_is_the_count(least: Path) -> None:
     assert one.decoder.decay < 100_000  # its share of the preset's
 
 
+def test_a_decay_shrinks_with_samples_that_only_the_recipe_gives(least: Path) -> None:
+    usual, short = load_config(least, ["preset=paper"]), load_config(least, ["preset=paper", "clip.samples=1M"])
+    assert short.clip.decay == round(1_000_000 * usual.clip.decay / usual.clip.samples)
+
+
 def test_overrides_are_yaml_and_the_last_one_wins(least: Path) -> None:
     config = load_config(
         least,
