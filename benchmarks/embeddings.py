@@ -78,7 +78,7 @@ class Core:
         """Encodes them, and nothing else."""
         views, texts = self.parts[task.number]
         self.encoder.images(views)
-        self.encoder.texts(texts)
+        self.encoder.texts(self.encoder.clip.tokenize(texts))
 
     def read(self, task: ShardTask) -> None:
         """Reads images from the tar as views."""

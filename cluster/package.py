@@ -6,7 +6,6 @@ the same files is the same bytes, so that Ray and the store take it once.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -22,7 +21,7 @@ import yaml
 
 from cluster.job import PROJECT_FILE
 from models.clip_weights import ClipWeights
-from pipeline.config import Config
+from pipeline.config import Config, plain_values
 from pipeline.data.source.journal import FORGOTTEN, ListJournal, reference_marks
 from pipeline.data.source.lists import read_rows
 from pipeline.data.source.remote import is_remote
@@ -94,16 +93,18 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
     notes: list[str] = []
     weights: list[ContentFile] = []
 
-    def place(name: str, file: ContentFile) -> str:
-        """Returns the path in the package of a file that a recipe names."""
-        if name == "init_from" or not file.path:  # without a path it lies in the store already
+    def place(name: str, file: Any) -> Any:
+        """Returns a value, or for a file that a recipe names its path in the package."""
+        if not isinstance(file, ContentFile):
+            return file
+        if name.endswith(".init_from") or not file.path:  # without a path it lies in the store already
             weights.extend([file] if file.path else [])
             return str(file)
         where = f"files/{file[:12]}/{Path(file.path).name}"
         files[where] = Path(file.path)
         return where
 
-    values = _plain(config, place)
+    values = plain_values(config, place)
     values["store"] = store_url
     values["run"]["output"] = output
     values["source"]["roots"] = Reach.of((), config.source.roots).named
@@ -226,14 +227,3 @@ def _as_read(path: str, config: Config, forgotten: frozenset[str]) -> bytes:
 
     write_rows(out, rows())
     return out.getvalue()
-
-
-def _plain(value: Any, place: Any, name: str = "") -> Any:
-    """Returns a configuration as values that YAML can hold; ``place`` gives the value for each file that is named."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name), place, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, tuple | list):
-        return [_plain(item, place, name) for item in value]
-    if isinstance(value, Mapping):
-        return {key: _plain(item, place, name) for key, item in value.items()}
-    return place(name, value) if isinstance(value, ContentFile) else value

@@ -23,7 +23,7 @@ from pipeline.doctor.packages import check_packages
 from pipeline.doctor.storage import check_store
 from pipeline.errors import UserError
 from pipeline.graph.ray import find_machine
-from pipeline.held_out import HELD_OUT_SPLITS, short_splits
+from pipeline.held_out import HELD_OUT_SPLITS
 from pipeline.progress import counted
 from pipeline.settings import RaySettings
 from pipeline.store import Store, local_folder, open_store
@@ -76,8 +76,7 @@ def _check_project(config: Config, store: Store | None) -> Iterator[Finding]:
             held_out = project.scan.held_out
             splits = " and ".join(f"{held_out.get(split, 0):,} for {split}" for split in HELD_OUT_SPLITS)
             yield Finding("ok", "list", f"{counted(project.rows, 'pair')}, of which {splits}")
-            if "evaluation" in stale:
-                yield from (Finding("warning", "list", line) for line in short_splits(held_out))
+            yield from (Finding("warning", "list", line) for line in project.warnings(stale))
             stale &= {verdict.stage for verdict in project.plan() if verdict.state == "stale"}
     yield from check_clips(config, stale)
     if project and stale:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from jobs.bundles import find_bundle
 from models.sampling_config import UPSAMPLERS
+from models.tokens import CONTEXT, cut_captions
 from pipeline.config import check_project
+from pipeline.data.curation.stage import CurationRecipe
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.peek import MOST_COUNTED, Look, behind_embeddings, look
 from pipeline.data.source.stage import SourceRecipe
@@ -122,6 +124,14 @@ def _remarks(seen: Look) -> Iterator[str]:
     yield from (f"warning: {left}" for left in seen.unread)
     if bare := seen.rows - len(seen.captions):
         yield f"warning: {bare:,} of them have no caption and will not be trained on"
+    most = CurationRecipe.max_caption
+    if long := sum(len(caption) > most for caption in seen.captions):
+        yield (
+            f"warning: {long:,} of the first {len(seen.captions):,} captions have more than {most:,} characters, and "
+            "curation rejects them once CLIP has trained on them: write curation: {max_caption: ...}, or shorten them"
+        )
+    if cut := cut_captions(seen.captions):
+        yield f"{cut:,} of them have more than the {CONTEXT - 2} tokens that CLIP reads; what is behind is cut"
     if seen.forbidden:
         yield (
             f"warning: {len(seen.forbidden):,} rows are left out, which name what a list may not, such as "

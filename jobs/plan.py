@@ -26,7 +26,6 @@ from pipeline.errors import UserError
 from pipeline.graph.plan import Verdict
 from pipeline.graph.ray import find_machine
 from pipeline.graph.resources import Machine
-from pipeline.held_out import short_splits
 from pipeline.progress import counted, duration
 from pipeline.settings import RaySettings
 
@@ -176,9 +175,8 @@ def _print_plan(
     total = duration(elapsed(costs, ask))
     print(f"about {total} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}")
     print(places(costs, ask))
-    if "evaluation" in costs:
-        for line in short_splits(project.scan.held_out):
-            print(f"warning: {line}")
+    for line in project.warnings(costs):
+        print(f"warning: {line}")
     if verbose:
         print()
         _print_costs(costs, ask)
@@ -203,7 +201,6 @@ def _as_values(
     verdicts: Sequence[Verdict] = (),
 ) -> dict[str, Any]:
     """Returns what a plan says, for JSON. Times are in seconds, ``disk`` in bytes."""
-    short = short_splits(project.scan.held_out) if project and "evaluation" in costs else ()
     said = {v.stage: {"state": v.state, "key": v.key, "because": v.because} for v in verdicts}
     return {
         "project": name,
@@ -211,7 +208,7 @@ def _as_values(
         "pairs": ask.rows,
         "shards": len(project.scan.shards) if project else ask.shards,
         "seconds": elapsed(costs, ask),
-        "warnings": [*(map(str, lacking(costs, ask, project.store)) if project else ()), *short],
+        "warnings": [*map(str, lacking(costs, ask, project.store)), *project.warnings(costs)] if project else [],
         "stages": [
             {"stage": stage, **said.get(stage, {}), "cost": costs.get(stage)}
             for stage in ask.graph

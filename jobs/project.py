@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,8 @@ from pipeline.graph.keys import flatten
 from pipeline.graph.plan import Verdict, plan
 from pipeline.graph.runs import last_run
 from pipeline.graph.stages import Graph, ordered
-from pipeline.progress import say_once
+from pipeline.held_out import short_splits
+from pipeline.progress import counted, say_once
 from pipeline.store import Store, open_store
 from pipeline.training.trackers import find_tracker
 
@@ -54,6 +55,17 @@ class Project:
     def held_out(self) -> float:
         """Returns the share of the rows that an evaluation may look at."""
         return max(self.scan.held_out.values(), default=0) / max(1, self.rows)
+
+    def warnings(self, stages: Collection[str]) -> Iterator[str]:
+        """Yields what will be missed of the list by some of these stages, before anything has learned from it."""
+        if "evaluation" in stages:
+            yield from short_splits(self.scan.held_out)
+        most = self.config.curation.max_caption
+        if "curation" in stages and (long := self.scan.captions_above(most)):
+            yield (
+                f"{long:,} of {counted(self.rows, 'pair')} have a first caption of more than {most:,} characters: CLIP "
+                "trains on them, and curation then rejects them; raise curation.max_caption or shorten them"
+            )
 
     def check_trackers(self) -> None:
         """Raises UserError for a tracker that cannot be imported, before anything is trained."""

@@ -176,6 +176,8 @@ def _summary(artifacts: Mapping[str, Artifact], made: Sequence[str], seconds: fl
         for kind, counts in (("", artifact.ledger.rejected), (", deferred", artifact.ledger.deferred)):
             for reason, count in sorted(counts.items()):
                 print(f"{'':16}  {count:,} {reason}{kind}")
+        if cut := artifact.metrics.get("captions_cut"):
+            print(f"{'':16}  {counted(cut, 'caption')} cut, for more tokens than CLIP reads")
     print(f"{duration(seconds)} in all\n")
     if "evaluation" in artifacts:
         print(as_text(artifacts["evaluation"].metrics["figures"]) + "\n")

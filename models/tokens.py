@@ -60,6 +60,11 @@ def check_captions(captions: Sequence[str]) -> None:
             raise ValueError(f"caption {i} has {length} tokens and CLIP reads {CONTEXT - 2}: shorten it")
 
 
+def cut_captions(captions: Sequence[str], context: int = CONTEXT) -> int:
+    """Returns how many of these captions have more tokens than ``context`` holds, start and end included."""
+    return sum(len(tokenizer().encode(caption)) > context - 2 for caption in shortened(captions))
+
+
 def cut_tokens(tokens: Tensor, context: int, end: int = END) -> Tensor:
     """Returns the first ``context`` columns of ``tokens``, the last one ``end`` in rows that had none left."""
     cut = tokens[:, :context]

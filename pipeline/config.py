@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -209,25 +209,31 @@ def _from_its_folder(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     return moved
 
 
+def plain_values(value: Any, place: Callable[[str, Any], Any], name: str = "") -> Any:
+    """Returns a configuration as values that YAML can hold; ``place`` gives each single value by its dotted name."""
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain_values(below, place, f"{name}.{key}".lstrip(".")) for key, below in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain_values(each, place, name) for each in value]
+    return place(name, value)
+
+
 def resolved_values(config: Config) -> dict[str, Any]:
     """Returns plain values from which ``make_config`` makes the same list, store and recipes, wherever it is called.
 
     Presets, ``scale`` and overrides are resolved, and local paths are absolute. ``release`` and ``run`` are left out.
     """
 
-    def plain(value: Any, name: str = "") -> Any:
-        if dataclasses.is_dataclass(value):
-            value = {field.name: getattr(value, field.name) for field in fields(value)}
-        if isinstance(value, Mapping):
-            return {str(key): plain(below, f"{name}.{key}".lstrip(".")) for key, below in value.items()}
-        if isinstance(value, tuple | list):
-            return [plain(each, name) for each in value]
+    def place(name: str, value: Any) -> Any:
         if isinstance(value, ContentFile):
             return value.path or str(value)
         is_local = isinstance(value, str) and PATHS.fullmatch(name) and RELATIVE.match(value)
         return os.path.abspath(value) if is_local else value
 
-    return {name: plain(getattr(config, name), name) for name in ("project", "store", "source", *RECIPES)}
+    values = plain_values(config, place)
+    return {name: values[name] for name in ("project", "store", "source", *RECIPES)}
 
 
 def _override(text: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """unclip plan with costs, as a user calls it: a list that is not there yet, slips, and a probe of a real chain."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -76,6 +77,29 @@ def test_what_a_gpu_does_in_minutes_is_not_left_to_a_cpu_in_silence(
     assert "1 H100 (embeddings, samples, evaluation)" in said
     assert "clip" not in re.findall(r"H100 \((.*?)\)", said)
     assert "assumed: one H100 reaches" in said
+
+
+def test_captions_that_curation_would_reject_are_said_before_clip_learns_from_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lengths = [1000, 1001, 1500, 40, 40, 40]
+    rows = [f"http://closed.test/{i},{'a cat ' * (n // 6)}{'x' * (n % 6)}\n" for i, n in enumerate(lengths)]
+    Path("list.csv").write_text("url,caption\n" + "".join(rows))
+    said = "2 of 6 pairs have a first caption of more than 1,000 characters"
+    assert main(["init", "mine", "list.csv"]) == 0
+    found = capsys.readouterr().out
+    assert "2 of the first 6 captions have more than 1,000 characters" in found
+    assert "3 of them have more than the 75 tokens that CLIP reads" in found
+    assert main(["plan", "mine.yaml", "preset=nano"]) == 0
+    assert f"warning: {said}" in capsys.readouterr().out
+    assert main(["plan", "mine.yaml", "preset=nano", "--json"]) == 0
+    assert any(said in line for line in json.loads(capsys.readouterr().out)["warnings"])
+    assert main(["plan", "mine.yaml", "preset=nano", "curation.max_caption=1500"]) == 0
+    assert "first caption" not in capsys.readouterr().out
+    monkeypatch.setattr("jobs.doctor.check_nodes", lambda *_: ())
+    main(["doctor", "mine.yaml", "preset=nano"])
+    assert said in capsys.readouterr().out
 
 
 def test_a_probe_fetches_nothing_that_was_forgotten(tmp_path: Path, pictures: str) -> None:

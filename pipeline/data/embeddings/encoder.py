@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import normalize
 
 from models.clip import Clip
-from models.tokens import text_ends
+from models.tokens import cut_captions, text_ends
 from pipeline.data.embeddings.stage import ImageParts, captions_to_encode, read_embeddings
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Shard, ShardRow, read_shards
@@ -72,7 +72,7 @@ class Encoder:
     def __call__(self, task: ShardTask, part: int, views: np.ndarray) -> Timed:
         """Returns "image" fp32 [n, d], with the first part also "text", of first captions, and "more", of others.
 
-        "bf16" says whether it computed in bf16.
+        "bf16" says whether it computed in bf16, "cut" how many first captions have more tokens than CLIP reads.
         """
         steps = Steps()
         made: dict[str, Any] = {"bf16": self.bf16}
@@ -81,7 +81,9 @@ class Encoder:
                 first, more = captions_to_encode(self.store, task)
             with steps("encode"):
                 # In batches of their own, so that other captions cannot change a byte of the first ones.
-                made |= {"text": self.texts(first), "more": self.texts(more)}
+                tokens = self.clip.tokenize(first)
+                made |= {"text": self.texts(tokens), "more": self.texts(self.clip.tokenize(more))}
+                made["cut"] = self._cut(first, tokens)
         with steps("encode"):
             made["image"] = self.images(views)
         return made, steps.seconds
@@ -97,12 +99,15 @@ class Encoder:
             result[start : start + len(block)] = self._encode(self.clip.encode_image, pixels)[: len(block)]
         return result
 
-    def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeds captions, each in a batch of the shortest length that holds it, whatever the other captions are."""
-        result = np.zeros((len(texts), self.clip.embed_dim), np.float32)
-        if not texts:
+    def texts(self, tokenized: torch.Tensor) -> np.ndarray:
+        """Embeds tokens int64 [n, context] of captions: fp32 [n, d].
+
+        Each is in a batch of the shortest length that holds it, whatever the other captions are.
+        """
+        result = np.zeros((len(tokenized), self.clip.embed_dim), np.float32)
+        if not len(tokenized):
             return result
-        tokenized, (empty,) = self.clip.tokenize(texts), self.clip.tokenize([""]).numpy()
+        (empty,) = self.clip.tokenize([""]).numpy()
         lengths = self.clip.text_lengths
         fitting = np.searchsorted(lengths[:-1], text_ends(tokenized).numpy())  # the last one holds all
         tokens = tokenized.numpy()
@@ -116,11 +121,25 @@ class Encoder:
                 result[block] = self._encode(self.clip.encode_text, padded)[: len(block)]
         return result
 
+    def _cut(self, captions: Sequence[str], tokenized: torch.Tensor) -> int:
+        """Counts captions with more tokens than CLIP reads; of a tokenizer other than CLIP's BPE none are counted."""
+        if self.clip.own_tokenizer is not None:
+            return 0
+        context = self.clip.context_length
+        full = (text_ends(tokenized) >= context).tolist()  # only these need a second look
+        return cut_captions([caption for caption, ends in zip(captions, full, strict=True) if ends], context)
+
     def _encode(self, encode: Callable[[torch.Tensor], torch.Tensor], batch: np.ndarray) -> np.ndarray:
         device = self.clip.mean.device
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             found = encode(torch.from_numpy(batch).to(device)).float()
         return (normalize(found, dim=1) if self.bf16 else found).cpu().numpy()
+
+
+def measure(ctx: Context, opened: OpenEncoder, parts: ImageParts, made: Sequence[Shard]) -> dict[str, float]:
+    """Returns "captions_cut" and, where some shards were made in bf16, "cosine_error"."""
+    cut = sum(shard.counts.get("cut", 0) for shard in made)
+    return {"captions_cut": cut} | cosine_error(ctx, opened, parts, made)
 
 
 def cosine_error(ctx: Context, opened: OpenEncoder, parts: ImageParts, made: Sequence[Shard]) -> dict[str, float]:

@@ -69,7 +69,7 @@ def run_embeddings(ctx: Context) -> Artifact:
     Raises:
         UserError: for a head that cannot be used, and for settings that exclude each other.
     """
-    from pipeline.data.embeddings.encoder import OpenEncoder, cosine_error
+    from pipeline.data.embeddings.encoder import OpenEncoder, measure
 
     settings = ctx.settings
     _check(settings)
@@ -85,7 +85,7 @@ def run_embeddings(ctx: Context) -> Artifact:
         tasks.append(ShardTask(pairs.number, key, inputs))
         rows += pairs.kept
     make = Streamed(parts.count, parts.decode, opened, parts.join)
-    return map_shards(ctx, tasks, make, "rows", rows, measure=partial(cosine_error, ctx, opened, parts))
+    return map_shards(ctx, tasks, make, "rows", rows, measure=partial(measure, ctx, opened, parts))
 
 
 def _check(settings: EmbeddingsSettings) -> None:
@@ -171,7 +171,8 @@ class ImageParts:
         Columns: "key", "image_embedding" and "text_embedding" (float16 [d], unit norm, of the first caption),
         "more_text_embeddings" (a list of them, of the other captions), "similarity" (cosine of the first two), "width"
         and "height" of the stored image in pixels (null where embeddings are imported), "caption_length" (of the first,
-        in characters), and "score_NAME" of every head. The count "bf16" is that of rows that were encoded so.
+        in characters), and "score_NAME" of every head. The count "bf16" is that of rows that were encoded so,
+        "cut" that of rows whose first caption has more tokens than CLIP reads.
         """
         steps = Steps()
         with steps("read"):
@@ -197,6 +198,7 @@ class ImageParts:
             data = write_table(columns, dictionary=False)
         encoded = int((~came).sum())
         counts = {"bf16": encoded} if made[0]["bf16"] and encoded else {}
+        counts |= {"cut": made[0]["cut"]} if made[0]["cut"] else {}
         return ShardOutput(Ledger(kept=len(rows)), {"embeddings": data}, counts, steps.seconds)
 
     def _imported(self, rows: Sequence[IndexRow]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -47,9 +47,10 @@ from pipeline.store.names import Digest
 from pipeline.store.records import Count, Record, digest, put_blob, read_blob
 
 VERSION = 1
-LAYOUT = 9  # of the records of segments, which no key counts
+LAYOUT = 10  # of the records of segments, which no key counts
 SEGMENT_SHARDS = 100_000  # shard numbers a segment may use: number = segment * SEGMENT_SHARDS + place
 HASHES_A_BLOB = 1 << 20
+LENGTHS = 100  # characters between two counts of the lengths of captions
 CAPTIONED = "captioned"  # how a shard of captions counts its rows that have one
 FIRST_RETRY = 500  # the segment of the first rows that are tried again; those before are the list's own
 LAST_SEGMENT = 999  # a shard's number has eight digits
@@ -111,6 +112,7 @@ class SourceShard:
         caption_key: Key of the captions.
         held_out: Rows of the validation and the test split.
         captioned: Rows with a caption.
+        lengths: Rows by the length of their first caption in characters, rounded up to hundreds.
         refs: Blob of the references, "" before they are stored.
         captions: Blob of the captions, "" before they are stored.
     """
@@ -121,6 +123,7 @@ class SourceShard:
     ledger: StoredLedger
     held_out: Mapping[str, Count] = field(default_factory=dict)
     captioned: Count = 0
+    lengths: Mapping[str, Count] = field(default_factory=dict)
     refs: Digest = ""
     captions: Digest = ""
 
@@ -137,6 +140,10 @@ class Scan:
             "source": digest(["source", VERSION, [s.image_key for s in self.shards]]),
             "captions": digest(["captions", VERSION, [s.caption_key for s in self.shards]]),
         }
+
+    def captions_above(self, most: int) -> int:
+        """Returns how many rows surely have a first caption of more than ``most`` characters; exact for hundreds."""
+        return sum(n for s in self.shards for length, n in s.lengths.items() if int(length) - LENGTHS >= most)
 
     @property
     def held_out(self) -> Mapping[str, int]:
@@ -298,6 +305,7 @@ class _Cutter:
             Ledger.count(rejects),
             dict(+held_out),
             sum(map(has_caption, captions)),
+            _lengths(said[0] for said, lost in zip(captions, rejects, strict=True) if said and not lost),
             **blobs,
         )
 
@@ -319,6 +327,11 @@ class _Cutter:
 def has_caption(captions: Sequence[str]) -> bool:
     """Returns whether one of a row's captions is more than white space."""
     return any(caption.strip() for caption in captions)
+
+
+def _lengths(captions: Iterable[str]) -> dict[str, int]:
+    """Counts captions by their length in characters, rounded up to a multiple of LENGTHS."""
+    return dict(Counter(str(-(-len(caption) // LENGTHS) * LENGTHS) for caption in captions))
 
 
 def segment_of(number: int) -> int:

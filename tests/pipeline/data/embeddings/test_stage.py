@@ -121,6 +121,18 @@ def test_every_caption_is_embedded(bench: Bench, listed: tuple[str, str], tmp_pa
     assert again["more_text_embeddings"].to_pylist()[SEVERAL:] == table["more_text_embeddings"].to_pylist()[SEVERAL:]
 
 
+def test_first_captions_that_are_cut_are_counted(bench: Bench, listed: tuple[str, str], tmp_path: Path) -> None:
+    """This CLIP reads 32 tokens, start and end included."""
+    assert bench.made["embeddings"].metrics["captions_cut"] == 0  # the long one is a second caption
+    rows = pq.read_table(listed[0]).to_pydict()
+    words = {0: 29, 1: 30, 2: 31, 3: 80}
+    rows["caption"] = [[" ".join(["cat"] * words[i])] if i in words else said for i, said in enumerate(rows["caption"])]
+    beside = Path(listed[0]).with_name("cut.parquet")
+    pq.write_table(pa.table(rows), beside)
+    long = _bench(tmp_path / "store", (str(beside), listed[1]), batch=4)
+    assert long.made["embeddings"].metrics["captions_cut"] == 2
+
+
 def test_new_captions_fetch_nothing_again(listed: tuple[str, str], tmp_path: Path) -> None:
     """The pictures are gone when the captions change: pairs stand, and only the embeddings of texts move."""
     folder = tmp_path / "pictures"
