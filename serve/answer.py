@@ -32,7 +32,7 @@ class Answer:
     """Draws ``work`` and sends it to the client that ``asked``.
 
     Attributes:
-        door: Draws.
+        gateway: Draws.
         asked: The request.
         work: What is drawn.
         event: What the names of events begin with.
@@ -41,7 +41,7 @@ class Answer:
         warnings: What of the request has no effect, or was made up for it.
     """
 
-    door: Gateway
+    gateway: Gateway
     asked: Common
     work: Work
     event: str
@@ -53,7 +53,7 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         """Returns all images at once."""
         data: list[Any] = [None] * len(self.work.rows)
-        async with aclosing(self.door.draw(self.work)) as events:
+        async with aclosing(self.gateway.draw(self.work)) as events:
             async for event in events:
                 if event[0] == "image":
                     _, i, name, result = event
@@ -66,7 +66,7 @@ class Answer:
         sent: dict[int, int] = {}
         begun = False
         try:
-            async with aclosing(self.door.draw(self.work)) as events:
+            async with aclosing(self.gateway.draw(self.work)) as events:
                 async for kind, *rest in events:
                     said = await self._said(kind, rest, sent)
                     yield b": drawing\n\n" if said is None else self._event(*said)
@@ -74,7 +74,7 @@ class Answer:
         except ApiError as e:
             if not begun:
                 raise
-            self.door.observe("refusals_total", code=e.code)
+            self.gateway.observe("refusals_total", code=e.code)
             yield _sse("error", e.body)
         yield b"data: [DONE]\n\n"
 

@@ -46,25 +46,27 @@ router = APIRouter()
 log = logging.getLogger("unclip")
 
 
-def make_api(door: Gateway, tokens: Mapping[str, str], figures: Callable[[], bytes]) -> FastAPI:
+def make_api(gateway: Gateway, tokens: Mapping[str, str], figures: Callable[[], bytes]) -> FastAPI:
     """Returns the application."""
     api = FastAPI(title="unclip serve", version="1", docs_url=None, redoc_url=None)  # their pages load foreign scripts
-    api.state.door, api.state.figures, api.state.started = door, figures, int(time.time())
-    api.add_exception_handler(ApiError, _told)
-    api.add_exception_handler(RequestValidationError, _told)
-    api.add_exception_handler(HTTPException, _told)
+    api.state.gateway, api.state.figures, api.state.started = gateway, figures, int(time.time())
+    api.add_exception_handler(ApiError, _answer_error)
+    api.add_exception_handler(RequestValidationError, _answer_error)
+    api.add_exception_handler(HTTPException, _answer_error)
     api.include_router(router)
     api.include_router(neighbours.router)
     api.mount("/", StaticFiles(directory=STUDIO, html=True, check_dir=False))
-    api.add_middleware(Guard, settings=door.settings, tokens=tokens, observe=door.observe, traffic=door.traffic)
-    if door.settings.origins:
+    api.add_middleware(
+        Guard, settings=gateway.settings, tokens=tokens, observe=gateway.observe, traffic=gateway.traffic
+    )
+    if gateway.settings.origins:
         api.add_middleware(
-            CORSMiddleware, allow_origins=door.settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware, allow_origins=gateway.settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     return api
 
 
-async def _told(request: Request, error: Exception) -> JSONResponse:
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     """Returns an error as OpenAI's clients read it."""
     if isinstance(error, RequestValidationError):
         first, sent = error.errors()[0], request.headers.get("content-type", "")
@@ -78,7 +80,7 @@ async def _told(request: Request, error: Exception) -> JSONResponse:
         message = f"There is no {request.method} {request.url.path} here; /openapi.json lists what there is"
         error = ApiError(404, "not_found", message) if missing else invalid(error.detail)
     assert isinstance(error, ApiError)
-    request.app.state.door.observe("refusals_total", code=error.code)
+    request.app.state.gateway.observe("refusals_total", code=error.code)
     return JSONResponse(error.body, error.status, headers=dict(error.headers))
 
 
@@ -86,16 +88,21 @@ async def _told(request: Request, error: Exception) -> JSONResponse:
 @router.head("/health", include_in_schema=False)
 async def health(request: Request) -> dict[str, Any]:
     """Says that the server is alive, and how many wait."""
-    door: Gateway = request.app.state.door
-    about = await door.described()
-    return {"status": "ok", "bundle": about["bundle"], "waiting": len(door.line.waiting), "warning": about["warning"]}
+    gateway: Gateway = request.app.state.gateway
+    about = await gateway.described()
+    return {
+        "status": "ok",
+        "bundle": about["bundle"],
+        "waiting": len(gateway.queue.waiting),
+        "warning": about["warning"],
+    }
 
 
 @router.get("/ready")
 async def ready(request: Request) -> dict[str, Any]:
     """Says that a request would be drawn: something that draws gave a sign of life, and the server is not ending."""
-    door: Gateway = request.app.state.door
-    if door.traffic.draining or not door.ready():
+    gateway: Gateway = request.app.state.gateway
+    if gateway.traffic.draining or not gateway.ready():
         raise ApiError(503, "unavailable", "Nothing can be drawn now", retry_after=5)
     return {"status": "ready"}
 
@@ -121,15 +128,15 @@ async def model(request: Request, name: str) -> dict[str, Any]:
 
 
 async def _model(request: Request) -> dict[str, Any]:
-    door: Gateway = request.app.state.door
-    about = {**await door.described(), "most_images": MOST_IMAGES}
+    gateway: Gateway = request.app.state.gateway
+    about = {**await gateway.described(), "most_images": MOST_IMAGES}
     common = {"object": "model", "created": request.app.state.started, "owned_by": "unclip"}
-    return {"id": door.name, **common, "unclip": about}
+    return {"id": gateway.name, **common, "unclip": about}
 
 
 def _check_model(request: Request, model: str, about: Mapping[str, Any]) -> None:
     """Raises ApiError for the name of another model."""
-    own = request.app.state.door.name
+    own = request.app.state.gateway.name
     if not names_model(model, own, about["bundle"]):
         message = f"The model {model!r} is not served here: leave model out, or use {own!r}"
         raise ApiError(404, "model_not_found", message, "model")
@@ -140,7 +147,7 @@ async def file(
     request: Request, name: str, output_format: str, compression: Annotated[int, Query(ge=0, le=100)] = BEST
 ) -> Response:
     """Returns a finished image, as long as the server keeps it."""
-    found = request.app.state.door.results.get(name)
+    found = request.app.state.gateway.results.get(name)
     if found is None or output_format not in MEDIA_TYPES:
         raise ApiError(404, "not_found", "This image is not kept any longer: send its request again")
     data = await asyncio.to_thread(encode, found.png, output_format, compression)
@@ -214,13 +221,13 @@ async def _answer(
     **more: Any,
 ) -> Response:
     """Draws, and answers with all images at once or with each as it is made."""
-    door: Gateway = request.app.state.door
-    about = await door.described()
+    gateway: Gateway = request.app.state.gateway
+    about = await gateway.described()
     warnings = [*warnings, *asked.warnings()]
     if asked.model is not None:
         _check_model(request, asked.model, about)
-        if asked.model.startswith(ALIASES) and asked.model != door.name:
-            warnings.append(f"model: {asked.model} is a name for {door.name!r} here")
+        if asked.model.startswith(ALIASES) and asked.model != gateway.name:
+            warnings.append(f"model: {asked.model} is a name for {gateway.name!r} here")
     side = asked.side(about["sides"])
     try:
         captions = [caption for caption in (asked.prompt, more.get("before")) if caption is not None]
@@ -229,19 +236,19 @@ async def _answer(
         raise ApiError(400, "prompt_too_long", f"prompt: {e}", "prompt") from None
     spent = request.scope["allowance"].spend("megapixels", asked.n * drawn_side(side) ** 2 / 1e6)
     request.scope["drawing"] = asked.n, side
-    if door.settings.log_prompts:
+    if gateway.settings.log_prompts:
         log.info("%s: %r", kind, asked.prompt)
     seed = random.SystemRandom().randrange(LARGEST_SEED - MOST_IMAGES) if asked.seed is None else asked.seed
     smaller = len([one for one in about["sides"] if one < side])
     partial = min(asked.partial_images, smaller) if asked.stream else 0
     options = asked.options(about["sampling"], about["timesteps"])
     work = Work(kind, options, side, asked.rows(seed), tuple(images), more, partial > 0)
-    answer = Answer(door, asked, work, event, partial, str(request.base_url), warnings)
+    answer = Answer(gateway, asked, work, event, partial, str(request.base_url), warnings)
     try:
         if not asked.stream:
             return JSONResponse(await answer.whole())
         events = answer.events()
-        first = await anext(events)  # a line that is full is said by the status
+        first = await anext(events)  # a full queue is said by the status
     except ApiError:
         request.scope["allowance"].give_back("megapixels", spent)
         raise

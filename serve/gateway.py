@@ -31,7 +31,7 @@ class Gateway:
     Attributes:
         served: Which bundle is served.
         settings: How it is served.
-        line: The queue of requests.
+        queue: The queue of requests.
         results: Finished images.
         ask: Returns what the replicas draw with, as ``Replica.describe``. Raises Died where nobody can tell.
         observe: Notes a figure.
@@ -43,7 +43,7 @@ class Gateway:
 
     served: Served
     settings: ServeSettings
-    line: RequestQueue
+    queue: RequestQueue
     results: Results
     ask: Callable[[], Awaitable[dict[str, Any]]]
     observe: Observe
@@ -68,7 +68,7 @@ class Gateway:
         """Yields the events of drawing, with ("image", row, name, Result) for each image.
 
         Waits for an equal request that draws the same already. Raises ApiError for what this bundle cannot draw, and
-        when the line is full.
+        when the queue is full.
         """
         names = self._names((await self.described())["bundle"], work)
         until = time.monotonic() + EQUAL_S
@@ -79,7 +79,7 @@ class Gateway:
                     429,
                     "queue_full",
                     "too many requests with images wait for equal ones; try again later",
-                    retry_after=self.line.seconds,
+                    retry_after=self.queue.seconds,
                 )
             yield ("place", 1)
             self.behind += held
@@ -102,7 +102,7 @@ class Gateway:
             if not missing:
                 return
             rows = tuple(work.rows[i] for i in missing)
-            async with aclosing(self.line.run(replace(work, rows=rows))) as events:
+            async with aclosing(self.queue.run(replace(work, rows=rows))) as events:
                 async for event in events:
                     if event[0] == "bundle":
                         names = self._names(event[1]["bundle"], work)

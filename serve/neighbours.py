@@ -42,9 +42,9 @@ async def neighbours(
     request: Request, image: UploadFile, count: Annotated[int, Form(ge=1, le=MOST)] = 8
 ) -> dict[str, Any]:
     """Returns the training images nearest to an image, nearest first."""
-    door = request.app.state.door
-    bundle = (await door.described())["bundle"]
-    training = await run_in_threadpool(training_set_of, door.served, bundle, door.settings.licenses)
+    gateway = request.app.state.gateway
+    bundle = (await gateway.described())["bundle"]
+    training = await run_in_threadpool(training_set_of, gateway.served, bundle, gateway.settings.licenses)
     opened = await read_image(image, "image")
     try:
         found = await asyncio.get_running_loop().run_in_executor(SEARCHING, training.nearest, opened, count)
@@ -112,10 +112,10 @@ class TrainingSet:
 
 async def nearest_caption(request: Request, image: bytes) -> str:
     """Returns the caption of the training image nearest to an image, "" where the rows have no index."""
-    door = request.app.state.door
-    bundle = (await door.described())["bundle"]
+    gateway = request.app.state.gateway
+    bundle = (await gateway.described())["bundle"]
     try:
-        training = await run_in_threadpool(training_set_of, door.served, bundle, door.settings.licenses)
+        training = await run_in_threadpool(training_set_of, gateway.served, bundle, gateway.settings.licenses)
         return await asyncio.get_running_loop().run_in_executor(SEARCHING, training.caption, image)
     except ApiError:  # it has none
         return ""

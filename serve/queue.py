@@ -54,7 +54,7 @@ def stopping() -> ApiError:
 
 @dataclass(eq=False)
 class Job:
-    """A request in the line, with the events that are still to be read."""
+    """A request in the queue, with the events that are still to be read."""
 
     work: Work
     events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
@@ -101,7 +101,7 @@ class RequestQueue:
     async def run(self, work: Work) -> AsyncGenerator[Event]:
         """Yields ("place", jobs before this one) as it changes, then the events of drawing.
 
-        Raises ApiError where the line is full, Refused and what went wrong. Leaving the iteration takes the job out.
+        Raises ApiError where the queue is full, Refused and what went wrong. Leaving the iteration takes the job out.
         """
         if self.waiting and self.images() + len(work.rows) > self.limit:
             again = self.seconds * self.images() / (self.batch * self.lanes)

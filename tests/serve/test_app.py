@@ -101,12 +101,12 @@ def test_a_release_is_followed_after_a_failure(monkeypatch: pytest.MonkeyPatch) 
 
     def until(wanted: Any) -> None:
         deadline = time.monotonic() + 30
-        while (found := (drawer.next or drawer.runner).key, bool(drawer.warning)) != wanted:
+        while (found := (replica.next or replica.runner).key, bool(replica.warning)) != wanted:
             assert time.monotonic() < deadline, found
             time.sleep(0.01)
 
     monkeypatch.setattr(Replica, "_open", opened)
-    drawer = Replica(releases, ServeSettings(follow_s=0.02))
+    replica = Replica(releases, ServeSettings(follow_s=0.02))
     releases.silent = True
     until(("a", True))
     releases.silent = False
@@ -128,7 +128,7 @@ def test_a_new_release_that_is_not_signed_leaves_the_old_one_and_is_said(tmp_pat
 
     def until(key: str, warning: str) -> None:
         deadline = time.monotonic() + 60
-        while (found := ((drawer.next or drawer.runner).key, drawer.warning)) != (key, warning):
+        while (found := ((replica.next or replica.runner).key, replica.warning)) != (key, warning):
             assert time.monotonic() < deadline, found
             time.sleep(0.01)
 
@@ -136,14 +136,14 @@ def test_a_new_release_that_is_not_signed_leaves_the_old_one_and_is_said(tmp_pat
     second = publish_artifact(store, replace(first, key="c" * 64), 0.0)
     served = bundle.Served("p", store=store.url, project="p", keys=(public_line(key),))
     try:
-        drawer = Replica(served, ServeSettings(cpus=1, follow_s=0.02))
+        replica = Replica(served, ServeSettings(cpus=1, follow_s=0.02))
         until(first.key, "")
         promote(second, False)
         until(first.key, "the release is not signed by a trusted key, and the one before goes on: see the log")
         promote(second, True)
         until(second.key, "")
         with pytest.raises(UserError, match="was moved on from bundle b"):
-            drawer.served.open(first.key, "cpu")
+            replica.served.open(first.key, "cpu")
     finally:
         torch.set_num_threads(threads)
 
@@ -203,8 +203,8 @@ def test_what_cannot_be_drawn_is_refused_with_its_reason(
         raise error
 
     async def events() -> list[Any]:
-        drawer = Replica(releases, ServeSettings())
-        return [event async for event in drawer.draw(Work("generation", {}, 64, (Row("a cat", 0),)))]
+        replica = Replica(releases, ServeSettings())
+        return [event async for event in replica.draw(Work("generation", {}, 64, (Row("a cat", 0),)))]
 
     releases: Any = Releases()
     releases.key = "a"

@@ -1,4 +1,4 @@
-"""The door: equal requests are drawn once, whatever becomes of the first."""
+"""The gateway: equal requests are drawn once, whatever becomes of the first."""
 
 import asyncio
 from dataclasses import replace
@@ -14,34 +14,36 @@ from serve.queue import Died
 from serve.results import Result, Results
 from serve.settings import ServeSettings
 from serve.work import Work
-from tests.serve.test_queue import B, Replica, line, run, work
+from tests.serve.test_queue import B, Replica, make_queue, run, work
 
 
 async def ask() -> dict[str, Any]:
     return {"bundle": "b", "sides": [64]}
 
 
-def door(drawer: Replica) -> Gateway:
-    return Gateway(Served("tiny", key="b"), ServeSettings(), line(drawer), Results(1 << 20), ask, lambda *_, **__: None)
+def make_gateway(replica: Replica) -> Gateway:
+    return Gateway(
+        Served("tiny", key="b"), ServeSettings(), make_queue(replica), Results(1 << 20), ask, lambda *_, **__: None
+    )
 
 
-async def drawn(door: Gateway, asked: Work) -> list[Result]:
-    made = {event[1]: event[3] async for event in door.draw(asked) if event[0] == "image"}
+async def drawn(gateway: Gateway, asked: Work) -> list[Result]:
+    made = {event[1]: event[3] async for event in gateway.draw(asked) if event[0] == "image"}
     return [made[i] for i in range(len(asked.rows))]
 
 
 def test_equal_requests_at_once_are_drawn_once() -> None:
     async def test() -> None:
-        drawer = Replica()
-        one = door(drawer)
+        replica = Replica()
+        one = make_gateway(replica)
         asked = [work("a", "b"), work("a", "b"), work("a"), work("a", "b", "c"), work("a", options=B)]
         tasks = [asyncio.create_task(drawn(one, each)) for each in asked]
         await asyncio.sleep(0.01)
-        drawer.go.set()
+        replica.go.set()
         first, second, part, more, other = await asyncio.gather(*tasks)
         assert first == second == [*part, first[1]] == more[:2]
         assert (more[2].png, other[0].png) == (b"c2", b"a0")
-        assert sorted(row.caption or "" for each in drawer.works for row in each.rows) == ["a", "a", "b", "c"]
+        assert sorted(row.caption or "" for each in replica.works for row in each.rows) == ["a", "a", "b", "c"]
         assert not one.drawing
 
     run(test())
@@ -49,13 +51,13 @@ def test_equal_requests_at_once_are_drawn_once() -> None:
 
 def test_a_request_draws_by_itself_where_the_equal_one_before_it_ends_without_images() -> None:
     async def test() -> None:
-        drawer = Replica()
-        one = door(drawer)
+        replica = Replica()
+        one = make_gateway(replica)
         first, second = (asyncio.create_task(drawn(one, work("a"))) for _ in range(2))
         await asyncio.sleep(0.01)
-        assert len(drawer.works) == 1
+        assert len(replica.works) == 1
         first.cancel()
-        drawer.go.set()
+        replica.go.set()
         assert [result.png for result in await second] == [b"a0"]
         assert not one.drawing
 
@@ -64,17 +66,17 @@ def test_a_request_draws_by_itself_where_the_equal_one_before_it_ends_without_im
 
 def test_when_the_first_of_equal_requests_goes_one_of_the_others_is_drawn() -> None:
     async def test() -> None:
-        drawer = Replica()
-        one = door(drawer)
+        replica = Replica()
+        one = make_gateway(replica)
         tasks = [asyncio.create_task(drawn(one, work("a"))) for _ in range(5)]
         await asyncio.sleep(0.01)
         tasks[0].cancel()
         await asyncio.sleep(0.01)
-        drawer.go.set()
+        replica.go.set()
         first, *others = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
         assert isinstance(first, asyncio.CancelledError)
         assert all(each == others[0] for each in others)
-        assert len(drawer.works) == 2  # what went, and one
+        assert len(replica.works) == 2  # what went, and one
 
     run(test())
 
@@ -83,22 +85,22 @@ def test_requests_that_wait_for_an_equal_one_hold_so_many_bytes_of_images(monkey
     monkeypatch.setattr(serve.gateway, "BEHIND_BYTES", 10)
 
     async def test() -> None:
-        drawer = Replica()
-        one = door(drawer)
+        replica = Replica()
+        one = make_gateway(replica)
         with_images = replace(work("a", kind="variation"), images=(b"3by", b"2b"))
         tasks = [asyncio.create_task(drawn(one, each)) for each in [with_images] * 4 + [work("a")] * 20]
         await asyncio.sleep(0.01)
-        drawer.go.set()
+        replica.go.set()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         (refused,) = [end for end in ends if not isinstance(end, list)]  # two of them wait behind the first
         assert (refused.status, refused.code, refused.retry_after > 0) == (429, "queue_full", True)
-        assert (one.behind, len(drawer.works)) == (0, 2)
+        assert (one.behind, len(replica.works)) == (0, 2)
 
     run(test())
 
 
 def test_an_image_is_named_by_its_whole_recipe_with_a_key_that_nobody_has() -> None:
-    one, other = door(Replica()), door(Replica())
+    one, other = make_gateway(Replica()), make_gateway(Replica())
     base = work("a")
     (row,) = base.rows
     recipes = [
@@ -120,9 +122,9 @@ def test_images_that_were_asked_for_last_are_kept_up_to_a_number_of_bytes() -> N
 
 def test_a_drawing_that_breaks_is_an_error_of_the_servers() -> None:
     async def test() -> None:
-        drawer = Replica(error=MemoryError("CUDA out of memory"))
-        one = door(drawer)
-        drawer.go.set()
+        replica = Replica(error=MemoryError("CUDA out of memory"))
+        one = make_gateway(replica)
+        replica.go.set()
         with pytest.raises(ApiError) as raised:
             await drawn(one, work("a"))
         assert (raised.value.status, raised.value.body["error"]["type"]) == (500, "server_error")
@@ -136,7 +138,7 @@ def test_a_server_whose_process_is_gone_says_to_come_back_until_it_has_heard_of_
         raise Died("killed")
 
     async def test() -> None:
-        one = door(Replica())
+        one = make_gateway(Replica())
         one.ask = gone
         with pytest.raises(ApiError) as caught:
             await one.described()

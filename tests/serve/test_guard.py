@@ -115,14 +115,14 @@ def test_a_host_that_is_none_is_refused(host: str) -> None:
 
 
 def api(settings: ServeSettings, tokens: Mapping[str, str]) -> TestClient:
-    """The whole application before a door that draws nothing."""
+    """The whole application before a gateway that draws nothing."""
 
     async def described() -> dict[str, Any]:
         return {"bundle": "b" * 64, "sides": [64, 256, 1024]}
 
     observe = lambda *_, **__: None  # noqa: E731
-    door: Any = SimpleNamespace(settings=settings, observe=observe, described=described, traffic=Traffic())
-    return TestClient(make_api(door, tokens, lambda: b""), base_url=URL)
+    gateway: Any = SimpleNamespace(settings=settings, observe=observe, described=described, traffic=Traffic())
+    return TestClient(make_api(gateway, tokens, lambda: b""), base_url=URL)
 
 
 def test_a_page_of_another_address_that_may_call_may_draw() -> None:
@@ -151,10 +151,10 @@ def test_a_fault_of_the_servers_own_is_openais_error() -> None:
 
     figures: list[Any] = []
     observe = lambda name, *_, **labels: figures.append((name, labels.get("status")))  # noqa: E731
-    door = SimpleNamespace(
+    gateway = SimpleNamespace(
         settings=ServeSettings(), observe=observe, described=described, name="tiny", traffic=Traffic()
     )
-    with TestClient(make_api(door, {}, lambda: b""), URL, raise_server_exceptions=False) as client:
+    with TestClient(make_api(gateway, {}, lambda: b""), URL, raise_server_exceptions=False) as client:
         answer = client.get("/v1/models")
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "server_error")
     assert ("requests_total", "500") in figures

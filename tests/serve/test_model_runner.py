@@ -22,9 +22,9 @@ WORK = Work(
 )
 
 
-def drawn(painter: ModelRunner, work: Work = WORK) -> list[tuple[Any, ...]]:
+def drawn(runner: ModelRunner, work: Work = WORK) -> list[tuple[Any, ...]]:
     events: list[tuple[Any, ...]] = []
-    painter.draw(work, events.append, lambda: False)
+    runner.draw(work, events.append, lambda: False)
     return events
 
 

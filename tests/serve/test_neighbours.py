@@ -24,14 +24,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return make_trained(tmp_path_factory.mktemp("neighbours"))
 
 
-def door(bench: Bench, settings: ServeSettings, store: str) -> Iterator[TestClient]:
+def client_of(bench: Bench, settings: ServeSettings, store: str) -> Iterator[TestClient]:
     with TestClient(api_of(bench, settings, store, {}), "http://127.0.0.1") as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def client(bench: Bench) -> Iterator[TestClient]:
-    yield from door(bench, ServeSettings(), bench.store.url)
+    yield from client_of(bench, ServeSettings(), bench.store.url)
 
 
 def ask(client: TestClient, image: bytes, **fields: object) -> Any:
@@ -52,7 +52,7 @@ def test_training_images_come_nearest_first_with_their_rights(client: TestClient
 
 
 def test_images_are_shown_where_their_licence_allows_it(bench: Bench) -> None:
-    for client in door(bench, read_settings(["licenses=[CC-BY 4.0]"]), bench.store.url):
+    for client in client_of(bench, read_settings(["licenses=[CC-BY 4.0]"]), bench.store.url):
         found = ask(client, picture(1)).json()["data"]
     shown = {row["caption"]: row["b64_json"] is not None for row in found}
     assert shown == {"image 0": True, "image 1": False, "image 2": True}
@@ -72,13 +72,13 @@ def test_what_cannot_be_looked_for(client: TestClient, image: bytes, count: int,
 def test_an_edit_by_its_prompt_alone_begins_at_the_nearest_training_caption(bench: Bench) -> None:
     """Which a bundle's folder alone does not know; then it begins at the empty caption."""
     for store, before in ((bench.store.url, "image 2"), ("", "")):
-        for client in door(bench, ServeSettings(), store):
+        for client in client_of(bench, ServeSettings(), store):
             answer = client.post("/v1/images/edits", data={"prompt": "a fox"}, files={"image": picture(2)})
         assert answer.json()["error"]["message"] == f"nothing is drawn here, difference least of all {before}"
 
 
 def test_a_folder_of_a_bundle_alone_says_so(bench: Bench) -> None:
-    for client in door(bench, ServeSettings(), ""):
+    for client in client_of(bench, ServeSettings(), ""):
         answer = ask(client, picture(0))
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_index")
 
@@ -86,7 +86,7 @@ def test_a_folder_of_a_bundle_alone_says_so(bench: Bench) -> None:
 def test_an_index_that_is_gone_since_says_so(tmp_path: Path) -> None:
     """As after ``data forget`` and ``data gc``, while the server runs."""
     own = make_trained(tmp_path)
-    for client in door(own, ServeSettings(), own.store.url):
+    for client in client_of(own, ServeSettings(), own.store.url):
         assert ask(client, picture(0)).status_code == 200
         shards = [blob for shard in read_shards(own.store, own.made["curation"]) for blob in shard.blobs.values()]
         own.store.delete(map(blob_path, [*own.made["index"].blobs.values(), *shards]))

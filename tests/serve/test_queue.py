@@ -1,4 +1,4 @@
-"""The line: bounded, in order, together where settings are equal, and nothing lost where a process dies."""
+"""The queue: bounded, in order, together where settings are equal, and nothing lost where a process dies."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
@@ -45,13 +45,13 @@ def work(*captions: str, options: Any = A, kind: str = "generation") -> Work:
     return Work(kind, options, 64, tuple(Row(caption, i) for i, caption in enumerate(captions)))
 
 
-def line(drawer: Replica, lanes: int = 1, batch: int = 4, limit: int = 8) -> RequestQueue:
-    return RequestQueue(drawer, lanes, batch, limit, 0.0, 60.0, lambda *_, **__: None)
+def make_queue(replica: Replica, lanes: int = 1, batch: int = 4, limit: int = 8) -> RequestQueue:
+    return RequestQueue(replica, lanes, batch, limit, 0.0, 60.0, lambda *_, **__: None)
 
 
-async def images(line: RequestQueue, asked: Work) -> list[bytes]:
+async def images(queue: RequestQueue, asked: Work) -> list[bytes]:
     made: dict[int, bytes] = {}
-    async for event in line.run(asked):
+    async for event in queue.run(asked):
         if event[0] == "image":
             assert event[1] not in made, "an image came twice"
             made[event[1]] = event[2]
@@ -64,25 +64,25 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 def test_requests_of_equal_settings_are_drawn_together_in_order_and_get_their_own() -> None:
     async def test() -> None:
-        drawer = Replica()
-        drawn = line(drawer)
+        replica = Replica()
+        drawn = make_queue(replica)
         asked = [work("z"), work("a", "b"), work("c", options=B), work("d"), work("e", "f"), work("g", kind="edit")]
         tasks = [asyncio.create_task(images(drawn, one)) for one in asked]
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        drawer.go.set()
+        replica.go.set()
         made = await asyncio.gather(*tasks)
         assert made == [[f"{r.caption}{r.seed}".encode() for r in one.rows] for one in asked]
-        batches = ["".join(row.caption or "" for row in one.rows) for one in drawer.works]
+        batches = ["".join(row.caption or "" for row in one.rows) for one in replica.works]
         assert batches == ["zabd", "c", "ef", "g"]
 
     run(test())
 
 
-def test_a_full_line_says_when_to_come_back_and_places_count_down() -> None:
+def test_a_full_queue_says_when_to_come_back_and_places_count_down() -> None:
     async def test() -> None:
-        drawer = Replica()
-        drawn = line(drawer, limit=2)
+        replica = Replica()
+        drawn = make_queue(replica, limit=2)
         tasks = []
         for steps, caption in enumerate("abc"):
             tasks.append(asyncio.create_task(images(drawn, work(caption, options={"decoder_steps": steps}))))
@@ -100,7 +100,7 @@ def test_a_full_line_says_when_to_come_back_and_places_count_down() -> None:
         drawn.limit = 9
         watched = asyncio.create_task(watch())
         await asyncio.sleep(0.01)
-        drawer.go.set()
+        replica.go.set()
         await asyncio.gather(*tasks, watched)
         assert places == [3, 2, 1]
 
@@ -109,26 +109,26 @@ def test_a_full_line_says_when_to_come_back_and_places_count_down() -> None:
 
 def test_a_batch_whose_process_dies_is_drawn_again_and_each_image_comes_once() -> None:
     async def test() -> None:
-        drawer = Replica(deaths=2)
-        drawer.go.set()
-        assert await images(line(drawer), work("a", "b")) == [b"a0", b"b1"]
-        assert len(drawer.works) == 3
-        drawer = Replica(deaths=ATTEMPTS)
-        drawer.go.set()
+        replica = Replica(deaths=2)
+        replica.go.set()
+        assert await images(make_queue(replica), work("a", "b")) == [b"a0", b"b1"]
+        assert len(replica.works) == 3
+        replica = Replica(deaths=ATTEMPTS)
+        replica.go.set()
         with pytest.raises(Died):
-            await images(line(drawer), work("a", "b"))
-        drawer = Replica(error=Refused("too many steps"))
-        drawer.go.set()
+            await images(make_queue(replica), work("a", "b"))
+        replica = Replica(error=Refused("too many steps"))
+        replica.go.set()
         with pytest.raises(Refused, match="too many steps"):
-            await images(line(drawer), work("a"))
+            await images(make_queue(replica), work("a"))
 
     run(test())
 
 
-def test_a_client_that_goes_leaves_the_line_and_ends_its_drawing() -> None:
+def test_a_client_that_goes_leaves_the_queue_and_ends_its_drawing() -> None:
     async def test() -> None:
-        drawer = Replica()
-        drawn = line(drawer)
+        replica = Replica()
+        drawn = make_queue(replica)
         first, second, third = (
             asyncio.create_task(images(drawn, work(c, options={"decoder_steps": i}))) for i, c in enumerate("abc")
         )
@@ -137,10 +137,10 @@ def test_a_client_that_goes_leaves_the_line_and_ends_its_drawing() -> None:
             task.cancel()
         await asyncio.sleep(0.01)
         assert len(drawn.waiting) == 1
-        drawer.go.set()
+        replica.go.set()
         assert await third == [b"c0"]
-        assert [one.rows[0].caption for one in drawer.works] == ["a", "c"]
-        assert drawer.closed == 2
+        assert [one.rows[0].caption for one in replica.works] == ["a", "c"]
+        assert replica.closed == 2
 
     run(test())
 
@@ -153,8 +153,8 @@ def test_a_lane_outlives_the_client_that_began_it() -> None:
         return await images(drawn, asked)
 
     async def test() -> None:
-        drawer = Replica()
-        drawn = line(drawer)
+        replica = Replica()
+        drawn = make_queue(replica)
         begun: list[Any] = []
         first = asyncio.create_task(client(drawn, work("a", "b"), begun))
         await asyncio.sleep(0.01)
@@ -163,14 +163,14 @@ def test_a_lane_outlives_the_client_that_began_it() -> None:
         for task in (first, *begun):
             task.cancel()
         await asyncio.sleep(0.01)
-        drawer.go.set()
+        replica.go.set()
         assert await asyncio.wait_for(second, 5) == [b"c0"]
 
     run(test())
 
 
 def test_a_request_that_comes_as_the_last_lane_ends_gets_its_own() -> None:
-    """Its turn of the event loop is the one in which the lane has found the line empty."""
+    """Its turn of the event loop is the one in which the lane has found the queue empty."""
 
     async def test() -> None:
         came: list[asyncio.Task[list[bytes]]] = []
@@ -193,8 +193,8 @@ def test_a_request_that_comes_as_the_last_lane_ends_gets_its_own() -> None:
 
 def test_a_request_that_is_not_drawn_in_its_time_is_told_to_come_back() -> None:
     async def test() -> None:
-        drawer = Replica()
-        drawn = line(drawer)
+        replica = Replica()
+        drawn = make_queue(replica)
         drawn.deadline = 0.05
         for asked in (work("a"), work("b", options=B)):  # one is drawn, the other waits behind it
             with pytest.raises(ApiError) as caught:
@@ -207,8 +207,8 @@ def test_a_request_that_is_not_drawn_in_its_time_is_told_to_come_back() -> None:
 
 def test_what_is_cut_is_told_to_come_back() -> None:
     async def test() -> None:
-        drawer = Replica()
-        drawn = line(drawer)
+        replica = Replica()
+        drawn = make_queue(replica)
         tasks = [asyncio.create_task(images(drawn, each)) for each in (work("a"), work("b", options=B))]
         await asyncio.sleep(0.01)
         drawn.cut()

@@ -66,5 +66,5 @@ def api_of(bench: Bench, settings: ServeSettings, store: str, tokens: Mapping[st
         pass
 
     served = Served("bench", store=store, key=bench.made["bundle"].key)
-    line = RequestQueue(draw, 1, 1, 1, 0.0, 60.0, observe)
-    return make_api(Gateway(served, settings, line, Results(0), ask, observe), tokens, bytes)
+    queue = RequestQueue(draw, 1, 1, 1, 0.0, 60.0, observe)
+    return make_api(Gateway(served, settings, queue, Results(0), ask, observe), tokens, bytes)
