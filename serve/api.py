@@ -188,17 +188,17 @@ async def _before(request: Request, asked: Edit, image: bytes) -> tuple[str, lis
     if asked.before is not None:
         return asked.before, []
     why = "stands for the image as it is: send before, its caption, where another fits better"
-    if _differs(recipe := await read_caption(asked.image[0]), asked.prompt):
+    if await _differs(recipe := await read_caption(asked.image[0]), asked.prompt):
         return recipe, [f"before: {recipe!r}, the caption in the image's own recipe, {why}"]
-    if _differs(nearest := await neighbours.nearest_caption(request, image), asked.prompt):
+    if await _differs(nearest := await neighbours.nearest_caption(request, image), asked.prompt):
         return nearest, [f"before: {nearest!r}, the caption of the nearest training image, {why}"]
     return "", [f"before: the empty caption {why}"]
 
 
-def _differs(caption: str, prompt: str) -> bool:
+async def _differs(caption: str, prompt: str) -> bool:
     """Returns whether there is a direction from a caption that nobody has checked to the prompt."""
     try:
-        check_captions([caption[:PROMPT]])
+        await asyncio.to_thread(check_captions, [caption[:PROMPT]])
     except ValueError:
         return False
     return caption.split() not in ([], prompt.split())

@@ -59,7 +59,13 @@ class LocalReplica:
 
     async def close(self) -> None:
         """Gives the memory of the models back."""
+        drawn = asyncio.wrap_future(self.replica.drawing.submit(int))  # behind all that is drawn
         self.replica.close()
+        try:
+            await asyncio.wait_for(drawn, CLOSING_S)
+        except TimeoutError:  # Python would wait for the thread for ever, if it hangs in a driver
+            log.warning("drawing does not end, and is left with its process")
+            os._exit(0)
 
     async def kill(self) -> None:
         """Ends this process: a thread that hangs in a driver cannot be ended alone."""

@@ -14,7 +14,7 @@ class ApiError(Exception):
     """A request that is not answered with images; ``status`` is HTTP's.
 
     Args:
-        status: 400, 401, 403, 404, 408, 413, 429, 500 or 503.
+        status: 400, 401, 403, 404, 408, 413, 429, 499 (of a client that has gone), 500 or 503.
         code: A word for programs.
         message: What happened, to what, and what to do next.
         param: The field that is wrong.

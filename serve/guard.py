@@ -11,20 +11,22 @@ import secrets
 import shlex
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from tempfile import SpooledTemporaryFile
+from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.data.pairs.image import MAX_BYTES
 from pipeline.errors import UserError
 from pipeline.local import read_local
 from serve.errors import ApiError, broken
-from serve.queue import Observe, stopping
+from serve.queue import Observe, late, stopping
 from serve.settings import LOOPBACK, ServeSettings
 
 JSON_BYTES = 64 << 10  # of a body that holds no image
@@ -140,39 +142,65 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status, number = time.monotonic(), NO_ANSWER, f"req_{secrets.token_hex(12)}"
+        began, number = time.monotonic(), f"req_{secrets.token_hex(12)}"
+        scope["status"] = NO_ANSWER
 
         async def sending(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                scope["status"] = message["status"]
                 message["headers"] = [*message["headers"], *HEADERS, (b"x-request-id", number.encode())]
+            scope["sent"] = message["type"] == "http.response.body" and not message.get("more_body")
             await send(message)
 
         try:
-            try:
-                receive = await self._admit(scope, receive)
-            except ApiError as e:
-                self.observe("refusals_total", code=e.code)
-                app: ASGIApp = JSONResponse(e.body, e.status, headers={**e.headers, "Connection": "close"})
-            else:
-                app = self.app
-            try:
-                await app(scope, receive, sending)
-            except Exception:
-                if status != NO_ANSWER:  # the answer has begun
-                    raise
+            await self._answer(scope, receive, sending)
+        except (Exception, asyncio.CancelledError) as e:
+            # An answer that has begun can only be cut off. uvicorn cancels what a drain has not ended.
+            if scope["status"] != NO_ANSWER or (isinstance(e, asyncio.CancelledError) and not self.traffic.draining):
+                raise
+            error = e if isinstance(e, ApiError) else stopping() if isinstance(e, asyncio.CancelledError) else broken()
+            if error is not e and isinstance(e, Exception):
                 log.exception("%s could not be answered", scope["path"])
-                error = broken()
-                await JSONResponse(error.body, error.status)(scope, receive, sending)
+            self.observe("refusals_total", code=error.code)
+            refusal = JSONResponse(error.body, error.status, headers={**error.headers, "Connection": "close"})
+            await refusal(scope, receive, sending)
         finally:
             self.held -= scope.get("held", 0)
             self.traffic.open -= scope.get("accepted", False)
             if scope["path"].startswith("/v1/"):
-                self._note(scope, number, status, time.monotonic() - began)
+                self._note(scope, number, time.monotonic() - began)
 
-    def _note(self, scope: Scope, number: str, status: int, seconds: float) -> None:
-        endpoint = getattr(scope.get("route"), "path", "none")
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Has ``app`` answer a request that may be, for as long as its client is there.
+
+        Raises ApiError for one that may not be, and where the answer has not begun after ``deadline_s``.
+        """
+        body = await self._admit(scope, receive)
+        if body is receive:
+            await self.app(scope, receive, send)
+            return
+        gone = asyncio.ensure_future(receive())  # behind a whole body comes nothing but the client's end
+
+        async def read() -> Message:
+            return await body() or await asyncio.shield(gone)
+
+        answer = asyncio.ensure_future(self.app(scope, read, send))
+        both = (answer, gone)
+        try:
+            await asyncio.wait(both, timeout=self.settings.deadline_s, return_when="FIRST_COMPLETED")
+            if not answer.done() and not gone.done():
+                if scope["status"] == NO_ANSWER:
+                    raise late(self.settings.deadline_s)
+                await asyncio.wait(both, return_when="FIRST_COMPLETED")  # a stream, whose drawing has a deadline
+            if answer.done() or scope.get("sent"):
+                await answer
+        finally:
+            answer.cancel()
+            gone.cancel()
+            await asyncio.wait(both)
+
+    def _note(self, scope: Scope, number: str, seconds: float) -> None:
+        endpoint, status = _endpoint(scope), scope["status"]
         self.observe("requests_total", endpoint=endpoint, status=str(status))
         self.observe("e2e_request_latency_seconds", seconds, endpoint=endpoint)
         images, side = scope.get("drawing", (0, 0))
@@ -186,8 +214,11 @@ class Guard:
         }
         requests_log.info("%s", json.dumps(about | ({"images": images, "size": f"{side}x{side}"} if images else {})))
 
-    async def _admit(self, scope: Scope, receive: Receive) -> Receive:
-        """Returns what the request is read from. Raises ApiError."""
+    async def _admit(self, scope: Scope, receive: Receive) -> Callable[[], Awaitable[Any]]:
+        """Returns what gives the parts of the body and then None; ``receive`` where it is read as it comes.
+
+        Raises ApiError.
+        """
         self._check_origin(scope)
         if not scope["path"].startswith(GUARDED) or scope["path"].startswith(OPEN):
             return receive
@@ -222,8 +253,10 @@ class Guard:
             raise ApiError(401, "invalid_api_key", "Send one of the server's tokens: Authorization: Bearer TOKEN")
         return name
 
-    async def _whole(self, scope: Scope, receive: Receive, allowance: RateLimit) -> Receive:
-        """Returns a body that has arrived whole.
+    async def _whole(
+        self, scope: Scope, receive: Receive, allowance: RateLimit
+    ) -> Callable[[], Awaitable[Message | None]]:
+        """Returns what gives the parts of a body that has arrived whole, then None.
 
         Raises ApiError for one that is too large or too slow, and where too much is held already.
         """
@@ -239,7 +272,7 @@ class Guard:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        break
+                        raise ApiError(NO_ANSWER, "disconnected", "The body has not arrived whole: try again")
                     body.write(chunk := message.get("body", b""))
                     size += len(chunk)
                     self.held += len(chunk)
@@ -255,9 +288,9 @@ class Guard:
         allowance.spend("megabytes", size / 1e6)
         body.seek(0)
 
-        async def replay() -> Message:
+        async def replay() -> Message | None:
             if body.closed:
-                return await receive()
+                return None
             chunk = body.read(CHUNK)
             more = body.tell() < size
             if not more:
@@ -265,6 +298,12 @@ class Guard:
             return {"type": "http.request", "body": chunk, "more_body": more}
 
         return replay
+
+
+def _endpoint(scope: Scope) -> str:
+    """Returns the path of the endpoint that a request is for, also of one that was refused before it got there."""
+    matching = (route for route in scope["app"].routes if route.matches(scope)[0] is not Match.NONE)
+    return getattr(scope.get("route") or next(matching, None), "path", "") or "none"
 
 
 def _hostname(host: str) -> str | None:

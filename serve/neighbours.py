@@ -13,7 +13,6 @@ from functools import cached_property, lru_cache
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Request, UploadFile
-from fastapi.concurrency import run_in_threadpool
 from PIL import Image
 
 from models.clip import Clip
@@ -44,7 +43,7 @@ async def neighbours(
     """Returns the training images nearest to an image, nearest first."""
     gateway = request.app.state.gateway
     bundle = (await gateway.described())["bundle"]
-    training = await run_in_threadpool(training_set_of, gateway.served, bundle, gateway.settings.licenses)
+    training = await asyncio.to_thread(training_set_of, gateway.served, bundle, gateway.settings.licenses)
     opened = await read_image(image, "image")
     try:
         found = await asyncio.get_running_loop().run_in_executor(SEARCHING, training.nearest, opened, count)
@@ -115,7 +114,7 @@ async def nearest_caption(request: Request, image: bytes) -> str:
     gateway = request.app.state.gateway
     bundle = (await gateway.described())["bundle"]
     try:
-        training = await run_in_threadpool(training_set_of, gateway.served, bundle, gateway.settings.licenses)
+        training = await asyncio.to_thread(training_set_of, gateway.served, bundle, gateway.settings.licenses)
         return await asyncio.get_running_loop().run_in_executor(SEARCHING, training.caption, image)
     except ApiError:  # it has none
         return ""

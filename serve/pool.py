@@ -22,6 +22,7 @@ MISSED = 4
 UPSCALE_S = 5.0  # that a batch waits for a replica before another one is started
 # A step of a busy machine may take this many times the slowest one of the warm-up, which drew one image.
 SLACK = 10.0
+END_S = 10.0  # in which a replica that is given up has to end, before another one is started all the same
 AGAIN_S = 5.0  # between two starts of which the first has failed
 log = logging.getLogger("unclip")
 
@@ -116,7 +117,7 @@ class ReplicaPool:
         Raises Died where the replica ends or hangs, ApiError where there is none any more, and what ``Handle.draw``
         raises.
         """
-        member = await self._acquire()
+        member, drawing = await self._acquire(), True
         try:
             async with aclosing(member.handle.draw(work)) as events:
                 while (event := await self._next(member, events)) is not None:
@@ -124,13 +125,15 @@ class ReplicaPool:
                     if event[0] == "bundle":
                         self.about = member.about = event[1]
                     elif event[0] == "drawn":
+                        drawing = False
                         self._release(member)
                     yield event
         except Died:
-            self._lose(member, "is gone")
+            self._lose(member, "is gone", member.handle.close)
             raise
         finally:
-            self._release(member)
+            if drawing:  # else it may have the next batch by now
+                self._release(member)
 
     async def _next(self, member: Member, events: AsyncGenerator[Event]) -> Event | None:
         """Returns the next event, None after the last. Raises Died where the replica is lost or makes no step."""
@@ -146,7 +149,7 @@ class ReplicaPool:
             if not waiting.done():  # a generator that runs cannot be closed
                 waiting.cancel()
                 await asyncio.wait((waiting,))
-        self._lose(member, f"made no step for {patience:.0f} s")
+        self._lose(member, f"made no step for {patience:.0f} s", member.handle.kill)
         raise Died("it does not answer")
 
     def _patience(self, member: Member) -> float:
@@ -202,17 +205,27 @@ class ReplicaPool:
             self.starting -= 1
             self._changed()
 
-    def _lose(self, member: Member, why: str) -> None:
-        """Gives up a replica, and starts another one in its place."""
+    def _lose(self, member: Member, why: str, end: Callable[[], Awaitable[None]]) -> None:
+        """Gives up a replica, ends it, and starts another one in its place."""
         if member not in self.members:
             return
         log.warning("a replica %s, and is replaced", why)
         self.members.remove(member)
         member.lost.set_result(None)
         self.failed = not self.members
-        self._spawn(member.handle.kill())
-        self._spawn(self._start())
+        self._spawn(self._replace(end))
         self._changed()
+
+    async def _replace(self, end: Callable[[], Awaitable[None]]) -> None:
+        self.starting += 1  # nobody else starts one meanwhile
+        try:
+            # First, for it may hold what the next one needs: the memory of a GPU, or this very process.
+            await asyncio.wait_for(end(), END_S)
+        except Exception as e:
+            log.warning("a replica that was given up could not be ended (%r)", e)
+        finally:
+            self.starting -= 1
+        await self._start()
 
     async def _watch(self) -> None:
         """Pings all replicas, gives up those that are silent, and ends those that have been idle."""
@@ -221,7 +234,7 @@ class ReplicaPool:
             now = time.monotonic()
             for member in list(self.members):
                 if member.missed >= MISSED:
-                    self._lose(member, f"gave no sign of life for {MISSED} pings")
+                    self._lose(member, f"gave no sign of life for {MISSED} pings", member.handle.kill)
                     continue
                 member.missed += 1
                 if member.ping is None or member.ping.done():
@@ -239,7 +252,7 @@ class ReplicaPool:
         try:
             about = await member.handle.describe()
         except Exception:  # of a process that has gone
-            self._lose(member, "is gone")
+            self._lose(member, "is gone", member.handle.close)
             return
         self.about = member.about = about
         member.missed = 0

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from serve.errors import ApiError
 from serve.work import Row, Work
 
+AGAIN_S = 5  # in which a server that is stopped, or one beside it, may be there again
 ATTEMPTS = 3  # at a batch whose replica dies: it may be the batch that kills it
 log = logging.getLogger("unclip")
 Event = tuple[Any, ...]
@@ -49,7 +50,13 @@ class Draw(Protocol):
 
 def stopping() -> ApiError:
     """Returns the error for requests that this server does not answer any more."""
-    return ApiError(503, "unavailable", "The server is stopping: try again", retry_after=5)
+    return ApiError(503, "unavailable", "The server is stopping: try again", retry_after=AGAIN_S)
+
+
+def late(deadline: float) -> ApiError:
+    """Returns the error for a request that took longer than ``deadline`` seconds."""
+    message = f"This was not drawn within {deadline:g} seconds: ask for fewer or smaller images"
+    return ApiError(503, "deadline_exceeded", message, retry_after=AGAIN_S)
 
 
 @dataclass(eq=False)
@@ -92,6 +99,7 @@ class RequestQueue:
         self.running: list[list[Job]] = []  # batches
         self.tasks: set[asyncio.Task[None]] = set()  # lanes
         self.batches: set[asyncio.Task[None]] = set()
+        self.stopped = False
         self.seconds = 5.0  # of a batch, averaged over the last ones
 
     def images(self) -> int:
@@ -103,6 +111,8 @@ class RequestQueue:
 
         Raises ApiError where the queue is full, Refused and what went wrong. Leaving the iteration takes the job out.
         """
+        if self.stopped:
+            raise stopping()
         if self.waiting and self.images() + len(work.rows) > self.limit:
             again = self.seconds * self.images() / (self.batch * self.lanes)
             raise ApiError(
@@ -124,12 +134,7 @@ class RequestQueue:
                     left = job.came + self.deadline - time.monotonic()
                     event = await asyncio.wait_for(job.events.get(), max(0, left))
                 except TimeoutError:
-                    raise ApiError(
-                        503,
-                        "deadline_exceeded",
-                        f"This was not drawn within {self.deadline:g} seconds: ask for fewer or smaller images",
-                        retry_after=self.seconds,
-                    ) from None
+                    raise late(self.deadline) from None
                 if isinstance(event, Exception):
                     raise event
                 if event[0] == "withheld":
@@ -188,7 +193,8 @@ class RequestQueue:
             self._count()
 
     def cut(self) -> None:
-        """Ends all that is drawn and waits, with an error that says to come back."""
+        """Ends all that is drawn and waits, and refuses what comes later, with an error that says to come back."""
+        self.stopped = True
         for job in (*self.waiting, *(job for jobs in self.running for job in jobs)):
             job.events.put_nowait(stopping())
 

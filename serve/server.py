@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn, with limits for headers, and an end at which every accepted request is answered."""
+"""The HTTP server: uvicorn, with limits for slow clients, and an end at which every accepted request is answered."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 HEADERS_S = 10.0  # in which the header of a request has to arrive
 HEADER_BYTES = 32 << 10
 UNFINISHED = 256  # connections whose header is still to come: a quarter of the usual limit of open files
+READING_S = 60.0  # in which a client has to read something of an answer that waits for it
 KEEP_ALIVE_S = 65  # longer than the 60 s of usual load balancers, which must be the ones to close
 CLOSING_S = 2.0  # for the last bytes of answers
 log = logging.getLogger("unclip")
 
 
-class BoundedHeaders(H11Protocol):
-    """Closes a connection whose header does not arrive in time, and the oldest of too many such connections."""
+class BoundedConnection(H11Protocol):
+    """Closes a connection whose header does not arrive in time, and the oldest of too many such connections.
 
-    unfinished: ClassVar[OrderedDict[BoundedHeaders, asyncio.TimerHandle]] = OrderedDict()
+    It also closes one whose client does not read its answer.
+    """
+
+    unfinished: ClassVar[OrderedDict[BoundedConnection, asyncio.TimerHandle]] = OrderedDict()
+    unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts the time of the first header."""
@@ -42,9 +47,31 @@ class BoundedHeaders(H11Protocol):
             self._end_time()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends the time."""
+        """Ends both times."""
         self._end_time()
+        if self.unread:
+            self.unread.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Starts the time of an answer that is too large for the network to take at once."""
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        """Ends that time."""
+        super().resume_writing()
+        if self.unread:
+            self.unread.cancel()
+
+    def _expect_reading(self) -> None:
+        self.unread = self.loop.call_later(READING_S, self._check_reading, self.transport.get_write_buffer_size())
+
+    def _check_reading(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._expect_reading()
+        else:
+            self.transport.abort()  # close() would wait for the client
 
     def _expect_header(self) -> None:
         self.unfinished[self] = self.loop.call_later(HEADERS_S, self._close)
@@ -81,7 +108,7 @@ class Server(uvicorn.Server):
     ):
         config: Any = uvicorn.Config(
             app,
-            http=BoundedHeaders,
+            http=BoundedConnection,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -118,13 +145,13 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self.drain()
-        if waiting := self.busy():
+        if waiting := self._open():
             log.warning("answering %d requests first; Ctrl-C again ends at once", waiting)
         self.ending = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:
         if not await self._answered(self.drain_s):
-            log.warning("%d requests are not answered after %g s and are ended", self.busy(), self.drain_s)
+            log.warning("%d requests are not answered after %g s and are ended", self._open(), self.drain_s)
             self.cut()
             await self._answered(CLOSING_S)
         self.should_exit = True
@@ -132,6 +159,10 @@ class Server(uvicorn.Server):
     async def _answered(self, seconds: float) -> bool:
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
-        while self.busy() and loop.time() < until:
+        while (left := self._open()) and loop.time() < until:
             await asyncio.sleep(0.05)
-        return not self.busy()
+        return not left
+
+    def _open(self) -> int:
+        """Returns how many requests are not answered, or their answers not read."""
+        return self.busy() + sum(each.transport.get_write_buffer_size() > 0 for each in self.server_state.connections)
