@@ -279,7 +279,7 @@ def _exchange(process: subprocess.Popen[bytes], request: Any, data: bytes) -> tu
         send(process.stdin, request, data)
         (said, pixels), body = receive(process.stdout)
         return (said, max(0, min(int(pixels), request[2])), body) if _is_sound(request[0], said) else None
-    except (OSError, EOFError, ValueError, TypeError):
+    except (OSError, EOFError, ValueError, TypeError, OverflowError):
         return None
 
 

@@ -1,0 +1,29 @@
+"""Messages of a child that somebody may have taken over."""
+
+import io
+
+import pytest
+
+from pipeline.sandbox import receive, send
+
+
+def test_a_message_is_received_as_it_was_sent() -> None:
+    pipe = io.BytesIO()
+    send(pipe, ["rows", 1], b"body")
+    send(pipe, None, b"")
+    pipe.seek(0)
+    assert receive(pipe) == (["rows", 1], b"body")
+    assert receive(pipe, most=0) == (None, b"")
+    with pytest.raises(EOFError):
+        receive(pipe)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['["rows", -1]', '["rows", 11]', '["rows", 1.0]', '["rows", true]', '["rows", Infinity]', "1", "[1]", "[" * 990],
+    ids=lambda line: line[:16],
+)
+def test_anything_but_a_message_is_a_value_error(line: str) -> None:
+    pipe = io.BytesIO(line.encode() + b"\n" + b"x" * 100)
+    with pytest.raises(ValueError):
+        receive(pipe, most=10)
