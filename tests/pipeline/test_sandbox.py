@@ -25,5 +25,5 @@ def test_a_message_is_received_as_it_was_sent() -> None:
 )
 def test_anything_but_a_message_is_a_value_error(line: str) -> None:
     pipe = io.BytesIO(line.encode() + b"\n" + b"x" * 100)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="message"):
         receive(pipe, most=10)

@@ -169,13 +169,14 @@ class ListReader:
                 if message == "rows":
                     batch = _checked(json.loads(text), width)
                     self._allowed.rows -= len(batch)
-                    if self._allowed.rows < 0:
-                        raise ValueError("more rows than a sound child sends")
+                    self._allowed.characters -= sum(min(_characters(row), MAX_CAPTIONS) for row in batch)
+                    if not batch or self._allowed.rows < 0 or self._allowed.characters < 0:
+                        raise ValueError("more than a sound child sends, or nothing")
                     return message, batch
                 if message == "end":
                     self.cut += int(text)
                     return message, []
-            except (OSError, EOFError, ValueError, TypeError, RecursionError) as e:
+            except (OSError, EOFError, ValueError, TypeError, OverflowError, RecursionError) as e:
                 self.spent = self._death(path, number, e)
                 return "spent", []
             if message == "refused":
@@ -252,6 +253,17 @@ def _checked(batch: Any, width: int) -> list[list[Any] | Flaw]:
     return rows
 
 
+def _characters(row: Sequence[Any] | Flaw) -> int:
+    """Returns the characters of a row's values."""
+    if isinstance(row, Flaw):
+        return 0
+    try:
+        return len("".join(filter(None, row)))
+    except TypeError:  # captions
+        flat = (value if isinstance(value, list) else (value,) for value in row)
+        return sum(map(len, filter(None, chain.from_iterable(flat))))
+
+
 # --- in the child -----------------------------------------------------------------------------------------------------
 
 
@@ -267,16 +279,10 @@ class _Batches:
 
     def add(self, row: Sequence[Any] | Flaw) -> None:
         """Takes a row. Raises Spent, and then the row is left out."""
-        characters = 0
-        if not isinstance(row, Flaw):
-            try:
-                characters = len("".join(filter(None, row)))
-            except TypeError:  # captions
-                flat = (value if isinstance(value, list) else (value,) for value in row)
-                characters = sum(map(len, filter(None, chain.from_iterable(flat))))
-            if characters > MAX_CAPTION:
-                row = self._bounded(row)
-                characters = MAX_CAPTIONS
+        characters = _characters(row)
+        if not isinstance(row, Flaw) and characters > MAX_CAPTION:
+            row = self._bounded(row)
+            characters = MAX_CAPTIONS  # at most: what is cut off took time, too
         self._budget.take(characters)
         if isinstance(row, Flaw):
             self._flaws.append((len(self._rows) + len(self._flaws), row.reason, row.what[:MAX_CAPTION]))

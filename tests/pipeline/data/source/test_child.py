@@ -105,6 +105,7 @@ def test_what_may_end_elsewhere_next_time_refuses_the_list(
         "[[['a'],[]],[]]",
         "[[],[[0,'no reason','x']]]",
         "[[],[[[],'not_utf8','x']]]",
+        "[[],[[Infinity,'not_utf8','x']]]",
         "{}",
         "[" * 100_000,
         "",
@@ -123,11 +124,23 @@ def test_what_is_no_row_is_not_believed(tmp_path: Path, monkeypatch: pytest.Monk
     assert "sent what are no rows" in row.what
 
 
-@pytest.mark.parametrize("message", ["said", "rows"])
-def test_a_child_that_never_ends_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str) -> None:
-    body = b"hello" if message == "said" else json.dumps([[["a"] * 4096, ["b"] * 4096], []]).encode()
-    sent = json.dumps([message, len(body)]).encode() + b"\n" + body
-    code = f"from tests.pipeline.data.source.probes import lie; lie({sent!r} * 200)"
+@pytest.mark.parametrize(
+    ("message", "body", "times"),
+    [
+        ("said", "hello", 200),
+        ("rows", json.dumps([[["a"] * 4096, ["b"] * 4096], []]), 200),
+        ("rows", json.dumps([[["a" * MAX_CAPTIONS], ["b"]], []]), 600),
+        ("rows", "[[], []]", 1),
+    ],
+    ids=["said", "rows", "long", "empty"],
+)
+def test_a_child_that_never_ends_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str, body: str, times: int
+) -> None:
+    monkeypatch.setattr(child, "WAIT_S", 10.0)
+    lies = tmp_path / "lies"
+    lies.write_bytes((json.dumps([message, len(body)]) + "\n" + body).encode() * times)
+    code = f"from tests.pipeline.data.source.probes import lie; lie(open({str(lies)!r}, 'rb').read())"
     monkeypatch.setattr(child, "_COMMAND", (sys.executable, "-P", "-c", code))
     path = tmp_path / "a.csv"
     path.write_bytes(b"x")
