@@ -21,7 +21,6 @@ FINAL = frozenset(
         "not_utf8",
         "no_reference",
         "duplicate_url",
-        "budget_spent",
         "forgotten",
         "opted_out",
         "denied",

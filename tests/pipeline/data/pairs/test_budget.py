@@ -9,6 +9,8 @@ from pipeline.data.pairs import budget, packer
 from pipeline.data.pairs.budget import FAIR, ORIGIN_S, SHARD_S, ShardDecoder
 from pipeline.data.pairs.decoding import LONGEST, Decoding, ImageDecoder, TimeLimit
 from pipeline.data.pairs.image import MAX_PIXELS, StoredImage, Storing
+from pipeline.data.source.retry import FINAL, gather
+from pipeline.data.source.stage import scan
 from tests.pipeline.data.bench import Bench, Page, Pages, picture, serving, write_list
 from tests.pipeline.data.pairs.test_decoding import with_word, wrapped
 
@@ -127,3 +129,6 @@ def test_rows_whose_budget_is_spent_are_counted(tmp_path: Path, monkeypatch: pyt
     reasons = [row["reason"] for row in bench.rows("pairs")]
     assert reasons == ["decode_timeout", "budget_spent", None, "budget_spent", None]
     assert bench.made["pairs"].ledger.rejected == {"decode_timeout": 1, "budget_spent": 2}
+    # Other images spent it, so another try may end otherwise.
+    shards = scan(bench.config.source, bench.store, write=False).shards
+    assert gather(bench.store, shards, bench.made["pairs"], frozenset({"budget_spent"}) - FINAL, [])[1] == 2

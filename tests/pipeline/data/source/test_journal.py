@@ -119,11 +119,11 @@ def test_the_order_of_forgetting_does_not_matter(marks: list[str], random: Rando
 
 def test_entries_of_many_writers_are_all_kept(store: Store) -> None:
     def write(i: int) -> None:
-        change_journal(store, "p", lambda j: replace(j, retries=(*j.retries, f"blob{i}")))
+        change_journal(store, "p", lambda j: replace(j, retries=(*j.retries, f"{i:064x}")))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(8)))
-    assert sorted(read_journal(store, "p").retries) == [f"blob{i}" for i in range(8)]
+    assert sorted(read_journal(store, "p").retries) == [f"{i:064x}" for i in range(8)]
     assert read_journal(store, "another") == EMPTY
 
 
