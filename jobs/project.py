@@ -138,16 +138,15 @@ def load_as_run(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     file = Path(config.run.output) / RUN_FILE
     if any(not word.startswith(SETTINGS) for word in overrides) or not file.is_file():
         return config
-    ran = load_config(file)
+    try:
+        ran = load_config(file)
+    except UserError as e:  # somebody edited it, or an older version of this software wrote it
+        raise UserError(f"{file}, which the last run wrote, cannot be used: {e}; delete it, or run again") from None
     if (ran.project, open_store(ran.store).url) != (config.project, open_store(config.store).url):
         return config
     stages = ("source", *RECIPES)
-    differs = [
-        f"{stage}.{name}"
-        for stage in stages
-        for name, value in flatten(getattr(ran, stage)).items()
-        if flatten(getattr(config, stage)).get(name) != value
-    ]
+    recipes = [(stage, flatten(getattr(ran, stage)), flatten(getattr(config, stage))) for stage in stages]
+    differs = [f"{stage}.{name}" for stage, then, now in recipes for name in then if now.get(name) != then[name]]
     if differs:
         many = f" and {len(differs) - 1} more" if len(differs) > 1 else ""
         say_once(

@@ -64,7 +64,7 @@ DEVICES = {
     "RTX 5090": Device(209e12, 104.8e12, 32e9),
 }
 UNKNOWN = DEVICES["L4"]  # stands for any other GPU
-APPLE = re.compile(r"(APPLE|MPS|MAC|M[1-9])", re.IGNORECASE)
+APPLE = re.compile(r"(APPLE|MPS|MAC|M[1-9]\b)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,8 @@ class FolderStore:
             except PermissionError as e:  # Linux's word for a file system without links
                 raise OSError(errno.EOPNOTSUPP, e.strerror, path) from e
             finally:
-                os.unlink(temporary, dir_fd=folder)
+                with suppress(FileNotFoundError):  # clear_abandoned may have been quicker
+                    os.unlink(temporary, dir_fd=folder)
             os.fsync(folder)
         return True
 

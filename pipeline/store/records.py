@@ -30,7 +30,7 @@ from pipeline.store.parallel import ordered_map
 FORMAT = 3
 PART_BYTES = 16 << 20  # of a blob that is read in parts
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
-Seconds = Annotated[FiniteFloat, Field(ge=0)]
+Seconds = Annotated[FiniteFloat, Field(ge=0, lt=1 << 37)]  # as a time of day until the year 6325
 T = TypeVar("T")
 _adapters: dict[Any, TypeAdapter[Any]] = {}  # by kind: to build one takes milliseconds
 

@@ -62,6 +62,17 @@ def test_a_report_of_less_does_not_replace_one_of_more(config: Path, capsys: pyt
     assert main(["report", str(config), "pairs.encode_quality=80", "--output", str(config.parent / "two.html")]) == 0
 
 
+def test_what_an_older_version_remembered_is_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    remembered = config.parent / "out/run.yaml"
+    remembered.write_text(remembered.read_text().replace("encode_quality", "quality_of_old"))
+    assert main(["report", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert f"{remembered}, which the last run wrote, cannot be used: " in said
+    assert "quality_of_old" in said
+    remembered.unlink()
+    assert main(["report", str(config), "--output", str(config.parent / "other.html")]) == 0
+
+
 def test_the_configuration_beside_the_output_is_one(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(config.parent / "out/run.yaml")]) == 0
     printed = capsys.readouterr().out

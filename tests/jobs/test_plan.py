@@ -41,6 +41,7 @@ def test_the_table_of_the_documents_is_what_the_command_prints() -> None:
         (["--pairs", "1M", "--gpus", "64"], ["--gpus 64: not a number of GPUs"]),
         (["--pairs", "1M", "--gpus", "8xT4"], ["unknown kind T4; name the known one that is nearest to it: A100"]),
         (["--pairs", "1M", "--gpus", "1xM3"], ["--gpus 1xM3: nothing runs on Apple's GPUs; leave it out"]),
+        (["--pairs", "1M", "--gpus", "1xM60"], ["unknown kind M60"]),
         (["--pairs", "1M", "--gpus", "1xApple M3 Max"], ["nothing runs on Apple's GPUs; leave it out"]),
         (["--pairs", "1M", "--utilisation", "1.5"], ["--utilisation 1.5"]),
         (["--pairs", "1M", "--profile", "none.json"], ["--profile none.json: not what make gpu-check writes"]),

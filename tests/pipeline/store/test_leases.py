@@ -204,6 +204,14 @@ def test_a_process_of_another_container_counts_as_held(store: Store, monkeypatch
     assert read_lease(store, lease_path("k")) is None
 
 
+def test_a_time_that_no_calendar_has_stops_nobody(store: Store) -> None:
+    held = replace(leases._this_process("nonce", "decoder", 60.0), boot="another", since=1e300)
+    store.swap(lease_path("k"), None, held.as_json())
+    with pytest.raises(CorruptObject, match=r"is damaged \(since: "):
+        read_lease(store, lease_path("k"))
+    assert lead_or_wait(store, "k", 0.2, lambda: False, lambda: "", poll_s=0.05) is not None
+
+
 @pytest.mark.parametrize("pid", ["../../x", "self", 1.5, None, [1]])
 def test_what_a_lease_calls_a_process_becomes_no_path(pid: object, store: Store) -> None:
     """Such a lease is damaged: it counts as held until it has stood still for its time."""
