@@ -89,8 +89,8 @@ def test_equal_bytes_under_many_urls_are_decoded_once(tmp_path: Path, monkeypatc
     with serving(Pages(pages)) as address, closing(Counting()) as decoder:
         monkeypatch.setattr(packer, "shared_decoder", lambda: decoder)
         source = write_list(tmp_path / "list.csv", [(f"http://{address}{path}", "a picture") for path in pages])
-        settings = {"pairs": {"allow": ["127.0.0.0/8"]}}
-        bench = Bench(tmp_path / "store", [source], source={"paths": [source], "shard_rows": 60}, run=settings)
+        allow = {"allow": ["127.0.0.0/8"]}
+        bench = Bench(tmp_path / "store", [source], source={"paths": [source], "shard_rows": 60}, pairs=allow)
         bench.make("source", "pairs")
     assert [row["reason"] for row in bench.rows("pairs")] == ["truncated", None] * 30
     assert len({row["sha256"] for row in bench.rows("pairs") if row["status"] == "kept"}) == 1
