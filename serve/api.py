@@ -234,14 +234,16 @@ async def _answer(
         await asyncio.to_thread(check_captions, captions)  # one word of thousands of letters takes most of a second
     except ValueError as e:
         raise ApiError(400, "prompt_too_long", f"prompt: {e}", "prompt") from None
-    spent = request.scope["allowance"].spend("megapixels", asked.n * drawn_side(side) ** 2 / 1e6)
+    options = asked.options(about["sampling"], about["timesteps"])
+    own = about["sampling"]["decoder_steps"]
+    cost = max(1, options.get("decoder_steps", own) / own)  # fewer steps save nothing of the upsamplers' work
+    spent = request.scope["allowance"].spend("megapixels", asked.n * drawn_side(side) ** 2 / 1e6 * cost)
     request.scope["drawing"] = asked.n, side
     if gateway.settings.log_prompts:
         log.info("%s: %r", kind, asked.prompt)
     seed = random.SystemRandom().randrange(LARGEST_SEED - MOST_IMAGES) if asked.seed is None else asked.seed
     smaller = len([one for one in about["sides"] if one < side])
     partial = min(asked.partial_images, smaller) if asked.stream else 0
-    options = asked.options(about["sampling"], about["timesteps"])
     work = Work(kind, options, side, asked.rows(seed), tuple(images), more, partial > 0)
     answer = Answer(gateway, asked, work, event, partial, str(request.base_url), warnings)
     try:

@@ -34,7 +34,8 @@ class ServeSettings:
         drain_s: Seconds that accepted requests have to be answered in after SIGTERM.
         results_mb: Megabytes of finished images kept for the same request, and under their URLs.
         requests_per_minute: Requests of a token; 0 sets no limit. By default 60 where ``host`` lets others in, else 0.
-        megapixels_per_minute: Megapixels drawn for a token; by default 120 or 0.
+        megapixels_per_minute: Megapixels drawn for a token, by default 120 or 0. An image with k times the bundle's own
+            steps counts k times.
         megabytes_per_minute: Megabytes that a token sends; by default 600 or 0.
         follow_s: Seconds between two looks at the release, if one is served.
         log_prompts: Write the captions of requests into the log.
