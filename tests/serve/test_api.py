@@ -5,6 +5,7 @@ import io
 import json
 import re
 import subprocess
+import time
 import urllib.request
 from itertools import pairwise
 from pathlib import Path
@@ -71,6 +72,20 @@ def test_a_url_holds_the_image_that_base64_would(client: openai.OpenAI) -> None:
     stream: Any = client.images.generate(prompt="the sea", **SMALL, output_format="webp", stream=True)
     (made,) = stream
     assert (opened(made.b64_json).format, made.output_format) == ("WEBP", "webp")
+
+
+def test_a_client_that_goes_before_its_answer_ends_its_drawing(served: str) -> None:
+    def figures(name: str) -> str:
+        return "".join(re.findall(rf"^unclip_{name}\b.*$", httpx.get(f"{served}/metrics").text, flags=re.MULTILINE))
+
+    before = figures("images_total")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served}/v1/images/generations", json={"prompt": "gone", "steps": 1000}, timeout=2)
+    deadline = time.monotonic() + 60
+    while not figures("num_running_reqs").endswith(" 0.0"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert figures("images_total") == before
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import subprocess
+import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
+import serve.api
 from cluster.package import Package
 from jobs.cli import main
 from pipeline.errors import UserError
@@ -29,6 +31,19 @@ URL = "http://127.0.0.1:8000"
 Ask = Callable[..., httpx.Response]
 
 
+def guard_of(
+    app: FastAPI,
+    settings: ServeSettings | None = None,
+    tokens: Mapping[str, str] | None = None,
+    traffic: Traffic | None = None,
+    observe: Any = lambda *_, **__: None,
+) -> FastAPI:
+    """The application, guarded."""
+    more = {"tokens": tokens or {}, "observe": observe, "traffic": traffic or Traffic()}
+    app.add_middleware(Guard, settings=settings or ServeSettings(), **more)
+    return app
+
+
 def asking(settings: ServeSettings, tokens: Mapping[str, str], traffic: Traffic | None = None) -> Ask:
     """Asks a guarded application that says how many bytes reached it."""
     app = FastAPI()
@@ -37,8 +52,7 @@ def asking(settings: ServeSettings, tokens: Mapping[str, str], traffic: Traffic 
     async def size(request: Request) -> int:
         return len(await request.body())
 
-    figures: list[Any] = []
-    guarded = Guard(app, settings, tokens, lambda *args, **labels: figures.append((args, labels)), traffic or Traffic())
+    guarded = guard_of(app, settings, tokens, traffic)
 
     def ask(path: str = "/v1/images/generations", method: str = "POST", **more: Any) -> httpx.Response:
         async def send() -> httpx.Response:
@@ -118,7 +132,7 @@ def api(settings: ServeSettings, tokens: Mapping[str, str]) -> TestClient:
     """The whole application before a gateway that draws nothing."""
 
     async def described() -> dict[str, Any]:
-        return {"bundle": "b" * 64, "sides": [64, 256, 1024]}
+        return {"bundle": "b" * 64, "sides": [64, 256, 1024], "sampling": {"decoder_steps": 8}, "timesteps": 1000}
 
     observe = lambda *_, **__: None  # noqa: E731
     gateway: Any = SimpleNamespace(settings=settings, observe=observe, described=described, traffic=Traffic())
@@ -143,6 +157,15 @@ def test_megapixels_are_those_that_are_drawn() -> None:
     answer = client.post("/v1/images/generations", json={"prompt": "a", "size": "512x512"})
     assert answer.status_code == 429
     assert "megapixels" in answer.text
+
+
+def test_more_steps_than_the_bundles_own_count_as_more_megapixels() -> None:
+    client = api(ServeSettings(megapixels_per_minute=0.5), {})
+    for words in ({"steps": 64}, {"quality": "max"}):  # 8 times 0.07
+        answer = client.post("/v1/images/generations", json={"prompt": "a", "size": "256x256", **words})
+        assert (answer.status_code, "megapixels" in answer.text) == (429, True)
+    asked = {"prompt": "a", "size": "256x256", "n": 8, "quality": "low"}
+    assert client.post("/v1/images/generations", json=asked).status_code == 429
 
 
 def test_a_fault_of_the_servers_own_is_openais_error() -> None:
@@ -256,7 +279,7 @@ def test_a_body_counts_until_its_request_is_answered(monkeypatch: pytest.MonkeyP
         await gate.wait()
         return size
 
-    guarded = Guard(app, ServeSettings(), {}, lambda *_, **__: None, Traffic())
+    guarded = guard_of(app)
 
     async def test() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url=URL) as client:
@@ -306,7 +329,7 @@ def test_a_request_is_one_line_of_the_log_without_its_caption(caplog: pytest.Log
         return 0
 
     names = {hashlib.sha256(TOKEN.encode()).hexdigest(): "ana"}
-    guarded = Guard(app, ServeSettings(), names, lambda *_, **__: None, Traffic())
+    guarded = guard_of(app, tokens=names)
     caplog.set_level("INFO", "unclip.requests")
     with TestClient(guarded, URL) as client:
         answer = client.post("/v1/images/generations", json={"prompt": "a secret"}, headers=bearer(TOKEN))
@@ -318,4 +341,93 @@ def test_a_request_is_one_line_of_the_log_without_its_caption(caplog: pytest.Log
         "id": answer.headers["x-request-id"], "token": "ana", "endpoint": "/v1/images/generations", "status": 200,
         "images": 2, "size": "256x256",
     }  # fmt: skip
-    assert (refused["status"], refused["token"]) == (401, "")
+    assert (refused["status"], refused["token"], refused["endpoint"]) == (401, "", "/v1/images/generations")
+
+
+async def asgi(app: FastAPI, gone: asyncio.Event, body: bytes = b"{}", whole: bool = True) -> list[Any]:
+    """Sends a request by ASGI itself, whose client goes at ``gone``, and returns the messages of the answer."""
+    sent: list[Any] = []
+    parts = [{"type": "http.request", "body": body, "more_body": not whole}]
+
+    async def receive() -> Any:
+        if parts:
+            return parts.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    path = "/v1/images/generations"
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": [(b"host", b"localhost")]}
+    await app(scope, receive, send)
+    return sent
+
+
+class Endless:
+    """An application whose only endpoint answers nothing until it is cancelled."""
+
+    def __init__(self, **more: Any):
+        self.app, self.begun, self.ended = FastAPI(), asyncio.Event(), 0
+        self.app.post("/v1/images/generations")(self.endpoint)
+        guard_of(self.app, **more)
+
+    async def endpoint(self, request: Request) -> None:
+        await request.body()
+        self.begun.set()
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            self.ended += 1
+
+
+def test_a_client_that_goes_ends_its_request(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "unclip.requests")
+
+    async def test() -> None:
+        endless, gone = Endless(traffic=(traffic := Traffic())), asyncio.Event()
+        request = asyncio.create_task(asgi(endless.app, gone))
+        await endless.begun.wait()
+        assert traffic.open == 1
+        gone.set()
+        assert await asyncio.wait_for(request, 10) == []
+        assert (endless.ended, traffic.open) == (1, 0)
+        await asgi(endless.app, gone, b'{"prompt": "a', whole=False)
+        assert (endless.ended, traffic.open) == (1, 0)  # it has never begun
+
+    asyncio.run(test())
+    assert [json.loads(record.message)["status"] for record in caplog.records] == [guard.NO_ANSWER] * 2
+
+
+def test_whatever_a_request_waits_for_it_is_answered_within_its_deadline() -> None:
+    async def test() -> None:
+        endless = Endless(settings=ServeSettings(deadline_s=0.05))
+        start, body = await asyncio.wait_for(asgi(endless.app, asyncio.Event()), 10)
+        assert (start["status"], json.loads(body["body"])["error"]["code"]) == (503, "deadline_exceeded")
+        assert endless.ended == 1
+
+    asyncio.run(test())
+
+
+def test_a_request_that_a_drain_cuts_off_is_told_to_come_back() -> None:
+    """uvicorn cancels it, and would answer with a bare 500."""
+
+    async def test() -> None:
+        endless = Endless(traffic=(traffic := Traffic()))
+        request = asyncio.create_task(asgi(endless.app, asyncio.Event()))
+        await endless.begun.wait()
+        traffic.drain()
+        request.cancel()
+        start, body = await asyncio.wait_for(request, 10)
+        assert (start["status"], json.loads(body["body"])["error"]["code"]) == (503, "unavailable")
+        assert (b"retry-after", b"5") in start["headers"]
+
+    asyncio.run(test())
+
+
+def test_a_caption_from_an_upload_is_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One word of thousands of letters takes most of a second."""
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(serve.api, "check_captions", lambda _: threads.append(threading.current_thread()))
+    assert asyncio.run(serve.api._differs("a cat", "a dog"))
+    assert threads != [threading.current_thread()]

@@ -21,13 +21,18 @@ class Fake:
 
     def __init__(self) -> None:
         self.hangs, self.silent, self.ended, self.closed = False, False, "", 0
+        self.drawn, self.encoded = asyncio.Event(), asyncio.Event()
+        self.drawn.set()
+        self.encoded.set()
 
     async def draw(self, work: Work) -> AsyncGenerator[Event]:
         try:
             yield ("bundle", {"bundle": "b", "slowest_s": 0.0})
             if self.hangs:
                 await asyncio.sleep(1000)
+            await self.drawn.wait()
             yield ("drawn",)
+            await self.encoded.wait()
             yield ("image", 0, b"", 0.5)
         finally:
             self.closed += 1
@@ -144,6 +149,87 @@ def test_idle_replicas_end_and_come_back() -> None:
         assert drawn.ready()
         assert await draw(drawn) == ["bundle", "drawn", "image"]
         assert (len(made), made[0].ended) == (2, "closed")
+        await drawn.close()
+
+    run(test())
+
+
+def test_a_replica_has_one_batch_at_a_time_while_it_encodes_the_one_before() -> None:
+    async def test() -> None:
+        made: list[Fake] = []
+        drawn = await opened(made, replicas=1)
+        made[0].encoded.clear()
+        first = asyncio.create_task(draw(drawn))
+        (member,) = drawn.members
+        for busy in (True, False):
+            while member.busy is not busy:
+                await asyncio.sleep(0)
+        made[0].drawn.clear()
+        second = asyncio.create_task(draw(drawn))
+        while not member.busy:
+            await asyncio.sleep(0)
+        made[0].encoded.set()
+        await first
+        assert member.busy
+        made[0].drawn.set()
+        await second
+        assert not member.busy
+        await drawn.close()
+
+    run(test())
+
+
+def test_a_replica_that_hangs_has_ended_before_another_one_is_started() -> None:
+    """It may hold the memory of the GPU; and where it is this process, that ends, and starts nothing."""
+
+    class Stubborn(Fake):
+        async def kill(self) -> None:
+            await ended.wait()
+
+    async def test() -> None:
+        made: list[Fake] = []
+
+        async def start() -> Fake:
+            made.append(Stubborn())
+            return made[-1]
+
+        drawn = ReplicaPool(start, ServeSettings(replicas=1, watchdog_s=0.05), lambda *_, **__: None)
+        await drawn.open(1)
+        made[0].hangs = True
+        with pytest.raises(Died):
+            await draw(drawn)
+        await asyncio.sleep(0.2)  # ten pings
+        assert (len(made), drawn.ready()) == (1, False)
+        ended.set()
+        while not drawn.members:
+            await asyncio.sleep(0.01)
+        assert len(made) == 2
+        await drawn.close()
+
+    ended = asyncio.Event()
+    run(test())
+
+
+def test_a_process_that_is_gone_is_not_killed_for_its_number_may_be_anothers() -> None:
+    class Gone(Fake):
+        async def draw(self, work: Work) -> AsyncGenerator[Event]:
+            raise Died("gone")
+            yield
+
+    async def test() -> None:
+        made: list[Fake] = []
+
+        async def start() -> Fake:
+            made.append(Fake() if made else Gone())
+            return made[-1]
+
+        drawn = ReplicaPool(start, ServeSettings(replicas=1), lambda *_, **__: None)
+        await drawn.open(1)
+        with pytest.raises(Died):
+            await draw(drawn)
+        while len(made) < 2:
+            await asyncio.sleep(0.01)
+        assert made[0].ended == "closed"
         await drawn.close()
 
     run(test())

@@ -215,6 +215,8 @@ def test_what_is_cut_is_told_to_come_back() -> None:
         for task in tasks:
             with pytest.raises(ApiError, match="stopping"):
                 await task
+        with pytest.raises(ApiError, match="stopping"):  # what waited elsewhere, such as for an equal one
+            await images(drawn, work("c"))
         assert not drawn.waiting
 
     run(test())
