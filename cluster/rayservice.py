@@ -5,6 +5,7 @@ KubeRay brings the cluster, keeps the application running, and replaces a cluste
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from importlib import metadata
@@ -18,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.settings import KubernetesSettings
 
 PORT = 8000
+GRACE_S = 30  # for the processes of a pod to end when its requests are answered
 BUILDER = "serve.app:application"  # in the image
 
 
@@ -59,14 +61,16 @@ def render_service(
     if gpus:  # a pod draws on one GPU, so it takes that GPU's share of a node
         shape = max(1, settings.gpu_cpus // gpus), max(1, settings.gpu_memory_gb // gpus)
     group = Group("replicas", replicas, *shape, min(gpus, 1))
+    drain_s = math.ceil(arguments["settings"]["drain_s"])
     spec = {
+        "rayClusterDeletionDelaySeconds": drain_s,  # of the old cluster, when a new one has taken its traffic
         "serveConfigV2": Block(yaml.safe_dump(served, sort_keys=False)),
         "rayClusterConfig": {
             "rayVersion": metadata.version("ray"),
             "authOptions": {"mode": "token"},
             **GROWING,
-            "headGroupSpec": _serving(head(settings, environment)),
-            "workerGroupSpecs": [workers(group, settings, environment)],
+            "headGroupSpec": _serving(_drained(head(settings, environment), drain_s)),
+            "workerGroupSpecs": [_drained(workers(group, settings, environment), drain_s)],
         },
     }
     labels = {"app.kubernetes.io/name": "unclip", **settings.labels}
@@ -77,4 +81,16 @@ def render_service(
 def _serving(group: dict[str, Any]) -> dict[str, Any]:
     """Returns the head's group with the port for which older KubeRay makes the Service of the API."""
     group["template"]["spec"]["containers"][0]["ports"].append({"name": "serve", "containerPort": PORT})
+    return group
+
+
+def _drained(group: dict[str, Any], drain_s: int) -> dict[str, Any]:
+    """Returns a group whose pods go on for ``drain_s`` seconds after they were told to end.
+
+    Kubernetes sends them nothing new by then. It would end the gateway and what draws for it at once, and kill both
+    after 30 s.
+    """
+    spec = group["template"]["spec"]
+    spec["terminationGracePeriodSeconds"] = drain_s + GRACE_S
+    spec["containers"][0]["lifecycle"] = {"preStop": {"exec": {"command": ["sleep", str(drain_s)]}}}
     return group

@@ -58,6 +58,18 @@ def test_a_release_is_rendered_as_a_service_that_ray_serve_takes(
     assert "UNCLIP_TOKENS" not in json.dumps(service)
 
 
+def test_pods_end_when_their_requests_are_answered(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", f"release:{project}", "--to", "kuberay", "drain_s=89.5"]) == 0
+    spec = yaml.safe_load(capsys.readouterr().out)["spec"]
+    assert spec["rayClusterDeletionDelaySeconds"] == 90
+    cluster = spec["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "90"]
+        assert pod["terminationGracePeriodSeconds"] == 120
+
+
 def test_pods_reach_the_store_of_the_submitter_and_take_one_gpus_share_of_a_node(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
