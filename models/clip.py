@@ -41,9 +41,7 @@ TOKENIZER_FILES = ("tokenizer_config.json", "config.json", "special_tokens_map.j
 """Where transformers looks for code and for the names of further files."""
 UNUSABLE = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError, SafetensorError)
 """What open_clip and torch raise for configurations and weights that are odd, or do not fit."""
-NEEDS_TRANSFORMERS = (
-    "has a tokenizer of its own: pip install 'sentencepiece>=0.2,<1' 'transformers>=5,<6' on every node"
-)
+NEEDS_TRANSFORMERS = "has its own tokenizer: pip install 'sentencepiece>=0.2,<1' 'transformers>=5,<6' on every node"
 TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language"}
 """What a folder may say of its tokenizer: open_clip passes all else on to transformers, code included."""
 
@@ -256,9 +254,8 @@ def _unusable(folder: str | Path, error: Exception) -> ValueError:
 
 
 def _check_towers(name: str, model_config: dict) -> None:
-    """Raises ValueError for towers that a folder cannot hold.
+    """Raises ValueError for towers that a folder cannot hold, and for other BPE tokens than CLIP's own.
 
-    That includes a text tower without a tokenizer that reads other BPE tokens than CLIP's own.
     A tower of Hugging Face's or of timm's hub is built from what that hub says, which no folder has, and a tokenizer
     with other options than ``TOKENIZER_OPTIONS`` may run code of its folder. Raises KeyError, TypeError or
     AttributeError where this is not a configuration.
@@ -271,9 +268,7 @@ def _check_towers(name: str, model_config: dict) -> None:
             f"{', '.join(sorted(TOKENIZER_OPTIONS))} are taken; choose another CLIP"
         )
     if "hf_model_name" in text:
-        raise ValueError(
-            f"{name}: its text tower {text['hf_model_name']} needs the hub to be built: choose another CLIP"
-        )
+        raise ValueError(f"{name}: its text tower {text['hf_model_name']} needs the hub: choose another CLIP")
     if ":" in (image.get("timm_model_name") or "") or image.get("timm_model_pretrained"):
         raise ValueError(
             f"{name}: its image tower {image['timm_model_name']} needs the hub to be built: choose another CLIP"

@@ -16,8 +16,8 @@ REASONS = {
     "no_reference": "the row names no image",
     "no_caption": "no caption, or only white space",
     "duplicate_url": "an earlier row of the list names the same image; the captions of this one are not used",
-    "budget_spent": "the rest of a list whose size allows no more, or an image slower than its allowance once its "
-    "host's or its shard's decoding budget was spent",
+    "budget_spent": "the rest of a list that has spent its budget; or an image slower than its allowance once its "
+    "host or its shard has spent its decoding time",
     "forgotten": "the row is to be forgotten (unclip data forget)",
     # fetch
     "unsupported_reference": "not an http, https, s3, file or tar reference, or one over 8 KiB",

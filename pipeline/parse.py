@@ -107,9 +107,8 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, text: str):
         super().__init__(text)
-        self._sizes: dict[
-            int, int
-        ] = {}  # nodes by their id, each with the values below it; those in progress have none
+        # Values of each node, with those below it, by the node's id; those in progress have none.
+        self._sizes: dict[int, int] = {}
         self._aliased = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:

@@ -21,7 +21,7 @@ RUN_NAME = re.compile(r"runs/(?P<project>\w[\w.-]*)/(?P<number>[0-9]{8})-[0-9a-f
 
 @dataclass(frozen=True, slots=True)
 class Shard(Record):
-    """One shard of an artefact.
+    """Describes one shard of an artefact.
 
     Blobs called ``note.`` are beside the result, such as times: they may differ when a shard is made again. ``counts``
     are sums that later stages need without opening a blob.
@@ -44,7 +44,7 @@ class Shard(Record):
 
 @dataclass(frozen=True)
 class Artifact(Record):
-    """An immutable result.
+    """Describes an immutable result.
 
     ``blobs`` maps file names to sha256; ``shard_table`` is the blob that lists its shards. ``version`` is that of its
     stage, and ``by`` the user and the host that made it.
@@ -86,7 +86,7 @@ def artifact_path(stage: str, key: str) -> str:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """What a run asks of one stage.
+    """Says what a run asks of one stage.
 
     ``trajectory`` and ``trunk`` are the keys under which a training keeps its checkpoints (see pipeline.graph.keys);
     ``lineage`` names the pin of a stage that can be pinned.
@@ -103,7 +103,7 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class Run(Record):
-    """What a run was asked to make: every stage of its graph, and which of them it ``wanted``.
+    """Says what a run was asked to make: every stage of its graph, and which of them it ``wanted``.
 
     ``forgettings`` counts those in the list's journal that it was planned with (see pipeline.data.source.journal).
     ``package`` is the path of the code package that runs it; ``by`` the user, the host and the command.
@@ -126,6 +126,6 @@ class Run(Record):
 
 @dataclass(frozen=True)
 class Pin:
-    """The key that all plans of a lineage take for its stage."""
+    """Holds the key that all plans of a lineage take for its stage."""
 
     key: Part

@@ -20,16 +20,14 @@ from typing import Any
 from pipeline.errors import UserError
 
 PREFIX = "unclip-ray-"
-WATCHED = {
-    "gcs_server": "head process (gcs_server)",
-    "raylet": "node process (raylet)",
-}  # Ray does nothing without them
+# Ray does nothing without them.
+WATCHED = {"gcs_server": "head process (gcs_server)", "raylet": "node process (raylet)"}
 REMOVALS = 20  # attempts
 log = logging.getLogger("unclip")
 
 
 class PrivateFolder:
-    """A new folder below ``base`` that no other user may enter; it is removed when this process ends.
+    """Makes a folder below ``base`` that no other user may enter; it is removed when this process ends.
 
     Ray's own folders, which it makes for everybody (mode 777), lie in it. It is locked while its process lives, so that
     the next process of this user removes what one has left that was killed.

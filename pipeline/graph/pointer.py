@@ -1,4 +1,4 @@
-"""The release of a project: a pointer to a bundle, with everything that ever moved it.
+"""Moves the release of a project: a pointer to a bundle, with everything that ever moved it.
 
 Nothing can make it again, so it is changed by compare-and-swap only, and a damaged pointer is reported and left as it
 is.
@@ -20,7 +20,7 @@ FOLDER = "releases/"
 
 @dataclass(frozen=True)
 class Move:
-    """One move of the pointer, to a ``bundle`` with the ``evaluation`` it was judged by (keys).
+    """Describes one move of the pointer, to a ``bundle`` with the ``evaluation`` it was judged by (keys).
 
     ``at``: seconds since the epoch; ``reason``: why it was forced or rolled back; ``failed``: the gates that did not
     hold; ``files``: a digest of the bundle's files; ``signature``: hexadecimal, by a key of who may release (see
@@ -39,7 +39,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Releases:
-    """All moves, oldest first, and the ``version`` of the object that they were read from (None: there is none)."""
+    """Holds all moves, oldest first, and the ``version`` of their object, None where there is none."""
 
     version: str | None = None
     moves: tuple[Move, ...] = ()
@@ -67,7 +67,7 @@ class Releases:
 
 @dataclass(frozen=True)
 class Pointer(Record):
-    """The moves of a project's release as they are stored."""
+    """Holds the moves of a project's release as they are stored."""
 
     project: Part
     moves: tuple[Move, ...]

@@ -33,7 +33,7 @@ MAKE = "ssh-keygen -t ed25519 -N '' -f release.key makes one"
 
 
 class Untrusted(UserError):
-    """A release that no trusted key has signed, or that is not what one has signed."""
+    """Raised for a release that no trusted key has signed, or that is not what one has signed."""
 
 
 def read_private_key(path: str | Path) -> Ed25519PrivateKey:

@@ -32,19 +32,21 @@ log = logging.getLogger("unclip")
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease, as it is stored.
+    """Describes who holds a lease, as it is stored.
 
     Attributes:
-        nonce: Drawn for each lease.
-        stage: The name of the work, for people.
-        lease_s: Without activity, after which a waiter takes over.
-        user: Of the process that works, with its host.
-        boot: The boot of the machine and the container (see ``_boot``).
-        pid: Of the process, with the kernel's time of its start.
-        since: When it began, in seconds since the epoch, by its own clock.
-        at: Its last sign of life, None before the first.
-        beat: Differs from one sign of life to the next.
-        progress: Of the work, for people.
+        nonce: Random name of this lease.
+        stage: Name of the work, for people.
+        lease_s: Seconds without activity after which a waiter takes over.
+        user: User of the process that works.
+        host: Host of that process.
+        boot: Boot of the machine and the container (see ``_boot``).
+        pid: Number of the process.
+        started: The kernel's time of its start.
+        since: Begin of the work by its own clock, in seconds since the epoch.
+        at: Time of its last sign of life, None before the first.
+        beat: Random text, another one at each sign of life.
+        progress: Text about the progress of the work, for people.
         released: Whether it has stopped.
     """
 
@@ -123,14 +125,14 @@ def lead_or_wait(
     """Returns a Lease if this process must do the work, None once another process has finished it.
 
     Args:
-        store: that holds the lease.
-        key: of the work.
-        lease_s: without activity, after which a waiter takes over.
-        finished: tells whether the work is done.
-        activity: text that changes while the leader works, such as the name of its newest checkpoint.
-        poll_s: between two looks.
-        stage: the name of the work, for people.
-        progress: of the work, for people. The lease shows it to processes that wait.
+        store: The store that holds the lease.
+        key: Key of the work.
+        lease_s: Seconds without activity after which a waiter takes over.
+        finished: Function that tells whether the work is done.
+        activity: Function of a text that changes while the leader works, such as the name of its newest checkpoint.
+        poll_s: Seconds between two looks.
+        stage: Name of the work, for people.
+        progress: Function of a text about the progress, which the lease shows to processes that wait.
     """
     path = lease_path(key)
     nonce = secrets.token_hex(8)

@@ -20,7 +20,7 @@ def _line(line: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SavedJournal:
-    """The metrics of a training until its checkpoint (see pipeline.training.state.MetricsJournal)."""
+    """Holds the metrics of a training until its checkpoint (see pipeline.training.state.MetricsJournal)."""
 
     lines: list[Annotated[dict[str, Any], AfterValidator(_line)]] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class SavedJournal:
 
 @dataclass(frozen=True)
 class CheckpointRecord(Record):
-    """A training's state after ``samples`` samples: the blobs of its parts, its metrics, and seconds by phase."""
+    """Holds a training's state after ``samples`` samples: blobs of its parts, metrics, seconds by phase."""
 
     samples: Count
     attempt: Count
@@ -49,7 +49,7 @@ class CheckpointRecord(Record):
 
 @dataclass(frozen=True)
 class FailedStep(Record):
-    """The weights before a step that was not finite, after ``samples`` samples, and the ``keys`` of its bad rows."""
+    """Holds the weights before a step that was not finite, at ``samples`` samples, and the ``keys`` of its bad rows."""
 
     samples: Count
     keys: tuple[str, ...]

@@ -63,11 +63,11 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
     """Finds garbage; with ``delete``, marks it and deletes what has been marked for ``grace_s`` seconds.
 
     Args:
-        store: to collect in.
-        keep_s: how long the results of a run are needed.
-        grace_s: between mark and deletion.
-        now: by the store's clock (``Store.now``), as the clocks of machines differ.
-        delete: False only looks.
+        store: The store to collect in.
+        keep_s: Seconds for which the results of a run are needed.
+        grace_s: Seconds between mark and deletion.
+        now: Time by the store's clock (``Store.now``), as the clocks of machines differ.
+        delete: Whether to mark and delete, or only to look.
 
     Raises:
         UserError: another collection runs.

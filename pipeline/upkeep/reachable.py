@@ -13,7 +13,7 @@ from pipeline.store import Store
 from pipeline.store.records import R, Record, blob_path, open_record
 from pipeline.training.records import CheckpointRecord, FailedStep
 
-NAMED = ("packages/", "blobs/")  # which only other objects name
+ONLY_NAMED = ("packages/", "blobs/")  # stay where an object that cannot be read may name them
 REMEDIES = {
     RELEASES: "restore it, or delete it and promote again",
     LIST: "restore it: without it, what was forgotten comes back with the next run",
@@ -31,10 +31,10 @@ class Live:
     """Holds what stays.
 
     Attributes:
-        paths: Of objects.
-        prefixes: Under which everything stays because a stage is not finished.
-        unreadable: Why an object cannot be read, and what to do, by path. It stays.
-        unknown: Whether one of them may name any blob. Then those stay that nothing names, but not ``disowned`` ones.
+        paths: Paths of objects.
+        prefixes: Beginnings of paths under which everything stays because a stage is not finished.
+        unreadable: By path of an object that stays, why it cannot be read, and what to do.
+        unknown: Whether one of these may name any blob. Then those stay that nothing names, but not ``disowned`` ones.
         disowned: Blobs that garbage names.
     """
 
@@ -47,7 +47,7 @@ class Live:
     def __contains__(self, path: str) -> bool:
         if path in self.paths or path in self.unreadable or path.startswith(tuple(self.prefixes)):
             return True
-        return self.unknown and path.startswith(NAMED) and path not in self.disowned
+        return self.unknown and path.startswith(ONLY_NAMED) and path not in self.disowned
 
 
 def mark_blobs(store: Store, path: str, live: Live) -> None:

@@ -270,14 +270,14 @@ class _Search:
         needed = []
         for project in self.projects.values():
             # No run can be planned with a forgetting that is still to come.
-            told = {path: min(run.forgettings, project.forgettings) for path, run in project.runs.items()}
-            last = max(project.runs, key=lambda path: (told[path], path), default=None)
+            counted = {path: min(run.forgettings, project.forgettings) for path, run in project.runs.items()}
+            last = max(project.runs, key=lambda path: (counted[path], path), default=None)
             for path, run in project.runs.items():
                 if (bundle := run.stages.get("bundle")) and bundle.key in released:
                     self.live.paths.add(path)
                 being_made = any(f"leases/{asked.key}.json" in held for asked in run.stages.values())
                 recent = self.now - project.modified[path] < self.keep_s or not project.whole
-                if path == last or being_made or (recent and told[path] == project.forgettings):
+                if path == last or being_made or (recent and counted[path] == project.forgettings):
                     self.live.paths.update([path] if run.package is None else [path, run.package])
                     self.live.paths.update(f"leases/{asked.key}.json" for asked in run.stages.values())
                     needed.append(run)

@@ -301,7 +301,7 @@ def test_doctor_and_the_workers_of_embeddings_say_what_is_lacking(
     monkeypatch.setattr(clip_weights, "find_spec", lambda name: None)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     asked = " ".join(f"'{requirement}'" for requirement in extras["siglip"])
-    lacks = re.escape(f"has a tokenizer of its own: pip install {asked} on every node")
+    lacks = re.escape(f"has its own tokenizer: pip install {asked} on every node")
     with pytest.raises(UserError, match=rf"clip\.weights: local-dir:{siglip} {lacks}"):
         clip_weights.find_weights("clip.weights", f"local-dir:{siglip}")
     with pytest.raises(UserError, match=f"embeddings: the CLIP cannot be opened on {socket.gethostname()}: .*{lacks}"):

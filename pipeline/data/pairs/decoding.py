@@ -89,9 +89,9 @@ class Decoding:
     """Says how long decoding an image may take, and then how long it took.
 
     Attributes:
-        limit: Of its processor time.
+        limit: Limit of its processor time.
         seconds: Processor time of the child, as the system and not the child counts it.
-        pixels: By the header of the image, 0 where none was read.
+        pixels: Pixels by the header of the image, 0 where none was read.
     """
 
     limit: TimeLimit = LONGEST

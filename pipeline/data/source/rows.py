@@ -50,8 +50,8 @@ def sidecar_row(url: str, sidecars: Mapping[str, tuple[bytes, str]]) -> ListRow:
     """Returns a row with the captions of what lies beside its image.
 
     Args:
-        url: Of the image.
-        sidecars: By extension the first bytes of each, one more than LIMIT at most, and its name. Of the first of
+        url: Reference of the image.
+        sidecars: First bytes, one more than LIMIT at most, and name of each by its extension. Of the first of
             SIDECARS that is there each line is a caption, or of JSON the value of the first of CAPTIONS.
     """
     extension = next((extension for extension in SIDECARS if extension in sidecars), None)

@@ -49,10 +49,10 @@ def table_rows(
     """Yields for each row its values in ``needed`` and ``optional`` columns.
 
     A value is text, a list of texts and Nones, or None where it is empty or its column is absent. A caption, the second
-    value, is cut behind child.MAX_CAPTION characters.
+    value, is cut behind columns.MAX_CAPTION characters.
 
     Args:
-        path: Of a CSV, TSV, JSONL or Parquet file.
+        path: Path of a CSV, TSV, JSONL or Parquet file.
         needed: The columns of the references of images and of the captions. Where one has the name that it has by
             default and is absent, the one column of a name in KNOWN is taken.
         optional: Other columns.

@@ -188,6 +188,20 @@ def test_a_list_that_is_cut_is_the_same_list_each_time(tmp_path: Path) -> None:
     assert last["reject"] == "budget_spent"
 
 
+def test_a_tar_whose_name_is_not_utf8_loses_one_flawed_row_alone(tmp_path: Path) -> None:
+    path = os.path.join(tmp_path, os.fsdecode(b"a\xff.tar"))
+    with tarfile.open(path, "w") as tar:
+        for name, data in {"0.jpg": b"x", "0.txt": b"\xff", "1.jpg": b"x", "1.txt": b"a cat"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    flawed, sound = read_rows(path, SourceRecipe((path,)))
+    assert flawed.reject == "not_utf8"
+    assert "a\\udcff.tar" in flawed.flaw
+    assert sound.captions == ("a cat",)
+    assert "a%FF.tar" in sound.url
+
+
 def test_long_captions_are_cut_and_long_references_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [
