@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from jobs.cli import main
 from jobs.serve import find_served
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import artifact_path, load_artifact, publish_artifact
-from pipeline.graph.pointer import release_path
+from pipeline.graph.pointer import Pointer, release_path
 from pipeline.store.records import put_blob, seal
 from tests.jobs.test_release import LATER, OTHER, Made, made_anywhere  # noqa: F401
 from tests.pipeline.release.test_signing import make_key, public
@@ -113,10 +114,10 @@ def test_a_stripped_signature_and_other_files_are_refused_everywhere(
         find_bundle(str(tmp_path / "taken"))
     assert (folder / name).read_bytes() != b"other weights"
 
-    move = vars(signing.releases.moves[0]) | {"failed": [], "signature": ""}
+    move = replace(signing.releases.moves[0], signature="")
     signing.store.delete([artifact_path("bundle", first), release_path("p")])
     publish_artifact(signing.store, bundle, 0.0)
-    signing.store.create(release_path("p"), seal({"project": "p", "moves": [move]}))
+    signing.store.create(release_path("p"), seal(Pointer("p", (move,)), release_path("p")))
     refused(signing, tmp_path, "is not signed by one of release.keys", capsys)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact
-from pipeline.graph.pointer import Move, Releases, move_release, read_releases, release_path
+from pipeline.graph.pointer import Move, Pointer, Releases, move_release, read_releases, release_path
 from pipeline.ledger import Ledger
 from pipeline.release.signing import (
     Untrusted,
@@ -59,8 +59,7 @@ class Team:
         """Writes the pointer as somebody does who may write to releases/, and has no key."""
         path = release_path(project)
         self.store.delete([path])
-        body = [vars(move) | {"failed": list(move.failed)} for move in moves]
-        assert self.store.create(path, seal({"project": project, "moves": body}))
+        assert self.store.create(path, seal(Pointer(project, moves), path))
 
     def find(self, project: str = "p") -> Artifact:
         return find_release(self.store, project, read_releases(self.store, project), [self.public])
