@@ -19,7 +19,7 @@ from pipeline.settings import RaySettings
 from serve.api import make_api
 from serve.bundle import Served
 from serve.gateway import Gateway
-from serve.guard import read_tokens, requests_log
+from serve.guard import CONNECTIONS, read_tokens, requests_log
 from serve.listening import named
 from serve.metrics import Metrics
 from serve.pool import Handle, ReplicaPool
@@ -30,7 +30,7 @@ from serve.server import CLOSING_S, Server
 from serve.settings import ServeSettings
 from serve.work import Work
 
-CONNECTIONS = 1000  # requests that Ray Serve hands to the gateway at once, waiting ones among them
+WAIT_S = 0.02  # that a batch waits for more requests like its first, which costs one that is alone as much
 HEAD = {"node:__internal_head__": 0.001}  # where the gateway is: the end of another node ends nobody's wait
 log = logging.getLogger("unclip")
 
@@ -91,13 +91,12 @@ class Service:
             return await RemoteReplica.start(served, settings, gpu)
 
         self.pool = ReplicaPool(start, settings, self.metrics)
-        wait_s = settings.wait_ms / 1000
         self.queue = RequestQueue(
             self.pool.draw,
             settings.replicas,
             settings.batch,
             settings.queue,
-            wait_s,
+            WAIT_S,
             settings.deadline_s,
             self.metrics,
         )

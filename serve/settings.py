@@ -26,7 +26,6 @@ class ServeSettings:
         device: ``auto`` is a GPU if there is one.
         cpus: Cores of a replica that draws without a GPU; 0 is its share of its machine.
         batch: Images that are drawn at once, of requests with equal settings.
-        wait_ms: Milliseconds that a request waits for others like it.
         queue: Images that may wait; a request beyond is told to come back.
         deadline_s: Seconds after which a request that is not drawn is answered with an error.
         watchdog_s: Seconds without a step after which drawing is taken for stuck, and its replica is replaced; at least
@@ -57,7 +56,6 @@ class ServeSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpus: NonNegativeInt = 0
     batch: PositiveInt = 4
-    wait_ms: NonNegativeFloat = 20.0
     queue: PositiveInt = 64
     deadline_s: PositiveFloat = 600.0
     watchdog_s: PositiveFloat = 60.0
