@@ -55,7 +55,12 @@ def api_of(bench: Bench, settings: ServeSettings, store: str, tokens: Mapping[st
     """The API of a server that knows its bundle, and draws nothing."""
 
     async def ask() -> dict[str, Any]:
-        about = {"priors": ["diffusion"], "sampling": {"prior": "diffusion"}, "timesteps": 8, "device": "cpu"}
+        about = {
+            "priors": ["diffusion"],
+            "sampling": {"prior": "diffusion", "decoder_steps": 4},
+            "timesteps": 8,
+            "device": "cpu",
+        }
         return {"bundle": bench.made["bundle"].key, "sides": [64, 256], **about}
 
     async def draw(work: Work) -> AsyncGenerator[Event]:
