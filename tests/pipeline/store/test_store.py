@@ -1,12 +1,15 @@
 import errno
+import fcntl
 import itertools
 import os
 import pickle
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from typing import IO
 
 import pytest
 from hypothesis import given
@@ -168,6 +171,51 @@ def test_one_that_stops_in_a_swap_holds_up_no_other(tmp_path: Path, monkeypatch:
         assert not first.result()
     assert store.read("leases/a") == b"2"
     assert sorted(file.name for file in (tmp_path / "leases").iterdir()) == [".a.lock", "a"]
+
+
+def test_locks_go_with_their_deleted_objects(tmp_path: Path) -> None:
+    store, paths = open_store(str(tmp_path)), ["leases/a", "leases/b", "locks/p.json", "releases/p.json"]
+    for path in paths:
+        assert store.swap(path, None, b"1")
+    with open(tmp_path / "leases/.a.lock") as held, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        deleting = pool.submit(store.delete, paths)
+        _wait_for_waiter(held)
+        assert store.read("leases/a") == b"1"
+        fcntl.flock(held, fcntl.LOCK_UN)
+        deleting.result(60)
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
+    assert all(store.swap(path, None, b"2") for path in paths)
+
+
+def test_who_waited_for_a_lock_that_was_deleted_takes_a_new_one(tmp_path: Path) -> None:
+    """Else two would hold two files of one name, and both write."""
+    store, (file, lock) = open_store(str(tmp_path)), (tmp_path / "leases/a", tmp_path / "leases/.a.lock")
+    assert store.swap("leases/a", None, b"1")
+    with ThreadPoolExecutor(1) as pool:
+        with open(lock) as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            swapping = pool.submit(store.swap, "leases/a", None, b"2")
+            _wait_for_waiter(held)
+            lock.unlink()
+            file.unlink()
+            lock.touch()  # somebody else comes first
+            with open(lock) as new:
+                fcntl.flock(new, fcntl.LOCK_EX)
+                fcntl.flock(held, fcntl.LOCK_UN)
+                _wait_for_waiter(new)
+                assert not file.exists()
+        assert swapping.result(60)
+    assert store.read("leases/a") == b"2"
+
+
+def _wait_for_waiter(held: IO[str]) -> None:
+    """Returns once somebody waits for a file lock, as the kernel lists them."""
+    inode = f":{os.fstat(held.fileno()).st_ino} "
+    end = time.monotonic() + 60
+    while not any("->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines()):
+        assert time.monotonic() < end, "nobody waits for the lock"
+        time.sleep(0.01)
 
 
 def test_delete(store: Store) -> None:
