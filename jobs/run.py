@@ -62,7 +62,7 @@ def run(
         check_ready(project.config, project.store, asked.stale)
         check_conditions(project.store)
         asked_for = project.store, project.config.project, project.graph, asked.verdicts
-        remember(*asked_for, forgettings=project.journal.forgettings, wanted=asked.wanted)
+        remember(*asked_for, None, project.journal.forgettings, asked.wanted, project.scan.segments)
         remember_config(project.config)
         _place_made(project, project.finished(asked.verdicts))
         artifacts = _execute(project, asked.wanted, events)
@@ -144,6 +144,7 @@ def confirm(project: Project, asked: Agreed) -> None:
             asked.verdicts,
             project.journal.forgettings,
             asked.wanted,
+            project.scan.segments,
         )
     if not _shows(project, asked):
         bring(project)

@@ -97,7 +97,7 @@ def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
     render(job, "", run, asked.stale)  # raises for wrong settings before anything is sent
     path = put_package(project.store, _package(project))
     asked_for = project.store, project.config.project, project.graph, asked.verdicts
-    remember(*asked_for, path, project.journal.forgettings, asked.wanted)
+    remember(*asked_for, path, project.journal.forgettings, asked.wanted, project.scan.segments)
     return render(job, f"{project.store.url}/{path}", run, asked.stale)
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -45,12 +46,13 @@ def publish_shard(
     ledger: Ledger,
     blobs: Mapping[str, bytes | Path],
     counts: Mapping[str, int],
+    inputs: Mapping[str, str] = MappingProxyType({}),
 ) -> Shard:
     """Blobs first, the record last. Returns the shard that stands, which may be another worker's."""
     names = {name: put_blob(store, data) for name, data in sorted(blobs.items())}
     path = shard_path(stage, key)
     crash_point("shard.before_record", path)
-    shard = create_record(store, path, Shard(number, key, ledger, names, dict(counts)))
+    shard = create_record(store, path, Shard(number, key, ledger, names, dict(counts), dict(inputs)))
     crash_point("shard.after_record", path)
     return shard
 

@@ -24,7 +24,7 @@ class Shard(Record):
     """Describes one shard of an artefact.
 
     Blobs called ``note.`` are beside the result, such as times: they may differ when a shard is made again. ``counts``
-    are sums that later stages need without opening a blob.
+    are sums that later stages need without opening a blob. ``inputs`` are the keys of the shards that it was made from.
     """
 
     number: Count
@@ -32,6 +32,7 @@ class Shard(Record):
     ledger: StoredLedger
     blobs: Mapping[FileName, Digest] = field(default_factory=dict)
     counts: Mapping[str, Count] = field(default_factory=dict)
+    inputs: Mapping[str, Part] = field(default_factory=dict)
 
     @property
     def named(self) -> list[str]:
@@ -106,13 +107,15 @@ class Run(Record):
     """Says what a run was asked to make: every stage of its graph, and which of them it ``wanted``.
 
     ``forgettings`` counts those in the list's journal that it was planned with (see pipeline.data.source.journal).
-    ``package`` is the path of the code package that runs it; ``by`` the user, the host and the command.
+    ``segments`` names the segments of that list (see pipeline.data.source.stage). ``package`` is the path of the code
+    package that runs it; ``by`` the user, the host and the command.
     """
 
     project: Part
     stages: Mapping[Part, PlannedStage]
     forgettings: Count
     wanted: tuple[Part, ...]
+    segments: tuple[Digest, ...] = ()
     by: Mapping[str, str] = field(default_factory=dict)
     package: Annotated[str, Field(pattern="^packages/[0-9a-f]{64}[.]zip$")] | None = None
 

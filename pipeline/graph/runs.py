@@ -34,11 +34,13 @@ def remember(
     package: str | None = None,
     forgettings: int = 0,
     wanted: Collection[str] | None = None,
+    segments: Sequence[str] = (),
 ) -> None:
     """Records what a run is asked to make, before it starts.
 
     ``package`` is the path of the code package that is to run it; ``forgettings`` counts those in the journal that the
-    verdicts were planned with (see pipeline.data.source.journal). ``wanted``: the stages that it makes; all by default.
+    verdicts were planned with (see pipeline.data.source.journal), and ``segments`` names those of the list. ``wanted``:
+    the stages that it makes; all by default.
     """
     keys = {v.stage: v.key for v in verdicts}
     stages: dict[str, PlannedStage] = {}
@@ -50,11 +52,17 @@ def remember(
             for name, recipe in (("trajectory", stage.recipe), ("trunk", dataclasses.replace(stage.recipe, decay=0))):
                 owners[name] = trajectory(stage.name, stage.version, recipe, inputs)
         stages[v.stage] = PlannedStage(v.key, stage.version, flatten(stage.recipe), inputs, **owners, lineage=v.lineage)
-    _write(store, project, stages, forgettings, stages if wanted is None else wanted, package)
+    _write(store, project, stages, forgettings, stages if wanted is None else wanted, package, segments)
 
 
 def remember_again(
-    store: Store, project: str, graph: Graph, verdicts: Sequence[Verdict], forgettings: int, wanted: Collection[str]
+    store: Store,
+    project: str,
+    graph: Graph,
+    verdicts: Sequence[Verdict],
+    forgettings: int,
+    wanted: Collection[str],
+    segments: Sequence[str] = (),
 ) -> None:
     """Records a run that finds everything made, unless the last record asks for the same and is younger than a day.
 
@@ -62,10 +70,10 @@ def remember_again(
     """
     entry, run = next(_runs(store, project), (None, None))
     if entry and run:
-        asked = ({v.stage: v.key for v in verdicts}, forgettings, tuple(sorted(wanted)))
-        told = ({stage: each.key for stage, each in run.stages.items()}, run.forgettings, run.wanted)
+        asked = ({v.stage: v.key for v in verdicts}, forgettings, tuple(sorted(wanted)), tuple(segments))
+        told = ({stage: each.key for stage, each in run.stages.items()}, run.forgettings, run.wanted, run.segments)
     if not entry or asked != told or store.now() - entry.modified > AGAIN_S:
-        remember(store, project, graph, verdicts, forgettings=forgettings, wanted=wanted)
+        remember(store, project, graph, verdicts, forgettings=forgettings, wanted=wanted, segments=segments)
 
 
 def remember_stage(ctx: Context, project: str) -> None:
@@ -82,6 +90,7 @@ def _write(
     forgettings: int,
     wanted: Collection[str],
     package: str | None = None,
+    segments: Sequence[str] = (),
 ) -> None:
     """Records a run under the next number. Two that begin at once may have one number; then their names decide."""
     last = max((entry.path for entry in run_entries(store, project)), default=None)
@@ -89,7 +98,7 @@ def _write(
     if number > MOST_RUNS:
         raise UserError(f"{store.url}/{last} has the last number that a run can have: delete it, and run again")
     by = {**whoami(), "command": _command()}
-    run = Run(project, stages, forgettings, tuple(sorted(wanted)), by, package)
+    run = Run(project, stages, forgettings, tuple(sorted(wanted)), tuple(segments), by, package)
     create_record(store, f"runs/{project}/{number:08d}-{secrets.token_hex(4)}.json", run)
 
 

@@ -118,7 +118,9 @@ def make_shard(
             output = worker(task)
             made = time.monotonic()
             sizes = [blob.stat().st_size if isinstance(blob, Path) else len(blob) for blob in output.blobs.values()]
-            shard = publish_shard(store, stage, task.number, task.key, output.ledger, output.blobs, output.counts)
+            inputs = {name: each.key for name, each in task.inputs.items()}
+            made_of = output.ledger, output.blobs, output.counts, inputs
+            shard = publish_shard(store, stage, task.number, task.key, *made_of)
             output.finished()
         work |= {f"{name}_seconds": seconds for name, seconds in output.seconds.items()}
         work["write_seconds"] = time.monotonic() - made

@@ -70,7 +70,7 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
         delete: Whether to mark and delete, or only to look.
 
     Raises:
-        UserError: another collection runs.
+        UserError: another collection runs, or the store is of another format.
     """
     standing = store.stat(TOMBSTONES)
     earlier = _marked(store.read(TOMBSTONES)) if standing else {}

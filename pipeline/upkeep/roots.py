@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pipeline.data.source.journal import EMPTY, ListJournal
-from pipeline.data.source.stage import Segment
+from pipeline.data.source.stage import Segment, segment_path
 from pipeline.errors import CorruptObject, OtherFormat
 from pipeline.graph.artifacts import (
     SEGMENTS,
     Artifact,
+    Shard,
     StageKey,
     artifact_path,
     is_preview,
@@ -61,6 +63,9 @@ def find_live(store: Store, keep_s: float, now: float) -> Live:
 
     A run is needed for ``keep_s`` seconds, longer while one of its stages is being made, and in any case if it is its
     project's last. Runs that were planned before rows were forgotten are not needed, once there is a later run.
+
+    Raises:
+        OtherFormat: if there are records of runs of another format, and no others.
     """
     return _Search(store, keep_s, now).find()
 
@@ -76,6 +81,8 @@ class _Search:
         self.projects: dict[str, _Project] = defaultdict(_Project)
         self.asked: dict[StageKey, PlannedStage] = {}  # by all runs that can be read
         self.made: list[StageKey] = []
+        self.segments: set[str] = set()  # names of those that needed runs were planned with
+        self.shards: set[str] = set()  # keys of those that stay, also of lists
 
     def find(self) -> Live:
         live = self.live
@@ -90,6 +97,7 @@ class _Search:
         begun: dict[str, set[str]] = defaultdict(set)
         trainings = set()
         for run in self._needed_runs(released):
+            self.segments.update(run.segments)
             for name, asked in run.stages.items():
                 wanted[name].add(asked.key)
                 if name in run.wanted:
@@ -114,10 +122,8 @@ class _Search:
             if needed or milestone:
                 done[stage].add(key)
                 self._mark_artifact(artifact)
-        for stage, keys in begun.items():
-            if keys - done[stage]:  # under way, or interrupted: its finished shards are needed too
-                live.prefixes.add(f"shards/{stage}/")
         self._mark_segments()
+        self._mark_unfinished({stage for stage, keys in begun.items() if keys - done[stage]})
         for prefix in sorted(live.prefixes):
             for entry in self.store.list(prefix):
                 mark_blobs(self.store, entry.path, live)
@@ -172,6 +178,12 @@ class _Search:
             elif entry.path in self.live.unreadable:
                 project.whole = False
                 self.live.unknown = True  # its recipes may name files by their blobs
+        if not any(project.runs for project in self.projects.values()):
+            for path in (path for path in self.live.unreadable if path.startswith("runs/")):
+                with suppress(CorruptObject):
+                    open_record(
+                        self.store, path, Run
+                    )  # the whole store is of another format, and nothing is known of it
         for project in self.projects.values():
             if project.forgettings < 0:  # the journal cannot be read, and runs were planned with it
                 project.forgettings = max((run.forgettings for run in project.runs.values()), default=0)
@@ -305,6 +317,7 @@ class _Search:
             shards = read_shards(self.store, artifact)
         except CorruptObject:  # the next run makes it again
             return
+        self.shards.update(shard.key for shard in shards)
         paths.update(blob_path(blob) for shard in shards for blob in shard.blobs.values())
         if artifact.inputs:  # the shards of a source have no records
             records = [shard_path(artifact.stage, shard.key) for shard in shards]
@@ -313,17 +326,45 @@ class _Search:
                 pass  # records name notes too, which the table does not
 
     def _mark_segments(self) -> None:
-        """Marks segments of lists whose tables all stay, with the hashes of their references.
-
-        While a source is being made, it marks every segment and its tables.
-        """
-        for entry in self.store.list(SEGMENTS):
-            segment = self._read(entry.path, Segment)
-            if segment is None:
-                continue
-            if "shards/source/" in self.live.prefixes or set(map(blob_path, segment.tables)) <= self.live.paths:
-                self.live.paths.add(entry.path)
+        """Marks the segments of the lists that needed runs were planned with, and what they name."""
+        for path in map(segment_path, sorted(self.segments)):
+            if segment := self._read(path, Segment):
+                self.live.paths.add(path)
                 self.live.paths.update(map(blob_path, segment.named))
+                self.shards.update(key for each in segment.shards for key in (each.image_key, each.caption_key))
+
+    def _mark_unfinished(self, stages: set[str]) -> None:
+        """Marks the shards of stages that are under way or were interrupted: the next run need not make them again.
+
+        Shards made from others that are garbage are garbage too, such as those with rows that were forgotten since.
+        """
+        if not stages:
+            return
+        paths = [entry.path for entry in self.store.list("shards/") if not entry.path.startswith(SEGMENTS)]
+        there = {path.rpartition("/")[2].removesuffix(".json") for path in paths}
+        known = {stage for stage, _ in self.asked}
+        paths = [path for path in paths if path.split("/")[1] in stages]
+        read = ordered_map(lambda path: self._read(path, Shard), paths)
+        found = {path: shard for path, shard in zip(paths, read, strict=True) if shard}
+        keys = {shard.key for shard in found.values()}
+        users: dict[str, list[str]] = defaultdict(list)
+        garbage: set[str] = set()
+        for shard in found.values():
+            for name, source in shard.inputs.items():
+                users[source].append(shard.key)
+                # Inputs of other names are no shards but numbers, or tables of a pass.
+                if source not in keys and (source in there or name.partition(" ")[0] in known):
+                    garbage.add(source)
+        garbage -= self.shards
+        queue = list(garbage)
+        for source in queue:
+            new = {key for key in users[source] if key not in self.shards} - garbage
+            garbage |= new
+            queue += new
+        for path, shard in found.items():
+            if shard.key not in garbage:
+                self.live.paths.add(path)
+                self.live.paths.update(map(blob_path, shard.named))
 
     def _named_by_garbage(self) -> Iterator[str]:
         """Yields the blobs that artefacts, shards and segments name which are garbage themselves."""

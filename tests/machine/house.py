@@ -104,7 +104,8 @@ def _shards(ctx: Context, name: str, make: Callable[[ShardRow], tuple[Ledger, di
         if shard is None:
             ledger, blobs = make(row)
             note = {"note.times": json.dumps([ctx.began, ctx.stage]).encode()}
-            shard = publish_shard(ctx.store, ctx.stage, row.number, key, ledger, {**blobs, **note}, {})
+            made_of = {**blobs, **note}, {}, {name: row.key}
+            shard = publish_shard(ctx.store, ctx.stage, row.number, key, ledger, *made_of)
         made.append(replace(shard, number=row.number))
     table, ledger = write_shard_table(ctx.store, made)
     return publish_artifact(ctx.store, ctx.publishable(shard_table=table, ledger=ledger), 0.0)
@@ -245,9 +246,9 @@ class House:
         verdicts = project.plan()
         asked: Any = store, name, project.graph, verdicts
         if all(verdict.state != "stale" for verdict in verdicts):
-            remember_again(*asked, project.journal.forgettings, list(project.graph))
+            remember_again(*asked, project.journal.forgettings, list(project.graph), project.scan.segments)
             return project.finished(verdicts)
-        remember(*asked, forgettings=project.journal.forgettings)
+        remember(*asked, forgettings=project.journal.forgettings, segments=project.scan.segments)
         config, wanted, nothing = project.config, set(project.graph), lambda *_: None
         for _ in range(HEALINGS + 1):
             try:

@@ -53,7 +53,6 @@ class Machine(RuleBasedStateMachine):
         self.moves: dict[str, list[Any]] = {name: [] for name in PROJECTS}
         self.decided: dict[str, tuple[set[str], int]] = {name: (set(), 0) for name in PROJECTS}
         self.asked_to_forget: dict[str, set[str]] = {name: set() for name in PROJECTS}
-        self.interrupted = False  # whether a run has begun what it has not finished
         self.rows = 0
         self.stack = ExitStack()
         self.folder = tempfile.mkdtemp(prefix="machine-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
@@ -234,7 +233,6 @@ class Machine(RuleBasedStateMachine):
                 how = outcome(ended)
                 if how not in ("value", "refused", "killed"):
                     raise AssertionError(f"{what} ended with {how}") from ended
-                self.interrupted |= what.startswith("run") and how != "value"
             driver.ended.clear()
 
     def nothing_is_overwritten(self, objects: dict[str, bytes]) -> None:
@@ -320,8 +318,7 @@ class Machine(RuleBasedStateMachine):
             if not self.tainted:
                 self._ledger_balances(project)
         for _ in range(2):
-            # An interrupted run keeps every segment of a list, of all projects, for as long as runs are kept.
-            self._do("gc", PROJECTS[0], row=1 if self.interrupted else 0)
+            self._do("gc", PROJECTS[0])
             self.clock.seconds += GRACE_HOURS * 3600 + 1
         if self.tainted:
             return

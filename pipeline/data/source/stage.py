@@ -130,9 +130,10 @@ class SourceShard:
 
 @dataclass(frozen=True)
 class Scan:
-    """Holds all shards of a list, and has the two source keys."""
+    """Holds all shards of a list, with the names of its segments, and has the two source keys."""
 
     shards: list[SourceShard] = field(default_factory=list)
+    segments: list[str] = field(default_factory=list)
 
     @property
     def keys(self) -> dict[str, str]:
@@ -184,12 +185,13 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal =
     shards: list[SourceShard] = []
     columns = [recipe.image_column, recipe.caption_column, recipe.group_column, recipe.split_column, recipe.hash_column]
     cut = [recipe.shard_rows, recipe.validation, recipe.test, recipe.roots, digest(sorted(journal.forgotten))]
-    name = ""
+    names: list[str] = []
     cutter = _Cutter(recipe, journal.forgotten, store, write)
     seen = SeenReferences()
     unseen: list[tuple[str, str, Segment]] = []
     for index, path in enumerate(recipe.paths):
-        name = digest(["segment", LAYOUT, name, fingerprint(path), columns, *cut])
+        name = digest(["segment", LAYOUT, names[-1] if names else "", fingerprint(path), columns, *cut])
+        names.append(name)
         segment = _stored(store, name)
         if segment is None:
             for earlier in unseen:
@@ -204,21 +206,23 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal =
         shards += segment.shards
     for index, blob in enumerate(journal.retries, FIRST_RETRY):
         name = digest(["retry", LAYOUT, index, blob, *cut])
+        names.append(name)
         segment = _stored(store, name)
         if segment is None:
             retried = partial(written_rows, pa.BufferReader(read_blob(store, blob)))
             # Not compared with the list: there they failed.
             segment = cutter.cut(name, index, "rows to be tried again", retried, SeenReferences())
         shards += segment.shards
-    return Scan(shards)
+    return Scan(shards, names)
 
 
-def _segment_path(name: str) -> str:
+def segment_path(name: str) -> str:
+    """Returns the path of a segment's record."""
     return f"{SEGMENTS}{name}.json"
 
 
 def _stored(store: Store, name: str) -> Segment | None:
-    return read_record(store, _segment_path(name), Segment)
+    return read_record(store, segment_path(name), Segment)
 
 
 def _see(seen: SeenReferences, name: str, path: str, segment: Segment, cutter: _Cutter) -> None:
@@ -227,7 +231,7 @@ def _see(seen: SeenReferences, name: str, path: str, segment: Segment, cutter: _
         for blob in segment.hashes:
             seen.add(np.frombuffer(read_blob(cutter.store, blob), HASH))
     except CorruptObject as e:
-        set_aside(cutter.store, [_segment_path(name), e.path])
+        set_aside(cutter.store, [segment_path(name), e.path])
         log.warning("%s; it is set aside, and %s read again", e, path)
         seen.judge(cutter.references(read_rows(path, cutter.recipe)))
 
@@ -270,7 +274,7 @@ class _Cutter:
             if segment < FIRST_RETRY:
                 parts = range(0, len(judged.fresh), HASHES_A_BLOB)
                 hashes = [put_blob(self.store, judged.fresh[i : i + HASHES_A_BLOB].tobytes()) for i in parts]
-            create_record(self.store, _segment_path(name), Segment(shards, hashes))
+            create_record(self.store, segment_path(name), Segment(shards, hashes))
         return Segment(shards, hashes)
 
     def references(self, rows: Iterator[ListRow]) -> Iterator[str]:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from pipeline.data.embeddings.stage import EmbeddingsRecipe
 from pipeline.data.pairs.stage import PairsRecipe
 from pipeline.data.source.journal import ListJournal, change_journal, with_forgotten
-from pipeline.data.source.stage import Segment, SourceShard
+from pipeline.data.source.stage import Segment, SourceShard, segment_path
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import (
     Artifact,
@@ -36,11 +37,11 @@ from pipeline.store import Store, open_store
 from pipeline.store.base import Entry
 from pipeline.store.folder import FolderStore
 from pipeline.store.leases import lead_or_wait
-from pipeline.store.records import blob_path, put_blob, read_blob
+from pipeline.store.records import blob_path, digest, put_blob, read_blob
 from pipeline.store.s3 import S3Store
 from pipeline.training.recipes import ClipRecipe
 from pipeline.training.records import CheckpointRecord, SavedJournal
-from pipeline.upkeep.collect import TOMBSTONES, collect
+from pipeline.upkeep.collect import MOST_UNPACKED, TOMBSTONES, collect
 from pipeline.upkeep.roots import find_live
 
 DAY = 86_400.0
@@ -260,6 +261,39 @@ def test_a_run_that_makes_a_few_stages_keeps_no_old_shards_of_the_others(store: 
     assert len(list(store.list("shards/pairs/"))) == 1
 
 
+def _segment(store: Store, name: str) -> Segment:
+    """A list of one shard, whose keys and tables are of this name."""
+    refs, captions, hashes = (put_blob(store, f"{what} of {name}".encode()) for what in ("refs", "captions", "hashes"))
+    shard = SourceShard(0, digest(["refs", name]), digest(["captions", name]), Ledger(1), refs=refs, captions=captions)
+    segment = Segment([shard], [hashes])
+    create_record(store, segment_path(digest(name)), segment)
+    return segment
+
+
+def test_an_unfinished_run_keeps_segments_of_its_own_list_and_shards_made_from_them(store: Store) -> None:
+    """Those of other lists, and of before a forgetting, go, though other stages under way have shards of them."""
+    recipe, names = _graph()["pairs"].recipe, {"source": (), "pairs": ("source",), "embeddings": ("pairs",)}
+    graph = {name: Stage(name, 1, recipe, inputs, never) for name, inputs in names.items()}
+    remember(store, "p", graph, plan(graph, {}, "p", store, {}), segments=[digest("now")])
+    kept, gone = set[str](), {"shards/embeddings/orphan.json"}
+    for name in ("now", "then"):
+        segment, before = _segment(store, name), _paths(store)
+        (listed,) = segment.shards
+        publish_shard(store, "pairs", 0, f"p-{name}", Ledger(1), {"a": name.encode()}, {}, {"source": listed.image_key})
+        of_pairs = {"pairs 00000000": f"p-{name}", "plan": digest("numbers")}
+        publish_shard(store, "embeddings", 0, f"e-{name}", Ledger(1), {"b": f"b {name}".encode()}, {}, of_pairs)
+        of_pass = {"judged": f"e-{name}"}
+        publish_shard(store, "embeddings", 0, f"j-{name}", Ledger(1), {"c": f"c {name}".encode()}, {}, of_pass)
+        made = _paths(store) - before
+        assert len(made) == 6
+        made |= {segment_path(digest(name)), *map(blob_path, segment.named)}
+        (kept if name == "now" else gone).update(made)
+    publish_shard(store, "embeddings", 0, "orphan", Ledger(1), {"d": b"d"}, {}, {"pairs": "deleted-long-ago"})
+    _sweep(store)
+    assert kept <= _paths(store)
+    assert not gone & _paths(store)
+
+
 def test_what_comes_while_it_looks_is_spared(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The garbage of an old run becomes the data of a new one between the look and the deletion."""
     _run(store, 0, age_s=40 * DAY)
@@ -474,6 +508,25 @@ def test_with_damaged_marks_the_grace_period_begins_again(
     assert "tombstones.json.gz is damaged" in caplog.text
     assert read_blob(store, blob) == b"garbage"
     collect(store, 30 * DAY, DAY, NOW + 4 * DAY, delete=True)
+    assert store.stat(blob_path(blob)) is None
+
+
+def test_marks_that_unpack_to_gibibytes_are_damaged(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """Else whoever may write to the store ends every collection, and with it forgetting, for want of memory."""
+    blob = put_blob(store, b"garbage")
+    spaces = gzip.compress(bytes([32]) * (64 << 20), 1)  # 64 MiB, which JSON passes over
+    begin, end = (gzip.compress(data) for data in (f'{{"{blob_path(blob)}": 0.0'.encode(), b"}"))
+    store.swap(TOMBSTONES, None, begin + spaces * 24 + end)
+    tracemalloc.start()
+    try:
+        collect(store, 30 * DAY, DAY, NOW, delete=True)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 3 * MOST_UNPACKED
+    assert "tombstones.json.gz is damaged" in caplog.text
+    assert read_blob(store, blob) == b"garbage"
+    collect(store, 30 * DAY, DAY, NOW + DAY, delete=True)
     assert store.stat(blob_path(blob)) is None
 
 

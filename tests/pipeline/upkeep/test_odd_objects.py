@@ -99,7 +99,7 @@ ODD = {
     "a checkpoint of an odd name": ("checkpoints/t/9.json", sealed(CHECKPOINT)),
     "tombstones that are deep": (TOMBSTONES, DEEP),
 }
-UNNEEDED = ("an artefact", "a shard", "a checkpoint", "tombstones")  # garbage like any other
+UNNEEDED = ("an artefact", "a shard", "a segment", "a checkpoint", "tombstones")  # garbage like any other
 
 
 def sweep(store: Store, now: float = NOW) -> Collection:
