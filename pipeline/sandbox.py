@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import resource
+import struct
 import sys
 import time
 from contextlib import suppress
@@ -22,7 +23,8 @@ MOST_TEXT, MOST_BYTES = 1000, 1 << 30  # of a message
 _NEW_USER, _NEW_NET = 0x10000000, 0x40000000  # of <linux/sched.h>
 _NO_NEW_PRIVS = 38  # of <linux/prctl.h>
 _OF_PROCESS = 2  # clock of all threads of a process, as clock_getcpuclockid makes it of a pid
-_LANDLOCK_CREATE, _LANDLOCK_RESTRICT = 444, 446  # of <sys/syscall.h>, the same on all machines
+_LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # of <sys/syscall.h>, the same on all machines
+_PATH_BENEATH, _WRITE_FILE = 1, 1  # of <linux/landlock.h>: a kind of rule, and the bit of a right
 _CAPABILITIES_3 = 0x20080522  # of <linux/capability.h>
 
 
@@ -53,6 +55,10 @@ def give_up_rights() -> None:
         writing = ctypes.c_uint64(sum(1 << right for right in (1, *range(4, 13), *([14] if version >= 3 else []))))
         ruleset = libc.syscall(_LANDLOCK_CREATE, ctypes.byref(writing), ctypes.c_size_t(8), 0) if version > 0 else -1
         if ruleset >= 0:
+            # img2dataset's resizer sends what OpenCV says there: struct landlock_path_beneath_attr, which is packed.
+            with open(os.devnull, "rb") as null:
+                beneath = struct.pack("=Qi", 1 << _WRITE_FILE, null.fileno())
+                libc.syscall(_LANDLOCK_ADD, ruleset, _PATH_BENEATH, beneath, 0)
             libc.syscall(_LANDLOCK_RESTRICT, ruleset, 0)
             os.close(ruleset)
         libc.unshare(_NEW_USER | _NEW_NET)

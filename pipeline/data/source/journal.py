@@ -10,6 +10,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
+
+from pydantic import ConfigDict
 
 from pipeline.data.fetch.references import comparable
 from pipeline.data.source.imported import imported_url
@@ -31,6 +34,9 @@ class ListJournal:
         forgotten: Marks of references that no segment may hold from now on, by ``reference_mark``.
         forgettings: How often something was forgotten, which tells earlier runs from later ones whatever clocks say.
     """
+
+    # What another version decided about rows must not be passed over.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     retries: tuple[Digest, ...] = ()
     forgotten: frozenset[str] = frozenset()
