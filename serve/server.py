@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADERS_S = 10.0  # in which the header of a request has to arrive
 HEADER_BYTES = 32 << 10
+PART = 4 << 10  # of what arrives at once, as long as it may be a header
 UNFINISHED = 256  # connections whose header is still to come: a quarter of the usual limit of open files
 READING_S = 60.0  # in which a client has to read something of an answer that waits for it
 KEEP_ALIVE_S = 65  # longer than the 60 s of usual load balancers, which must be the ones to close
@@ -42,9 +43,14 @@ class BoundedConnection(H11Protocol):
         """Starts the time of a later header, and ends it where the header is whole."""
         if self.conn.their_state is h11.IDLE and self not in self.unfinished:
             self._expect_header()
-        super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
-            self._end_time()
+        # In parts: h11 measures a header only while it is not whole.
+        while data and self in self.unfinished and not self.transport.is_closing():
+            super().data_received(data[:PART])
+            data = data[PART:]
+            if self.conn.their_state is not h11.IDLE:
+                self._end_time()
+        if data and not self.transport.is_closing():
+            super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Ends both times."""

@@ -98,3 +98,16 @@ def test_an_answer_that_is_still_being_read_is_waited_for_at_the_end(monkeypatch
             await one.serving
 
     run(test())
+
+
+def test_a_header_that_is_too_long_is_refused_also_if_it_arrives_at_once() -> None:
+    async def test() -> None:
+        async with Running() as one:
+            loop = asyncio.get_running_loop()
+            with socket.create_connection(one.client.getpeername()) as other:
+                other.setblocking(False)
+                header = b"GET / HTTP/1.1\r\nHost: a\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n"
+                await loop.sock_sendall(other, header)
+                assert (await loop.sock_recv(other, 12)) == b"HTTP/1.1 400"
+
+    run(test())
