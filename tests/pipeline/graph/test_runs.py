@@ -68,6 +68,15 @@ def test_a_run_that_finds_everything_made_is_recorded_where_no_record_of_today_s
     assert [run_number(path) for path in found] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_that_finds_everything_made_of_a_list_that_was_cut_anew_is_recorded(store: Store) -> None:
+    """Else gc would delete the segments, and every plan read the list."""
+    verdicts = plan(GRAPH, {"source": "s", "captions": "c"}, "p", store, {})
+    for segments in (["0" * 64], ["1" * 64], ["1" * 64]):
+        remember_again(store, "p", GRAPH, verdicts, 0, {"pairs"}, segments)
+    runs = [read_record(store, entry.path, Run) for entry in store.list("runs/p/")]
+    assert [run.segments for run in runs if run] == [("0" * 64,), ("1" * 64,)]
+
+
 def test_a_run_follows_the_highest_number_whatever_the_clock_says(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

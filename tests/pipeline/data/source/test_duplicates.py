@@ -136,6 +136,17 @@ def _hashes(store: Store) -> set[str]:
     return {name for record in records if record for name in record.hashes}
 
 
+def test_a_scan_names_the_segments_that_it_has_stored_or_would_store(
+    appended: tuple[Store, SourceRecipe, SourceRecipe],
+) -> None:
+    store, recipe, longer = appended
+    for each in (recipe, longer):
+        named = scan(each, store, write=False).segments
+        assert named == scan(each, store, write=True).segments
+        assert len(named) == len(each.paths)
+        assert {*map(source.segment_path, named)} <= {entry.path for entry in store.list("shards/source/segment-")}
+
+
 def test_without_news_neither_lists_nor_hashes_are_read(
     appended: tuple[Store, SourceRecipe, SourceRecipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
