@@ -146,13 +146,18 @@ def other(kind: Any, value: Any) -> Any:
     return (*value, item(1))
 
 
+OTHERS = {
+    "keys": ("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f",)
+}  # of fields that take few texts
+
+
 def changed(owner: Any, path: list[str], changes: dict[str, Any] | None) -> Any:
     """``owner`` with the field at ``path`` changed: by ``changes``, or to another value of its type."""
     name, *rest = path
     value = getattr(owner, name)
     if rest:
         return replace(owner, **{name: changed(value, rest, changes)})
-    return replace(owner, **(changes or {name: other(get_type_hints(type(owner))[name], value)}))
+    return replace(owner, **(changes or {name: OTHERS.get(name) or other(get_type_hints(type(owner))[name], value)}))
 
 
 RECIPES = [
