@@ -25,9 +25,11 @@ from pipeline.graph.stages import Graph, ordered
 from pipeline.held_out import short_splits
 from pipeline.progress import counted, say_once
 from pipeline.store import Store, open_store
+from pipeline.store.records import digest
 from pipeline.training.trackers import find_tracker
 
 RUN_FILE = "run.yaml"  # in the output folder: the configuration of the last run, resolved
+RUNS = "runs"  # folder beside it: that of each run that differs, by its digest
 SETTINGS = ("run.", "release.")  # begin the names of values that change nothing that is made
 
 
@@ -122,21 +124,26 @@ class Project:
 
 def remember_config(config: Config) -> None:
     """Writes the resolved configuration into its output folder, where ``load_as_run`` finds it."""
-    output = Path(config.run.output)
-    output.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(resolved_values(config), sort_keys=False, allow_unicode=True)
-    (output / RUN_FILE).write_text(f"# The list and the recipes of the last run, resolved\n{text}", encoding="utf-8")
+    for file in (Path(config.run.output) / RUN_FILE, _run_file(config)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"# The list and the recipes of a run, resolved\n{text}", encoding="utf-8")
+
+
+def _run_file(config: Config) -> Path:
+    return Path(config.run.output) / RUNS / f"{digest(resolved_values(config))[:12]}.yaml"
 
 
 def load_as_run(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Returns a configuration with the list and the recipes of its last run, which may have had other overrides.
 
-    So what follows a run speaks of that run, whatever its command line was and whatever was edited since. Before the
-    first run, and where ``overrides`` name a recipe, it is as ``load_config`` returns it. Raises UserError.
+    So what follows a run speaks of that run, whatever its command line was and whatever was edited since. Where it was
+    run as it stands, before the first run, and where ``overrides`` name a recipe, it is as ``load_config`` returns it.
+    Raises UserError.
     """
     config = load_config(source, overrides)
     file = Path(config.run.output) / RUN_FILE
-    if any(not word.startswith(SETTINGS) for word in overrides) or not file.is_file():
+    if any(not word.startswith(SETTINGS) for word in overrides) or not file.is_file() or _run_file(config).is_file():
         return config
     try:
         ran = load_config(file)

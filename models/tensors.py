@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 MOST_TENSORS = 10_000  # of a model; the largest CLIP that open_clip knows has under 2,000
+REPLACED_TENSORS, REPLACED_NUMBERS = 4096, 64  # that any model may have, and times the numbers of its file
 
 
 @contextmanager
@@ -25,13 +26,13 @@ def shapes_only(weights: Path) -> Iterator[None]:
     A configuration may come from anybody: it takes neither memory nor time beyond what the file holds.
 
     Raises:
-        ValueError: when a model has more than twice as many tensors or numbers as the file.
+        ValueError: when a model has many times as many tensors or numbers as the file.
         SafetensorError: when the file is damaged.
     """
     with safe_open(weights, "pt") as file:
         sizes = [prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118 - no mapping
-    # Twice: some networks replace a layer while they are built, or tie two.
-    tensors, numbers = min(2 * len(sizes), MOST_TENSORS), 2 * sum(sizes)
+    # Networks may tie layers or replace them while they are built, one of the user's own all that it inherits.
+    tensors, numbers = min(max(2 * len(sizes), REPLACED_TENSORS), MOST_TENSORS), REPLACED_NUMBERS * sum(sizes)
     builder = threading.get_ident()
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -89,3 +89,12 @@ def test_resolved_values_make_the_same_recipes(
     values = resolved_values(config)
     assert resolved_values(make_config(values)) == values
     assert make_config(values).decoder == config.decoder
+
+
+def test_a_file_that_was_run_as_it_stands_is_itself(config: Path) -> None:
+    assert main(["run", str(config), "--until", "pairs"]) == 0
+    plain = _made(config)
+    assert main(["run", str(config), "--until", "pairs", SMALLER]) == 0
+    assert _made(config) != plain
+    assert main(["report", str(config)]) == 0
+    assert _made(config) == plain

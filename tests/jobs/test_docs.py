@@ -37,6 +37,7 @@ CHECKED = "tests/test_benchmarks.py, on a CPU; there is no GPU here"
 # Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
 TESTED = {
     "unclip serve out/nano": SERVED,
+    "unclip serve release:...": "tests/serve/test_app.py, with releases of random weights",
     "unclip serve release:my-project.yaml --to kuberay replicas=4 > service.yaml": "tests/cluster/test_rayservice.py",
     "unclip serve release:my-project.yaml --to http://HEAD:8265 replicas=4": "tests/serve/test_clusters.py",
     "unclip serve out/emoji 'licenses=[CC-BY-4.0]'": "tests/serve/test_neighbours.py, that setting alone",
