@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from pipeline.ledger import StoredLedger
 from pipeline.store.names import Digest, FileName, Part
-from pipeline.store.records import Count, Record, Seconds
+from pipeline.store.records import Count, Record
 
 ARTIFACT_NAME = re.compile(r"artifacts/(?P<stage>\w[\w.-]*)/(?P<key>\w[\w.-]*)\.json")
 """The path of an artefact's record."""
@@ -60,7 +60,7 @@ class Artifact(Record):
     shard_table: Digest | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
-    times: Mapping[str, Seconds] = field(default_factory=dict)
+    times: Mapping[str, Annotated[FiniteFloat, Field(ge=0)]] = field(default_factory=dict)  # rates, too
     version: int | None = None
     by: Mapping[str, str] = field(default_factory=dict)
 
