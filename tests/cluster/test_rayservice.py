@@ -21,7 +21,9 @@ KUBERNETES: dict[str, Any] = {"image": "registry.example.org/unclip:1", "secret"
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):  # of an S3 server of other tests
+        monkeypatch.delenv(name, raising=False)
     config = {"project": "Birds_2", "preset": "nano", "store": "s3://bucket/birds", "source": {"paths": ["a.csv"]}}
     (tmp_path / "a.csv").write_text("url,caption\n")
     (tmp_path / "birds.yaml").write_text(
