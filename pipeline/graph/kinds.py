@@ -103,7 +103,7 @@ class PlannedStage:
 
 
 @dataclass(frozen=True)
-class Run(Record):
+class RunRecord(Record):
     """Says what a run was asked to make: every stage of its graph, and which of them it ``wanted``.
 
     ``forgettings`` counts those in the list's journal that it was planned with (see pipeline.data.source.journal).

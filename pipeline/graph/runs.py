@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.damage import create_record, read_record
 from pipeline.graph.keys import flatten, trajectory
-from pipeline.graph.kinds import RUN_NAME, PlannedStage, Run
+from pipeline.graph.kinds import RUN_NAME, PlannedStage, RunRecord
 from pipeline.graph.plan import Verdict
 from pipeline.graph.stages import Context, Graph
 from pipeline.store import Store
@@ -98,7 +98,7 @@ def _write(
     if number > MOST_RUNS:
         raise UserError(f"{store.url}/{last} has the last number that a run can have: delete it, and run again")
     by = {**whoami(), "command": _command()}
-    run = Run(project, stages, forgettings, tuple(sorted(wanted)), tuple(segments), by, package)
+    run = RunRecord(project, stages, forgettings, tuple(sorted(wanted)), tuple(segments), by, package)
     create_record(store, f"runs/{project}/{number:08d}-{secrets.token_hex(4)}.json", run)
 
 
@@ -152,8 +152,8 @@ def last_made(ctx: Context, inputs: Sequence[str], besides: Sequence[str] = ()) 
     return None
 
 
-def _runs(store: Store, project: str) -> Iterator[tuple[Entry, Run]]:
+def _runs(store: Store, project: str) -> Iterator[tuple[Entry, RunRecord]]:
     """Yields the runs of a project that can be read, the last one first."""
     for entry in reversed(run_entries(store, project)):
-        if run := read_record(store, entry.path, Run):
+        if run := read_record(store, entry.path, RunRecord):
             yield entry, run

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pipeline.progress import Line, duration
 from pipeline.store import Store
-from pipeline.store.records import Count, Seconds, parse, read_plain, who, whoami
+from pipeline.store.records import Count, Seconds, parse_object, read_plain, who, whoami
 
 SAY_EVERY_S = 30.0  # in a log, between lines about the progress of the leader
 log = logging.getLogger("unclip")
@@ -207,7 +207,7 @@ def _read(store: Store, path: str) -> tuple[str | None, Holder | None]:
     if standing is None:
         return None, None
     try:
-        return standing.version, parse(store.read(path), Holder)
+        return standing.version, parse_object(store.read(path), Holder)
     except FileNotFoundError:
         return None, None
     except ValueError:

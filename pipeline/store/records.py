@@ -171,7 +171,7 @@ def _open_record(store: Store, path: str, kind: type[R]) -> R | None:
         why = "was written by an older version of this software; name another store to begin again"
         raise OtherFormat(f"{store.url}/{path}", why)
     try:
-        record = parse(data, kind)
+        record = parse_object(data, kind)
         record.check(path)
     except ValueError as e:
         raise CorruptObject(path, f"is no record that belongs there ({said(e)})") from None
@@ -186,7 +186,7 @@ def read_plain(store: Store, path: str, kind: type[T]) -> T | None:
 
     def read(store: Store) -> T | None:
         try:
-            return parse(store.read(path), kind)
+            return parse_object(store.read(path), kind)
         except FileNotFoundError:
             return None
         except ValueError as e:
@@ -195,7 +195,7 @@ def read_plain(store: Store, path: str, kind: type[T]) -> T | None:
     return read_twice(store, read)
 
 
-def parse(data: bytes, kind: type[T]) -> T:
+def parse_object(data: bytes, kind: type[T]) -> T:
     """Returns the value that JSON holds. Raises ValueError unless it has exactly the types of ``kind``."""
     value: T = _adapter(kind).validate_json(data, strict=True)
     return value
@@ -230,7 +230,7 @@ def seal(record: Record, path: str) -> bytes:
     """Returns the bytes of a record. Raises ValueError for one that no reader would take at this path."""
     body = {**_adapter(type(record)).dump_python(record, mode="json", warnings=False), "format": FORMAT}
     data = canonical({**body, "checksum": digest(body)})
-    parse(data, type(record)).check(path)
+    parse_object(data, type(record)).check(path)
     return data
 
 

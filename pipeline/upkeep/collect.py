@@ -20,7 +20,7 @@ from pydantic import FiniteFloat
 from pipeline.errors import UserError
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
-from pipeline.store.records import parse
+from pipeline.store.records import parse_object
 from pipeline.upkeep.reachable import Live, mark_blobs
 from pipeline.upkeep.roots import find_live
 
@@ -132,7 +132,7 @@ def _marked(packed: bytes) -> dict[str, float]:
             data = file.read(MOST_UNPACKED + 1)
         if len(data) > MOST_UNPACKED:
             raise ValueError("too much")
-        return parse(data, dict[str, FiniteFloat])
+        return parse_object(data, dict[str, FiniteFloat])
     except (OSError, EOFError, zlib.error, ValueError):
         log.warning("%s is damaged: all garbage is marked from now on, and deleted after the grace period", TOMBSTONES)
         return {}

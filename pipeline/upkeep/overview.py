@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, StageKey, artifact_path
 from pipeline.graph.damage import pinned_key
-from pipeline.graph.kinds import ARTIFACT_NAME, RUN_NAME, PlannedStage, Run
+from pipeline.graph.kinds import ARTIFACT_NAME, RUN_NAME, PlannedStage, RunRecord
 from pipeline.graph.pointer import Move, read_releases, released_projects
 from pipeline.graph.runs import run_entries
 from pipeline.store import Store
@@ -170,7 +170,7 @@ def _run_entries(store: Store, project: str | None = None) -> list[Entry]:
 
 
 def _runs(store: Store, entries: Sequence[Entry]) -> list[PastRun]:
-    records = zip(entries, ordered_map(lambda entry: peek_record(store, entry.path, Run), entries), strict=True)
+    records = zip(entries, ordered_map(lambda entry: peek_record(store, entry.path, RunRecord), entries), strict=True)
     return [
         PastRun(run.project, entry.modified, run.by, run.stages, run.wanted)
         for entry, run in records

@@ -54,13 +54,13 @@ def mark_blobs(store: Store, path: str, live: Live) -> None:
     """Marks the blobs that the record of a shard, a checkpoint or a segment of the list names."""
     if "/attempts/" in path:
         return
-    record = read_or_tell(store, path, kind_of(path), live)
+    record = read_or_tell(store, path, record_kind(path), live)
     live.paths.update(map(blob_path, record.named if record else ()))
     # Work makes the shard of a damaged record again, but a checkpoint may be readable to another machine.
     live.unknown = live.unknown or (path in live.unreadable and path.startswith("checkpoints/"))
 
 
-def kind_of(path: str) -> type[Record]:
+def record_kind(path: str) -> type[Record]:
     """Returns the kind of a record under shards/ or checkpoints/."""
     if path.startswith("shards/"):
         return Segment if path.startswith(SEGMENTS) else Shard

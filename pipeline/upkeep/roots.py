@@ -26,7 +26,7 @@ from pipeline.graph.artifacts import (
     shard_path,
 )
 from pipeline.graph.damage import LIST
-from pipeline.graph.kinds import ARTIFACT_NAME, Pin, PlannedStage, Run
+from pipeline.graph.kinds import ARTIFACT_NAME, Pin, PlannedStage, RunRecord
 from pipeline.graph.pointer import FOLDER as RELEASES
 from pipeline.graph.pointer import Pointer
 from pipeline.store import Store
@@ -34,7 +34,7 @@ from pipeline.store.leases import read_lease
 from pipeline.store.names import is_part
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import R, blob_path, digest, open_record, read_plain
-from pipeline.upkeep.reachable import Live, kind_of, mark_blobs, read_or_tell, told
+from pipeline.upkeep.reachable import Live, mark_blobs, read_or_tell, record_kind, told
 
 SILENT_S = 3 * 86_400.0  # without a sign of life of a lease's holder, after which it is dead, wherever it was
 Clean = frozenset[StageKey] | None  # artefacts without forgotten rows; None where no row was forgotten
@@ -45,7 +45,7 @@ class _Project:
     """Counts how often a project has forgotten rows, and holds its runs, with the times of their records, by path."""
 
     forgettings: int = 0
-    runs: dict[str, Run] = field(default_factory=dict)
+    runs: dict[str, RunRecord] = field(default_factory=dict)
     modified: dict[str, float] = field(default_factory=dict)
     whole: bool = True  # whether all of its runs can be read
 
@@ -171,7 +171,7 @@ class _Search:
     def _runs(self) -> None:
         for entry in self.store.list("runs/"):
             project = self.projects[entry.path.split("/")[1]]
-            run = self._read(entry.path, Run)
+            run = self._read(entry.path, RunRecord)
             if run is not None:
                 project.runs[entry.path], project.modified[entry.path] = run, entry.modified
                 self.asked |= {(stage, asked.key): asked for stage, asked in run.stages.items()}
@@ -182,7 +182,7 @@ class _Search:
             for path in (path for path in self.live.unreadable if path.startswith("runs/")):
                 with suppress(CorruptObject):
                     open_record(
-                        self.store, path, Run
+                        self.store, path, RunRecord
                     )  # the whole store is of another format, and nothing is known of it
         for project in self.projects.values():
             if project.forgettings < 0:  # the journal cannot be read, and runs were planned with it
@@ -272,7 +272,7 @@ class _Search:
         named = (blob for name, blob in evaluation.blobs.items() if kept or name == "evaluation.json")
         self.live.paths.update(map(blob_path, named))
 
-    def _needed_runs(self, released: Mapping[str, Clean]) -> list[Run]:
+    def _needed_runs(self, released: Mapping[str, Clean]) -> list[RunRecord]:
         """Returns needed runs: where one of a project cannot be read, all others since the last forgetting.
 
         Records of runs that made a released bundle stay too, which say what of it is clean.
@@ -375,12 +375,12 @@ class _Search:
                 yield from artifact.named
         for entry in self.store.list("shards/"):
             if entry.path not in self.live and (
-                record := read_or_tell(self.store, entry.path, kind_of(entry.path), seen)
+                record := read_or_tell(self.store, entry.path, record_kind(entry.path), seen)
             ):
                 yield from record.named
 
 
-def _asks(run: Run, stage: str, key: str) -> bool:
+def _asks(run: RunRecord, stage: str, key: str) -> bool:
     return stage in run.stages and run.stages[stage].key == key
 
 

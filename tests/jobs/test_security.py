@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.graph.damage import read_record
-from pipeline.graph.kinds import Run
+from pipeline.graph.kinds import RunRecord
 from pipeline.graph.pointer import read_releases, release_path
 from pipeline.store import Store, check_conditions, open_store
 from pipeline.store import s3 as store_s3
@@ -215,10 +215,10 @@ def test_a_writer_sets_damage_aside_and_a_reader_is_told_what_is_lacking(
     path = "runs/micro/19700101T000000.000000-damaged.json"
     writer.create(path, b"{")
     with pytest.raises(UserError, match=rf"lack s3:PutObject for damaged/{path}"):
-        read_record(reader, path, Run)
-    assert peek_record(reader, path, Run) is None
+        read_record(reader, path, RunRecord)
+    assert peek_record(reader, path, RunRecord) is None
     assert path in team.paths()
-    assert read_record(writer, path, Run) is None
+    assert read_record(writer, path, RunRecord) is None
     assert path not in team.paths()
     (aside,) = (entry.path for entry in reader.list("damaged/"))
     assert reader.read(aside) == b"{"

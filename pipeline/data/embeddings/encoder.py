@@ -136,7 +136,7 @@ class Encoder:
         return (normalize(found, dim=1) if self.bf16 else found).cpu().numpy()
 
 
-def measure(ctx: Context, opened: OpenEncoder, parts: ImageParts, made: Sequence[Shard]) -> dict[str, float]:
+def embedding_metrics(ctx: Context, opened: OpenEncoder, parts: ImageParts, made: Sequence[Shard]) -> dict[str, float]:
     """Returns "captions_cut" and, where some shards were made in bf16, "cosine_error"."""
     cut = sum(shard.counts.get("cut", 0) for shard in made)
     return {"captions_cut": cut} | cosine_error(ctx, opened, parts, made)

@@ -69,7 +69,7 @@ def run_embeddings(ctx: Context) -> Artifact:
     Raises:
         UserError: for a head that cannot be used, and for settings that exclude each other.
     """
-    from pipeline.data.embeddings.encoder import OpenEncoder, measure
+    from pipeline.data.embeddings.encoder import OpenEncoder, embedding_metrics
 
     settings = ctx.settings
     _check(settings)
@@ -85,7 +85,7 @@ def run_embeddings(ctx: Context) -> Artifact:
         tasks.append(ShardTask(pairs.number, key, inputs))
         rows += pairs.kept
     make = Streamed(parts.count, parts.decode, opened, parts.join)
-    return map_shards(ctx, tasks, make, "rows", rows, measure=partial(measure, ctx, opened, parts))
+    return map_shards(ctx, tasks, make, "rows", rows, measure=partial(embedding_metrics, ctx, opened, parts))
 
 
 def _check(settings: EmbeddingsSettings) -> None:

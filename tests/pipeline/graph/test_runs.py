@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.damage import create_record, read_record
 from pipeline.graph.keys import flatten
-from pipeline.graph.kinds import Run
+from pipeline.graph.kinds import RunRecord
 from pipeline.graph.plan import plan
 from pipeline.graph.runs import AGAIN_S, last_run, remember, remember_again, run_entries, run_number
 from pipeline.ledger import Ledger
@@ -42,7 +42,7 @@ def test_the_words_of_ones_own_program_are_not_recorded(
     verdicts = plan(GRAPH, {"source": "s", "captions": "c"}, "p", store, {})
     remember(store, "p", GRAPH, verdicts)
     (entry,) = store.list("runs/p/")
-    run = read_record(store, entry.path, Run)
+    run = read_record(store, entry.path, RunRecord)
     assert run
     assert run.by["command"] == recorded
 
@@ -73,7 +73,7 @@ def test_a_run_that_finds_everything_made_of_a_list_that_was_cut_anew_is_recorde
     verdicts = plan(GRAPH, {"source": "s", "captions": "c"}, "p", store, {})
     for segments in (["0" * 64], ["1" * 64], ["1" * 64]):
         remember_again(store, "p", GRAPH, verdicts, 0, {"pairs"}, segments)
-    runs = [read_record(store, entry.path, Run) for entry in store.list("runs/p/")]
+    runs = [read_record(store, entry.path, RunRecord) for entry in store.list("runs/p/")]
     assert [run.segments for run in runs if run] == [("0" * 64,), ("1" * 64,)]
 
 
@@ -96,7 +96,7 @@ def test_a_run_follows_the_highest_number_whatever_the_clock_says(
 
 
 def test_runs_that_begin_at_once_share_a_number_and_names_decide(store: Store) -> None:
-    run = Run("p", {}, 0, ())
+    run = RunRecord("p", {}, 0, ())
     for name in ("ffffffff", "00000000"):
         create_record(store, f"runs/p/00000007-{name}.json", run)
     assert [entry.path for entry in run_entries(store, "p")] == [
@@ -108,7 +108,7 @@ def test_runs_that_begin_at_once_share_a_number_and_names_decide(store: Store) -
 
 
 def test_a_number_that_nobody_can_follow_is_said(store: Store) -> None:
-    create_record(store, "runs/p/99999999-00000000.json", Run("p", {}, 0, ()))
+    create_record(store, "runs/p/99999999-00000000.json", RunRecord("p", {}, 0, ()))
     with pytest.raises(UserError, match=r"runs/p/99999999-00000000\.json has the last number .*: delete it"):
         remember(store, "p", {}, [])
 

@@ -23,7 +23,7 @@ from pipeline.graph.artifacts import (
     shard_path,
     write_table,
 )
-from pipeline.graph.kinds import Run
+from pipeline.graph.kinds import RunRecord
 from pipeline.graph.plan import pin_path, read_pin
 from pipeline.graph.pointer import Pointer, read_releases, release_path
 from pipeline.graph.runs import last_run
@@ -113,12 +113,12 @@ PATHS: dict[type[Record], str] = {
     Segment: "shards/source/segment-x.json",
     CheckpointRecord: "checkpoints/t/000000000008-0001.json",
     FailedStep: "checkpoints/t/failures/000000000008-0001.json",
-    Run: "runs/p/00000001-00000000.json",
+    RunRecord: "runs/p/00000001-00000000.json",
     Pointer: release_path("p"),
 }
 SOUND: dict[type[Record], dict[str, Any]] = {
-    Artifact: ARTIFACT, Shard: SHARD, Segment: SEGMENT, CheckpointRecord: CHECKPOINT, FailedStep: FAILURE, Run: RUN,
-    Pointer: RELEASE,
+    Artifact: ARTIFACT, Shard: SHARD, Segment: SEGMENT, CheckpointRecord: CHECKPOINT, FailedStep: FAILURE,
+    RunRecord: RUN, Pointer: RELEASE,
 }  # fmt: skip
 
 
@@ -149,11 +149,11 @@ FORGED: list[tuple[type[Record], dict[str, Any]]] = [
     (CheckpointRecord, _with(CHECKPOINT, "blobs", {"model": "../../x"})),
     (CheckpointRecord, _with(CHECKPOINT, "journal", "lines", 0, "preview", "../../x")),
     (FailedStep, _with(FAILURE, "blobs", {"model": "../../x"})),
-    (Run, _with(RUN, "project", "../x")),
-    (Run, _with(RUN, "stages", {"../x": RUN["stages"]["clip"]})),  # type: ignore[index]
-    *((Run, _with(RUN, "stages", "clip", name, "../x")) for name in ("key", "trajectory", "trunk")),
-    (Run, _with(RUN, "stages", "clip", "inputs", {"pairs": "../x"})),
-    (Run, _with(RUN, "package", "../../x.zip")),
+    (RunRecord, _with(RUN, "project", "../x")),
+    (RunRecord, _with(RUN, "stages", {"../x": RUN["stages"]["clip"]})),  # type: ignore[index]
+    *((RunRecord, _with(RUN, "stages", "clip", name, "../x")) for name in ("key", "trajectory", "trunk")),
+    (RunRecord, _with(RUN, "stages", "clip", "inputs", {"pairs": "../x"})),
+    (RunRecord, _with(RUN, "package", "../../x.zip")),
     *((Pointer, _with(RELEASE, "moves", 0, name, "../x")) for name in ("bundle", "evaluation")),
 ]
 

@@ -8,7 +8,7 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.damage import create_record, read_record
 from pipeline.ledger import Ledger, StoredLedger
 from pipeline.store import Store
-from pipeline.store.records import FORMAT, Count, Record, blob_path, canonical, parse, put_blob, read_blob
+from pipeline.store.records import FORMAT, Count, Record, blob_path, canonical, parse_object, put_blob, read_blob
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def test_ledger_balances() -> None:
     assert a.rows == 5
     b = a + Ledger(3, {"timeout": 1}, {"unreachable": 4})
     assert b.rows == 13
-    assert parse(json.dumps(b.as_json()).encode(), StoredLedger) == b  # type: ignore[arg-type]
+    assert parse_object(json.dumps(b.as_json()).encode(), StoredLedger) == b  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="balance"):
-        parse(json.dumps(b.as_json() | {"rows": 12}).encode(), StoredLedger)  # type: ignore[arg-type]
+        parse_object(json.dumps(b.as_json() | {"rows": 12}).encode(), StoredLedger)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown reason"):
         Ledger(0, {"because": 1})
