@@ -13,7 +13,7 @@ class UserError(Exception):
 def install(extra: str) -> str:
     """Returns how to install the packages of an extra of pyproject.toml, for the end of a message.
 
-    From the checkout: no index has this project, and whoever took its name there could run code of theirs.
+    From the checkout: no index has this project, and somebody who took its name there could run their code.
     """
     return f"pip install -e '.[{extra}]' in the checkout installs what is missing"
 
@@ -34,7 +34,7 @@ class OtherFormat(UserError):
 
 
 class CorruptObject(Exception):
-    """A stored object is missing, its bytes do not match its name, or it is no object of its kind.
+    """A stored object is missing, its bytes do not match its name, or it is not an object of its kind.
 
     ``path`` is the object in the store. A run sets it aside with the records that name it, and makes them again.
     """

@@ -118,7 +118,7 @@ def receive(pipe: BinaryIO | Any, most: int = MOST_BYTES) -> tuple[Any, bytes]:
         message, size = json.loads(line)
     except (ValueError, TypeError, RecursionError):
         raise ValueError("not a message") from None
-    # Whoever has taken the other end over may say anything: a negative size would be read until memory ends.
+    # A child that was taken over may send anything: a negative size would be read until memory ends.
     if type(size) is not int or not 0 <= size <= most:
         raise ValueError(f"a message of {size} bytes")
     data = pipe.read(size)

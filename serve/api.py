@@ -74,7 +74,7 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
         if sent.startswith("multipart/form-data") or not of_form:
             error = unreadable(first)
         else:
-            error = invalid("The body is no form: send multipart/form-data, with the image as a file")
+            error = invalid("The body is not a form: send multipart/form-data, with the image as a file")
     elif isinstance(error, HTTPException):
         missing = error.status_code in (404, 405)  # a path that no endpoint has is one of the page's files
         message = f"There is no {request.method} {request.url.path} here; /openapi.json lists what there is"

@@ -172,7 +172,7 @@ def lease_path(key: str) -> str:
 def read_lease(store: Store, path: str) -> Holder | None:
     """Returns who holds a lease; None if it is released, or its process is known to be dead.
 
-    Raises CorruptObject for an object that is no lease.
+    Raises CorruptObject for an object that is not a lease.
     """
     held = read_plain(store, path, Holder)
     return None if held is None or held.released or _is_dead(held) else held

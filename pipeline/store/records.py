@@ -174,7 +174,7 @@ def _open_record(store: Store, path: str, kind: type[R]) -> R | None:
         record = parse_object(data, kind)
         record.check(path)
     except ValueError as e:
-        raise CorruptObject(path, f"is no record that belongs there ({said(e)})") from None
+        raise CorruptObject(path, f"is not a record that belongs there ({said(e)})") from None
     return record
 
 

@@ -14,7 +14,7 @@ from pipeline.store.records import Count, Record, Seconds
 
 def _line(line: dict[str, Any]) -> dict[str, Any]:
     if type(line.get("samples")) is not int or not is_digest(line.get("preview", "0" * 64)):
-        raise ValueError("a line without samples, or with a preview that is no blob")
+        raise ValueError("a line without samples, or with a preview that is not a blob")
     return line
 
 

@@ -352,7 +352,7 @@ class _Search:
         for shard in found.values():
             for name, source in shard.inputs.items():
                 users[source].append(shard.key)
-                # Inputs of other names are no shards but numbers, or tables of a pass.
+                # Inputs of other names are not shards but numbers, or tables of a pass.
                 if source not in keys and (source in there or name.partition(" ")[0] in known):
                     garbage.add(source)
         garbage -= self.shards

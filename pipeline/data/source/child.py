@@ -188,7 +188,7 @@ class ListReader:
             break
         else:
             self.close()
-        self.spent = self.spent or f"source {path}: its reader sent what are no rows"
+        self.spent = self.spent or f"source {path}: its reader sent something other than rows"
         return "spent", []
 
     def _ask(self, file: BinaryIO, request: Any) -> None:
@@ -219,7 +219,7 @@ class ListReader:
         if isinstance(error, TimeoutError):
             raise UserError(f"{where}: nothing came for {WAIT_S:g} s; look at its disk or server, then run again")
         if not isinstance(error, EOFError | ConnectionError):
-            return f"source {path}: its reader sent what are no rows"
+            return f"source {path}: its reader sent something other than rows"
         if code == -signal.SIGXCPU:
             raise UserError(f"{where} in the processor time that its size allows; {_REMEDY}")
         if code == -signal.SIGKILL:

@@ -166,7 +166,7 @@ def _asked(path: str) -> Iterator[http.client.HTTPResponse]:
     except Refused as e:
         why, where = str(e), "" if url == path else f", where it redirects to {shown(url)}"
         if why == "forbidden_address":
-            raise UserError(f"source {path}: not fetched{where}: that is no public address; name that URL") from None
+            raise UserError(f"source {path}: not fetched{where}: that address is not public; name that URL") from None
         raise UserError(
             f"source {path}: cannot be fetched ({why}: {REASONS[why]}{where}); run again, or download it and name "
             "the file"

@@ -172,7 +172,7 @@ def test_a_record_of_each_kind_passes_the_gate(kind: type[Record], store: Store)
 def test_a_forged_record_is_damaged(kind: type[Record], body: dict[str, Any], tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     forge(store, PATHS[kind], body)
-    with pytest.raises(CorruptObject, match="is no record that belongs there") as caught:
+    with pytest.raises(CorruptObject, match="is not a record that belongs there") as caught:
         open_record(store, PATHS[kind], kind)
     assert caught.value.path == PATHS[kind]
 
@@ -197,7 +197,7 @@ def test_readers_of_each_kind_pass_a_forged_record_over(store: Store) -> None:
     assert Checkpoints(store, "t", 1).journal(100) is None
     assert last_run(store, "p") == {}
     forge(store, release_path("p"), _with(RELEASE, "moves", 0, "bundle", "../x"))
-    with pytest.raises(UserError, match=r"releases/p\.json is no record that belongs there \(moves\.0\.bundle: "):
+    with pytest.raises(UserError, match=r"releases/p\.json is not a record that belongs there \(moves\.0\.bundle: "):
         read_releases(store, "p")
 
 

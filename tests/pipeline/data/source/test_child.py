@@ -121,7 +121,7 @@ def test_what_is_no_row_is_not_believed(tmp_path: Path, monkeypatch: pytest.Monk
     with ListReader() as reader:
         (row,) = reader.rows("text", path, 2)
     assert isinstance(row, Flaw)
-    assert "sent what are no rows" in row.what
+    assert "sent something other than rows" in row.what
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_child_that_never_ends_is_ended(
     with ListReader() as reader:
         found = list(reader.rows("text", path, 2))
     assert len(found) <= 100_001
-    assert "sent what are no rows" in found[-1].what
+    assert "sent something other than rows" in found[-1].what
 
 
 def children() -> set[str]:

@@ -132,7 +132,7 @@ def test_a_redirect_leads_to_the_same_host_or_to_a_public_one(monkeypatch: pytes
                 assert [row.url for row in read_rows(f"http://{address}/{name}.csv", of("."))] == ["http://h/0.jpg"]
             for name in ("inside", "metadata"):
                 said = refused(f"http://{address}/{name}.csv")
-                assert "that is no public address" in said
+                assert "that address is not public" in said
                 assert "where it redirects to http://1" in said
             assert "unsupported_reference" in refused(f"http://{address}/file.csv")
             assert "unreachable" in refused(f"http://{address}/loop.csv")
@@ -146,5 +146,5 @@ def test_a_redirect_leads_to_the_same_host_or_to_a_public_one(monkeypatch: pytes
 
             monkeypatch.setattr(socket, "getaddrinfo", rebinding)
             said = refused(f"http://evil.test:{address.rpartition(':')[2]}/b.csv")
-            assert "that is no public address" in said
+            assert "that address is not public" in said
             assert len(asked) == 2
