@@ -38,7 +38,7 @@ class Answer:
         event: What the names of events begin with.
         partial: How many smaller images of each image are sent.
         base: The server's address, for URLs.
-        warnings: What of the request has no effect, or was made up for it.
+        warnings: Lines that say which fields have no effect, and what was assumed.
     """
 
     gateway: Gateway

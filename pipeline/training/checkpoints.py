@@ -49,7 +49,7 @@ class Snapshot:
 
     Attributes:
         samples: Seen so far.
-        seconds: Of the training so far, and ``laps`` by phase.
+        seconds: Seconds of the training so far; ``laps`` has them by phase.
         journal: The metrics so far.
         tensors: By part and name.
         starts: The place of the first row of each sharded tensor, by part and name.

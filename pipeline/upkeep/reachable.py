@@ -33,7 +33,7 @@ class Live:
     Attributes:
         paths: Paths of objects.
         prefixes: Beginnings of paths under which everything stays because a stage is not finished.
-        unreadable: By path of an object that stays, why it cannot be read, and what to do.
+        unreadable: Reasons, with what to do, by the path of an object that cannot be read and stays.
         unknown: Whether one of these may name any blob. Then those stay that nothing names, but not ``disowned`` ones.
         disowned: Blobs that garbage names.
     """
