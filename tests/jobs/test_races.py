@@ -5,6 +5,8 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
+
 from pipeline.store import Store
 from tests.chain import data_blobs, done, here, keys, open_at
 from tests.faults import (
