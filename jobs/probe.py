@@ -39,7 +39,7 @@ SHARDS = (2, 6)  # of each run
 WORKERS = 2  # of a data stage, at most: a worker's rate is what counts
 STEPS = 2  # of each training, the first time
 TRAINING_SECONDS = 6.0  # of each training, the second time
-FEW = dict.fromkeys(ROWS, FEWEST) | {"prior_samples": 2, "upsampler_samples": 2}  # of the evaluation
+FEW = dict.fromkeys(ROWS, FEWEST) | {"samples": 2}  # of the evaluation
 TWICE = 2  # times as many, the second time
 MORE = 4  # times as many captions, the second time
 
@@ -128,7 +128,6 @@ def _amounts(
         "run.output": str(folder / "out"),
         "run.trackers": [],
         "samples.captions": (list(config.samples.captions) * MORE)[: MORE if again else 1],
-        "evaluation.early": min(config.evaluation.early, config.decoder.batch),
     }
     for stage in samples:
         settings = getattr(config.run, stage)

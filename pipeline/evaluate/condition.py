@@ -85,9 +85,12 @@ def prior_condition(unclip: UnCLIP, model: str, rows: Rows, seed: int) -> Figure
     caption: the caption alone is what changes.
     """
     batch, draws = rows.batch, DRAWS
+    loss: Loss
     if model == "diffusion_prior":
+        assert unclip.diffusion_prior is not None
         loss = partial(_diffusion_loss, unclip.diffusion_prior)
     else:
+        assert unclip.ar_prior is not None
         assert unclip.codec is not None
         dot = unclip.codec.encode_dot((batch["image_embedding"].double() * batch["text_embedding"].double()).sum(-1))
         batch = batch | {"codes": unclip.codec.encode(batch["image_embedding"]), "dot": dot}

@@ -93,10 +93,10 @@ def without_values(figures: Sequence[Json]) -> list[dict[str, Any]]:
     return [{name: value for name, value in figure.items() if name not in ("values", "groups")} for figure in figures]
 
 
-def short(value: float | None) -> str:
-    """Returns four digits, and no more than four places."""
+def short(value: float | None, unknown: str = "?") -> str:
+    """Returns four digits, and no more than four places; ``unknown`` for None."""
     if value is None:
-        return "?"
+        return unknown
     return f"{value:.4f}".rstrip("0").rstrip(".") if 0.001 <= abs(value) < 10 else f"{value:.4g}"
 
 
@@ -109,12 +109,12 @@ def difference(value: float | None, baseline: float | None, interval: Sequence[f
 
 
 def count(figures: Sequence[Json]) -> str:
-    """Returns for example '14 of 15 claims hold, 1 not measured', or that nothing was measured, and why."""
+    """Returns for example '14 of 15 claims hold on held-out rows, 1 not measured', or why nothing was measured."""
     known = [holds(of_line) for of_line in lines(figures).values()]
     if not measured(figures):
         return f"Nothing was measured: {'; '.join(dict.fromkeys(figure['note'] for figure in figures))}"
     missing = f", {known.count(None)} not measured" if None in known else ""
-    return f"{known.count(True)} of {len(known) - known.count(None)} claims hold{missing}"
+    return f"{known.count(True)} of {len(known) - known.count(None)} claims hold on held-out rows{missing}"
 
 
 def as_text(figures: Sequence[Json]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +51,10 @@ class Shown(NamedTuple):
     share: Tensor
 
 
-def shown(images: Mapping[str, Tensor], drawings: Sequence[Drawing | None], tick: Tick) -> dict[tuple[str, str], list[Shown]]:
+Found = dict[tuple[str, str], list[Shown]]  # by model and part
+
+
+def shown(images: Mapping[str, Tensor], drawings: Sequence[Drawing | None], tick: Tick) -> Found:
     """Returns what images show, by model and part: of the drawings that differ in that part alone, the nearest.
 
     Args:
@@ -58,9 +62,11 @@ def shown(images: Mapping[str, Tensor], drawings: Sequence[Drawing | None], tick
         drawings: Truth of each row, None where there is none.
         tick: Tells the progress.
     """
-    found: dict[tuple[str, str], list[Shown]] = {}
+    found: Found = {}
     for row, drawing in enumerate(drawings):
-        for part, own in drawing.parts.items() if drawing else ():
+        if drawing is None:
+            continue
+        for part, own in drawing.parts.items():
             values = list(PARTS[drawing.style][part])
             candidates = torch.stack([_drawn(drawing.replaced(part, value)) for value in values])
             for model, made in images.items():
@@ -90,32 +96,26 @@ def right(found: Sequence[Shown]) -> tuple[Tensor, Tensor]:
     return hits, torch.stack(chance)
 
 
-def part_figures(
-    held_out: Mapping[tuple[str, str], Sequence[Shown]], trained: Mapping[tuple[str, str], Sequence[Shown]],
-    rows: Rows, seed: int,
-) -> list[Figure]:  # fmt: skip
+def part_figures(found: Found, trained: Found, rows: Rows, seed: int) -> list[Figure]:
     """Returns a line for each model and group of parts: images of ``rows`` show what their captions say.
 
     A figure is the share of images that are nearest to their truth, among drawings that differ from it in one part. It
     holds if that is more than half, and above chance. Beside it stands the same of ``trained`` rows.
     """
     figures = []
-    for model in dict.fromkeys(model for model, _ in held_out):
+    for model in dict.fromkeys(model for model, _ in found):
         for group in GROUPS:
-            parts = [part for part in group if (model, part) in held_out]
+            parts = [part for part in group if (model, part) in found]
             named = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
             line = f"{NAMES[model]} draws the {named} that captions name"
             for part in parts:
-                found = held_out[model, part]
-                if len(found) < FEWEST:
-                    note = f"{counted(len(found), f'{rows.split} row')}, and a figure needs {FEWEST}; add pairs"
+                ours, known = found[model, part], trained.get((model, part))
+                if len(ours) < FEWEST:
+                    note = f"{counted(len(ours), f'{rows.split} row')}, and a figure needs {FEWEST}; add pairs"
                     figures.append(Figure(line, model, part, part, note=note, split=rows.split))
                     continue
-                hits, chance = right(found)
-                known = trained.get((model, part))
+                groups = [rows.groups[one.row] for one in ours]
+                figure = paired(line, model, part, part, *right(ours), groups, rows.split, seed, at_least=MOST)
                 share = float(right(known)[0].mean()) if known else None
-                groups = [rows.groups[one.row] for one in found]
-                figures.append(
-                    paired(line, model, part, part, hits, chance, groups, rows.split, seed, at_least=MOST, trained=share)
-                )
+                figures.append(replace(figure, trained=share))
     return figures

@@ -76,7 +76,8 @@ def evaluate(ctx: Context) -> Artifact:
         "sampling": dataclasses.asdict(unclip.sampling),
     }
     blobs = {"evaluation.json": put_blob(ctx.store, (json.dumps(document, indent=1) + "\n").encode())}
-    blobs |= {STRIP: put_blob(ctx.store, preview_png(image)) for image in evaluation.strip}
+    if evaluation.strip is not None:
+        blobs[STRIP] = put_blob(ctx.store, preview_png(evaluation.strip))
     metrics = {"holds": count(figures), "figures": without_values(figures), "shown": evaluation.shown}
     rows = 0 if isinstance(evaluation.rows, str) else len(evaluation.rows)
     environment = {"device": str(device)}
@@ -102,7 +103,7 @@ class Evaluation:
     recipe: EvaluationRecipe
     device: torch.device
     judge: Clip | None = None
-    strip: list[Tensor] = field(default_factory=list)
+    strip: Tensor | None = None
     shown: dict[str, list[Any]] = field(default_factory=dict)
     keys: dict[str, dict[str, Any]] = field(default_factory=dict)
     few: dict[str, int] = field(default_factory=dict)
@@ -154,7 +155,7 @@ class Evaluation:
         elif self.judge:
             figures += judged(self.judge, drawn, rows, self.recipe.seed)
         real = rows.batch["image"].permute(0, 2, 3, 1).cpu()
-        self.strip = [beside(*(line[:SHOWN] for line in (real, *drawn.values())))]
+        self.strip = beside(*(line[:SHOWN] for line in (real, *drawn.values())))
         self.shown = {
             "captions": rows.captions[:SHOWN], "licenses": rows.licenses[:SHOWN], "models": list(drawn),
         }  # fmt: skip
@@ -169,8 +170,8 @@ class Evaluation:
         """Returns whether one prior comes nearer to images than baselines without weights, and uses its caption."""
         stage, rows, recipe = PRIORS[prior], self.rows, self.recipe
         if isinstance(rows, str):
-            absent = _absent(f"{NAMES[stage]} comes nearer to images than one does without weights", stage, "found", rows)
-            return [absent, _absent(condition.LINE, stage, "condition", rows)]
+            line = f"{NAMES[stage]} comes nearer to images than one does without weights"
+            return [_absent(line, stage, "found", rows), _absent(condition.LINE, stage, "condition", rows)]
         samples = priors.sample_embeddings(self.unclip, prior, rows, recipe.samples, recipe.seed, tick)
         return [
             *priors.prior_figures(stage, samples, rows, self.training, recipe.seed),
