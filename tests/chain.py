@@ -36,13 +36,9 @@ MICRO = {
     "samples": {"captions": ["a red heart"]},
     "evaluation": {
         "rows": 8,
-        "prior_samples": 2,
-        "sampled_rows": 8,
-        "decoder_rows": 8,
-        "caption_rows": 8,
-        "name_rows": 8,
-        "upsampler_samples": 2,
-        "early": 16,
+        "image_rows": 8,
+        "upsampler_rows": 8,
+        "samples": 2,
     },
     "run": {"lease_s": 5} | {stage: {"workers": 0} for stage in ("pairs", "embeddings", "curation", "index", "codec")},
 }

@@ -14,6 +14,7 @@ from pipeline.evaluate.figure import Figure
 
 RESAMPLES = 1000
 TIE = 1e-9  # cosines of equal rows differ by rounding
+EQUAL = 1e-4  # of the baseline: so much rounding alone makes, of a model that returns what it is compared with
 ONE_GROUP = "its interval is over rows, as all are of one group"
 
 
@@ -53,12 +54,14 @@ def paired(
 ) -> Figure:  # fmt: skip
     """Returns a figure that compares ``value`` [n] with ``baseline`` [n], row by row.
 
-    It holds if the whole interval of the mean difference is on the side of 0 that ``claim`` names, and the mean value
-    above ``at_least``. ``groups`` are those of the rows; ``more`` are further fields of ``Figure``.
+    It holds if the whole interval of the mean difference is on the side of 0 that ``claim`` names, by more than
+    rounding, and the mean value above ``at_least``. ``groups`` are those of the rows; ``more`` are further fields of
+    ``Figure``.
     """
     value, baseline = value.double().cpu(), baseline.double().cpu()
     found = interval(value - baseline, groups, seed)
-    beyond = found.low > 0 if claim == "above" else found.high < 0
+    least = EQUAL * float(baseline.mean().abs())
+    beyond = found.low > least if claim == "above" else found.high < -least
     known: dict[str, Any] = {
         "interval": (found.low, found.high),
         "holds": beyond and float(value.mean()) > at_least,

@@ -15,6 +15,7 @@ from pipeline.report.inputs import ReportInput
 
 FIGURES = "evaluation.json"
 STRIP = "held-out.png"
+TITLE = "Held-out captions"
 DRAWN = {
     "decoder": "the decoder from the image's own embedding",
     "ar_prior": "AR prior and decoder from the caption",
@@ -67,5 +68,6 @@ def _strip(given: ReportInput) -> Markup:
         if given.album.may_show(license):
             strip = io.BytesIO()
             grid.crop((side * i, 0, side * (i + 1), grid.height)).save(strip, "PNG")
-            cells.append((given.album.image(strip.getvalue(), grid.height, caption, most=100_000), caption))
-    return PARTS.folded("Held-out captions", EVALUATION.strips(said, cells), STRIP.removesuffix(".png"), True)
+            said_of = f"{TITLE}: {caption}"
+            cells.append((given.album.image(strip.getvalue(), grid.height, said_of, most=100_000), caption))
+    return PARTS.folded(TITLE, EVALUATION.strips(said, cells), STRIP.removesuffix(".png"), True)

@@ -10,7 +10,6 @@ import yaml
 from pipeline.build import build
 from pipeline.config import PRESETS, TRAININGS, load_config, make_config, preset_config
 from pipeline.errors import UserError
-from pipeline.evaluate.captions import EMOJI, Phrases
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -61,9 +60,7 @@ def test_scale_changes_how_long_every_model_trains_and_nothing_else() -> None:
             samples = max(before.batch, round(scale * before.samples))
             decay = min(samples, round(scale * before.decay))
             assert after == dataclasses.replace(before, samples=samples, decay=decay)
-        early = max(whole.decoder.batch, round(scale * whole.evaluation.early))
-        assert config.evaluation == dataclasses.replace(whole.evaluation, early=early)
-    assert make_config({**LEAST, "evaluation": {"early": 0}, "scale": 0.5}).evaluation.early == 0
+        assert config.evaluation == whole.evaluation
 
 
 def test_a_clip_that_exists_is_the_same_whatever_trainings_are() -> None:
@@ -157,8 +154,6 @@ def test_a_preset_fills_every_model(preset: str) -> None:
         assert {name: json.loads(json.dumps(getattr(recipe, name))) for name in fields} == fields
         inner = getattr(recipe, "sampling" if stage == "bundle" else "model", None)
         assert {name: json.loads(json.dumps(getattr(inner, name))) for name in model} == model
-    early = {"tiny": 1 / 10}.get(preset, 1 / 4)
-    assert config.evaluation.early == pytest.approx(early * config.decoder.samples)
 
 
 def test_without_a_preset_it_is_the_papers() -> None:
@@ -295,13 +290,9 @@ def test_the_output_may_lie_at_home(least: Path, monkeypatch: pytest.MonkeyPatch
         ("samples.captions=[]", "samples.captions: has 0 entries; name 1 or more"),
         ("samples.seed=-1", "samples.seed: -1 is below 0"),
         ("evaluation.rows=7", "evaluation.rows: 7 is below 8"),
-        ("evaluation.upsampler_samples=1", "evaluation.upsampler_samples: 1 is below 2"),
-        ("evaluation.phrases.backgrounds={on red: [300, 0, 0]}", "evaluation.phrases.backgrounds.on red[0]: 300 is"),
-        ("evaluation.phrases.backgrounds={on red: [1, 2]}", "evaluation.phrases.backgrounds.on red[2]: missing"),
-        ("evaluation.phrases.backgrounds={on red: red}", "evaluation.phrases.backgrounds.on red: expected a list"),
+        ("evaluation.samples=1", "evaluation.samples: 1 is below 2"),
         ("release.tolerance=-1", "release.tolerance: -1 is below 0"),
         ("release.gates=[]", "release.gates: unknown key"),
-        ("evaluation.early=-1", "evaluation.early: -1 is below 0"),
         ("evaluation.judge=train", "evaluation: judge is 'train': use open_clip:NAME:TAG, local-dir:FOLDER or null"),
     ],
 )  # fmt: skip
@@ -348,19 +339,6 @@ def test_combinations_that_cannot_work(changes: dict[str, Any], message: str) ->
     with pytest.raises(UserError) as caught:
         make_config({**LEAST, "preset": "nano", **changes})
     assert str(caught.value).startswith(message)
-
-
-@pytest.mark.parametrize(
-    ("paths", "named"), [(["emoji:nano"], True), (["a.csv", "emoji:full"], True), (["a.tar"], False)]
-)
-def test_captions_name_backgrounds_in_the_emoji_set_and_where_a_configuration_says_so(
-    paths: list[str], named: bool
-) -> None:
-    values = {**LEAST, "source": {"paths": paths}}
-    assert make_config(values).evaluation.phrases == (EMOJI if named else Phrases())
-    own = {"backgrounds": {"on red": [200, 0, 0]}, "styles": ["a photo of"]}
-    config = make_config({**values, "evaluation": {"phrases": own}})
-    assert config.evaluation.phrases == Phrases(("a photo of",), {"on red": (200, 0, 0)})
 
 
 def test_a_bundle_that_stops_early_needs_less() -> None:
