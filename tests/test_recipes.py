@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pipeline.evaluate.captions import Phrases
 from torch import Tensor
 
 from benchmarks.recipes import trial as trials
@@ -27,7 +28,6 @@ from models.diffusion.process import Prediction
 from models.draw import Draw
 from models.image_configs import DecoderConfig
 from pipeline.errors import UserError
-from pipeline.evaluate.captions import Phrases
 from pipeline.training.loop import NonFinite
 from pipeline.training.recipes import DecoderRecipe, TrainingRecipe
 from pipeline.training.state import learning_rate

@@ -66,9 +66,11 @@ def shown(images: Mapping[str, Tensor], drawings: Sequence[Drawing | None], tick
     for row, drawing in enumerate(drawings):
         if drawing is None:
             continue
+        truth = _drawn(drawing)
         for part, own in drawing.parts.items():
             values = list(PARTS[drawing.style][part])
-            candidates = torch.stack([_drawn(drawing.replaced(part, value)) for value in values])
+            others = [truth if value == own else _drawn(drawing.replaced(part, value)) for value in values]
+            candidates = torch.stack(others)
             for model, made in images.items():
                 error = (candidates - made[row].float()).square().flatten(1).sum(1).double()
                 nearest = (error == error.min()).double()

@@ -75,8 +75,8 @@ def test_it_ends_with_a_picture_and_a_report(chain: Chain) -> None:
     # The captions are those of the emoji set, but the list is not, so nothing is claimed of what they name.
     assert [line for line in "abcdef" if f"\n({line}) " in chain.output] == list("abcef")
     large = "2 test pairs with an image of 1024 px, and a figure needs 8; set source.test to 0.2 or add pairs"
-    assert f"\n  -   upsampler_1024: not measured: {large}\n" in chain.output
-    assert "trained above early: " in chain.output
+    assert f"upsampler_1024 not measured: {large}\n" in chain.output
+    assert "Every model uses its condition: with another row's, its loss is higher\n" in chain.output
     assert 'id="evaluation"' in (chain.folder / "out/report.html").read_text()
 
 

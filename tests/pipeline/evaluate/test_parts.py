@@ -1,7 +1,6 @@
 """Images drawn by cheats: each claim about parts fails for a drawer that ignores one, and no other group's does."""
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,14 +14,6 @@ from tests.pipeline.evaluate.made_up import normal, rows
 
 EACH = 10  # drawings of each style
 NAMES = [(style, part) for style, known in PARTS.items() for part in known]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def drawn_once() -> Iterator[None]:
-    """Every test looks at the same drawings."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "draw", cache(draw))
-        yield
 
 
 def value(style: str, part: str, number: int) -> str:

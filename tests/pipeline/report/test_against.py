@@ -20,9 +20,7 @@ from tests.pipeline.report.made_up import config, graph
 ROWS = 16
 
 
-def bundle_of(
-    store: Store, made: dict[str, Artifact], name: str, gain: float, claim: str
-) -> dict[str, Artifact]:
+def bundle_of(store: Store, made: dict[str, Artifact], name: str, gain: float, claim: str) -> dict[str, Artifact]:
     """Publishes a bundle, its samples and its evaluation, whose one figure with values is ``gain`` higher."""
     decoder = publish_artifact(
         store, replace(made["decoder"], key=digest(f"{name} decoder"), recipe={"gain": gain}), 1.0
@@ -31,7 +29,9 @@ def bundle_of(
     inputs = {"clip": made["clip"].key, "decoder": decoder.key}
     bundle = publish_artifact(store, replace(made["bundle"], key=digest(name), inputs=inputs), 1.0)
     values = tuple(np.random.default_rng(0).normal(0.5, 0.2, ROWS) + gain)
-    figure = Figure("It draws.", "decoder", "top", "top", claim=claim, values=values, groups=tuple(range(ROWS))).as_json()
+    figure = Figure(
+        "It draws.", "decoder", "top", "top", claim=claim, values=values, groups=tuple(range(ROWS))
+    ).as_json()
     measured: dict[str, Any] = {"version": 1, "recipe": {}, "rows": {}, "figures": [figure]}
     blobs = {**made["evaluation"].blobs, "evaluation.json": put_blob(store, json.dumps(measured).encode())}
     of = {"bundle": bundle.key}

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from PIL import Image
+from pipeline.evaluate.captions import EMOJI
 
 from pipeline.data.fetch.fetcher import Fetcher
 from pipeline.data.source.emoji import listing as emoji
@@ -24,7 +25,6 @@ from pipeline.data.source.emoji.server import serving
 from pipeline.data.source.lists import read_rows
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
-from pipeline.evaluate.captions import EMOJI
 from pipeline.settings import PairsSettings
 
 PINNED_LISTS = {
