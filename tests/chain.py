@@ -63,7 +63,7 @@ def write_list(path: Path, start: int, stop: int) -> Path:
 
 
 def write_config(folder: Path, store: str, pictures: str, lists: Sequence[Path], **changes: object) -> Path:
-    """A configuration in ``folder``; ``pictures`` is the drawing server's address. ``changes`` replace top-level keys."""
+    """A configuration in ``folder``; ``pictures`` is the drawing server. ``changes`` replace top-level keys."""
     values = json.loads(json.dumps(MICRO)) | {"store": store} | changes
     values["source"] = {**values["source"], "paths": [str(path) for path in lists]}
     values["run"] = {**values["run"], "output": str(folder / "out")}
