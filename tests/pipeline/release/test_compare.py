@@ -148,8 +148,10 @@ def test_what_cannot_be_compared_row_by_row_is_left_out() -> None:
     values = list(draws(0))
     old = [figure("m", name, values) for name in ("short", "gone", "unknown", "both")]
     new = [
-        figure("m", "short", values[:-1]), figure("m", "new", values), figure("m", "unknown"), figure("m", "both", values),
-    ]  # fmt: skip
+        figure("m", "short", values[:-1]),
+        figure("m", "unknown"),
+        *(figure("m", n, values) for n in ("new", "both")),
+    ]
     assert [c.name for c in changes(evaluation(*old), evaluation(*new))] == ["both"]
 
 
@@ -165,7 +167,7 @@ def test_what_cannot_be_compared_row_by_row_is_left_out() -> None:
     ],
 )  # fmt: skip
 def test_what_held_must_hold(then: bool | None, now: bool | None, line: str | None) -> None:
-    old, new = evaluation(figure("m", "x", holds=then)), evaluation(figure("m", "x", holds=now))
+    old, new = (evaluation(figure("m", "x", holds=holds), figure("m", "y")) for holds in (then, now))
     assert gate(old, new) == ([line] if line else [])
     assert gate(old, new, ReleaseGates(claims=False)) == []
     assert gate(old, new, ReleaseGates(ignore=("m.x",))) == []

@@ -51,10 +51,8 @@ def test_the_sentence_says_that_a_failing_prior_drew_nothing(made: dict[str, Art
 
 
 def test_claims_that_fail_come_first_and_a_figure_says_why_it_is_missing() -> None:
-    figures = [
-        figure(True, "one"), figure(True, "two"), figure(False, "two", says="part"), figure(None, "three", note="few rows"),
-        figure(True, "four") | {"value": None},
-    ]  # fmt: skip
+    figures = [figure(True, "one"), figure(True, "two"), figure(False, "two", says="part")]
+    figures += [figure(None, "three", note="few rows"), figure(True, "four") | {"value": None}]
     page = claims({"figures": figures})
     places = [page.index(f"<b>{word}</b>") for word in ("two", "one", "three", "four")]
     assert places == sorted(places)
