@@ -277,12 +277,12 @@ def captions(drawing: Drawing) -> tuple[str, ...]:
         words[part], words[f"{part}2"] = PARTS[drawing.style][part][name][1:]
     said = []
     for number, phrasings in enumerate(CAPTIONS[drawing.style]):
-        at = share("caption", str(number), drawing.style, *drawing.values)
+        at = hash_fraction("caption", str(number), drawing.style, *drawing.values)
         said.append(re.sub(r"\ba (?=[aeiou])", "an ", phrasings[int(at * len(phrasings))].format(**words)))
     return tuple(said)
 
 
-def share(*what: str) -> float:
+def hash_fraction(*what: str) -> float:
     """Returns a number in [0, 1) that depends on nothing but its arguments."""
     return int.from_bytes(hashlib.sha256("/".join(what).encode()).digest()[:6], "big") / 2**48
 

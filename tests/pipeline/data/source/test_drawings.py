@@ -197,7 +197,7 @@ def test_flawed_rows_have_the_captions_that_they_have() -> None:
     told = {row.url.rpartition("/")[2]: row.captions for row in flawed}
     assert len(told) == 9
     assert told["untold.png"] == ()
-    assert told["empty.png"] == ("a picture of nothing at all",)
+    assert told["empty.png"] == ("an image of nothing at all",)
     assert flawed[-1].url in {row.url for row in listed}
 
 
