@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -244,7 +244,7 @@ def _named(asked: Asked, name: str) -> Artifact:
 def _print_changes(found: Sequence[Change]) -> None:
     width = max((len(f"{change.model} {change.name}") for change in found), default=0)
     for change in found:
-        said = difference({"difference": change.difference, "error": None, "interval": change.interval})
+        said = difference(change.now, change.then, change.interval)
         values = f"{short(change.then):>9} -> {short(change.now):<9}"
         print(f"  {f'{change.model} {change.name}':{width}} {values} {said:30} {change.verdict}".rstrip())
 
@@ -257,9 +257,7 @@ def _evaluate(asked: Asked, arguments: argparse.Namespace) -> int:
     if load_artifact(asked.store, "bundle", current.bundle) is None:
         raise UserError(f"{asked.name}: bundle {current.bundle[:12]} has gone from {asked.store.url}; promote another")
     bundle = asked.find_release()
-    # The early checkpoint belongs to this configuration, not to the release.
     stage = project.graph["evaluation"]
-    stage = replace(stage, recipe=replace(stage.recipe, early=0))
     inputs = project.made("clip", *(name for name in stage.inputs if name != "bundle"))
     if inputs["clip"].key != bundle.inputs.get("clip"):
         raise UserError(

@@ -105,7 +105,7 @@ def build(config: Config) -> Graph:
         ),
         training.stage("ar_prior", config.ar_prior, (*of_ar_prior, "codec")),
         training.stage("diffusion_prior", config.diffusion_prior, of_diffusion_prior),
-        training.stage("decoder", config.decoder, of_decoder, training.run_decoder),
+        training.stage("decoder", config.decoder, of_decoder),
         training.stage("upsampler_256", config.upsampler_256, ("pairs", "curation")),
         training.stage("upsampler_1024", config.upsampler_1024, ("pairs", "curation")),
         Stage("bundle", bundle.VERSION, config.bundle, config.bundle.inputs, bundle.run_bundle, kind="bundle"),

@@ -28,7 +28,6 @@ from pipeline.data.neighbours.stage import IndexRecipe
 from pipeline.data.pairs.stage import PairsRecipe
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
-from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.stage import EvaluationRecipe
 from pipeline.local import read_local
 from pipeline.parse import ContentFile, load_yaml, overlay, parse, read_value
@@ -57,9 +56,7 @@ from pipeline.training.recipes import (
 
 CONFIG_BYTES = 16 << 20
 # Values that name files or folders; of a list, each does.
-PATHS = re.compile(
-    r"store|run\.output|source\.(paths|roots)|embeddings\.heads\.\w+|evaluation\.inception|\w+\.init_from|pairs\.deny_\w+"
-)
+PATHS = re.compile(r"store|run\.output|source\.(paths|roots)|embeddings\.heads\.\w+|\w+\.init_from|pairs\.deny_\w+")
 RELATIVE = re.compile(r"(?![A-Za-z][\w+.-]*:|[/~]|[0-9a-f]{64}$).")
 PRESETS = ("nano", "tiny", "small", "karlo", "paper")  # by size; each is a file of pipeline/presets
 
@@ -258,7 +255,7 @@ def make_config(values: Mapping[str, Any]) -> Config:
         own = {name: value for name, value in given.items() if name != "preset"}
         preset = _preset(given.get("preset", common)).get(stage, {})
         values[stage] = overlay(preset | _decay(stage, preset, own.get("samples")), own)
-    config = _named(_with_clip_as_it_is(_scaled(parse(Config, values), scale)))
+    config = _with_clip_as_it_is(_scaled(parse(Config, values), scale))
     _check(config)
     return config
 
@@ -278,7 +275,7 @@ def _decay(stage: str, preset: Mapping[str, Any], samples: Any) -> dict[str, int
 
 
 def _scaled(config: Config, scale: Any) -> Config:
-    """Returns ``config`` with every training ``scale`` times as long, its decay and early checkpoint included.
+    """Returns ``config`` with every training ``scale`` times as long, its decay included.
 
     Its warmup stays: how many steps an optimiser needs to know its weights does not depend on how many follow.
 
@@ -291,23 +288,13 @@ def _scaled(config: Config, scale: Any) -> Config:
         samples = max(recipe.batch, round(recipe.samples * scale))
         decay = min(samples, round(recipe.decay * scale))
         longer[stage] = dataclasses.replace(recipe, samples=samples, decay=decay)
-    early = config.evaluation.early
-    early = max(config.decoder.batch, round(early * scale)) if early else 0
-    return dataclasses.replace(config, **longer, evaluation=dataclasses.replace(config.evaluation, early=early))
+    return dataclasses.replace(config, **longer)
 
 
 def _with_clip_as_it_is(config: Config) -> Config:
     """Returns ``config`` without the training of a CLIP that exists: it happens nowhere, and must not count in keys."""
     clip = config.clip
     return dataclasses.replace(config, clip=ClipRecipe(weights=clip.weights)) if clip.pretrained else config
-
-
-def _named(config: Config) -> Config:
-    """Returns ``config`` with the phrases of the emoji set, where that set is listed and no phrases are given."""
-    evaluation = config.evaluation
-    if evaluation.phrases != Phrases() or not any(path.startswith("emoji:") for path in config.source.paths):
-        return config
-    return dataclasses.replace(config, evaluation=dataclasses.replace(evaluation, phrases=EMOJI))
 
 
 def _preset(name: Any) -> Mapping[str, Any]:

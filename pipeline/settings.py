@@ -155,8 +155,7 @@ class TrainingSettings:
         checkpoint_every_s: Seconds between checkpoints, at least; where it takes longer to write one, 30 times as
             long as that. 0 saves after every step.
         keep_checkpoints: How many stay.
-        milestones: Numbers of samples that become artefacts, too, each from one batch up to where ``decay`` begins;
-            the decoder has ``evaluation.early`` besides.
+        milestones: Numbers of samples that become artefacts, too, each from one batch up to where ``decay`` begins.
         device: ``auto``, ``cpu``, ``cuda``, or ``cuda:1``; each Ray worker takes one GPU with ``cuda``, and with
             ``auto`` if there are enough of them when it begins.
         cache_mb: MiB of decoded images that a worker keeps; 0 decodes each again.

@@ -162,7 +162,7 @@ def passes_of(stage: str, recipes: Recipes, there: float) -> dict[str, float]:
     """
     sampling = {name.removeprefix("sampling."): value for name, value in recipes["bundle"].items()}
     asked, models = recipes[stage], sampling["models"]
-    if not {"captions", "caption_rows"} & asked.keys():  # a stage of somebody's own
+    if not {"captions", "image_rows"} & asked.keys():  # a stage of somebody's own
         return {}
 
     def passes(name: str) -> float:
@@ -183,11 +183,10 @@ def passes_of(stage: str, recipes: Recipes, there: float) -> dict[str, float]:
         return found if (found := min(asked[name], round(there))) >= FEWEST else 0
 
     priors = [name for name in models if name.endswith("prior")]
-    captions = some("caption_rows") + 2 * some("name_rows")  # as many of training rows
-    images = some("decoder_rows") * (2 if asked["early"] else 1) + captions * len(priors)
-    samples = some("sampled_rows") * asked["prior_samples"] + captions * sampling["candidates"]
-    counts = {"decoder": images, **dict.fromkeys(priors, samples)}
-    counts |= {n: some(f"{n}_rows") * asked["upsampler_samples"] for n in models if n not in counts}
+    captions = 2 * some("image_rows")  # as many of training rows
+    samples = some("rows") * asked["samples"] + captions * sampling["candidates"]
+    counts = {"decoder": captions * (1 + len(priors)), **dict.fromkeys(priors, samples)}
+    counts |= {n: some("upsampler_rows") * asked["samples"] for n in models if n not in counts}
     return {name: count * passes(name) for name, count in counts.items()}
 
 

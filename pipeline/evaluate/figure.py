@@ -1,4 +1,4 @@
-"""One measured figure, and the table of those that hold or fail. No torch here."""
+"""One measured figure, and the table of claims that such figures hold up. No torch here."""
 
 from __future__ import annotations
 
@@ -7,26 +7,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-LINES = {
-    "a": "every conditional model uses its condition",
-    "b": "the AR prior knows more than the codes' frequencies",
-    "c": "samples of the priors are near the right image embeddings and spread like them, palette aside too",
-    "d": "the decoder paints the background that the caption names",
-    "e": "the upsamplers beat bicubic interpolation",
-    "f": "CLIP ranks real above trained above early above shuffled",
-    "g": "images of captions that differ in the name alone are told apart",
+Json = Mapping[str, Any]  # of one figure
+NAMES = {
+    "decoder": "The decoder, from images' own embeddings,",
+    "ar_prior": "The AR prior",
+    "diffusion_prior": "The diffusion prior",
+    "upsampler_256": "The upsampler to 256 px",
+    "upsampler_1024": "The upsampler to 1024 px",
 }
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What one line of the evaluation found for one ``model``.
+    """Compares a value of one model with a baseline, on rows of one split.
 
-    ``says`` is the claim in plain words. ``value`` is compared with ``baseline``, over ``rows`` rows of ``split``;
-    ``difference`` is value - baseline, with its standard ``error`` or its 95% ``interval``. ``holds`` is None where
-    there is nothing to hold: a figure for information, or one that was not measured, and ``note`` says why.
-    ``values`` are those of each row, to six digits, whose mean is ``value``, and ``claim`` says on which side of the
-    baseline they should be ("above" or "below"): where both are given, bundles can be compared row by row.
+    Attributes:
+        line: Claim that the figure belongs to, a sentence; figures of one line are one line of the table.
+        model: Model that is measured.
+        name: Name of the figure, one of its model's.
+        says: What it is called within its line, such as "top" or "one ridge solve".
+        value: Mean over the rows.
+        baseline: The same without the model, or without what it claims to use.
+        interval: 95% interval of value - baseline.
+        holds: Whether the figure is as its line claims; None if it was not measured.
+        rows: Number of rows.
+        split: Their split.
+        note: Why it was not measured, or what a reader has to know of it.
+        trained: The same value of rows that the models were trained on; None where it was not measured.
+        claim: Side of the baseline on which the value should be, "above" or "below".
+        values: Values of the rows, to six digits: bundles are compared row by row. None where they cannot be.
+        groups: Group of each row of ``values``, as a number.
     """
 
     line: str
@@ -35,15 +45,15 @@ class Figure:
     says: str
     value: float | None = None
     baseline: float | None = None
-    difference: float | None = None
-    error: float | None = None
     interval: tuple[float, float] | None = None
     holds: bool | None = None
     rows: int = 0
     split: str = ""
     note: str = ""
+    trained: float | None = None
     claim: str | None = None
     values: tuple[float, ...] | None = None
+    groups: tuple[int, ...] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Returns plain values; numbers that are not finite become None."""
@@ -59,64 +69,67 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def judged(figures: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Returns the figures, as JSON, that claim something: they hold, fail or could not be measured."""
-    return [figure for figure in figures if figure["holds"] is not None or figure["note"]]
+def lines(figures: Sequence[Json]) -> dict[str, list[Json]]:
+    """Returns the figures of each line, in order of their first."""
+    found: dict[str, list[Json]] = {}
+    for figure in figures:
+        found.setdefault(figure["line"], []).append(figure)
+    return found
 
 
-def measured(figures: Sequence[Mapping[str, Any]]) -> bool:
-    """Returns whether any claim of the figures, as JSON, holds or fails."""
+def holds(of_line: Sequence[Json]) -> bool | None:
+    """Returns whether a line holds: all its figures that were measured do; None where none was."""
+    known = [figure["holds"] for figure in of_line if figure["holds"] is not None]
+    return all(known) if known else None
+
+
+def measured(figures: Sequence[Json]) -> bool:
+    """Returns whether any figure was measured."""
     return any(figure["holds"] is not None for figure in figures)
 
 
-def without_values(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the figures, as JSON, for a record, which is small: the values of rows are in evaluation.json."""
-    return [{name: value for name, value in figure.items() if name != "values"} for figure in figures]
+def without_values(figures: Sequence[Json]) -> list[dict[str, Any]]:
+    """Returns the figures for a record, which is small: the values of rows are in evaluation.json."""
+    return [{name: value for name, value in figure.items() if name not in ("values", "groups")} for figure in figures]
 
 
-def mark(figure: Mapping[str, Any]) -> str:
-    """Returns "yes", "NO", or "-" for what was not measured."""
-    return {True: "yes", False: "NO"}.get(figure["holds"], "-")
-
-
-def short(value: float | None) -> str:
-    """Returns four digits, and no more than four places."""
+def short(value: float | None, unknown: str = "?") -> str:
+    """Returns four digits, and no more than four places; ``unknown`` for None."""
     if value is None:
-        return "?"
+        return unknown
     return f"{value:.4f}".rstrip("0").rstrip(".") if 0.001 <= abs(value) < 10 else f"{value:.4g}"
 
 
-def difference(figure: Mapping[str, Any]) -> str:
-    """Returns for example '+0.12 ± 0.01' (standard error) or '+0.12 (0.1 to 0.14)' (95% interval)."""
-    if figure["difference"] is None:
+def difference(value: float | None, baseline: float | None, interval: Sequence[float | None] | None) -> str:
+    """Returns for example '+0.12 (0.1 to 0.14)', the difference and its 95% interval."""
+    if value is None or baseline is None:
         return ""
-    text = ("+" if figure["difference"] >= 0 else "") + short(figure["difference"])
-    if figure["error"] is not None:
-        return f"{text} ± {short(figure['error'])}"
-    if figure["interval"] is not None:
-        return f"{text} ({short(figure['interval'][0])} to {short(figure['interval'][1])})"
-    return text
+    text = ("+" if value >= baseline else "") + short(value - baseline)
+    return f"{text} ({short(interval[0])} to {short(interval[1])})" if interval else text
 
 
-def count(figures: Sequence[Mapping[str, Any]]) -> str:
-    """Returns for example '18 of 20 hold, 2 not measured', or that nothing was measured, and why."""
-    known = [figure["holds"] for figure in judged(figures) if figure["holds"] is not None]
-    missing = [figure["note"] for figure in judged(figures) if figure["holds"] is None]
-    if not known:
-        return f"Nothing was measured: {'; '.join(dict.fromkeys(missing))}"
-    return f"{sum(known)} of {len(known)} hold" + (f", {len(missing)} not measured" if missing else "")
+def count(figures: Sequence[Json]) -> str:
+    """Returns for example '14 of 15 claims hold on held-out rows, 1 not measured', or why nothing was measured."""
+    known = [holds(of_line) for of_line in lines(figures).values()]
+    if not measured(figures):
+        return f"Nothing was measured: {'; '.join(dict.fromkeys(figure['note'] for figure in figures))}"
+    missing = f", {known.count(None)} not measured" if None in known else ""
+    return f"{known.count(True)} of {len(known) - known.count(None)} claims hold on held-out rows{missing}"
 
 
-def as_text(figures: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the table as plain text, under a heading for each line; one line where nothing was measured."""
+def as_text(figures: Sequence[Json]) -> str:
+    """Returns the table as plain text; one line where nothing was measured."""
     out = [f"Does it learn? {count(figures)}"]
-    for line, claim in LINES.items() if measured(figures) else ():
-        of_line = [figure for figure in judged(figures) if figure["line"] == line]
-        out += [f"({line}) {claim}"] if of_line else []
-        for figure in of_line:
-            found = f"{short(figure['value'])} against {short(figure['baseline'])}, {difference(figure)}"
-            rest = f"{found}, {figure['rows']} {figure['split']} rows"
-            if figure["holds"] is None:
-                rest = f"not measured: {figure['note']}"
-            out.append(f"  {mark(figure):4}{figure['says']}: {rest}")
+    for line, of_line in lines(figures).items() if measured(figures) else ():
+        mark = {True: "yes", False: "NO"}.get(holds(of_line), "-")  # type: ignore[arg-type]
+        out += [f"  {mark:4}{line}", f"        {'; '.join(map(_said, of_line))}"]
     return "\n".join(out)
+
+
+def _said(figure: Json) -> str:
+    if figure["holds"] is None:
+        return f"{figure['says']} not measured: {figure['note']}"
+    trained = "" if figure["trained"] is None else f", trained {short(figure['trained'])}"
+    failing = "" if figure["holds"] else "NO "
+    note = f", {figure['note']}" if figure["note"] else ""
+    return f"{failing}{figure['says']} {short(figure['value'])} ({short(figure['baseline'])}{trained}{note})"

@@ -1,92 +1,34 @@
-"""Measures the priors: lines (a), (b) and (c)."""
+"""Do priors know more than a line? Their samples against three baselines that have no trained weights."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from math import log
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
-from models.ar_prior import ARPrior, log_likelihood
 from models.cascade import UnCLIP
-from models.codec import Codec
-from models.diffusion_prior import best_of, diffusion_prior_loss
 from models.draw import derive_seed
 from models.sampling_config import PRIORS
-from pipeline.evaluate import metrics
-from pipeline.evaluate.figure import Figure
-from pipeline.evaluate.gap import BATCH, Rise, gap_figure, rise
-from pipeline.evaluate.names import apart_figures
-from pipeline.evaluate.paired import paired, whole
-from pipeline.evaluate.rows import HeldOut, Tick
-from pipeline.evaluate.whitening import Whitening
-from pipeline.training.task import Batch
+from pipeline.evaluate.condition import CAPTION
+from pipeline.evaluate.figure import NAMES, Figure
+from pipeline.evaluate.metrics import cosine, paired, ranks
+from pipeline.evaluate.rows import Rows, Tick
 
-CAPTION = ("tokens", "text_embedding")
-FIRST = 16  # positions: those of the largest variance
-DRAWS = 4  # timesteps a row
+FIRST = 10  # places among which the right image is looked for; of fewer than 100 rows a tenth of them
+PENALTIES = np.logspace(-2, 2, 9)  # of which the ridge takes the one that leaves the least error on rows left out
 SEQUENCES = 256  # sampled at once
 
 
-def diffusion_prior_gap(unclip: UnCLIP, rows: HeldOut, seed: int) -> Figure:
-    """Returns line (a) of the diffusion prior."""
-    model = unclip.diffusion_prior
-    assert model is not None
-    found = rise(lambda b, d: diffusion_prior_loss(model, b, d).total, rows.batch, CAPTION, rows.other, seed, DRAWS)
-    return gap_figure("diffusion_prior", "caption", rows, found)
+def first_places(rows: int) -> int:
+    """Returns how many places count as found among so many rows."""
+    return min(FIRST, max(1, rows // FIRST))
 
 
-def ar_prior_figures(model: ARPrior, codec: Codec, rows: HeldOut, training: Tensor, seed: int) -> list[Figure]:
-    """Returns lines (a) and (b) of the AR prior; ``training`` are embeddings of training rows, fp32 [m, d].
-
-    The dot-product token stays that of the row itself also beside another row's caption: the caption alone is what
-    changes. Codes are given those before them, the caption and that token. The baseline is the cheaper of the
-    frequencies of codes among training rows and the uniform distribution, which a codec's quantiles come close to.
-    """
-    image, text = rows.batch["image_embedding"], rows.batch["text_embedding"]
-    codes = codec.encode(image)
-    coded = rows.batch | {"codes": codes, "dot": codec.encode_dot((image.double() * text.double()).sum(-1))}
-
-    swapped = coded | {name: coded[name][rows.other] for name in CAPTION}
-    own, other = nats_per_code(model, coded), nats_per_code(model, swapped)
-    frequencies = metrics.marginal_nats(codes, metrics.bucket_counts(codec.encode(training), codec.buckets)).cpu()
-    first = slice(None), slice(FIRST)
-    return [
-        gap_figure("ar_prior", "caption", rows, Rise(own.mean(1), other.mean(1))),
-        _entropy(rows, own, frequencies, codec.buckets, "nats_per_code", "every code", seed),
-        _entropy(
-            rows, own[first], frequencies[first], codec.buckets, "nats_per_first_code", f"the first {FIRST} codes", seed
-        ),
-    ]
-
-
-def nats_per_code(model: ARPrior, batch: Batch) -> Tensor:
-    """Returns -log probability of every code, fp64 [n, k].
-
-    It is that of "codes" int64 [n, k], given the codes before it, "dot" and CAPTION.
-    """
-    parts = []
-    for start in range(0, len(batch["dot"]), BATCH):
-        part = {name: column[start : start + BATCH] for name, column in batch.items()}
-        keep = torch.ones_like(part["dot"], dtype=torch.bool)
-        arguments = (part["tokens"], part["text_embedding"], part["dot"], part["codes"], keep)
-        parts.append(-log_likelihood(model, *arguments).double().cpu())
-    return torch.cat(parts)
-
-
-def _entropy(
-    rows: HeldOut, nats: Tensor, frequencies: Tensor, buckets: int, name: str, where: str, seed: int
-) -> Figure:
-    baseline = frequencies.mean(1)
-    if float(baseline.mean()) > log(buckets):
-        baseline = torch.full_like(baseline, log(buckets))
-    says = f"nats for {where}, below those of the codes' frequencies"
-    return paired("b", "ar_prior", name, says, nats.mean(1), baseline, rows, seed, "below")
-
-
-def sample_embeddings(unclip: UnCLIP, prior: str, rows: HeldOut, count: int, seed: int, tick: Tick) -> Tensor:
+def sample_embeddings(unclip: UnCLIP, prior: str, rows: Rows, count: int, seed: int, tick: Tick) -> Tensor:
     """Returns ``count`` image embeddings a row, [count, n, d] of unit norm, each from a seed of its own.
 
     As the bundle samples, but without keeping the best. ``prior`` is "ar" or "diffusion".
@@ -102,66 +44,46 @@ def sample_embeddings(unclip: UnCLIP, prior: str, rows: HeldOut, count: int, see
     return torch.cat(parts).unflatten(0, (count, len(rows)))
 
 
-def sample_figures(model: str, samples: Tensor, rows: HeldOut, whitening: Whitening, seed: int) -> list[Figure]:
-    """Returns line (c) of samples [k, n, d] for n rows: direction, spread and distribution, and two plain cosines.
+def baselines(text: Tensor, training: tuple[Tensor, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """Returns what can be said of the image embeddings of captions without a trained model.
 
-    The first three a second time in coordinates in which style and background have no say, and then how often the mean
-    is nearer to its own image than to others of equal style and background, where captions name these.
+    Args:
+        text: Embeddings of the captions, [n, d].
+        training: Text and image embeddings of training rows, [m, d] each.
+
+    Returns:
+        By name, what the baseline is called, and its embeddings [n, d].
     """
-    samples = samples.cpu()
-    image, text = (rows.batch[name].cpu() for name in ("image_embedding", "text_embedding"))
-    mean = samples.double().mean(0)
-    figures = _three(model, "", "", samples, mean, image, text, rows, seed)
-    one, best = metrics.cosine(samples[0], image), metrics.cosine(best_of(samples[:2], text), image)
-    texts = metrics.cosine(text, image)
-    figures += [
-        paired("c", model, "cosine_of_one", "cosine of one sample to the image", one, texts, rows, seed, None),
-        paired("c", model, "cosine_of_best", "cosine of the better of two samples", best, texts, rows, seed, None),
-    ]
-    captions, phrases = rows.captions, whitening.phrases
-    s, m, i = (whitening.image(x, captions) for x in (samples, mean, image))
-    within = " within style and background" if phrases.named else ""
-    where = f", in {whitening.root.shape[1]} whitened directions{within}"
-    whitened = _three(model, "_whitened", where, s, m, i, whitening.text(text, captions), rows, seed)
-    # Other training rows whiten otherwise, so that rows of two bundles cannot be compared.
-    figures += [replace(figure, values=None) for figure in whitened]
-    if phrases.named:
-        says = f"mean of {len(samples)} samples nearer to its image than to another of equal style and background"
-        scores = F.normalize(mean, dim=1) @ F.normalize(image.double(), dim=1).T
-        figures += apart_figures("c", model, "own_image", f"{says}, above chance", scores, phrases, rows)
+    texts, images = (x.double().cpu() for x in training)
+    text = text.double().cpu()
+    line = RidgeCV(alphas=PENALTIES).fit(texts.numpy(), images.numpy())
+    return {
+        "text": ("the caption's own embedding", text),
+        "shift": ("its shift by the mean gap", text + images.mean(0) - texts.mean(0)),
+        "ridge": ("one ridge solve", torch.from_numpy(line.predict(text.numpy()))),
+    }
+
+
+def prior_figures(model: str, samples: Tensor, rows: Rows, training: tuple[Tensor, Tensor], seed: int) -> list[Figure]:
+    """Returns two lines on ``samples`` [k, n, d] of a prior: is their mean nearer to the right image than baselines?
+
+    How often the right image embedding is among the first of all ``rows``, and the cosine to it. The values, which are
+    the same beside each baseline, are kept once.
+    """
+    mean = F.normalize(samples.double().mean(0).cpu(), dim=1)
+    image = rows.batch["image_embedding"].double().cpu()
+    first, who = first_places(len(rows)), NAMES[model]
+    by_rank = f"{who} finds the right image among the first {first} of {len(rows):,} more often than without weights"
+    by_cosine = f"{who} comes nearer to the right image's embedding than one does without weights"
+    known = baselines(rows.batch["text_embedding"], training)
+    figures = []
+    for line, short in ((by_rank, "found"), (by_cosine, "cosine")):
+
+        def measure(query: Tensor, short: str = short) -> Tensor:
+            return (ranks(query, image) <= first).double() if short == "found" else cosine(query, image)
+
+        for name, (says, query) in known.items():
+            values = measure(mean), measure(query)
+            figure = paired(line, model, f"{short}_{name}", says, *values, rows.groups, rows.split, seed)
+            figures.append(figure if name == "text" else replace(figure, values=None, groups=None))
     return figures
-
-
-def _three(
-    model: str, end: str, where: str, samples: Tensor, mean: Tensor, image: Tensor, text: Tensor, rows: HeldOut,
-    seed: int,
-) -> list[Figure]:  # fmt: skip
-    """Returns the three claims of ``samples`` [k, n, d], their ``mean``, ``image`` and ``text`` [n, d].
-
-    Their names end on ``end``, and ``where`` says in which coordinates they are.
-    """
-    means, texts = metrics.cosine(mean, image), metrics.cosine(text, image)
-    says = f"cosine of the mean of {len(samples)} samples to the image, above the caption embedding's{where}"
-    return [
-        paired("c", model, f"cosine_of_mean{end}", says, means, texts, rows, seed, "above"),
-        _variance(model, end, where, samples, image, rows, seed),
-        _mmd(model, end, where, samples[0], text, image, rows),
-    ]
-
-
-def _variance(model: str, end: str, where: str, samples: Tensor, image: Tensor, rows: HeldOut, seed: int) -> Figure:
-    ratio, interval = metrics.variance_ratio(samples, image, metrics.numbered(rows.groups), seed)
-    says = f"variance of samples over that of images, from 0.5 to 1.5{where}"
-    around, holds = (interval.low - 1, interval.high - 1), 0.5 <= ratio <= 1.5
-    return whole("c", model, f"variance_ratio{end}", says, ratio, 1.0, rows, interval=around, holds=holds)
-
-
-def _mmd(model: str, end: str, where: str, sample: Tensor, text: Tensor, image: Tensor, rows: HeldOut) -> Figure:
-    bandwidth = metrics.median_distance(image)
-    ours, theirs = (metrics.mmd_terms(x, image, bandwidth) for x in (sample, text))
-    groups = metrics.numbered(rows.groups)
-    difference, error = metrics.u_statistic(ours - theirs, groups)
-    says = f"squared MMD of samples to images, below the caption embeddings'{where}"
-    value, baseline = (metrics.u_statistic(x, groups)[0] for x in (ours, theirs))
-    more = {"difference": difference, "error": error, "holds": difference < -2 * error}
-    return whole("c", model, f"mmd{end}", says, value, baseline, rows, **more)

@@ -1,16 +1,14 @@
 """Compares the figures of two bundles, measured on the same rows and seeds, and says what differs beyond chance.
 
-Every row is its own control: the interval is that of the mean difference over rows, not of two means.
+Every row is its own control: the interval is that of the mean difference over groups of rows, not of two means.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 from pipeline.errors import CorruptObject, UserError
@@ -22,11 +20,7 @@ from pipeline.store.records import read_blob
 
 log = logging.getLogger("unclip")
 Figures = dict[tuple[str, str], Mapping[str, Any]]
-OTHERS = re.compile(r".+_early_.+|.+(?<!_trained)_early")  # of an earlier checkpoint, which is not what is released
-REAL = re.compile(r".+_real_.+")  # rankings whose values are those of real images
-RANKED = re.compile(r"(.+_trained)_(early|shuffled)")
 OTHER_CLIP = "another CLIP"
-OF_CODES = "nats_"  # figures that another codec measures by another yardstick
 
 
 @dataclass(frozen=True)
@@ -39,18 +33,8 @@ class Measured:
 
     @property
     def figures(self) -> Figures:
-        """Returns what the evaluation says of the bundle itself, by model and name.
-
-        A ranking is named by its upper end: trained models stand above an early checkpoint where there is one, and
-        directly above shuffled captions where not.
-        """
-        found: Figures = {}
-        for figure in self.document["figures"]:
-            name = figure["name"]
-            if not OTHERS.fullmatch(name):
-                ranked = RANKED.fullmatch(name)
-                found[figure["model"], ranked[1] if ranked else name] = figure
-        return found
+        """Returns what the evaluation found, by model and name."""
+        return {(figure["model"], figure["name"]): figure for figure in self.document["figures"]}
 
 
 @dataclass(frozen=True)
@@ -63,9 +47,9 @@ class Change:
         then: Its mean for the first bundle.
         now: Its mean for the second.
         difference: The mean over rows of the second minus the first.
-        interval: The 95% interval of the difference.
+        interval: The 95% interval of the difference, over groups of rows.
         rows: How many rows both have.
-        claim: On which side of its baseline the figure should be; None if nothing was claimed.
+        claim: On which side of its baseline the figure should be, "above" or "below".
     """
 
     model: str
@@ -75,21 +59,18 @@ class Change:
     difference: float
     interval: tuple[float, float]
     rows: int
-    claim: str | None
+    claim: str
 
     @property
     def gain(self) -> tuple[float, float]:
-        """Returns the interval of what was gained, above 0 for better; infinitely wide if nothing was claimed."""
+        """Returns the interval of what was gained, above 0 for better."""
         low, high = self.interval
-        return {"above": (low, high), "below": (-high, -low)}.get(self.claim or "", (-inf, inf))
+        return (low, high) if self.claim == "above" else (-high, -low)
 
     @property
     def verdict(self) -> str:
-        """Returns "better", "worse" or "changed" if the difference is beyond chance, else ""."""
-        low, high = self.interval
-        if not (low > 0 or high < 0):
-            return ""
-        return "changed" if self.claim is None else "better" if self.gain[0] > 0 else "worse"
+        """Returns "better" or "worse" if the difference is beyond chance, else ""."""
+        return "better" if self.gain[0] > 0 else "worse" if self.gain[1] < 0 else ""
 
 
 def load_measured(store: Store, evaluation: Artifact) -> Measured | None:
@@ -130,9 +111,7 @@ def obstacles(old: Measured, new: Measured) -> list[str]:
         why.append(f"version {then['version']} -> {now['version']} of the evaluation")
     if old.bundle.inputs.get("clip") != new.bundle.inputs.get("clip"):
         why.append(OTHER_CLIP)
-    # What an early checkpoint is, only the figures know that are not compared.
-    recipes = ({k: v for k, v in document["recipe"].items() if k != "early"} for document in (then, now))
-    why += [f"evaluation.{change}" for change in recipe_changes(*recipes)]
+    why += [f"evaluation.{change}" for change in recipe_changes(then["recipe"], now["recipe"])]
     for part in sorted(then["rows"].keys() & now["rows"].keys()):
         before, after = then["rows"][part], now["rows"][part]
         if before != after:
@@ -146,19 +125,16 @@ def changes(old: Measured, new: Measured) -> list[Change]:
     """Returns every figure that both have row by row, in the order of the new evaluation."""
     import torch
 
-    from pipeline.evaluate.metrics import bootstrap, numbered
+    from pipeline.evaluate.metrics import interval
 
-    same_codec = old.bundle.inputs.get("codec") == new.bundle.inputs.get("codec")
     then, found = old.figures, []
     for (model, name), figure in new.figures.items():
         before, after = (then.get((model, name)) or {}).get("values"), figure.get("values")
         if not before or not after or len(before) != len(after) or None in (*before, *after):
             continue
-        if REAL.fullmatch(name) or (name.startswith(OF_CODES) and not same_codec):
-            continue
         rows = torch.tensor([before, after], dtype=torch.float64)
         difference = rows[1] - rows[0]
-        mean, interval = float(difference.mean()), bootstrap(difference, numbered(range(len(difference))), seed=0)
+        mean, around = float(difference.mean()), interval(difference, figure["groups"], seed=0)
         means = float(rows[0].mean()), float(rows[1].mean())
-        found.append(Change(model, name, *means, mean, interval, len(difference), figure["claim"]))
+        found.append(Change(model, name, *means, mean, (around.low, around.high), len(difference), figure["claim"]))
     return found

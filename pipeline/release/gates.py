@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.errors import UserError
-from pipeline.evaluate.figure import count, judged, measured, short
-from pipeline.release.compare import REAL, Change, Figures
+from pipeline.evaluate.figure import count, measured, short
+from pipeline.release.compare import Change, Figures
 from pipeline.settings import ReleaseGates
 
 UNKNOWN = {"holds": None, "note": ""}  # what is known of a figure that an evaluation does not have
@@ -44,9 +44,9 @@ def failing(gates: ReleaseGates, old: Figures, new: Figures, changes: Sequence[C
                 f"{name} is worse: {short(change.then)} -> {short(change.now)}, "
                 f"difference {short(change.difference)} ({short(low)} to {short(high)})"
             )
-    claims = judged(list(new.values()))
-    if claims and not measured(claims) and not lines and (gates.claims or gates.figures):
-        return [f"no gate can be judged. {count(claims)}"]
+    found = list(new.values())
+    if found and not measured(found) and not lines and (gates.claims or gates.figures):
+        return [f"no gate can be judged. {count(found)}"]
     return lines
 
 
@@ -67,9 +67,8 @@ def unjudged(gates: ReleaseGates, old: Figures, new: Figures, changes: Sequence[
             why = "" if gates.claims and then["holds"] else "measured for the release only"
         elif then["holds"] is None:
             why = "measured for this bundle only"
-        elif gates.figures and now.get("values") and not REAL.fullmatch(name) and (model, name) not in compared:
-            why = "not compared row by row, as the codecs differ or a value is not finite"
+        elif gates.figures and now.get("values") and (model, name) not in compared:
+            why = "not compared row by row, as a value is not finite"
         if why and f"{model}.{name}" not in gates.ignore:
-            line = now.get("line") or then.get("line")
-            found.setdefault(why, []).append(f"{model} ({line})" if name == f"absent_{line}" else f"{model}.{name}")
+            found.setdefault(why, []).append(f"{model}.{name}")
     return [f"{', '.join(names)}: {why}" for why, names in found.items()]

@@ -8,11 +8,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from pipeline.evaluate.figure import difference, short
 from pipeline.graph.artifacts import load_artifact, made_with
 from pipeline.graph.pointer import read_releases
 from pipeline.release import compare
 from pipeline.release.diff import data_changes, recipes_changed, stages_behind
-from pipeline.report.claims import shown_figure
+from pipeline.report.evaluation import STATES
 from pipeline.report.html import attempt, note, template
 from pipeline.report.inputs import Other, ReportInput
 from pipeline.report.samples import asked_for, sample_image, sample_names
@@ -20,7 +21,7 @@ from pipeline.store import Store
 
 PAIRS_SHOWN = 6
 LINES_SHOWN = 8
-ORDER = ("worse", "better", "changed", "")  # of what is compared, by its verdict
+ORDER = ("worse", "better", "")  # of what is compared, by its verdict
 KINDS = {"worse": False, "better": True}
 AGAINST = template("against.html")
 
@@ -95,18 +96,12 @@ def _figures(given: ReportInput, other: Other) -> Markup:
     found = compared_figures(given, other)
     if isinstance(found, str):
         return note(f"No figures are compared: {found}.")
-    rows: dict[str, list[dict[str, Any]]] = {verdict: [] for verdict in ORDER}
+    rows: dict[bool, list[tuple[Any, ...]]] = {True: [], False: []}
     for change, figure in found:
-        rows[change.verdict].append(_row(change, figure))
-    return AGAINST.figures([*rows["worse"], *rows["better"]], rows["changed"], rows[""])
-
-
-def _row(change: compare.Change, figure: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a change as a figure whose baseline is the other bundle."""
-    known: dict[str, Any] = {"model": change.model, "says": figure.get("says", change.name), "claim": change.claim}
-    known |= {"value": change.now, "baseline": change.then, "holds": KINDS.get(change.verdict)}
-    known |= {"difference": change.difference, "interval": change.interval, "error": None}
-    return shown_figure(known) | {"state": change.verdict or "no more than chance"}
+        state = (*STATES[KINDS.get(change.verdict)][:2], change.verdict or "no more than chance")
+        numbers = short(change.now), short(change.then), difference(change.now, change.then, change.interval)
+        rows[bool(change.verdict)].append((state, figure["line"], figure["says"], *numbers))
+    return AGAINST.figures(rows[True], rows[False])
 
 
 def _differences(given: ReportInput, other: Other) -> Markup:

@@ -19,7 +19,7 @@ from pipeline.graph.stages import Graph
 from pipeline.report.against import against_section
 from pipeline.report.data import data_section
 from pipeline.report.document import document
-from pipeline.report.evaluation import evaluation_section, measured_sections
+from pipeline.report.evaluation import evaluation_section
 from pipeline.report.html import ENVIRONMENT, PARTS, attempt, facts
 from pipeline.report.images import Album
 from pipeline.report.inputs import Other, ReportInput
@@ -96,7 +96,6 @@ def render(given: ReportInput, config: Config, graph: Graph, running: Sequence[A
         (
             attempt("The samples", samples_section, given),
             *((compared, learns) if given.other else (learns, compared)),
-            attempt("What else was measured", measured_sections, given),
             attempt("The data", data_section, given),
             attempt("The codec", codec_section, given),
             attempt("The trainings", training_section, given, trained, running),

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from models.sampling_config import PRIORS
 from pipeline.config import Config
-from pipeline.evaluate.figure import measured
+from pipeline.evaluate.figure import count, holds, lines, measured
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Graph
 from pipeline.progress import counted, duration
@@ -61,9 +61,8 @@ def verdict(graph: Graph, artifacts: Mapping[str, Artifact], running: Sequence[A
     metrics = artifacts["evaluation"].metrics
     if not measured(metrics["figures"]):
         return f"{metrics['holds']}."
-    holds = [figure["holds"] for figure in metrics["figures"] if figure["holds"] is not None]
     failing = list(dict.fromkeys(figure["model"] for figure in metrics["figures"] if figure["holds"] is False))
-    held = f"{sum(holds)} of {len(holds)} claims hold on held-out rows"
+    held = count(metrics["figures"])
     if not failing:
         return f"{held}."
     unused = ", which drew none of these images" if failing == [_other_prior(artifacts)] else ""
@@ -103,11 +102,11 @@ def _images(artifacts: Mapping[str, Artifact]) -> Tile:
 
 
 def _quality(artifacts: Mapping[str, Artifact]) -> Tile:
-    figures = artifacts["evaluation"].metrics["figures"]
-    holds, fails, unknown = (sum(figure["holds"] is value for figure in figures) for value in (True, False, None))
+    found = [holds(of_line) for of_line in lines(artifacts["evaluation"].metrics["figures"]).values()]
+    held, fails, unknown = (found.count(value) for value in (True, False, None))
     said = ", ".join(f"{n} {what}" for n, what in ((fails, "do not hold"), (unknown, "not measured")) if n)
-    parts = (("good", holds), ("bad", fails), ("rest", unknown))
-    value = f"{holds} of {holds + fails} claims hold" if holds + fails else "not measured"
+    parts = (("good", held), ("bad", fails), ("rest", unknown))
+    value = f"{held} of {held + fails} claims hold" if held + fails else "not measured"
     return Tile("Quality", value, said or "all that were measured", "evaluation", _shares(parts))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context, Stage
@@ -37,14 +36,6 @@ def run_clip(ctx: Context) -> Artifact:
     from pipeline.training.attempts import take_clip
 
     return take_clip(ctx)
-
-
-def run_decoder(ctx: Context) -> Artifact:
-    """Trains the 64 px decoder, and publishes the early model that the evaluation compares it with."""
-    early, milestones = ctx.config.evaluation.early, ctx.settings.milestones
-    if ctx.recipe.batch <= early <= ctx.recipe.fork and early < ctx.recipe.samples and early not in milestones:
-        ctx = replace(ctx, settings=replace(ctx.settings, milestones=(*milestones, early)))
-    return train(ctx)
 
 
 def train(ctx: Context) -> Artifact:

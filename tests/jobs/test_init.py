@@ -316,7 +316,6 @@ def test_on_a_gpu_few_pairs_are_seen_a_hundred_times_and_need_a_clip_that_exists
         assert found.samples == round(scale * preset.samples)
         assert found.decay / found.samples == pytest.approx(0.2)
         assert found.samples <= max(103 * pairs, 1_030_000)
-    assert config.evaluation.early == round(scale * whole.evaluation.early)
 
 
 def test_on_a_gpu_a_list_of_which_no_row_is_taken_is_no_crash() -> None:

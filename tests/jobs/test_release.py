@@ -42,8 +42,16 @@ class Made:
         verdicts = project.plan()
         keys = {verdict.stage: verdict.key for verdict in verdicts}
         values = np.random.default_rng(0).normal(0.5, 0.2, ROWS) + gain
-        figure = {"model": "decoder", "name": "background", "claim": "above", "holds": holds, "line": "d"}
+        figure = {
+            "model": "decoder",
+            "name": "top",
+            "says": "top",
+            "claim": "above",
+            "holds": holds,
+            "line": "It draws.",
+        }
         figure |= {"note": FEW if holds is None else "", "values": None if holds is None else list(values)}
+        figure["groups"] = list(range(ROWS))
         for stage in (project.graph[verdict.stage] for verdict in verdicts if verdict.state == "stale"):
             blobs = {}
             if stage.name == "evaluation":
@@ -151,8 +159,8 @@ def test_a_worse_bundle_is_not_promoted_but_by_force_with_a_reason(made_anywhere
     first, worse = made.make(0.1), made.make(0.0, OTHER, holds=False)
     made.release("promote")
     said = made.release("promote", *LATER, code=1)
-    assert "decoder.background held for the release and fails now" in said
-    assert "decoder.background is worse: " in said
+    assert "decoder.top held for the release and fails now" in said
+    assert "decoder.top is worse: " in said
     assert "--force REASON promotes it all the same" in said
     assert made.current == first
     assert "--force needs a reason" in made.release("promote", *LATER, "--force", " ", code=2)
@@ -162,9 +170,9 @@ def test_a_worse_bundle_is_not_promoted_but_by_force_with_a_reason(made_anywhere
     move = made.releases.moves[-1]
     assert move.reason == "the old one is too large"
     assert [line.split(":")[0] for line in move.failed] == [
-        "decoder.background held for the release and fails now", "decoder.background is worse",
+        "decoder.top held for the release and fails now", "decoder.top is worse",
     ]  # fmt: skip
-    assert "in spite of: decoder.background is worse" in made.release("list")
+    assert "in spite of: decoder.top is worse" in made.release("list")
 
 
 def test_of_too_few_rows_no_gate_is_passed_in_silence(made: Made) -> None:
@@ -174,7 +182,7 @@ def test_of_too_few_rows_no_gate_is_passed_in_silence(made: Made) -> None:
     worse = made.make(0.0, OTHER, holds=None)
     said = made.release("promote", *LATER, code=1)
     assert f"  no gate can be judged. Nothing was measured: {FEW}" in said
-    assert f"  not judged: decoder.background: {FEW}" in said
+    assert f"  not judged: decoder.top: {FEW}" in said
     assert made.current == first
     made.release("promote", *LATER, "--force", "it looks better")
     assert made.current == worse
@@ -187,7 +195,7 @@ def test_gates_are_configured(made: Made) -> None:
     made.release("promote")
     made.release("promote", *LATER, code=1)
     made.release("promote", *LATER, "--set", "release.tolerance=0.01", code=1)
-    made.release("promote", *LATER, "--set", "release.ignore=[decoder.background]")
+    made.release("promote", *LATER, "--set", "release.ignore=[decoder.top]")
     assert made.current == worse
 
 
@@ -207,7 +215,7 @@ def test_other_measurements_are_refused_and_the_release_is_measured_again(
     asked = []
 
     def run(ctx: Context) -> Artifact:
-        asked.append((ctx.inputs["bundle"].key, ctx.recipe.rows, ctx.recipe.early))
+        asked.append((ctx.inputs["bundle"].key, ctx.recipe.rows))
         own = next(iter(jobs.release.evaluations(made.store, first)))
         document = {**own.document, "recipe": flatten(ctx.recipe)}
         blobs = {"evaluation.json": put_blob(made.store, json.dumps(document).encode())}
@@ -216,7 +224,7 @@ def test_other_measurements_are_refused_and_the_release_is_measured_again(
     monkeypatch.setattr("pipeline.evaluate.stage.run_evaluation", run)
     for _ in range(2):  # again there is nothing to do
         assert "is measured on the rows of" in made.release("evaluate", *changed)
-    assert asked == [(first, 9, 0)]
+    assert asked == [(first, 9)]
     made.release("promote", *changed)
     assert made.current != first
     # A decoder that reads captions through CLIP makes CLIP an input of the evaluation.
@@ -242,7 +250,7 @@ def test_diff_names_data_recipe_and_figures(made: Made) -> None:
     assert said.splitlines()[:5] == [
         f"{first[:12]} -> {better[:12]}", "data", "  the same", "recipe", "  decoder.samples 6144 -> 12288",
     ]  # fmt: skip
-    (line,) = (line for line in said.splitlines() if "decoder background" in line)
+    (line,) = (line for line in said.splitlines() if "decoder top" in line)
     assert line.split()[-1] == "better"
     assert "+0.1 (0.1 to 0.1)" in line
     made.release("promote", *LATER)
@@ -261,7 +269,7 @@ def test_the_report_shows_the_release_beside_the_bundle(made: Made) -> None:
     assert against_section(ReportInput(made.store, made.artifacts()), "p") == ""  # it is the release
     made.make(0.1, OTHER)
     shown = against_section(ReportInput(made.store, made.artifacts(OTHER)), "p")
-    assert 'title="better">✓</span>\n<span><b>decoder</b> <bdi>background</bdi>' in shown
+    assert 'title="better">✓</span></td><td>It draws.</td><td>top</td>' in shown
     assert "<title>difference +0.1 (0.1 to 0.1)</title>" in shown
     assert "<bdi>decoder.samples 6144 -&gt; 12288</bdi>" in shown
     made.make(0.1, OTHER, "evaluation.rows=9")

@@ -97,7 +97,6 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "bundle.sampling.size": {"size": 256},
     "bundle.sampling.precision": {"precision": "bf16"},
     "evaluation.judge": {"judge": "local-dir:clip"},
-    "evaluation.phrases.backgrounds": {"backgrounds": {"on red": (200, 0, 0)}},
 }
 for _stage in ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024"):
     CHOSEN |= {f"{_stage}.{name}": {name: 2 * getattr(getattr(CONFIG, _stage), name)} for name in ("batch", "samples")}

@@ -55,12 +55,16 @@ def test_too_few_validation_rows_are_told_of_instead_of_a_curve(store: FolderSto
 
 
 def test_why_nothing_was_measured_is_escaped(store: FolderStore) -> None:
-    figures = [Figure("d", "decoder", "background", "decoder: <b>", note="<script>alert(1)</script>").as_json()]
-    metrics = {"holds": count(figures), "figures": figures, "captions": [], "licenses": {}}
+    figures = [Figure("It <b>draws</b>.", "decoder", "top", "<i>", note="<script>alert(1)</script>").as_json()]
+    metrics = {"holds": count(figures), "figures": figures}
     made = Artifact("evaluation", "k", {}, {}, Ledger(), metrics=metrics)
     page = evaluation_section(ReportInput(store, {"evaluation": made}))
-    assert "<li>&lt;script&gt;alert(1)&lt;/script&gt;: <bdi" in page
-    assert "<script" not in page
+    assert "Nothing was measured: &lt;script&gt;alert(1)&lt;/script&gt;." in page
+    one = Figure("It holds.", "decoder", "top", "<i>", 1.0, 0.5, (0.1, 0.9), holds=True).as_json()
+    made = replace(made, metrics=metrics | {"figures": [*figures, one]})
+    more = evaluation_section(ReportInput(store, {"evaluation": made}))
+    assert "&lt;script&gt;" in more
+    assert not any(tag in page + more for tag in ("<script", "<i>", "<b>draws"))
 
 
 def test_only_models_with_timesteps_show_losses_by_them(store: FolderStore, made: dict[str, Artifact]) -> None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from pipeline.data.pairs.row_index import index_counts, index_table
-from pipeline.evaluate.stage import EvaluationRecipe
+from pipeline.data.source.drawings.world import Drawing, drawing_url
 from pipeline.graph.artifacts import (
     Artifact,
     Shard,
@@ -94,16 +94,18 @@ class World:
         chosen = {name: self.inputs[name] for name in names}
         node = Stage(stage, 1, recipe, names, lambda ctx: self.inputs["pairs"])
         key = stage_key(node, {name: artifact.key for name, artifact in chosen.items()})
-        config = SimpleNamespace(run=SimpleNamespace(ray=RaySettings(cpus=2)), evaluation=EvaluationRecipe(early=16))
+        config = SimpleNamespace(run=SimpleNamespace(ray=RaySettings(cpus=2)))
         settings = settings or TrainingSettings(threads=1, device="cpu")
         return Context(self.store, stage, 1, key, recipe, settings, chosen, config)
 
 
-def make_world(folder: Path, shards: Sequence[int] = (21, 22, 23, 24), side: int = 72) -> World:
+def make_world(
+    folder: Path, shards: Sequence[int] = (21, 22, 23, 24), side: int = 72, drawings: Sequence[Drawing] = ()
+) -> World:
     """Publishes a small world of shards with these numbers of rows.
 
     Every seventh row is held out for validation, another for test; curation drops one, and the last row of a shard was
-    rejected.
+    rejected. References in the list name ``drawings``, one after the other, if there are any.
     """
     store = open_store(str(folder))
     examples: dict[str, Example] = {}
@@ -116,7 +118,7 @@ def make_world(folder: Path, shards: Sequence[int] = (21, 22, 23, 24), side: int
         kept = [example for example, row in zip(group, index, strict=True) if row["status"] == "kept"]
         other_way = kept[::-1]  # rows are joined by key, so their order must not matter
         tables = {
-            "source": {"refs": write_table({"group": [f"concept {place // 4}" for place in range(rows)]})},
+            "source": {"refs": write_table(_references(rows, drawings))},
             "pairs": {"index": write_table(index_table(index)), "images": tar},
             "captions": {
                 "captions": write_table(
@@ -167,6 +169,13 @@ def listed(world: World, stage: str, shards: Sequence[Shard]) -> World:
     """The same world, with other shards of this stage."""
     table, _ = write_shard_table(world.store, shards)
     return replace(world, inputs=world.inputs | {stage: replace(world.inputs[stage], shard_table=table)})
+
+
+def _references(rows: int, drawings: Sequence[Drawing]) -> dict[str, list[str]]:
+    urls = [
+        drawing_url(drawings[i % len(drawings)], 256) if drawings else f"http://example.test/{i}" for i in range(rows)
+    ]
+    return {"url": urls, "group": [f"concept {i // 4}" for i in range(rows)]}
 
 
 def _pack(group: list[Example]) -> tuple[list[dict[str, Any]], bytes]:

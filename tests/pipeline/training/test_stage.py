@@ -76,13 +76,14 @@ def test_a_decoder_measures_its_whitening_on_kept_training_rows(tmp_path: Path) 
 
 def test_the_decoder_draws_previews(shared_world: World) -> None:
     recipe = DecoderRecipe(samples=32, batch=16, lanes=8, precision="fp32", model=DECODER)
-    artifact = stage.run_decoder(shared_world.context("decoder", recipe))
+    settings = TrainingSettings(threads=1, device="cpu", milestones=(16,))
+    artifact = stage.train(shared_world.context("decoder", recipe, settings))
     previews = {"preview.png", *(f"previews/{samples:012d}.png" for samples in (0, 16, 32))}
     assert previews | {"config.json", "model.safetensors", "metrics.jsonl"} == set(artifact.blobs)
     assert artifact.blobs["preview.png"] == artifact.blobs["previews/000000000032.png"]
     assert read_blob(shared_world.store, artifact.blobs["preview.png"]).startswith(b"\x89PNG")
     assert {"loss", "mse", "vb", "gradient_norm", "validation_condition_gap"} <= artifact.metrics.keys()
-    early = shared_world.context("decoder", replace(recipe, samples=16))  # what the evaluation compares it with
+    early = shared_world.context("decoder", replace(recipe, samples=16))
     published = load_artifact(shared_world.store, "decoder", early.key)
     assert published is not None
     assert published.metrics["samples_seen"] == 16

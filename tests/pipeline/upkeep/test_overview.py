@@ -164,7 +164,7 @@ def test_defaults_are_those_that_keys_leave_out() -> None:
 def _dotted(nested: Mapping[str, object], prefix: str = "") -> set[str]:
     names = set()
     for name, value in nested.items():
-        if isinstance(value, Mapping) and f"{prefix}{name}" in ("model", "sampling", "phrases"):
+        if isinstance(value, Mapping) and f"{prefix}{name}" in ("model", "sampling"):
             names |= _dotted(value, f"{prefix}{name}.")
         else:
             names.add(prefix + name)

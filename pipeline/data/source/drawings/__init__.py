@@ -1,0 +1,1 @@
+"""The quick start's world: drawings of named parts, listed and drawn on demand."""

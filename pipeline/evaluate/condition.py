@@ -1,0 +1,134 @@
+"""What it costs a model to be given another row's condition: 0 for one that ignores it, however low its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.ar_prior import ARPrior, log_likelihood
+from models.cascade import UnCLIP
+from models.decoder import decoder_loss
+from models.diffusion_prior import DiffusionPrior, diffusion_prior_loss
+from models.draw import Draw, derive_seed
+from models.upsampler import Upsampler, training_low, upsampler_loss
+from pipeline.evaluate.figure import Figure
+from pipeline.evaluate.metrics import paired
+from pipeline.evaluate.rows import Rows
+from pipeline.training.task import Batch
+
+LINE = "Every model uses its condition: with another row's, its loss is higher"
+CAPTION = ("tokens", "text_embedding")
+DRAWS = 4  # timesteps a row; of an upsampler half as many, with a crop each
+BATCH = 32
+Loss = Callable[[Batch, Draw], Tensor]
+
+
+class Losses(NamedTuple):
+    """Losses of each row, fp64 [n]: with its own condition, and with another row's."""
+
+    own: Tensor
+    other: Tensor
+
+
+def losses(
+    loss: Loss,
+    batch: Batch,
+    conditions: Sequence[str],
+    other: Tensor,
+    seed: int,
+    draws: int = 1,
+    prepare: Callable[[Batch, Draw], Batch] = lambda batch, draw: batch,
+) -> Losses:
+    """Returns ``loss`` of the rows of ``batch`` with their own ``conditions``, and with those of rows ``other`` [n].
+
+    Noise and timesteps are the same on both sides, and every row has numbers of its own; the mean over
+    ``draws`` draws. ``prepare`` adds columns that depend on a draw, which may be conditions.
+    """
+    n = len(other)
+    totals = torch.zeros(2, n, dtype=torch.float64)
+    parts = [slice(start, min(start + BATCH, n)) for start in range(0, n, BATCH)]
+    for number in range(draws):
+        numbers = [
+            Draw([(derive_seed(seed, "gap", number, i), 1) for i in range(n)[part]], other.device) for part in parts
+        ]
+        own = [
+            prepare({name: column[part] for name, column in batch.items()}, draw)
+            for part, draw in zip(parts, numbers, strict=True)
+        ]
+        swapped = {name: torch.cat([part[name] for part in own])[other] for name in conditions}
+        for part, draw, mine in zip(parts, numbers, own, strict=True):
+            theirs = mine | {name: column[part] for name, column in swapped.items()}
+            totals[0, part] += loss(mine, draw).double().cpu() / draws
+            totals[1, part] += loss(theirs, draw).double().cpu() / draws
+    return Losses(totals[0], totals[1])
+
+
+def condition_figure(model: str, condition: str, rows: Rows, found: Losses, seed: int) -> Figure:
+    """Returns whether the loss with another row's condition is above that with the own one.
+
+    Its values are not kept: losses of two bundles may be of different things, such as codes of two codecs.
+    """
+    pair = found.other, found.own
+    figure = paired(LINE, model, "condition", f"{model}'s {condition}", *pair, rows.groups, rows.split, seed)
+    return replace(figure, values=None, groups=None)
+
+
+def prior_condition(unclip: UnCLIP, model: str, rows: Rows, seed: int) -> Figure:
+    """Returns whether a prior, "ar_prior" or "diffusion_prior", reads its caption.
+
+    The AR prior's loss is in nats a code, and its dot-product token that of the row itself also beside another row's
+    caption: the caption alone is what changes.
+    """
+    batch, draws = rows.batch, DRAWS
+    loss: Loss
+    if model == "diffusion_prior":
+        assert unclip.diffusion_prior is not None
+        loss = partial(_diffusion_loss, unclip.diffusion_prior)
+    else:
+        assert unclip.ar_prior is not None
+        assert unclip.codec is not None
+        dot = unclip.codec.encode_dot((batch["image_embedding"].double() * batch["text_embedding"].double()).sum(-1))
+        batch = batch | {"codes": unclip.codec.encode(batch["image_embedding"]), "dot": dot}
+        loss, draws = partial(_nats, unclip.ar_prior), 1
+    found = losses(loss, batch, CAPTION, rows.other, seed, draws)
+    return condition_figure(model, "caption", rows, found, seed)
+
+
+def _diffusion_loss(model: DiffusionPrior, batch: Batch, draw: Draw) -> Tensor:
+    return diffusion_prior_loss(model, batch, draw).total
+
+
+def _nats(model: ARPrior, batch: Batch, draw: Draw) -> Tensor:
+    keep = torch.ones_like(batch["dot"], dtype=torch.bool)
+    arguments = (batch["tokens"], batch["text_embedding"], batch["dot"], batch["codes"], keep)
+    return -log_likelihood(model, *arguments).double().mean(1)
+
+
+def decoder_condition(unclip: UnCLIP, rows: Rows, seed: int) -> Figure:
+    """Returns whether the decoder reads its condition, embedding and caption together."""
+    conditions = ("image_embedding", "tokens")
+
+    def loss(batch: Batch, draw: Draw) -> Tensor:
+        return decoder_loss(unclip.decoder, batch, draw).total
+
+    found = losses(loss, rows.batch, conditions, rows.other, seed, DRAWS)
+    return condition_figure("decoder", "embedding and caption", rows, found, seed)
+
+
+def upsampler_condition(name: str, model: Upsampler, rows: Rows, seed: int) -> Figure:
+    """Returns whether an upsampler reads its small image, on crops as in training."""
+
+    def with_low(batch: Batch, draw: Draw) -> Batch:
+        return batch | {"low": training_low(model.config, batch, draw)}
+
+    def loss(batch: Batch, draw: Draw) -> Tensor:
+        return upsampler_loss(model, batch, draw).total
+
+    images = {"image": rows.batch["image"]}
+    found = losses(loss, images, ("low",), rows.other, seed, DRAWS // 2, prepare=with_low)
+    return condition_figure(name, "small image", rows, found, seed)

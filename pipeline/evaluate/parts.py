@@ -1,0 +1,123 @@
+"""Are parts of an image what its caption says? Only where it can be drawn what a caption means: no network judges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.sampling_config import BASE
+from pipeline.data.source.drawings.world import PARTS, Drawing, draw, drawing_of
+from pipeline.evaluate.figure import NAMES, Figure
+from pipeline.evaluate.metrics import paired
+from pipeline.evaluate.rows import Rows, Tick
+from pipeline.held_out import FEWEST
+from pipeline.progress import counted
+
+# Parts that share a line: what fills an image, what is set on or around it, and what is small.
+GROUPS = (("body", "plant", "colour", "ground"), ("top", "pot", "ring"), ("eyes", "mouth", "surface", "moon"))
+MOST = 0.5  # a part that is wrong as often as right is not drawn, however far above chance that is
+
+
+def truths(urls: Sequence[str]) -> list[Drawing | None]:
+    """Returns the drawing that each image reference names; None for images whose truth cannot be drawn."""
+
+    def truth(url: str) -> Drawing | None:
+        try:
+            return drawing_of(url)[0]
+        except LookupError:
+            return None
+
+    return [truth(url) for url in urls]
+
+
+class Shown(NamedTuple):
+    """Holds which value of a part an image shows.
+
+    Attributes:
+        row: Of the image.
+        style: Of the drawing; values are those of its part.
+        own: Place of the right value among all values.
+        share: 1 at the value whose drawing is nearest to the image, equal shares where several are; fp64 [values].
+    """
+
+    row: int
+    style: str
+    own: int
+    share: Tensor
+
+
+Found = dict[tuple[str, str], list[Shown]]  # by model and part
+
+
+def shown(images: Mapping[str, Tensor], drawings: Sequence[Drawing | None], tick: Tick) -> Found:
+    """Returns what images show, by model and part: of the drawings that differ in that part alone, the nearest.
+
+    Args:
+        images: By model, uint8 [n, 64, 64, 3].
+        drawings: Truth of each row, None where there is none.
+        tick: Tells the progress.
+    """
+    found: Found = {}
+    for row, drawing in enumerate(drawings):
+        if drawing is None:
+            continue
+        truth = _drawn(drawing)
+        for part, own in drawing.parts.items():
+            values = list(PARTS[drawing.style][part])
+            others = [truth if value == own else _drawn(drawing.replaced(part, value)) for value in values]
+            candidates = torch.stack(others)
+            for model, made in images.items():
+                error = (candidates - made[row].float()).square().flatten(1).sum(1).double()
+                nearest = (error == error.min()).double()
+                one = Shown(row, drawing.style, values.index(own), nearest / nearest.sum())
+                found.setdefault((model, part), []).append(one)
+        tick(f"{row + 1} of {len(drawings)} truths")
+    return found
+
+
+def _drawn(drawing: Drawing) -> Tensor:
+    return torch.from_numpy(np.asarray(draw(drawing, BASE)).astype(np.float32))
+
+
+def right(found: Sequence[Shown]) -> tuple[Tensor, Tensor]:
+    """Returns for each image whether it shows the right value, and how often it would for other rows, fp64 [n] each.
+
+    Others are those of its style; without any, one value is as likely as another. So an image that shows what is common
+    is right no more often than by chance.
+    """
+    hits = torch.stack([one.share[one.own] for one in found])
+    chance = []
+    for i, one in enumerate(found):
+        others = [other.own for j, other in enumerate(found) if j != i and other.style == one.style]
+        chance.append(one.share[others].mean() if others else one.share.mean())
+    return hits, torch.stack(chance)
+
+
+def part_figures(found: Found, trained: Found, rows: Rows, seed: int) -> list[Figure]:
+    """Returns a line for each model and group of parts: images of ``rows`` show what their captions say.
+
+    A figure is the share of images that are nearest to their truth, among drawings that differ from it in one part. It
+    holds if that is more than half, and above chance. Beside it stands the same of ``trained`` rows.
+    """
+    figures = []
+    for model in dict.fromkeys(model for model, _ in found):
+        for group in GROUPS:
+            parts = [part for part in group if (model, part) in found]
+            named = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+            line = f"{NAMES[model]} draws the {named} that captions name"
+            for part in parts:
+                ours, known = found[model, part], trained.get((model, part))
+                if len(ours) < FEWEST:
+                    note = f"{counted(len(ours), f'{rows.split} row')}, and a figure needs {FEWEST}; add pairs"
+                    figures.append(Figure(line, model, part, part, note=note, split=rows.split))
+                    continue
+                groups = [rows.groups[one.row] for one in ours]
+                figure = paired(line, model, part, part, *right(ours), groups, rows.split, seed, at_least=MOST)
+                share = float(right(known)[0].mean()) if known else None
+                figures.append(replace(figure, trained=share))
+    return figures

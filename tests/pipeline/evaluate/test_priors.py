@@ -1,0 +1,85 @@
+"""Priors that are none: each baseline, given as a prior, fails the claims, and what knows more holds them."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.evaluate.figure import Figure
+from pipeline.evaluate.metrics import ranks
+from pipeline.evaluate.priors import baselines, first_places, prior_figures
+from tests.pipeline.evaluate.made_up import normal, rows
+
+D, TRAINING, N = 16, 1500, 200
+MAP, TURN, GAP = normal(D, D, seed=1) / 4, normal(D, D, seed=2) / 2, normal(D, seed=3)
+
+
+def world(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Text and image embeddings with a gap, and what can be known of the images, of which a line knows a part."""
+    text = normal(n, D, seed=seed)
+    knowable = text @ MAP + 0.5 * (text @ TURN).abs() + 2 * GAP
+    image = knowable + 0.2 * normal(n, D, seed=seed + 1)
+    return F.normalize(text, dim=1), F.normalize(image, dim=1), F.normalize(knowable, dim=1)
+
+
+KNOWN = world(TRAINING, 10)[:2]
+TEXT, IMAGE, KNOWABLE = world(N, 20)
+
+
+def measured(prior: Tensor) -> dict[str, Figure]:
+    chosen = rows(N, text_embedding=TEXT, image_embedding=IMAGE)
+    return {figure.name: figure for figure in prior_figures("ar_prior", prior.expand(3, -1, -1), chosen, KNOWN, seed=0)}
+
+
+def test_a_prior_that_knows_what_can_be_known_holds() -> None:
+    figures = measured(KNOWABLE)
+    assert all(figure.holds for figure in figures.values())
+    assert [name for name, figure in figures.items() if figure.values] == ["found_text", "cosine_text"]
+    assert len({figure.line for figure in figures.values()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("cheat", "fails"),
+    [
+        (lambda: TEXT, {"text", "shift", "ridge"}),
+        (lambda: baselines(TEXT, KNOWN)["shift"][1], {"shift", "ridge"}),
+        (lambda: baselines(TEXT, KNOWN)["ridge"][1], {"ridge"}),
+        (lambda: KNOWABLE.roll(N // 2, 0), {"ridge"}),
+        (lambda: IMAGE.mean(0).expand(N, D), {"ridge"}),
+    ],
+    ids=["the caption's embedding", "the gap", "a line", "another caption's", "the mean image"],
+)
+def test_a_prior_without_weights_fails_both_lines(cheat: Callable[[], Tensor], fails: set[str]) -> None:
+    figures = measured(F.normalize(cheat(), dim=1).float())
+    for line in ("found", "cosine"):
+        failing = {
+            name.removeprefix(f"{line}_") for name in figures if name.startswith(line) and not figures[name].holds
+        }
+        assert failing >= fails
+
+
+def test_the_baselines_are_what_they_are_called() -> None:
+    found = {name: query.numpy() for name, (_, query) in baselines(TEXT, KNOWN).items()}
+    text, image = (x.double().numpy() for x in KNOWN)
+    assert np.allclose(found["text"], TEXT)
+    assert np.allclose(found["shift"], TEXT.numpy() + image.mean(0) - text.mean(0))
+    least = np.linalg.lstsq(np.c_[text, np.ones(TRAINING)], image, rcond=None)[0]  # so many rows need little penalty
+    assert np.allclose(found["ridge"], np.c_[TEXT.numpy(), np.ones(N)] @ least, atol=0.02)
+    noise = normal(40, D, seed=5), normal(40, D, seed=6)  # where nothing can be known, it says little
+    assert float(baselines(TEXT, noise)["ridge"][1].var()) < 0.1 * float(noise[1].var())
+
+
+def test_ranks_against_a_loop() -> None:
+    gallery = torch.cat([normal(6, 4, seed=1), normal(3, 4, seed=2)])
+    queries = normal(6, 4, seed=3)
+    queries[5] = 0  # as near to all
+    scores = F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T
+    expected = [1 + int((scores[i] > scores[i, i]).sum()) for i in range(5)]
+    assert ranks(queries, gallery).tolist() == [*expected, 5.0]
+
+
+def test_of_few_rows_fewer_places_count() -> None:
+    assert [first_places(n) for n in (8, 25, 100, 5000)] == [1, 2, 10, 10]
