@@ -162,7 +162,9 @@ class Clip(nn.Module):
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Returns unit-norm embeddings, fp32 [b, d], of images in [0, 1], [b, 3, image_size, image_size]."""
-        return F.normalize(self.model.encode_image((pixels - self.mean) / self.std).float(), dim=-1)
+        # Channels last: on a CPU a small ResNet's convolutions and norms take a third less time.
+        pixels = ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Turns captions to what ``encode_text`` takes: BPE tokens int64 [b, 77], or its own [b, context_length].

@@ -123,8 +123,9 @@ class ARPriorConfig:
             CLIP, whose text tower is ``frozen`` in it.
         smooth_buckets: For few rows: of how many smooth functions of its place a bucket's vectors and logit are made,
             so that each row teaches the neighbours of its buckets too; 0 gives every bucket its own.
-        text_coordinates: For few rows: whether each code's position gets the text embedding's coordinate along the
-            component that the code is of.
+        text_coordinates: For few rows: whether each code's position gets the coordinate, along the component that the
+            code is of, of the image embedding that a line makes of the text embedding. The line begins as a ridge
+            regression.
         text_noise: For few rows, whose text embeddings fit their images better than others will: the most noise that a
             text embedding gets in training, in standard deviations of image embeddings.
     """
@@ -180,6 +181,8 @@ class DiffusionPriorConfig:
             17.2 at 1,024 dimensions.
         text_encoder: What captions enter as: token vectors of its ``own``, or the token states of this run's CLIP,
             whose text tower is ``frozen`` in it.
+        ridge: For few rows: whether the network adds to a ridge regression of image on text embeddings, solved before
+            the first step, and begins with adding nothing. A line generalises where a network memorises.
     """
 
     text_context: int = 77
@@ -192,6 +195,7 @@ class DiffusionPriorConfig:
     drop_text: float = 0.1
     scale: float = 0.5375
     text_encoder: Literal["own", "frozen"] = "own"
+    ridge: bool = False
 
     def __post_init__(self) -> None:
         check_transformer(self)

@@ -18,8 +18,9 @@ from pipeline.training.device import choose_device
 from pipeline.training.task import Batch, Task
 from pipeline.training.tasks.ar_prior import ARPriorTask
 from pipeline.training.tasks.clip import ClipTask
-from pipeline.training.tasks.decoder import WHITENED, DecoderTask
+from pipeline.training.tasks.decoder import DecoderTask
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
+from pipeline.training.tasks.starts import ROWS, Embeddings, Ridge, ridge
 from pipeline.training.tasks.upsampler import UpsamplerTask
 from pipeline.training.tensors import train_on
 
@@ -105,10 +106,17 @@ def _task(stage: str, model: Any, data: Mapping[str, Any], clip: Clip | None, co
     if stage == "ar_prior":
         if codec is None:
             raise UserError("ar_prior predicts a codec's codes: pass codec=, such as project.artifact('codec').model()")
-        return ARPriorTask(model, dim, codec, tower)
+        return ARPriorTask(model, dim, codec, tower, _line(data) if model.text_coordinates else None)
     if stage == "decoder":
-        return DecoderTask(model, dim, tower, embeddings[:WHITENED].float())
-    return DiffusionPriorTask(model, dim, tower)
+        return DecoderTask(model, dim, tower, embeddings[:ROWS].float())
+    return DiffusionPriorTask(model, dim, tower, _line(data) if model.ridge else None)
+
+
+def _line(data: Mapping[str, Any]) -> Ridge | None:
+    """Returns the regression that a prior begins with, None where embeddings that ``_columns`` asks for are missing."""
+    if not {"image_embedding", "text_embedding"} <= data.keys():
+        return None
+    return ridge(Embeddings(*(_tensor(n, data[n])[:ROWS].float() for n in ("image_embedding", "text_embedding"))))
 
 
 def _columns(stage: str, task: Task, data: Mapping[str, Any]) -> Batch:
