@@ -9,7 +9,7 @@ BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs em
 
 help:
 	@echo "make peek    the whole chain at nano size: images over HTTP to a 1024 px image, in minutes"
-	@echo "make demo    the emoji set at tiny size; MINUTES=10 or 60 trains less or more than 30"
+	@echo "make demo    a world of drawings at tiny size; MINUTES=10 or 60 trains less or more than 30"
 	@echo "make studio  a page to draw on with the demo's bundle, or with peek's where there is none"
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
@@ -85,12 +85,12 @@ peek: .venv/ready
 MINUTES ?= 30
 
 demo: .venv/ready
-	$(BIN)/unclip run configs/emoji.yaml scale=$(shell awk "BEGIN { print $(MINUTES) / 30 }")
+	$(BIN)/unclip run configs/demo.yaml scale=$(shell awk "BEGIN { print $(MINUTES) / 30 }")
 
-# Without make demo, the models of make peek draw: they are made in minutes, if need be, and draw blots.
+# Without make demo, the models of make peek draw: they are made in minutes, if need be, and draw worse.
 studio: .venv/ready
-	@if [ -e out/emoji/bundle.json ]; then exec $(BIN)/unclip serve out/emoji; fi; \
-	echo "out/emoji has no bundle yet (make demo): the studio draws with make peek's nano models, which know colours at best"; \
+	@if [ -e out/demo/bundle.json ]; then exec $(BIN)/unclip serve out/demo; fi; \
+	echo "out/demo has no bundle yet (make demo): the studio draws with make peek's nano models, which know little"; \
 	if [ ! -e out/nano/bundle.json ]; then $(BIN)/unclip run configs/nano.yaml || exit 1; fi; exec $(BIN)/unclip serve out/nano
 
 clean:

@@ -110,7 +110,7 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
     values["source"]["roots"] = Reach.of((), config.source.roots).named
     paths = values["source"]["paths"]
     for i, path in enumerate(paths):
-        if path.startswith("emoji:") or is_remote(path):
+        if path.startswith("drawings:") or is_remote(path):
             continue
         file = Path(os.path.expanduser(path)).absolute()
         if not here and _travels(path, config):

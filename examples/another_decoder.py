@@ -78,4 +78,4 @@ if __name__ == "__main__":
     to = Path("out/examples")
     model.save(to / "block-decoder")
     again = unclip.load(to / "block-decoder")
-    again.generate("a red heart", size=64).save(to / "heart-by-another-decoder.png")
+    again.generate("a square yellow monster", size=64).save(to / "monster-by-another-decoder.png")

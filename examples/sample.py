@@ -15,15 +15,15 @@ to.mkdir(parents=True, exist_ok=True)
 model = unclip.load(*sys.argv[1:2])
 print(model)
 
-heart, apple = model.generate(["a red heart", "a green apple"], seeds=7)
-heart.save(to / "heart.png")
-apple.save(to / "apple.png")
+monster, cactus = model.generate(["a square yellow monster", "a cactus in a pink bowl"], seeds=7)
+monster.save(to / "monster.png")
+cactus.save(to / "cactus.png")
 
-for i, image in enumerate(model.vary(heart, count=2, size=64)):
-    image.save(to / f"heart-varied-{i}.png")
+for i, image in enumerate(model.vary(monster, count=2, size=64)):
+    image.save(to / f"monster-varied-{i}.png")
 
-first, *between = model.interpolate(heart, apple, count=6, size=64)
-first.save(to / "heart-to-apple.webp", save_all=True, append_images=between, duration=200, loop=0)
+first, *between = model.interpolate(monster, cactus, count=6, size=64)
+first.save(to / "monster-to-cactus.webp", save_all=True, append_images=between, duration=200, loop=0)
 
 # CLIP's cosine of each image (a row) to each caption.
-print((model.embed([heart, apple]) @ model.embed(["a red heart", "a green apple"]).T).round(3))
+print((model.embed([monster, cactus]) @ model.embed(["a square yellow monster", "a cactus in a pink bowl"]).T).round(3))

@@ -22,7 +22,7 @@ EDITS = {
     "priors": "a caption, decoded from each prior's embedding and from its text embedding (5.1)",
 }
 PLACES = (
-    "a run's output folder (out/emoji), a project (emoji.yaml), its release (release:emoji.yaml), or a bundle's folder"
+    "a run's output folder (out/demo), a project (demo.yaml), its release (release:demo.yaml), or a bundle's folder"
 )
 SPLITS = ("train", "validation", "test")
 EXPORTS = ("pairs", "clip-retrieval", "embeddings")

@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 from jobs.project import Project
 from pipeline.config import Config
 from pipeline.cost.observed import Seen, observe
-from pipeline.data.source.emoji.server import serving
+from pipeline.data.source.drawings.server import serving
+from pipeline.data.source.drawings.world import HOST
 from pipeline.data.source.journal import reference_marks
 from pipeline.data.source.lists import reach, read_rows
 from pipeline.data.source.rows import ListRow
@@ -68,11 +69,11 @@ def probe(project: Project, path: str, overrides: Sequence[str]) -> Seen:
 
 
 def _serving(config: Config, stack: ExitStack) -> list[str]:
-    """Returns overrides for the emoji set, whose images come from a server that otherwise its own list starts."""
-    emoji = any(path.startswith("emoji:") for path in config.source.paths)
-    if not emoji or "emoji.test" in config.run.pairs.hosts:
+    """Returns overrides for drawings, which come from a server that otherwise their own list starts."""
+    drawings = any(path.startswith("drawings:") for path in config.source.paths)
+    if not drawings or HOST in config.run.pairs.hosts:
         return []
-    return [f"run.pairs.hosts={json.dumps({'emoji.test': stack.enter_context(serving())})}"]
+    return [f"run.pairs.hosts={json.dumps({HOST: stack.enter_context(serving())})}"]
 
 
 def _write_list(project: Project, file: Path, shards: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ is bidirectional: its first 63 outputs have seen the whole caption. With ``text_
 states of CLIP (models/frozen_text.py) in place of token embeddings.
 
 ``smooth_buckets``, ``text_coordinates`` and ``text_noise`` are not the paper's. They are for few rows, which the
-paper's model memorises sooner than it predicts others (docs/decisions/recipes-tried.md).
+paper's model memorises sooner than it predicts others.
 """
 
 from collections.abc import Callable

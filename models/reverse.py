@@ -33,7 +33,7 @@ def sampling_grid(
 
     The first upsampler's 27 are GLIDE's. Fewer than ``FEW`` stop before timestep 0, where next to nothing is left to
     do, but for a network with another one for that very timestep. So do all of a decoder that predicts the image, which
-    there draws once more what is finished, only worse (docs/recipes.md). An ``inverted`` one, from the noise of an
+    there draws once more what is finished, only worse. An ``inverted`` one, from the noise of an
     image, ends next to the data otherwise, however few its steps. Raises ValueError on a number of steps that the
     model's schedule does not have.
     """

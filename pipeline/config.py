@@ -28,7 +28,6 @@ from pipeline.data.neighbours.stage import IndexRecipe
 from pipeline.data.pairs.stage import PairsRecipe
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
-from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.stage import EvaluationRecipe
 from pipeline.local import read_local
 from pipeline.parse import ContentFile, load_yaml, overlay, parse, read_value
@@ -258,7 +257,7 @@ def make_config(values: Mapping[str, Any]) -> Config:
         own = {name: value for name, value in given.items() if name != "preset"}
         preset = _preset(given.get("preset", common)).get(stage, {})
         values[stage] = overlay(preset | _decay(stage, preset, own.get("samples")), own)
-    config = _named(_with_clip_as_it_is(_scaled(parse(Config, values), scale)))
+    config = _with_clip_as_it_is(_scaled(parse(Config, values), scale))
     _check(config)
     return config
 
@@ -300,14 +299,6 @@ def _with_clip_as_it_is(config: Config) -> Config:
     """Returns ``config`` without the training of a CLIP that exists: it happens nowhere, and must not count in keys."""
     clip = config.clip
     return dataclasses.replace(config, clip=ClipRecipe(weights=clip.weights)) if clip.pretrained else config
-
-
-def _named(config: Config) -> Config:
-    """Returns ``config`` with the phrases of the emoji set, where that set is listed and no phrases are given."""
-    evaluation = config.evaluation
-    if evaluation.phrases != Phrases() or not any(path.startswith("emoji:") for path in config.source.paths):
-        return config
-    return dataclasses.replace(config, evaluation=dataclasses.replace(evaluation, phrases=EMOJI))
 
 
 def _preset(name: Any) -> Mapping[str, Any]:

@@ -37,8 +37,8 @@ CLIP_WEIGHTS = "open_clip:ViT-B-32:openai"
 # settings").
 EPOCHS = 100
 LEAST_SAMPLES = 1_000_000  # of the longest training: with fewer, a model of preset small has not learned what there is
-# Beyond which a decoder with dropout came nearer to unseen captions; how much of that more samples did is not known
-# (docs/decisions/recipes-tried.md).
+# Beyond which a decoder of preset tiny came nearer to unseen captions with dropout; how much more samples did is not
+# known.
 BARE_EPOCHS = 20
 DROPOUT = 0.1  # of Table 3's decoder
 

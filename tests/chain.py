@@ -14,7 +14,8 @@ from unittest import mock
 import yaml
 
 from jobs.cli import main
-from pipeline.data.source.emoji.listing import emoji_rows
+from pipeline.data.source.drawings.listing import drawing_rows
+from pipeline.data.source.drawings.world import HOST
 from pipeline.graph.artifacts import load_artifact, read_shards
 from pipeline.store import Store, open_store
 
@@ -49,9 +50,9 @@ MICRO = {
 
 
 def write_list(path: Path, start: int, stop: int) -> Path:
-    """Rows [start, stop) of the nano emoji set as a CSV file, the ones at 1024 px and half of those for the test moved
+    """Rows [start, stop) of the drawings as a CSV file, the ones at 1024 px and half of those for the test moved
     to the front."""
-    listed = emoji_rows("nano-more")
+    listed = drawing_rows("nano-more")
     for_test = [row for row in listed if row.split == "test"][::2]
     rows = sorted(listed, key=lambda row: ("/1024/" not in row.url, row not in for_test))
     with open(path, "w", newline="") as f:
@@ -62,11 +63,11 @@ def write_list(path: Path, start: int, stop: int) -> Path:
 
 
 def write_config(folder: Path, store: str, pictures: str, lists: Sequence[Path], **changes: object) -> Path:
-    """A configuration in ``folder``; ``pictures`` is the emoji server's address. ``changes`` replace top-level keys."""
+    """A configuration in ``folder``; ``pictures`` is the drawing server. ``changes`` replace top-level keys."""
     values = json.loads(json.dumps(MICRO)) | {"store": store} | changes
     values["source"] = {**values["source"], "paths": [str(path) for path in lists]}
     values["run"] = {**values["run"], "output": str(folder / "out")}
-    values["run"]["pairs"] = {**values["run"]["pairs"], "hosts": {"emoji.test": pictures}}
+    values["run"]["pairs"] = {**values["run"]["pairs"], "hosts": {HOST: pictures}}
     path = folder / "micro.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

@@ -12,8 +12,6 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
-from pipeline.data.source.emoji.listing import BACKGROUNDS, STYLES
-
 
 class Parts(NamedTuple):
     """The words of a caption before its name, the name ("a cat face"), and those after it; "" for none."""
@@ -116,10 +114,3 @@ class Phrases:
             found.append(pool[seen[kind] * len(pool) // kinds.count(kind)])
             seen[kind] += 1
         return found
-
-
-EMOJI = Phrases(
-    tuple(STYLES.values()),
-    {"" if name == "white" else f"on a {name} background": colour for name, colour in BACKGROUNDS.items()},
-    ("skin tone", "the flag of"),
-)

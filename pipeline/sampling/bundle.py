@@ -84,6 +84,6 @@ def _card(ctx: Context) -> str:
         lines.append(f"| {name} | {part.key[:12]} | {part.recipe.get('samples', '')} |")
     # Without folders of this machine: a bundle travels.
     lines += ["", f"Trained on: {', '.join(Path(path).name for path in ctx.config.source.paths)}."]
-    if any(path.startswith("emoji:") for path in ctx.config.source.paths):
-        lines.append("Images: Twemoji (CC-BY 4.0) and OpenMoji (CC BY-SA 4.0); name them when you show samples.")
+    if any(path.startswith("drawings:") for path in ctx.config.source.paths):
+        lines.append("Images: the styles Critters, Sprouts and Planets by DiceBear (CC0 1.0).")
     return "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@ KEYS = {"source": "a" * 64, "pairs": "b" * 64}
 
 
 @pytest.mark.parametrize(
-    "project", ["emoji", "My_Project.v2-with-a-long-name", "絵文字", "-".join("abcdefghijkl"), "1"]
+    "project", ["drawings", "My_Project.v2-with-a-long-name", "絵文字", "-".join("abcdefghijkl"), "1"]
 )
 def test_an_id_is_a_label_that_kubernetes_takes(project: str) -> None:
     id = job_id(project, "s3://b/p", KEYS)
@@ -40,7 +40,9 @@ def test_numbers_are_those_of_one_job() -> None:
 
 
 def test_a_job_tells_where_the_store_is_and_no_secret() -> None:
-    config = make_config({"project": "p", "store": "s3://b/p", "source": {"paths": ["emoji:nano"]}, "preset": "nano"})
+    config = make_config(
+        {"project": "p", "store": "s3://b/p", "source": {"paths": ["drawings:nano"]}, "preset": "nano"}
+    )
     environ = {
         "AWS_ENDPOINT_URL": "http://store:8333",
         "AWS_REGION": "eu-central-1",

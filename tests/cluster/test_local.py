@@ -17,7 +17,7 @@ import yaml
 
 from cluster.local import MARK, find, locked
 from jobs.project import open_project
-from pipeline.data.source.emoji.server import serving
+from pipeline.data.source.drawings.server import serving
 from tests.chain import ROOT, data_blobs, done, keys, open_at, unclip, write_config, write_list
 from tests.seaweed import Server
 
@@ -114,7 +114,7 @@ def test_it_survives_its_submitter_and_the_keys_are_the_laptops(
         address, token = running
         assert (folder / "token").stat().st_mode & 0o777 == 0o600
         monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-        other = ("source.shard_rows=30", "run.pairs.headers={'http://emoji.test': NO_SUCH_VARIABLE}")
+        other = ("source.shard_rows=30", "run.pairs.headers={'http://drawings.test': NO_SUCH_VARIABLE}")
         failed = unclip("submit", *words[:1], *other, "--to", address, "--until", "pairs")
         assert failed.returncode == 2, failed.stdout + failed.stderr
         assert "NO_SUCH_VARIABLE" in failed.stdout
@@ -124,7 +124,7 @@ def test_it_survives_its_submitter_and_the_keys_are_the_laptops(
         assert keys(open_at(url))["source"] == planned["source"] | made["source"]
 
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            hosts = f"run.pairs.hosts={{emoji.test: '127.0.0.1:{silent.getsockname()[1]}'}}"
+            hosts = f"run.pairs.hosts={{drawings.test: '127.0.0.1:{silent.getsockname()[1]}'}}"
             log, to = tmp_path / "stopped.log", ("--to", address)
             submitter = _start(log, config, other[0], hosts, *to, "--until", "pairs")
             _wait("a second time", lambda: "-2 is submitted" in log.read_text() or submitter.poll() is not None)

@@ -50,7 +50,7 @@ def _project(config: Config, **more: object) -> dict:
     return yaml.safe_load(make_package(config, URL, "out", EMPTY, **more).files["project.yaml"])
 
 
-@pytest.mark.parametrize("name", ["nano", "emoji", "emoji-long"])
+@pytest.mark.parametrize("name", ["nano", "demo"])
 def test_the_resolved_configuration_is_the_same_one(name: str) -> None:
     config = load_config(ROOT / f"configs/{name}.yaml", ["decoder.model.dropout=0.1", "scale=2"])
     there = make_config(_project(config))
@@ -61,7 +61,7 @@ def test_the_resolved_configuration_is_the_same_one(name: str) -> None:
 
 
 def test_the_unpacked_package_is_the_whole_code(tmp_path: Path) -> None:
-    package = make_package(_config(tmp_path, ["emoji:nano"]), URL, "out", EMPTY)
+    package = make_package(_config(tmp_path, ["drawings:nano"]), URL, "out", EMPTY)
     found = [f for folder in cluster.package.CODE for f in (ROOT / folder).rglob("*") if f.is_file()]
     code = {f.relative_to(ROOT).as_posix() for f in found if "__pycache__" not in f.parts}
     read_by_nothing_there = {
@@ -188,9 +188,9 @@ def test_what_lies_in_files_stays_and_a_line_says_so(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     beside = _list(tmp_path / "beside.csv", "http://a/1.png", "2.png")
     (tmp_path / "folder").mkdir()
-    config = _config(tmp_path, ["beside.csv", "folder", "emoji:nano"])
+    config = _config(tmp_path, ["beside.csv", "folder", "drawings:nano"])
     package = make_package(config, URL, "out", EMPTY)
-    paths = [str(beside), str(tmp_path / "folder"), "emoji:nano"]
+    paths = [str(beside), str(tmp_path / "folder"), "drawings:nano"]
     assert _project(config)["source"]["paths"] == paths
     assert len(package.notes) == 2
     assert f"every machine must find it, and the files that it names, at {beside}" in package.notes[0]
@@ -204,7 +204,7 @@ def test_files_of_recipes_travel_and_weights_go_through_the_store(tmp_path: Path
     hosts.write_text("bad.example\n")
     save_file({"w": np.ones(3, np.float32)}, weights)
     more = {"pairs": {"deny_hosts": str(hosts)}, "decoder": {"init_from": str(weights)}}
-    config = _config(tmp_path, ["emoji:nano"], **more)
+    config = _config(tmp_path, ["drawings:nano"], **more)
     package = make_package(config, URL, "out", EMPTY)
     values = yaml.safe_load(package.files["project.yaml"])
     where = values["pairs"]["deny_hosts"]
@@ -253,7 +253,7 @@ def test_a_clip_in_a_folder_or_a_file_needs_a_path_that_the_job_finds(
     stage, name = setting.split(".")
 
     def package(place: object, here: bool) -> Package:
-        config = _config(tmp_path, ["emoji:nano"], **{stage: {name: f"{kind}{place}"}})
+        config = _config(tmp_path, ["drawings:nano"], **{stage: {name: f"{kind}{place}"}})
         return make_package(config, URL, "out", EMPTY, here)
 
     for here, wanted in ((False, "a path that the cluster has"), (True, "its whole path")):
@@ -268,7 +268,7 @@ def test_a_clip_in_a_folder_or_a_file_needs_a_path_that_the_job_finds(
 def test_a_tracker_of_the_users_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mytracker.py").write_text("def make(*_): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = _config(tmp_path, ["emoji:nano"], run={"trackers": ["mytracker:make", "tensorboard", "json:dumps"]})
+    config = _config(tmp_path, ["drawings:nano"], run={"trackers": ["mytracker:make", "tensorboard", "json:dumps"]})
     package = make_package(config, URL, "out", EMPTY)
     assert package.files["mytracker.py"] == tmp_path / "mytracker.py"
     assert not [name for name in package.files if name.startswith(("json", "tensorboard"))]
@@ -281,7 +281,7 @@ def test_a_tracker_of_the_users_travels(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_package_in_the_store_stays_as_long_as_the_run_that_asked_for_it(store: Store, tmp_path: Path) -> None:
-    package = make_package(_config(tmp_path, ["emoji:nano"]), URL, "out", EMPTY)
+    package = make_package(_config(tmp_path, ["drawings:nano"]), URL, "out", EMPTY)
     file = write_zip(package, tmp_path / "p.zip")
     path = package_path(file)
     assert path == package_path(write_zip(package, tmp_path / "q.zip"))

@@ -23,7 +23,7 @@ from cluster.job import Job
 from cluster.local import AGENT_PORTS, free_ports
 from cluster.rayjob import render
 from pipeline.config import load_config
-from pipeline.data.source.emoji.server import serving
+from pipeline.data.source.drawings.server import serving
 from tests.chain import MICRO, keys, open_at, shard_paths, write_list
 from tests.cluster.kuberay import Node, parse, submit_command
 from tests.seaweed import BUCKET, Server
@@ -125,7 +125,7 @@ def test_its_entrypoint_environment_and_nodes_make_the_pairs(s3: Server, tmp_pat
             "source": {"paths": ["pairs.csv"], "shard_rows": 4},
             "run": {
                 "kubernetes": {"image": "registry.example.org/unclip:0.1.0", "secret": "store-keys"},
-                "pairs": {"workers": 1, "nodes": {"pool": "cpu"}, "hosts": {"emoji.test": pictures}},
+                "pairs": {"workers": 1, "nodes": {"pool": "cpu"}, "hosts": {"drawings.test": pictures}},
             },
         }
         package = put_package(s3, tmp_path, project)

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.data.source.emoji.server import serving
+from pipeline.data.source.drawings.server import serving
 from tests.faults import Undisturbed, run_undisturbed
 
 
 @pytest.fixture(scope="session")
 def pictures() -> Iterator[str]:
-    """The address of a server that draws emoji."""
+    """The address of a server that draws."""
     with serving() as address:
         yield address
 

@@ -17,7 +17,8 @@ from jobs.project import open_project
 from models.folder import load_model
 from models.sampling_config import MODELS
 from pipeline.config import load_config
-from pipeline.data.source.emoji.listing import draw_emoji, emoji_rows
+from pipeline.data.source.drawings.listing import drawing_rows
+from pipeline.data.source.drawings.world import draw_png, drawing_of
 from pipeline.store.records import read_blob
 from tests.chain import (
     DATA_STAGES,
@@ -72,7 +73,6 @@ def test_it_ends_with_a_picture_and_a_report(chain: Chain) -> None:
     assert "samples" in (chain.folder / "out/report.html").read_text()
     assert all(f"\n{stage} " in chain.output for stage in ("pairs", "clip", "decoder", "samples", "evaluation"))
     assert "Does it learn? " in chain.output
-    # The captions are those of the emoji set, but the list is not, so nothing is claimed of what they name.
     assert [line for line in "abcdef" if f"\n({line}) " in chain.output] == list("abcef")
     large = "2 test pairs with an image of 1024 px, and a figure needs 8; set source.test to 0.2 or add pairs"
     assert f"\n  -   upsampler_1024: not measured: {large}\n" in chain.output
@@ -84,9 +84,8 @@ def test_a_small_set_of_ones_own_is_told_why_nothing_was_measured_and_what_to_do
     """A folder of 40 images, of which the default holds out one or so; then more are held out."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    small = [row for row in emoji_rows("nano") if "/256/" in row.url and "background" in row.captions[0]]
-    for i, row in enumerate(small[:40]):
-        (folder / f"{i:02d}.png").write_bytes(draw_emoji(row.url.removeprefix("http://emoji.test")))
+    for i, row in enumerate(drawing_rows("nano")[:40]):
+        (folder / f"{i:02d}.png").write_bytes(draw_png(drawing_of(row.url)[0], 256))
         (folder / f"{i:02d}.txt").write_text(row.captions[0])
     bundle = {"models": ["diffusion_prior", "decoder"], "sampling": {"size": 64, "decoder_steps": 2, "prior_steps": 2}}
     config = write_config(tmp_path, str(tmp_path / "store"), "http://127.0.0.1:1", [folder], bundle=bundle)
@@ -142,7 +141,7 @@ def test_fine_tuning_goes_on_from_a_bundle(chain: Chain, tmp_path: Path) -> None
     still = {"samples": 128, "learning_rate": 1e-9, "warmup_steps": 0, "ema_half_life": 0}
     words = [f"diffusion_prior.{name}={value}" for name, value in still.items()]
     words += [f"run.{stage}.workers=0" for stage in ("pairs", "embeddings", "thresholds", "curation")]
-    words += [f"run.pairs.hosts={{emoji.test: '{chain.pictures}'}}", "--until", "diffusion_prior"]
+    words += [f"run.pairs.hosts={{drawings.test: '{chain.pictures}'}}", "--until", "diffusion_prior"]
     done(here("run", "my-flags.yaml", *words, cwd=tmp_path))
     store = open_at(tmp_path / "out/my-flags/store")
     tuned = load(read_blob(store, artifact(store, "diffusion_prior").blobs["model.safetensors"]))

@@ -159,7 +159,7 @@ def test_ctrl_c_during_pairs(undisturbed: Undisturbed, tmp_path: Path) -> None:
         silent.settimeout(60)
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         config = undisturbed.config(tmp_path)
-        slow = f"run.pairs.hosts={{emoji.test: '{address}'}}"
+        slow = f"run.pairs.hosts={{drawings.test: '{address}'}}"
         process = start("run", config, slow, "run.pairs.timeout_s=3", "--until", "pairs")
         silent.accept()
         _interrupt(process)

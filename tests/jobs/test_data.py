@@ -65,7 +65,7 @@ def test_what_is_forgotten_is_nowhere_any_more(tmp_path: Path, pictures: str, s3
     said = done(here("data", "forget", config, victim["key"]))
     assert said.startswith("1 rows are forgotten\n")
     assert "pairs           stale" in said
-    nobody = "run.pairs.hosts={emoji.test: '127.0.0.1:1'}"  # none of the other pictures is fetched again
+    nobody = "run.pairs.hosts={drawings.test: '127.0.0.1:1'}"  # none of the other pictures is fetched again
     done(here("run", config, nobody, "--until", "curation"))
     after = _rows(store, config, "pairs")
     assert _others(after, victim) == _others(before, victim)
@@ -87,7 +87,7 @@ def test_what_is_forgotten_is_not_kept_by_a_retry(tmp_path: Path, pictures: str)
     write_list(tmp_path / "list.csv", 100, 120)
     store = open_store(str(tmp_path / "store"))
     config = write_config(tmp_path, store.url, pictures, [tmp_path / "list.csv"])
-    nobody = ("run.pairs.hosts={emoji.test: '127.0.0.1:1'}", "run.pairs.retries=0", "--until", "pairs")
+    nobody = ("run.pairs.hosts={drawings.test: '127.0.0.1:1'}", "run.pairs.retries=0", "--until", "pairs")
     for _ in range(2):  # the second time the very same rows, since all have failed again
         done(here("run", config, *nobody))
         assert done(here("data", "retry", config)).startswith("20 rows are appended")
@@ -110,7 +110,7 @@ def test_a_retry_beside_another_command(
     write_list(tmp_path / "list.csv", 100, 120)
     store = open_store(str(tmp_path / "store"))
     config = write_config(tmp_path, store.url, pictures, [tmp_path / "list.csv"])
-    nobody = ("run.pairs.hosts={emoji.test: '127.0.0.1:1'}", "run.pairs.retries=0", "--until", "pairs")
+    nobody = ("run.pairs.hosts={drawings.test: '127.0.0.1:1'}", "run.pairs.retries=0", "--until", "pairs")
     done(here("run", config, *nobody))
     victim = list(csv.DictReader((tmp_path / "list.csv").open()))[7]
     scan, gather = jobs.data.scan, jobs.data.gather

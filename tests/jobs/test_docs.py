@@ -40,7 +40,7 @@ TESTED = {
     "unclip serve release:...": "tests/serve/test_app.py, with releases of random weights",
     "unclip serve release:my-project.yaml --to kuberay replicas=4 > service.yaml": "tests/cluster/test_rayservice.py",
     "unclip serve release:my-project.yaml --to http://HEAD:8265 replicas=4": "tests/serve/test_clusters.py",
-    "unclip serve out/emoji 'licenses=[CC-BY-4.0]'": "tests/serve/test_neighbours.py, that setting alone",
+    "unclip serve out/demo 'licenses=[CC0-1.0]'": "tests/serve/test_neighbours.py, that setting alone",
     "unclip init laion s3://BUCKET/part-0.parquet": "tests/pipeline/data/source/test_remote.py, from SeaweedFS",
     "unclip init my-project pairs.csv": "here",
     "unclip init birds images": "here",
@@ -71,8 +71,8 @@ TESTED = {
     "unclip plan configs/nano.yaml decoder.model.dropout=0.1": "here",
     "unclip plan configs/nano.yaml decoder.model.dropout=0.1 run.pairs.threads=32": "here",
     "unclip run configs/nano.yaml decoder.model.dropout=0.1": "here",
-    'unclip sample "a red heart on a pale green background"': "here",
-    'unclip sample "a green apple" "a cat face" --seed 7 --set prior=ar': "here",
+    'unclip sample "a square yellow monster with horns, one eye and a grin, on blue"': "here",
+    'unclip sample "a cactus in a pink bowl" "a banded blue planet" --seed 7 --set prior=ar': "here",
     "unclip generate prompts.txt --from out/nano --to images-made --workers 2": "here",
     "unclip edit variations cat.png": EDITED,
     "unclip edit interpolate cat.png house.png --count 24 --animate": EDITED,
@@ -80,14 +80,14 @@ TESTED = {
     "unclip edit reconstruct cat.png": EDITED,
     "unclip edit components cat.png": EDITED,
     'unclip edit priors "a red house" --image house.png': EDITED,
-    "unclip init my-flags flags.csv --from out/emoji": "tests/jobs/test_chain.py, from micro models",
-    'unclip data search configs/nano.yaml "a red heart" --count 5': "here",
+    "unclip init my-flags flags.csv --from out/demo": "tests/jobs/test_chain.py, from micro models",
+    'unclip data search configs/nano.yaml "a square yellow monster" --count 5': "here",
     "unclip data search configs/nano.yaml --image images/3.png --split train": "here",
     "unclip data export configs/nano.yaml --to exported": "here",
     "unclip export configs/nano.yaml --to shared": "here",
     "unclip export configs/nano.yaml --to for-diffusers --format diffusers": "here",
     "unclip export for-diffusers --to back": "here",
-    "unclip report configs/nano.yaml --license CC-BY-4.0 --output to-show.html": "here",
+    "unclip report configs/nano.yaml --license CC0-1.0 --output to-show.html": "here",
     "unclip report configs/nano.yaml decoder.model.dropout=0.1 --against configs/nano.yaml --output a-b.html": "here",
     "unclip release promote configs/nano.yaml": "here",
     "unclip release diff configs/nano.yaml --set decoder.model.dropout=0.1": "here",
@@ -118,8 +118,9 @@ TESTED = {
     "unclip pin monthly.yaml clip --key KEY --dry-run": RETRAINED,
     "unclip run configs/nano.yaml --replay decoder": "tests/jobs/test_damage.py, where a step has failed",
     "make peek": "a release check: the command it holds is run by tests/jobs/test_chain.py at micro size",
-    "unclip run configs/emoji.yaml": "tests/jobs/test_report_in_a_browser.py, with nano models",
-    "make demo": "a release check: as make peek, with configs/emoji.yaml",
+    'unclip sample "a bell-shaped lime monster with a crown, three eyes and a frown, on magenta"': "here",
+    "unclip run configs/demo.yaml": "tests/jobs/test_report_in_a_browser.py, with nano models",
+    "make demo": "a release check: as make peek, with configs/demo.yaml",
     "make studio": SERVED,
     "make test": "continuous integration",
     "make check": "continuous integration",
@@ -324,6 +325,6 @@ def test_python_of_a_page_runs_as_it_stands(folder: Path) -> None:
     with chdir(folder):
         for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text(), re.M | re.S):
             exec(compile(block, "docs/python.md", "exec"), names)
-    assert [image.size for image in (names["heart"], *names["four"], *names["between"])] == [(64, 64)] * 10
+    assert [image.size for image in (names["monster"], *names["four"], *names["between"])] == [(64, 64)] * 10
     assert names["plan"].stale[:1] == ["decoder"]
     assert len(names["samples"].__iter__().__next__()) == 2

@@ -243,7 +243,7 @@ def test_commands_wait_for_no_pipe(here: Path, capsys: pytest.CaptureFixture[str
     pipe, link = here / "pipe", here / "zero"
     os.mkfifo(pipe)
     link.symlink_to("/dev/zero")
-    config = {"project": "p", "store": "store", "preset": "nano", "source": {"paths": ["emoji:nano"]}}
+    config = {"project": "p", "store": "store", "preset": "nano", "source": {"paths": ["drawings:nano"]}}
     Path("p.yaml").write_text(yaml.safe_dump(config))
     deny = {**config, "pairs": {"deny_urls": "pipe"}}
     Path("deny.yaml").write_text(yaml.safe_dump(deny))

@@ -150,7 +150,7 @@ def test_a_run_whose_ray_is_killed_ends_with_a_line_and_the_next_one_goes_on(tmp
         def log_message(self, *_: object) -> None:
             pass
 
-    rows = "".join(f"http://emoji.test/{i}.png,a picture\n" for i in range(4))
+    rows = "".join(f"http://drawings.test/{i}.png,a picture\n" for i in range(4))
     (tmp_path / "list.csv").write_text(f"url,caption\n{rows}")
     with listening(Slow) as address:
         run = {"lease_s": 3, "pairs": {"workers": 1}}

@@ -29,12 +29,17 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
     Diffusion prior and decoder train side by side on Ray, as in the quick start; the rest is quicker without.
 
-    Not as few as emoji:nano has: none of those for validation is large enough for the 1024 px upsampler's preview.
+    Not as few as drawings:nano has: none of those for validation is large enough for the 1024 px upsampler's preview.
     """
     folder = tmp_path_factory.mktemp("demo")
-    smaller = ["preset=nano", "scale=0.25", 'source.paths=["emoji:tiny", "emoji:flawed"]', "source.shard_rows=400"]
+    smaller = [
+        "preset=nano",
+        "scale=0.25",
+        'source.paths=["drawings:tiny", "drawings:flawed"]',
+        "source.shard_rows=400",
+    ]
     smaller += [f"run.{stage}.workers=0" for stage in WITHOUT_RAY]
-    return ["configs/emoji.yaml", *smaller, f"store={folder}/store", f"run.output={folder}/out"]
+    return ["configs/demo.yaml", *smaller, f"store={folder}/store", f"run.output={folder}/out"]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def test_it_is_one_small_file_that_nothing_is_wrong_with(shown: Shown, folder: P
 
 
 def test_the_head_says_what_was_done(shown: Shown) -> None:
-    assert shown.page.inner_text("h1") == "emoji"
+    assert shown.page.inner_text("h1") == "demo"
     assert "claims hold on held-out rows" in shown.texts(".verdict")[0]
     assert shown.count("ol.chain") == 0  # nothing is still to come
     assert [text.split("\n")[0] for text in shown.texts(".tiles li")] == ["Images", "Quality", "Data", "Cost"]
@@ -84,7 +89,7 @@ def test_the_first_screen_has_verdict_tiles_and_samples(shown: Shown) -> None:
 def test_samples_stand_beside_their_64_px_beginnings(shown: Shown) -> None:
     sizes = shown.page.locator("#samples figure img").evaluate_all("images => images.map(i => i.naturalWidth)")
     assert sizes == [512, 64] * SAMPLES
-    assert shown.texts("#samples figcaption bdi")[0].startswith("a flat twemoji picture of a red heart")
+    assert shown.texts("#samples figcaption bdi")[0].startswith("a bell-shaped lime monster with a crown")
 
 
 def test_rows_are_shown_and_rejects_with_their_reasons(shown: Shown) -> None:
@@ -95,8 +100,8 @@ def test_rows_are_shown_and_rejects_with_their_reasons(shown: Shown) -> None:
     assert sorted(reasons) == ["bad_aspect", "caption_too_long", "no_caption", "too_small"]
     table = " ".join(shown.page.locator("#data table").all_text_contents())
     assert all(name in table for name in ("http_4xx", "not_an_image", "truncated", "zero_bytes"))
-    assert "Twemoji graphics, copyright Twitter" in table
-    assert "OpenMoji, the open-source emoji" in table
+    assert '"Critters" by DiceBear' in table
+    assert '"Planets" by DiceBear' in table
 
 
 def test_charts_show_sizes_similarity_spectrum_and_losses(shown: Shown) -> None:

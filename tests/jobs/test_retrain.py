@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from jobs.project import open_project
-from pipeline.data.source.emoji.listing import emoji_rows
+from pipeline.data.source.drawings.listing import drawing_rows
 from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
 from pipeline.graph.pointer import read_releases
 from pipeline.parse import overlay
@@ -107,8 +107,8 @@ class Monthly:
 
 
 def write_months(folder: Path) -> None:
-    """Lists of emoji; the captions of February have slipped by one row."""
-    rows = emoji_rows("nano-more")
+    """Lists of drawings; the captions of February have slipped by one row."""
+    rows = drawing_rows("nano-more")
     for month, part in MONTHS.items():
         captions = [row.captions[0] for row in rows[part]]
         if month == "february":
@@ -133,7 +133,7 @@ def test_three_months_one_of_them_bad_and_the_release_moves_twice(
     assert values["source"]["shard_rows"] == SHARD_ROWS
     own = {
         "store": f"{s3.url}/monthly-{os.getpid()}",
-        "run": overlay(RUN, {"pairs": {"hosts": {"emoji.test": pictures}}}),
+        "run": overlay(RUN, {"pairs": {"hosts": {"drawings.test": pictures}}}),
     }
     monthly = Monthly(tmp_path, overlay(values, own))
 

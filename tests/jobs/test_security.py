@@ -27,7 +27,7 @@ from tests.pipeline.data.bench import picture
 from tests.seaweed import BUCKET, Identity, Server, serving
 from tests.secrets import leaks, objects
 
-PREFIX = "team/emoji"
+PREFIX = "team/drawings"
 PAGE = (ROOT / "docs/security.md").read_text().replace("BUCKET", BUCKET).replace("PREFIX", PREFIX)
 READER, WRITER, RELEASER = (
     json.loads(text) for text in re.findall(r"^    \{.*?^    \}", PAGE, re.DOTALL | re.MULTILINE)
@@ -56,7 +56,7 @@ class Team:
         self.server, self.folder = server, folder
         self.url = f"s3://{BUCKET}/{PREFIX}"
         self.ray = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # paths of sockets in it must stay short
-        pairs = {"workers": 1, "headers": {"http://emoji.test": "IMAGES_HEADERS"}}
+        pairs = {"workers": 1, "headers": {"http://drawings.test": "IMAGES_HEADERS"}}
         run = {**MICRO["run"], "pairs": pairs, "clip": {"workers": 1}}  # type: ignore[dict-item]
         paths = [write_list(folder / "list.csv", 0, 60), _foreign(folder / "foreign")]
         self.config = write_config(folder, self.url, pictures, paths, run=run)

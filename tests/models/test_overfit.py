@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -26,17 +25,17 @@ from models.pixels import from_uint8, resize
 from models.tokens import tokenize
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise, upsampler_loss
 from pipeline.config import preset_config
-from pipeline.data.source.emoji.listing import draw_emoji, emoji_rows
+from pipeline.data.source.drawings.listing import drawing_rows
+from pipeline.data.source.drawings.world import draw, drawing_of
 
 pytestmark = pytest.mark.slow
 ROWS, DIM = 8, 64
 
 
 def images(side: int) -> tuple[Tensor, list[str]]:
-    """Eight emoji of different concepts, uint8 [8, 3, side, side], and their captions."""
-    rows = list({row.group: row for row in emoji_rows("nano")}.values())[:ROWS]
-    size = 1024 if side > 256 else 256
-    drawn = [Image.open(BytesIO(draw_emoji(f"/{size}/" + row.url.split("/", 4)[4]))).convert("RGB") for row in rows]
+    """Eight drawings, uint8 [8, 3, side, side], and their captions."""
+    rows = drawing_rows("nano")[:ROWS]
+    drawn = [draw(drawing_of(row.url)[0], 1024 if side > 256 else 256) for row in rows]
     arrays = [np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS)) for picture in drawn]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2), [row.captions[0] for row in rows]
 

@@ -62,8 +62,8 @@ PLUMBING = {
 # Where each stage's source begins. A preset needs no digest: its values are recipe values, and those are in the keys.
 TRAINING = ("pipeline.training.worker", "pipeline.training.recipes")
 MODULES = {
-    "source": ("pipeline.data.source.stage", "pipeline.data.source.emoji.listing"),
-    "captions": ("pipeline.data.source.stage", "pipeline.data.source.emoji.listing"),
+    "source": ("pipeline.data.source.stage", "pipeline.data.source.drawings.listing"),
+    "captions": ("pipeline.data.source.stage", "pipeline.data.source.drawings.listing"),
     "pairs": ("pipeline.data.pairs.stage",),
     "clip": ("pipeline.training.tasks.clip", *TRAINING),
     "embeddings": ("pipeline.data.embeddings.stage",),

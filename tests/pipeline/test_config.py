@@ -10,7 +10,6 @@ import yaml
 from pipeline.build import build
 from pipeline.config import PRESETS, TRAININGS, load_config, make_config, preset_config
 from pipeline.errors import UserError
-from pipeline.evaluate.captions import EMOJI, Phrases
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -89,8 +88,8 @@ def test_other_samples_than_a_preset_s_keep_the_share_over_which_its_rate_falls(
 @pytest.mark.parametrize("scale", [0.1, 1e-9, 2])
 def test_scale_stretches_the_fall_of_the_learning_rate_and_leaves_its_rise(scale: float) -> None:
     """As the shipped configuration whose rate falls: at a tenth it used to be refused with a traceback."""
-    config = load_config(ROOT / "configs/emoji-long.yaml", [f"scale={scale}"])
-    plain = load_config(ROOT / "configs/emoji-long.yaml").decoder
+    config = load_config(ROOT / "configs/demo.yaml", [f"scale={scale}"])
+    plain = load_config(ROOT / "configs/demo.yaml").decoder
     assert plain.decay > 0
     assert config.decoder.decay == round(scale * plain.decay)
     assert config.decoder.warmup_steps == plain.warmup_steps > 0
@@ -180,7 +179,7 @@ def test_relative_paths_count_from_the_folder_of_the_file(tmp_path: Path, monkey
     path = tmp_path / "mine/p.yaml"
     path.write_text(
         "project: p\nstore: out/store\npairs: {deny_urls: urls}\n"
-        "source: {paths: [a.csv, ../b.csv, /c.csv, 'emoji:nano'], roots: ['s3://bucket', images]}\n"
+        "source: {paths: [a.csv, ../b.csv, /c.csv, 'drawings:nano'], roots: ['s3://bucket', images]}\n"
     )
     for folder in (tmp_path, tmp_path / "mine", ROOT):
         monkeypatch.chdir(folder)
@@ -190,7 +189,7 @@ def test_relative_paths_count_from_the_folder_of_the_file(tmp_path: Path, monkey
         assert [os.path.abspath(p) for p in config.source.paths[:3]] == [
             f"{tmp_path}/mine/a.csv", f"{tmp_path}/b.csv", "/c.csv"
         ]  # fmt: skip
-        assert config.source.paths[3] == "emoji:nano"
+        assert config.source.paths[3] == "drawings:nano"
         assert config.source.roots[0] == "s3://bucket"
         assert config.pairs.deny_urls is not None
         assert config.run.pairs.hosts == {"store": "x:1"}
@@ -348,19 +347,6 @@ def test_combinations_that_cannot_work(changes: dict[str, Any], message: str) ->
     with pytest.raises(UserError) as caught:
         make_config({**LEAST, "preset": "nano", **changes})
     assert str(caught.value).startswith(message)
-
-
-@pytest.mark.parametrize(
-    ("paths", "named"), [(["emoji:nano"], True), (["a.csv", "emoji:full"], True), (["a.tar"], False)]
-)
-def test_captions_name_backgrounds_in_the_emoji_set_and_where_a_configuration_says_so(
-    paths: list[str], named: bool
-) -> None:
-    values = {**LEAST, "source": {"paths": paths}}
-    assert make_config(values).evaluation.phrases == (EMOJI if named else Phrases())
-    own = {"backgrounds": {"on red": [200, 0, 0]}, "styles": ["a photo of"]}
-    config = make_config({**values, "evaluation": {"phrases": own}})
-    assert config.evaluation.phrases == Phrases(("a photo of",), {"on red": (200, 0, 0)})
 
 
 def test_a_bundle_that_stops_early_needs_less() -> None:

@@ -15,6 +15,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from pipeline.data.fetch.rules import read_deny_lists
 from pipeline.data.pairs.earlier import earlier_shards
 from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, MOST_PIXELS, Storing
+from pipeline.data.source.drawings.world import HOST
 from pipeline.data.source.lists import reach
 from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.graph.shards import map_shards
@@ -74,7 +75,7 @@ class PairsRecipe:
 
 
 def run_pairs(ctx: Context) -> Artifact:
-    """Fetches and packs every source shard. The emoji set is served from this machine while the stage runs."""
+    """Fetches and packs every source shard. Drawings are served from this machine while the stage runs."""
     from pipeline.data.pairs.packer import Packer
 
     earlier = earlier_shards(ctx)
@@ -91,9 +92,9 @@ def run_pairs(ctx: Context) -> Artifact:
     read_deny_lists(ctx.store, *ctx.recipe.deny_lists)  # a mistake in one is found before anything is asked for
     with ExitStack() as stack:
         settings = ctx.settings
-        if any(path.startswith("emoji:") for path in ctx.config.source.paths) and "emoji.test" not in settings.hosts:
-            from pipeline.data.source.emoji.server import serving
+        if any(path.startswith("drawings:") for path in ctx.config.source.paths) and HOST not in settings.hosts:
+            from pipeline.data.source.drawings.server import serving
 
-            settings = replace(settings, hosts=settings.hosts | {"emoji.test": stack.enter_context(serving())})
+            settings = replace(settings, hosts=settings.hosts | {HOST: stack.enter_context(serving())})
         rows = ctx.inputs["source"].ledger.rows
         return map_shards(ctx, tasks, partial(Packer, ctx.store, ctx.recipe, settings, may), "rows", rows)

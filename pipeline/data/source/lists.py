@@ -1,4 +1,4 @@
-"""Reads lists: tables, folders of images, of tars and of tables, tars that are used where they lie, the emoji set."""
+"""Reads lists: tables, folders of images, of tars and of tables, tars that are used where they lie, drawings."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ def _looked_for(kind: str, where: str, recipe: SourceRecipe) -> str:
 
 
 def _rows(path: str, kind: str, where: str, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
-    if kind == "emoji":
-        from pipeline.data.source.emoji.flaws import flawed_rows
-        from pipeline.data.source.emoji.listing import emoji_rows
+    if kind == "drawings":
+        from pipeline.data.source.drawings.flaws import flawed_rows
+        from pipeline.data.source.drawings.listing import drawing_rows
 
-        for url, captions, group, split, *rights in flawed_rows() if where == "flawed" else emoji_rows(where):
+        for url, captions, group, split, *rights in flawed_rows() if where == "flawed" else drawing_rows(where):
             yield ListRow(url, one_line_each(captions), group, split, "", *rights)
     elif kind == "folder":
         yield from _folder_rows(Path(where), recipe, reach(recipe, path), reader)
@@ -124,7 +124,7 @@ def reach(recipe: SourceRecipe, *paths: str) -> Reach:
     own = [
         where if kind in (*FOLDERS, "tar", "embeddings") else os.path.dirname(where)
         for kind, where in kinds
-        if kind not in ("emoji", "remote")
+        if kind not in ("drawings", "remote")
     ]
     beside = [os.path.dirname(where) for kind, where in kinds if kind == "remote" and where.startswith("s3://")]
     return Reach.of(own, [*recipe.roots, *beside])
@@ -141,8 +141,8 @@ def _beside(place: Path | str, reference: str) -> str:
 
 
 def _kind(path: str) -> tuple[str, str]:
-    if path.startswith("emoji:"):
-        return "emoji", path.removeprefix("emoji:")
+    if path.startswith("drawings:"):
+        return "drawings", path.removeprefix("drawings:")
     if is_remote(path):
         check_remote(path)
         return "remote", path
@@ -169,10 +169,10 @@ def _kind(path: str) -> tuple[str, str]:
 def fingerprint(path: str) -> Any:
     """Returns a value that changes whenever the segment may have changed. An equal one is not read again."""
     kind, where = _kind(path)
-    if kind == "emoji":
-        from pipeline.data.source.emoji import listing as emoji
+    if kind == "drawings":
+        from pipeline.data.source.drawings.listing import drawings_fingerprint
 
-        return ["emoji", where, emoji.emoji_fingerprint()]
+        return ["drawings", where, drawings_fingerprint()]
     if kind == "remote":
         return [kind, path, remote_version(path)]
     try:

@@ -1,6 +1,6 @@
 """Cuts the user's list into shards that never move.
 
-A list is an ordered sequence of segments (files, folders, tars, or the emoji set), each cut in its own order into
+A list is an ordered sequence of segments (files, folders, tars, or drawings), each cut in its own order into
 shards of N rows. Appending a segment, or rows at the end of the last one, leaves every full shard as it was. Rows to
 be tried again are segments too; a row to be forgotten leaves an empty place.
 
@@ -63,9 +63,9 @@ class SourceRecipe:
 
     Attributes:
         paths: Lists, in order: ``.parquet``, ``.csv``, ``.tsv`` or ``.jsonl``, a folder of images and texts, an
-            imagefolder, a webdataset ``.tar``, a folder of tables or tars, embeddings of clip-retrieval, or emoji,
-            drawn by the packages of the ``demo`` extra: ``emoji:full``, ``emoji:tiny`` (some 1,500), ``emoji:nano``
-            (320), ``emoji:flawed`` (nine rows that are all rejected, each for another reason).
+            imagefolder, a webdataset ``.tar``, a folder of tables or tars, embeddings of clip-retrieval, or
+            drawings by the packages of the ``demo`` extra: ``drawings:full`` (6,600), ``drawings:tiny`` (1,500),
+            ``drawings:nano`` (320), ``drawings:flawed`` (nine rows that are all rejected, each for another reason).
         image_column: The image's reference: http(s), s3 or file.
         caption_column: Text, or a list of texts.
         group_column: Rows of a group share a split, but for those whose split the list names; optional in the list.

@@ -237,19 +237,19 @@ def test_a_plan_says_what_a_prior_costs_that_sampling_does_not_take() -> None:
 
 
 def test_what_runs_side_by_side_is_not_added_up() -> None:
-    """EMOJI's last four trainings have a thread each, of which NANO's have none."""
-    emoji = load_config(ROOT / "configs/emoji.yaml")
+    """DEMO's last four trainings have a thread each, of which NANO's have none."""
+    demo = load_config(ROOT / "configs/demo.yaml")
     costs = {stage: Cost(100.0) for stage in build(NANO)}
     apart = {stage: replace(cost, seconds=600.0 if stage == "decoder" else 100.0) for stage, cost in costs.items()}
 
-    def hundreds(machine: Machine, config: Config = emoji, fleet: Fleet | None = None) -> float:
+    def hundreds(machine: Machine, config: Config = demo, fleet: Fleet | None = None) -> float:
         return elapsed(apart, replace(asked(config, fleet=fleet), machine=machine)) / 100
 
     one_after_another = 5 + len(costs)
     for machine, config, fleet in (
-        (Machine(1), emoji, None),
+        (Machine(1), demo, None),
         (Machine(2), NANO, None),
-        (Machine(2), emoji, Fleet(8, "H100")),  # each training has 8 lanes
+        (Machine(2), demo, Fleet(8, "H100")),  # each training has 8 lanes
     ):
         assert hundreds(machine, config, fleet) == one_after_another
     assert hundreds(Machine(2)) == one_after_another - 3  # three of the four beside the decoder
@@ -262,9 +262,9 @@ def test_what_runs_side_by_side_is_not_added_up() -> None:
 
 
 def test_the_cores_of_a_training_are_its_threads() -> None:
-    emoji = load_config(ROOT / "configs/emoji.yaml")
+    demo = load_config(ROOT / "configs/demo.yaml")
     machine = Machine(4)
-    one, all_four = (estimate("decoder", replace(asked(c), machine=machine)) for c in (emoji, NANO))
+    one, all_four = (estimate("decoder", replace(asked(c), machine=machine)) for c in (demo, NANO))
     assert one.cores == 1
     assert all_four.cores == cores()
 

@@ -449,7 +449,7 @@ def test_the_grace_goes_by_the_stores_clock_not_by_this_machines(
 
     blob = put_blob(store, b"garbage")
     config = tmp_path / "p.yaml"
-    config.write_text(f"project: p\npreset: nano\nstore: {store.url}\nsource: {{paths: ['emoji:nano']}}\n")
+    config.write_text(f"project: p\npreset: nano\nstore: {store.url}\nsource: {{paths: ['drawings:nano']}}\n")
     collect_it = ["data", "gc", str(config), "--yes"]
     assert main(collect_it) == 0
     ahead = time.time() + 2 * DAY

@@ -23,7 +23,7 @@ def asked(*stages: str) -> dict[str, PlannedStage]:
 
 
 STAGES = asked("source", "clip", "codec")
-RUN = PastRun("emoji", NOW - 600, {**ANA, "command": "unclip run emoji.yaml"}, STAGES, STAGES.keys())
+RUN = PastRun("birds", NOW - 600, {**ANA, "command": "unclip run birds.yaml"}, STAGES, STAGES.keys())
 LEASE = Holder(
     "nonce", "clip", 60, **ANA, boot="", pid=42, started="", since=NOW - 300, at=NOW - 4, progress="8 of 64 samples"
 )
@@ -34,7 +34,7 @@ FOUND = Overview(
     frozenset({("source", "source" * 8)}),
     {"clip" * 8: LEASE},
     frozenset({"source" * 8}),
-    {"emoji": Move("promote", "b" * 64, "e", NOW - 86_400)},
+    {"birds": Move("promote", "b" * 64, "e", NOW - 86_400)},
 )
 
 
@@ -48,11 +48,11 @@ def test_runs_and_what_is_under_way() -> None:
     assert lines[start + 2] == "    8 of 64 samples"
     start = lines.index("last runs (and 6 before)")
     assert lines[start + 1 : start + 4] == [
-        "  2025-06-15 14:56 UTC  emoji  1 of 3 stages made  ana@gpu-7  unclip run emoji.yaml",
-        "  2025-06-15 12:20 UTC  emoji  1 of 3 stages made  ana@gpu-7  unclip run emoji.yaml",
-        "  2025-06-15 09:33 UTC  other  1 of 3 stages made  ana@gpu-7  unclip run emoji.yaml",
+        "  2025-06-15 14:56 UTC  birds  1 of 3 stages made  ana@gpu-7  unclip run birds.yaml",
+        "  2025-06-15 12:20 UTC  birds  1 of 3 stages made  ana@gpu-7  unclip run birds.yaml",
+        "  2025-06-15 09:33 UTC  other  1 of 3 stages made  ana@gpu-7  unclip run birds.yaml",
     ]
-    start = lines.index("emoji")
+    start = lines.index("birds")
     assert lines[start + 1 : start + 6] == [
         "  made        source sourcesource",
         "  being made  clip clipclipclip",
@@ -76,8 +76,8 @@ def test_a_process_silent_for_longer_than_a_lease_has_probably_ended() -> None:
 
 
 def test_a_release_that_cannot_be_read_is_said() -> None:
-    shown = show_overview(replace(FOUND, releases={"emoji": "releases/emoji.json is corrupt"}), NOW)
-    assert "  release     releases/emoji.json is corrupt\n" in shown
+    shown = show_overview(replace(FOUND, releases={"birds": "releases/birds.json is corrupt"}), NOW)
+    assert "  release     releases/birds.json is corrupt\n" in shown
 
 
 def test_nothing_yet() -> None:
@@ -140,12 +140,12 @@ def test_an_input_that_comes_twice_is_told_once() -> None:
 
 def test_the_nearest_users_pins_and_releases() -> None:
     users = {(a.stage, a.key): a for a in (PAIRS, CLIP)}
-    shown = show_lineage(Lineage(SOURCE, {}, users, True, ["emoji"]), {}, NOW)
+    shown = show_lineage(Lineage(SOURCE, {}, users, True, ["birds"]), {}, NOW)
     assert shown.splitlines() == [
         f"source {'source' * 8}, version 7",
         "  made        2025-05-16 15:06 UTC (30 days ago), in 3 min 20 s",
         "  recipe      as the defaults are",
-        "  stands      release of emoji, pinned",
+        "  stands      release of birds, pinned",
         "",
         "  used by     pairs pairspairspa (20 days ago)",
     ]

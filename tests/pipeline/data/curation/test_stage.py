@@ -92,7 +92,9 @@ def test_another_threshold_embeds_nothing_again(bench: Bench) -> None:
 
 
 def test_the_flawed_rows_of_the_quick_start_end_by_as_many_reasons(tmp_path: Path) -> None:
-    bench = Bench(tmp_path / "store", ["emoji:flawed", "emoji:flawed"], clip={"weights": save_clip(tmp_path / "clip")})
+    bench = Bench(
+        tmp_path / "store", ["drawings:flawed", "drawings:flawed"], clip={"weights": save_clip(tmp_path / "clip")}
+    )
     bench.make("source", "captions", "pairs", "clip", "embeddings", "curation")
     fetched = ("http_4xx", "not_an_image", "truncated", "zero_bytes")
     ledgers = {stage: bench.made[stage].ledger.rejected for stage in ("source", "pairs", "curation")}

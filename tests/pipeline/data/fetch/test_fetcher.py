@@ -334,7 +334,7 @@ def test_other_references_are_not_supported(reference: str) -> None:
 
 
 def test_settings_that_cannot_be_read_are_a_users_mistake() -> None:
-    with pytest.raises(UserError, match=r"emoji\.test"):
-        fetcher(hosts={"emoji.test": "localhost"})
+    with pytest.raises(UserError, match=r"drawings\.test"):
+        fetcher(hosts={"drawings.test": "localhost"})
     with pytest.raises(UserError, match=r"10\.0\.0\.0/99"):
         fetcher(allow=("10.0.0.0/99",))

@@ -1,4 +1,4 @@
-"""Serves emoji from this machine, drawn on demand, so that the quick start downloads real images without a network.
+"""Serves drawings from this machine, drawn on demand, so that the quick start downloads images without a network.
 
 It runs in a process of its own: drawing would hold the interpreter lock of the job that downloads.
 """
@@ -17,8 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline.data.source.emoji import flaws as emoji_flaws
-from pipeline.data.source.emoji import listing as emoji
+from pipeline.data.source.drawings.flaws import FLAWED, flawed_bytes
+from pipeline.data.source.drawings.world import draw_png, drawing_of, require_packages
 from pipeline.errors import UserError
 
 CACHED_IMAGES = 1024  # about 10 kB each at 256 px, 50 kB at 1024 px
@@ -26,7 +26,7 @@ CACHED_IMAGES = 1024  # about 10 kB each at 256 px, 50 kB at 1024 px
 
 @lru_cache(maxsize=CACHED_IMAGES)
 def _draw(url_path: str) -> bytes:
-    return (emoji_flaws.flawed_bytes if url_path.startswith(emoji_flaws.FLAWED) else emoji.draw_emoji)(url_path)
+    return flawed_bytes(url_path) if url_path.startswith(FLAWED) else draw_png(*drawing_of(url_path))
 
 
 @contextmanager
@@ -38,10 +38,10 @@ def serving() -> Iterator[str]:
     Raises:
         UserError: if the demo packages are missing or the server does not start.
     """
-    emoji.emoji_fingerprint()  # names a missing package here, where it is one line
+    require_packages()  # names a missing package here, where it is one line
     root = str(Path(__file__).parents[4])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-P", "-m", "pipeline.data.source.emoji.server"]
+    command = [sys.executable, "-P", "-m", "pipeline.data.source.drawings.server"]
     environment = {**os.environ, "PYTHONPATH": path}
     pipe = subprocess.PIPE
     # In a group of its own: a terminal's Ctrl-C is for this process, and may come before the server is ready.
@@ -50,7 +50,7 @@ def serving() -> Iterator[str]:
         try:
             address = process.stdout.readline().strip()
             if not address:
-                raise UserError(f"the emoji server did not start; run python {' '.join(command[1:])} to see why")
+                raise UserError(f"the server of drawings did not start; run python {' '.join(command[1:])} to see why")
             yield address
         finally:
             process.kill()

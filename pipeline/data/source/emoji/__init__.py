@@ -1,1 +1,0 @@
-"""The emoji set: a list and its images, drawn on demand."""
