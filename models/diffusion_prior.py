@@ -34,24 +34,24 @@ GAMMA_STEPS = 64
 
 
 class Line(nn.Module):
-    """Makes image embeddings [b, d] of text embeddings [b, d]; zero until ``DiffusionPrior.start_from``.
+    """Makes image embeddings [b, d] of what captions say, [b, n]; zero until ``DiffusionPrior.start_from``.
 
-    It is the regression alone, without gradient. Of a hidden text it makes the mean image embedding.
+    It is a regression, without gradient. Of a hidden caption it makes the mean image embedding.
     """
 
     weight: Tensor
-    text_mean: Tensor
+    mean: Tensor
     image_mean: Tensor
 
-    def __init__(self, embed_dim: int):
+    def __init__(self, inputs: int, embed_dim: int):
         super().__init__()
-        self.register_buffer("weight", torch.zeros(embed_dim, embed_dim))
-        self.register_buffer("text_mean", torch.zeros(embed_dim))
+        self.register_buffer("weight", torch.zeros(embed_dim, inputs))
+        self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("image_mean", torch.zeros(embed_dim))
 
-    def forward(self, text_embedding: Tensor, keep_text: Tensor) -> Tensor:
-        with torch.autocast(text_embedding.device.type, enabled=False):
-            centred = (text_embedding.to(self.weight.dtype) - self.text_mean) * keep_text[:, None]
+    def forward(self, said: Tensor, keep_text: Tensor) -> Tensor:
+        with torch.autocast(said.device.type, enabled=False):
+            centred = (said.to(self.weight.dtype) - self.mean) * keep_text[:, None]
             return self.image_mean + centred @ self.weight.T
 
 
@@ -98,18 +98,27 @@ class DiffusionPrior(nn.Module):
         for vector in (self.null_embedding, self.query):
             nn.init.normal_(vector, std=0.02)
         nn.init.normal_(self.position, std=0.01)
-        self.line = Line(embed_dim) if config.ridge else None
+        self.line = Line(embed_dim + required(text_tower).width, embed_dim) if config.ridge else None
         if config.ridge:
             nn.init.zeros_(self.out.weight)
         self.register_buffer("gamma", None)
 
     @torch.no_grad()
-    def start_from(self, weight: Tensor, text_mean: Tensor, image_mean: Tensor) -> None:
-        """Makes its first prediction image_mean + weight (text embedding - text_mean), if its configuration says so."""
-        if self.line is not None:
-            self.line.weight.copy_(weight)
-            self.line.text_mean.copy_(text_mean)
-            self.line.image_mean.copy_(image_mean)
+    def start_from(self, weight: Tensor, mean: Tensor, image_mean: Tensor) -> None:
+        """Makes its first prediction image_mean + weight (said - mean), where ``said`` is ``line_inputs``."""
+        assert self.line is not None
+        self.line.weight.copy_(weight)
+        self.line.mean.copy_(mean)
+        self.line.image_mean.copy_(image_mean)
+
+    def line_inputs(self, tokens: Tensor, text_embedding: Tensor) -> Tensor:
+        """Returns what the line reads, [b, d + width of CLIP's text tower]: text embeddings, and the words alone."""
+        assert isinstance(self.caption, FrozenCaption)
+        unit_variance = text_embedding.to(self.query.dtype) * self.embed_dim**0.5
+        return torch.cat([unit_variance, self.caption.text.words(tokens)], dim=1)
+
+    def _line(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor | None:
+        return None if self.line is None else self.line(self.line_inputs(tokens, text_embedding), keep_text)
 
     @property
     def scale(self) -> float:
@@ -131,7 +140,7 @@ class DiffusionPrior(nn.Module):
         given, shown = self.given(tokens, text_embedding, keep_text)
         cache = Cache(given.shape[1] + ASKED)
         self.transformer(given, cache, shown)
-        return Condition(cache, None if self.line is None else self.line(text_embedding, keep_text))
+        return Condition(cache, self._line(tokens, text_embedding, keep_text))
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Returns ``forward`` for captions that ``condition`` has read."""
@@ -148,7 +157,7 @@ class DiffusionPrior(nn.Module):
         given, shown = self.given(tokens, text_embedding, keep_text)
         shown = None if shown is None else F.pad(shown, (0, ASKED), value=True)
         out = self.transformer(torch.cat([given, self.asked(x_t, t)], dim=1), shown=shown, last_only=True)
-        return self.embedding_out(out, None if self.line is None else self.line(text_embedding, keep_text))
+        return self.embedding_out(out, self._line(tokens, text_embedding, keep_text))
 
     def given(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Captions and their embeddings as the transformer takes them, [b, n, width], and which are shown, [b, n]."""

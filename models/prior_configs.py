@@ -181,8 +181,9 @@ class DiffusionPriorConfig:
             17.2 at 1,024 dimensions.
         text_encoder: What captions enter as: token vectors of its ``own``, or the token states of this run's CLIP,
             whose text tower is ``frozen`` in it.
-        ridge: For few rows: whether the network adds to a ridge regression of image on text embeddings, solved before
-            the first step, and begins with adding nothing. A line generalises where a network memorises.
+        ridge: For few rows: whether the network adds to a ridge regression of image embeddings on text embeddings and
+            words, solved before the first step, and begins with adding nothing; with a ``frozen`` text encoder. A line
+            generalises where a network memorises.
     """
 
     text_context: int = 77
@@ -204,6 +205,7 @@ class DiffusionPriorConfig:
         check_choices(self)
         check_least(self, 2, "steps")
         check_shares(self, "drop_text")
+        require(not self.ridge or self.text_encoder == "frozen", "ridge reads CLIP's words: use text_encoder frozen")
         require(self.scale > 0, f"scale is {self.scale}: use a positive number")
 
 

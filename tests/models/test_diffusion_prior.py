@@ -1,4 +1,3 @@
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,22 +76,6 @@ def test_captions_that_were_read_once_serve_every_step() -> None:
         x_t, t = torch.randn(3, DIM), torch.tensor([step, step // 2, 0])
         whole = model(x_t, t, *captions)
         torch.testing.assert_close(model.predict(x_t, t, condition), whole, rtol=0, atol=1e-12)
-
-
-def test_with_a_ridge_it_begins_as_the_line_and_hidden_text_is_the_mean() -> None:
-    """By both ways through the network; once ``out`` has learned something, that is added."""
-    model, batch, g = DiffusionPrior(replace(CONFIG, ridge=True), DIM), make_batch(3), torch.Generator().manual_seed(3)
-    weight, text_mean, image_mean = (torch.randn(*shape, generator=g) for shape in ((DIM, DIM), (DIM,), (DIM,)))
-    model.start_from(weight, text_mean, image_mean)
-    keep = torch.tensor([True, False, True])
-    said = image_mean + torch.where(keep[:, None], (batch["text_embedding"] - text_mean) @ weight.T, 0.0)
-    x_t, t, captions = torch.randn(3, DIM), torch.tensor([900, 40, 0]), (batch["tokens"], batch["text_embedding"], keep)
-    torch.testing.assert_close(model(x_t, t, *captions), model.scale * said)
-    torch.nn.init.normal_(model.out.weight)
-    learned = model(x_t, t, *captions)
-    assert (learned - model.scale * said).abs().min(1).values.max() > 1e-3
-    torch.testing.assert_close(model.predict(x_t, t, model.condition(*captions)), learned, rtol=1e-4, atol=1e-4)
-    assert not any(parameter is model.line.weight for parameter in model.parameters())  # nothing trains it
 
 
 def test_loss_is_the_squared_error_at_the_diffusions_scale() -> None:

@@ -25,7 +25,7 @@ from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, seeded
 from pipeline.training.tasks.frozen import frozen_tower
-from pipeline.training.tasks.starts import Ridge, ridge, training_embeddings
+from pipeline.training.tasks.starts import ridge, training_rows
 
 
 class DiffusionPriorTask:
@@ -45,17 +45,19 @@ class DiffusionPriorTask:
         config: DiffusionPriorConfig,
         embed_dim: int,
         tower: FrozenTower | None = None,
-        line: Ridge | None = None,
+        rows: Batch | None = None,
     ):
-        self.config, self.embed_dim, self.tower, self.line = config, embed_dim, tower, line
+        self.config, self.embed_dim, self.tower, self.rows = config, embed_dim, tower, rows
 
     def model(self, seed: int) -> nn.Module:
         return seeded(self._begun, seed, self.tower)
 
     def _begun(self) -> DiffusionPrior:
         model = DiffusionPrior(self.config, self.embed_dim, self.tower and self.tower.sizes)
-        if self.line is not None:
-            model.start_from(*self.line)
+        if model.line is not None and self.rows is not None and self.tower is not None:
+            self.tower.put_into(model)
+            said = model.line_inputs(self.rows["tokens"], self.rows["text_embedding"])
+            model.start_from(*ridge(said.detach(), self.rows["image_embedding"]))
         return model
 
     def loss(self, model: DiffusionPrior, batch: Batch, draw: Draw) -> Losses:
@@ -92,6 +94,6 @@ class DiffusionPriorTask:
 
 def make(ctx: Context) -> DiffusionPriorTask:
     """Returns the task of a training stage, for the embeddings that it trains on."""
-    line = ridge(training_embeddings(ctx)) if ctx.recipe.model.ridge else None
+    rows = training_rows(ctx, DiffusionPriorTask.columns) if ctx.recipe.model.ridge else None
     dim = embedding_dim(ctx.store, ctx.inputs["embeddings"])
-    return DiffusionPriorTask(ctx.recipe.model, dim, frozen_tower(ctx), line)
+    return DiffusionPriorTask(ctx.recipe.model, dim, frozen_tower(ctx), rows)
