@@ -4,6 +4,7 @@ A prior has no field for the dimension of embeddings or the number of codes: CLI
 """
 
 from dataclasses import dataclass
+from math import log
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 VOCABULARY = 49408
@@ -225,6 +226,9 @@ class ClipConfig:
         text_layers: Of the text tower.
         text_heads: Of the text tower.
         text_context: BPE tokens, 3 to 77, with start and end.
+        temperature: Of the contrastive loss at the first step; it is learned, but hardly moves in a few hundred steps,
+            and a low one makes CLIP tell apart what is much alike.
+        least_crop: Share of the side of the smallest random crop in training; 1 takes whole images.
     """
 
     embed_dim: int = 256
@@ -237,9 +241,13 @@ class ClipConfig:
     text_layers: int = 4
     text_heads: int = 6
     text_context: int = 77
+    temperature: float = 0.07
+    least_crop: float = 0.75
 
     def __post_init__(self) -> None:
         check_choices(self)
+        require(0.01 <= self.temperature <= 1, f"temperature is {self.temperature}: use 0.01 to 1")
+        require(0 < self.least_crop <= 1, f"least_crop is {self.least_crop}: use a share above 0, up to 1")
         require(all(n >= 1 for n in self.layers), f"layers is {self.layers}: use positive numbers")
         if self.tower == "vit":
             require(len(self.layers) == 1, f"layers is {self.layers}: a vit takes one number")
@@ -276,4 +284,5 @@ class ClipConfig:
             "heads": self.text_heads,
             "layers": self.text_layers,
         }
-        return {"embed_dim": self.embed_dim, "vision_cfg": vision, "text_cfg": text}
+        begins = {} if self.temperature == 0.07 else {"init_logit_scale": -log(self.temperature)}
+        return {"embed_dim": self.embed_dim, "vision_cfg": vision, "text_cfg": text, **begins}
