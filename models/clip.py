@@ -366,16 +366,13 @@ def alone(rows: Tensor) -> tuple[Tensor, int]:
     return rows, 0
 
 
-def clip_loss(
-    clip: Clip, batch: dict[str, Tensor], draw: Draw, gather: Gather = alone, least_crop: float = 0.75
-) -> Losses:
+def clip_loss(clip: Clip, batch: dict[str, Tensor], draw: Draw, gather: Gather = alone, crop: float = 0.75) -> Losses:
     """Returns the symmetric contrastive loss of each row against the whole batch, nats, [b] (CLIP, figure 3).
 
-    ``batch`` has "image" uint8 [b, 3, image_size, image_size], augmented here, and "tokens" int64 [b, 77]. A row's
-    loss depends on the others: those of other workers come through ``gather``, and a worker's own must not be cut. The
-    temperature stops at 1/100.
+    ``batch`` has "image" uint8 [b, 3, image_size, image_size], augmented here, and "tokens" int64 [b, 77]. Other
+    workers' rows come through ``gather``, and a worker's own must not be cut. The temperature stops at 1/100.
     """
-    image = clip.encode_pixels(augment(batch["image"], draw, least_crop))
+    image = clip.encode_pixels(augment(batch["image"], draw, crop))
     text = clip.encode_text(batch["tokens"])
     with torch.autocast(image.device.type, enabled=False):
         images, start = gather(image)
@@ -388,15 +385,14 @@ def clip_loss(
     return Losses((image_to_text + text_to_image) / 2, parts)
 
 
-def augment(images: Tensor, draw: Draw, least_crop: float = 0.75) -> Tensor:
+def augment(images: Tensor, draw: Draw, crop: float = 0.75) -> Tensor:
     """Returns training images fp32 [b, 3, s, s] in [0, 1] from uint8 ones.
 
-    A square crop of ``least_crop`` to 1 of the side at a random place, resized back: the paper's only augmentation. No
-    flips: left and right are words.
+    A square crop of ``crop`` to 1 of the side at a random place, resized back. No flips: left and right are words.
     """
-    if least_crop == 1:
+    if crop == 1:
         return images / 255
-    side = least_crop + (1 - least_crop) * draw.uniform("crop_side", 1)
+    side = crop + (1 - crop) * draw.uniform("crop_side", 1)
     centre = (2 * draw.uniform("crop_place", 2) - 1) * (1 - side)  # the image being [-1, 1]
     scale = torch.diag_embed(side.expand(-1, 2))
     with torch.autocast(images.device.type, enabled=False):  # a place in bf16 is up to half a pixel off

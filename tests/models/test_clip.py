@@ -152,7 +152,7 @@ def test_augmentation_crops_but_never_flips() -> None:
     share = (pixels[..., -1] - pixels[..., 0])[:, 0, 0] * 255 / 63  # the ramp's rise is the crop's side
     assert 0.73 < share.min() < 0.77
     assert 0.97 < share.max() <= 1.001
-    assert torch.equal(augment(ramp, Draw([(0, 200)]), least_crop=1.0), ramp / 255)
+    assert torch.equal(augment(ramp, Draw([(0, 200)]), crop=1.0), ramp / 255)
 
 
 def test_temperature_begins_where_the_configuration_says() -> None:
