@@ -23,7 +23,7 @@ from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, seeded
 from pipeline.training.tasks.frozen import frozen_tower
-from pipeline.training.tasks.starts import Ridge, ridge, training_rows
+from pipeline.training.tasks.starts import Ridge, ridge, starting_rows
 
 
 class ARPriorTask:
@@ -85,7 +85,7 @@ def make(ctx: Context) -> ARPriorTask:
         )
     line = None
     if ctx.recipe.model.text_coordinates:
-        rows = training_rows(ctx, ("image_embedding", "text_embedding"))
+        rows = starting_rows(ctx, ("image_embedding", "text_embedding"))
         line = ridge(rows["text_embedding"], rows["image_embedding"])
     dim = embedding_dim(ctx.store, ctx.inputs["embeddings"])
     return ARPriorTask(ctx.recipe.model, dim, codec, frozen_tower(ctx), line)

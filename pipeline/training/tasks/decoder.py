@@ -21,7 +21,7 @@ from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, grid, seeded
 from pipeline.training.tasks.frozen import frozen_tower
-from pipeline.training.tasks.starts import training_rows
+from pipeline.training.tasks.starts import starting_rows
 
 _PREVIEW_STEPS = 25
 
@@ -80,5 +80,5 @@ class DecoderTask:
 def make(ctx: Context) -> DecoderTask:
     """Returns the task of a training stage, for the embeddings that it trains on."""
     dim = embedding_dim(ctx.store, ctx.inputs["embeddings"])
-    embeddings = training_rows(ctx, ("image_embedding",))["image_embedding"] if ctx.recipe.model.whiten else None
+    embeddings = starting_rows(ctx, ("image_embedding",))["image_embedding"] if ctx.recipe.model.whiten else None
     return DecoderTask(ctx.recipe.model, dim, frozen_tower(ctx), embeddings)

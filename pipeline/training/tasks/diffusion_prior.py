@@ -25,7 +25,7 @@ from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, seeded
 from pipeline.training.tasks.frozen import frozen_tower
-from pipeline.training.tasks.starts import ridge, training_rows
+from pipeline.training.tasks.starts import ridge, starting_rows
 
 
 class DiffusionPriorTask:
@@ -94,6 +94,6 @@ class DiffusionPriorTask:
 
 def make(ctx: Context) -> DiffusionPriorTask:
     """Returns the task of a training stage, for the embeddings that it trains on."""
-    rows = training_rows(ctx, DiffusionPriorTask.columns) if ctx.recipe.model.ridge else None
+    rows = starting_rows(ctx, DiffusionPriorTask.columns) if ctx.recipe.model.ridge else None
     dim = embedding_dim(ctx.store, ctx.inputs["embeddings"])
     return DiffusionPriorTask(ctx.recipe.model, dim, frozen_tower(ctx), rows)

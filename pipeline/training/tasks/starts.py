@@ -34,7 +34,7 @@ class Ridge(NamedTuple):
         return self.image_mean - self.weight @ self.mean
 
 
-def training_rows(ctx: Context, columns: Sequence[str]) -> Batch:
+def starting_rows(ctx: Context, columns: Sequence[str]) -> Batch:
     """Returns columns of whole shards of training rows, drawn at random, until there are ROWS.
 
     ``columns`` are of "tokens", "image_embedding" and "text_embedding"; of a row's captions the first counts.
