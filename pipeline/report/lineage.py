@@ -29,7 +29,7 @@ def lineage_section(artifacts: Mapping[str, Artifact]) -> Markup:
     """Shows the graph of what is made and its cost; empty before anything is."""
     if not artifacts:
         return Markup()
-    drawing = attempt("The drawing of the lineage", draw, artifacts)
+    drawing = attempt("The drawing of the lineage", draw_lineage, artifacts)
     return LINEAGE.lineage([attempt("The table of stages", _stages, artifacts), PARTS.folded("The graph", drawing)])
 
 
@@ -49,7 +49,7 @@ def levels(inputs: Mapping[str, Sequence[str]]) -> list[list[str]]:
     return rows
 
 
-def draw(artifacts: Mapping[str, Artifact]) -> Markup:
+def draw_lineage(artifacts: Mapping[str, Artifact]) -> Markup:
     """Draws the graph as SVG, from top to bottom: a box a stage with its key and its time."""
     if not artifacts:
         raise ValueError("nothing is made yet")

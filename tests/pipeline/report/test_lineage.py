@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.graph.artifacts import Artifact
 from pipeline.ledger import Ledger
-from pipeline.report.lineage import BOX, TALL, direct_inputs, draw, levels, lineage_section
+from pipeline.report.lineage import BOX, TALL, direct_inputs, draw_lineage, levels, lineage_section
 from pipeline.store import FolderStore
 from tests.pipeline.report.made_up import chain
 
@@ -42,7 +42,7 @@ def test_arrows_are_the_transitive_reduction_and_point_down(edges: dict[int, set
 
 @given(graphs)
 def test_boxes_lie_inside_and_apart(edges: dict[int, set[int]]) -> None:
-    svg = draw(graph(edges))
+    svg = draw_lineage(graph(edges))
     [(width, height)] = re.findall(r'viewBox="0 0 (\d+) (\d+)"', svg)
     boxes = [(float(x), float(y)) for x, y in re.findall(r'<rect x="([-\d.]+)" y="([-\d.]+)"', svg)]
     assert len(boxes) == len(edges)
@@ -53,7 +53,7 @@ def test_boxes_lie_inside_and_apart(edges: dict[int, set[int]]) -> None:
 def test_an_input_that_is_not_there_is_not_drawn() -> None:
     assert direct_inputs({"pairs": graph({0: set(), 1: {0}})["s1"]}) == {"pairs": []}
     with pytest.raises(ValueError, match="nothing is made yet"):
-        draw({})
+        draw_lineage({})
     assert lineage_section({}) == ""
 
 

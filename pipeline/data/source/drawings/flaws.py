@@ -19,7 +19,7 @@ _CAPTIONS = {
     "missing": "a monster that nobody has kept",
     "page": "a monster behind a login page",
     "cut": "a plant in a pot, cut off on its way",
-    "empty": "a picture of nothing at all",
+    "empty": "an image of nothing at all",
     "small": "a planet, 32 px wide",
     "strip": "four monsters in a row",
     "untold": "",

@@ -19,8 +19,8 @@ from pipeline.data.source.drawings.world import (
     Drawing,
     captions,
     drawing_url,
+    hash_fraction,
     require_packages,
-    share,
 )
 from pipeline.errors import UserError
 
@@ -82,7 +82,7 @@ def _drawings() -> Iterator[Drawing]:
     """Yields different drawings without end, each style as often as its share says."""
     seen: set[Drawing] = set()
     for number in map(str, count()):
-        at = share("style", number)
+        at = hash_fraction("style", number)
         style = next(style for style, end in _STYLES.items() if at < end)
         parts = PARTS[style].items()
         drawing = Drawing(style, tuple(_pick(list(values), style, part, number) for part, values in parts))
@@ -92,12 +92,12 @@ def _drawings() -> Iterator[Drawing]:
 
 
 def _pick(values: list[str], *what: str) -> str:
-    return values[int(len(values) * share(*what))]
+    return values[int(len(values) * hash_fraction(*what))]
 
 
 def _row(drawing: Drawing) -> DrawingRow:
     split, group = _split(drawing)
-    side = 1024 if share("side", drawing.style, *drawing.values) < _LARGE else 256
+    side = 1024 if hash_fraction("side", drawing.style, *drawing.values) < _LARGE else 256
     attribution = f'"{drawing.style.capitalize()}" by DiceBear (www.dicebear.com), CC0 1.0'
     return DrawingRow(drawing_url(drawing, side), captions(drawing), group, split, LICENSE, attribution)
 
@@ -121,6 +121,6 @@ def _group(style: str, kind: tuple[str, str], pair: tuple[str, ...]) -> str:
 def held_out_pair(split: str, style: str, kind: tuple[str, str]) -> tuple[str, ...]:
     """Returns the two values that hold out a row which has both, such as "bell" and "crown" of body and top."""
     pairs = sorted(
-        product(*(PARTS[style][part] for part in kind)), key=lambda pair: share("held out", style, *kind, *pair)
+        product(*(PARTS[style][part] for part in kind)), key=lambda pair: hash_fraction("held out", style, *kind, *pair)
     )
     return pairs[list(_HELD_OUT).index(split)]

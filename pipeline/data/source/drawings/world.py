@@ -67,7 +67,7 @@ _GROUNDS = _values(
 )
 _EYES = _values(
     ("round", "round", "round eyes", "wide open eyes"),
-    ("dots", "dots", "dots for eyes", "small black eyes"),
+    ("dots", "dots", "dots for eyes", "beady eyes"),
     ("one", "mono", "one eye", "a single eye"),
     ("three", "trio", "three eyes"),
     ("happy", "happy", "happy eyes", "eyes that laugh"),
@@ -173,8 +173,12 @@ _COMPONENTS = {
     "planets": {"colour": "planet", "ground": "background", "moon": "moons"},
 }
 # What no caption names is the same in every drawing: components, colours, and what DiceBear would turn or shift.
-_FIXED_COMPONENTS = {"critters": {}, "sprouts": {}, "planets": {"planet": "disc", "shade": "soft"}}
-_FIXED_COLOURS = {
+_FIXED_COMPONENTS: dict[str, dict[str, str]] = {
+    "critters": {},
+    "sprouts": {},
+    "planets": {"planet": "disc", "shade": "soft"},
+}
+_FIXED_COLOURS: dict[str, dict[str, str]] = {
     "critters": {"accent": "#f8fafc", "ink": "#1e293b"},
     "sprouts": {"plant": "#22c55e", "bloom": "#f9a8d4", "ink": "#1e293b"},
     "planets": {"moon": "#f8fafc"},
@@ -185,6 +189,10 @@ _POSES: dict[str, dict[str, dict[str, float]]] = {
     "sprouts": {"plant": {"scale": 0.72, "y": 10}, "mouth": {"scale": 1.3, "y": 15}},
     "planets": {"surface": {"rotate": 0}, "ring": {"rotate": -18}, "moons": {"scale": 1.35}},
 }
+_LARGER = {
+    "crown": "translate(-6 -17) scale(1.25 1.5)",
+    "spikes": "translate(-10 -2) scale(1.4 1)",
+}  # or bodies hide them
 _FRAMES = {
     "critters": {"scale": 1.2, "translateY": 12},
     "sprouts": {"scale": 1.28, "translateY": -11},
@@ -273,12 +281,12 @@ def captions(drawing: Drawing) -> tuple[str, ...]:
     said = []
     groups = CAPTIONS[drawing.style]
     for number, phrasings in enumerate((*groups, groups[0])):
-        at = share("caption", str(number), drawing.style, *drawing.values)
+        at = hash_fraction("caption", str(number), drawing.style, *drawing.values)
         said.append(re.sub(r"\ba (?=[aeiou])", "an ", phrasings[int(at * len(phrasings))].format(**words)))
     return tuple(said)
 
 
-def share(*what: str) -> float:
+def hash_fraction(*what: str) -> float:
     """Returns a number in [0, 1) that depends on nothing but its arguments."""
     return int.from_bytes(hashlib.sha256("/".join(what).encode()).digest()[:6], "big") / 2**48
 
@@ -338,6 +346,10 @@ def _style(name: str) -> Style:
     components = {}
     for component, data in definition["components"].items():
         variants = {key: drawn for key, drawn in data.get("variants", {}).items() if key in used.get(component, ())}
+        for key in _LARGER.keys() & variants:
+            attributes = {"transform": _LARGER[key]}
+            whole = {"type": "element", "name": "g", "attributes": attributes, "children": variants[key]["elements"]}
+            variants[key] = {"elements": [whole]}
         if variants:  # cheeks, patterns, stars and animations go
             pose = _POSES[name].get(component, {})
             exact = {key: {"min": value, "max": value} for key, value in pose.items()}
