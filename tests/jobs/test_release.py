@@ -270,7 +270,7 @@ def test_the_report_shows_the_release_beside_the_bundle(made: Made) -> None:
     made.make(0.1, OTHER)
     shown = against_section(ReportInput(made.store, made.artifacts(OTHER)), "p")
     assert 'title="better">✓</span></td><td>It draws.</td><td>top</td>' in shown
-    assert "<title>difference +0.1 (0.1 to 0.1)</title>" in shown
+    assert "<td>+0.1 (0.1 to 0.1)</td>" in shown
     assert "<bdi>decoder.samples 6144 -&gt; 12288</bdi>" in shown
     made.make(0.1, OTHER, "evaluation.rows=9")
     shown = against_section(ReportInput(made.store, made.artifacts(OTHER, "evaluation.rows=9")), "p")

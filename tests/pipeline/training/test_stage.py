@@ -64,7 +64,7 @@ def test_a_decoder_measures_its_whitening_on_kept_training_rows(tmp_path: Path) 
     world = make_world(tmp_path)
     recipe = DecoderRecipe(samples=16, batch=8, lanes=4, precision="fp32", model=replace(DECODER, whiten=True))
     for samples in (16, 32):
-        made = stage.run_decoder(world.context("decoder", replace(recipe, samples=samples)))
+        made = stage.train(world.context("decoder", replace(recipe, samples=samples)))
     tables = Tables(world.store, world.inputs, ("image_embedding",), "train", 0)
     rows = tables.first(1000)
     mean = sum(torch.from_numpy(row.image_embedding) for row in rows) / len(rows)
