@@ -36,7 +36,7 @@ def test_clip_has_no_validation_figures_of_one_row(tmp_path: Path) -> None:
 def test_the_decoder_of_one_row_still_draws_it(tmp_path: Path) -> None:
     world = make_world(tmp_path, (9,))
     recipe = DecoderRecipe(samples=16, batch=8, lanes=4, precision="fp32", model=DECODER)
-    made = stage.run_decoder(world.context("decoder", recipe))
+    made = stage.train(world.context("decoder", recipe))
     assert "preview.png" in made.blobs
     assert "validation_loss" not in made.metrics
     assert f"No validation is shown: {WHY}." in training_section(ReportInput(world.store, {}), [made])

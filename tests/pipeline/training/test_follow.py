@@ -13,7 +13,7 @@ from pipeline.graph.stages import Context, trajectory_key
 from pipeline.settings import TrainingSettings
 from pipeline.training.follow import following, showing, so_far
 from pipeline.training.recipes import DecoderRecipe
-from pipeline.training.stage import run_decoder
+from pipeline.training.stage import train
 from tests.pipeline.training.conftest import World
 from tests.pipeline.training.trainings import DECODER
 
@@ -53,7 +53,7 @@ def test_every_look_is_saved_and_shown(shared_world: World) -> None:
     assert so_far(ctx) is None
     shown: list[Artifact] = []
     with showing(ctx, shown.append, every_s=0.01):
-        made = run_decoder(ctx)
+        made = train(ctx)
         while not shown or shown[-1].metrics["samples_seen"] < ctx.recipe.samples:
             time.sleep(0.01)
     saved = [e.path for e in ctx.store.list(f"checkpoints/{trajectory_key(ctx)}/0")]
@@ -78,7 +78,7 @@ def test_what_cannot_be_shown_for_a_while_is_shown_later(shared_world: World, ca
 
     ctx = context(shared_world, steps=2, seed=2)
     with caplog.at_level(logging.WARNING), showing(ctx, broken, every_s=0.001):
-        run_decoder(ctx)
+        train(ctx)
         while len(shown) < 3:
             time.sleep(0.01)
     assert caplog.text.count("decoder: report and trackers do not show it for now: the disk is full") == 1
