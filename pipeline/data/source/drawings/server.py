@@ -60,6 +60,11 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128  # downloaders connect with many threads at once
     daemon_threads = True
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Says nothing of a client that has gone, as downloaders do whose time is over: their ledger counts it."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
 
 class _Handler(BaseHTTPRequestHandler):
     timeout = 60  # seconds until an idle connection is dropped

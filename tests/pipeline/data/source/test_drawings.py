@@ -3,6 +3,8 @@
 import hashlib
 import io
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -233,6 +235,20 @@ def test_the_server_draws_what_the_fetch_asks_for() -> None:
         assert fetched[-1].reason == "http_4xx"
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"http://{address}/")
+
+
+def test_the_server_says_nothing_of_a_client_that_has_gone(capfd: pytest.CaptureFixture[str]) -> None:
+    path = drawing_rows("nano")[0].url.removeprefix(f"http://{HOST}")
+    with serving() as address:
+        host, port = address.split(":")
+        for _ in range(3):
+            with socket.create_connection((host, int(port))) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset when it closes
+                client.sendall(f"GET {path} HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode())
+        for side in (256, 1024, 256):
+            with urllib.request.urlopen(f"http://{address}{path.replace('/256/', f'/{side}/')}") as answer:
+                assert answer.status == 200
+    assert capfd.readouterr().err == ""
 
 
 def test_the_server_ends_with_its_parent() -> None:
