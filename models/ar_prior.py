@@ -67,12 +67,15 @@ class ARPrior(nn.Module):
             self.coordinate_in = nn.Parameter(torch.randn(width) * 0.1)
 
     @torch.no_grad()
-    def start_from(self, codec: Codec) -> None:
-        """Makes the text coordinates those of the codec's components, of unit variance over images, to begin with."""
+    def start_from(self, codec: Codec, weight: Tensor, bias: Tensor) -> None:
+        """Makes the text coordinates those of weight (text embedding) + bias, of unit variance over images, at first.
+
+        ``weight`` [d, d] and ``bias`` [d], fp64, predict image embeddings.
+        """
         if self.config.text_coordinates:
             scaled = codec.components / codec.variance.sqrt()[:, None]
-            self.coordinates.weight.copy_(scaled)
-            self.coordinates.bias.copy_(-scaled @ codec.mean)
+            self.coordinates.weight.copy_(scaled @ weight)
+            self.coordinates.bias.copy_(scaled @ (bias - codec.mean))
 
     def prefix(self, tokens: Tensor, text_embedding: Tensor, dot_codes: Tensor, keep_text: Tensor) -> Tensor:
         """Returns what comes before the codes, [b, prefix + 2, width].

@@ -162,7 +162,9 @@ class Clip(nn.Module):
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Returns unit-norm embeddings, fp32 [b, d], of images in [0, 1], [b, 3, image_size, image_size]."""
-        return F.normalize(self.model.encode_image((pixels - self.mean) / self.std).float(), dim=-1)
+        # Channels last: on a CPU a small ResNet's convolutions and norms take a third less time.
+        pixels = ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Turns captions to what ``encode_text`` takes: BPE tokens int64 [b, 77], or its own [b, context_length].
@@ -364,14 +366,13 @@ def alone(rows: Tensor) -> tuple[Tensor, int]:
     return rows, 0
 
 
-def clip_loss(clip: Clip, batch: dict[str, Tensor], draw: Draw, gather: Gather = alone) -> Losses:
+def clip_loss(clip: Clip, batch: dict[str, Tensor], draw: Draw, gather: Gather = alone, crop: float = 0.75) -> Losses:
     """Returns the symmetric contrastive loss of each row against the whole batch, nats, [b] (CLIP, figure 3).
 
-    ``batch`` has "image" uint8 [b, 3, image_size, image_size], augmented here, and "tokens" int64 [b, 77]. A row's
-    loss depends on the others: those of other workers come through ``gather``, and a worker's own must not be cut. The
-    temperature stops at 1/100.
+    ``batch`` has "image" uint8 [b, 3, image_size, image_size], augmented here, and "tokens" int64 [b, 77]. Other
+    workers' rows come through ``gather``, and a worker's own must not be cut. The temperature stops at 1/100.
     """
-    image = clip.encode_pixels(augment(batch["image"], draw))
+    image = clip.encode_pixels(augment(batch["image"], draw, crop))
     text = clip.encode_text(batch["tokens"])
     with torch.autocast(image.device.type, enabled=False):
         images, start = gather(image)
@@ -384,17 +385,16 @@ def clip_loss(clip: Clip, batch: dict[str, Tensor], draw: Draw, gather: Gather =
     return Losses((image_to_text + text_to_image) / 2, parts)
 
 
-def augment(images: Tensor, draw: Draw) -> Tensor:
+def augment(images: Tensor, draw: Draw, crop: float = 0.75) -> Tensor:
     """Returns training images fp32 [b, 3, s, s] in [0, 1] from uint8 ones.
 
-    A square crop of 0.75 to 1 of the side at a random place, resized back, then brightness times 0.8 to 1.2. No
-    flips: left and right are words.
+    A square crop of ``crop`` to 1 of the side at a random place, resized back. No flips: left and right are words.
     """
-    side = 0.75 + 0.25 * draw.uniform("crop_side", 1)
+    if crop == 1:
+        return images / 255
+    side = crop + (1 - crop) * draw.uniform("crop_side", 1)
     centre = (2 * draw.uniform("crop_place", 2) - 1) * (1 - side)  # the image being [-1, 1]
     scale = torch.diag_embed(side.expand(-1, 2))
     with torch.autocast(images.device.type, enabled=False):  # a place in bf16 is up to half a pixel off
         grid = F.affine_grid(torch.cat([scale, centre[..., None]], dim=2), list(images.shape), align_corners=False)
-    pixels = F.grid_sample(images / 255, grid, padding_mode="border", align_corners=False)
-    brightness = 0.8 + 0.4 * draw.uniform("brightness", 1, 1, 1)
-    return (pixels * brightness).clamp(0, 1)
+    return F.grid_sample(images / 255, grid, padding_mode="border", align_corners=False).clamp(0, 1)

@@ -11,7 +11,7 @@ states of CLIP (models/frozen_text.py).
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,40 @@ from models.prior_configs import ASKED, DiffusionPriorConfig, TextTower
 
 GAMMA_STEPS = 64
 """Timesteps at which Gamma is measured: those of the paper's grid."""
+
+
+class Line(nn.Module):
+    """Makes image embeddings [b, d] of what captions say, [b, n]; zero until ``DiffusionPrior.start_from``.
+
+    It is a regression, without gradient. Of a hidden caption it makes the mean image embedding.
+    """
+
+    weight: Tensor
+    mean: Tensor
+    image_mean: Tensor
+
+    def __init__(self, inputs: int, embed_dim: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(embed_dim, inputs))
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("image_mean", torch.zeros(embed_dim))
+
+    def forward(self, said: Tensor, keep_text: Tensor) -> Tensor:
+        with torch.autocast(said.device.type, enabled=False):
+            centred = (said.to(self.weight.dtype) - self.mean) * keep_text[:, None]
+            return self.image_mean + centred @ self.weight.T
+
+
+class Condition(NamedTuple):
+    """Holds what a prior has read of captions.
+
+    Attributes:
+        cache: Keys and values of the transformer.
+        line: Image embeddings of the regression, [b, d]; None without one.
+    """
+
+    cache: Cache
+    line: Tensor | None
 
 
 class DiffusionPrior(nn.Module):
@@ -64,7 +98,27 @@ class DiffusionPrior(nn.Module):
         for vector in (self.null_embedding, self.query):
             nn.init.normal_(vector, std=0.02)
         nn.init.normal_(self.position, std=0.01)
+        self.line = Line(embed_dim + required(text_tower).width, embed_dim) if config.ridge else None
+        if config.ridge:
+            nn.init.zeros_(self.out.weight)
         self.register_buffer("gamma", None)
+
+    @torch.no_grad()
+    def start_from(self, weight: Tensor, mean: Tensor, image_mean: Tensor) -> None:
+        """Makes its first prediction image_mean + weight (said - mean), where ``said`` is ``line_inputs``."""
+        assert self.line is not None
+        self.line.weight.copy_(weight)
+        self.line.mean.copy_(mean)
+        self.line.image_mean.copy_(image_mean)
+
+    def line_inputs(self, tokens: Tensor, text_embedding: Tensor) -> Tensor:
+        """Returns what the line reads, [b, d + width of CLIP's text tower]: text embeddings, and the words alone."""
+        assert isinstance(self.caption, FrozenCaption)
+        unit_variance = text_embedding.to(self.query.dtype) * self.embed_dim**0.5
+        return torch.cat([unit_variance, self.caption.text.words(tokens)], dim=1)
+
+    def _line(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor | None:
+        return None if self.line is None else self.line(self.line_inputs(tokens, text_embedding), keep_text)
 
     @property
     def scale(self) -> float:
@@ -77,7 +131,7 @@ class DiffusionPrior(nn.Module):
             self.gamma = self.query.new_empty(self.config.steps, dtype=torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def condition(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Cache:
+    def condition(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Condition:
         """Reads captions; the arguments are those of ``forward``.
 
         They come first and the transformer is causal, so that neither x_t nor t changes what it keeps of them: a
@@ -86,13 +140,13 @@ class DiffusionPrior(nn.Module):
         given, shown = self.given(tokens, text_embedding, keep_text)
         cache = Cache(given.shape[1] + ASKED)
         self.transformer(given, cache, shown)
-        return cache
+        return Condition(cache, self._line(tokens, text_embedding, keep_text))
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Cache) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Returns ``forward`` for captions that ``condition`` has read."""
-        out = self.transformer(self.asked(x_t, t), condition, last_only=True)
-        condition.length -= ASKED
-        return self.embedding_out(out)
+        out = self.transformer(self.asked(x_t, t), condition.cache, last_only=True)
+        condition.cache.length -= ASKED
+        return self.embedding_out(out, condition.line)
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor:
         """Returns the clean embedding at the diffusion's scale, fp32 [b, d].
@@ -103,7 +157,7 @@ class DiffusionPrior(nn.Module):
         given, shown = self.given(tokens, text_embedding, keep_text)
         shown = None if shown is None else F.pad(shown, (0, ASKED), value=True)
         out = self.transformer(torch.cat([given, self.asked(x_t, t)], dim=1), shown=shown, last_only=True)
-        return self.embedding_out(out)
+        return self.embedding_out(out, self._line(tokens, text_embedding, keep_text))
 
     def given(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Captions and their embeddings as the transformer takes them, [b, n, width], and which are shown, [b, n]."""
@@ -117,10 +171,14 @@ class DiffusionPrior(nn.Module):
         noised = self.noised_in(x_t.to(self.query.dtype))
         return torch.stack([step, noised, self.query.expand_as(step)], dim=1) + self.position[-ASKED:]
 
-    def embedding_out(self, out: Tensor) -> Tensor:
-        """Returns the clean embedding [b, d] in what the transformer says at the query, in full precision."""
+    def embedding_out(self, out: Tensor, line: Tensor | None = None) -> Tensor:
+        """Returns the clean embedding [b, d] in what the transformer says at the query, in full precision.
+
+        ``line`` is what a regression says, to which the transformer adds.
+        """
         with torch.autocast(out.device.type, enabled=False):
-            return self.out(out[:, -1].to(self.query.dtype))
+            added = self.out(out[:, -1].to(self.query.dtype))
+            return added if line is None else added + self.scale * line
 
     def image_embedding(self, samples: Tensor) -> Tensor:
         """Returns image embeddings, unit norm [b, d], of samples [b, d] of the diffusion."""

@@ -85,6 +85,15 @@ class FrozenText(ClipTextEncoder):
         super().__init__(*shape, embed_dim, activation)
         self.requires_grad_(False)
 
+    def words(self, tokens: Tensor) -> Tensor:
+        """Returns which tokens captions [b, 77] have, in whatever order: sums of vectors of unit norm, [b, width].
+
+        A caption's own vector says least of what tells few captions apart; this says all words alike.
+        """
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        between = (place > 0) & (place < text_ends(tokens, self.end)[:, None] - 1)
+        return (F.normalize(self.token(tokens), dim=-1) * between[..., None]).sum(1)
+
     def read(self, tokens: Tensor) -> EncodedText:
         """Works as the parent's for tokens [b, context].
 

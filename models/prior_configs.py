@@ -4,6 +4,7 @@ A prior has no field for the dimension of embeddings or the number of codes: CLI
 """
 
 from dataclasses import dataclass
+from math import log
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 VOCABULARY = 49408
@@ -123,8 +124,9 @@ class ARPriorConfig:
             CLIP, whose text tower is ``frozen`` in it.
         smooth_buckets: For few rows: of how many smooth functions of its place a bucket's vectors and logit are made,
             so that each row teaches the neighbours of its buckets too; 0 gives every bucket its own.
-        text_coordinates: For few rows: whether each code's position gets the text embedding's coordinate along the
-            component that the code is of.
+        text_coordinates: For few rows: whether each code's position gets the coordinate, along the component that the
+            code is of, of the image embedding that a line makes of the text embedding. The line begins as a ridge
+            regression.
         text_noise: For few rows, whose text embeddings fit their images better than others will: the most noise that a
             text embedding gets in training, in standard deviations of image embeddings.
     """
@@ -180,6 +182,9 @@ class DiffusionPriorConfig:
             17.2 at 1,024 dimensions.
         text_encoder: What captions enter as: token vectors of its ``own``, or the token states of this run's CLIP,
             whose text tower is ``frozen`` in it.
+        ridge: For few rows: whether the network adds to a ridge regression of image embeddings on text embeddings and
+            words, solved before the first step, and begins with adding nothing; with a ``frozen`` text encoder. A line
+            generalises where a network memorises.
     """
 
     text_context: int = 77
@@ -192,6 +197,7 @@ class DiffusionPriorConfig:
     drop_text: float = 0.1
     scale: float = 0.5375
     text_encoder: Literal["own", "frozen"] = "own"
+    ridge: bool = False
 
     def __post_init__(self) -> None:
         check_transformer(self)
@@ -200,6 +206,7 @@ class DiffusionPriorConfig:
         check_choices(self)
         check_least(self, 2, "steps")
         check_shares(self, "drop_text")
+        require(not self.ridge or self.text_encoder == "frozen", "ridge reads CLIP's words: use text_encoder frozen")
         require(self.scale > 0, f"scale is {self.scale}: use a positive number")
 
 
@@ -219,6 +226,9 @@ class ClipConfig:
         text_layers: Of the text tower.
         text_heads: Of the text tower.
         text_context: BPE tokens, 3 to 77, with start and end.
+        temperature: Of the contrastive loss at the first step; it is learned, but hardly moves in a few hundred steps,
+            and a low one makes CLIP tell apart what is much alike.
+        least_crop: Share of the side of the smallest random crop in training; 1 takes whole images.
     """
 
     embed_dim: int = 256
@@ -231,9 +241,13 @@ class ClipConfig:
     text_layers: int = 4
     text_heads: int = 6
     text_context: int = 77
+    temperature: float = 0.07
+    least_crop: float = 0.75
 
     def __post_init__(self) -> None:
         check_choices(self)
+        require(0.01 <= self.temperature <= 1, f"temperature is {self.temperature}: use 0.01 to 1")
+        require(0 < self.least_crop <= 1, f"least_crop is {self.least_crop}: use a share above 0, up to 1")
         require(all(n >= 1 for n in self.layers), f"layers is {self.layers}: use positive numbers")
         if self.tower == "vit":
             require(len(self.layers) == 1, f"layers is {self.layers}: a vit takes one number")
@@ -270,4 +284,5 @@ class ClipConfig:
             "heads": self.text_heads,
             "layers": self.text_layers,
         }
-        return {"embed_dim": self.embed_dim, "vision_cfg": vision, "text_cfg": text}
+        begins = {} if self.temperature == 0.07 else {"init_logit_scale": -log(self.temperature)}
+        return {"embed_dim": self.embed_dim, "vision_cfg": vision, "text_cfg": text, **begins}

@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import resource
+import stat
 import struct
 import sys
 import time
@@ -24,7 +25,8 @@ _NEW_USER, _NEW_NET = 0x10000000, 0x40000000  # of <linux/sched.h>
 _NO_NEW_PRIVS = 38  # of <linux/prctl.h>
 _OF_PROCESS = 2  # clock of all threads of a process, as clock_getcpuclockid makes it of a pid
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # of <sys/syscall.h>, the same on all machines
-_PATH_BENEATH, _WRITE_FILE = 1, 1  # of <linux/landlock.h>: a kind of rule, and the bit of a right
+_PATH_BENEATH, _WRITE_FILE, _READ_FILE, _READ_FOLDER = 1, 1, 2, 3  # of <linux/landlock.h>: a rule, and bits of rights
+_READABLE = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/proc/self")
 _CAPABILITIES_3 = 0x20080522  # of <linux/capability.h>
 
 
@@ -38,7 +40,7 @@ def bare_environment(**more: str) -> dict[str, str]:
 
 
 def give_up_rights() -> None:
-    """Leaves this process without network, without a way to new rights, and without files that it could write.
+    """Leaves this process without network, without new rights, and without files but those that programs are made of.
 
     A namespace of its own has no network, and a process in it cannot read the environment of those outside. In it the
     process would be its own root, which reaches more of the kernel; so all capabilities are dropped.
@@ -50,19 +52,33 @@ def give_up_rights() -> None:
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0)
-        # Landlock, of Linux 5.13: no path is opened for writing, made, moved, removed or, since 6.2, truncated.
+        # Landlock, of Linux 5.13: no path is opened, made, moved, removed or, since 6.2, truncated but for those below.
         version = libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
-        writing = ctypes.c_uint64(sum(1 << right for right in (1, *range(4, 13), *([14] if version >= 3 else []))))
-        ruleset = libc.syscall(_LANDLOCK_CREATE, ctypes.byref(writing), ctypes.c_size_t(8), 0) if version > 0 else -1
+        handled = ctypes.c_uint64(sum(1 << right for right in (*range(1, 13), *([14] if version >= 3 else []))))
+        ruleset = libc.syscall(_LANDLOCK_CREATE, ctypes.byref(handled), ctypes.c_size_t(8), 0) if version > 0 else -1
         if ruleset >= 0:
-            # img2dataset's resizer sends what OpenCV says there: struct landlock_path_beneath_attr, which is packed.
-            with open(os.devnull, "rb") as null:
-                beneath = struct.pack("=Qi", 1 << _WRITE_FILE, null.fileno())
-                libc.syscall(_LANDLOCK_ADD, ruleset, _PATH_BENEATH, beneath, 0)
+            # Python may import later what it has not yet: its own files and those of packages stay readable. Files of
+            # the user, with credentials among them, do not: what is read here could be sent back as a caption.
+            for path in {*_READABLE, sys.prefix, sys.base_prefix, *filter(None, sys.path)}:
+                _allow(libc, ruleset, path, 1 << _READ_FILE, 1 << _READ_FOLDER)
+            # img2dataset's resizer sends what OpenCV says there.
+            _allow(libc, ruleset, os.devnull, 1 << _READ_FILE | 1 << _WRITE_FILE)
             libc.syscall(_LANDLOCK_RESTRICT, ruleset, 0)
             os.close(ruleset)
         libc.unshare(_NEW_USER | _NEW_NET)
         libc.capset((ctypes.c_uint32 * 2)(_CAPABILITIES_3, 0), (ctypes.c_uint32 * 6)())
+
+
+def _allow(libc: ctypes.CDLL, ruleset: int, path: str, rights: int, of_folder: int = 0) -> None:
+    """Adds rights to a path, and to all below it, if it exists."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            rights |= of_folder if stat.S_ISDIR(os.fstat(handle).st_mode) else 0
+            beneath = struct.pack("=Qi", rights, handle)  # struct landlock_path_beneath_attr, which is packed
+            libc.syscall(_LANDLOCK_ADD, ruleset, _PATH_BENEATH, beneath, 0)
+        finally:
+            os.close(handle)
 
 
 def memory_mapped() -> int:

@@ -18,8 +18,9 @@ from pipeline.training.device import choose_device
 from pipeline.training.task import Batch, Task
 from pipeline.training.tasks.ar_prior import ARPriorTask
 from pipeline.training.tasks.clip import ClipTask
-from pipeline.training.tasks.decoder import WHITENED, DecoderTask
+from pipeline.training.tasks.decoder import DecoderTask
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
+from pipeline.training.tasks.starts import ROWS, ridge
 from pipeline.training.tasks.upsampler import UpsamplerTask
 from pipeline.training.tensors import train_on
 
@@ -105,10 +106,19 @@ def _task(stage: str, model: Any, data: Mapping[str, Any], clip: Clip | None, co
     if stage == "ar_prior":
         if codec is None:
             raise UserError("ar_prior predicts a codec's codes: pass codec=, such as project.artifact('codec').model()")
-        return ARPriorTask(model, dim, codec, tower)
+        rows = _rows(data, ARPriorTask) if model.text_coordinates else None
+        line = ridge(rows["text_embedding"], rows["image_embedding"]) if rows is not None else None
+        return ARPriorTask(model, dim, codec, tower, line)
     if stage == "decoder":
-        return DecoderTask(model, dim, tower, embeddings[:WHITENED].float())
-    return DiffusionPriorTask(model, dim, tower)
+        return DecoderTask(model, dim, tower, embeddings[:ROWS].float())
+    return DiffusionPriorTask(model, dim, tower, _rows(data, DiffusionPriorTask) if model.ridge else None)
+
+
+def _rows(data: Mapping[str, Any], task: type[ARPriorTask | DiffusionPriorTask]) -> Batch | None:
+    """Returns the rows of which a prior's regression is made, None where columns are missing: ``_columns`` says so."""
+    if not set(task.columns) <= data.keys():
+        return None
+    return {name: _tensor(name, data[name])[:ROWS] for name in task.columns}
 
 
 def _columns(stage: str, task: Task, data: Mapping[str, Any]) -> Batch:

@@ -107,7 +107,8 @@ def export_prior(prior: DiffusionPrior, folder: str | Path) -> None:
     """Writes prior, prior_scheduler, ours/prior and, for a ``ClipPrior``, text_encoder.
 
     ``post_process_latents`` makes embeddings of length sqrt(d) of our own prior's samples, as an exported decoder's
-    text_proj takes them. Raises ValueError if another model's text encoder is in the folder.
+    text_proj takes them. The regression that a prior with ``ridge`` adds to its network's output is in ours/. Raises
+    ValueError if another model's text encoder is in the folder.
     """
     folder, config, d = Path(folder), prior.config, prior.embed_dim
     weights = dict(prior.state_dict())

@@ -17,6 +17,8 @@ from pipeline.training.recipes import TrainingRecipe
 NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 VECTORS = ("position", "positional_embedding", "padding")
 """Names of parameters that hold a vector for each place of a sequence, in our networks and in open_clip's."""
+BLOCKS = {"qkv": 3, "in_proj_weight": 3, "context_kv": 2}
+"""Names of layers, here and in open_clip, that are several matrices below each other: queries, keys and values."""
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, beside its "step"; Muon has the first alone
 
 MOMENTUM = 0.95
@@ -35,7 +37,7 @@ class Muon(AdamW):
 
     Args:
         groups: Parameters for AdamW, with their weight decay.
-        matrices: Parameters for Muon.
+        matrices: Parameters for Muon, each with the number of matrices of one shape that lie in it below each other.
         weight_decay: Of ``matrices``, decoupled.
         dtype: Of the iteration that makes singular values equal.
         adam: AdamW's options.
@@ -44,15 +46,16 @@ class Muon(AdamW):
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        matrices: Iterable[nn.Parameter],
+        matrices: Iterable[tuple[nn.Parameter, int]],
         weight_decay: float,
         dtype: torch.dtype,
         **adam: Any,
     ):
         super().__init__(groups, **adam)
         self.dtype = dtype
-        self.add_param_group({"params": list(matrices), "weight_decay": weight_decay})
-        self.matrices = {id(matrix) for matrix in self.param_groups[-1]["params"]}
+        blocks = list(matrices)
+        self.add_param_group({"params": [matrix for matrix, _ in blocks], "weight_decay": weight_decay})
+        self.matrices = {id(matrix): count for matrix, count in blocks}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -65,13 +68,15 @@ class Muon(AdamW):
             self.param_groups = groups
         failed: Tensor = self.found_inf  # type: ignore[attr-defined]
         rate = ours["lr"] * (1.0 - failed)
-        alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        alike: dict[tuple[torch.Size, int], list[Tensor]] = defaultdict(list)
         for matrix in ours["params"]:
-            alike[matrix.shape].append(matrix)
+            alike[matrix.shape, self.matrices[id(matrix)]].append(matrix)
         for matrices in (part for same in alike.values() for part in batched(same)):
             directions = [self._direction(matrix, matrix.grad, failed) for matrix in matrices]  # type: ignore[arg-type]
-            updates = torch.stack([full_tensor(direction).flatten(1) for direction in directions])
+            wholes = torch.stack([full_tensor(direction).flatten(1) for direction in directions])
+            updates = wholes.view(len(wholes) * self.matrices[id(matrices[0])], -1, wholes.shape[2])
             updates = orthogonalized(updates, self.dtype).float() * (-RMS * max(updates.shape[1:]) ** 0.5 * rate)
+            updates = updates.reshape(wholes.shape)
             for matrix, update in zip(matrices, updates, strict=True):
                 rows = local(matrix)
                 first = first_row(matrix)
@@ -138,9 +143,10 @@ def make_optimizer(model: nn.Module, recipe: TrainingRecipe, half: bool = False)
     decayed = [p for p in learned if p.ndim > 1 and id(p) not in spared]
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     hidden = {id(p) for stack in stacks for p in stack.parameters()} if recipe.optimizer == "muon" else set()
-    matrices = [p for p in decayed if id(p) in hidden]
+    blocks = {id(p): max(BLOCKS.get(n, 1) for n in name.split(".")) for name, p in model.named_parameters()}
+    matrices = [(p, blocks[id(p)]) for p in decayed if id(p) in hidden]
     decayed = [p for p in decayed if id(p) not in hidden]
-    chosen = {id(p) for p in (*decayed, *matrices)}
+    chosen = {id(p) for p in decayed} | {id(p) for p, _ in matrices}
     rest = [p for p in learned if id(p) not in chosen]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     options: dict[str, Any] = {

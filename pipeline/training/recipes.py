@@ -121,7 +121,7 @@ class ClipRecipe(TrainingRecipe):
     """
 
     task: ClassVar[str] = "clip"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     samples: PositiveInt = 32 * 650_000_000
     batch: PositiveInt = 32_768
@@ -151,7 +151,7 @@ class ARPriorRecipe(TrainingRecipe):
     """Trains the autoregressive prior as Table 3's first column says."""
 
     task: ClassVar[str] = "ar_prior"
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
 
     samples: PositiveInt = 1_000_000 * 4096
     batch: PositiveInt = 4096
@@ -168,7 +168,7 @@ class DiffusionPriorRecipe(TrainingRecipe):
     """Trains the diffusion prior as Table 3's second column says."""
 
     task: ClassVar[str] = "diffusion_prior"
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
 
     samples: PositiveInt = 600_000 * 4096
     batch: PositiveInt = 4096
@@ -185,7 +185,7 @@ class DecoderRecipe(TrainingRecipe):
     """Trains the 64 px decoder as Table 3's third column says."""
 
     task: ClassVar[str] = "decoder"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     samples: PositiveInt = 800_000 * 2048
     batch: PositiveInt = 2048
@@ -199,7 +199,7 @@ class UpsamplerRecipe(TrainingRecipe):
     """Trains an upsampler as Table 3's fourth column says, from 64 to 256 px."""
 
     task: ClassVar[str] = "upsampler"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     samples: PositiveInt = 1_000_000 * 1024
     batch: PositiveInt = 1024

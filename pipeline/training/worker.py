@@ -25,7 +25,7 @@ from pipeline.store.records import put_blob, read_blob
 from pipeline.training.between_steps import BetweenSteps, averaged
 from pipeline.training.checkpoints import Course
 from pipeline.training.compiling import compile_layers, compiles
-from pipeline.training.device import memory_for
+from pipeline.training.device import keep_freed_memory, memory_for
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Batches, Feed
 from pipeline.training.feed.order import lanes_of
@@ -56,6 +56,7 @@ class Training:
 
     def _work(self, group: ProcessGroup) -> None:
         ctx = self.ctx
+        keep_freed_memory()
         task = task_of(ctx)
         pin = group.device.type == "cuda"
         feed = Feed(ctx.store, ctx.inputs, task, ctx.recipe, group.rank, group.size, ctx.settings.cache_mb, pin)

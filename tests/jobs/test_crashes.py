@@ -79,6 +79,7 @@ class Kills:
         return [*said, last.stderr]
 
 
+@pytest.mark.slow  # the same without processes: test_every_crash.py
 def test_killed_in_the_data_stages(undisturbed: Undisturbed, tmp_path: Path) -> None:
     store = copy(undisturbed.data, tmp_path)
     for entry in [e for prefix in ("artifacts/", "shards/", "locks/") for e in store.list(prefix)]:
@@ -150,6 +151,7 @@ def _interrupt(process: Running) -> None:
     assert last == "interrupted; what is done is kept: run the same command again to go on"
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_pairs(undisturbed: Undisturbed, tmp_path: Path) -> None:
     store = copy(undisturbed.data, tmp_path)
     first, *others = (shard_path("pairs", e.path.rpartition("/")[2][:64]) for e in store.list("shards/pairs/"))

@@ -129,7 +129,7 @@ def test_an_error_that_ctrl_c_causes_is_not_shown() -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+@pytest.mark.parametrize("name", [pytest.param("gcs_server", marks=pytest.mark.slow), "raylet"])
 def test_a_run_whose_ray_is_killed_ends_with_a_line_and_the_next_one_goes_on(tmp_path: Path, name: str) -> None:
     asked, answer = Event(), Event()
 

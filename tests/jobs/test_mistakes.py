@@ -179,7 +179,7 @@ def test_commands(tmp_path: Path) -> None:
 def test_sample_without_a_bundle(tmp_path: Path) -> None:
     refused("sample", "a cat", "--from", tmp_path, says=["no finished bundle there", "output folder"])
     refused("sample", "a cat", "--from", tmp_path, "--set", "steps", says=["steps: write NAME=VALUE"])
-    (tmp_path / "bundle.json").write_text(f'{{"store": "{tmp_path}", "bundle": "0123456789abcdef"}}')
+    (tmp_path / "bundle.json").write_text(f'{{"store": "{tmp_path}", "bundle": "0123456789abcdef", "files": ""}}')
     refused("sample", "a cat", "--from", tmp_path, says=["its bundle is not in", "run its configuration again"])
 
 

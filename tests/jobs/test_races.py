@@ -5,6 +5,8 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
+
 from pipeline.store import Store
 from tests.chain import data_blobs, done, here, keys, open_at
 from tests.faults import (
@@ -54,6 +56,7 @@ def _stopped_leader(undisturbed: Undisturbed, config: Path, store: Store) -> tup
     return leader, start("run", config, "--until", "decoder")
 
 
+@pytest.mark.slow
 def test_the_waiting_run_takes_over_from_a_killed_leader(undisturbed: Undisturbed, tmp_path: Path) -> None:
     store = copy(undisturbed.data, tmp_path)
     # A lease this long never runs out here: the other knows that the leader's process is dead.
@@ -74,6 +77,7 @@ def test_the_waiting_run_takes_over_from_a_killed_leader(undisturbed: Undisturbe
     assert sorted(attempts(store).values()) == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_leader_that_wakes_up_adopts_the_result_of_the_one_that_took_over(
     undisturbed: Undisturbed, tmp_path: Path
 ) -> None:

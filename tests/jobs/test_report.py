@@ -20,7 +20,7 @@ def test_another_bundle_is_a_key_a_project_a_folder_or_a_release(
     values = yaml.safe_load(made.path.read_text())
     (tmp_path / "b.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/bundle.json").write_text(json.dumps({"store": made.store.url, "bundle": first}))
+    (tmp_path / "out/bundle.json").write_text(json.dumps({"store": made.store.url, "bundle": first, "files": ""}))
     report = ["report", str(made.path), OTHER, "--output", str(tmp_path / "report.html"), "--against"]
     for name in (
         "current",

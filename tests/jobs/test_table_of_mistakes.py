@@ -62,7 +62,7 @@ run mine.yaml --replay decoder                    | not made for the current lis
 plan mine.yaml --pairs many                       | --pairs: 'many' is not a whole number, such as 100, 10k or 1e6
 plan mine.yaml --pairs 1M --gpus 64               | --gpus 64: not a number of GPUs; write it as 64xH100
 plan mine.yaml run.decoder.device=gpu             | run.decoder.device
-plan mine.yaml --gpus 8xT4                        | --gpus 8xT4: unknown kind T4; known are A100
+plan mine.yaml --gpus 8xT4                        | --gpus 8xT4: unknown kind T4; name the known one
 plan mine.yaml --utilisation 2                    | --utilisation 2: use a share above 0 and at most 1
 plan mine.yaml --profile gone.json                | not what make gpu-check writes (No such file or directory)
 submit mine.yaml                                  | unclip submit: --to is missing

@@ -210,13 +210,15 @@ def test_smooth_buckets_have_logits_of_which_a_few_make_any_normal_density() -> 
     assert model(*make_inputs()).shape == (3, CODES, 8)
 
 
-def test_text_coordinates_begin_as_the_codecs_and_go_where_their_code_is_predicted() -> None:
+def test_text_coordinates_begin_as_a_lines_and_go_where_their_code_is_predicted() -> None:
     batch, codec = make_batch(64)
     model = make(text_coordinates=True).float()
-    model.start_from(codec)
     text, keep = batch["text_embedding"], torch.arange(64) > 0
+    g = torch.Generator().manual_seed(4)
+    weight, bias = (torch.randn(*shape, generator=g).double() for shape in (2 * text.shape[1:], text.shape[1:]))
+    model.start_from(codec, weight, bias)
     found = model.at_codes(text, keep)
-    coordinates = codec.project(text) / codec.variance.sqrt()
+    coordinates = codec.project(text.double() @ weight.T + bias) / codec.variance.sqrt()
     torch.testing.assert_close(found[1:], coordinates[1:, :, None].float() * model.coordinate_in, rtol=1e-4, atol=1e-4)
     assert not found[0].any()
     tokens, _, dots, codes, _ = (x[:1] for x in make_inputs())

@@ -247,3 +247,35 @@ def test_the_sizes_are_those_that_open_clip_names() -> None:
     assert TextTower.of(config_named("ViT-L-14-quickgelu")) == TextTower(768, 12, 12, quick_gelu=True)
     with pytest.raises(ValueError, match=r"this CLIP's has hf_tokenizer_name, no_causal_mask, .*choose another CLIP"):
         TextTower.of(open_clip.get_model_config("ViT-B-16-SigLIP"))
+
+
+def test_words_are_the_same_in_any_order_and_padding_is_none(tower: FrozenTower) -> None:
+    model = make("diffusion_prior", tower)
+    text = model.caption.text
+    words = text.words(tokenize(["a red owl", "owl red a", "a red owl!", ""]))
+    torch.testing.assert_close(words[0], words[1])
+    assert (words[2] - words[0]).norm() == pytest.approx(1.0, abs=1e-4)
+    assert not words[3].any()
+
+
+def test_with_a_ridge_the_prior_begins_as_the_line_and_a_hidden_caption_as_the_mean(tower: FrozenTower) -> None:
+    """By both ways through the network; what ``out`` learns is added."""
+    model = DiffusionPrior(replace(PRIOR, ridge=True), DIM, tower.sizes).eval()
+    tower.put_into(model)
+    batch, g = make_batch(CAPTIONS), torch.Generator().manual_seed(1)
+    said = model.line_inputs(batch["tokens"], batch["text_embedding"])
+    assert said.shape == (4, DIM + WIDTH)
+    weight, mean, image_mean = (
+        torch.randn(*shape, generator=g) for shape in ((DIM, DIM + WIDTH), said.shape[1:], (DIM,))
+    )
+    model.start_from(weight, mean, image_mean)
+    keep = torch.tensor([True, False, True, True])
+    line = image_mean + torch.where(keep[:, None], (said - mean) @ weight.T, 0.0)
+    x_t, t = torch.randn(4, DIM, generator=g), torch.tensor([40, 20, 3, 0])
+    captions = (batch["tokens"], batch["text_embedding"], keep)
+    torch.testing.assert_close(model(x_t, t, *captions), model.scale * line, rtol=1e-4, atol=1e-4)
+    torch.nn.init.normal_(model.out.weight)
+    learned = model(x_t, t, *captions)
+    assert (learned - model.scale * line).abs().amax(1).min() > 1e-3
+    torch.testing.assert_close(model.predict(x_t, t, model.condition(*captions)), learned, rtol=1e-4, atol=1e-4)
+    assert not {name for name, _ in model.named_parameters() if name.startswith("line")}  # nothing trains it

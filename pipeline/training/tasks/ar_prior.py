@@ -23,6 +23,7 @@ from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, seeded
 from pipeline.training.tasks.frozen import frozen_tower
+from pipeline.training.tasks.starts import Ridge, ridge, starting_rows
 
 
 class ARPriorTask:
@@ -35,15 +36,23 @@ class ARPriorTask:
     validation_rows = 256
     validation_batch = 32
 
-    def __init__(self, config: ARPriorConfig, embed_dim: int, codec: Codec, tower: FrozenTower | None = None):
-        self.config, self.embed_dim, self.codec, self.tower = config, embed_dim, codec, tower
+    def __init__(
+        self,
+        config: ARPriorConfig,
+        embed_dim: int,
+        codec: Codec,
+        tower: FrozenTower | None = None,
+        line: Ridge | None = None,
+    ):
+        self.config, self.embed_dim, self.codec, self.tower, self.line = config, embed_dim, codec, tower, line
 
     def model(self, seed: int) -> nn.Module:
         return seeded(self._begun, seed, self.tower)
 
     def _begun(self) -> ARPrior:
         model = ARPrior(self.config, self.embed_dim, self.codec.codes, self.tower and self.tower.sizes)
-        model.start_from(self.codec)
+        if self.line is not None:
+            model.start_from(self.codec, self.line.weight, self.line.bias)
         return model
 
     def loss(self, model: ARPrior, batch: Batch, draw: Draw) -> Losses:
@@ -74,4 +83,9 @@ def make(ctx: Context) -> ARPriorTask:
         raise UserError(
             f"ar_prior.model.buckets: {ctx.recipe.model.buckets}, but the codec has {codec.buckets}; make them equal"
         )
-    return ARPriorTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]), codec, frozen_tower(ctx))
+    line = None
+    if ctx.recipe.model.text_coordinates:
+        rows = starting_rows(ctx, ("image_embedding", "text_embedding"))
+        line = ridge(rows["text_embedding"], rows["image_embedding"])
+    dim = embedding_dim(ctx.store, ctx.inputs["embeddings"])
+    return ARPriorTask(ctx.recipe.model, dim, codec, frozen_tower(ctx), line)

@@ -38,7 +38,7 @@ class ClipTask:
         return Clip.build(self.config, seed)
 
     def loss(self, model: Clip, batch: Batch, draw: Draw) -> Losses:
-        return clip_loss(model, batch, draw, self.gather)
+        return clip_loss(model, batch, draw, self.gather, self.config.least_crop)
 
     def validate(self, model: Clip, examples: Examples) -> dict[str, float]:
         """Returns the contrastive "loss" among all validation rows, and "recall_at_1" of captions given images."""

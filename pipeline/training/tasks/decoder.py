@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from models.decoder import Decoder, decoder_denoise, decoder_loss
@@ -20,12 +17,12 @@ from models.image_configs import DecoderConfig
 from models.losses import Losses
 from models.pixels import to_uint8
 from pipeline.graph.stages import Context
-from pipeline.training.feed.tables import Tables, embedding_dim
+from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, grid, seeded
 from pipeline.training.tasks.frozen import frozen_tower
+from pipeline.training.tasks.starts import starting_rows
 
-WHITENED = 65_536  # rows, at most, whose embeddings say how they spread
 _PREVIEW_STEPS = 25
 
 
@@ -83,18 +80,5 @@ class DecoderTask:
 def make(ctx: Context) -> DecoderTask:
     """Returns the task of a training stage, for the embeddings that it trains on."""
     dim = embedding_dim(ctx.store, ctx.inputs["embeddings"])
-    return DecoderTask(ctx.recipe.model, dim, frozen_tower(ctx), training_embeddings(ctx))
-
-
-def training_embeddings(ctx: Context) -> Tensor | None:
-    """Returns image embeddings [n, d] of training rows, of which the model measures its whitening; None if it has none.
-
-    They are those of whole shards, drawn at random, until there are WHITENED rows.
-    """
-    if not ctx.recipe.model.whiten:
-        return None
-    tables = Tables(ctx.store, ctx.inputs, ("image_embedding",), "train", 0)
-    order = random.Random(0).sample(range(len(tables.counts)), len(tables.counts))
-    places = islice(((shard, row) for shard in order for row in range(tables.counts[shard])), WHITENED)
-    rows = tables.read(sorted(places))
-    return torch.stack([torch.from_numpy(row.image_embedding) for row in rows])
+    embeddings = starting_rows(ctx, ("image_embedding",))["image_embedding"] if ctx.recipe.model.whiten else None
+    return DecoderTask(ctx.recipe.model, dim, frozen_tower(ctx), embeddings)

@@ -25,6 +25,7 @@ from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, seeded
 from pipeline.training.tasks.frozen import frozen_tower
+from pipeline.training.tasks.starts import ridge, starting_rows
 
 
 class DiffusionPriorTask:
@@ -39,12 +40,25 @@ class DiffusionPriorTask:
     finish_rows = 128  # at 64 timesteps each: as expensive as a training on 2,700 samples
     measured = ("gamma",)
 
-    def __init__(self, config: DiffusionPriorConfig, embed_dim: int, tower: FrozenTower | None = None):
-        self.config, self.embed_dim, self.tower = config, embed_dim, tower
+    def __init__(
+        self,
+        config: DiffusionPriorConfig,
+        embed_dim: int,
+        tower: FrozenTower | None = None,
+        rows: Batch | None = None,
+    ):
+        self.config, self.embed_dim, self.tower, self.rows = config, embed_dim, tower, rows
 
     def model(self, seed: int) -> nn.Module:
-        sizes = self.tower and self.tower.sizes
-        return seeded(lambda: DiffusionPrior(self.config, self.embed_dim, sizes), seed, self.tower)
+        return seeded(self._begun, seed, self.tower)
+
+    def _begun(self) -> DiffusionPrior:
+        model = DiffusionPrior(self.config, self.embed_dim, self.tower and self.tower.sizes)
+        if model.line is not None and self.rows is not None and self.tower is not None:
+            self.tower.put_into(model)
+            said = model.line_inputs(self.rows["tokens"], self.rows["text_embedding"])
+            model.start_from(*ridge(said.detach(), self.rows["image_embedding"]))
+        return model
 
     def loss(self, model: DiffusionPrior, batch: Batch, draw: Draw) -> Losses:
         return diffusion_prior_loss(model, batch, draw)
@@ -80,4 +94,6 @@ class DiffusionPriorTask:
 
 def make(ctx: Context) -> DiffusionPriorTask:
     """Returns the task of a training stage, for the embeddings that it trains on."""
-    return DiffusionPriorTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]), frozen_tower(ctx))
+    rows = starting_rows(ctx, DiffusionPriorTask.columns) if ctx.recipe.model.ridge else None
+    dim = embedding_dim(ctx.store, ctx.inputs["embeddings"])
+    return DiffusionPriorTask(ctx.recipe.model, dim, frozen_tower(ctx), rows)

@@ -22,9 +22,9 @@ PRIOR = DiffusionPriorRecipe(
 IMAGES = DecoderRecipe(samples=64, batch=16, lanes=8, model=DECODER)
 
 
-def muon(parameters: list[nn.Parameter], dtype: torch.dtype = torch.float32) -> Muon:
+def muon(parameters: list[nn.Parameter], dtype: torch.dtype = torch.float32, blocks: int = 1) -> Muon:
     group = {"params": [nn.Parameter(torch.zeros(1))], "weight_decay": 0.0}
-    optimizer = Muon([group], parameters, 0.1, dtype, lr=0.01, fused=True)
+    optimizer = Muon([group], [(p, blocks) for p in parameters], 0.1, dtype, lr=0.01, fused=True)
     optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
     return optimizer
 
@@ -77,6 +77,23 @@ def test_a_kernel_moves_as_a_matrix_however_it_lies_in_memory() -> None:
     assert torch.equal(last, plain)
 
 
+def test_queries_keys_and_values_move_as_matrices_of_their_own() -> None:
+    """Where values have a hundred times the gradient of queries, both move as they would alone."""
+    g = torch.Generator().manual_seed(5)
+    start, gradient = torch.randn(24, 8, generator=g), torch.randn(24, 8, generator=g)
+    gradient[16:] *= 100
+    whole, parts = nn.Parameter(start.clone()), [nn.Parameter(part.clone()) for part in start.chunk(3)]
+    step(muon([whole], blocks=3), [whole], [gradient])
+    step(muon(parts), parts, list(gradient.chunk(3)))
+    torch.testing.assert_close(whole, torch.cat(parts))
+    state = state_of("diffusion_prior")
+    matrices = [name for name, _ in state.model.named_parameters() if "qkv.weight" in name]
+    optimizer = state.optimizer
+    assert isinstance(optimizer, Muon)
+    assert sorted(set(optimizer.matrices.values())) == [1, 3]
+    assert list(optimizer.matrices.values()).count(3) == len(matrices)
+
+
 def state_of(kind: str) -> TrainState:
     if kind == "decoder":
         return begin(DecoderTask(DECODER, 4), replace(IMAGES, optimizer="muon"), ProcessGroup())
@@ -114,7 +131,7 @@ def test_it_takes_the_matrices_of_hidden_layers_alone(kind: str) -> None:
     assert isinstance(state.optimizer, Muon)
     matrices = {name: id(p) for name, p in state.model.named_parameters() if p.ndim > 1}
     assert {name for name, matrix in matrices.items() if matrix not in state.optimizer.matrices} == OUTER[kind]
-    assert state.optimizer.matrices <= set(matrices.values())
+    assert state.optimizer.matrices.keys() <= set(matrices.values())
     every = [id(p) for group in state.optimizer.param_groups for p in group["params"]]
     assert len(every) == len(set(every)) == sum(p.requires_grad for p in state.model.parameters())
 

@@ -271,12 +271,16 @@ class Drawing:
 
 
 def captions(drawing: Drawing) -> tuple[str, ...]:
-    """Returns the captions of a drawing, the whole one first."""
+    """Returns the captions of a drawing, the whole one first and again, often in other words, last.
+
+    Where one caption of four names colours, CLIP's embeddings lose them; where more than every second does, shapes.
+    """
     words = {}
     for part, name in drawing.parts.items():
         words[part], words[f"{part}2"] = PARTS[drawing.style][part][name][1:]
     said = []
-    for number, phrasings in enumerate(CAPTIONS[drawing.style]):
+    groups = CAPTIONS[drawing.style]
+    for number, phrasings in enumerate((*groups, groups[0])):
         at = hash_fraction("caption", str(number), drawing.style, *drawing.values)
         said.append(re.sub(r"\ba (?=[aeiou])", "an ", phrasings[int(at * len(phrasings))].format(**words)))
     return tuple(said)

@@ -71,7 +71,7 @@ def test_what_is_forgotten_goes_by_any_spelling_of_its_url(tmp_path: Path, store
 def test_what_is_forgotten_stays_so_in_lists_to_come(tmp_path: Path, store: Store) -> None:
     journal = ListJournal(forgotten=frozenset({reference_mark("http://h/b2.png")}))
     first = scan(_recipe(tmp_path, "a"), store, write=True, journal=journal)
-    assert first == scan(_recipe(tmp_path, "a"), store, write=True)
+    assert first.shards == scan(_recipe(tmp_path, "a"), store, write=True).shards
     grown = scan(_recipe(tmp_path, "a", "b"), store, write=True, journal=journal)
     assert grown.shards[: len(first.shards)] == first.shards
     assert sum(shard.ledger.rejected.get("forgotten", 0) for shard in grown.shards) == 1
