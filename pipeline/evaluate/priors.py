@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
 from models.cascade import UnCLIP
@@ -17,9 +15,10 @@ from pipeline.evaluate.condition import CAPTION
 from pipeline.evaluate.figure import NAMES, Figure
 from pipeline.evaluate.metrics import cosine, paired, ranks
 from pipeline.evaluate.rows import Rows, Tick
+from pipeline.training.task import Batch
+from pipeline.training.tasks.starts import ridge
 
 FIRST = 10  # places among which the right image is looked for; of fewer than 100 rows a tenth of them
-PENALTIES = np.logspace(-2, 2, 9)  # of which the ridge takes the one that leaves the least error on rows left out
 SEQUENCES = 256  # sampled at once
 
 
@@ -44,27 +43,27 @@ def sample_embeddings(unclip: UnCLIP, prior: str, rows: Rows, count: int, seed: 
     return torch.cat(parts).unflatten(0, (count, len(rows)))
 
 
-def baselines(text: Tensor, training: tuple[Tensor, Tensor]) -> dict[str, tuple[str, Tensor]]:
+def baselines(text: Tensor, training: Batch) -> dict[str, tuple[str, Tensor]]:
     """Returns what can be said of the image embeddings of captions without a trained model.
 
     Args:
         text: Embeddings of the captions, [n, d].
-        training: Text and image embeddings of training rows, [m, d] each.
+        training: "text_embedding" and "image_embedding" of training rows, [m, d] each.
 
     Returns:
         By name, what the baseline is called, and its embeddings [n, d].
     """
-    texts, images = (x.double().cpu() for x in training)
-    text = text.double().cpu()
-    line = RidgeCV(alphas=PENALTIES).fit(texts.numpy(), images.numpy())
+    names = ("text_embedding", "image_embedding")
+    text, texts, images = (F.normalize(x.double().cpu(), dim=1) for x in (text, *(training[name] for name in names)))
+    line = ridge(texts, images)
     return {
         "text": ("the caption's own embedding", text),
         "shift": ("its shift by the mean gap", text + images.mean(0) - texts.mean(0)),
-        "ridge": ("one ridge solve", torch.from_numpy(line.predict(text.numpy()))),
+        "ridge": ("one ridge solve", line.image_mean + (text - line.mean) @ line.weight.T),
     }
 
 
-def prior_figures(model: str, samples: Tensor, rows: Rows, training: tuple[Tensor, Tensor], seed: int) -> list[Figure]:
+def prior_figures(model: str, samples: Tensor, rows: Rows, training: Batch, seed: int) -> list[Figure]:
     """Returns two lines on ``samples`` [k, n, d] of a prior: is their mean nearer to the right image than baselines?
 
     How often the right image embedding is among the first of all ``rows``, and the cosine to it. The values, which are

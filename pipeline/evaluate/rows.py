@@ -21,7 +21,6 @@ from pipeline.training.feed.views import Views
 from pipeline.training.task import Batch
 
 COLUMNS = ("image", "tokens", "image_embedding", "text_embedding")
-TRAINING_ROWS = 16_384  # at most, for baselines without weights
 Tick = Callable[[str], None]  # tells the progress
 
 
@@ -85,12 +84,6 @@ def held_out(store: Store, inputs: Mapping[str, Artifact], rows: int, side: int 
 def training_rows(store: Store, inputs: Mapping[str, Artifact], rows: int) -> Rows:
     """Returns the first ``rows`` training rows, two or more, without images."""
     return _join(store, inputs, "train", Tables(store, inputs, COLUMNS, "train", 0).first(rows), 0)
-
-
-def training_embeddings(store: Store, inputs: Mapping[str, Artifact]) -> tuple[Tensor, Tensor]:
-    """Returns the text and image embeddings of training rows, of TRAINING_ROWS at most: fp32 [n, d] each."""
-    rows = Tables(store, inputs, COLUMNS, "train", 0).first(TRAINING_ROWS)
-    return _unit(rows, "text_embedding"), _unit(rows, "image_embedding")
 
 
 def _unit(rows: list[JoinedRow], name: str) -> Tensor:

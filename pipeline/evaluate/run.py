@@ -10,7 +10,7 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate import condition, parts, priors, upsamplers
 from pipeline.evaluate.figure import NAMES, Figure, count, without_values
 from pipeline.evaluate.images import beside, draw_images, judged, load_judge
-from pipeline.evaluate.rows import Rows, Tick, held_out, training_embeddings, training_rows
+from pipeline.evaluate.rows import Rows, Tick, held_out, training_rows
 from pipeline.evaluate.stage import VERSION, EvaluationRecipe
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import flatten
@@ -34,10 +34,11 @@ from pipeline.held_out import HELD_OUT_SPLITS, too_few
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 from pipeline.sampling.drawing import drawing_device, read_bundle
-from pipeline.store import Store
 from pipeline.store.records import digest, materialise, put_blob
 from pipeline.training.between_steps import preview_png
 from pipeline.training.device import OutOfMemory, memory_for
+from pipeline.training.task import Batch
+from pipeline.training.tasks.starts import starting_rows
 
 SHOWN = 8  # captions in the image of the report
 STRIP = "held-out.png"
@@ -54,7 +55,7 @@ def evaluate(ctx: Context) -> Artifact:
     with tempfile.TemporaryDirectory() as folder:
         materialise(ctx.store, ctx.inputs["bundle"].blobs, folder)
         unclip = read_bundle(folder, device)
-    evaluation = Evaluation(ctx.store, ctx.inputs, unclip, ctx.recipe, device, judge)
+    evaluation = Evaluation(ctx, unclip, device, judge)
     found: list[Figure] = []
     steps = evaluation.steps()
     with torch.no_grad(), Progress("evaluation", len(steps), "parts") as progress:
@@ -97,10 +98,8 @@ class Evaluation:
         few: How many rows there are where they are too few, by what for.
     """
 
-    store: Store
-    inputs: Mapping[str, Artifact]
+    ctx: Context
     unclip: UnCLIP
-    recipe: EvaluationRecipe
     device: torch.device
     judge: Clip | None = None
     strip: Tensor | None = None
@@ -115,6 +114,10 @@ class Evaluation:
         return chosen | {n: partial(self.upsampler, n) for n in UPSAMPLERS if getattr(self.unclip, n) is not None}
 
     @property
+    def recipe(self) -> EvaluationRecipe:
+        return self.ctx.recipe
+
+    @property
     def priors(self) -> dict[str, str]:
         """Returns the priors that the bundle has: stage by the name that sampling goes by."""
         return {name: stage for name, stage in PRIORS.items() if getattr(self.unclip, stage) is not None}
@@ -125,11 +128,11 @@ class Evaluation:
         return self._held_out("priors", self.recipe.rows, 0)
 
     @cached_property
-    def training(self) -> tuple[Tensor, Tensor]:
-        return training_embeddings(self.store, self.inputs)
+    def training(self) -> Batch:
+        return starting_rows(self.ctx, ("text_embedding", "image_embedding"))
 
     def _held_out(self, what: str, rows: int, side: int) -> Rows | str:
-        found = held_out(self.store, self.inputs, rows, side)
+        found = held_out(self.ctx.store, self.ctx.inputs, rows, side)
         if isinstance(found, int):
             self.keys[what] = {"split": None, "keys": []}
             self.few[what] = found
@@ -149,7 +152,7 @@ class Evaluation:
         truths = parts.truths(rows.urls)
         drawn = self._drawn(rows if any(truths) or self.judge else rows.first(SHOWN), tick)
         if any(truths):
-            trained = training_rows(self.store, self.inputs, len(rows)).to(self.device)
+            trained = training_rows(self.ctx.store, self.ctx.inputs, len(rows)).to(self.device)
             known = parts.shown(self._drawn(trained, tick), parts.truths(trained.urls), tick)
             figures += parts.part_figures(parts.shown(drawn, truths, tick), known, rows, self.recipe.seed)
         elif self.judge:

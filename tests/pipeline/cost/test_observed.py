@@ -99,7 +99,7 @@ def test_an_evaluation_tells_of_the_rows_that_there_were(store: Store) -> None:
     publish(store, "pairs", {})
     publish(store, "evaluation", {})
     (one,) = observe(store, "nano", GRAPH, 0.1)["evaluation"]
-    assert one.passes["upsampler_1024"] == 10 * 8 * 4  # rows, samples, steps
+    assert one.passes["upsampler_1024"] == 10 * 4 * 4  # rows, samples, steps
     assert "evaluation" not in observe(store, "nano", GRAPH, 0.07)  # of 7 rows there are no figures
 
 

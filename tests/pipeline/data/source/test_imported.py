@@ -14,7 +14,6 @@ from pipeline.data.source.forget import Request, find
 from pipeline.data.source.journal import ListJournal
 from pipeline.data.source.stage import SourceRecipe, read_rows, scan, split_by_hash
 from pipeline.errors import CorruptObject, UserError
-from pipeline.evaluate.rows import training_embeddings
 from pipeline.training.feed.tables import Tables, embedding_dim
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
 
@@ -144,7 +143,6 @@ def test_beside_pictures_only_these_teach_what_needs_them(made: Made, tmp_path: 
     everything = Tables(both.store, inputs, ("tokens", "image_embedding"), "train", min_side=0)
     assert sum(with_pictures.counts) == 4 < sum(everything.counts)
     assert all(row.place for row in with_pictures.first(100))
-    assert {len(x) for x in training_embeddings(both.store, inputs)} == {sum(everything.counts)}
 
 
 def test_one_list_may_hold_both(made: Made, tmp_path: Path) -> None:
