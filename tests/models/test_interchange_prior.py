@@ -153,7 +153,7 @@ def exported(prior: DiffusionPrior, folder: Path, x: Tensor, *text: Tensor) -> T
     (conversion, "prior.config.text_context, 0))", "0, prior.config.text_context))"),
     (DiffusionPrior, "+ self.position[0]", ""),
     (DiffusionPrior, "+ self.position[-ASKED:]", ""),
-    (DiffusionPrior, "return self.out(out", "return self.out(1 + out"),
+    (DiffusionPrior, "added = self.out(out", "added = self.out(1 + out"),
     (Block, "causal=masked", "causal=False"),
 )
 def test_our_prior_opens_in_diffusers(tmp_path: Path) -> None:
