@@ -1,4 +1,4 @@
-"""HeldOutRows that are made up, for figures whose right answer is known."""
+"""Held-out rows that are made up, for figures whose right answer is known."""
 
 import torch
 from torch import Tensor

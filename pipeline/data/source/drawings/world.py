@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -271,19 +272,21 @@ class Drawing:
 
 
 def captions(drawing: Drawing) -> tuple[str, ...]:
-    """Returns the captions of a drawing, the whole one first and again, often in other words, last.
+    """Returns the captions of a drawing, the whole one first, and again, in another order, last.
 
     Where one caption of four names colours, CLIP's embeddings lose them; where more than every second does, shapes.
     """
     words = {}
     for part, name in drawing.parts.items():
         words[part], words[f"{part}2"] = PARTS[drawing.style][part][name][1:]
-    said = []
+
+    def pick(number: int, phrasings: Sequence[str]) -> str:
+        return phrasings[int(hash_fraction("caption", str(number), drawing.style, *drawing.values) * len(phrasings))]
+
     groups = CAPTIONS[drawing.style]
-    for number, phrasings in enumerate((*groups, groups[0])):
-        at = hash_fraction("caption", str(number), drawing.style, *drawing.values)
-        said.append(re.sub(r"\ba (?=[aeiou])", "an ", phrasings[int(at * len(phrasings))].format(**words)))
-    return tuple(said)
+    said = [pick(number, phrasings) for number, phrasings in enumerate(groups)]
+    said.append(pick(len(groups), [phrasing for phrasing in groups[0] if phrasing != said[0]]))
+    return tuple(re.sub(r"\ba (?=[aeiou])", "an ", phrasing.format(**words)) for phrasing in said)
 
 
 def hash_fraction(*what: str) -> float:
