@@ -48,7 +48,6 @@ LENGTH = 4  # a training from random weights is this many times as long
 RATE = 10.0  # and its learning rate this many times as high
 WARMUP = 100  # steps: the optimiser knows nothing of the weights that it is given
 SHORTEST = 10  # batches; and the warmup is at most such a part of the training
-EARLY = 4  # and the checkpoint that the evaluation compares with comes after such a part
 
 TEMPLATE = """\
 # yaml-language-server: $schema={schema}
@@ -171,11 +170,8 @@ def _fine_tuning(bundle: Path, preset: str) -> dict[str, dict[str, Any]]:
             "output folder"
         )
     recipes = preset_config(preset)
-    values: dict[str, dict[str, Any]] = {"clip": {"weights": f"local-dir:{bundle / 'clip'}"}}
-    values |= {name: _values(bundle / name, getattr(recipes, name)) for name in found}
-    batch = recipes.decoder.batch
-    values["evaluation"] = {"early": max(1, values["decoder"]["samples"] // batch // EARLY) * batch}
-    return values
+    tuned = {name: _values(bundle / name, getattr(recipes, name)) for name in found}
+    return {"clip": {"weights": f"local-dir:{bundle / 'clip'}"}, **tuned}
 
 
 def _values(folder: Path, recipe: Any) -> dict[str, Any]:
