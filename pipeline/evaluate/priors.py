@@ -14,7 +14,7 @@ from models.sampling_config import PRIORS
 from pipeline.evaluate.condition import CAPTION
 from pipeline.evaluate.figure import NAMES, Figure
 from pipeline.evaluate.metrics import cosine, paired, ranks
-from pipeline.evaluate.rows import Rows, Tick
+from pipeline.evaluate.rows import SplitRows, Tick
 from pipeline.training.task import Batch
 from pipeline.training.tasks.starts import ridge
 
@@ -23,11 +23,11 @@ SEQUENCES = 256  # sampled at once
 
 
 def first_places(rows: int) -> int:
-    """Returns how many places count as found among so many rows."""
+    """Returns how many places count as found, of this number of rows."""
     return min(FIRST, max(1, rows // FIRST))
 
 
-def sample_embeddings(unclip: UnCLIP, prior: str, rows: Rows, count: int, seed: int, tick: Tick) -> Tensor:
+def sample_embeddings(unclip: UnCLIP, prior: str, rows: SplitRows, count: int, seed: int, tick: Tick) -> Tensor:
     """Returns ``count`` image embeddings a row, [count, n, d] of unit norm, each from a seed of its own.
 
     As the bundle samples, but without keeping the best. ``prior`` is "ar" or "diffusion".
@@ -63,7 +63,12 @@ def baselines(text: Tensor, training: Batch) -> dict[str, tuple[str, Tensor]]:
     }
 
 
-def prior_figures(model: str, samples: Tensor, rows: Rows, training: Batch, seed: int) -> list[Figure]:
+def nearer(model: str) -> str:
+    """Returns what is claimed of a prior's embeddings."""
+    return f"{NAMES[model]} comes nearer to the right image's embedding than baselines without weights"
+
+
+def prior_figures(model: str, samples: Tensor, rows: SplitRows, training: Batch, seed: int) -> list[Figure]:
     """Returns two lines on ``samples`` [k, n, d] of a prior: is their mean nearer to the right image than baselines?
 
     How often the right image embedding is among the first of all ``rows``, and the cosine to it. The values, which are
@@ -72,8 +77,9 @@ def prior_figures(model: str, samples: Tensor, rows: Rows, training: Batch, seed
     mean = F.normalize(samples.double().mean(0).cpu(), dim=1)
     image = rows.batch["image_embedding"].double().cpu()
     first, who = first_places(len(rows)), NAMES[model]
-    by_rank = f"{who} finds the right image among the first {first} of {len(rows):,} more often than without weights"
-    by_cosine = f"{who} comes nearer to the right image's embedding than one does without weights"
+    among = f"among the first {first} of {len(rows):,}"
+    by_rank = f"{who} finds the right image {among} more often than baselines without weights"
+    by_cosine = nearer(model)
     known = baselines(rows.batch["text_embedding"], training)
     figures = []
     for line, short in ((by_rank, "found"), (by_cosine, "cosine")):
