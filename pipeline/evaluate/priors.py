@@ -72,8 +72,9 @@ def prior_figures(model: str, samples: Tensor, rows: HeldOutRows, training: Batc
     mean = F.normalize(samples.double().mean(0).cpu(), dim=1)
     image = rows.batch["image_embedding"].double().cpu()
     first, who = first_places(len(rows)), NAMES[model]
-    by_rank = f"{who} finds the right image among the first {first} of {len(rows):,} more often than without weights"
-    by_cosine = f"{who} comes nearer to the right image's embedding than one does without weights"
+    among = f"among the first {first} of {len(rows):,}"
+    by_rank = f"{who} finds the right image {among} more often than baselines without weights"
+    by_cosine = nearer(model)
     known = baselines(rows.batch["text_embedding"], training)
     figures = []
     for line, short in ((by_rank, "found"), (by_cosine, "cosine")):

@@ -23,7 +23,7 @@ from models.clip import Clip
 from models.sampling_config import BASE, PRIORS, UPSAMPLERS
 from pipeline.errors import UserError
 from pipeline.evaluate import condition, parts, priors, upsamplers
-from pipeline.evaluate.figure import NAMES, Figure, count, without_values
+from pipeline.evaluate.figure import Figure, count, without_values
 from pipeline.evaluate.images import beside, draw_images, judged, load_judge
 from pipeline.evaluate.rows import HeldOutRows, Tick, held_out, training_rows
 from pipeline.evaluate.stage import VERSION, EvaluationRecipe
@@ -94,8 +94,8 @@ class Evaluation:
         judge: A second CLIP that looks at the drawn images.
         strip: The image of the report, uint8 [3, h, w], if there is one: real images above those drawn for them.
         shown: Caption of each of its columns, and license of the real image; the models that drew the rows below.
-        keys: Of all rows that were measured, by what for, with their split.
-        few: How many rows there are where they are too few, by what for.
+        keys: Keys of all rows that were measured, with their split, by what they are for.
+        few: Number of rows where they are too few, by what they are for.
     """
 
     ctx: Context
@@ -173,8 +173,10 @@ class Evaluation:
         """Returns whether one prior comes nearer to images than baselines without weights, and uses its caption."""
         stage, rows, recipe = PRIORS[prior], self.rows, self.recipe
         if isinstance(rows, str):
-            line = f"{NAMES[stage]} comes nearer to images than one does without weights"
-            return [_absent(line, stage, "found", rows), _absent(condition.LINE, stage, "condition", rows)]
+            return [
+                _absent(priors.nearer(stage), stage, "found", rows),
+                _absent(condition.LINE, stage, "condition", rows),
+            ]
         samples = priors.sample_embeddings(self.unclip, prior, rows, recipe.samples, recipe.seed, tick)
         return [
             *priors.prior_figures(stage, samples, rows, self.training, recipe.seed),
