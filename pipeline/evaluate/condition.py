@@ -18,7 +18,7 @@ from models.draw import Draw, derive_seed
 from models.upsampler import Upsampler, training_low, upsampler_loss
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.metrics import paired
-from pipeline.evaluate.rows import HeldOutRows
+from pipeline.evaluate.rows import SplitRows
 from pipeline.training.task import Batch
 
 LINE = "Every model uses its condition: with another row's, its loss is higher"
@@ -68,7 +68,7 @@ def losses(
     return Losses(totals[0], totals[1])
 
 
-def condition_figure(model: str, condition: str, rows: HeldOutRows, found: Losses, seed: int) -> Figure:
+def condition_figure(model: str, condition: str, rows: SplitRows, found: Losses, seed: int) -> Figure:
     """Returns whether the loss with another row's condition is above that with the own one.
 
     Its values are not kept: losses of two bundles may be of different things, such as codes of two codecs.
@@ -78,7 +78,7 @@ def condition_figure(model: str, condition: str, rows: HeldOutRows, found: Losse
     return replace(figure, values=None, groups=None)
 
 
-def prior_condition(unclip: UnCLIP, model: str, rows: HeldOutRows, seed: int) -> Figure:
+def prior_condition(unclip: UnCLIP, model: str, rows: SplitRows, seed: int) -> Figure:
     """Returns whether a prior, "ar_prior" or "diffusion_prior", reads its caption.
 
     The AR prior's loss is in nats a code, and its dot-product token that of the row itself also beside another row's
@@ -109,7 +109,7 @@ def _nats(model: ARPrior, batch: Batch, draw: Draw) -> Tensor:
     return -log_likelihood(model, *arguments).double().mean(1)
 
 
-def decoder_condition(unclip: UnCLIP, rows: HeldOutRows, seed: int) -> Figure:
+def decoder_condition(unclip: UnCLIP, rows: SplitRows, seed: int) -> Figure:
     """Returns whether the decoder reads its condition, embedding and caption together."""
     conditions = ("image_embedding", "tokens")
 
@@ -120,7 +120,7 @@ def decoder_condition(unclip: UnCLIP, rows: HeldOutRows, seed: int) -> Figure:
     return condition_figure("decoder", "embedding and caption", rows, found, seed)
 
 
-def upsampler_condition(name: str, model: Upsampler, rows: HeldOutRows, seed: int) -> Figure:
+def upsampler_condition(name: str, model: Upsampler, rows: SplitRows, seed: int) -> Figure:
     """Returns whether an upsampler reads its small image, on crops as in training."""
 
     def with_low(batch: Batch, draw: Draw) -> Batch:

@@ -17,12 +17,12 @@ from pipeline.errors import UserError
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.metrics import paired, ranks
 from pipeline.evaluate.priors import first_places
-from pipeline.evaluate.rows import HeldOutRows, Tick
+from pipeline.evaluate.rows import SplitRows, Tick
 
 BATCH = 16  # images that are drawn or looked at at once
 
 
-def draw_images(unclip: UnCLIP, rows: HeldOutRows, prior: str | None, seed: int, tick: Tick) -> Tensor:
+def draw_images(unclip: UnCLIP, rows: SplitRows, prior: str | None, seed: int, tick: Tick) -> Tensor:
     """Draws an image of 64 px a row, uint8 [n, 64, 64, 3], as the bundle samples.
 
     It is drawn from the caption alone through ``prior``, "ar" or "diffusion", or, for None, from the caption and the
@@ -62,7 +62,7 @@ def load_judge(weights: str | None, device: torch.device) -> Clip | None:
     return clip.to(device)
 
 
-def judged(judge: Clip, drawn: Mapping[str, Tensor], rows: HeldOutRows, seed: int) -> list[Figure]:
+def judged(judge: Clip, drawn: Mapping[str, Tensor], rows: SplitRows, seed: int) -> list[Figure]:
     """Returns a line on images uint8 [n, s, s, 3] of ``rows``, by model: does the judge find their captions?
 
     It is how often the own caption is among the first of all captions, by the judge's cosine. The baseline is the share

@@ -14,7 +14,7 @@ from models.sampling_config import BASE
 from pipeline.data.source.drawings.world import PARTS, Drawing, draw, drawing_of
 from pipeline.evaluate.figure import NAMES, Figure
 from pipeline.evaluate.metrics import paired
-from pipeline.evaluate.rows import HeldOutRows, Tick
+from pipeline.evaluate.rows import SplitRows, Tick
 from pipeline.held_out import FEWEST
 from pipeline.progress import counted
 
@@ -54,7 +54,7 @@ class Shown(NamedTuple):
 Found = dict[tuple[str, str], list[Shown]]  # by model and part
 
 
-def shown_values(images: Mapping[str, Tensor], drawings: Sequence[Drawing | None], tick: Tick) -> Found:
+def read_parts(images: Mapping[str, Tensor], drawings: Sequence[Drawing | None], tick: Tick) -> Found:
     """Returns what images show, by model and part: of the drawings that differ in that part alone, the nearest.
 
     Args:
@@ -98,7 +98,7 @@ def right(found: Sequence[Shown]) -> tuple[Tensor, Tensor]:
     return hits, torch.stack(chance)
 
 
-def part_figures(found: Found, trained: Found, rows: HeldOutRows, seed: int) -> list[Figure]:
+def part_figures(found: Found, trained: Found, rows: SplitRows, seed: int) -> list[Figure]:
     """Returns a line for each model and group of parts: images of ``rows`` show what their captions say.
 
     A figure is the share of images that are nearest to their truth, among drawings that differ from it in one part. It

@@ -14,7 +14,7 @@ from models.sampling_config import PRIORS
 from pipeline.evaluate.condition import CAPTION
 from pipeline.evaluate.figure import NAMES, Figure
 from pipeline.evaluate.metrics import cosine, paired, ranks
-from pipeline.evaluate.rows import HeldOutRows, Tick
+from pipeline.evaluate.rows import SplitRows, Tick
 from pipeline.training.task import Batch
 from pipeline.training.tasks.starts import ridge
 
@@ -23,11 +23,11 @@ SEQUENCES = 256  # sampled at once
 
 
 def first_places(rows: int) -> int:
-    """Returns the number of nearest rows among which an image counts as found."""
+    """Returns how many places count as found, of this number of rows."""
     return min(FIRST, max(1, rows // FIRST))
 
 
-def sample_embeddings(unclip: UnCLIP, prior: str, rows: HeldOutRows, count: int, seed: int, tick: Tick) -> Tensor:
+def sample_embeddings(unclip: UnCLIP, prior: str, rows: SplitRows, count: int, seed: int, tick: Tick) -> Tensor:
     """Returns ``count`` image embeddings a row, [count, n, d] of unit norm, each from a seed of its own.
 
     As the bundle samples, but without keeping the best. ``prior`` is "ar" or "diffusion".
@@ -63,7 +63,12 @@ def baselines(text: Tensor, training: Batch) -> dict[str, tuple[str, Tensor]]:
     }
 
 
-def prior_figures(model: str, samples: Tensor, rows: HeldOutRows, training: Batch, seed: int) -> list[Figure]:
+def nearer(model: str) -> str:
+    """Returns what is claimed of a prior's embeddings."""
+    return f"{NAMES[model]} comes nearer to the right image's embedding than baselines without weights"
+
+
+def prior_figures(model: str, samples: Tensor, rows: SplitRows, training: Batch, seed: int) -> list[Figure]:
     """Returns two lines on ``samples`` [k, n, d] of a prior: is their mean nearer to the right image than baselines?
 
     How often the right image embedding is among the first of all ``rows``, and the cosine to it. The values, which are

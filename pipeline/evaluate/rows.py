@@ -25,7 +25,7 @@ Tick = Callable[[str], None]  # tells the progress
 
 
 @dataclass(frozen=True)
-class HeldOutRows:
+class SplitRows:
     """Holds rows of one split.
 
     Attributes:
@@ -53,20 +53,20 @@ class HeldOutRows:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def to(self, device: torch.device) -> HeldOutRows:
+    def to(self, device: torch.device) -> SplitRows:
         """Returns the same on a device."""
         batch = {name: column.to(device) for name, column in self.batch.items()}
         return replace(self, batch=batch, other=self.other.to(device))
 
-    def first(self, rows: int) -> HeldOutRows:
+    def first(self, rows: int) -> SplitRows:
         """Returns the first ``rows`` of them, two or more, with other rows among themselves."""
         batch = {name: column[:rows] for name, column in self.batch.items()}
         other = derangement(self.captions[:rows]).to(self.other.device)
         kept = {name: getattr(self, name)[:rows] for name in ("keys", "urls", "groups", "captions", "licenses")}
-        return HeldOutRows(self.split, batch=batch, other=other, **kept)
+        return SplitRows(self.split, batch=batch, other=other, **kept)
 
 
-def held_out(store: Store, inputs: Mapping[str, Artifact], rows: int, side: int = 0) -> HeldOutRows | int:
+def held_out(store: Store, inputs: Mapping[str, Artifact], rows: int, side: int = 0) -> SplitRows | int:
     """Returns the first ``rows`` test rows, or validation rows where there are fewer than FEWEST test rows.
 
     Where there are too few of both, it returns how many test rows there are. Rows with a short side below ``side`` are
@@ -81,7 +81,7 @@ def held_out(store: Store, inputs: Mapping[str, Artifact], rows: int, side: int 
     return there
 
 
-def training_rows(store: Store, inputs: Mapping[str, Artifact], rows: int) -> HeldOutRows:
+def training_rows(store: Store, inputs: Mapping[str, Artifact], rows: int) -> SplitRows:
     """Returns the first ``rows`` training rows, two or more, without images."""
     return _join(store, inputs, "train", Tables(store, inputs, COLUMNS, "train", 0).first(rows), 0)
 
@@ -102,7 +102,7 @@ def _listed(store: Store, source: Artifact, keys: list[str]) -> list[tuple[str, 
     return [(url, group or key) for key, (url, group) in zip(keys, listed, strict=True)]
 
 
-def _join(store: Store, inputs: Mapping[str, Artifact], split: str, rows: list[JoinedRow], side: int) -> HeldOutRows:
+def _join(store: Store, inputs: Mapping[str, Artifact], split: str, rows: list[JoinedRow], side: int) -> SplitRows:
     captions = [(row.captions or [""])[0] for row in rows]
     batch: Batch = {"tokens": tokenize(captions)}
     for name in ("image_embedding", "text_embedding"):
@@ -114,4 +114,4 @@ def _join(store: Store, inputs: Mapping[str, Artifact], split: str, rows: list[J
         batch["image"] = torch.from_numpy(np.stack(views))
     keys, licenses = [row.key for row in rows], [row.license for row in rows]
     urls, groups = map(list, zip(*_listed(store, inputs["source"], keys), strict=True))
-    return HeldOutRows(split, keys, urls, groups, captions, licenses, batch, derangement(captions))
+    return SplitRows(split, keys, urls, groups, captions, licenses, batch, derangement(captions))

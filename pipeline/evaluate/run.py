@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate import condition, parts, priors, upsamplers
 from pipeline.evaluate.figure import Figure, count, without_values
 from pipeline.evaluate.images import beside, draw_images, judged, load_judge
-from pipeline.evaluate.rows import HeldOutRows, Tick, held_out, training_rows
+from pipeline.evaluate.rows import SplitRows, Tick, held_out, training_rows
 from pipeline.evaluate.stage import VERSION, EvaluationRecipe
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import flatten
@@ -123,15 +123,15 @@ class Evaluation:
         return {name: stage for name, stage in PRIORS.items() if getattr(self.unclip, stage) is not None}
 
     @cached_property
-    def rows(self) -> HeldOutRows | str:
-        """HeldOutRows without images, for the priors, or why there are none."""
+    def rows(self) -> SplitRows | str:
+        """Returns rows without images, for the priors, or why there are none."""
         return self._held_out("priors", self.recipe.rows, 0)
 
     @cached_property
     def training(self) -> Batch:
         return starting_rows(self.ctx, ("text_embedding", "image_embedding"))
 
-    def _held_out(self, what: str, rows: int, side: int) -> HeldOutRows | str:
+    def _held_out(self, what: str, rows: int, side: int) -> SplitRows | str:
         found = held_out(self.ctx.store, self.ctx.inputs, rows, side)
         if isinstance(found, int):
             self.keys[what] = {"split": None, "keys": []}
@@ -153,8 +153,8 @@ class Evaluation:
         drawn = self._drawn(rows if any(truths) or self.judge else rows.first(SHOWN), tick)
         if any(truths):
             trained = training_rows(self.ctx.store, self.ctx.inputs, len(rows)).to(self.device)
-            known = parts.shown_values(self._drawn(trained, tick), parts.truths(trained.urls), tick)
-            figures += parts.part_figures(parts.shown_values(drawn, truths, tick), known, rows, self.recipe.seed)
+            known = parts.read_parts(self._drawn(trained, tick), parts.truths(trained.urls), tick)
+            figures += parts.part_figures(parts.read_parts(drawn, truths, tick), known, rows, self.recipe.seed)
         elif self.judge:
             figures += judged(self.judge, drawn, rows, self.recipe.seed)
         real = rows.batch["image"].permute(0, 2, 3, 1).cpu()
@@ -164,7 +164,7 @@ class Evaluation:
         }  # fmt: skip
         return figures
 
-    def _drawn(self, rows: HeldOutRows, tick: Tick) -> dict[str, Tensor]:
+    def _drawn(self, rows: SplitRows, tick: Tick) -> dict[str, Tensor]:
         """Returns an image a row by each prior, and by the decoder from the images' own embeddings."""
         asked = {**{stage: name for name, stage in self.priors.items()}, "decoder": None}
         return {model: draw_images(self.unclip, rows, prior, self.recipe.seed, tick) for model, prior in asked.items()}

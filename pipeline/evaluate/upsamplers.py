@@ -17,7 +17,7 @@ from models.upsampler import Upsampler, sampling_low, upsampler_denoise
 from pipeline.evaluate.figure import NAMES, Figure
 from pipeline.evaluate.images import BATCH
 from pipeline.evaluate.metrics import paired
-from pipeline.evaluate.rows import HeldOutRows, Tick
+from pipeline.evaluate.rows import SplitRows, Tick
 
 RANGE = 2.0  # of pixels, from -1 to 1
 MOST_DB = 100.0
@@ -85,7 +85,7 @@ def upsample(
 
 
 def upsampler_figure(
-    name: str, model: Upsampler, rows: HeldOutRows, sampling: SamplingConfig, count: int, seed: int, tick: Tick
+    name: str, model: Upsampler, rows: SplitRows, sampling: SamplingConfig, count: int, seed: int, tick: Tick
 ) -> Figure:
     """Returns whether the mean of ``count`` samples is nearer to the original than bicubic interpolation, by PSNR.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.data.source.drawings.world import PARTS, Drawing, draw, drawing_url
 from pipeline.evaluate import parts
 from pipeline.evaluate.figure import Figure, holds, lines
-from pipeline.evaluate.parts import GROUPS, part_figures, right, shown_values, truths
+from pipeline.evaluate.parts import GROUPS, part_figures, read_parts, right, truths
 from tests.pipeline.evaluate.made_up import normal, rows
 
 EACH = 10  # drawings of each style
@@ -35,7 +35,7 @@ def images(change: Callable[[int, Drawing], Drawing] = lambda _, drawing: drawin
 
 
 def measured(drawn: Tensor, drawings: list[Drawing | None] | None = None) -> list[Figure]:
-    found = shown_values({"decoder": drawn}, drawings or [*TRUTHS], lambda _: None)
+    found = read_parts({"decoder": drawn}, drawings or [*TRUTHS], lambda _: None)
     return part_figures(found, found, rows(len(drawn)), seed=0)
 
 
@@ -104,7 +104,7 @@ def test_above_chance_is_not_enough() -> None:
 def test_values_that_look_the_same_share_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "draw", lambda drawing, side: draw(drawing.replaced("moon", "one"), side))
     planet = next(truth for truth in TRUTHS if truth.style == "planets")
-    found = shown_values({"decoder": parts._drawn(planet)[None].to(torch.uint8)}, [planet], lambda _: None)
+    found = read_parts({"decoder": parts._drawn(planet)[None].to(torch.uint8)}, [planet], lambda _: None)
     hits, chance = right(found["decoder", "moon"])
     assert hits.tolist() == chance.tolist() == pytest.approx([1 / 3])
 

@@ -25,7 +25,7 @@ from models.sampling_config import SamplingConfig
 from models.upsampler import Upsampler
 from pipeline.data.source.drawings.world import Drawing
 from pipeline.evaluate.figure import as_text, lines
-from pipeline.evaluate.rows import HeldOutRows, held_out, training_rows
+from pipeline.evaluate.rows import SplitRows, held_out, training_rows
 from pipeline.evaluate.stage import EvaluationRecipe, run_evaluation
 from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact, write_shard_table
 from pipeline.graph.stages import Context, Stage, stage_key
@@ -176,7 +176,7 @@ def test_other_peoples_images_keep_the_claims_that_need_no_truth(tmp_path: Path)
 def test_without_enough_test_rows_it_takes_validation_rows(tmp_path: Path, more: tuple[int, ...]) -> None:
     world = make_world(tmp_path / "world", (5,) * 8 + more)
     found = held_out(world.store, world.inputs, 20)
-    assert isinstance(found, HeldOutRows)
+    assert isinstance(found, SplitRows)
     assert found.split == "validation"
     assert found.keys == [key for key, example in world.examples.items() if example.split == "validation"]
     assert found.captions == [world.examples[key].captions[0] for key in found.keys]
@@ -204,7 +204,7 @@ def test_of_too_few_rows_it_measures_nothing_and_says_so_once(tmp_path: Path) ->
 
 def test_held_out_rows_are_the_first_with_their_images(shared_world: World) -> None:
     found = held_out(shared_world.store, shared_world.inputs, 5, side=64)
-    assert isinstance(found, HeldOutRows)
+    assert isinstance(found, SplitRows)
     expected = [key for key, e in shared_world.examples.items() if e.split == "test"]
     assert found.keys == expected[:5]
     assert found.batch["image"].shape == (5, 3, 64, 64)
@@ -218,12 +218,12 @@ def test_groups_and_references_are_those_of_the_source_and_else_rows_are_by_them
     case = make_case(tmp_path, 4, 20, 72)
     inputs = case.context().inputs
     found = held_out(case.world.store, inputs, 10)
-    assert isinstance(found, HeldOutRows)
+    assert isinstance(found, SplitRows)
     assert found.groups == [f"concept {int(key[8:]) // 4}" for key in found.keys]
     assert found.urls == [f"http://example.test/{int(key[8:])}" for key in found.keys]
     assert found.first(3).groups == found.groups[:3]
     table, ledger = write_shard_table(case.world.store, [])
     lists_none = replace(inputs["source"], shard_table=table, ledger=ledger)
     alone = held_out(case.world.store, {**inputs, "source": lists_none}, 10)
-    assert isinstance(alone, HeldOutRows)
+    assert isinstance(alone, SplitRows)
     assert (alone.groups, alone.urls) == (alone.keys, [""] * 10)
