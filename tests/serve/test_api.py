@@ -365,6 +365,6 @@ def test_the_commands_of_the_page_run_as_they_stand(served: str, tmp_path: Path)
     ended = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     made = {file.name: Image.open(file).size for file in tmp_path.glob("*.png") if file.name != "mask.png"}
-    assert made == dict.fromkeys(("heart.png", "other.png", "edited.png", "turned.png"), (64, 64))
+    assert made == dict.fromkeys(("monster.png", "other.png", "edited.png", "turned.png"), (64, 64))
     assert ended.stdout.count("event: image_generation.partial_image") == 1
     assert ended.stdout.count("event: image_generation.completed") == 1

@@ -91,7 +91,7 @@ def test_another_model_is_a_guess_again() -> None:
 
 
 def test_an_evaluation_scales_with_the_passes_that_it_makes() -> None:
-    half = asked(load_config(ROOT / "configs/nano.yaml", ["evaluation.prior_samples=8"]))
+    half = asked(load_config(ROOT / "configs/nano.yaml", ["evaluation.samples=2"]))
     passes = {"decoder": 1000.0, "upsampler_256": 10.0}
     operations = sum(n * model_size(NANO, name).forward for name, n in passes.items())
     ask = measured(evaluation=Observation(320, 60.0, 60.0, 1, {}, passes))

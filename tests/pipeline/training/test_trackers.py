@@ -31,7 +31,7 @@ RECIPE = DiffusionPriorRecipe(samples=64, batch=16, lanes=8, model=MODEL, seed=3
 def context(world: World, output: Path, *trackers: str, recipe: Any = RECIPE, name: str = "diffusion_prior") -> Context:
     ctx = world.context(name, recipe)
     run = SimpleNamespace(ray=ctx.config.run.ray, output=str(output), trackers=trackers)
-    return replace(ctx, config=SimpleNamespace(run=run, evaluation=ctx.config.evaluation))
+    return replace(ctx, config=SimpleNamespace(run=run))
 
 
 def told(ctx: Context, *made: Artifact) -> None:
