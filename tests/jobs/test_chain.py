@@ -100,8 +100,8 @@ def test_a_small_set_of_ones_own_is_told_why_nothing_was_measured_and_what_to_do
     assert "and a figure needs 8; set source.validation to 0.2 or add pairs." in page
 
     output = done(here("run", config, "source.test=0.6"))
-    assert [line for line in "abcdef" if f"\n({line}) " in output] == list("acf")
-    assert "background" not in output.partition("Does it learn?")[2]
+    assert re.search(r"^Does it learn\? \d+ of \d+ claims hold on held-out rows", output, re.MULTILINE)
+    assert "that captions name" not in output  # nobody knows what images of one's own should look like
 
 
 def test_again_there_is_nothing_to_do_and_nothing_heavy_is_imported(chain: Chain) -> None:
