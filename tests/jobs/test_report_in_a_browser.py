@@ -96,8 +96,8 @@ def test_samples_stand_beside_their_64_px_beginnings(shown: Shown) -> None:
 def test_rows_are_shown_and_rejects_with_their_reasons(shown: Shown) -> None:
     kept, rejected = shown.page.locator("#data .thumbs").all()
     assert kept.locator("img").count() == 24
-    known = {row.captions[0] for row in drawing_rows("tiny")}
-    assert all(known & set(text.splitlines()) for text in kept.locator("figcaption").all_inner_texts())
+    known = {row.captions[0][:80] for row in drawing_rows("tiny")}
+    assert {text.strip()[:80] for text in kept.locator("figcaption").all_inner_texts()} <= known
     reasons = [text.split()[0] for text in rejected.locator("figcaption").all_inner_texts()]
     assert sorted(reasons) == ["bad_aspect", "caption_too_long", "no_caption", "too_small"]
     table = " ".join(shown.page.locator("#data table").all_text_contents())
