@@ -124,7 +124,7 @@ class ARPriorConfig:
             CLIP, whose text tower is ``frozen`` in it.
         smooth_buckets: For few rows: of how many smooth functions of its place a bucket's vectors and logit are made,
             so that each row teaches the neighbours of its buckets too; 0 gives every bucket its own.
-        text_coordinates: For few rows: whether each code's position gets the coordinate, along the component that the
+        text_coordinates: Input for few rows: each code's position gets the coordinate, along the component that the
             code is of, of the image embedding that a line makes of the text embedding. The line begins as a ridge
             regression.
         text_noise: For few rows, whose text embeddings fit their images better than others will: the most noise that a
@@ -182,7 +182,7 @@ class DiffusionPriorConfig:
             17.2 at 1,024 dimensions.
         text_encoder: What captions enter as: token vectors of its ``own``, or the token states of this run's CLIP,
             whose text tower is ``frozen`` in it.
-        ridge: For few rows: whether the network adds to a ridge regression of image embeddings on text embeddings and
+        ridge: Start for few rows: the network adds to a ridge regression of image embeddings on text embeddings and
             words, solved before the first step, and begins with adding nothing; with a ``frozen`` text encoder. A line
             generalises where a network memorises.
     """
@@ -226,7 +226,7 @@ class ClipConfig:
         text_layers: Of the text tower.
         text_heads: Of the text tower.
         text_context: BPE tokens, 3 to 77, with start and end.
-        temperature: Of the contrastive loss at the first step; it is learned, but hardly moves in a few hundred steps,
+        temperature: Initial temperature of the contrastive loss; it is learned, but hardly moves in some hundred steps,
             and a low one makes CLIP tell apart what is much alike.
         least_crop: Share of the side of the smallest random crop in training; 1 takes whole images.
     """

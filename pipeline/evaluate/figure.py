@@ -25,7 +25,7 @@ class Figure:
         line: Claim that the figure belongs to, a sentence; figures of one line are one line of the table.
         model: Model that is measured.
         name: Name of the figure, one of its model's.
-        says: What it is called within its line, such as "top" or "one ridge solve".
+        says: Name of the figure within its line, such as "top" or "one ridge solve".
         value: Mean over the rows.
         baseline: The same without the model, or without what it claims to use.
         interval: 95% interval of value - baseline.

@@ -39,8 +39,8 @@ class Shown(NamedTuple):
     """Holds which value of a part an image shows.
 
     Attributes:
-        row: Of the image.
-        style: Of the drawing; values are those of its part.
+        row: Place of the image's row.
+        style: Style of the drawing; values are those of its part.
         own: Place of the right value among all values.
         share: 1 at the value whose drawing is nearest to the image, equal shares where several are; fp64 [values].
     """
@@ -58,7 +58,7 @@ def read_parts(images: Mapping[str, Tensor], drawings: Sequence[Drawing | None],
     """Returns what images show, by model and part: of the drawings that differ in that part alone, the nearest.
 
     Args:
-        images: By model, uint8 [n, 64, 64, 3].
+        images: Images by model, uint8 [n, 64, 64, 3].
         drawings: Truth of each row, None where there is none.
         tick: Tells the progress.
     """

@@ -30,7 +30,7 @@ class SplitRows:
 
     Attributes:
         split: Their split.
-        keys: Of the rows.
+        keys: Keys of the rows.
         urls: References of the images, "" where the source has none.
         groups: Group of each row in the source, else the row's own key: rows of one are alike, so intervals are over
             groups.
