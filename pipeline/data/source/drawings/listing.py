@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 SUBSETS = {"nano": 320, "nano-more": 352, "tiny": 1500, "full": 6600}  # rows, each the beginning of the next
 LICENSE = "CC0-1.0"
 _STYLES = {"critters": 0.45, "sprouts": 0.8, "planets": 1.0}  # where shares end; those with more parts have more rows
-_LARGE = 0.075  # share of 1024 px
+_LARGE = 0.04  # share of 1024 px
 
 # The pairs of parts of which pairs of values are held out. All tests together are 6% of the rows, and validation 4%.
 _HELD_OUT = {

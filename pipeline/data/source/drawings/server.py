@@ -1,12 +1,14 @@
 """Serves drawings from this machine, drawn on demand, so that the quick start downloads images without a network.
 
-It runs in a process of its own: drawing would hold the interpreter lock of the job that downloads.
+It runs in processes of its own, one for each core: drawing would hold the interpreter lock of the job that downloads, and
+of the other drawings.
 """
 
 from __future__ import annotations
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from urllib.parse import urlsplit
 from pipeline.data.source.drawings.flaws import FLAWED, flawed_bytes
 from pipeline.data.source.drawings.world import draw_png, drawing_of, require_packages
 from pipeline.errors import UserError
+from pipeline.graph.resources import cores
 
 CACHED_IMAGES = 1024  # about 10 kB each at 256 px, 50 kB at 1024 px
 
@@ -53,7 +56,7 @@ def serving() -> Iterator[str]:
                 raise UserError(f"the server of drawings did not start; run python {' '.join(command[1:])} to see why")
             yield address
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 class _Server(ThreadingHTTPServer):
@@ -86,11 +89,16 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    """Serves on a free loopback port, says which on one line, and ends when stdin closes or the parent is gone."""
+    """Serves on a free loopback port, says which on one line; ends, as its forks do, when stdin closes or the parent dies."""
     parent = os.getppid()
     server = _Server(("127.0.0.1", 0), _Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"127.0.0.1:{server.server_port}", flush=True)
+    for _ in range(cores() - 1):
+        first = os.getpid()
+        if os.fork() == 0:  # it takes requests from the same socket
+            parent = first
+            break
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     # A fork of the parent may hold the other end of stdin open, so its process id is watched too.
     while os.getppid() == parent and not select.select([sys.stdin], [], [], 1.0)[0]:
         pass

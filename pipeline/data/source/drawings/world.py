@@ -25,7 +25,7 @@ from pipeline.errors import UserError, install
 if TYPE_CHECKING:
     from dicebear import Style
 
-VERSION = 1  # raise it when pixels, parts or captions change
+VERSION = 2  # raise it when pixels, parts or captions change
 HOST = "drawings.test"
 SIDES = (256, 1024)
 PACKAGES = {"dicebear": "dicebear-core", "dicebear_styles": "dicebear-styles", "resvg_py": "resvg-py"}

@@ -121,7 +121,7 @@ def test_one_that_takes_more_processor_time_than_its_pixels_may_is_not_tried_aga
         ):
             work = Decoding(SHORT)
             assert ask(with_word("SPIN"), work=work) == "decode_timeout"
-            assert 0.2 < work.seconds < 5
+            assert 0.15 < work.seconds < 5  # the kernel ends it at a tick near 0.2
             work = Decoding(SHORT)
             assert not isinstance(ask(picture(2), work=work), str)
             assert work.pixels == 80 * 72
