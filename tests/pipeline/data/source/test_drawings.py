@@ -154,7 +154,7 @@ def test_every_subset_is_fit_to_train_on(subset: str) -> None:
     shares = {split: count / len(rows) for split, count in Counter(row.split for row in rows).items()}
     assert shares["test"] == pytest.approx(0.06, abs=0.01)
     assert shares["validation"] == pytest.approx(0.04, abs=0.01)
-    assert 0.05 < sum("/1024/" in row.url for row in rows) / len(rows) < 0.11
+    assert 0.02 < sum("/1024/" in row.url for row in rows) / len(rows) < 0.06
     drawings = [drawing_of(row.url)[0] for row in rows if row.split == "train"]
     trained = {(d.style, part, value) for d in drawings for part, value in d.parts.items()}
     assert trained == {
