@@ -10,7 +10,7 @@ embedding and one output head therefore serve all positions, and position embedd
 is bidirectional: its first 63 outputs have seen the whole caption. With ``text_encoder: frozen`` it reads the token
 states of CLIP (models/frozen_text.py) in place of token embeddings.
 
-``smooth_buckets``, ``text_coordinates`` and ``text_noise`` are not the paper's. They are for few rows, which the
+``smooth_buckets``, ``ridge`` and ``text_noise`` are not the paper's. They are for few rows, which the
 paper's model memorises sooner than it predicts others.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models.codec import Codec
 from models.diffusion.guidance import guidance_rows
 from models.draw import Draw
-from models.frozen_text import FrozenCaption, required
+from models.frozen_text import CaptionLine, FrozenCaption, required
 from models.losses import Losses
 from models.nn.transformer import Cache, CaptionEmbedding, Transformer, normal_linear
 from models.prior_configs import ARPriorConfig, TextTower
@@ -62,20 +62,36 @@ class ARPrior(nn.Module):
             random_walk_(self.head.weight, std=0.3 * width**-0.5)  # logits of about 0.3 at the start
         nn.init.normal_(self.null_embedding, std=0.02)
         nn.init.normal_(self.position, std=0.01)
-        if config.text_coordinates:
+        self.line = CaptionLine(required(text_tower).width, embed_dim) if config.ridge else None
+        if config.ridge:
             self.coordinates = nn.Linear(embed_dim, codes)
             self.coordinate_in = nn.Parameter(torch.randn(width) * 0.1)
 
     @torch.no_grad()
-    def start_from(self, codec: Codec, weight: Tensor, bias: Tensor) -> None:
-        """Makes the text coordinates those of weight (text embedding) + bias, of unit variance over images, at first.
+    def start_from(self, codec: Codec) -> None:
+        """Makes the coordinates of the line's embeddings the codec's, of unit variance over images, at first."""
+        scaled = codec.components / codec.variance.sqrt()[:, None]
+        self.coordinates.weight.copy_(scaled)
+        self.coordinates.bias.copy_(-scaled @ codec.mean)
 
-        ``weight`` [d, d] and ``bias`` [d], fp64, predict image embeddings.
+    def at_line(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor | None:
+        """Returns the image embeddings [b, d] of the line, None without one; arguments are those of ``prefix``."""
+        if self.line is None:
+            return None
+        assert isinstance(self.caption, FrozenCaption)
+        return self.line(self.caption.text, tokens, text_embedding, keep_text)
+
+    def image_embedding(self, codes: Tensor, codec: Codec, tokens: Tensor, text_embedding: Tensor) -> Tensor:
+        """Returns image embeddings, unit norm [b, d], of codes drawn for captions.
+
+        What no code holds, the embedding across the codec's components, is the mean, or the line's where there is one.
         """
-        if self.config.text_coordinates:
-            scaled = codec.components / codec.variance.sqrt()[:, None]
-            self.coordinates.weight.copy_(scaled @ weight)
-            self.coordinates.bias.copy_(scaled @ (bias - codec.mean))
+        z = codec.decode(codes)
+        line = self.at_line(tokens, text_embedding, torch.ones(len(tokens), dtype=torch.bool, device=tokens.device))
+        if line is not None:
+            across = line.double() - codec.mean
+            z = z + (across - across @ codec.components.T @ codec.components).float()
+        return F.normalize(z, dim=-1)
 
     def prefix(self, tokens: Tensor, text_embedding: Tensor, dot_codes: Tensor, keep_text: Tensor) -> Tensor:
         """Returns what comes before the codes, [b, prefix + 2, width].
@@ -98,15 +114,14 @@ class ARPrior(nn.Module):
         """
         prefix = self.prefix(tokens, text_embedding, dot_codes, keep_text)
         sequence = torch.cat([prefix, self.code(codes[:, :-1])], dim=1)
-        if self.config.text_coordinates:
-            sequence = sequence + F.pad(self.at_codes(text_embedding, keep_text), (0, 0, prefix.shape[1] - 1, 0))
+        if (line := self.at_line(tokens, text_embedding, keep_text)) is not None:
+            sequence = sequence + F.pad(self.at_codes(line), (0, 0, prefix.shape[1] - 1, 0))
         out = self.transformer(sequence + self.position[: sequence.shape[1]])
         return self.logits(out[:, prefix.shape[1] - 1 :])
 
-    def at_codes(self, text_embedding: Tensor, keep_text: Tensor) -> Tensor:
-        """Returns what is added where each code is predicted, [b, codes, width]: the text's own coordinate."""
-        found = self.coordinates(text_embedding.to(self.coordinates.weight.dtype)) * keep_text[:, None]
-        return found[..., None] * self.coordinate_in
+    def at_codes(self, line: Tensor) -> Tensor:
+        """Returns what is added where each code is predicted, [b, codes, width]: coordinates of the line's [b, d]."""
+        return self.coordinates(line.to(self.coordinates.weight.dtype))[..., None] * self.coordinate_in
 
     def logits(self, out: Tensor) -> Tensor:
         """Returns the head, in full precision also under autocast."""
@@ -231,8 +246,10 @@ def sample(
     keep = guidance_rows(rows, guidance, tokens.device)
     branches = len(keep) // rows
     text = text_embedding.repeat(branches, 1)
-    x = model.prefix(tokens.repeat(branches, 1), text, dot_codes.repeat(branches), keep)
-    at_codes = model.at_codes(text, keep) if model.config.text_coordinates else None
+    tokens = tokens.repeat(branches, 1)
+    x = model.prefix(tokens, text, dot_codes.repeat(branches), keep)
+    line = model.at_line(tokens, text, keep)
+    at_codes = None if line is None else model.at_codes(line)
     cache = Cache(x.shape[1] + model.codes)
     uniform = draw.uniform("codes", model.codes)
     codes = []

@@ -12,7 +12,6 @@ from typing import Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -195,7 +194,7 @@ class UnCLIP:
             guidance=sampling.prior_guidance,
             callback=lambda done: progress("ar_prior", done, model.codes),
         )
-        return F.normalize(codec.decode(codes), dim=-1)
+        return model.image_embedding(codes, codec, tokens, text)
 
     @torch.no_grad()
     def decode(

@@ -54,7 +54,7 @@ class Whitening(nn.Module):
     late: gradients of small inputs are small.
     """
 
-    FLOOR = 0.05  # of the mean variance; directions with less are noise, and stay small
+    FLOOR = 0.0025  # of the mean variance; directions with less are noise, and stay small
     mean: Tensor
     matrix: Tensor
 
@@ -79,17 +79,23 @@ class Whitening(nn.Module):
 class Layout(nn.Module):
     """Projects an image embedding [b, d] to features [b, width, side, side], which start at zero.
 
-    Added tokens and timestep embeddings reach all positions alike; this says what is where.
+    Added tokens and timestep embeddings reach all positions alike; this says what is where. ``words_width`` is that of
+    the caption's words, which are projected with it: attention learns late where to put what they name. 0 is none.
     """
 
-    def __init__(self, embed_dim: int, channels: int, side: int, width: int):
+    def __init__(self, embed_dim: int, channels: int, side: int, width: int, words_width: int = 0):
         super().__init__()
         self.positions = nn.Linear(embed_dim, channels * side * side)
+        self.words = nn.Linear(words_width, channels * side * side, bias=False) if words_width else None
         self.shape = (channels, side, side)
         self.out = zeroed(nn.Conv2d(channels, width, 1))
 
-    def forward(self, z: Tensor) -> Tensor:
-        return self.out(F.silu(self.positions(z).unflatten(1, self.shape)))
+    def forward(self, z: Tensor, words: Tensor | None = None) -> Tensor:
+        """Returns the features; ``words`` [b, words_width] are zeros where a caption is dropped."""
+        features = self.positions(z)
+        if self.words is not None:
+            features = features + self.words(words)
+        return self.out(F.silu(features.unflatten(1, self.shape)))
 
 
 class Decoder(nn.Module):
@@ -139,8 +145,11 @@ class Decoder(nn.Module):
             nn.Sequential(nn.Linear(text_width, context_width), nn.LayerNorm(context_width)) if clip else nn.Identity()
         )
         self.null_image = nn.Parameter(torch.zeros(embed_dim), requires_grad=config.null_image == "learned")
-        lowest = config.channels * config.multipliers[-1]
-        self.layout = Layout(embed_dim, config.layout_channels, sides[-1], lowest) if config.layout_channels else None
+        self.layout = None
+        if config.layout_channels:
+            words_width = required(text_tower).width if config.text_encoder == "frozen" else 0
+            lowest = config.channels * config.multipliers[-1]
+            self.layout = Layout(embed_dim, config.layout_channels, sides[-1], lowest, words_width)
         self.pixels = (
             PixelCorrection(3, config.pixel_channels, 6, self.unet.embedding_width) if config.pixel_channels else None
         )
@@ -159,11 +168,15 @@ class Decoder(nn.Module):
         text = self.text(tokens, keep_text)
         clip_tokens = self.image_to_tokens(z).unflatten(1, (self.config.clip_tokens, -1))
         shown = None if text.shown is None else F.pad(text.shown, (self.config.clip_tokens, 0), value=True)
+        layout = None
+        if self.layout is not None:
+            words = self.text.words(tokens) * keep_text[:, None] if isinstance(self.text, FrozenText) else None
+            layout = self.layout(z, words)
         return Condition(
             self.image_to_time(z) + self.text_to_time(text.pooled),
             torch.cat([clip_tokens, self.text_to_context(text.states)], dim=1),
             shown,
-            None if self.layout is None else self.layout(z),
+            layout,
         )
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -23,7 +23,7 @@ from models.diffusion.process import Prediction, mean_over_row, predict, q_sampl
 from models.diffusion.samplers import Denoise
 from models.diffusion.schedules import make_schedule, strided_grid
 from models.draw import Draw
-from models.frozen_text import FrozenCaption, required
+from models.frozen_text import CaptionLine, FrozenCaption, required
 from models.losses import Losses
 from models.nn.embedding import timestep_embedding
 from models.nn.transformer import Cache, CaptionEmbedding, Transformer, normal_linear
@@ -31,28 +31,6 @@ from models.prior_configs import ASKED, DiffusionPriorConfig, TextTower
 
 GAMMA_STEPS = 64
 """Timesteps at which Gamma is measured: those of the paper's grid."""
-
-
-class Line(nn.Module):
-    """Makes image embeddings [b, d] of what captions say, [b, n]; zero until ``DiffusionPrior.start_from``.
-
-    It is a regression, without gradient. Of a hidden caption it makes the mean image embedding.
-    """
-
-    weight: Tensor
-    mean: Tensor
-    image_mean: Tensor
-
-    def __init__(self, inputs: int, embed_dim: int):
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(embed_dim, inputs))
-        self.register_buffer("mean", torch.zeros(inputs))
-        self.register_buffer("image_mean", torch.zeros(embed_dim))
-
-    def forward(self, said: Tensor, keep_text: Tensor) -> Tensor:
-        with torch.autocast(said.device.type, enabled=False):
-            centred = (said.to(self.weight.dtype) - self.mean) * keep_text[:, None]
-            return self.image_mean + centred @ self.weight.T
 
 
 class Condition(NamedTuple):
@@ -98,27 +76,16 @@ class DiffusionPrior(nn.Module):
         for vector in (self.null_embedding, self.query):
             nn.init.normal_(vector, std=0.02)
         nn.init.normal_(self.position, std=0.01)
-        self.line = Line(embed_dim + required(text_tower).width, embed_dim) if config.ridge else None
+        self.line = CaptionLine(required(text_tower).width, embed_dim) if config.ridge else None
         if config.ridge:
             nn.init.zeros_(self.out.weight)
         self.register_buffer("gamma", None)
 
-    @torch.no_grad()
-    def start_from(self, weight: Tensor, mean: Tensor, image_mean: Tensor) -> None:
-        """Makes its first prediction image_mean + weight (said - mean), where ``said`` is ``line_inputs``."""
-        assert self.line is not None
-        self.line.weight.copy_(weight)
-        self.line.mean.copy_(mean)
-        self.line.image_mean.copy_(image_mean)
-
-    def line_inputs(self, tokens: Tensor, text_embedding: Tensor) -> Tensor:
-        """Returns what the line reads, [b, d + width of CLIP's text tower]: text embeddings, and the words alone."""
-        assert isinstance(self.caption, FrozenCaption)
-        unit_variance = text_embedding.to(self.query.dtype) * self.embed_dim**0.5
-        return torch.cat([unit_variance, self.caption.text.words(tokens)], dim=1)
-
     def _line(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor | None:
-        return None if self.line is None else self.line(self.line_inputs(tokens, text_embedding), keep_text)
+        if self.line is None:
+            return None
+        assert isinstance(self.caption, FrozenCaption)
+        return self.line(self.caption.text, tokens, text_embedding, keep_text)
 
     @property
     def scale(self) -> float:

@@ -110,6 +110,42 @@ class FrozenText(ClipTextEncoder):
         return EncodedText(F.pad(text.states, (0, 0, 0, missing)), text.pooled, F.pad(text.shown, (0, missing)))
 
 
+class CaptionLine(nn.Module):
+    """Makes image embeddings [b, d] of captions, by a regression on their text embeddings and their words.
+
+    It has no gradient, is zero until ``start_from``, and makes the mean image embedding of a hidden caption. For few
+    rows: a line generalises where a network memorises, so priors begin with it.
+    """
+
+    weight: Tensor
+    mean: Tensor
+    image_mean: Tensor
+
+    def __init__(self, words_width: int, embed_dim: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(embed_dim, embed_dim + words_width))
+        self.register_buffer("mean", torch.zeros(embed_dim + words_width))
+        self.register_buffer("image_mean", torch.zeros(embed_dim))
+
+    @torch.no_grad()
+    def start_from(self, weight: Tensor, mean: Tensor, image_mean: Tensor) -> None:
+        """Makes it image_mean + weight (said - mean), where ``said`` is what ``inputs`` returns."""
+        self.weight.copy_(weight)
+        self.mean.copy_(mean)
+        self.image_mean.copy_(image_mean)
+
+    def inputs(self, text: FrozenText, tokens: Tensor, text_embedding: Tensor) -> Tensor:
+        """Returns what it reads, [b, d + words_width]: text embeddings at unit variance, and ``FrozenText.words``."""
+        unit_variance = text_embedding.to(self.weight.dtype) * text_embedding.shape[1] ** 0.5
+        return torch.cat([unit_variance, text.words(tokens)], dim=1)
+
+    def forward(self, text: FrozenText, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor:
+        """Returns image embeddings of no certain norm; ``keep_text`` bool [b] is False to hide a caption."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            centred = (self.inputs(text, tokens, text_embedding) - self.mean) * keep_text[:, None]
+            return self.image_mean + centred @ self.weight.T
+
+
 class FrozenCaption(nn.Module):
     """BPE tokens [b, 77] to vectors [b, context, width]: CLIP's token states through one linear layer, plus position.
 

@@ -83,8 +83,8 @@ class DecoderConfig:
             variance.
         whiten: Whether image embeddings are centred, and all their directions brought to nearly one variance, before
             the network reads them: a CLIP of few images spreads them over few directions.
-        layout_channels: Channels that the image embedding is projected to at every position of the lowest resolution,
-            to say what is where; 0 is none.
+        layout_channels: Channels that the image embedding, and with ``frozen`` the caption's words, are projected to at
+            every position of the lowest resolution, to say what is where; 0 is none.
         pixel_channels: Between three 3x3 convolutions at full resolution that correct the network's output, given what
             it saw and the timestep, across the borders of ``patch``; 0 is none.
         max_snr: Bound on the signal-to-noise ratio that weighs the squared error; ``null`` is 5 for ``x0`` and none for

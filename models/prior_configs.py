@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 VOCABULARY = 49408
 """The tokens of CLIP's BPE."""
+RIDGE_READS = "ridge reads CLIP's words: use text_encoder frozen"
 ASKED = 3
 """Positions of the diffusion prior after a caption and its embedding: timestep, noised image embedding, query."""
 
@@ -124,9 +125,9 @@ class ARPriorConfig:
             CLIP, whose text tower is ``frozen`` in it.
         smooth_buckets: For few rows: of how many smooth functions of its place a bucket's vectors and logit are made,
             so that each row teaches the neighbours of its buckets too; 0 gives every bucket its own.
-        text_coordinates: Input for few rows: each code's position gets the coordinate, along the component that the
-            code is of, of the image embedding that a line makes of the text embedding. The line begins as a ridge
-            regression.
+        ridge: Input for few rows, with a ``frozen`` text encoder: each code's position gets the coordinate, along the
+            component that the code is of, of a ridge regression of image embeddings on text embeddings and words, which
+            also says what no code holds.
         text_noise: For few rows, whose text embeddings fit their images better than others will: the most noise that a
             text embedding gets in training, in standard deviations of image embeddings.
     """
@@ -145,7 +146,7 @@ class ARPriorConfig:
     drop_text: float = 0.1
     text_encoder: Literal["own", "frozen"] = "own"
     smooth_buckets: int = 0
-    text_coordinates: bool = False
+    ridge: bool = False
     text_noise: float = 0.0
 
     def __post_init__(self) -> None:
@@ -160,6 +161,7 @@ class ARPriorConfig:
         check_least(self, 2, "buckets")
         check_least(self, 0, "smooth_buckets", "text_noise")
         check_shares(self, "dropout", "drop_text")
+        require(not self.ridge or self.text_encoder == "frozen", RIDGE_READS)
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ class DiffusionPriorConfig:
         check_choices(self)
         check_least(self, 2, "steps")
         check_shares(self, "drop_text")
-        require(not self.ridge or self.text_encoder == "frozen", "ridge reads CLIP's words: use text_encoder frozen")
+        require(not self.ridge or self.text_encoder == "frozen", RIDGE_READS)
         require(self.scale > 0, f"scale is {self.scale}: use a positive number")
 
 

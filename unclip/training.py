@@ -20,7 +20,7 @@ from pipeline.training.tasks.ar_prior import ARPriorTask
 from pipeline.training.tasks.clip import ClipTask
 from pipeline.training.tasks.decoder import DecoderTask
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
-from pipeline.training.tasks.starts import ROWS, ridge
+from pipeline.training.tasks.starts import ROWS
 from pipeline.training.tasks.upsampler import UpsamplerTask
 from pipeline.training.tensors import train_on
 
@@ -106,9 +106,7 @@ def _task(stage: str, model: Any, data: Mapping[str, Any], clip: Clip | None, co
     if stage == "ar_prior":
         if codec is None:
             raise UserError("ar_prior predicts a codec's codes: pass codec=, such as project.artifact('codec').model()")
-        rows = _rows(data, ARPriorTask) if model.text_coordinates else None
-        line = ridge(rows["text_embedding"], rows["image_embedding"]) if rows is not None else None
-        return ARPriorTask(model, dim, codec, tower, line)
+        return ARPriorTask(model, dim, codec, tower, _rows(data, ARPriorTask) if model.ridge else None)
     if stage == "decoder":
         return DecoderTask(model, dim, tower, embeddings[:ROWS].float())
     return DiffusionPriorTask(model, dim, tower, _rows(data, DiffusionPriorTask) if model.ridge else None)

@@ -18,7 +18,7 @@ from models.codec import Codec
 from models.codec_fit import fit_codec
 from models.draw import Draw
 from models.nn.transformer import Cache
-from models.prior_configs import ARPriorConfig
+from models.prior_configs import ARPriorConfig, TextTower
 from tests.models.mutations import fails_under
 
 CONFIG = ARPriorConfig(
@@ -26,12 +26,14 @@ CONFIG = ARPriorConfig(
     buckets=8,
 )  # fmt: skip
 DIM, CODES = 12, 5
-FEW_ROWS = {"smooth_buckets": 4, "text_coordinates": True}
+TOWER = TextTower(8, 1, 2, context=10, vocabulary=50)
+RIDGE = {"ridge": True, "text_encoder": "frozen"}
+FEW_ROWS = {"smooth_buckets": 4, **RIDGE}
 
 
 def make(**options: Any) -> ARPrior:
     torch.manual_seed(0)
-    model = ARPrior(dataclasses.replace(CONFIG, **options), DIM, CODES).double().eval()
+    model = ARPrior(dataclasses.replace(CONFIG, **options), DIM, CODES, TOWER).double().eval()
     for parameter in model.parameters():  # larger than at the start of training, so that every input has weight
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -102,10 +104,10 @@ def test_hidden_text_hides_caption_and_text_embedding_but_not_the_dot_product() 
 )
 def test_sampling_with_a_cache_gives_the_codes_of_full_passes(guidance: float, options: dict[str, Any]) -> None:
     model = make(**options)
-    tokens, text, dots, _, keep = make_inputs(4)
-    drawn = sample(model, tokens, text, dots, Draw([(7, 4)]), temperature=0.8, guidance=guidance)
-    uniform = Draw([(7, 4)]).uniform("codes", CODES)
-    codes = torch.zeros(4, CODES, dtype=torch.int64)
+    tokens, text, dots, _, keep = make_inputs(16)
+    drawn = sample(model, tokens, text, dots, Draw([(7, 16)]), temperature=0.8, guidance=guidance)
+    uniform = Draw([(7, 16)]).uniform("codes", CODES)
+    codes = torch.zeros(16, CODES, dtype=torch.int64)
     for i in range(CODES):
         logits = (1 + guidance) * model(tokens, text, dots, codes, keep)
         logits = logits - guidance * model(tokens, text, dots, codes, ~keep)
@@ -210,17 +212,29 @@ def test_smooth_buckets_have_logits_of_which_a_few_make_any_normal_density() -> 
     assert model(*make_inputs()).shape == (3, CODES, 8)
 
 
-def test_text_coordinates_begin_as_a_lines_and_go_where_their_code_is_predicted() -> None:
+def make_ridge() -> tuple[ARPrior, Tensor, Codec, dict[str, Tensor]]:
+    """A model whose line is random, what that line says of a batch, codec and batch."""
     batch, codec = make_batch(64)
-    model = make(text_coordinates=True).float()
+    model, g = make(**RIDGE).float(), torch.Generator().manual_seed(4)
+    assert model.line is not None
+    said = model.line.inputs(model.caption.text, batch["tokens"], batch["text_embedding"])
+    weight, mean, image_mean = (
+        torch.randn(*shape, generator=g) for shape in ((DIM, said.shape[1]), said.shape[1:], (DIM,))
+    )
+    model.line.start_from(weight, mean, image_mean)
+    model.start_from(codec)
+    return model, image_mean + (said - mean) @ weight.T, codec, batch
+
+
+def test_with_a_ridge_each_code_is_predicted_with_its_coordinate_of_what_the_line_says() -> None:
+    model, line, codec, batch = make_ridge()
     text, keep = batch["text_embedding"], torch.arange(64) > 0
-    g = torch.Generator().manual_seed(4)
-    weight, bias = (torch.randn(*shape, generator=g).double() for shape in (2 * text.shape[1:], text.shape[1:]))
-    model.start_from(codec, weight, bias)
-    found = model.at_codes(text, keep)
-    coordinates = codec.project(text.double() @ weight.T + bias) / codec.variance.sqrt()
-    torch.testing.assert_close(found[1:], coordinates[1:, :, None].float() * model.coordinate_in, rtol=1e-4, atol=1e-4)
-    assert not found[0].any()
+    said = model.at_line(batch["tokens"], text, keep)
+    torch.testing.assert_close(said[1:], line[1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(said[0], model.line.image_mean)
+    found = model.at_codes(line)
+    coordinates = codec.project(line) / codec.variance.sqrt()
+    torch.testing.assert_close(found, coordinates[..., None].float() * model.coordinate_in, rtol=1e-3, atol=1e-3)
     tokens, _, dots, codes, _ = (x[:1] for x in make_inputs())
     base = model(tokens, text[1:2], dots, codes, keep[1:2])
     with torch.no_grad():
@@ -228,6 +242,23 @@ def test_text_coordinates_begin_as_a_lines_and_go_where_their_code_is_predicted(
     change = (model(tokens, text[1:2], dots, codes, keep[1:2]) - base).abs().amax(-1)[0]
     assert (change[:2] == 0).all()
     assert (change[2:] > 1e-6).all()
+
+
+@fails_under((ARPrior.image_embedding, "z + (across", "z + 0 * (across"))
+def test_an_embedding_is_its_codes_and_across_their_components_what_the_line_says() -> None:
+    model, line, codec, batch = make_ridge()
+    codes = codec.encode(batch["image_embedding"])
+    z = model.image_embedding(codes, codec, batch["tokens"], batch["text_embedding"]).double()
+    basis = torch.linalg.svd(codec.components).Vh  # the components' plane first, then across it
+    coded, across = basis[:CODES], basis[CODES:]
+    length = torch.cat(
+        [(codec.decode(codes).double() - codec.mean) @ coded.T, (line.double() - codec.mean) @ across.T], 1
+    )
+    expected = codec.mean + length @ basis
+    torch.testing.assert_close(z, expected / expected.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-4)
+    plain = make().float()
+    alone = plain.image_embedding(codes, codec, batch["tokens"], batch["text_embedding"])
+    torch.testing.assert_close(alone, torch.nn.functional.normalize(codec.decode(codes), dim=-1))
 
 
 def test_a_text_embedding_has_noise_in_training_alone() -> None:

@@ -23,7 +23,7 @@ from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, seeded
 from pipeline.training.tasks.frozen import frozen_tower
-from pipeline.training.tasks.starts import Ridge, ridge, starting_rows
+from pipeline.training.tasks.starts import begin_line, starting_rows
 
 
 class ARPriorTask:
@@ -42,17 +42,18 @@ class ARPriorTask:
         embed_dim: int,
         codec: Codec,
         tower: FrozenTower | None = None,
-        line: Ridge | None = None,
+        rows: Batch | None = None,
     ):
-        self.config, self.embed_dim, self.codec, self.tower, self.line = config, embed_dim, codec, tower, line
+        self.config, self.embed_dim, self.codec, self.tower, self.rows = config, embed_dim, codec, tower, rows
 
     def model(self, seed: int) -> nn.Module:
         return seeded(self._begun, seed, self.tower)
 
     def _begun(self) -> ARPrior:
         model = ARPrior(self.config, self.embed_dim, self.codec.codes, self.tower and self.tower.sizes)
-        if self.line is not None:
-            model.start_from(self.codec, self.line.weight, self.line.bias)
+        begin_line(model, self.tower, self.rows)
+        if self.config.ridge:
+            model.start_from(self.codec)
         return model
 
     def loss(self, model: ARPrior, batch: Batch, draw: Draw) -> Losses:
@@ -83,9 +84,6 @@ def make(ctx: Context) -> ARPriorTask:
         raise UserError(
             f"ar_prior.model.buckets: {ctx.recipe.model.buckets}, but the codec has {codec.buckets}; make them equal"
         )
-    line = None
-    if ctx.recipe.model.text_coordinates:
-        rows = starting_rows(ctx, ("image_embedding", "text_embedding"))
-        line = ridge(rows["text_embedding"], rows["image_embedding"])
+    rows = starting_rows(ctx, ARPriorTask.columns) if ctx.recipe.model.ridge else None
     dim = embedding_dim(ctx.store, ctx.inputs["embeddings"])
-    return ARPriorTask(ctx.recipe.model, dim, codec, frozen_tower(ctx), line)
+    return ARPriorTask(ctx.recipe.model, dim, codec, frozen_tower(ctx), rows)

@@ -25,7 +25,7 @@ from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, seeded
 from pipeline.training.tasks.frozen import frozen_tower
-from pipeline.training.tasks.starts import ridge, starting_rows
+from pipeline.training.tasks.starts import begin_line, starting_rows
 
 
 class DiffusionPriorTask:
@@ -54,10 +54,7 @@ class DiffusionPriorTask:
 
     def _begun(self) -> DiffusionPrior:
         model = DiffusionPrior(self.config, self.embed_dim, self.tower and self.tower.sizes)
-        if model.line is not None and self.rows is not None and self.tower is not None:
-            self.tower.put_into(model)
-            said = model.line_inputs(self.rows["tokens"], self.rows["text_embedding"])
-            model.start_from(*ridge(said.detach(), self.rows["image_embedding"]))
+        begin_line(model, self.tower, self.rows)
         return model
 
     def loss(self, model: DiffusionPrior, batch: Batch, draw: Draw) -> Losses:

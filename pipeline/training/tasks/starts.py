@@ -12,6 +12,9 @@ import torch
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
+from models.ar_prior import ARPrior
+from models.diffusion_prior import DiffusionPrior
+from models.frozen_text import FrozenCaption, FrozenTower
 from models.tokens import tokenize
 from pipeline.graph.stages import Context
 from pipeline.training.feed.tables import Tables
@@ -27,11 +30,6 @@ class Ridge(NamedTuple):
     weight: Tensor
     mean: Tensor
     image_mean: Tensor
-
-    @property
-    def bias(self) -> Tensor:
-        """Returns its image embedding for an input of zeros, [d]."""
-        return self.image_mean - self.weight @ self.mean
 
 
 def starting_rows(ctx: Context, columns: Sequence[str]) -> Batch:
@@ -50,6 +48,15 @@ def starting_rows(ctx: Context, columns: Sequence[str]) -> Batch:
         else:
             found[name] = torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
     return found
+
+
+def begin_line(model: ARPrior | DiffusionPrior, tower: FrozenTower | None, rows: Batch | None) -> None:
+    """Solves the regression that a prior begins with, if it has one and there are rows to solve it on."""
+    if model.line is not None and tower is not None and rows is not None:
+        assert isinstance(model.caption, FrozenCaption)
+        tower.put_into(model)
+        said = model.line.inputs(model.caption.text, rows["tokens"], rows["text_embedding"])
+        model.line.start_from(*ridge(said.detach(), rows["image_embedding"]))
 
 
 def ridge(inputs: Tensor, images: Tensor) -> Ridge:

@@ -1,7 +1,6 @@
 """Serves drawings from this machine, drawn on demand, so that the quick start downloads images without a network.
 
-It runs in processes of its own, one for each core: drawing would hold the interpreter lock of the job that downloads, and
-of the other drawings.
+It runs in processes of its own, one for each core: drawing holds the interpreter lock.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    """Serves on a free loopback port, says which on one line; ends, as its forks do, when stdin closes or the parent dies."""
+    """Serves on a free loopback port, says which; ends, as its forks do, when stdin closes or its parent dies."""
     parent = os.getppid()
     server = _Server(("127.0.0.1", 0), _Handler)
     print(f"127.0.0.1:{server.server_port}", flush=True)
