@@ -61,6 +61,15 @@ def test_a_prior_without_weights_fails_both_lines(cheat: Callable[[], Tensor], f
         assert failing >= fails
 
 
+def test_where_a_baseline_finds_all_but_a_few_nothing_is_claimed_of_finding() -> None:
+    chosen = rows(N, text_embedding=TEXT, image_embedding=TEXT)
+    figures = prior_figures("ar_prior", TEXT.expand(3, -1, -1), chosen, KNOWN, seed=0)
+    by_name = {figure.name: figure for figure in figures}
+    assert by_name["found_text"].holds is None
+    assert by_name["found_text"].note == "it misses 0 of 200, too few to do better"
+    assert by_name["cosine_text"].holds is False
+
+
 def test_the_baselines_are_what_they_are_called() -> None:
     found = {name: query.numpy() for name, (_, query) in baselines(TEXT, KNOWN).items()}
     text, image = (x.double().numpy() for x in KNOWN.values())
