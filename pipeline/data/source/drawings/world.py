@@ -194,6 +194,7 @@ _LARGER = {
     "crown": "translate(-6 -17) scale(1.25 1.5)",
     "spikes": "translate(-10 -2) scale(1.4 1)",
 }  # or bodies hide them
+_STRONGER = {"surface": 2.5}  # times the opacity of its shapes, which nobody sees at 64 px
 _FRAMES = {
     "critters": {"scale": 1.2, "translateY": 12},
     "sprouts": {"scale": 1.28, "translateY": -11},
@@ -353,6 +354,8 @@ def _style(name: str) -> Style:
             attributes = {"transform": _LARGER[key]}
             whole = {"type": "element", "name": "g", "attributes": attributes, "children": variants[key]["elements"]}
             variants[key] = {"elements": [whole]}
+        if component in _STRONGER:
+            variants = _stronger(variants, _STRONGER[component])
         if variants:  # cheeks, patterns, stars and animations go
             pose = _POSES[name].get(component, {})
             exact = {key: {"min": value, "max": value} for key, value in pose.items()}
@@ -363,6 +366,17 @@ def _style(name: str) -> Style:
     for colour, value in _FIXED_COLOURS[name].items():
         definition["colors"][colour] = {"values": [value]}
     return Style(definition)
+
+
+def _stronger(variants: dict[str, Any], times: float) -> dict[str, Any]:
+    """Returns variants whose shapes have that many times the opacity, at most 1."""
+    return json.loads(
+        re.sub(
+            r'"fill-opacity": "([0-9.]+)"',
+            lambda found: f'"fill-opacity": "{min(1.0, times * float(found[1])):.2f}"',
+            json.dumps(variants),
+        )
+    )
 
 
 def require_packages() -> None:
