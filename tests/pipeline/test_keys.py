@@ -69,8 +69,9 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "ar_prior.model.width": {"width": 66},
     "ar_prior.model.heads": {"heads": 4},
     "ar_prior.model.text_encoder": {"text_encoder": "frozen"},
-    "diffusion_prior.model.text_encoder": {"text_encoder": "frozen"},
-    "diffusion_prior.model.ridge": {"ridge": True, "text_encoder": "frozen"},
+    "ar_prior.model.ridge": {"ridge": True, "text_encoder": "frozen"},
+    "diffusion_prior.model.text_encoder": {"text_encoder": "own", "ridge": False},
+    "diffusion_prior.model.ridge": {"ridge": False},
     "diffusion_prior.model.width": {"width": 66},
     "diffusion_prior.model.heads": {"heads": 4},
     "decoder.model.image_size": {"image_size": 128, "attention_resolutions": (32,)},
@@ -79,7 +80,8 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "decoder.model.multipliers": {"multipliers": (1, 3)},
     "decoder.model.head_channels": {"head_channels": 8},
     "decoder.model.patch": {"patch": 2, "attention_resolutions": (16,)},
-    "decoder.model.text_width": {"text_width": 66},
+    "decoder.model.text_width": {"text_width": 64},
+    "decoder.model.embedding_norm": {"whiten": False, "embedding_norm": 1.0},
     "decoder.model.text_heads": {"text_heads": 4},
     "decoder.model.null_image": {"null_image": "learned"},
     "decoder.model.text_encoder": {"text_encoder": "clip"},
@@ -103,9 +105,14 @@ CHOSEN: dict[str, dict[str, Any]] = {
 }
 for _stage in ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024"):
     CHOSEN |= {f"{_stage}.{name}": {name: 2 * getattr(getattr(CONFIG, _stage), name)} for name in ("batch", "samples")}
-    CHOSEN |= {f"{_stage}.lanes": {"lanes": 4}, f"{_stage}.precision": {"precision": "bf16"}}
-    CHOSEN |= {f"{_stage}.captions": {"captions": "first"}}
-    CHOSEN |= {f"{_stage}.beta2": {"beta2": 0.5}, f"{_stage}.optimizer": {"optimizer": "muon"}}
+    CHOSEN |= {f"{_stage}.lanes": {"lanes": 4}}
+    CHOSEN |= {f"{_stage}.beta2": {"beta2": 0.5}}
+    for name, choices in {
+        "captions": ("first", "any"),
+        "optimizer": ("adamw", "muon"),
+        "precision": ("bf16", "fp32"),
+    }.items():
+        CHOSEN |= {f"{_stage}.{name}": {name: next(c for c in choices if c != getattr(getattr(CONFIG, _stage), name))}}
     CHOSEN |= {f"{_stage}.model.drop_text": {"drop_text": 0.2}, f"{_stage}.model.dropout": {"dropout": 0.2}}
 for _stage in ("diffusion_prior", "decoder", "upsampler_256", "upsampler_1024"):
     _schedule = "linear" if getattr(CONFIG, _stage).model.schedule == "cosine" else "cosine"

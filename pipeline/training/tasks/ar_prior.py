@@ -51,7 +51,7 @@ class ARPriorTask:
 
     def _begun(self) -> ARPrior:
         model = ARPrior(self.config, self.embed_dim, self.codec.codes, self.tower and self.tower.sizes)
-        begin_line(model, self.tower, self.rows)
+        begin_line(model.line, model.caption, self.tower, self.rows)
         if self.config.ridge:
             model.start_from(self.codec)
         return model

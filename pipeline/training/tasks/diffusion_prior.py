@@ -54,7 +54,7 @@ class DiffusionPriorTask:
 
     def _begun(self) -> DiffusionPrior:
         model = DiffusionPrior(self.config, self.embed_dim, self.tower and self.tower.sizes)
-        begin_line(model, self.tower, self.rows)
+        begin_line(model.line, model.caption, self.tower, self.rows)
         return model
 
     def loss(self, model: DiffusionPrior, batch: Batch, draw: Draw) -> Losses:

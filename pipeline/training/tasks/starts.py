@@ -10,11 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from sklearn.linear_model import RidgeCV
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.ar_prior import ARPrior
-from models.diffusion_prior import DiffusionPrior
-from models.frozen_text import FrozenCaption, FrozenTower
+from models.frozen_text import CaptionLine, FrozenCaption, FrozenTower
 from models.tokens import tokenize
 from pipeline.graph.stages import Context
 from pipeline.training.feed.tables import Tables
@@ -50,13 +48,13 @@ def starting_rows(ctx: Context, columns: Sequence[str]) -> Batch:
     return found
 
 
-def begin_line(model: ARPrior | DiffusionPrior, tower: FrozenTower | None, rows: Batch | None) -> None:
+def begin_line(line: CaptionLine | None, caption: nn.Module, tower: FrozenTower | None, rows: Batch | None) -> None:
     """Solves the regression that a prior begins with, if it has one and there are rows to solve it on."""
-    if model.line is not None and tower is not None and rows is not None:
-        assert isinstance(model.caption, FrozenCaption)
-        tower.put_into(model)
-        said = model.line.inputs(model.caption.text, rows["tokens"], rows["text_embedding"])
-        model.line.start_from(*ridge(said.detach(), rows["image_embedding"]))
+    if line is not None and tower is not None and rows is not None:
+        assert isinstance(caption, FrozenCaption)
+        tower.put_into(caption)
+        said = line.inputs(caption.text, rows["tokens"], rows["text_embedding"])
+        line.start_from(*ridge(said.detach(), rows["image_embedding"]))
 
 
 def ridge(inputs: Tensor, images: Tensor) -> Ridge:

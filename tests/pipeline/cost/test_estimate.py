@@ -237,7 +237,7 @@ def test_a_plan_says_what_a_prior_costs_that_sampling_does_not_take() -> None:
 
 
 def test_what_runs_side_by_side_is_not_added_up() -> None:
-    """DEMO's last four trainings have a thread each, of which NANO's have none."""
+    """DEMO's last five trainings have a thread each, of which NANO's have none."""
     demo = load_config(ROOT / "configs/demo.yaml")
     costs = {stage: Cost(100.0) for stage in build(NANO)}
     apart = {stage: replace(cost, seconds=600.0 if stage == "decoder" else 100.0) for stage, cost in costs.items()}
@@ -252,8 +252,8 @@ def test_what_runs_side_by_side_is_not_added_up() -> None:
         (Machine(2), demo, Fleet(8, "H100")),  # each training has 8 lanes
     ):
         assert hundreds(machine, config, fleet) == one_after_another
-    assert hundreds(Machine(2)) == one_after_another - 3  # three of the four beside the decoder
-    assert hundreds(Machine(4)) == one_after_another - 3
+    assert hundreds(Machine(2)) == one_after_another - 3  # a prior beside the other, both upsamplers beside the decoder
+    assert hundreds(Machine(4)) == one_after_another - 4
     workers = {stage: replace(getattr(PAPER.run, stage), workers=2, device="cpu") for stage in TRAININGS}
     cluster = replace(PAPER, run=replace(PAPER.run, **workers))
     assert hundreds(Machine(4, local=False), cluster) == one_after_another - 3

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from models.clip import Clip
 from models.codec import Codec
 from models.draw import Draw
+from models.frozen_text import FrozenTower
 from models.upsampler import training_low
 from pipeline.config import Config, load_config
 from pipeline.cost.flops import count_clip, count_model
@@ -34,7 +36,8 @@ def task_of(config: Config, stage: str) -> Task:
         )
     kinds = {"diffusion_prior": DiffusionPriorTask, "decoder": DecoderTask}
     if stage in kinds:
-        return kinds[stage](recipe.model, dim)
+        clip = Clip.build(config.clip.model, 0)
+        return kinds[stage](recipe.model, dim, FrozenTower.of(clip.model_config, clip.model.state_dict()))
     return (ClipTask if stage == "clip" else UpsamplerTask)(recipe.model)
 
 
