@@ -10,6 +10,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from pipeline.evaluate.figure import difference, holds, lines, measured, short
+from pipeline.progress import counted
 from pipeline.report.html import PARTS, attempt, note, number, template, text
 from pipeline.report.inputs import ReportInput
 
@@ -22,6 +23,7 @@ DRAWN = {
     "diffusion_prior": "diffusion prior and decoder from the caption",
 }
 STATES = {True: ("good", "✓", "holds"), False: ("bad", "✗", "does not hold"), None: ("rest", "·", "not measured")}
+BY_CHANCE = 0.025  # of the figures of models without an effect: what a 95% interval leaves on the side that is claimed
 EVALUATION = template("evaluation.html")
 
 
@@ -45,7 +47,8 @@ def claims(metrics: Mapping[str, Any]) -> Markup:
         for line, of_line in lines(metrics["figures"]).items()
     ]
     found.sort(key=lambda claim: claim[1] != STATES[False])
-    return EVALUATION.claims(found)
+    known = sum(figure["holds"] is not None for figure in metrics["figures"])
+    return EVALUATION.claims(found, counted(known, "figure"), short(known * BY_CHANCE))
 
 
 def shown_figure(figure: Mapping[str, Any]) -> dict[str, Any]:
