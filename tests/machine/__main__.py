@@ -13,9 +13,14 @@ import traceback
 from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.machine.machine import BucketMachine, Machine, StrangerMachine
+from tests.machine.machine import BucketMachine, Machine, StrangerBucketMachine, StrangerMachine
 
-MACHINES = {"folder": Machine, "stranger": StrangerMachine, "bucket": BucketMachine}
+MACHINES = {
+    "folder": Machine,
+    "stranger": StrangerMachine,
+    "bucket": BucketMachine,
+    "stranger-bucket": StrangerBucketMachine,
+}
 PROGRAMS = 25  # of one seed, between two looks at the clock
 
 

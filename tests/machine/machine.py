@@ -378,6 +378,12 @@ class StrangerMachine(Machine):
     strangers = True
 
 
+class StrangerBucketMachine(StrangerMachine):
+    """A stranger and a bucket whose answers are lost, late or errors."""
+
+    in_bucket = True
+
+
 def files(folder: str) -> dict[str, bytes]:
     """Returns the objects of a store in a folder, read without its code."""
     found = {}
