@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Coroutine
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -109,5 +110,53 @@ def test_a_header_that_is_too_long_is_refused_also_if_it_arrives_at_once() -> No
                 header = b"GET / HTTP/1.1\r\nHost: a\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n"
                 await loop.sock_sendall(other, header)
                 assert (await loop.sock_recv(other, 12)) == b"HTTP/1.1 400"
+
+    run(test())
+
+
+HALF = b"GET / HTTP/1.1\r\nHost: a\r\nX-Long: "
+
+
+async def closed(one: socket.socket) -> bool:
+    """Waits until the server says something, and returns whether that is the connection's end."""
+    try:
+        return await asyncio.get_running_loop().sock_recv(one, 1) == b""
+    except ConnectionError:  # it has closed before a byte came
+        return True
+
+
+def test_a_header_that_does_not_end_is_closed_however_many_bytes_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEADERS_S", 0.3)
+
+    async def test() -> None:
+        async with Running() as one:
+            with socket.create_connection(one.client.getpeername()) as slow:
+                slow.setblocking(False)
+                slow.sendall(HALF)
+                end = asyncio.create_task(closed(slow))
+                while not end.done():
+                    with suppress(ConnectionError):
+                        slow.sendall(b"x")
+                    await asyncio.sleep(0.02)
+                assert await end
+
+    run(test())
+
+
+def test_of_too_many_headers_the_oldest_are_closed_and_the_others_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "UNFINISHED", 4)
+
+    async def test() -> None:
+        async with Running() as one:
+            with ExitStack() as stack:
+                half = [stack.enter_context(socket.create_connection(one.client.getpeername())) for _ in range(7)]
+                for each in half:
+                    each.setblocking(False)
+                    each.sendall(HALF)
+                for each in half[:3]:
+                    assert await closed(each)
+                for each in half[3:]:
+                    each.sendall(b"x\r\n\r\n")
+                    assert await asyncio.get_running_loop().sock_recv(each, 12) == b"HTTP/1.1 200"
 
     run(test())
