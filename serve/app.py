@@ -90,7 +90,7 @@ class Service:
 
             return await RemoteReplica.start(served, settings, gpu)
 
-        self.pool = ReplicaPool(start, settings, self.metrics)
+        self.pool = ReplicaPool(start, settings, self.metrics, lambda hangs: self.queue.tell_hang(hangs))
         self.queue = RequestQueue(
             self.pool.draw,
             settings.replicas,

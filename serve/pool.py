@@ -51,7 +51,9 @@ class Member:
         handle: How it is reached.
         about: What it draws with.
         busy: Whether it has a batch.
+        images: Images of its batch, or of the last one.
         missed: Pings since its last sign of life.
+        still: Pings since its last step, while it has a batch.
         since: time.monotonic() of the end of its last batch.
         lost: Set when it is given up.
         ping: The ping that is on its way.
@@ -60,7 +62,9 @@ class Member:
     handle: Handle
     about: dict[str, Any]
     busy: bool = False
+    images: int = 0
     missed: int = 0
+    still: int = 0
     since: float = field(default_factory=time.monotonic)
     lost: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     ping: asyncio.Task[None] | None = None
@@ -73,14 +77,22 @@ class ReplicaPool:
         start: Starts one. Raises UserError where the bundle cannot be loaded.
         settings: How many there are, and how long they may be silent.
         observe: Notes figures.
+        tell: Told with every ping whether all drawing hangs.
     """
 
-    def __init__(self, start: Callable[[], Awaitable[Handle]], settings: ServeSettings, observe: Observe):
-        self.start, self.settings, self.observe = start, settings, observe
+    def __init__(
+        self,
+        start: Callable[[], Awaitable[Handle]],
+        settings: ServeSettings,
+        observe: Observe,
+        tell: Callable[[bool], None],
+    ):
+        self.start, self.settings, self.observe, self.tell = start, settings, observe, tell
         self.members: list[Member] = []
         self.tasks: set[asyncio.Task[Any]] = set()
         self.starting = 0
         self.failed = False  # whether the last replica was lost, and none could be started since
+        self.hung = False  # whether no replica that is alive makes a step
         self.tried = 0.0  # time.monotonic() of the last start that failed
         self.load_s = AGAIN_S  # of the last start
         self.about: dict[str, Any] = {}
@@ -101,9 +113,9 @@ class ReplicaPool:
         self.members.clear()
 
     def ready(self) -> bool:
-        """Returns whether a replica gave a sign of life in the last seconds, or none is needed before a request."""
+        """Returns whether a replica is alive and does not hang, or none is needed before a request."""
         alive = any(member.missed <= 1 for member in self.members)
-        return alive or (not self.members and not self.failed and not self.settings.idle_replicas)
+        return (alive and not self.hung) or (not self.members and not self.failed and not self.settings.idle_replicas)
 
     async def describe(self) -> dict[str, Any]:
         """Returns what the replicas draw with, as the last ping had it. Raises Died where that is not known yet."""
@@ -118,10 +130,11 @@ class ReplicaPool:
         raises.
         """
         member, drawing = await self._acquire(), True
+        member.images, member.still = len(work.rows), 0
         try:
             async with aclosing(member.handle.draw(work)) as events:
                 while (event := await self._next(member, events)) is not None:
-                    member.missed = 0
+                    member.missed = member.still = 0
                     if event[0] == "bundle":
                         self.about = member.about = event[1]
                     elif event[0] == "drawn":
@@ -156,8 +169,12 @@ class ReplicaPool:
         """Returns the seconds without an event after which a drawing is taken for stuck."""
         return max(self.settings.watchdog_s, SLACK * self.settings.batch * member.about["slowest_s"])
 
+    def _hangs(self, member: Member) -> bool:
+        """Returns whether a drawing makes no step; it may go on, and is given up only after ``_patience``."""
+        return member.still >= max(MISSED, SLACK * member.images * member.about["slowest_s"] / PING_S)
+
     def _release(self, member: Member) -> None:
-        member.busy, member.since = False, time.monotonic()
+        member.busy, member.still, member.since = False, 0, time.monotonic()
         self._changed()
 
     def _changed(self) -> None:
@@ -237,8 +254,15 @@ class ReplicaPool:
                     self._lose(member, f"gave no sign of life for {MISSED} pings", member.handle.kill)
                     continue
                 member.missed += 1
+                member.still += member.busy
                 if member.ping is None or member.ping.done():
                     member.ping = asyncio.create_task(self._ping(member))
+            alive = [member for member in self.members if member.missed <= 1]
+            hung = bool(alive) and all(map(self._hangs, alive))
+            if hung and not self.hung:
+                log.warning("drawing makes no step; requests get 503 until it does")
+            self.hung = hung
+            self.tell(hung)
             idle = [m for m in self.members if not m.busy and now - m.since > self.settings.idle_s]
             for member in idle[: max(0, len(self.members) - self.settings.idle_replicas)]:
                 self.members.remove(member)

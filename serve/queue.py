@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from contextvars import Context
 from dataclasses import dataclass, field, replace
@@ -51,6 +51,11 @@ class Draw(Protocol):
 def stopping() -> ApiError:
     """Returns the error for requests that this server does not answer any more."""
     return ApiError(503, "unavailable", "The server is stopping: try again", retry_after=AGAIN_S)
+
+
+def hanging() -> ApiError:
+    """Returns the error for requests of which nothing can be drawn now."""
+    return ApiError(503, "unavailable", "Drawing makes no step now: try again later", retry_after=AGAIN_S)
 
 
 def late(deadline: float) -> ApiError:
@@ -99,7 +104,7 @@ class RequestQueue:
         self.running: list[list[Job]] = []  # batches
         self.tasks: set[asyncio.Task[None]] = set()  # lanes
         self.batches: set[asyncio.Task[None]] = set()
-        self.stopped = False
+        self.stopped, self.hangs = False, False
         self.seconds = 5.0  # of a batch, averaged over the last ones
 
     def images(self) -> int:
@@ -113,6 +118,8 @@ class RequestQueue:
         """
         if self.stopped:
             raise stopping()
+        if self.hangs:
+            raise hanging()
         if self.waiting and self.images() + len(work.rows) > self.limit:
             again = self.seconds * self.images() / (self.batch * self.lanes)
             raise ApiError(
@@ -195,8 +202,18 @@ class RequestQueue:
     def cut(self) -> None:
         """Ends all that is drawn and waits, and refuses what comes later, with an error that says to come back."""
         self.stopped = True
+        self._tell(stopping)
+
+    def tell_hang(self, hangs: bool) -> None:
+        """Refuses what is drawn, waits and comes, with an error that says to come back, as long as drawing hangs."""
+        self.hangs = hangs
+        if hangs:
+            self._tell(hanging)
+
+    def _tell(self, error: Callable[[], ApiError]) -> None:
         for job in (*self.waiting, *(job for jobs in self.running for job in jobs)):
-            job.events.put_nowait(stopping())
+            if not job.gone:
+                job.events.put_nowait(error())
 
     def _take(self) -> list[Job]:
         """Returns the first job with those behind it that have equal settings, as long as the batch has room."""

@@ -65,7 +65,7 @@ async def opened(made: list[Fake], first: int = 1, broken: bool = False, **setti
         made.append(Fake())
         return made[-1]
 
-    found = ReplicaPool(start, ServeSettings(**settings), lambda *_, **__: None)
+    found = ReplicaPool(start, ServeSettings(**settings), lambda *_, **__: None, lambda _: None)
     await found.open(first)
     while len(found.members) < first:
         await asyncio.sleep(0)
@@ -193,7 +193,7 @@ def test_a_replica_that_hangs_has_ended_before_another_one_is_started() -> None:
             made.append(Stubborn())
             return made[-1]
 
-        drawn = ReplicaPool(start, ServeSettings(replicas=1, watchdog_s=0.05), lambda *_, **__: None)
+        drawn = ReplicaPool(start, ServeSettings(replicas=1, watchdog_s=0.05), lambda *_, **__: None, lambda _: None)
         await drawn.open(1)
         made[0].hangs = True
         with pytest.raises(Died):
@@ -223,7 +223,7 @@ def test_a_process_that_is_gone_is_not_killed_for_its_number_may_be_anothers() -
             made.append(Fake() if made else Gone())
             return made[-1]
 
-        drawn = ReplicaPool(start, ServeSettings(replicas=1), lambda *_, **__: None)
+        drawn = ReplicaPool(start, ServeSettings(replicas=1), lambda *_, **__: None, lambda _: None)
         await drawn.open(1)
         with pytest.raises(Died):
             await draw(drawn)
