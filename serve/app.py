@@ -185,6 +185,7 @@ class GatewayDeployment:
         async def lifespan(_: Any) -> AsyncIterator[None]:
             await service.pool.open(max(1, settings.idle_replicas))
             yield
+            service.gateway.traffic.drain()  # Ray has waited for what was accepted; something may come late
             await service.pool.close()
 
         service.api.router.lifespan_context = lifespan

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -20,7 +21,8 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.pointer import Move, move_release, read_releases
 from pipeline.release.signing import files_of, public_line, read_private_key, signed
-from serve import bundle, model_runner
+from serve import bundle, model_runner, processes
+from serve.app import GatewayDeployment
 from serve.listening import listen, named
 from serve.processes import sized
 from serve.replica import Replica
@@ -177,6 +179,26 @@ def test_there_is_one_process_a_gpu_and_one_where_a_cluster_has_to_add_it(gpus: 
 )
 def test_an_address_is_told_as_a_url_has_it(host: str, told: str) -> None:
     assert named(host) == told
+
+
+def test_a_gateway_behind_rays_proxy_refuses_what_comes_after_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it would start a replica again."""
+    publish_bundle(tmp_path)
+    monkeypatch.setattr(processes, "size_up", lambda settings: (replace(settings, replicas=1), None))
+    served = bundle.Served("b", key="b", folder=str(tmp_path / "bundle"))
+    api = GatewayDeployment(served, ServeSettings(), {}).__serve_build_asgi_app__()
+    asked = {"prompt": "a tree", "size": "64x64", "steps": 2}
+
+    async def test() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://127.0.0.1") as client:
+            async with api.router.lifespan_context(api):
+                assert (await client.post("/v1/images/generations", json=asked)).status_code == 200
+            late = await client.post("/v1/images/generations", json=asked | {"seed": 1})
+            assert (late.status_code, "Retry-After" in late.headers) == (503, True)
+
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_a_process_draws_on_its_own_cores(tmp_path: Path) -> None:
