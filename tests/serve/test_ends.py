@@ -148,6 +148,19 @@ def stuck(bundle: Path, *words: str) -> Iterator[tuple[str, Running, Path]]:
         process.communicate()
 
 
+def test_a_server_of_one_user_is_one_process(bundle: Path) -> None:
+    with server(bundle) as (url, process):
+        assert httpx.get(f"{url}/ready").status_code == 200
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024  # type: ignore[index]
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        seconds = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+        print(f"{peak / 1e9:.2f} GB, {seconds:.1f} s of a processor")
+        assert processes_below(process.pid) == {}
+        assert peak < 0.8e9
+        assert seconds < 60  # 15 on an idle machine
+
+
 def test_a_drawing_that_hangs_is_said_within_seconds_and_may_go_on(bundle: Path) -> None:
     with stuck(bundle, "batch=1") as (url, process, go_on), ThreadPoolExecutor(6) as clients:
         asked = [clients.submit(ask, url, seed, 50) for seed in (0, 1, 2, 2, 2, 2)]
