@@ -4,6 +4,7 @@ python examples/another_decoder.py [CONFIG] [SAMPLES]
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -69,7 +70,9 @@ if __name__ == "__main__":
     config, samples = (*sys.argv[1:], *["configs/nano.yaml", "256"][len(sys.argv) - 1 :])
     project = unclip.open(config)
     project.run()
-    task = BlockDecoderTask(preset_config("nano").decoder.model, project.artifact("clip").model().embed_dim)
+    own_text = {"text_encoder": "glide", "text_width": 48, "text_depth": 1, "text_heads": 2}
+    sizes = replace(preset_config("nano").decoder.model, **own_text)
+    task = BlockDecoderTask(sizes, project.artifact("clip").model().embed_dim)
     data = project.pairs("train", embeddings=True).tensors(side=task.image_size)
     decoder, journal = unclip.train("decoder", data, preset="nano", task=task, samples=int(samples))
     print(f"loss {journal[0]['loss']:.3f} -> {journal[-1]['loss']:.3f}")

@@ -28,16 +28,16 @@ NANO = load_config(ROOT / "configs/nano.yaml")
 
 def task_of(config: Config, stage: str) -> Task:
     recipe, dim, codes = getattr(config, stage), config.clip.model.embed_dim, config.codec.components
+    clip = Clip.build(config.clip.model, 0)
+    tower = FrozenTower.of(clip.model_config, clip.model.state_dict())
     if stage == "ar_prior":
         shapes = {"mean": (dim,), "components": (codes, dim), "variance": (codes,), "edges": (codes, 1023)}
         shapes |= {"values": (codes, 1024), "dot_edges": (1023,), "dot_counts": (1024,)}
-        return ARPriorTask(
-            recipe.model, dim, Codec(**{name: torch.ones(s, dtype=torch.float64) for name, s in shapes.items()})
-        )
+        codec = Codec(**{name: torch.ones(s, dtype=torch.float64) for name, s in shapes.items()})
+        return ARPriorTask(recipe.model, dim, codec, tower)
     kinds = {"diffusion_prior": DiffusionPriorTask, "decoder": DecoderTask}
     if stage in kinds:
-        clip = Clip.build(config.clip.model, 0)
-        return kinds[stage](recipe.model, dim, FrozenTower.of(clip.model_config, clip.model.state_dict()))
+        return kinds[stage](recipe.model, dim, tower)
     return (ClipTask if stage == "clip" else UpsamplerTask)(recipe.model)
 
 
