@@ -12,6 +12,7 @@ import importlib.resources
 import importlib.util
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -194,7 +195,8 @@ _LARGER = {
     "crown": "translate(-6 -17) scale(1.25 1.5)",
     "spikes": "translate(-10 -2) scale(1.4 1)",
 }  # or bodies hide them
-_STRONGER = {"surface": 2.5}  # times the opacity of its shapes, which nobody sees at 64 px
+# Times an attribute of a component's shapes, of which one sees too little at 64 px.
+_STRONGER = {"surface": {"fill-opacity": 2.5}, "ring": {"stroke-opacity": 1.7, "stroke-width": 1.5}}
 _FRAMES = {
     "critters": {"scale": 1.2, "translateY": 12},
     "sprouts": {"scale": 1.28, "translateY": -11},
@@ -354,8 +356,8 @@ def _style(name: str) -> Style:
             attributes = {"transform": _LARGER[key]}
             whole = {"type": "element", "name": "g", "attributes": attributes, "children": variants[key]["elements"]}
             variants[key] = {"elements": [whole]}
-        if component in _STRONGER:
-            variants = _stronger(variants, _STRONGER[component])
+        for attribute, times in _STRONGER.get(component, {}).items():
+            variants = _stronger(variants, attribute, times)
         if variants:  # cheeks, patterns, stars and animations go
             pose = _POSES[name].get(component, {})
             exact = {key: {"min": value, "max": value} for key, value in pose.items()}
@@ -368,12 +370,13 @@ def _style(name: str) -> Style:
     return Style(definition)
 
 
-def _stronger(variants: dict[str, Any], times: float) -> dict[str, Any]:
-    """Returns variants whose shapes have that many times the opacity, at most 1."""
+def _stronger(variants: dict[str, Any], attribute: str, times: float) -> dict[str, Any]:
+    """Returns variants whose shapes have that many times the attribute; an opacity is at most 1."""
+    most = 1.0 if attribute.endswith("opacity") else math.inf
     return json.loads(
         re.sub(
-            r'"fill-opacity": "([0-9.]+)"',
-            lambda found: f'"fill-opacity": "{min(1.0, times * float(found[1])):.2f}"',
+            rf'"{attribute}": "([0-9.]+)"',
+            lambda found: f'"{attribute}": "{min(most, times * float(found[1])):.2f}"',
             json.dumps(variants),
         )
     )
