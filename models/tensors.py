@@ -4,7 +4,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -20,17 +20,22 @@ REPLACED_TENSORS, REPLACED_NUMBERS = 4096, 64  # that any model may have, and ti
 
 
 @contextmanager
-def shapes_only(weights: Path) -> Iterator[None]:
-    """Builds models inside without numbers, on the meta device, as long as they fit a safetensors file.
+def shapes_only(weights: Path, sizes: Sequence[int] | None = None) -> Iterator[None]:
+    """Builds models inside without numbers, on the meta device, as long as they fit their weights.
 
-    A configuration may come from anybody: it takes neither memory nor time beyond what the file holds.
+    A configuration may come from anybody: it takes neither memory nor time beyond what the weights hold.
+
+    Args:
+        weights: A safetensors file, or the folder of several.
+        sizes: Numbers in each tensor; by default those of the file.
 
     Raises:
-        ValueError: when a model has many times as many tensors or numbers as the file.
+        ValueError: when a model has many times as many tensors or numbers as the weights.
         SafetensorError: when the file is damaged.
     """
-    with safe_open(weights, "pt") as file:
-        sizes = [prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118 - no mapping
+    if sizes is None:
+        with safe_open(weights, "pt") as file:
+            sizes = [prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118 - no mapping
     # Networks may tie layers or replace them while they are built, one of the user's own all that it inherits.
     tensors, numbers = min(max(2 * len(sizes), REPLACED_TENSORS), MOST_TENSORS), REPLACED_NUMBERS * sum(sizes)
     builder = threading.get_ident()

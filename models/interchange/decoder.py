@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from models.decoder import CLIP_CONTEXT, Decoder
@@ -171,10 +170,7 @@ def import_decoder(folder: str | Path, embedding_norm: float | None = None) -> D
         for name in {"image_to_tokens.weight", "image_to_tokens.bias"} & weights.keys():
             if len(weights[name]) == config.clip_tokens * shape.context_width:  # if not, loading says so
                 weights[name] = swap_tokens(weights[name], shape.context_width)
-    with torch.device("meta"):
-        decoder = Decoder(config, embed_dim, tower)
-    load(decoder, weights, folder)
-    return decoder.eval()
+    return load(lambda: Decoder(config, embed_dim, tower), weights, folder)
 
 
 def config_of(

@@ -4,11 +4,15 @@ A table lists pairs (our module, their modules): the weights and biases of their
 ours. So our one projection to queries, keys and values has three counterparts.
 """
 
+from collections.abc import Iterable
+from itertools import islice
+
 import torch
 
 from models.interchange.files import Weights
+from models.tensors import MOST_TENSORS
 
-Table = list[tuple[str, tuple[str, ...]]]
+Table = Iterable[tuple[str, tuple[str, ...]]]
 
 
 def pair(ours: str, *theirs: str) -> tuple[str, tuple[str, ...]]:
@@ -30,10 +34,11 @@ def to_theirs(weights: Weights, table: Table) -> Weights:
 def to_ours(weights: Weights, table: Table) -> Weights:
     """Takes the tensors of ``table`` out of ``weights``, which are theirs, and names them as ours.
 
-    A pair whose parts are not all there is left out; loading the model then says what is missing.
+    A pair whose parts are not all there is left out; loading the model then says what is missing. The table may be as
+    long as a stranger's configuration says: no model has more rows than MOST_TENSORS.
     """
     out: Weights = {}
-    for ours, theirs in table:
+    for ours, theirs in islice(table, MOST_TENSORS):
         for kind in ("weight", "bias"):
             names = [f"{name}.{kind}" for name in theirs]
             if all(name in weights for name in names):

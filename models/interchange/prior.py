@@ -35,27 +35,22 @@ BARE = {"positional_embedding": "position", "prd_embedding": "query", "clip_mean
 
 
 def prior_table(depth: int) -> Table:
-    """Returns names of all tensors but the bare ones."""
-    table = [
-        pair("timestep.0", "time_embedding.linear_1"),
-        pair("timestep.2", "time_embedding.linear_2"),
-        pair("noised_in", "proj_in"),
-        pair("embedding_in", "embedding_proj"),
-        pair("states_in", "encoder_hidden_states_proj"),
-        pair("transformer.norm", "norm_out"),
-        pair("out", "proj_to_clip_embeddings"),
-    ]
+    """Yields names of all tensors but the bare ones."""
+    yield pair("timestep.0", "time_embedding.linear_1")
+    yield pair("timestep.2", "time_embedding.linear_2")
+    yield pair("noised_in", "proj_in")
+    yield pair("embedding_in", "embedding_proj")
+    yield pair("states_in", "encoder_hidden_states_proj")
+    yield pair("transformer.norm", "norm_out")
+    yield pair("out", "proj_to_clip_embeddings")
     for layer in range(depth):
         ours, theirs = f"transformer.blocks.{layer}", f"transformer_blocks.{layer}"
-        table += [
-            pair(f"{ours}.norm_attention", f"{theirs}.norm1"),
-            pair(f"{ours}.qkv", *(f"{theirs}.attn1.to_{part}" for part in "qkv")),
-            pair(f"{ours}.attention_out", f"{theirs}.attn1.to_out.0"),
-            pair(f"{ours}.norm_mlp", f"{theirs}.norm3"),
-            pair(f"{ours}.mlp_in", f"{theirs}.ff.net.0.proj"),
-            pair(f"{ours}.mlp_out", f"{theirs}.ff.net.2"),
-        ]
-    return table
+        yield pair(f"{ours}.norm_attention", f"{theirs}.norm1")
+        yield pair(f"{ours}.qkv", *(f"{theirs}.attn1.to_{part}" for part in "qkv"))
+        yield pair(f"{ours}.attention_out", f"{theirs}.attn1.to_out.0")
+        yield pair(f"{ours}.norm_mlp", f"{theirs}.norm3")
+        yield pair(f"{ours}.mlp_in", f"{theirs}.ff.net.0.proj")
+        yield pair(f"{ours}.mlp_out", f"{theirs}.ff.net.2")
 
 
 def part_of(config: DiffusionPriorConfig, embed_dim: int) -> dict[str, Any]:
@@ -184,12 +179,8 @@ def import_prior(folder: str | Path) -> DiffusionPrior:
     part |= {name: part[name].flatten(0, -2).squeeze(0) for name in BARE.values()}
     if isinstance(config, ClipPriorConfig):
         part |= put_under("text.", read_text(folder / "text_encoder", config.text_depth))
-        prior: DiffusionPrior = ClipPrior(config, embed_dim)
-    else:
-        part = bare_to_own(part)
-        prior = DiffusionPrior(config, embed_dim, tower)
-    load(prior, weights | part, folder)
-    return prior.eval()
+        return load(lambda: ClipPrior(config, embed_dim), weights | part, folder)
+    return load(lambda: DiffusionPrior(config, embed_dim, tower), weights | bare_to_own(part), folder)
 
 
 def config_of(found: dict[str, Any], text: dict[str, Any], process: Process) -> ClipPriorConfig:

@@ -54,23 +54,18 @@ def read_text_config(folder: Path) -> dict[str, Any]:
 
 
 def text_table(depth: int) -> Table:
-    """Returns names of the tensors, but for the positions, which are a bare tensor here."""
-    table = [
-        pair("token", "text_model.embeddings.token_embedding"),
-        pair("transformer.norm", "text_model.final_layer_norm"),
-        pair("projection", "text_projection"),
-    ]
+    """Yields names of the tensors, but for the positions, which are a bare tensor here."""
+    yield pair("token", "text_model.embeddings.token_embedding")
+    yield pair("transformer.norm", "text_model.final_layer_norm")
+    yield pair("projection", "text_projection")
     for layer in range(depth):
         ours, theirs = f"transformer.blocks.{layer}", f"text_model.encoder.layers.{layer}"
-        table += [
-            pair(f"{ours}.norm_attention", f"{theirs}.layer_norm1"),
-            pair(f"{ours}.qkv", *(f"{theirs}.self_attn.{part}_proj" for part in "qkv")),
-            pair(f"{ours}.attention_out", f"{theirs}.self_attn.out_proj"),
-            pair(f"{ours}.norm_mlp", f"{theirs}.layer_norm2"),
-            pair(f"{ours}.mlp_in", f"{theirs}.mlp.fc1"),
-            pair(f"{ours}.mlp_out", f"{theirs}.mlp.fc2"),
-        ]
-    return table
+        yield pair(f"{ours}.norm_attention", f"{theirs}.layer_norm1")
+        yield pair(f"{ours}.qkv", *(f"{theirs}.self_attn.{part}_proj" for part in "qkv"))
+        yield pair(f"{ours}.attention_out", f"{theirs}.self_attn.out_proj")
+        yield pair(f"{ours}.norm_mlp", f"{theirs}.layer_norm2")
+        yield pair(f"{ours}.mlp_in", f"{theirs}.mlp.fc1")
+        yield pair(f"{ours}.mlp_out", f"{theirs}.mlp.fc2")
 
 
 POSITION = "text_model.embeddings.position_embedding.weight"

@@ -106,50 +106,42 @@ def idle_fields(shape: Shape) -> set[str]:
 
 
 def unet_table(shape: Shape) -> Table:
-    """Returns names of all tensors, ours and theirs."""
-    table = [
-        pair("time.0", "time_embedding.linear_1"),
-        pair("time.2", "time_embedding.linear_2"),
-        pair("conv_in", "conv_in"),
-        pair("norm_out", "conv_norm_out"),
-        pair("conv_out", "conv_out"),
-        *_stage("middle.0", "mid_block", "resnets.0", "attentions.0"),
-        *_stage("middle.1", "mid_block", "resnets.1"),
-    ]
+    """Yields names of all tensors, ours and theirs."""
+    yield pair("time.0", "time_embedding.linear_1")
+    yield pair("time.2", "time_embedding.linear_2")
+    yield pair("conv_in", "conv_in")
+    yield pair("norm_out", "conv_norm_out")
+    yield pair("conv_out", "conv_out")
+    yield from _stage("middle.0", "mid_block", "resnets.0", "attentions.0")
+    yield from _stage("middle.1", "mid_block", "resnets.1")
     last = len(shape.multipliers) - 1
     down, up = 0, 0
     for block in range(last + 1):
         for layer in range(shape.depth):
-            table += _stage(f"down.{down}", f"down_blocks.{block}", f"resnets.{layer}", f"attentions.{layer}")
+            yield from _stage(f"down.{down}", f"down_blocks.{block}", f"resnets.{layer}", f"attentions.{layer}")
             down += 1
         for layer in range(shape.depth + 1):
-            table += _stage(f"up.{up}", f"up_blocks.{block}", f"resnets.{layer}", f"attentions.{layer}")
+            yield from _stage(f"up.{up}", f"up_blocks.{block}", f"resnets.{layer}", f"attentions.{layer}")
             up += 1
         if block < last:
-            table += _stage(f"down.{down}", f"down_blocks.{block}", "downsamplers.0")
-            table += _stage(f"up.{up}", f"up_blocks.{block}", "upsamplers.0")
+            yield from _stage(f"down.{down}", f"down_blocks.{block}", "downsamplers.0")
+            yield from _stage(f"up.{up}", f"up_blocks.{block}", "upsamplers.0")
             down, up = down + 1, up + 1
-    return table
 
 
 def _stage(ours: str, block: str, resnet: str, attention: str | None = None) -> Table:
-    """Returns one residual block and the attention that may follow it."""
+    """Yields one residual block and the attention that may follow it."""
     theirs = f"{block}.{resnet}"
-    table = [
-        pair(f"{ours}.resblock.norm_in", f"{theirs}.norm1"),
-        pair(f"{ours}.resblock.conv_in", f"{theirs}.conv1"),
-        pair(f"{ours}.resblock.modulation", f"{theirs}.time_emb_proj"),
-        pair(f"{ours}.resblock.norm_out", f"{theirs}.norm2"),
-        pair(f"{ours}.resblock.conv_out", f"{theirs}.conv2"),
-        pair(f"{ours}.resblock.skip", f"{theirs}.conv_shortcut"),
-    ]
+    yield pair(f"{ours}.resblock.norm_in", f"{theirs}.norm1")
+    yield pair(f"{ours}.resblock.conv_in", f"{theirs}.conv1")
+    yield pair(f"{ours}.resblock.modulation", f"{theirs}.time_emb_proj")
+    yield pair(f"{ours}.resblock.norm_out", f"{theirs}.norm2")
+    yield pair(f"{ours}.resblock.conv_out", f"{theirs}.conv2")
+    yield pair(f"{ours}.resblock.skip", f"{theirs}.conv_shortcut")
     if attention is None:
-        return table
+        return
     theirs = f"{block}.{attention}"
-    return [
-        *table,
-        pair(f"{ours}.attention.norm", f"{theirs}.group_norm"),
-        pair(f"{ours}.attention.qkv", *(f"{theirs}.to_{part}" for part in "qkv")),
-        pair(f"{ours}.attention.context_kv", *(f"{theirs}.add_{part}_proj" for part in "kv")),
-        pair(f"{ours}.attention.out", f"{theirs}.to_out.0"),
-    ]
+    yield pair(f"{ours}.attention.norm", f"{theirs}.group_norm")
+    yield pair(f"{ours}.attention.qkv", *(f"{theirs}.to_{part}" for part in "qkv"))
+    yield pair(f"{ours}.attention.context_kv", *(f"{theirs}.add_{part}_proj" for part in "kv"))
+    yield pair(f"{ours}.attention.out", f"{theirs}.to_out.0")

@@ -4,8 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from models.image_configs import UpsamplerConfig
 from models.interchange.decoder import process_of, read_part
 from models.interchange.files import (
@@ -88,10 +86,7 @@ def import_upsampler(folder: str | Path) -> Upsampler:
             path = folder / name / CONFIG_FILE
             check_config(path, read_json(path), expected, idle_fields(shape))
             weights |= put_under(prefix, read_part(folder / name, unet_table(shape)))
-    with torch.device("meta"):
-        upsampler = Upsampler(config)
-    load(upsampler, weights, folder)
-    return upsampler.eval()
+    return load(lambda: Upsampler(config), weights, folder)
 
 
 def config_of(unet: dict[str, Any], process: Process, last_unet: bool) -> UpsamplerConfig:

@@ -373,9 +373,11 @@ def test_a_pickle_beside_the_weights_is_not_read_and_none_in_their_place(tmp_pat
 GREEDY = """
 import json, resource, sys, time
 from pathlib import Path
+from models import interchange
 from models.clip import Clip
 from models.folder import load_model
-load, folder, small = {"clip": Clip.from_folder, "model": load_model}[sys.argv[1]], sys.argv[2], sys.argv[3]
+load = vars(interchange) | {"clip": Clip.from_folder, "model": load_model}
+load, folder, small = load[sys.argv[1]], sys.argv[2], sys.argv[3]
 load(small)  # what libraries take
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 try:
