@@ -37,6 +37,7 @@ READERS = {  # each yields rows: lists of texts, lists of texts and Nones, or a 
     "parquet": "pipeline.data.source.parquet:parquet_rows",
     "count": "pipeline.data.source.parquet:parquet_count",
     "tar": "pipeline.data.source.tars:members",
+    "sidecar": "pipeline.data.source.rows:sidecar",
 }
 BATCH_ROWS, BATCH_CHARACTERS = 4096, 256 << 10  # of a message, which one row may exceed
 MOST_MESSAGE = 4 << 20  # bytes: every character of a batch as an escape of six
@@ -44,7 +45,7 @@ MOST_SAID = 100  # lines of a child about a file
 EXIT_S = 10.0  # between the last message of a child and its end
 WAIT_S = 600.0  # without a message: the disk has gone, or the child does something else
 
-# What a list may cost. Each file adds its size times the second number.
+# What a list may cost. Each file adds its size times the second number, and a row.
 ROWS = (100_000, 1 / 8)
 CHARACTERS = (32 << 20, 64)  # unpacked, and handed on
 MEMORY = (192 << 20, 16)  # bytes that the child may map besides what Python and Arrow have mapped when they start
@@ -72,7 +73,7 @@ class Budget:
     def grow(self, size: int) -> None:
         """Adds what a file of this many bytes may cost."""
         self.size += size
-        self.rows += size * ROWS[1]
+        self.rows += 1 + size * ROWS[1]
         self.unpacked += size * CHARACTERS[1]
         self.characters += size * CHARACTERS[1]
 
@@ -200,13 +201,16 @@ class ListReader:
             arrow = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}  # others map memory in advance
             with theirs:
                 # In a group of its own: a terminal's Ctrl-C is for this process, which ends the child.
-                self._process = subprocess.Popen(
-                    _COMMAND,
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    env=bare_environment(PYTHONPATH=path, **arrow),
-                    process_group=0,
-                )
+                try:
+                    self._process = subprocess.Popen(
+                        _COMMAND,
+                        stdin=theirs.fileno(),
+                        stdout=subprocess.DEVNULL,
+                        env=bare_environment(PYTHONPATH=path, **arrow),
+                        process_group=0,
+                    )
+                except OSError as e:  # which would read as an error of the file
+                    raise UserError(f"the process that reads lists cannot be started ({e}); free some memory") from e
             self._socket, self._pipe = ours, ours.makefile("rb")
         assert self._socket is not None
         with contextlib.suppress(OSError):  # it has ended, which the answer will say

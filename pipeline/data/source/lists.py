@@ -14,15 +14,15 @@ from urllib.parse import quote
 
 from pipeline.data.fetch.references import without_password
 from pipeline.data.source.child import ListReader
-from pipeline.data.source.columns import IMAGES, LIMIT, MAX_CAPTION, MAX_CAPTIONS, SIZES, Flaw, bounded_captions
+from pipeline.data.source.columns import IMAGES, MAX_CAPTION, MAX_CAPTIONS, SIZES, Flaw
 from pipeline.data.source.folders import METADATA, folder_kind, folder_splits, is_image, read_files, unread_files, walk
 from pipeline.data.source.imported import embedding_reference, is_embeddings, metadata_parts
 from pipeline.data.source.remote import check_remote, fetched, is_remote, remote_beside, remote_version
-from pipeline.data.source.rows import ROWS_SUFFIX, SIDECARS, ListRow, one_line_each, packaged_rows, sidecar_row
+from pipeline.data.source.rows import ROWS_SUFFIX, SIDECARS, ListRow, one_line_each, packaged_rows
 from pipeline.data.source.tables import SUFFIXES, table_kind, table_rows
 from pipeline.data.source.tars import tar_rows
 from pipeline.errors import UserError
-from pipeline.local import Reach, local_path, open_local, reason_of
+from pipeline.local import Reach, local_path, reason_of
 from pipeline.progress import counted, say_once
 
 if TYPE_CHECKING:
@@ -248,18 +248,15 @@ def _folder_rows(folder: Path, recipe: SourceRecipe, may: Reach, reader: ListRea
     """Yields the rows of metadata, as in an imagefolder, and those of images that no metadata speak for."""
     splits = folder_splits(folder)
     for file, metadata in walk(folder):
+        if reader.spent:
+            return
         if file == metadata:
             for row in _metadata_rows(file, recipe, may, reader):
                 place = os.path.relpath(_named_file(row.url) or folder, folder).split(os.sep)[0]
                 yield replace(row, split=row.split or splits.get(place, ""))
         elif metadata is None and is_image(file):
-            names = [(extension, case) for case in (str.upper, str.lower) for extension in SIDECARS]
-            beside = ((extension, file.with_suffix(f".{case(extension)}")) for extension, case in names)
-            sidecars = {extension: (data, str(text)) for extension, text in beside if (data := _bytes(text, may))}
-            row = sidecar_row(f"file://{quote(os.fsencode(file))}", sidecars)
-            captions, cut = bounded_captions(row.captions)
-            reader.cut += cut
-            yield replace(row, captions=tuple(captions), reject=row.reject or _link_refusal(str(file), may))
+            row = _sidecar_row(file, may, reader)
+            yield replace(row, reject=row.reject or _link_refusal(str(file), may))
 
 
 def _metadata_rows(table: Path, recipe: SourceRecipe, may: Reach, reader: ListReader) -> Iterator[ListRow]:
@@ -285,16 +282,22 @@ def _link_refusal(file: str, may: Reach) -> str | None:
     return None
 
 
-def _bytes(text: Path, may: Reach) -> bytes:
-    """Returns the bytes of a text file, one more than LIMIT at most.
+def _sidecar_row(image: Path, may: Reach, reader: ListReader) -> ListRow:
+    """Returns the row of an image with the captions of the first of SIDECARS beside it that is not empty.
 
-    It has none if it is missing or irregular, or a link to what the list may not name.
+    One that is irregular, or a link to what the list may not name, counts as missing.
     """
-    try:
-        with open_local(text, may) as file:
-            return file.read(LIMIT + 1)
-    except OSError:
-        return b""
+    url = f"file://{quote(os.fsencode(image))}"
+    for extension in SIDECARS:
+        for case in (str.lower, str.upper):
+            found: list[list[Any] | Flaw] = []
+            with suppress(OSError):
+                found = list(reader.rows("sidecar", image.with_suffix(f".{case(extension)}"), 2, extension, within=may))
+            for values in found[:1]:
+                if isinstance(values, Flaw):
+                    return ListRow(url, (), reject=values.reason, flaw=values.what)
+                return ListRow(url, tuple(filter(None, values[1] or ())))
+    return ListRow(url, ())
 
 
 def _embedding_rows(folder: Path, recipe: SourceRecipe, may: Reach, reader: ListReader) -> Iterator[ListRow]:

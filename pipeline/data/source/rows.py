@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.source.child import ListReader
+from pipeline.data.source.child import Budget, ListReader
 from pipeline.data.source.columns import KNOWN, LIMIT, Flaw
 from pipeline.data.source.tables import parsed_object
 from pipeline.errors import UserError
@@ -57,7 +57,8 @@ def sidecar_row(url: str, sidecars: Mapping[str, tuple[bytes, str]]) -> ListRow:
     extension = next((extension for extension in SIDECARS if extension in sidecars), None)
     if extension is None:
         return ListRow(url, ())
-    data, where = sidecars[extension]
+    data, path = sidecars[extension]
+    where = path.encode("utf-8", "backslashreplace").decode()
     if len(data) > LIMIT:
         return ListRow(url, (), reject="malformed_row", flaw=f"{where} has over {LIMIT:,} bytes")
     try:
@@ -82,6 +83,13 @@ def sidecar_row(url: str, sidecars: Mapping[str, tuple[bytes, str]]) -> ListRow:
 def one_line_each(lines: Iterable[str | None]) -> tuple[str, ...]:
     """Returns texts on one line each, without those that are empty."""
     return tuple(text for line in lines if line and (text := " ".join(line.split())))
+
+
+def sidecar(file: BinaryIO, path: Path, budget: Budget, extension: str) -> Iterator[list[Any] | Flaw]:
+    """Yields the captions in a file beside an image as a row, in the child process of a list; none if it is empty."""
+    if data := file.read(LIMIT + 1):
+        row = sidecar_row("", {extension: (data, str(path))})
+        yield Flaw(row.reject, row.flaw) if row.reject else [None, list(row.captions)]
 
 
 def write_rows(file: IO[bytes], rows: Iterable[ListRow]) -> int:

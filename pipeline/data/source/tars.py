@@ -90,7 +90,6 @@ class _Tar:
 
 def _members(path: Path, file: BinaryIO, budget: Budget) -> Iterator[ListRow]:
     file.seek(0)
-    shown = str(path).encode("utf-8", "backslashreplace").decode()
     with tarfile.open(fileobj=_Tar(file), mode="r:") as tar:  # type: ignore[call-overload]
         files: dict[str, tarfile.TarInfo] = {}
         name = image = ""
@@ -121,7 +120,7 @@ def _members(path: Path, file: BinaryIO, budget: Budget) -> Iterator[ListRow]:
                 file.seek(whole.offset_data)
                 data = file.read(min(whole.size, LIMIT + 1))
                 budget.unpack(len(data))  # many links may lead to one text
-                said[extension] = (data, f"{member.name!r} in {shown}")
+                said[extension] = (data, f"{member.name!r} in {path}")
         if name:
             yield sidecar_row(image, said)
         # Where a header is damaged, or another tar begins, tarfile ends as if there were no more members.

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.data.source.child import Budget
+from pipeline.data.source.rows import sidecar
 
 
 def rights(file: BinaryIO, path: Path, budget: Budget) -> Iterator[list[Any]]:
     """Says what the child may do."""
     yield ["secret", os.environ.get("AWS_SECRET_ACCESS_KEY")]
     for name, what in (
+        ("read", lambda: path.read_bytes()),
         ("write", lambda: Path(f"{path}.new").write_bytes(b"x")),
         ("remove", lambda: path.unlink()),
         ("connect", lambda: socket.create_connection(("127.0.0.1", int(path.stem)), 1)),
@@ -46,6 +48,13 @@ def failing(file: BinaryIO, path: Path, budget: Budget, how: str) -> Iterator[An
         raise KeyError("a bug")
     elif how == "killed":
         os.kill(os.getpid(), 9)
+
+
+def broken(file: BinaryIO, path: Path, budget: Budget, extension: str) -> Iterator[Any]:
+    """Reads what lies beside images, until that of the image 1 crashes the child."""
+    if path.stem == "1":
+        os.abort()
+    yield from sidecar(file, path, budget, extension)
 
 
 def lie(message: bytes) -> None:

@@ -50,7 +50,7 @@ def test_the_child_has_no_rights(probing: Any, tmp_path: Path, monkeypatch: pyte
     assert found.pop("secret") is None
     assert found["write"] == "refused"
     if os.path.exists("/proc/self/ns/user") and _namespaces():
-        assert found == dict.fromkeys(("write", "remove", "connect", "environment"), "refused")
+        assert found == dict.fromkeys(("read", "write", "remove", "connect", "environment"), "refused")
 
 
 def _namespaces() -> bool:
@@ -70,6 +70,20 @@ def test_a_child_that_dies_of_its_list_ends_the_rest(probing: Any, tmp_path: Pat
     assert f"behind row {len(found) - 1:,} of a.csv" in found[-1].what
     assert len(found) > 4_000
     assert list(probing.rows("text", path, 2)) == []
+
+
+def test_what_lies_beside_images_is_read_in_the_child_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that crashes it leaves the rest of its folder out, as in any other list."""
+    for name in ("0.txt", "1.json", "2.txt"):
+        (tmp_path / name).write_text("a cat")
+        (tmp_path / name).with_suffix(".jpg").touch()
+    code = PROBES.format("sidecar").replace("probes:sidecar", "probes:broken")
+    monkeypatch.setattr(child, "_COMMAND", (sys.executable, "-P", "-c", code))
+    first, crashed = read_rows(str(tmp_path), SourceRecipe((str(tmp_path),)))
+    assert first.captions == ("a cat",)
+    assert crashed.url.endswith("/1.jpg")
+    assert crashed.reject == "budget_spent"
+    assert "its reader crashed (signal 6)" in crashed.flaw
 
 
 @pytest.mark.parametrize(
