@@ -1,9 +1,9 @@
-"""Bounds the processor time that decoding the images of a shard takes, whatever its list names."""
+"""Bounds the processor time that decoding the images of a list takes, whatever it names."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable
 from threading import Lock
 from typing import TypeVar
@@ -12,7 +12,8 @@ from pipeline.data.pairs.decoding import LONGEST, Decoding, ImageDecoder, TimeLi
 from pipeline.data.pairs.image import StoredImage, Storing
 
 FAIR = TimeLimit(1.0, 3e-7)  # four times and more what an honest image takes, of the slowest kind, HEIC
-ORIGIN_S, SHARD_S = 60.0, 300.0  # beyond FAIR: for the images of one host, folder or tar, and for those of a shard
+# Beyond FAIR: for all images of one host, folder or tar that a worker decodes, and for those of a shard.
+ORIGIN_S, SHARD_S = 60.0, 300.0
 REMEMBERED_BYTES = 64 << 20  # of stored images
 Found = TypeVar("Found", StoredImage | str, tuple[int, int] | str | None)
 
@@ -24,12 +25,15 @@ class ShardDecoder:
     beyond FAIR is less than ORIGIN_S, and that of all images less than SHARD_S. From then on FAIR is the limit, and an
     image that takes longer ends as "budget_spent". So N images take at most SHARD_S, one image by the limits of
     ImageDecoder, and N times FAIR. Any thread may call it.
+
+    Args:
+        decoder: What decodes.
+        overdrawn: Seconds beyond FAIR by origin, of earlier shards too; those of this one are added.
     """
 
-    def __init__(self, decoder: ImageDecoder):
-        self._decoder = decoder
+    def __init__(self, decoder: ImageDecoder, overdrawn: dict[str, float]):
+        self._decoder, self._overdrawn, self._all_overdrawn = decoder, overdrawn, 0.0
         self._lock = Lock()
-        self._overdrawn: defaultdict[str, float] = defaultdict(float)  # seconds by origin
         self._known: OrderedDict[tuple[str, bytes], StoredImage | tuple[int, int] | str | None] = OrderedDict()
         self._size = 0  # of what is known, bytes
 
@@ -48,14 +52,16 @@ class ShardDecoder:
                 return self._known[key]  # type: ignore[return-value]
             work = Decoding(FAIR if self._is_spent(origin) else LONGEST)
             found = decode(work)
-            self._overdrawn[origin] += max(0.0, work.seconds - FAIR.seconds(work.pixels))
+            if (beyond := work.seconds - FAIR.seconds(work.pixels)) > 0:
+                self._overdrawn[origin] = self._overdrawn.get(origin, 0.0) + beyond
+                self._all_overdrawn += beyond
             if found == "decode_timeout" and work.limit is FAIR:
                 found = "budget_spent"
             self._remember(key, found)
             return found
 
     def _is_spent(self, origin: str) -> bool:
-        return self._overdrawn[origin] >= ORIGIN_S or sum(self._overdrawn.values()) >= SHARD_S
+        return self._overdrawn.get(origin, 0.0) >= ORIGIN_S or self._all_overdrawn >= SHARD_S
 
     def _remember(self, key: tuple[str, bytes], found: StoredImage | tuple[int, int] | str | None) -> None:
         self._known[key] = found

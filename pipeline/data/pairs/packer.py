@@ -49,6 +49,7 @@ class Packer:
 
     def __init__(self, store: Store, recipe: PairsRecipe, settings: PairsSettings, reach: Reach):
         self.store, self.recipe, self.settings, self.reach = store, recipe, settings, reach
+        self.overdrawn: dict[str, float] = {}  # see ShardDecoder: a list of many shards has no more than one of few
         self.decoder = shared_decoder()
         self.decoder.start()  # it has much to import, and so has the fetch
 
@@ -82,7 +83,7 @@ class Packer:
         known: dict[int, Known] = {}
         if earlier := task.inputs.get("earlier pairs"):
             known = take_over(self.store, refs, task.inputs["earlier source"], earlier, spool)
-        decoder = ShardDecoder(self.decoder)
+        decoder = ShardDecoder(self.decoder, self.overdrawn)
         copied = set()  # members of tars that are not used where they lie
         for i in (i for i in wanted if refs[i]["url"].startswith("tar://")):
             if i in known and known[i].image is None:

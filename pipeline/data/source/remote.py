@@ -34,7 +34,8 @@ PART_BYTES = 64 << 20
 TIMEOUT_S = 60.0  # without a byte
 MOST_S = 6 * 3600.0  # for a whole list
 LEAST_RATE = 16 << 10  # bytes a second, on average after TIMEOUT_S
-MOST_BYTES = 8 << 30  # of a list on a web server, and at most half of what is free on the disk
+MOST_BYTES = 8 << 30  # of a list, and at most half of what is free on the disk
+BY_HAND = "download it and name the file"
 HOPS = 5  # redirects, at most
 
 
@@ -97,38 +98,45 @@ def _fetch(path: str, version: str) -> Path:
     name = os.path.basename(unquote(_plain(path)))
     file = Path(_folder().name, hashlib.sha256(f"{path} {version}".encode()).hexdigest()[:16], name)
     file.parent.mkdir(exist_ok=True)
+    most = min(MOST_BYTES, shutil.disk_usage(_folder().name).free // 2)
     with open(file, "wb") as out:
-        if path.startswith("s3://"):
-            store, key, found = _object(path)
-            parts = [(at, min(at + PART_BYTES, found.size)) for at in range(0, found.size, PART_BYTES)]
-            for part in store.read_parts(key, parts):
-                out.write(part)
-        else:
-            try:
-                _copy(path, out)
-            except BaseException:
-                file.unlink()
-                raise
+        try:
+            (_copy_object if path.startswith("s3://") else _copy_page)(path, out, most)
+        except BaseException:
+            file.unlink()
+            raise
     return file
 
 
-def _copy(path: str, out: BinaryIO) -> None:
-    """Writes the body of a list within the budgets of bytes and time."""
-    most, begun = min(MOST_BYTES, shutil.disk_usage(_folder().name).free // 2), time.monotonic()
-    by_hand = "download it and name the file"
+def _check_size(path: str, size: int, most: int) -> None:
+    if size > most:
+        raise UserError(f"source {path}: it has {size:,} bytes, and {most:,} at most are fetched; {BY_HAND}")
+
+
+def _copy_object(path: str, out: BinaryIO, most: int) -> None:
+    """Writes a list on S3, if it has no more than ``most`` bytes."""
+    store, key, found = _object(path)
+    _check_size(path, found.size, most)
+    parts = [(at, min(at + PART_BYTES, found.size)) for at in range(0, found.size, PART_BYTES)]
+    for part in store.read_parts(key, parts):
+        out.write(part)
+
+
+def _copy_page(path: str, out: BinaryIO, most: int) -> None:
+    """Writes a list on a web server within the budgets of bytes and time."""
+    begun = time.monotonic()
     with _asked(path) as answer:
         promised = int(said) if (said := answer.headers["Content-Length"] or "").isdecimal() else None
-        if promised is not None and promised > most:
-            raise UserError(f"source {path}: it has {promised:,} bytes, and {most:,} at most are fetched; {by_hand}")
+        _check_size(path, promised or 0, most)
         while data := answer.read1(1 << 20):
             try:
                 out.write(data)
             except OSError as e:
                 raise UserError(f"source {path}: no room for it in {_folder().name} ({e.strerror})") from None
             if out.tell() > most:
-                raise UserError(f"source {path}: over {most:,} bytes came, and there is no end; {by_hand}")
+                raise UserError(f"source {path}: over {most:,} bytes came, and there is no end; {BY_HAND}")
             if out.tell() < LEAST_RATE * (time.monotonic() - begun - TIMEOUT_S):
-                raise UserError(f"source {path}: the server sends less than {LEAST_RATE:,} bytes a second; {by_hand}")
+                raise UserError(f"source {path}: the server sends less than {LEAST_RATE:,} bytes a second; {BY_HAND}")
     if promised is not None and out.tell() != promised:
         raise UserError(f"source {path}: {out.tell():,} of {promised} bytes came; run the same command again")
 

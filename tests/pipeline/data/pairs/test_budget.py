@@ -41,7 +41,7 @@ class Costly(ImageDecoder):
 def test_a_thousand_rows_take_no_more_than_the_bound(hosts: int, pixels: int, hours: float) -> None:
     """Without it they took ROWS * LONGEST, 8.6 and 26 hours, whatever their hosts are called."""
     decoder = Costly(pixels)
-    shard = ShardDecoder(decoder)
+    shard = ShardDecoder(decoder, {})
     found = [shard.prepare(f"{i % hosts}.example", b"%d" % i, MAX_PIXELS, STORING) for i in range(ROWS)]
     bound = SHARD_S + LONGEST.seconds(pixels) + ROWS * FAIR.seconds(pixels)
     assert decoder.asked == ROWS
@@ -52,6 +52,16 @@ def test_a_thousand_rows_take_no_more_than_the_bound(hosts: int, pixels: int, ho
     assert found == sorted(found, reverse=True)
 
 
+def test_many_shards_take_no_more_of_one_host_than_one() -> None:
+    decoder, overdrawn = Costly(PIXELS), dict[str, float]()
+    for i in range(ROWS):
+        ShardDecoder(decoder, overdrawn).prepare("a.example", b"%d" % i, MAX_PIXELS, STORING)
+    assert decoder.total <= ORIGIN_S + LONGEST.seconds(PIXELS) + ROWS * FAIR.seconds(PIXELS)
+    before = decoder.total
+    assert ShardDecoder(decoder, overdrawn).prepare("b.example", b"", MAX_PIXELS, STORING) == "decode_timeout"
+    assert decoder.total - before == LONGEST.seconds(PIXELS)
+
+
 def test_an_honest_image_of_any_host_is_decoded_when_the_budget_is_spent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +70,7 @@ def test_an_honest_image_of_any_host_is_decoded_when_the_budget_is_spent(
     monkeypatch.setattr(budget, "FAIR", TimeLimit(0.2, 1e-7))
     monkeypatch.setattr(budget, "SHARD_S", 3.2)
     with closing(wrapped(tmp_path)) as child:
-        shard = ShardDecoder(child)
+        shard = ShardDecoder(child, {})
 
         def end(host: str, data: bytes) -> str:
             found = shard.prepare(host, data, PIXELS, STORING)
@@ -99,7 +109,7 @@ def test_equal_bytes_under_many_urls_are_decoded_once(tmp_path: Path, monkeypatc
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(Counting()) as decoder:
-        shard = ShardDecoder(decoder)
+        shard = ShardDecoder(decoder, {})
         monkeypatch.setattr(budget, "REMEMBERED_BYTES", 3 * len(shard.prepare("", picture(0), PIXELS, STORING).data))
         first = [shard.prepare("", picture(i), PIXELS, STORING) for i in range(9)]
         assert shard._size <= budget.REMEMBERED_BYTES
@@ -107,7 +117,11 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert decoder.asked > 9
 
 
-def test_rows_whose_budget_is_spent_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shard_rows", [5, 1])
+def test_rows_whose_budget_is_spent_are_counted(
+    shard_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one shard as in five of one worker."""
     monkeypatch.setattr(budget, "LONGEST", TimeLimit(1.0, 1e-6))
     monkeypatch.setattr(budget, "FAIR", TimeLimit(0.2, 1e-7))
     monkeypatch.setattr(budget, "ORIGIN_S", 0.5)
@@ -124,7 +138,7 @@ def test_rows_whose_budget_is_spent_are_counted(tmp_path: Path, monkeypatch: pyt
     source = write_list(tmp_path / "list.csv", [(f"file://{tmp_path}/{name}", "a picture") for name in bodies])
     with closing(wrapped(tmp_path)) as child:
         monkeypatch.setattr(packer, "shared_decoder", lambda: child)
-        bench = Bench(tmp_path / "store", [source])
+        bench = Bench(tmp_path / "store", [source], source={"paths": [source], "shard_rows": shard_rows})
         bench.make("source", "pairs")
     reasons = [row["reason"] for row in bench.rows("pairs")]
     assert reasons == ["decode_timeout", "budget_spent", None, "budget_spent", None]

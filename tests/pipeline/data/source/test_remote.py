@@ -107,6 +107,17 @@ def test_a_list_without_end_fills_no_disk(monkeypatch: pytest.MonkeyPatch, promi
     assert ("over 1,048,576 bytes came" if not promised else "1,048,576 at most are fetched") in said
 
 
+def test_a_list_on_s3_has_the_same_budget_of_bytes(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "MOST_BYTES", 1 << 20)
+    store = open_store(f"s3://{BUCKET}/large")
+    store.create("whole.csv", BODY.ljust(1 << 20, b"\n"))
+    store.create("larger.csv", BODY.ljust((1 << 20) + 1, b"\n"))
+    assert len(list(read_rows(f"s3://{BUCKET}/large/whole.csv", of(".")))) == 1
+    said = refused(f"s3://{BUCKET}/large/larger.csv")
+    assert "it has 1,048,577 bytes, and 1,048,576 at most are fetched; download it and name the file" in said
+    assert not list(Path(remote._folder().name).rglob("larger.csv"))
+
+
 def test_a_server_that_drips_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "TIMEOUT_S", 0.5)
     with serving(Pages({"/a.csv": Page(BODY * 100, headers={"ETag": "1"}, drip_s=0.02)})) as address:
