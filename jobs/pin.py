@@ -6,7 +6,7 @@ import argparse
 import json
 
 from jobs.plan import print_changes
-from jobs.project import open_project
+from jobs.project import open_as_run
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import keys_of
 from pipeline.graph.plan import pin_path
@@ -15,7 +15,7 @@ from pipeline.store import Store
 
 def main(arguments: argparse.Namespace) -> int:
     """Moves a pin, or lifts it."""
-    project = open_project(arguments.config, arguments.overrides)
+    project = open_as_run(arguments.config, arguments.overrides)
     before = project.plan()
     verdict = next((v for v in before if v.stage == arguments.stage), None)
     if verdict is None or verdict.lineage is None:

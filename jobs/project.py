@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -141,25 +141,36 @@ def load_as_run(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     run as it stands, before the first run, and where ``overrides`` name a recipe, it is as ``load_config`` returns it.
     Raises UserError.
     """
-    config = load_config(source, overrides)
+    ran, differs = _as_run(load_config(source, overrides), overrides)
+    if differs:
+        file = Path(ran.run.output) / RUN_FILE
+        say_once(f"{source} as it was last run, by {file}; it differs in {differs}: KEY=VALUE asks for other values")
+    return ran
+
+
+def last_run_differs(config: Config, overrides: Sequence[str]) -> str:
+    """Returns in which values the last run of a configuration differed from it, where ``load_as_run`` would say so."""
+    with suppress(UserError):  # nothing depends on that file here
+        return _as_run(config, overrides)[1]
+    return ""
+
+
+def _as_run(config: Config, overrides: Sequence[str]) -> tuple[Config, str]:
     file = Path(config.run.output) / RUN_FILE
     if any(not word.startswith(SETTINGS) for word in overrides) or not file.is_file() or _run_file(config).is_file():
-        return config
+        return config, ""
     try:
         ran = load_config(file)
     except UserError as e:  # somebody edited it, or an older version of this software wrote it
         raise UserError(f"{file}, which the last run wrote, cannot be used: {e}; delete it, or run again") from None
     if (ran.project, open_store(ran.store).url) != (config.project, open_store(config.store).url):
-        return config
+        return config, ""
     stages = ("source", *RECIPES)
     recipes = [(stage, flatten(getattr(ran, stage)), flatten(getattr(config, stage))) for stage in stages]
     differs = [f"{stage}.{name}" for stage, then, now in recipes for name in then if now.get(name) != then[name]]
-    if differs:
-        many = f" and {len(differs) - 1} more" if len(differs) > 1 else ""
-        say_once(
-            f"{source} as it was last run, by {file}; it differs in {differs[0]}{many}: KEY=VALUE asks for other values"
-        )
-    return replace(config, **{stage: getattr(ran, stage) for stage in stages})
+    many = f" and {len(differs) - 1} more" if len(differs) > 1 else ""
+    said = f"{differs[0]}{many}" if differs else ""
+    return replace(config, **{stage: getattr(ran, stage) for stage in stages}), said
 
 
 def open_as_run(source: str | Path, overrides: Sequence[str] = ()) -> Project:

@@ -48,3 +48,10 @@ def test_docstrings_of_functions_begin_with_a_verb() -> None:
                 if not VERB.match(first):
                     found.append(f"{file.relative_to(ROOT)}:{node.lineno}: {first}")
     assert found == []
+
+
+def test_no_message_or_page_names_a_package_of_the_index_that_is_not_ours() -> None:
+    """Whoever takes that name could run code where it is followed. In pyproject.toml it is the checkout itself."""
+    named = re.compile(rb"unclip[-_]ray\[", re.IGNORECASE)
+    found = {file.relative_to(ROOT).as_posix() for file in tracked(ends="") if named.search(file.read_bytes())}
+    assert found == {"pyproject.toml"}

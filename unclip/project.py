@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jobs import run as command
 from jobs.bundles import Bundle
 from jobs.project import Project as Opened
-from jobs.project import open_project
+from jobs.project import last_run_differs, open_project
 from pipeline.data.curation.reading import PairReader
 from pipeline.graph.plan import Verdict
 from pipeline.graph.stages import Stage
@@ -45,8 +46,16 @@ def open(source: str | Path | Mapping[str, Any], *overrides: str, stages: Iterab
 
     Raises:
         UserError: for a mistake in the configuration, a list that cannot be read, and a store that cannot be reached.
+
+    Warns where the last run had other values than these: what it made is then not this project's.
     """
     opened = open_project(source, overrides)
+    if differs := last_run_differs(opened.config, overrides):
+        warnings.warn(
+            f"{opened.config.project}: its last run differed in {differs}, so what that made is not found here; "
+            "open it with the same overrides",
+            stacklevel=2,
+        )
     return Project(replace(opened, graph={**opened.graph, **{stage.name: stage for stage in stages}}))
 
 

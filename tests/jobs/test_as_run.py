@@ -2,13 +2,16 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 
+import unclip
 from jobs.cli import main
 from pipeline.config import load_config, make_config, resolved_values
 from tests.chain import ROOT, write_config, write_list
+from tests.pipeline.data.bench import save_clip
 
 SMALLER = "pairs.encode_quality=90"
 
@@ -42,6 +45,28 @@ def test_other_commands_find_what_the_run_made(config: Path, capsys: pytest.Capt
     assert "no row to retry" in capsys.readouterr().out
     assert main(["data", "retry", str(config), "--reason", "timeout", "pairs.encode_quality=80"]) == 2
     assert "not made for the current list and recipes: pairs" in capsys.readouterr().err
+
+
+def test_a_pin_is_moved_in_the_plan_of_that_run(
+    tmp_path: Path, pictures: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, str(tmp_path / "store"), pictures, [write_list(tmp_path / "list.csv", 0, 6)])
+    clip = f"clip.weights=local-dir:{save_clip(tmp_path / 'clip')}"
+    assert main(["run", str(path), "--until", "clip", clip]) == 0
+    capsys.readouterr()
+    assert main(["pin", str(path), "clip", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "nothing becomes stale\n"
+    assert main(["pin", str(path), "clip", "--dry-run", "clip.weights=null"]) == 2
+    assert "unclip run with --until clip makes what the configuration asks for" in capsys.readouterr().err
+
+
+def test_a_program_is_warned_that_it_opens_something_else(config: Path) -> None:
+    with pytest.warns(UserWarning, match=r"its last run differed in pairs\.encode_quality, so .*the same overrides"):
+        assert "pairs" in unclip.open(config).plan().stale
+    with warnings.catch_warnings(action="error"):
+        assert "pairs" not in unclip.open(config, SMALLER).plan().stale
+        assert main(["run", str(config), "--until", "pairs"]) == 0
+        assert "pairs" not in unclip.open(config).plan().stale
 
 
 def test_an_edit_counts_once_it_is_run(config: Path) -> None:

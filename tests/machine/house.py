@@ -210,7 +210,7 @@ class House:
             # What takes most of the time, and nothing that the machine asks about depends on it.
             stack.enter_context(mock.patch.object(artifacts, "environment", dict))
             stack.enter_context(mock.patch("os.fsync"))
-            for module, name in ((jobs.data, "open_as_run"), (jobs.pin, "open_project"), (jobs.release, "project_of")):
+            for module, name in ((jobs.data, "open_as_run"), (jobs.pin, "open_as_run"), (jobs.release, "project_of")):
                 stack.enter_context(mock.patch.object(module, name, self._again))
             log, before = logging.getLogger("unclip"), logging.getLogger("unclip").disabled
             log.disabled = True

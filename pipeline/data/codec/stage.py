@@ -7,6 +7,7 @@ Rows of other splits are never in the sample.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -15,8 +16,10 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.stages import Context
+from pipeline.progress import counted
 
 VERSION = 3
+REASONS_SAID = 2  # of the rows that curation rejected
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,14 @@ def run_codec(ctx: Context) -> Artifact:
     began = time.monotonic()
     training, sample = fit.sample_training_rows(ctx)
     if training < 2:
-        raise UserError(f"codec: {training} training rows are left after curation; see the rejects in the report")
+        raise UserError(f"codec: {training} training rows are left after curation{_why(ctx)}; see the report")
     ledger, blobs, metrics = fit.fit_sample(ctx, sample)
     artifact = ctx.publishable(blobs=blobs, ledger=ledger, metrics={"training_rows": training, **metrics})
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)
+
+
+def _why(ctx: Context) -> str:
+    """Returns why curation rejected most of its rows, "" where it rejected none."""
+    lost = Counter(ctx.inputs["curation"].ledger.lost).most_common(REASONS_SAID)
+    said = " and ".join(f"{counted(rows, 'row')} for {reason}" for reason, rows in lost)
+    return f", which rejected {said}" if said else ""

@@ -18,7 +18,7 @@ from pipeline.graph.artifacts import Artifact, Shard, read_shards, read_table, w
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, ShardSettings
 from pipeline.store.records import put_blob, read_blob
-from tests.pipeline.data.bench import Bench, picture, save_clip, write_listed
+from tests.pipeline.data.bench import Bench, picture, save_clip, write_list, write_listed
 
 ROWS = 60
 STAGES = ("source", "captions", "pairs", "clip", "embeddings", "curation")
@@ -155,8 +155,8 @@ def test_more_components_than_rows_is_a_warning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("seeds", "splits", "said"),
     [
-        ([0, 1, 2], ["test"] * 3, "codec: 0 training rows are left after curation"),
-        ([0, 1, 2], ["train", "validation", "test"], "codec: 1 training rows are left after curation"),
+        ([0, 1, 2], ["test"] * 3, "codec: 0 training rows are left after curation; see the report"),
+        ([0, 1, 2], ["train", "validation", "test"], "codec: 1 training rows are left after curation; see"),
         ([1, 1, 1, 1], [], "all 4 embeddings are equal"),
     ],
 )
@@ -166,5 +166,19 @@ def test_too_few_different_training_rows_is_a_mistake_of_the_user(
     path = write_listed(tmp_path, [picture(seed) for seed in seeds], splits)
     bench = Bench(tmp_path / "store", [path], clip={"weights": save_clip(tmp_path / "clip")})
     bench.make(*STAGES)
+    with pytest.raises(UserError, match=said):
+        bench.make("codec")
+
+
+def test_why_no_training_row_is_left(tmp_path: Path) -> None:
+    captions = ["long " * 20, "long " * 20, "x"]
+    for i in range(len(captions)):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    rows = [(f"file://{tmp_path}/{i}.png", caption, "train") for i, caption in enumerate(captions)]
+    path = write_list(tmp_path / "list.csv", rows)
+    curation = {"min_caption": 2, "max_caption": 9}
+    bench = Bench(tmp_path / "store", [path], clip={"weights": save_clip(tmp_path / "clip")}, curation=curation)
+    bench.make(*STAGES)
+    said = "codec: 0 training rows .*, which rejected 2 rows for caption_too_long and 1 row for caption_too_short; see"
     with pytest.raises(UserError, match=said):
         bench.make("codec")
