@@ -81,7 +81,7 @@ class Budget:
         """Counts bytes that were unpacked, or read again."""
         self.unpacked -= size
         if self.unpacked < 0:
-            raise Spent(f"unpacks to more than {CHARACTERS[1]} times its size")
+            raise Spent(f"costs more than {CHARACTERS[1]} times its size to unpack")
 
     def take(self, characters: int) -> None:
         """Counts a row."""

@@ -16,6 +16,7 @@ from pipeline.data.source.rows import SIDECARS, ListRow, sidecar_row
 from pipeline.errors import UserError
 
 HEADER = 64 << 10  # bytes, at most: names, and what tar keeps of a file beside it
+HEADER_SHARE, LINK = 16, 16  # one byte of the budget for that many squared of a header; times a text that is linked
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -79,18 +80,20 @@ def members(file: BinaryIO, path: Path, budget: Budget) -> Iterator[list[Any]]:
 class _Tar:
     """Reads headers for tarfile, which otherwise takes as much memory as one says that it is long, and more time."""
 
-    def __init__(self, file: BinaryIO):
-        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+    def __init__(self, file: BinaryIO, budget: Budget):
+        self.seek, self.tell, self._read, self._budget = file.seek, file.tell, file.read, budget
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= HEADER:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
+        # tarfile looks for the end of a number from each of its digits, and for that of a name from each record.
+        self._budget.unpack(size * size // HEADER_SHARE)
         return self._read(size)
 
 
 def _members(path: Path, file: BinaryIO, budget: Budget) -> Iterator[ListRow]:
     file.seek(0)
-    with tarfile.open(fileobj=_Tar(file), mode="r:") as tar:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=_Tar(file, budget), mode="r:") as tar:  # type: ignore[call-overload]
         files: dict[str, tarfile.TarInfo] = {}
         name = image = ""
         said: dict[str, tuple[bytes, str]] = {}
@@ -119,7 +122,7 @@ def _members(path: Path, file: BinaryIO, budget: Budget) -> Iterator[ListRow]:
             elif extension in SIDECARS:
                 file.seek(whole.offset_data)
                 data = file.read(min(whole.size, LIMIT + 1))
-                budget.unpack(len(data))  # many links may lead to one text
+                budget.unpack(len(data) * (LINK if member.islnk() else 1))  # many links may lead to one text
                 said[extension] = (data, f"{member.name!r} in {path}")
         if name:
             yield sidecar_row(image, said)
