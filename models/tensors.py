@@ -39,6 +39,10 @@ def shapes_only(weights: Path, sizes: Sequence[int] | None = None) -> Iterator[N
     # Networks may tie layers or replace them while they are built, one of the user's own all that it inherits.
     tensors, numbers = min(max(2 * len(sizes), REPLACED_TENSORS), MOST_TENSORS), REPLACED_NUMBERS * sum(sizes)
     builder = threading.get_ident()
+    larger = (
+        f"{weights} holds {len(sizes):,} tensors of {sum(sizes):,} numbers, and the configuration beside it describes "
+        "a larger model: fetch both again"
+    )
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal tensors, numbers
@@ -46,15 +50,16 @@ def shapes_only(weights: Path, sizes: Sequence[int] | None = None) -> Iterator[N
             return
         tensors, numbers = tensors - 1, numbers - parameter.numel()
         if tensors < 0 or numbers < 0:
-            raise ValueError(
-                f"{weights} holds {len(sizes):,} tensors of {sum(sizes):,} numbers, and the configuration beside it "
-                "describes a larger model: fetch both again"
-            )
+            raise ValueError(larger)
 
     hook = register_module_parameter_registration_hook(count)
     try:
         with torch.device("meta"):
             yield
+    except (RuntimeError, TypeError) as error:
+        if "overflow" not in str(error).lower():  # as torch says of more numbers than it can count
+            raise
+        raise ValueError(larger) from error
     finally:
         hook.remove()
 
