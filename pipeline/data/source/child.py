@@ -365,6 +365,7 @@ def main() -> None:
     logger = logging.getLogger("unclip")
     logger.setLevel(logging.INFO)
     logger.addHandler(_Saying(pipe))
+    give_up_rights()  # before pyarrow is imported, which starts a thread: a process with threads keeps its network
     budget, files, mapped, started = Budget(), 0, 0, 0.0
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the parent wants no more rows
         while request := _request(connection):
@@ -376,9 +377,7 @@ def main() -> None:
                 before = memory_mapped() if mapped else 0
                 importlib.import_module(READERS[asked[0]].partition(":")[0])
                 mapped += memory_mapped() - before
-                if not files:
-                    give_up_rights()  # as long as there is one thread
-                    started = time.process_time()
+                started = started or time.process_time()
                 files += 1
                 budget.grow(os.fstat(file.fileno()).st_size)
                 limit_memory(mapped + min(MOST_MEMORY, MEMORY[0] + MEMORY[1] * budget.size))

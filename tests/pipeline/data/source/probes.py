@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.data.source.child import Budget
-from pipeline.data.source.rows import sidecar
+from pipeline.data.source.rows import sidecar  # imports pyarrow, as real readers do, which starts a thread
 
 
 def rights(file: BinaryIO, path: Path, budget: Budget) -> Iterator[list[Any]]:
