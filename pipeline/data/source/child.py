@@ -50,7 +50,7 @@ ROWS = (100_000, 1 / 8)
 CHARACTERS = (32 << 20, 64)  # unpacked, and handed on
 MEMORY = (192 << 20, 16)  # bytes that the child may map besides what Python and Arrow have mapped when they start
 MOST_MEMORY = 2 << 30
-SECONDS = (2.0, 2e-6)  # of processor time
+SECONDS = (1.5, 1.5e-6)  # of processor time
 SECONDS_A_FILE = 0.05
 
 _COMMAND = (sys.executable, "-P", "-c", "from pipeline.data.source.child import main; main()")

@@ -307,6 +307,6 @@ def test_a_megabyte_of_a_hostile_list_costs_seconds_and_megabytes(tmp_path: Path
     print(mebibytes, *found.items(), sep="\n")
     assert len(found) == len(paths) == 12
     assert all(len(said.splitlines()) <= 1 for _, said, _ in found.values())
-    # The bound is 5 s; a processor that others use takes longer for the same.
-    assert {path: used for path, (_, _, used) in found.items() if used > 10} == {}
+    # The bound is 5 s, of which the child may take 4; a processor that others use takes longer for the same.
+    assert {path: used for path, (_, _, used) in found.items() if used > 7} == {}
     assert mebibytes < 300
