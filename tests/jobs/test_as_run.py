@@ -51,12 +51,12 @@ def test_a_pin_is_moved_in_the_plan_of_that_run(
     tmp_path: Path, pictures: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_config(tmp_path, str(tmp_path / "store"), pictures, [write_list(tmp_path / "list.csv", 0, 6)])
-    clip = f"clip.weights=local-dir:{save_clip(tmp_path / 'clip')}"
+    clip = f"clip.weights={save_clip(tmp_path / 'clip')}"
     assert main(["run", str(path), "--until", "clip", clip]) == 0
     capsys.readouterr()
     assert main(["pin", str(path), "clip", "--dry-run"]) == 0
     assert capsys.readouterr().out == "nothing becomes stale\n"
-    assert main(["pin", str(path), "clip", "--dry-run", "clip.weights=null"]) == 2
+    assert main(["pin", str(path), "clip", "--dry-run", "clip.seed=5"]) == 2
     assert "unclip run with --until clip makes what the configuration asks for" in capsys.readouterr().err
 
 

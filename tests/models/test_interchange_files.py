@@ -346,7 +346,7 @@ GREEDY: dict[str, dict[str, dict[str, Any]]] = {  # by model and name: what conf
         "deep": {"prior": {"num_layers": 10**7}},
         "wide": {"prior": {"num_attention_heads": 2**20}},
         "deep text": {"text_encoder": {"num_hidden_layers": 10**7}},
-        "wordy": {"text_encoder": {"vocab_size": 2**30}},
+        "wordy": {"text_encoder": {"vocab_size": 2**26}},
     },
     "upsampler": {
         "deep": {part: {"layers_per_block": 10**7} for part in ("super_res_first", "super_res_last")},
@@ -380,7 +380,7 @@ def test_the_configuration_of_an_export_takes_no_more_either(tmp_path: Path) -> 
 def assert_modest(load: str, folder: Path, small: Path) -> None:
     """Loads a folder in a process of its own, which refuses it before it has built anything."""
     said, seconds, size = greed(load, folder, small)
-    assert "describes a larger model: fetch both again" in said
+    assert re.search("describes a larger model: fetch both again|does not fit: .* are unknown", said)
     assert "\n" not in said
     assert seconds < 5
     assert size < 100
