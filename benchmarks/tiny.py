@@ -176,10 +176,13 @@ def generator(preset: str) -> UnCLIP:
         config.diffusion_prior.model,
         config.decoder.model,
     )
+    diffusion_prior = DiffusionPrior(prior, clip.embed_dim, text_tower(prior, config.clip)).eval()
+    if diffusion_prior.line is not None:
+        diffusion_prior.line.image_mean.normal_()  # before its regression is solved it says 0, which has no direction
     return UnCLIP(
         clip=clip,
         decoder=Decoder(decoder, clip.embed_dim, text_tower(decoder, config.clip)).eval(),
-        diffusion_prior=DiffusionPrior(prior, clip.embed_dim, text_tower(prior, config.clip)).eval(),
+        diffusion_prior=diffusion_prior,
         upsampler_256=Upsampler(config.upsampler_256.model).eval(),
         upsampler_1024=Upsampler(config.upsampler_1024.model).eval(),
         sampling=config.bundle.sampling,

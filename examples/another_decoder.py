@@ -70,7 +70,7 @@ if __name__ == "__main__":
     config, samples = (*sys.argv[1:], *["configs/nano.yaml", "256"][len(sys.argv) - 1 :])
     project = unclip.open(config)
     project.run()
-    own_text = {"text_encoder": "glide", "text_width": 48, "text_depth": 1, "text_heads": 2}
+    own_text = {"text_encoder": "glide", "context_width": 0, "text_width": 48, "text_depth": 1, "text_heads": 2}
     sizes = replace(preset_config("nano").decoder.model, **own_text)
     task = BlockDecoderTask(sizes, project.artifact("clip").model().embed_dim)
     data = project.pairs("train", embeddings=True).tensors(side=task.image_size)

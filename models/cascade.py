@@ -331,12 +331,20 @@ class UnCLIP:
     ) -> Generation:
         """Follows section 3.3: the image, its embedding turned by a share towards ``after`` minus ``before``.
 
-        The paper goes up to 0.25 to 0.5. x_T stays, and captions are left out. Raises ValueError where both captions
-        mean the same.
+        The paper goes up to 0.25 to 0.5. x_T stays, and captions are left out. Where a prior begins from a ridge
+        regression, the difference is that of the image embeddings which the regression makes of both captions: a small
+        CLIP's text embeddings lie in directions that no image has. Raises ValueError where both captions mean the same.
         """
         check_captions([before, after])
-        text = self._text([before, after])
-        towards = text_difference(text[:1], text[1:]).expand(len(shares), -1)
+        tokens, said = self._tokens([before, after]), self._text([before, after])
+        for prior in (self.diffusion_prior, self.ar_prior):
+            line = (
+                None if prior is None else prior.at_line(tokens, said, torch.ones_like(tokens[:, 0], dtype=torch.bool))
+            )
+            if line is not None:
+                said = line
+                break
+        towards = text_difference(said[:1], said[1:]).expand(len(shares), -1)
         many = inversion.repeated(len(shares))
         turned = slerp(many.embedding, towards, torch.tensor(list(shares), device=towards.device))
         return self.variations(Inversion(turned, many.noise), [seed] * len(shares), 0.0, progress, **options)

@@ -81,7 +81,8 @@ class DiffusionPrior(nn.Module):
             nn.init.zeros_(self.out.weight)
         self.register_buffer("gamma", None)
 
-    def _line(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor | None:
+    def at_line(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor | None:
+        """Returns the image embeddings [b, d] of the line, None without one; arguments are those of ``forward``."""
         if self.line is None:
             return None
         assert isinstance(self.caption, FrozenCaption)
@@ -107,7 +108,7 @@ class DiffusionPrior(nn.Module):
         given, shown = self.given(tokens, text_embedding, keep_text)
         cache = Cache(given.shape[1] + ASKED)
         self.transformer(given, cache, shown)
-        return Condition(cache, self._line(tokens, text_embedding, keep_text))
+        return Condition(cache, self.at_line(tokens, text_embedding, keep_text))
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Returns ``forward`` for captions that ``condition`` has read."""
@@ -124,7 +125,7 @@ class DiffusionPrior(nn.Module):
         given, shown = self.given(tokens, text_embedding, keep_text)
         shown = None if shown is None else F.pad(shown, (0, ASKED), value=True)
         out = self.transformer(torch.cat([given, self.asked(x_t, t)], dim=1), shown=shown, last_only=True)
-        return self.embedding_out(out, self._line(tokens, text_embedding, keep_text))
+        return self.embedding_out(out, self.at_line(tokens, text_embedding, keep_text))
 
     def given(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Captions and their embeddings as the transformer takes them, [b, n, width], and which are shown, [b, n]."""

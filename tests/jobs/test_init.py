@@ -326,7 +326,7 @@ def test_on_a_gpu_a_list_of_which_no_row_is_taken_is_no_crash() -> None:
     assert "scale:" not in starter("mine", True, source, seen)
 
 
-@pytest.mark.parametrize(("pairs", "dropout"), [(5, 0.1), (4_000, 0.1), (4_100, 0.0), (10_000, 0.0)])
+@pytest.mark.parametrize(("pairs", "dropout"), [(5, 0.1), (2_400, 0.1), (2_500, 0.0), (10_000, 0.0)])
 def test_without_a_gpu_pairs_that_are_seen_often_get_dropout(pairs: int, dropout: float) -> None:
     source = SourceRecipe((table("csv"),))
     seen = replace(look(source), behind=pairs - len(CAPTIONS))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import unclip
+from models.clip import Clip
 from models.codec_fit import fit_codec
 from models.folder import load_model, save_model
+from pipeline.config import preset_config
 from tests.chain import ROOT
 from tests.faults import Undisturbed, copy
 from tests.models.test_cascade import make
@@ -312,7 +315,8 @@ def test_a_model_trained_on_tensors_is_that_of_the_pipeline(undisturbed: Undistu
     project.run(until="diffusion_prior", quiet=True)
     artifact = project.artifact("diffusion_prior")
     data = project.pairs("train", embeddings=True).tensors()
-    trained = unclip.train("diffusion_prior", data, "nano", "cpu", samples=128, batch=32, captions="first")
+    tower = project.artifact("clip").model()
+    trained = unclip.train("diffusion_prior", data, "nano", "cpu", tower, samples=128, batch=32, captions="first")
     artifact.save(tmp_path / "prior")
     expected = load_model(tmp_path / "prior")
     for name, value in trained.model.state_dict().items():
@@ -320,6 +324,16 @@ def test_a_model_trained_on_tensors_is_that_of_the_pipeline(undisturbed: Undistu
     assert [line["loss"] for line in trained.journal] == pytest.approx(
         [line["loss"] for line in artifact.table().to_pylist() if line.get("loss") is not None], rel=1e-4
     )
+
+
+@cache
+def clip() -> Clip:
+    """A CLIP of the preset nano, of fewer dimensions."""
+    return Clip.build(replace(preset_config("nano").clip.model, embed_dim=16), 0)
+
+
+def train(*arguments: Any, **options: Any) -> Any:
+    return unclip.train(*arguments, clip=clip(), **options)
 
 
 @pytest.mark.parametrize("stage", ["clip", "ar_prior", "upsampler_256"])
@@ -336,7 +350,7 @@ def test_every_kind_of_model_is_trained_on_tensors(stage: str, capsys: pytest.Ca
         "text_embedding": text,
     }
     codec = fit_codec(image, (image * text).sum(1), components=8).codec
-    model, journal = unclip.train(stage, data, device="cpu", codec=codec, samples=16, batch=8, progress=False)
+    model, journal = train(stage, data, device="cpu", codec=codec, samples=16, batch=8, progress=False)
     assert [line["samples"] for line in journal] == [8, 16]
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert not model.training
@@ -350,7 +364,7 @@ def test_a_decoder_that_whitens_measures_the_rows_that_it_is_given() -> None:
         "captions": ["a picture"] * 8,
         "image_embedding": image,
     }
-    model, _ = unclip.train("decoder", data, device="cpu", samples=8, batch=8, progress=False, model={"whiten": True})
+    model, _ = train("decoder", data, device="cpu", samples=8, batch=8, progress=False, model={"whiten": True})
     torch.testing.assert_close(model.whitening.mean, image.mean(0))
 
 
@@ -360,15 +374,15 @@ def test_weights_to_begin_with_are_taken(tmp_path: Path) -> None:
     )
     data = {"captions": ["a picture"] * 8, "image_embedding": image, "text_embedding": text}
     few: dict[str, Any] = {"device": "cpu", "samples": 8, "batch": 8, "progress": False, "warmup_steps": 0}
-    first, _ = unclip.train("diffusion_prior", data, **few)
+    first, _ = train("diffusion_prior", data, **few)
     save_model(tmp_path, first)
     still = {"learning_rate": 1e-30, "weight_decay": 0.0, "seed": 5, "init_from": str(tmp_path / "model.safetensors")}
-    again, _ = unclip.train("diffusion_prior", data, **few, **still)
+    again, _ = train("diffusion_prior", data, **few, **still)
     for name, value in first.state_dict().items():
         if name != "gamma":  # which is measured
             torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=1e-20)
     with pytest.raises(unclip.UserError, match=r"init_from: .* does not fit"):
-        unclip.train("diffusion_prior", data, **few, **still, model={"width": 32})
+        train("diffusion_prior", data, **few, **still, model={"width": 32})
 
 
 EMBEDDINGS = {"image_embedding": torch.zeros(2, 16), "text_embedding": torch.zeros(2, 16)}
@@ -382,26 +396,24 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         "give a list of strings",
     ),
     "words": (
-        lambda: unclip.train("diffusion_prior", {"captions": ["a"], "image_embedding": ["b"]}),
+        lambda: train("diffusion_prior", {"captions": ["a"], "image_embedding": ["b"]}),
         "image_embedding: not numbers",
     ),
     "lengths": (
-        lambda: unclip.train(
-            "diffusion_prior", {"captions": ["a"] * 2, **EMBEDDINGS, "text_embedding": torch.zeros(2, 12)}
-        ),
+        lambda: train("diffusion_prior", {"captions": ["a"] * 2, **EMBEDDINGS, "text_embedding": torch.zeros(2, 12)}),
         "embeddings of one CLIP have one length",
     ),
     "flat": (
-        lambda: unclip.train("diffusion_prior", {"captions": ["a"], **EMBEDDINGS, "text_embedding": torch.zeros(2)}),
+        lambda: train("diffusion_prior", {"captions": ["a"], **EMBEDDINGS, "text_embedding": torch.zeros(2)}),
         r"text_embedding has shape \[2\]",
     ),
     "floats": (
-        lambda: unclip.train("diffusion_prior", {"tokens": torch.zeros(2, 77), **EMBEDDINGS}),
+        lambda: train("diffusion_prior", {"tokens": torch.zeros(2, 77), **EMBEDDINGS}),
         "give whole numbers",
     ),
     "recipe": (lambda: unclip.train("decoder", {}, sample=3), "did you mean samples"),
-    "missing": (lambda: unclip.train("diffusion_prior", {"captions": ["a"]}), "data has no image_embedding"),
-    "codec": (lambda: unclip.train("ar_prior", {}), "pass codec="),
+    "missing": (lambda: train("diffusion_prior", {"captions": ["a"]}), "data has no image_embedding"),
+    "codec": (lambda: train("ar_prior", {}), "pass codec="),
     "clip": (lambda: unclip.train("diffusion_prior", {}, preset="tiny"), "pass clip="),
     "shape": (lambda: unclip.train("upsampler_256", {"image": torch.zeros(2, 3, 9, 9)}), r"reads \[n, 3, 256, 256\]"),
     "type": (lambda: unclip.train("upsampler_256", {"image": torch.zeros(2, 3, 256, 256)}), "give uint8"),

@@ -116,7 +116,7 @@ def made_anywhere(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[st
     return project_in(store, tmp_path, capsys)
 
 
-LATER, OTHER = ("--set", "decoder.samples=12288"), "decoder.samples=12288"
+LATER, OTHER = ("--set", "decoder.samples=24576"), "decoder.samples=24576"
 
 
 def test_before_anything_is_made_or_released(made: Made) -> None:
@@ -140,7 +140,7 @@ def test_a_better_bundle_is_promoted_and_rolled_back(made_anywhere: Made) -> Non
 
     found = json.loads(made.release("diff", "current", "previous", "--json"))
     assert (found["old"], found["new"], found["not_compared"]) == (better, first, None)
-    assert found["recipe"] == ["decoder.samples 12288 -> 6144"]
+    assert found["recipe"] == ["decoder.samples 24576 -> 12288"]
     assert {figure["verdict"] for figure in found["figures"]} >= {"worse"}
 
     assert f"p: {first[:12]} is the release again" in made.release("rollback", "--reason", "it drew cats")
@@ -248,14 +248,14 @@ def test_diff_names_data_recipe_and_figures(made: Made) -> None:
     made.release("promote")
     said = made.release("diff", *LATER)
     assert said.splitlines()[:5] == [
-        f"{first[:12]} -> {better[:12]}", "data", "  the same", "recipe", "  decoder.samples 6144 -> 12288",
+        f"{first[:12]} -> {better[:12]}", "data", "  the same", "recipe", "  decoder.samples 12288 -> 24576",
     ]  # fmt: skip
     (line,) = (line for line in said.splitlines() if "decoder top" in line)
     assert line.split()[-1] == "better"
     assert "+0.1 (0.1 to 0.1)" in line
     made.release("promote", *LATER)
     back = made.release("diff", "current", "previous")
-    assert "decoder.samples 12288 -> 6144" in back
+    assert "decoder.samples 24576 -> 12288" in back
     assert "worse" in back
     assert made.release("diff", first[:10], better) == said
     assert "no bundle in" in made.release("diff", "feed", code=2)
@@ -271,7 +271,7 @@ def test_the_report_shows_the_release_beside_the_bundle(made: Made) -> None:
     shown = against_section(ReportInput(made.store, made.artifacts(OTHER)), "p")
     assert 'title="better">✓</span></td><td>It draws.</td><td>top</td>' in shown
     assert "<td>+0.1 (0.1 to 0.1)</td>" in shown
-    assert "<bdi>decoder.samples 6144 -&gt; 12288</bdi>" in shown
+    assert "<bdi>decoder.samples 12288 -&gt; 24576</bdi>" in shown
     made.make(0.1, OTHER, "evaluation.rows=9")
     shown = against_section(ReportInput(made.store, made.artifacts(OTHER, "evaluation.rows=9")), "p")
     assert "No figures are compared: not measured as the release was: " in shown

@@ -273,7 +273,7 @@ def test_half_precision_weights_open_in_single(copy: Path) -> None:
 
 def test_a_model_that_diffusers_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="channels is 16: only multiples of 32"):
-        export_decoder(Decoder(dataclasses.replace(preset_config("nano").decoder.model, channels=16), DIM), tmp_path)
+        export_decoder(Decoder(dataclasses.replace(DECODER, channels=16, head_channels=16), DIM), tmp_path)
     with pytest.raises(ValueError, match="channels is 16: only multiples of 32"):
         export_upsampler(
             Upsampler(dataclasses.replace(preset_config("nano").upsampler_256.model, prediction="v")), tmp_path

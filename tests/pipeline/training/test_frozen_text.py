@@ -124,8 +124,14 @@ def test_a_text_tower_of_another_kind_is_one_line(world: World, tmp_path: Path) 
 
 
 def test_only_a_model_that_reads_clip_depends_on_it() -> None:
-    plain = build(load_config(ROOT / "configs/nano.yaml"))
-    frozen = build(load_config(ROOT / "configs/nano.yaml", ["decoder.model.text_encoder=frozen"]))
+    own = [
+        f"{prior}.model.{what}"
+        for prior in ("ar_prior", "diffusion_prior")
+        for what in ("text_encoder=own", "ridge=false")
+    ]
+    glide = "decoder.model={text_encoder: glide, context_width: 0, text_width: 48, text_heads: 2}"
+    plain = build(load_config(ROOT / "configs/nano.yaml", [*own, glide]))
+    frozen = build(load_config(ROOT / "configs/nano.yaml", own))
     assert {name for name in plain if plain[name].inputs != frozen[name].inputs} == {"decoder", "evaluation"}
     assert frozen["decoder"].inputs == INPUTS
     assert "clip" in frozen["evaluation"].inputs
