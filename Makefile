@@ -9,7 +9,7 @@ BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs em
 
 help:
 	@echo "make peek    the whole chain at nano size: images over HTTP to a 1024 px image, in minutes"
-	@echo "make demo    a world of drawings at tiny size; MINUTES=10 or 60 trains less or more than 30"
+	@echo "make demo    a world of drawings at tiny size; MINUTES=10 or 60 trains less or more than 20"
 	@echo "make studio  a page to draw on with the demo's bundle, or with peek's where there is none"
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
@@ -82,10 +82,10 @@ peek: .venv/ready
 	$(BIN)/unclip run configs/nano.yaml
 
 # At 30, which is scale 1, demo takes about that long on two cores. Trainings see that much more or less.
-MINUTES ?= 30
+MINUTES ?= 20
 
 demo: .venv/ready
-	$(BIN)/unclip run configs/demo.yaml scale=$(shell awk "BEGIN { print $(MINUTES) / 30 }")
+	$(BIN)/unclip run configs/demo.yaml scale=$(shell awk "BEGIN { print $(MINUTES) / 20 }")
 
 # Without make demo, the models of make peek draw: they are made in minutes, if need be, and draw worse.
 studio: .venv/ready

@@ -116,7 +116,7 @@ def made_anywhere(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[st
     return project_in(store, tmp_path, capsys)
 
 
-LATER, OTHER = ("--set", "decoder.samples=24576"), "decoder.samples=24576"
+LATER, OTHER = ("--set", "decoder.weight_decay=0.02"), "decoder.weight_decay=0.02"
 
 
 def test_before_anything_is_made_or_released(made: Made) -> None:
@@ -140,7 +140,7 @@ def test_a_better_bundle_is_promoted_and_rolled_back(made_anywhere: Made) -> Non
 
     found = json.loads(made.release("diff", "current", "previous", "--json"))
     assert (found["old"], found["new"], found["not_compared"]) == (better, first, None)
-    assert found["recipe"] == ["decoder.samples 24576 -> 12288"]
+    assert found["recipe"] == ["decoder.weight_decay 0.02 -> 0.01"]
     assert {figure["verdict"] for figure in found["figures"]} >= {"worse"}
 
     assert f"p: {first[:12]} is the release again" in made.release("rollback", "--reason", "it drew cats")
@@ -227,9 +227,10 @@ def test_other_measurements_are_refused_and_the_release_is_measured_again(
     assert asked == [(first, 9)]
     made.release("promote", *changed)
     assert made.current != first
-    # A decoder that reads captions through CLIP makes CLIP an input of the evaluation.
-    frozen = ("--set", "decoder.model.text_encoder=frozen", "--set", "evaluation.rows=9")
-    assert "is measured on the rows of" in made.release("evaluate", *frozen)
+    # Models that read captions through CLIP make CLIP an input of the evaluation; these do not.
+    own = [f"{prior}.model={{text_encoder: own, ridge: false}}" for prior in ("ar_prior", "diffusion_prior")]
+    own += ["decoder.model={text_encoder: glide, context_width: 0, text_width: 48, text_heads: 2}", "evaluation.rows=9"]
+    assert "is measured on the rows of" in made.release("evaluate", *(word for each in own for word in ("--set", each)))
     assert len(asked) == 2
 
 
@@ -248,14 +249,14 @@ def test_diff_names_data_recipe_and_figures(made: Made) -> None:
     made.release("promote")
     said = made.release("diff", *LATER)
     assert said.splitlines()[:5] == [
-        f"{first[:12]} -> {better[:12]}", "data", "  the same", "recipe", "  decoder.samples 12288 -> 24576",
+        f"{first[:12]} -> {better[:12]}", "data", "  the same", "recipe", "  decoder.weight_decay 0.01 -> 0.02",
     ]  # fmt: skip
     (line,) = (line for line in said.splitlines() if "decoder top" in line)
     assert line.split()[-1] == "better"
     assert "+0.1 (0.1 to 0.1)" in line
     made.release("promote", *LATER)
     back = made.release("diff", "current", "previous")
-    assert "decoder.samples 24576 -> 12288" in back
+    assert "decoder.weight_decay 0.02 -> 0.01" in back
     assert "worse" in back
     assert made.release("diff", first[:10], better) == said
     assert "no bundle in" in made.release("diff", "feed", code=2)
@@ -271,7 +272,7 @@ def test_the_report_shows_the_release_beside_the_bundle(made: Made) -> None:
     shown = against_section(ReportInput(made.store, made.artifacts(OTHER)), "p")
     assert 'title="better">✓</span></td><td>It draws.</td><td>top</td>' in shown
     assert "<td>+0.1 (0.1 to 0.1)</td>" in shown
-    assert "<bdi>decoder.samples 12288 -&gt; 24576</bdi>" in shown
+    assert "<bdi>decoder.weight_decay 0.01 -&gt; 0.02</bdi>" in shown
     made.make(0.1, OTHER, "evaluation.rows=9")
     shown = against_section(ReportInput(made.store, made.artifacts(OTHER, "evaluation.rows=9")), "p")
     assert "No figures are compared: not measured as the release was: " in shown

@@ -32,7 +32,7 @@ def test_another_bundle_is_a_key_a_project_a_folder_or_a_release(
         assert main([*report, name]) == 0, capsys.readouterr()
         found = json.loads((tmp_path / "report.json").read_text())["against"]
         assert (found["name"], found["bundle"]) == (name, first)
-        assert found["recipes"] == ["decoder.samples 12288 -> 24576"]
+        assert found["recipes"] == ["decoder.weight_decay 0.01 -> 0.02"]
         assert [change["verdict"] for change in found["figures"]] == ["better"]
     for name, why in ((better[:10], "is the same bundle"), ("feed", "no bundle in"), ("absent.yaml", "absent.yaml")):
         capsys.readouterr()
