@@ -12,7 +12,7 @@ from models import cascade
 from models.cascade import UnCLIP
 from models.decoder import Decoder
 from models.diffusion.schedules import trailing_grid
-from models.manipulation import Inversion, first_components
+from models.manipulation import Inversion, first_components, slerp
 from models.pixels import from_uint8
 from models.tokens import tokenize
 from models.view import view
@@ -152,6 +152,17 @@ def test_a_text_difference_turns_the_embedding_towards_the_new_caption(unclip: U
         unclip.text_difference(one, "a cat", "a dog", [])
     with pytest.raises(ValueError, match="both captions have the same embedding"):
         unclip.text_difference(one, "a cat", "a cat", [0.5])
+
+
+def test_where_a_prior_has_a_regression_a_text_difference_is_that_of_its_image_embeddings(
+    unclip: UnCLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = unclip.invert(IMAGES[:1])
+    line = torch.randn(2, one.embedding.shape[1], generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(unclip.diffusion_prior, "at_line", lambda tokens, text, keep: line)
+    strip = unclip.text_difference(one, "a cat", "a dog", [0.5], size=64)
+    towards = torch.nn.functional.normalize(line[1:] - line[:1], dim=1)
+    torch.testing.assert_close(strip.embedding, slerp(one.embedding, towards, torch.tensor([0.5])))
 
 
 def test_principal_components_are_drawn_from_one_noise(unclip: UnCLIP) -> None:
