@@ -24,7 +24,7 @@ FEW = {
     # Every row teaches: no look at validation rows takes time.
     "source": {"shard_rows": 10, "split_column": "none", "validation": 0.0, "test": 0.0},
     "clip": {"samples": 64, "batch": 32},
-    "decoder": {"samples": 8 * STEPS, "batch": 8},
+    "decoder": {"samples": 8 * STEPS, "batch": 8, "decay": 0},  # a rate that falls would make it two trajectories
 }
 RUN = {"lease_s": 3, "clip": {"threads": 1}, "decoder": {"threads": 1, "checkpoint_every_s": 0}}
 
