@@ -1,8 +1,7 @@
 """The whole generator: captions to image embeddings to images of 64, 256 and 1024 px, and changed images.
 
-Algorithm 2 of the specification (a prior draws several embeddings and keeps the best), then Algorithm 1 (the decoder
-and two upsamplers, each of which gets a slightly damaged image, as in training). Sections are those of Ramesh et
-al. 2022.
+Algorithm 2 of the specification (a prior draws several embeddings, the best is kept), then Algorithm 1 (the decoder and
+two upsamplers, each of which gets a slightly damaged image, as in training). Sections: Ramesh et al. 2022.
 """
 
 from collections.abc import Sequence
@@ -105,9 +104,7 @@ class UnCLIP:
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder} is not a folder: name a bundle, as the bundle stage or a release makes it"
-            )
+            raise FileNotFoundError(f"{folder} is not a folder: name a bundle, as the bundle stage or a release makes")
         models = {name: load_model(folder / name, device) for name in OPTIONAL if (folder / name).is_dir()}
         codec = load_codec(folder / "codec", device) if (folder / "codec").is_dir() else None
         return cls(
@@ -331,19 +328,14 @@ class UnCLIP:
     ) -> Generation:
         """Follows section 3.3: the image, its embedding turned by a share towards ``after`` minus ``before``.
 
-        The paper goes up to 0.25 to 0.5. x_T stays, and captions are left out. Where a prior begins from a ridge
-        regression, the difference is that of the image embeddings which the regression makes of both captions: a small
-        CLIP's text embeddings lie in directions that no image has. Raises ValueError where both captions mean the same.
+        The paper goes up to 0.25 to 0.5. x_T stays, and captions are left out. Where a prior has a ridge, the
+        difference is of what that says: texts have directions that no image has. Raises ValueError on captions alike.
         """
         check_captions([before, after])
         tokens, said = self._tokens([before, after]), self._text([before, after])
-        for prior in (self.diffusion_prior, self.ar_prior):
-            line = (
-                None if prior is None else prior.at_line(tokens, said, torch.ones_like(tokens[:, 0], dtype=torch.bool))
-            )
-            if line is not None:
-                said = line
-                break
+        priors, shown = (self.diffusion_prior, self.ar_prior), torch.ones_like(tokens[:, 0], dtype=torch.bool)
+        lines = [prior.at_line(tokens, said, shown) for prior in priors if prior is not None]
+        said = next((line for line in lines if line is not None), said)
         towards = text_difference(said[:1], said[1:]).expand(len(shares), -1)
         many = inversion.repeated(len(shares))
         turned = slerp(many.embedding, towards, torch.tensor(list(shares), device=towards.device))
