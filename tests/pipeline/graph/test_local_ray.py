@@ -105,7 +105,8 @@ def test_a_process_of_ray_that_is_killed_ends_the_command_with_one_line(base: Pa
         os.kill(pid, signal.SIGKILL)
         assert process.wait(60) == 1
         (line,) = process.stderr.read().splitlines()
-        assert process.stdout.read() == ""
+        said = process.stdout.read()
+    assert not said or "(raylet)" in said  # on a busy machine Ray may have told of its raylet first
     assert name in line
     assert "SIGKILL" in line
     assert "run the same command again" in line
