@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -55,7 +55,8 @@ def serving() -> Iterator[str]:
                 raise UserError(f"the server of drawings did not start; run python {' '.join(command[1:])} to see why")
             yield address
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has crashed already
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 class _Server(ThreadingHTTPServer):

@@ -195,7 +195,7 @@ _LARGER = {
     "crown": "translate(-6 -17) scale(1.25 1.5)",
     "spikes": "translate(-10 -2) scale(1.4 1)",
 }  # or bodies hide them
-# Times an attribute of a component's shapes, of which one sees too little at 64 px.
+# Factors by component and attribute, for shapes that are too faint at 64 px.
 _STRONGER = {"surface": {"fill-opacity": 2.5}, "ring": {"stroke-opacity": 1.7, "stroke-width": 1.5}}
 _FRAMES = {
     "critters": {"scale": 1.2, "translateY": 12},
