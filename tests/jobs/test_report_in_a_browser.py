@@ -114,8 +114,8 @@ def test_charts_show_sizes_similarity_spectrum_and_losses(shown: Shown) -> None:
     chart.locator(".hit").nth(2).hover()
     assert [hint for hint in chart.locator("text", has_text=": train ").all() if hint.is_visible()]
     assert shown.count("#training svg") == len(MODELS) + len(WITH_TIMESTEPS)
-    # Only 4 validation images are large enough for the 1024 px upsampler, and a figure of fewer than 8 is left out.
-    assert "No validation is shown: 4 validation pairs" in shown.texts("#training h3#upsampler_1024 ~ .beside .note")[0]
+    # Only 2 validation images are large enough for the 1024 px upsampler, and a figure of fewer than 8 is left out.
+    assert "No validation is shown: 2 validation pairs" in shown.texts("#training h3#upsampler_1024 ~ .beside .note")[0]
     boxes = shown.page.locator("svg").evaluate_all(
         "all => all.filter(s => s.checkVisibility() && !s.matches('.bar')).map(s => s.getBoundingClientRect().height)"
     )
