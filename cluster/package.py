@@ -81,11 +81,11 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
     """Returns the package of a job.
 
     Args:
-        config: What the job makes.
-        store_url: The store that it makes it in.
-        output: The folder that its driver writes to.
-        journal: What was forgotten of the project's list.
-        here: Its machine is this one, and lists stay where they are.
+        config: Configuration of the job.
+        store_url: URL of the store that the job writes to.
+        output: Folder that its driver writes to.
+        journal: Journal of the project's list; rows that it says are forgotten travel without their references.
+        here: The job runs on this machine, and lists stay where they are.
 
     Raises UserError if it would be too large, or if something of it lies where no other machine can find it.
     """

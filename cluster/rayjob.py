@@ -44,10 +44,10 @@ def render(job: Job, package: str, run: Run, stages: Collection[str]) -> str:
     """Returns the YAML of the RayJob that runs ``job``.
 
     Args:
-        job: What the driver runs, in the unpacked package.
-        package: The s3:// URL of the package.
-        run: The run settings, which say what workers take and what pods have.
-        stages: The stages that have to be made.
+        job: Job with the command of the driver, which runs in the unpacked package.
+        package: URL of the package, s3://...
+        run: Run settings, which say what workers take and what pods have.
+        stages: Stages that have to be made.
 
     Raises:
         UserError: The image is missing, the job's environment has a secret or something that would not reach the driver

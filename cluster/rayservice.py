@@ -33,11 +33,11 @@ def render_service(
     """Returns the YAML of the RayService of a project.
 
     Args:
-        project: Names it.
-        arguments: What the application's builder takes.
+        project: Name of the project, from which the RayService gets its own.
+        arguments: Arguments of the application's builder.
         replicas: Pods that draw, at most; the autoscaler adds and removes them.
-        settings: What pods have.
-        environment: Of the submitter, which pods get besides that of the settings.
+        settings: Settings of the pods.
+        environment: Environment variables of the submitter, which pods get besides those of the settings.
 
     Raises:
         UserError: Without an image or the Secret that holds the tokens, and for a secret among the environment.

@@ -71,11 +71,11 @@ def attach_or_submit(cluster: Cluster, store: Store, job: Job, package: Package,
     """Submits a job unless it runs already; returns the id of its submission.
 
     Args:
-        cluster: Where it runs.
-        store: Gets weights that are too large for the package.
+        cluster: Ray cluster to run on.
+        store: Store for weights that are too large for the package.
         job: The job.
-        package: What it takes along.
-        about: Metadata by which it is found again.
+        package: Code package that the job takes along.
+        about: Metadata by which the job is found again.
     """
     attempts = cluster.attempts(job)
     if live := [seen for seen in attempts if seen.live]:

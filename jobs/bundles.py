@@ -31,12 +31,12 @@ class Bundle:
     """A bundle of a store, or of a folder as it is if there is no ``store``.
 
     Attributes:
-        output: Where what is drawn with it goes by default.
-        key: Of its artefact, or of the files in its folder.
-        blobs: Its files by their names, with the sha256 of each.
-        store: Holds the files.
-        place: Its own folder, where it has one already.
-        files: Digest of the files that were signed, of a release that has to be.
+        output: Default folder for what is drawn with it.
+        key: Key of its artefact, or of the files in its folder.
+        blobs: Files of the bundle: sha256 by name.
+        store: Store that holds the files.
+        place: Folder of its own, where it has one already.
+        files: Digest of the signed files, for a release that must be signed; "" for any other bundle.
     """
 
     output: Path

@@ -109,13 +109,13 @@ def agree(
     """Plans, prints the plan, and returns what is to be made.
 
     Args:
-        project: What is planned.
+        project: Project to plan.
         only: The one stage to make.
         until: The last stage to make.
-        yes: Go on whatever it costs.
-        verbose: Print what each stage takes, and every change.
-        machine_of: Finds what there is to run on; None where that is not known here: then nothing is reckoned, and what
-            runs there, which knows it, plans again.
+        yes: Goes on whatever it costs.
+        verbose: Prints what each stage takes, and every change.
+        machine_of: Function that finds the machine or cluster to run on, or None where it is not known here: nothing is
+            estimated then, and the driver of the job, which knows its cluster, plans again.
 
     Raises:
         UserError: ``until`` is given beside ``only``, or this lacks an input. Without ``yes``: it costs more than the
