@@ -34,9 +34,9 @@ class Answer:
     Attributes:
         gateway: Draws.
         asked: The request.
-        work: What is drawn.
-        event: What the names of events begin with.
-        partial: How many smaller images of each image are sent.
+        work: Images to draw.
+        event: Prefix of the events' names.
+        partial: Largest number of smaller images that are sent for each image.
         base: The server's address, for URLs.
         warnings: Lines that say which fields have no effect, and what was assumed.
     """

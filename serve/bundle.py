@@ -23,7 +23,7 @@ class Served:
     """Names a bundle: in a store by its key or as the release of a project, or a folder.
 
     Attributes:
-        name: What clients call the model.
+        name: Model name that clients use.
         store: The store's URL, or "" for a folder.
         key: The bundle's key, or what identifies the folder; "" for the release of ``project``.
         project: The project whose release is followed.

@@ -16,7 +16,7 @@ class ApiError(Exception):
     Args:
         status: 400, 401, 403, 404, 408, 413, 429, 499 (of a client that has gone), 500 or 503.
         code: A word for programs.
-        message: What happened, to what, and what to do next.
+        message: Text for people: what happened, to what, and what to do next.
         param: The field that is wrong.
         retry_after: Seconds until it is worth trying again.
     """

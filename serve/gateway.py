@@ -29,11 +29,12 @@ class Gateway:
     """What the endpoints share.
 
     Attributes:
-        served: Which bundle is served.
-        settings: How it is served.
+        served: Bundle that is served.
+        settings: Settings of the server.
         queue: The queue of requests.
         results: Finished images.
-        ask: Returns what the replicas draw with, as ``Replica.describe``. Raises Died where nobody can tell.
+        ask: Returns the description of the bundle that the replicas draw with, as ``Replica.describe``. Raises Died
+            where no replica has answered yet.
         observe: Notes a figure.
         ready: Returns whether a request would be drawn.
         traffic: The requests that are being answered.

@@ -115,7 +115,7 @@ class Traffic:
 
     Attributes:
         open: Requests that were accepted and are not answered yet.
-        draining: Whether new ones are refused.
+        draining: New requests are refused.
     """
 
     open: int = 0

@@ -48,9 +48,9 @@ class Member:
     """A replica with what is known of it.
 
     Attributes:
-        handle: How it is reached.
-        about: What it draws with.
-        busy: Whether it has a batch.
+        handle: Handle through which the replica is called.
+        about: Description of its bundle, as ``Replica.describe`` returns it.
+        busy: Has a batch to draw now.
         images: Images of its batch, or of the last one.
         missed: Pings since its last sign of life.
         still: Pings since its last step, while it has a batch.
@@ -74,8 +74,8 @@ class ReplicaPool:
     """Draws with up to ``settings.replicas`` replicas, each with one batch at a time.
 
     Args:
-        start: Starts one. Raises UserError where the bundle cannot be loaded.
-        settings: How many there are, and how long they may be silent.
+        start: Starts a replica. Raises UserError where the bundle cannot be loaded.
+        settings: Settings, of which it reads the number of replicas and how long one may be silent.
         observe: Notes figures.
         tell: Told with every ping whether all drawing hangs.
     """

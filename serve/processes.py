@@ -125,9 +125,9 @@ def sized(settings: ServeSettings, cores: Sequence[int], gpus: int | None) -> Se
     """Returns the settings with the number of replicas, and of cores for each, as many as leave room for all.
 
     Args:
-        settings: What is asked for; 0 leaves it to this.
-        cores: Of each machine.
-        gpus: Of all machines; None draws on cores.
+        settings: Settings as given; a number of replicas or of cores that is 0 is chosen here.
+        cores: Cores of each machine.
+        gpus: GPUs of all machines together; None draws on cores.
     """
     replicas = max(settings.replicas or gpus or 1, settings.idle_replicas)
     shares = (n for n in range(max(cores, default=1), 1, -1) if sum(each // n for each in cores) >= replicas)

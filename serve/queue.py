@@ -88,7 +88,7 @@ class RequestQueue:
 
     Args:
         draw: Draws one batch.
-        lanes: How many processes draw, at most.
+        lanes: Largest number of batches that are drawn at once, each by a process.
         batch: Images of a batch; a request is never split.
         limit: Images that may wait.
         wait: Seconds that a batch waits for more of its kind.

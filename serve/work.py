@@ -25,11 +25,11 @@ class Work:
     Attributes:
         kind: generation, inpainting, variation, difference or interpolation.
         options: Sampling options that differ from the bundle's.
-        side: Of the images to hand out, pixels; smaller than what is drawn for 512.
+        side: Side of the images to hand out, in pixels; 512 is drawn larger and resized.
         rows: The images.
         images: PNG files as ``decoding.prepare`` makes them, and of the mask.
-        more: What the kind needs besides: eta of a variation, the caption before a difference.
-        partial: Whether the smaller images are handed out, too.
+        more: Further inputs of the kind: eta of a variation, the caption before a difference.
+        partial: Smaller images are handed out, too.
     """
 
     kind: str

@@ -66,8 +66,8 @@ class Artifact:
         """Yields a table a shard, in order, of all rows.
 
         Args:
-            name: Which of a shard's tables; by default that of all rows. Curation has "rejected", too.
-            columns: Some of its columns; by default all.
+            name: Name of one of a shard's tables; by default the one of all rows. Curation has "rejected", too.
+            columns: Columns to read; all by default.
 
         Raises:
             UserError: for a stage without rows, and for a table that it does not have.

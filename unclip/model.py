@@ -108,12 +108,13 @@ class Model:
         """Draws captions. An image depends on its caption, its seed and the options alone, beyond rounding.
 
         Args:
-            captions: One, or a list of them.
-            seeds: One for each image; a number is the first of consecutive ones; 0 by default. One caption with
+            captions: Caption, or a list of captions.
+            seeds: Seeds, one for each image; a number is the first of consecutive ones, 0 by default. One caption with
                 several seeds gives as many images.
-            batch: Images that are drawn at once.
-            progress: Whether it is shown.
-            options: Of sampling.
+            batch: Number of images that are drawn at once.
+            progress: Progress line on stderr, or a function that is called after every step with the model's name, the
+                steps done and all steps.
+            options: Sampling options, such as ``decoder_steps=50``.
 
         Returns:
             An image for one caption with one seed, else a list.

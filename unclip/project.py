@@ -110,8 +110,8 @@ class Project:
 
         Args:
             split: "train", "validation" or "test"; by default all.
-            curated: Whether rows that curation rejected are left out; with False, curation need not be made.
-            embeddings: Whether CLIP's embeddings are read, too.
+            curated: Leaves out rows that curation rejected; with False, curation need not be made.
+            embeddings: Reads CLIP's embeddings, too.
         """
         stages = ["pairs", "captions", *["curation"] * curated, *["embeddings"] * embeddings]
         reader = PairReader(self._opened.store, self._opened.made(*stages), split)

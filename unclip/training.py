@@ -48,15 +48,15 @@ def train(
     Nothing is saved on the way: a training that takes days belongs into a project.
 
     Args:
-        stage: Which model, by the name of its section in a configuration, such as "decoder".
+        stage: Model to train, by the name of its section in a configuration, such as "decoder".
         data: A row an example: "image" uint8 [n, 3, s, s] of the model's side, "captions" (n strings) or "tokens"
             int64 [n, 77], "image_embedding" and "text_embedding" fp [n, d] of unit norm; those that the model reads.
-        preset: Whose values hold for what ``recipe`` leaves out.
+        preset: Preset whose values hold for the fields that ``recipe`` leaves out.
         device: "cpu", "cuda", or "auto", which is a GPU where there is one.
         clip: The CLIP whose text tower a model with ``text_encoder: frozen`` reads.
-        codec: Of the AR prior.
+        codec: Codec of the AR prior.
         task: A task of your own in place of the stage's.
-        progress: Whether a line on stderr shows it.
+        progress: Progress line on stderr.
         recipe: Fields of the stage's recipe, such as ``samples=20_000`` or ``model={"width": 128}``.
 
     Raises:
