@@ -27,7 +27,7 @@ class FittedCodec(NamedTuple):
         explained: the share of the variance that each component holds.
         reconstruction_error: mean squared distance of a row to its projection.
         round_trip_error: mean squared distance of a row to its decoded codes.
-        warning: says that the components were lowered to the rank, or None.
+        warning: message that the components were lowered to the rank, or None.
     """
 
     codec: Codec

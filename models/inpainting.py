@@ -55,15 +55,15 @@ def repaint(
     """Returns samples that equal an image where it is kept.
 
     Args:
-        denoise: The model.
+        denoise: Model that predicts the clean image.
         noise: x at the first timestep of ``grid``, [b, c, s, s].
-        kept: The image.
+        kept: Image, and the part of it that is kept.
         grid: Falling timesteps.
-        schedule: The model's.
+        schedule: Noise schedule of the model.
         draw: Noise of each row.
-        free: Whether nothing else says what is to be drawn: then DDPM's steps are taken, each RESAMPLINGS times, with
-            the sample noised again between two times. An upsampler has seen all of it, and takes DDIM's steps once.
-        callback: As the samplers'.
+        free: Takes DDPM's steps, each RESAMPLINGS times with the sample noised again in between, for a model that does
+            not see the image that it draws. An upsampler sees all of it small, and takes DDIM's steps once.
+        callback: Callback after every step, as for the samplers.
     """
     x0, where = kept.at(noise.shape[-1], noise.device)
     x0, x, eta = x0.expand_as(noise), noise, float(free)

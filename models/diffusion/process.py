@@ -26,8 +26,8 @@ class Prediction(NamedTuple):
     Attributes:
         x0: The clean data.
         eps: The noise.
-        variance_fraction: Where the variance is learned, its position between the two bounds of
-            ``log_variance_range`` (0 the lower, 1 the upper; not clamped).
+        variance_fraction: Position of the learned variance between the two bounds of ``log_variance_range`` (0 the
+            lower, 1 the upper; not clamped); None where the variance is not learned.
     """
 
     x0: Tensor

@@ -99,9 +99,10 @@ def import_unclip(folder: str | Path, clip: Clip | None = None, sampling: Sampli
     """Reads a folder in diffusers' layout, an exported one to the last bit, and joins its models to a CLIP.
 
     Args:
-        folder: An export, or Karlo's.
-        clip: On whose device all models come. Karlo's folder holds none with an image encoder: it is OpenAI's ViT-L/14.
-        sampling: Of the generator; by default the export's, or Karlo's.
+        folder: Folder of an export, or Karlo's.
+        clip: CLIP that the models were trained with, by default the export's; all models come on its device. Karlo's
+            folder has none with an image encoder: its CLIP is OpenAI's ViT-L/14.
+        sampling: Sampling defaults of the generator; by default the export's, or Karlo's.
 
     Raises:
         FileNotFoundError: when a file is missing.

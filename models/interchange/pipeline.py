@@ -83,10 +83,10 @@ class UnCLIPRayPipeline(DiffusionPipeline):
         """Draws images.
 
         Args:
-            prompt: One caption or more.
+            prompt: Caption, or several.
             num_images_per_prompt: Images of each caption.
-            generator: Draws a seed for each image.
-            seeds: Of the images, in its place; they give what ``unclip sample --seed`` draws.
+            generator: Generator that draws a seed for each image.
+            seeds: Seeds of the images, in place of ``generator``; they give what ``unclip sample --seed`` draws.
             output_type: "pil", or "np" for uint8 [images, side, side, 3].
             options: Replace sampling defaults, such as ``size=256`` or ``decoder_steps=50``.
 

@@ -18,9 +18,9 @@ class PixelCorrection(nn.Module):
 
     Args:
         seen: Channels of what the network saw.
-        channels: Between the convolutions.
+        channels: Channels between the convolutions.
         outputs: Channels of the output.
-        embedding_width: Of the timestep embedding.
+        embedding_width: Width of the timestep embedding.
     """
 
     def __init__(self, seen: int, channels: int, outputs: int, embedding_width: int):
