@@ -61,10 +61,10 @@ def export_pairs(
 
     Args:
         store: Holds the artefacts.
-        made: Artefacts of STAGES.
-        target: Is written to.
-        kinds: Of KINDS.
-        splits: Of the rows.
+        made: Artefacts of STAGES, by stage.
+        target: Store or folder to write to.
+        kinds: Names among KINDS; empty for all.
+        splits: Splits of the rows; empty for all.
 
     Returns:
         The number of rows by kind; "pairs" are those that have an image.

@@ -28,18 +28,18 @@ class Pair:
     """Holds one image with its captions.
 
     Attributes:
-        key: Of the row: its shard and its place in it.
-        url: Of the image, as listed, without a password.
-        width: Of the stored image, in pixels; None where embeddings were imported without an image.
-        height: The same.
+        key: Key of the row: its shard and its place in it.
+        url: URL of the image, as listed, without a password.
+        width: Width of the stored image, in pixels; None where embeddings were imported without an image.
+        height: Height of the stored image, likewise.
         split: "train", "validation" or "test".
-        license: Of the image; None where the list names none.
-        attribution: Whom to name; None where the list names nobody.
-        captions: All of them.
+        license: Licence of the image; None where the list names none.
+        attribution: Name to credit; None where the list names nobody.
+        captions: Captions of the row, all of them.
         data: The stored file; None where embeddings were imported without an image.
-        in_place: Whether the file lies in a tar of the user's: others have made it, and a child decodes it.
+        in_place: The file lies in a tar of the user's: others have made it, so a child process decodes it.
         image_embedding: float16 [d], unit norm, where embeddings were asked for.
-        text_embedding: The same, of the first caption.
+        text_embedding: Embedding of the first caption, likewise.
     """
 
     key: str

@@ -60,10 +60,10 @@ class Encoder:
     """Embeds the images of one part of a shard, and with the first part all captions of the shard.
 
     Args:
-        store: where shards lie.
-        clip: on the device that encodes.
+        store: store of the shards.
+        clip: CLIP on the device that encodes.
         batch: rows of a batch; the last one is padded.
-        bf16: whether it computes in bf16, by autocast; its embeddings are made unit vectors in fp32 then.
+        bf16: autocast to bf16; embeddings are then made unit vectors in fp32.
     """
 
     def __init__(self, store: Store, clip: Clip, batch: int, bf16: bool = False) -> None:

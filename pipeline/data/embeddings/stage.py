@@ -124,10 +124,10 @@ class ImageParts:
     """Cuts shards into parts of ``rows`` images, decodes them, and joins what CLIP makes of them.
 
     Attributes:
-        store: where shards lie.
+        store: store of the shards.
         rows: a multiple of the encoder's batch, so that its batches are the same however a shard is cut.
-        size: of a view, pixels.
-        dim: of an embedding.
+        size: side of a view, pixels.
+        dim: dimension of an embedding.
         heads: linear heads by the name of their score.
     """
 

@@ -268,10 +268,11 @@ class Visit:
     try is useless.
 
     Args:
-        access: What all visits share.
-        timeout_s: For all hops and tries together; waiting for a turn, and what ``check`` takes, does not count.
-        max_bytes: Of a body.
-        check: Is called with every URL before it is asked for, and may raise Refused.
+        access: Guard, hosts, user agent and headers that all visits share.
+        timeout_s: Seconds for all hops and tries together; waiting for a turn, and what ``check`` takes, does not
+            count.
+        max_bytes: Largest size of a body, bytes.
+        check: Called with every URL before it is asked for; may raise Refused.
         image: False for robots.txt, which may be of any type and has no X-Robots-Tag.
     """
 

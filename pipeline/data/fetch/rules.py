@@ -44,9 +44,9 @@ class DenyLists:
     """Holds entries by kind, in one spelling.
 
     Attributes:
-        hosts: Each with all below it.
-        urls: As ``comparable`` returns them.
-        sha256: In lower-case hex, of bytes as fetched.
+        hosts: Hosts, each with all its subdomains.
+        urls: URLs as ``comparable`` returns them.
+        sha256: SHA-256 of bytes as fetched, in lower-case hex.
     """
 
     hosts: frozenset[str] = frozenset()

@@ -27,7 +27,7 @@ class ShardDecoder:
     ImageDecoder, and N times FAIR. Any thread may call it.
 
     Args:
-        decoder: What decodes.
+        decoder: Decoder of single images.
         overdrawn: Seconds beyond FAIR by origin, of earlier shards too; those of this one are added.
     """
 

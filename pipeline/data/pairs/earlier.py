@@ -37,9 +37,9 @@ class Known:
     """Holds how a row ended.
 
     Attributes:
-        row: Its row of the earlier index.
-        image: Its image, unless that lies in a tar of the user's.
-        evidence: Of an opt-out.
+        row: Row of the earlier index.
+        image: Image of the row, unless that lies in a tar of the user's.
+        evidence: Evidence of an opt-out; None where there was none.
     """
 
     row: Mapping[str, Any]

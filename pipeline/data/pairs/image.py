@@ -113,7 +113,7 @@ def _keep_ratio(pixels: np.ndarray, storing: Storing) -> tuple[bytes | None, int
 
     Args:
         pixels: RGB uint8 [height, width, 3].
-        storing: How the image is stored.
+        storing: Sizes, format and quality to store it with.
 
     Returns:
         The encoded image, its width and height, and what is wrong; without bytes it could not be encoded.

@@ -44,18 +44,19 @@ class Look:
 
     Attributes:
         rows: Rows with a reference that were read.
-        more: Whether the list has more rows.
+        more: Rows are left in the list beyond those that were read.
         captions: The first caption of each row that has one.
         sides: Short sides, in pixels, of the first images that lie on this machine, or else those that tables state.
-        unopened: Those of these images that cannot be opened, each with the reason, of pipeline.ledger.
+        unopened: Images among these that cannot be opened, each with the reason, of pipeline.ledger.
         splits: Rows whose split the list names, by split.
         shares: Hash shares of all other rows.
         forbidden: References that the list may not name; counted nowhere else.
-        flaws: What is wrong with rows that cannot be read; counted nowhere else.
+        flaws: Faults of rows that cannot be read; counted nowhere else.
         framed: Rows of which every caption begins or ends as many captions do.
         behind: Rows with a reference behind those that were read, of at most ``MOST_COUNTED``.
-        unread: For each list that is a folder with files that are not read, how many, and of what kinds.
-        stated: Whether ``sides`` are what tables state.
+        unread: Messages about files of a folder that are not read, how many and of what kinds; one for each list with
+            such files.
+        stated: Sides are those that tables state, because no image could be opened here.
     """
 
     rows: int

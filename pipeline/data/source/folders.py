@@ -85,8 +85,8 @@ def unread_files(folder: Path, kind: str, named: frozenset[str]) -> str:
     Returns "" if there are none.
 
     Args:
-        folder: Of a list.
-        kind: As ``folder_kind`` says.
+        folder: Folder that is a list.
+        kind: Kind of the folder, as ``folder_kind`` returns it.
         named: Paths of the images that metadata name.
     """
     files = list(walk(folder))

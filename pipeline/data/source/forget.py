@@ -27,9 +27,9 @@ class Request:
     """Holds what is to be forgotten.
 
     Attributes:
-        keys: Of rows, 12 digits.
-        hashes: sha256 of stored images, 64 hexadecimal digits.
-        references: Everything else.
+        keys: Keys of rows, 12 digits.
+        hashes: SHA-256 of stored images, 64 hexadecimal digits.
+        references: References of images, which is everything else.
     """
 
     keys: frozenset[str]
@@ -50,8 +50,8 @@ class Matches:
     """Holds what a request is about.
 
     Attributes:
-        marks: Of the references to forget.
-        rows: How many rows have them.
+        marks: Marks of the references to forget.
+        rows: Number of rows that have them.
         named: Keys and references of the first MOST_NAMED of these rows.
         unseen: References of the request that no row has yet.
     """
@@ -68,10 +68,10 @@ def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, re
     A reference that no row has is forgotten for lists to come.
 
     Args:
-        store: Where the list is stored.
+        store: Store of the list.
         source: The stored shards of the list.
-        pairs: Made from ``source``; needed for hashes.
-        request: What is to be forgotten.
+        pairs: Artefact made from ``source``; needed for hashes.
+        request: Request to look up.
 
     Raises:
         UserError: for a key or a hash that no row has.

@@ -32,7 +32,8 @@ class ListJournal:
     Attributes:
         retries: Parquet blobs of rows to be tried again, each a segment of its own.
         forgotten: Marks of references that no segment may hold from now on, by ``reference_mark``.
-        forgettings: How often something was forgotten, which tells earlier runs from later ones whatever clocks say.
+        forgettings: Number of times that something was forgotten, which tells earlier runs from later ones whatever
+            clocks say.
     """
 
     # What another version decided about rows must not be passed over.

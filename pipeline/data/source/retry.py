@@ -37,11 +37,11 @@ def gather(
     by then, so that a group stays on one side. One shard is in memory at a time.
 
     Args:
-        store: Where the list is stored.
+        store: Store of the list.
         source: The stored shards of the list that ``pairs`` was made from.
-        pairs: Says how rows ended.
-        reasons: Why they are tried again.
-        reaches: What each of the lists may name.
+        pairs: Artefact that says how rows ended.
+        reasons: Reasons of the ledger for which rows are tried again.
+        reaches: Files and buckets that each of the lists may name.
 
     Returns:
         The blob, None without a row, and the number of rows.

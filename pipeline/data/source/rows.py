@@ -32,7 +32,7 @@ class ListRow:
         url: An http(s), s3 or file reference, a member of a tar (see tar_reference), or an embedding (see
             pipeline.data.source.imported).
         reject: The reason if the list may not name it, or if the row cannot be read.
-        flaw: What is wrong with a row that cannot be read, and where.
+        flaw: Fault of a row that cannot be read, and where it is.
     """
 
     url: str
