@@ -48,10 +48,10 @@ class Snapshot:
     """Holds what a worker saves of a state, in the memory of the CPU.
 
     Attributes:
-        samples: Seen so far.
+        samples: Samples seen so far.
         seconds: Seconds of the training so far; ``laps`` has them by phase.
         journal: The metrics so far.
-        tensors: By part and name.
+        tensors: Tensors by part and name.
         starts: The place of the first row of each sharded tensor, by part and name.
         wait: Returns when a GPU has copied the tensors.
     """

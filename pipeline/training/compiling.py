@@ -26,10 +26,10 @@ def compiles(stage: str, wanted: Compile, speed: Speed, samples: int, group: Pro
     """Returns whether to compile, the same on all workers, who call it together.
 
     Args:
-        stage: Named in messages.
+        stage: Stage, named in messages.
         wanted: The setting.
-        speed: Of the training; that of rank 0 counts.
-        samples: Those that are left.
+        speed: Speed of the training; that of rank 0 counts.
+        samples: Samples that are left to train on.
         group: This worker's view of the others.
 
     Raises:

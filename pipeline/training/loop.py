@@ -27,8 +27,8 @@ class NonFinite(UserError):
     """Says that a loss or a gradient is NaN or Inf: the training diverged, and stopped before that step changed it.
 
     Attributes:
-        samples: Seen before that step.
-        keys: Of the rows whose loss is not finite; empty if only the gradient is not.
+        samples: Samples seen before that step.
+        keys: Keys of the rows whose loss is not finite; empty if only the gradient is not.
     """
 
     def __init__(self, message: str, samples: int = 0, keys: Sequence[str] = ()):
@@ -40,10 +40,10 @@ class Step(NamedTuple):
     """Holds what is known of a step until it is checked.
 
     Attributes:
-        samples: Seen before it.
-        keys: Of this worker's rows.
-        losses: Of these rows, [rows].
-        finite: Whether the loss and the gradient of the global batch are finite, [] of bool.
+        samples: Samples seen before it.
+        keys: Keys of this worker's rows.
+        losses: Losses of these rows, [rows].
+        finite: Flag, [] of bool: the loss and the gradient of the global batch are finite.
     """
 
     samples: int
@@ -68,10 +68,10 @@ def fit(
     from changing anything.
 
     Args:
-        stage: Named in messages.
+        stage: Stage, named in messages.
         feed: Makes the batches.
-        recipe: Says how to train.
-        settings: Has the micro-batch.
+        recipe: Recipe of the training.
+        settings: Settings, of which it reads the micro-batch.
         group: This worker's view of the others.
         state: Trained in place.
         between: Called before every step and after the last, to validate, publish and save.
@@ -137,7 +137,7 @@ def backward(
     Args:
         objective: A task's loss around the model.
         local: This worker's rows.
-        recipe: Has the size of the global batch, and the precision.
+        recipe: Recipe, with the size of the global batch and the precision.
         size: Rows of one forward and backward pass.
         group: This worker's view of the others.
         timer: Told of each phase.

@@ -38,8 +38,8 @@ class Muon(AdamW):
     Args:
         groups: Parameters for AdamW, with their weight decay.
         matrices: Parameters for Muon, each with the number of matrices of one shape that lie in it below each other.
-        weight_decay: Of ``matrices``, decoupled.
-        dtype: Of the iteration that makes singular values equal.
+        weight_decay: Weight decay of ``matrices``, decoupled.
+        dtype: Precision of the iteration that makes singular values equal.
         adam: AdamW's options.
     """
 
@@ -132,9 +132,9 @@ def make_optimizer(model: nn.Module, recipe: TrainingRecipe, half: bool = False)
     Muon takes what decays in hidden layers, which are those in lists and sequences; first and last ones are AdamW's.
 
     Args:
-        model: What is trained.
-        recipe: Says how.
-        half: Whether Muon may compute in bf16.
+        model: Model to train.
+        recipe: Recipe with the optimiser and its rates.
+        half: Lets Muon compute in bf16.
     """
     whole = (*NORMALISATIONS, nn.Embedding, SmoothEmbedding)
     spared = {id(p) for m in model.modules() if isinstance(m, whole) for p in m.parameters()}

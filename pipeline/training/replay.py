@@ -29,10 +29,10 @@ class Replay:
     """Holds what a repeated step did.
 
     Attributes:
-        samples: Seen before it.
+        samples: Samples seen before the step.
         rows: Key and loss of each row whose loss is not finite.
-        module: The first whose output is not finite.
-        parameters: Those whose gradient is not finite.
+        module: Name of the first module whose output is not finite.
+        parameters: Names of the parameters whose gradient is not finite.
     """
 
     samples: int

@@ -19,7 +19,7 @@ class Saver:
     its end. Where a model is sharded, every worker has a Saver.
 
     Args:
-        course: Where checkpoints go.
+        course: Course that checkpoints are written to.
         group: This worker's view of the others.
         every_s: Seconds between two saves, at least.
     """

@@ -78,10 +78,10 @@ class TrainState:
     Attributes:
         objective: The loss around the model.
         ema: The averaged weights, as a model that can be used.
-        optimizer: Has the moments.
-        samples: Seen so far.
-        seconds: Of the training so far.
-        phase_seconds: By phase (see pipeline.training.timing).
+        optimizer: Optimiser, with the moments.
+        samples: Samples seen so far.
+        seconds: Seconds of the training so far.
+        phase_seconds: Seconds by phase (see pipeline.training.timing).
         journal: The metrics so far.
         failed: fp32 [] on the device. The first gradient or loss that is not finite sets it to 1, and from then on the
             optimiser changes nothing.
@@ -115,11 +115,11 @@ def begin(
     """Returns the state before the first sample.
 
     Args:
-        task: Makes the model.
-        recipe: Its seed decides the random weights.
+        task: Task that makes the model.
+        recipe: Recipe, whose seed decides the random weights.
         group: Places the model.
         warm: Gives the model other weights.
-        recomputing: Whether the backward pass computes layers again (activation checkpointing).
+        recomputing: Recomputes layers in the backward pass (activation checkpointing).
     """
     model = task.model(derive_seed(recipe.seed, "model"))
     if warm is not None:

@@ -23,12 +23,12 @@ class Task(Protocol):
     """Defines what a model reads, its loss and its validation. Every ``model`` given is one that ``model`` has made.
 
     Attributes:
-        columns: What a batch holds, of "image", "tokens", "image_embedding", "text_embedding".
-        min_side: Rows with a shorter side below it are not trained on.
-        image_size: The side of the views in "image".
-        splittable: Whether a row's loss does not depend on other rows, so that a batch may be cut into micro-batches.
-        validation_rows: At most how many validation rows are used.
-        validation_batch: The size of their batches.
+        columns: Columns of a batch, of "image", "tokens", "image_embedding", "text_embedding".
+        min_side: Least shorter side of the images that are trained on, in pixels.
+        image_size: Side of the views in "image", in pixels.
+        splittable: Losses of rows do not depend on other rows, so that a batch may be cut into micro-batches.
+        validation_rows: Largest number of validation rows that are used.
+        validation_batch: Rows of a validation batch.
     """
 
     columns: tuple[str, ...]
@@ -97,8 +97,8 @@ class Contrastive(Protocol):
     """Compares its rows with those of all workers.
 
     Attributes:
-        gather: Set by the worker.
-        local_statistics: Whether the model's batch norms see the rows of one worker only.
+        gather: Function that returns the rows of all workers and the place of the first own one; set by the worker.
+        local_statistics: Batch norms of the model see the rows of one worker only.
     """
 
     gather: Callable[[Tensor], tuple[Tensor, int]]

@@ -53,12 +53,12 @@ def train_on(
     """Trains a task's model, from random weights or those of the recipe's ``init_from``.
 
     Args:
-        name: Of what is trained, for progress and messages.
-        task: Makes the model and its loss.
-        columns: What the task's columns name, with a row an example, on the CPU.
-        recipe: Says how to train.
-        device: To train on.
-        progress: Whether a line shows it.
+        name: Name of the training, for progress and messages.
+        task: Task that makes the model and its loss.
+        columns: Columns that the task names, with a row an example, on the CPU.
+        recipe: Recipe of the training.
+        device: Device to train on.
+        progress: Shows a progress line.
 
     Returns:
         The averaged weights as a model in evaluation mode on ``device``, and the lines of the journal.

@@ -60,12 +60,12 @@ def launch(
     ``work`` again when more come, and after a notice that a machine is taken away.
 
     Args:
-        work: What each worker does.
-        stage: Named in messages.
-        name: New for every call: Ray Train would resume an old one.
-        settings: Has the number of workers.
-        ray_settings: Of the Ray that is started or joined.
-        most: As many workers as the training can use.
+        work: Function that each worker calls.
+        stage: Stage, named in messages.
+        name: Name of the run, new for every call: Ray Train would resume an old one.
+        settings: Settings, with the number of workers.
+        ray_settings: Settings of the Ray that is started or joined.
+        most: Largest number of workers that the training can use.
 
     Raises:
         WorkerLost: A worker died.

@@ -37,13 +37,13 @@ class ProcessGroup:
     Attributes:
         rank: Counts from 0. Rank 0 writes what is written once.
         size: The number of workers.
-        device: Of this worker.
+        device: Device of this worker.
         node: Counts the machines of the workers from 0.
         report: Called with the progress of this worker.
         leaving: Returns whether the machine of one of the workers is to be taken away soon.
         report_steps: Returns after how many steps ``report`` is to be called again, at most.
-        sharded: Whether models are sharded over the workers (FSDP). All workers then act on a model together.
-        offload: Whether sharded weights lie in the memory of the CPU.
+        sharded: Models are sharded over the workers (FSDP). All workers then act on a model together.
+        offload: Sharded weights lie in the memory of the CPU.
     """
 
     rank: int = 0

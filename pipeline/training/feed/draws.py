@@ -29,8 +29,8 @@ class ReadyDraw(Draw):
     on. The numbers are the same either way.
 
     Args:
-        part: These rows of the draw.
-        numbers: Of the whole batch, on the CPU.
+        part: Draw of these rows.
+        numbers: Numbers of the whole batch that were made before, on the CPU.
         asked: Calls that had to be made here.
     """
 

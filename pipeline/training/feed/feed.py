@@ -41,10 +41,11 @@ class LocalBatch(NamedTuple):
         batch: "image" uint8 [b, 3, s, s], "tokens" int64 [b, 77], "image_embedding" and "text_embedding" fp32 [b, d];
             those that the task's columns name.
             A task that prepares its batches has columns of its own in place of the images.
-        keys: Of the rows.
-        streams: (seed, rows) lane by lane, for a Draw.
-        numbers: Of that draw, which were made ahead.
-        asked: Gets the calls of the draw whose numbers were not, so that a feed makes them for later batches.
+        keys: Keys of the rows.
+        streams: Pairs (seed, rows), lane by lane, for a Draw.
+        numbers: Numbers of that draw that were made ahead.
+        asked: Set to which those calls of the draw are added whose numbers were not made ahead, so that a feed makes
+            them for later batches.
     """
 
     batch: Batch
@@ -75,11 +76,11 @@ class Begun(NamedTuple):
     """Holds a batch that is being made.
 
     Attributes:
-        rows: Of all lanes.
-        choices: Of a caption for each row.
-        views: That are being decoded.
-        streams: As in LocalBatch.
-        prepared: What the task makes of the views, lane by lane; empty if it does not prepare.
+        rows: Rows of all lanes.
+        choices: Number for each row that picks one of its captions.
+        views: Views that are being decoded.
+        streams: Pairs (seed, rows), as in LocalBatch.
+        prepared: Columns that the task makes of the views, lane by lane; empty if it does not prepare.
     """
 
     rows: list[JoinedRow]
@@ -130,14 +131,14 @@ class Feed:
     compares captions gets no rows without one.
 
     Args:
-        store: Holds the rows.
-        inputs: The stage's input artefacts.
-        task: Names the columns of a batch.
-        recipe: Its order.
-        rank: Of this worker.
-        size: How many workers there are.
+        store: Store of the rows.
+        inputs: Input artefacts of the stage.
+        task: Task, which names the columns of a batch.
+        recipe: Recipe, which sets the batch, the lanes and the order.
+        rank: Rank of this worker.
+        size: Number of workers.
         cache_mb: MiB of decoded images that stay in memory.
-        pin: Whether batches of training rows are put into pinned memory, for a GPU.
+        pin: Puts batches of training rows into pinned memory, for a GPU.
 
     Raises:
         ValueError: The task has no training rows.

@@ -35,7 +35,7 @@ class Order:
 
     Args:
         counts: Rows of each shard.
-        lanes: How many lanes there are.
+        lanes: Number of lanes.
         window: Rows that are shuffled with each other.
         seed: Decides the order of shards and of rows.
 

@@ -29,12 +29,12 @@ class JoinedRow(NamedTuple):
     """Holds one example before decoding. Fields that the columns do not name are None.
 
     Attributes:
-        key: Of the row.
-        place: Of the encoded image; None also where embeddings were imported without an image.
-        captions: All of them.
+        key: Key of the row.
+        place: Place of the encoded image; None also where embeddings were imported without an image.
+        captions: Captions of the row, all of them.
         image_embedding: fp32 [d].
         text_embeddings: fp32 [n, d] of the first n captions, or of an empty caption where the row has none.
-        license: Of the image; None where the list names none.
+        license: Licence of the image; None where the list names none.
     """
 
     key: str
@@ -62,13 +62,13 @@ class Tables:
     in ``shards``; ``without_caption`` counts the rows that ``captioned`` leaves out.
 
     Args:
-        store: Holds the tables.
-        inputs: The stage's input artefacts.
-        columns: Decide which of "pairs", "captions" and "embeddings" are read.
+        store: Store of the tables.
+        inputs: Input artefacts of the stage.
+        columns: Columns of a batch, which decide whether "pairs", "captions" and "embeddings" are read.
         split: "train", "validation" or "test".
-        min_side: In pixels.
-        cached: How many shards stay in memory.
-        captioned: Whether rows without a caption are left out.
+        min_side: Least shorter side of an image, in pixels.
+        cached: Number of shards that stay in memory.
+        captioned: Leaves out rows without a caption.
     """
 
     def __init__(
