@@ -106,8 +106,8 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
     """Returns a configuration as YAML.
 
     Args:
-        project: Its name.
-        gpu: Whether this machine has a GPU.
+        project: Name of the project.
+        gpu: This machine has a GPU.
         source: The lists, and their columns.
         seen: A look at the source; without one, paths and captions are placeholders.
         bundle: A folder of models to go on from.

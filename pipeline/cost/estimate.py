@@ -101,15 +101,15 @@ class Ask:
     """What is planned.
 
     Attributes:
-        config: The configuration.
-        graph: Its stages.
-        rows: The pairs of the list.
-        held_out: The share of them that an evaluation may look at.
-        seen: What was observed.
+        config: Configuration of the project.
+        graph: Stages of the configuration.
+        rows: Pairs in the list.
+        held_out: Share of them that an evaluation may look at.
+        seen: Observations of earlier runs, by stage.
         fleet: GPUs to plan for, in place of the machine's.
-        machine: What there is to run on.
-        looked: Whether the machine was looked at, and not only guessed.
-        utilisation: The share of a GPU's peak that trainings reach where none was observed.
+        machine: Machine or cluster to run on.
+        looked: Machine was inspected, and is not a guess.
+        utilisation: Share of a GPU's peak that trainings reach where none was observed.
     """
 
     config: Config
@@ -168,11 +168,11 @@ class Cost:
     """The cost of one stage.
 
     Attributes:
-        seconds: All of its time.
-        startup: The part of ``seconds`` that does not grow.
+        seconds: Seconds in all.
+        startup: Part of ``seconds`` that does not grow.
         basis: "measured", "counted" from arithmetic, or "guess".
-        cores: Held for all that time.
-        gpus: Held for all that time.
+        cores: Cores that it holds for all that time.
+        gpus: GPUs that it holds for all that time.
         disk: Bytes that stay in the store.
     """
 

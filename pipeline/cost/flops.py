@@ -35,7 +35,7 @@ class Size:
 
     Attributes:
         forward: Floating-point operations of one row's forward pass, as training sees it, two per multiply-add.
-        parameters: How many it has.
+        parameters: Number of parameters.
     """
 
     forward: float

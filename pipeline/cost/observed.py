@@ -29,15 +29,15 @@ class Observation:
 
     Attributes:
         amount: Rows or samples.
-        seconds: From the beginning of the stage to its record.
+        seconds: Seconds from the beginning of the stage to its record.
         work: Seconds of all workers together that grew with the amount.
-        workers: How many worked.
-        shape: What the speed depends on besides the amount; see ``shape``.
+        workers: Number of workers.
+        shape: Recipe values on which the speed depends, besides the amount; see ``shape``.
         passes: Passes through each network, in place of the amount, of a stage that draws with a bundle.
         disk: Bytes that were stored.
-        decode_seconds: The part of ``work`` in which images were decoded, where a stage tells it.
+        decode_seconds: Part of ``work`` in which images were decoded, where a stage records it.
         device: "cpu" or "cuda".
-        utilisation: The share of the device's matrix products that a training reached (pipeline.training.timing).
+        utilisation: Share of the device's matrix products that a training reached (pipeline.training.timing).
     """
 
     amount: float
@@ -199,7 +199,7 @@ def pace(points: Sequence[tuple[float, Observation]], amount: float, workers: in
     Args:
         points: Observations with their amounts, the smallest first; at least one.
         amount: The amount to be made.
-        workers: How many will work.
+        workers: Number of workers to plan for.
     """
     (low, first), (high, last) = points[0], points[-1]
     slope = (last.work - first.work) / (high - low) if high > low else -1.0

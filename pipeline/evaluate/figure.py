@@ -29,10 +29,10 @@ class Figure:
         value: Mean over the rows.
         baseline: The same without the model, or without what it claims to use.
         interval: 95% interval of value - baseline.
-        holds: Whether the figure is as its line claims; None if it was not measured.
+        holds: Outcome: True where the figure is as its line claims; None if it was not measured.
         rows: Number of rows.
         split: Their split.
-        note: Why it was not measured, or what a reader has to know of it.
+        note: Reason why it was not measured, or a remark that a reader needs.
         trained: The same value of rows that the models were trained on; None where it was not measured.
         claim: Side of the baseline on which the value should be, "above" or "below".
         values: Values of the rows, to six digits: bundles are compared row by row. None where they cannot be.

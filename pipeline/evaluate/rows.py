@@ -35,7 +35,7 @@ class SplitRows:
         groups: Group of each row in the source, else the row's own key: rows of one are alike, so intervals are over
             groups.
         captions: First caption of each row, which is the one that was embedded.
-        licenses: Of the images, None where unknown.
+        licenses: Licences of the images, None where unknown.
         batch: "tokens" int64 [n, 77], "image_embedding" and "text_embedding" fp32 [n, d] of unit norm and, for rows
             that are read with images, "image" uint8 [n, 3, s, s].
         other: Another row for each row, int64 [n].

@@ -50,10 +50,10 @@ def execute(
     failed one is still made, and then its error is raised.
 
     Args:
-        graph: Every stage.
+        graph: Stages of the project, all of them.
         verdicts: The plan.
         wanted: Names of stages, with all that they need.
-        store: Where artefacts are.
+        store: Store of the artefacts.
         config: The whole Config.
         on_stage: Called after each stage that was made.
         on_look: Called after that, and from other threads while trainings run, with what these have shown (see

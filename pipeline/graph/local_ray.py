@@ -34,7 +34,7 @@ class PrivateFolder:
 
     Attributes:
         path: The folder.
-        keep: Whether it stays until the next process comes, because an error names a log in it.
+        keep: Leaves the folder until the next process removes it, because an error names a log in it.
     """
 
     def __init__(self, base: str):

@@ -97,10 +97,10 @@ class Machine:
     Attributes:
         cpus: Cores.
         gpus: GPUs.
-        gpu: What they are called; "" if that is not known.
-        memory: Bytes for workers.
-        local: Whether it is this machine alone.
-        grows: Whether nodes like these are added when they are asked for.
+        gpu: Name of the GPUs; "" if it is not known.
+        memory: Memory for workers, bytes.
+        local: Machine of this process alone, no cluster.
+        grows: Autoscaling: nodes like these are added when they are asked for.
     """
 
     cpus: float
@@ -119,9 +119,9 @@ def team_of(settings: Settings, machine: Machine, most: int = sys.maxsize) -> Te
     takes GPUs where there are enough of them.
 
     Args:
-        settings: Those of the stage.
-        machine: Where they work.
-        most: As many as there is work for: shards, or lanes of a training.
+        settings: Settings of the stage.
+        machine: Machine or cluster that they work on.
+        most: Largest number of workers that there is work for: the shards, or the lanes of a training.
     """
     if isinstance(settings, TrainingSettings):
         return _training_team(settings, machine, most)

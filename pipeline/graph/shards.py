@@ -75,12 +75,12 @@ def run_shards(
     took is added to ``ctx.work``: summed over the passes of a stage, with the most workers and rows of a pass.
 
     Args:
-        ctx: Of the stage.
-        tasks: One for each shard.
+        ctx: Context of the stage.
+        tasks: Tasks, one for each shard.
         make_worker: Pickled, and called once in every worker process.
-        unit: Of the progress line.
+        unit: Unit of the progress line.
         amount: The units of all tasks, as ledgers count them, for the progress line.
-        title: Of the progress line; the stage by default.
+        title: Title of the progress line; the stage by default.
 
     Returns:
         All shards by rising number, and how many were made now.

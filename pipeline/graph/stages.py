@@ -21,13 +21,13 @@ class Context:
     """Everything that a running stage is given.
 
     Attributes:
-        store: Where its inputs are, and its results go.
-        stage: Its name, with ``version``, ``key`` and ``recipe`` as the graph has them.
+        store: Store of its inputs and results.
+        stage: Name of the stage, with ``version``, ``key`` and ``recipe`` as the graph has them.
         settings: The stage's run settings.
         inputs: The artefacts that it is made from, by stage.
         config: The whole Config, for Ray's settings and the user's list.
-        work: What workers took for it until now (see pipeline.graph.workers.WorkTimes).
-        began: Its beginning in seconds since 1970, on which machines that share a stage roughly agree.
+        work: Work times of its workers until now (see pipeline.graph.workers.WorkTimes).
+        began: Beginning of the stage in seconds since 1970, on which machines that share it roughly agree.
         show: Called from another thread, while a training runs, with what it would be if it ended now.
     """
 
@@ -69,10 +69,10 @@ class Stage:
             trains a model from a trajectory's checkpoints, with a ``TrainingRecipe``. "bundle": gathers models.
             "result": is drawn from a bundle.
         pinned: The first artefact made stays in use when rows are appended.
-        splitting: Of a source: what decides which rows are held out. With other values nothing made before stays
+        splitting: Values of a source that decide which rows are held out. With other values nothing made before stays
             pinned, since it may have learned from rows that are held out now.
-        passes: It also makes shards that its artefact does not list, in passes before the last one.
-        settings: Its run settings, where the configuration has none under its name.
+        passes: The stage also makes shards that its artefact does not list, in passes before the last one.
+        settings: Run settings of the stage, where the configuration has none under its name.
         row_seconds: Seconds of one core that a row takes, for estimates before anything was measured.
         check: Raises UserError, as soon as all inputs are there, for what the stage cannot be made of.
     """

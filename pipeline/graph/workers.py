@@ -38,10 +38,10 @@ class ShardOutput:
     """Holds what a worker made of one shard.
 
     Attributes:
-        ledger: Counts its rows.
-        blobs: By name; a large blob may lie in a file.
-        counts: Published with the shard.
-        seconds: Of the worker's steps, for people; not part of the shard.
+        ledger: Ledger of its rows.
+        blobs: Blobs by name; a large one may lie in a file.
+        counts: Counts that are published with the shard.
+        seconds: Seconds of the worker's steps, for people; not part of the shard.
         finished: Called when the shard is in the store.
     """
 

@@ -42,14 +42,14 @@ class Change:
     """One figure of two bundles.
 
     Attributes:
-        model: The model that it measures.
-        name: The name of the figure.
-        then: Its mean for the first bundle.
-        now: Its mean for the second.
-        difference: The mean over rows of the second minus the first.
-        interval: The 95% interval of the difference, over groups of rows.
-        rows: How many rows both have.
-        claim: On which side of its baseline the figure should be, "above" or "below".
+        model: Model that the figure measures.
+        name: Name of the figure.
+        then: Mean for the first bundle.
+        now: Mean for the second bundle.
+        difference: Mean over rows of the second minus the first.
+        interval: 95% interval of the difference, over groups of rows.
+        rows: Number of rows that both have.
+        claim: Side of its baseline on which the figure should be, "above" or "below".
     """
 
     model: str

@@ -18,10 +18,10 @@ def failing(gates: ReleaseGates, old: Figures, new: Figures, changes: Sequence[C
     A bundle of which nothing is measured shows nothing, so it does not pass.
 
     Args:
-        gates: What is required.
+        gates: Gates to pass.
         old: The figures of the release.
         new: The figures of the new bundle.
-        changes: What differs row by row.
+        changes: Differences of the figures, row by row.
 
     Raises:
         UserError: A figure is to be ignored that neither evaluation has.

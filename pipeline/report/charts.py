@@ -130,9 +130,9 @@ def bars(title: str, values: Sequence[tuple[str, float]], counts: bool = True) -
     """Draws horizontal bars, each under its name and its number; one below zero has no length.
 
     Args:
-        title: what is drawn, for screen readers.
+        title: title for screen readers.
         values: names and finite values, from above.
-        counts: whether the values are counts, which show their share of the largest after the first.
+        counts: values are counts: those after the first show their share of the largest.
     """
     if not all(math.isfinite(value) for _, value in values) or not values:
         raise ValueError("no finite values to draw")

@@ -29,9 +29,9 @@ class ReportInput:
 
     Attributes:
         store: Holds the artefacts.
-        artifacts: What is made, by stage.
+        artifacts: Artefacts that are made, by stage.
         album: Says which images may be shown.
-        folder: Where the report will stand, None where that is not known.
+        folder: Folder that the report is written to, None where that is not known.
         other: A bundle to compare with.
     """
 

@@ -50,12 +50,12 @@ def write_report(
     What is missing, damaged or odd in the store becomes a line in the report.
 
     Args:
-        store: where the artefacts are.
-        config: what the graph was built from.
-        graph: every stage, in order.
-        artifacts: what is made, by stage.
-        path: the file to write.
-        running: what there is of trainings that are not done.
+        store: store of the artefacts.
+        config: configuration that the graph was built from.
+        graph: stages in order, all of them.
+        artifacts: artefacts that are made, by stage.
+        path: file to write.
+        running: artefacts, as far as they go, of trainings that are not done.
         album: says which of other people's images are shown; all of them without one.
         other: the bundle to compare with; the project's release without one.
 

@@ -27,11 +27,11 @@ class PairsShard:
     """Holds one shard of pairs.
 
     Attributes:
-        shard: its entry in the table of shards.
-        rows: every row of its index.
-        kept: the keys of the rows that are kept so far.
-        captions: the first caption by key.
-        reasons: why curation rejected a row, by key.
+        shard: entry in the table of shards.
+        rows: rows of its index, all of them.
+        kept: keys of the rows that are kept so far.
+        captions: first caption by key.
+        reasons: reasons why curation rejected rows, by key.
     """
 
     shard: ShardRow

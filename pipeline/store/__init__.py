@@ -54,8 +54,8 @@ class Store(Protocol):
         S3 several at once may all write it, with the same bytes.
 
         Args:
-            path: of the object.
-            data: its bytes, or the file that holds them.
+            path: path of the object.
+            data: bytes, or the file that holds them.
             move: gives the file up. It may become the object itself, so nobody may write to it any more.
         """
 

@@ -11,10 +11,10 @@ class Entry:
     """Describes one object.
 
     Attributes:
-        path: Its path in the store.
+        path: Path in the store.
         size: Bytes.
-        version: A token that changes whenever its content does.
-        modified: When it was written, by the store's clock, in seconds since the epoch.
+        version: Token that changes whenever the object's content does.
+        modified: Time of the last write by the store's clock, in seconds since the epoch.
     """
 
     path: str

@@ -47,7 +47,7 @@ class Holder:
         at: Time of its last sign of life, None before the first.
         beat: Random text, another one at each sign of life.
         progress: Text about the progress of the work, for people.
-        released: Whether it has stopped.
+        released: Work has ended: nobody waits for the lease to expire.
     """
 
     nonce: str

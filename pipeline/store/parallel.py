@@ -36,7 +36,8 @@ def in_order(
         submit: begins the call for an item.
         items: are taken as calls are begun.
         ahead: calls that are under way, or whose results wait to be taken.
-        size: of a result in bytes. While results that wait have more than MOST_BYTES together, no call is begun.
+        size: function that returns the bytes of a result. While results that wait have more than MOST_BYTES together,
+            no call is begun.
 
     The iterator raises what a call raised in place of its result.
     """

@@ -67,7 +67,7 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
         keep_s: Seconds for which the results of a run are needed.
         grace_s: Seconds between mark and deletion.
         now: Time by the store's clock (``Store.now``), as the clocks of machines differ.
-        delete: Whether to mark and delete, or only to look.
+        delete: Marks and deletes; False only looks.
 
     Raises:
         UserError: another collection runs, or the store is of another format.

@@ -31,11 +31,11 @@ class PastRun:
     """Describes a run as it was planned.
 
     Attributes:
-        project: that it belongs to.
+        project: project that it belongs to.
         at: seconds since the epoch, by the store's clock.
         by: user, host and command.
-        stages: what it asked of every stage.
-        wanted: the stages that it was to make.
+        stages: plan of every stage: its key, version, recipe and inputs.
+        wanted: stages that it was to make.
     """
 
     project: str
@@ -50,13 +50,13 @@ class Overview:
     """Holds what ``unclip show`` says of a store.
 
     Attributes:
-        url: of the store.
-        runs: the last runs, the newest first.
-        all_runs: how many runs there are in all.
-        made: every artefact.
-        leases: who makes an unfinished artefact, by its key.
-        pinned: keys.
-        releases: of each project of these runs that has one, or why it cannot be read.
+        url: URL of the store.
+        runs: last runs, the newest first.
+        all_runs: number of all runs.
+        made: artefacts that are complete, all of them.
+        leases: holders of unfinished artefacts, by their key.
+        pinned: keys of pinned artefacts.
+        releases: release of each project of these runs that has one, or the reason why it cannot be read.
     """
 
     url: str
@@ -74,9 +74,9 @@ class Lineage:
 
     Attributes:
         artifact: the artefact.
-        behind: all that it was made from, None where a record is gone.
-        users: what was made directly from it.
-        pinned: whether a pin names it.
+        behind: artefacts that it was made from, directly or not; None where a record is gone.
+        users: artefacts that the last USING_RUNS runs made directly from it.
+        pinned: a pin names it.
         released: the projects whose release it is.
     """
 

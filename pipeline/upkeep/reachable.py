@@ -34,7 +34,7 @@ class Live:
         paths: Paths of objects.
         prefixes: Beginnings of paths under which everything stays because a stage is not finished.
         unreadable: Reasons, with what to do, by the path of an object that cannot be read and stays.
-        unknown: Whether one of these may name any blob. Then those stay that nothing names, but not ``disowned`` ones.
+        unknown: Unreadable objects may name any blob. Blobs that nothing names stay then, unless they are ``disowned``.
         disowned: Blobs that garbage names.
     """
 
