@@ -38,6 +38,11 @@ TICS = (
     r"\bno number\b(?! of)",
     r"\bwho only looks\b",
 )
+NO_NOUN = re.compile(  # what a field's explanation does not begin with
+    r"`*(?:what|which|who|whom|whose|where|when|whether|how|why|of|in|on|at|by|for|from|to|with|without|above|below|"
+    r"beside|between|after|before|until|as|than|into|over|under|per|among|that|if|about)\b",
+    re.IGNORECASE,
+)
 
 
 def tracked(*folders: str, ends: str = ".py") -> list[Path]:
@@ -148,6 +153,18 @@ def tics() -> list[str]:
     ]
 
 
+def nounless() -> list[str]:
+    """Returns the lines under Attributes and Args whose explanation begins without a noun, each after its file."""
+    found: list[str] = []
+    for file in tracked(*SOURCE):
+        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, DOCSTRINGS)]
+        for section in (part for node in nodes for part in re.split(r"\n(?=\S)", ast.get_docstring(node) or "")):
+            lines = re.findall(r"^    (\w[\w, `*]*: )(.*)", section, re.MULTILINE)
+            if section.startswith(("Attributes:", "Args:")):
+                found += [f"{file.relative_to(ROOT)}: {name}{text}" for name, text in lines if NO_NOUN.match(text)]
+    return found
+
+
 def measure() -> dict[str, float]:
     """Returns the figures of the source by name."""
     files = tracked(*SOURCE)
@@ -177,13 +194,14 @@ def measure() -> dict[str, float]:
         "imports_of_a_file_p90": quantiles(fan_out, n=10)[-1],
         "imports_inside_functions_per_1000_lines": sum(map(inside_functions, trees.values())) / total * 1000,
         "tics": len(tics()),
+        "fields_that_begin_without_a_noun": len(nounless()),
     }
 
 
 def main() -> int:
-    """Prints the figures. With --tics, prints where the words stand."""
+    """Prints the figures. With --tics, prints where the words stand, and the fields that begin without a noun."""
     if "--tics" in sys.argv[1:]:
-        print("\n".join(tics()))
+        print("\n".join(tics() + nounless()))
     found = measure()
     for name, value in found.items():
         print(f"  {name:45} {value:,.1f}")

@@ -48,6 +48,7 @@ KEYS = {
         "imports_of_a_file_p90",
         "imports_inside_functions_per_1000_lines",
         "tics",
+        "fields_that_begin_without_a_noun",
     },
     "tiny": {
         "training_time_over_bound",
