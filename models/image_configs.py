@@ -51,42 +51,42 @@ class DecoderConfig:
     The variance is always learned.
 
     Attributes:
-        image_size: 64, where the cascade begins.
-        channels: Of the first resolution.
+        image_size: Side of the images in pixels: 64, where the cascade begins.
+        channels: Channels of the first resolution.
         depth: Residual blocks a resolution.
-        multipliers: Of channels, one for each resolution.
+        multipliers: Multipliers of ``channels``, one for each resolution.
         head_channels: Channels a head of attention.
         attention_resolutions: Sides of feature maps with attention.
-        dropout: In residual blocks.
+        dropout: Dropout rate in residual blocks.
         text_context: BPE tokens; CLIP's tokenizer stops at 77, so more is the same as 77, and longer captions are
             cut.
-        text_width: Of its text encoder.
-        text_depth: Of its text encoder.
-        text_heads: Of its text encoder.
-        vocabulary: Of CLIP's tokens.
+        text_width: Width of the decoder's text encoder.
+        text_depth: Layers of the decoder's text encoder.
+        text_heads: Attention heads of the decoder's text encoder.
+        vocabulary: Vocabulary size of CLIP's BPE tokenizer.
         clip_tokens: Tokens made from the image embedding.
         drop_image: Share of training rows without image embedding, for guidance.
         drop_text: Share of training rows without caption.
-        null_image: What a dropped embedding becomes: ``zero`` or ``learned``.
+        null_image: Replacement of a dropped image embedding: ``zero`` or ``learned``.
         patch: Squares of that many pixels become channels before the U-Net and pixels again after it; above 1 for
             small machines.
-        schedule: Of the noise.
-        steps: Of the diffusion.
-        prediction: What the network is asked for: the noise (``eps``), ``v``, or the image (``x0``), for networks
+        schedule: Noise schedule, ``cosine`` or ``linear``.
+        steps: Timesteps of the diffusion.
+        prediction: Target that the network predicts: the noise (``eps``), ``v``, or the image (``x0``), for networks
             too small to carry noise through.
-        text_encoder: ``glide``, the paper's; ``clip``, CLIP's causal one, as Karlo has; or ``frozen``, the text
-            tower of this run's CLIP, of its own sizes and not trained. With the last two padding is hidden, and a
-            dropped caption is an empty one.
-        context_width: With ``clip`` or ``frozen``: the width that its outputs are projected to; 0 is
+        text_encoder: Text encoder: ``glide``, the paper's; ``clip``, a causal one like CLIP's, as Karlo has; or
+            ``frozen``, the text tower of this run's CLIP, of its own sizes and not trained. With the last two padding
+            is hidden, and a dropped caption is an empty one.
+        context_width: Width that the text encoder's outputs are projected to, with ``clip`` or ``frozen``; 0 is
             ``text_width``.
         embedding_norm: Length given to image embeddings; 0 is the square root of their dimension, for unit
             variance.
-        whiten: Whether image embeddings are centred, and all their directions brought to nearly one variance, before
-            the network reads them: a CLIP of few images spreads them over few directions.
+        whiten: Whitening of image embeddings: before the network reads them they are centred, and all their directions
+            brought to nearly one variance. A CLIP of few images spreads them over few directions.
         layout_channels: Channels that the image embedding, and with ``frozen`` the caption's words, are projected to at
             every position of the lowest resolution, to say what is where; 0 is none.
-        pixel_channels: Between three 3x3 convolutions at full resolution that correct the network's output, given what
-            it saw and the timestep, across the borders of ``patch``; 0 is none.
+        pixel_channels: Channels between the three 3x3 convolutions at full resolution that correct the network's output
+            across the borders of ``patch``, given its input and the timestep; 0 leaves them out.
         max_snr: Bound on the signal-to-noise ratio that weighs the squared error; ``null`` is 5 for ``x0`` and none for
             ``eps`` and ``v``, whose error then counts as it is (docs/how/diffusion.md).
     """
@@ -160,24 +160,25 @@ class UpsamplerConfig:
     Attributes:
         low_size: Side of the small image: 64, or 256.
         image_size: Side of the large image: 256, or 1024.
-        channels: Of the first resolution.
+        channels: Channels of the first resolution.
         depth: Residual blocks a resolution.
-        multipliers: Of channels, one for each resolution.
-        dropout: In residual blocks.
-        corruption: Of the small image in training: ``blur`` (Gaussian, kernel 3, sigma 0.6), ``bsr`` (blind
+        multipliers: Multipliers of ``channels``, one for each resolution.
+        dropout: Dropout rate in residual blocks.
+        corruption: Corruption of the small image in training: ``blur`` (Gaussian, kernel 3, sigma 0.6), ``bsr`` (blind
             super-resolution: blurs, resampling, noise and JPEG) or ``bsr_light`` (the same, weaker).
         crop: Share of the side that training sees; sampling works at full size.
-        schedule: Of the noise.
-        steps: Of the diffusion.
-        prediction: What the network is asked for: the noise (``eps``), ``v``, or the image (``x0``), for networks
+        schedule: Noise schedule, ``cosine`` or ``linear``.
+        steps: Timesteps of the diffusion.
+        prediction: Target that the network predicts: the noise (``eps``), ``v``, or the image (``x0``), for networks
             too small to carry noise through.
         patch: Squares of that many pixels become channels before the U-Net and pixels again after it; above 1 for
             small machines.
-        pixel_channels: Between three 3x3 convolutions at full resolution that correct the network's output, given what
-            it saw and the timestep, across the borders of ``patch``; 0 is none.
-        corrupt_at_inference: Whether sampling corrupts the small image mildly, too.
-        scale_shift: Whether the timestep scales and shifts, as in ADM; false adds it, as Karlo does.
-        last_unet: Whether a second U-Net of the same shape takes the last step of sampling, as Karlo's does.
+        pixel_channels: Channels between the three 3x3 convolutions at full resolution that correct the network's output
+            across the borders of ``patch``, given its input and the timestep; 0 leaves them out.
+        corrupt_at_inference: Mild corruption of the small image in sampling, too.
+        scale_shift: Scale and shift of features by the timestep embedding, as in ADM; false adds the embedding, as
+            Karlo does.
+        last_unet: Second U-Net of the same shape for the last step of sampling, as in Karlo.
         max_snr: Bound on the signal-to-noise ratio that weighs the squared error; ``null`` is 5 for ``x0`` and none for
             ``eps`` and ``v``, whose error then counts as it is (docs/how/diffusion.md).
     """

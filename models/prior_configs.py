@@ -64,12 +64,12 @@ class TextTower:
     """Sizes the text tower of a CLIP as Radford et al. 2021 (section 2.4) have it: causal, read at the end token.
 
     Attributes:
-        width: Of its token states.
+        width: Width of token states.
         depth: Layers.
-        heads: Of attention.
+        heads: Attention heads.
         context: BPE tokens, with start and end.
-        vocabulary: Of its tokens, whose last two are start and end.
-        quick_gelu: Whether it has OpenAI's approximation of GELU.
+        vocabulary: Vocabulary size; the last two tokens are start and end.
+        quick_gelu: OpenAI's approximation in place of GELU.
     """
 
     width: int
@@ -111,25 +111,25 @@ class ARPriorConfig:
     Attributes:
         text_context: BPE tokens, 3 to 77; longer captions are cut.
         prefix: Outputs of the text encoder that open the sequence.
-        text_width: Of its text encoder.
-        text_depth: Of its text encoder.
-        text_heads: Of its text encoder.
-        width: Of the transformer.
-        depth: Of the transformer.
-        heads: Of the transformer.
-        vocabulary: Of CLIP's tokens.
-        buckets: Equal to ``codec.buckets``.
-        dropout: In the transformer.
+        text_width: Width of the text encoder.
+        text_depth: Layers of the text encoder.
+        text_heads: Attention heads of the text encoder.
+        width: Width of the transformer over the sequence.
+        depth: Layers of that transformer.
+        heads: Attention heads of that transformer.
+        vocabulary: Vocabulary size of CLIP's BPE tokenizer.
+        buckets: Buckets of a code, equal to ``codec.buckets``.
+        dropout: Dropout rate of the text encoder and the transformer.
         drop_text: Share of training rows whose caption and text embedding are hidden, for guidance.
-        text_encoder: What its text encoder reads: token vectors of its ``own``, or the token states of this run's
+        text_encoder: Input of the text encoder: token embeddings of its ``own``, or the token states of this run's
             CLIP, whose text tower is ``frozen`` in it.
-        smooth_buckets: For few rows: of how many smooth functions of its place a bucket's vectors and logit are made,
-            so that each row teaches the neighbours of its buckets too; 0 gives every bucket its own.
-        ridge: Input for few rows, with a ``frozen`` text encoder: each code's position gets the coordinate, along the
-            component that the code is of, of a ridge regression of image embeddings on text embeddings and words, which
-            also says what no code holds.
-        text_noise: For few rows, whose text embeddings fit their images better than others will: the most noise that a
-            text embedding gets in training, in standard deviations of image embeddings.
+        smooth_buckets: Number of smooth functions of a bucket's position that its embedding and its logit are sums of,
+            for few rows: each row then teaches the neighbours of its buckets, too. 0 gives every bucket its own.
+        ridge: Input for few rows, with a ``frozen`` text encoder: a ridge regression of image embeddings on text
+            embeddings and words. Each code's position gets the regression's coordinate along the code's component; the
+            regression also gives the part of an image embedding that no code holds.
+        text_noise: Largest noise that a text embedding gets in training, in standard deviations of image embeddings;
+            for few rows, whose text embeddings fit their images better than those of other rows will.
     """
 
     text_context: int = 77
@@ -173,19 +173,19 @@ class DiffusionPriorConfig:
 
     Attributes:
         text_context: BPE tokens, 3 to 77; longer captions are cut.
-        width: Of the transformer.
-        depth: Of the transformer.
-        heads: Of the transformer.
-        vocabulary: Of CLIP's tokens.
-        schedule: Of the noise.
-        steps: Of the diffusion.
+        width: Width of the transformer.
+        depth: Layers of the transformer.
+        heads: Attention heads of the transformer.
+        vocabulary: Vocabulary size of CLIP's BPE tokenizer.
+        schedule: Noise schedule, ``cosine`` or ``linear``.
+        steps: Timesteps of the diffusion.
         drop_text: Share of training rows whose caption and text embedding are hidden, for guidance.
         scale: Standard deviation of an embedding's component as the model sees it; 0.5375 is the paper's factor of
             17.2 at 1,024 dimensions.
-        text_encoder: What captions enter as: token vectors of its ``own``, or the token states of this run's CLIP,
-            whose text tower is ``frozen`` in it.
-        ridge: Start for few rows: the network adds to a ridge regression of image embeddings on text embeddings and
-            words, solved before the first step, and begins with adding nothing; with a ``frozen`` text encoder. A line
+        text_encoder: Input for captions: token embeddings of the prior's ``own``, or the token states of this run's
+            CLIP, whose text tower is ``frozen`` in it.
+        ridge: Start for few rows, with a ``frozen`` text encoder: the network's output is added to a ridge regression
+            of image embeddings on text embeddings and words, solved before the first step, and is zero at first. A line
             generalises where a network memorises.
     """
 
@@ -217,19 +217,19 @@ class ClipConfig:
     """Sizes a CLIP that the pipeline trains itself; the default is a small vision transformer.
 
     Attributes:
-        embed_dim: Of the embeddings.
+        embed_dim: Dimension of the embeddings.
         image_size: Side of its images, pixels.
         tower: ``vit``, or ``resnet``, CLIP's modified ResNet, which halves the image five times
             and trains on one worker.
-        layers: One number for a vit, four for a resnet.
-        width: Of the image tower.
-        patch: Pixels a side; of a vit.
-        text_width: Of the text tower.
-        text_layers: Of the text tower.
-        text_heads: Of the text tower.
+        layers: Layers of the image tower: one number for a vit, four for a resnet.
+        width: Width of the image tower.
+        patch: Side of a patch in pixels; of a vit.
+        text_width: Width of the text tower.
+        text_layers: Layers of the text tower.
+        text_heads: Attention heads of the text tower.
         text_context: BPE tokens, 3 to 77, with start and end.
-        temperature: Initial temperature of the contrastive loss; it is learned, but hardly moves in some hundred steps,
-            and a low one makes CLIP tell apart what is much alike.
+        temperature: Initial temperature of the contrastive loss. It is learned, but hardly moves in some hundred steps,
+            and a low one makes CLIP tell similar pairs apart.
         least_crop: Share of the side of the smallest random crop in training; 1 takes whole images.
     """
 

@@ -31,25 +31,25 @@ class SamplingConfig:
     """Holds sampling defaults; the class's own are the paper's.
 
     Attributes:
-        prior: ``diffusion`` or ``ar``: which prior draws image embeddings.
+        prior: Prior that draws image embeddings: ``diffusion`` or ``ar``.
         candidates: Image embeddings drawn a caption, of which the best is kept.
-        prior_steps: Of the diffusion prior.
+        prior_steps: Sampling steps of the diffusion prior.
         prior_sampler: ``analytic`` (DDPM with Analytic-DPM's variance; a prior without measured variances gets
             DDPM's), ``ddpm``, ``ddim`` or ``dpm`` (DPM-Solver++, for 15 to 25 steps).
         prior_guidance: The w of (1 + w) conditional - w unconditional.
-        temperature: Of the AR prior.
-        decoder_steps: Of the decoder; all steps are 2 to the model's ``steps``. Fewer than 15, and
-            all of a decoder that predicts the image, end before timestep 0 ("trailing"), where there is still noise to
-            take away; those of ``dpm`` end at timestep 0.
+        temperature: Sampling temperature of the AR prior.
+        decoder_steps: Sampling steps of the decoder; those of any model are 2 to its ``steps``. Fewer than 15, and all
+            of a decoder that predicts the image, end before timestep 0 ("trailing"), where there is still noise to take
+            away; those of ``dpm`` end at timestep 0.
         decoder_sampler: ``ddpm``, ``ddim`` or ``dpm``.
         decoder_guidance: The same w, one less than the literature's scale: 0.25 is the paper's 1.25.
         decoder_guidance_from: The share of the timesteps below which the decoder is not guided: with next to no noise
             left, guidance adds dots and loud colours.
         decoder_guidance_to: The share above which it is not guided.
-        decoder_threshold: Where guidance drives an image beyond its range, shrink it until this share of its values
-            lies inside, at every step (dynamic thresholding; 0.995 is usual); 0 cuts the values off.
-        upsampler_256_steps: Of DDIM; 27 is GLIDE's uneven grid.
-        upsampler_1024_steps: Of DDIM.
+        decoder_threshold: Share of an image's values that dynamic thresholding shrinks into their range, at every step,
+            where guidance drives them beyond it (0.995 is usual); 0 cuts the values off.
+        upsampler_256_steps: DDIM steps of the first upsampler; 27 is GLIDE's uneven grid.
+        upsampler_1024_steps: DDIM steps of the second upsampler.
         size: Side of the largest image to make, pixels.
         tile: Side of the overlapping tiles in which the upsamplers work, in pixels, where memory is short; 0 takes
             images whole.

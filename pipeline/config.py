@@ -67,13 +67,13 @@ class Run:
 
     Attributes:
         output: A local folder for the report and the images.
-        budget_hours: Above this estimate a run stops without ``--yes``.
-        trackers: What receives the metrics of trainings, previews, samples and figures: ``tensorboard``, ``wandb``,
+        budget_hours: Hours; a run whose estimate is above them stops without ``--yes``.
+        trackers: Receivers of the metrics of trainings, previews, samples and figures: ``tensorboard``, ``wandb``,
             ``mlflow``, or a function of yours as ``module:function``.
         lease_s: Seconds without progress after which another run may take over.
         ray: The local Ray.
         kubernetes: The pods of a RayJob.
-        prices: What the plan multiplies hours and bytes with.
+        prices: Prices by which the plan turns hours and bytes into costs.
     """
 
     output: str = "out"
@@ -105,7 +105,7 @@ class Config:
         project: A name; pins and histories of one store are kept apart by it.
         store: A folder, or ``s3://bucket/prefix``.
         source: The list of image-caption pairs.
-        release: What a bundle must show before it becomes the release.
+        release: Gates that a bundle must pass before it becomes the release.
         run: Settings, which move no key.
     """
 

@@ -82,8 +82,9 @@ class PairsSettings(ShardSettings):
     Attributes:
         threads: Downloads at once in a worker.
         per_host: Requests at once from a worker to one host.
-        timeout_s: For a whole image, with redirects, retries and pauses.
-        retries: After a timeout, a failed connection, a 429 or a 5xx status; pauses double and are random.
+        timeout_s: Seconds for a whole image, with redirects, retries and pauses.
+        retries: Retries after a timeout, a failed connection, a transfer that broke off, a 429 or a 5xx status; pauses
+            double and are random.
         hosts: Host name to ``address:port``, such as a mirror; trusted.
         contact: A URL or mail address for the user agent, where owners of servers may complain.
         headers: Origin, such as ``https://images.example.org``, to the environment variable that holds headers for
@@ -145,16 +146,17 @@ class TrainingSettings:
     Attributes:
         workers: Processes; 0 trains in this one. Each takes one GPU or none, as ``device`` says. ``auto`` is one a
             GPU, at most as many as the recipe has lanes, and 0 where there is no GPU.
-        min_workers: With 1 or more, a training begins with as many workers as there are cores or GPUs for, at least
-            these, and goes on with more or fewer as machines come and go.
+        min_workers: Least number of workers, for an elastic training: it begins with as many workers as there are cores
+            or GPUs for, at most ``workers``, and goes on with more or fewer as machines come and go. 0 keeps the number
+            fixed.
         micro_batch: Rows a worker computes at once; 0 is its whole share, or on GPUs as many of it as a trial before
             the first step finds room for. Where they do not fit later, half as many are taken from the last
             checkpoint on.
-        threads: Of a worker; 0 is every core. A Ray worker without a GPU takes as many cores, so that trainings with
-            a number of threads run side by side on one machine.
+        threads: Threads of a worker; 0 is every core, divided among the workers of one machine. A Ray worker without a
+            GPU takes as many cores, so that trainings with a number of threads run side by side on one machine.
         checkpoint_every_s: Seconds between checkpoints, at least; where it takes longer to write one, 30 times as
             long as that. 0 saves after every step.
-        keep_checkpoints: How many stay.
+        keep_checkpoints: Number of the newest checkpoints that stay.
         milestones: Numbers of samples that become artefacts, too, each from one batch up to where ``decay`` begins.
         device: ``auto``, ``cpu``, ``cuda``, or ``cuda:1``; each Ray worker takes one GPU with ``cuda``, and with
             ``auto`` if there are enough of them when it begins.
@@ -163,10 +165,10 @@ class TrainingSettings:
             which Ray counts the room of all nodes.
         cpus: Cores that Ray sets aside for a worker, as for other stages; 0 is one for each of its ``threads``.
         memory_mb: MiB that Ray sets aside for a worker, as for other stages.
-        sharded: For a model too large for one device: weights, averages and moments are sharded over the workers
-            (FSDP2), which must divide the recipe's lanes; where half of a node's memory holds all of it, over the
-            workers of each node. Not for CLIP.
-        offload: With ``sharded``: they lie in the memory of the CPU.
+        sharded: Sharding of weights, averages and moments over the workers (FSDP2), for a model too large for one
+            device; the number of workers must divide the recipe's lanes. Where half of a node's memory holds all of it,
+            the workers of each node share a copy. Not for CLIP.
+        offload: Offload of the sharded weights, averages and moments to the memory of the CPU; with ``sharded`` only.
         recompute: Keeps only each layer's input for the backward pass, which takes the time of another forward
             pass.
         compile: Compiles each layer of the network (torch.compile), which takes minutes before the first step and a
@@ -203,8 +205,8 @@ class RaySettings:
         cpus: Cores that it may use; ``auto`` is all of this machine's.
         object_store_mb: MiB of its object store; ``auto`` is 500, and with a GPU, for which parts of shards wait in it,
             30% of the free memory as far as /dev/shm has room.
-        autoscaler: Whether the cluster of `RAY_ADDRESS` adds nodes when they are asked for. Nothing is refused at the
-            start then, and a training on device ``auto`` asks for GPUs.
+        autoscaler: States that the cluster of `RAY_ADDRESS` adds nodes when they are asked for. Nothing is refused at
+            the start then, and a training on device ``auto`` asks for GPUs.
     """
 
     cpus: Annotated[int | Auto, OrAuto(PositiveInt)] = "auto"
@@ -217,32 +219,33 @@ class KubernetesSettings:
     """Describes the pods of a RayJob. The driver runs on the head.
 
     Attributes:
-        image: Of every pod, built from ``cluster/Dockerfile``; a RayJob needs it.
-        namespace: Where it runs.
-        service_account: Of every pod; it must be able to read and write the bucket, unless ``secret`` does.
+        image: Container image of every pod, built from ``cluster/Dockerfile``; a RayJob needs it.
+        namespace: Kubernetes namespace of the RayJob.
+        service_account: Service account of every pod; it must be able to read and write the bucket, unless ``secret``
+            does.
         secret: Name of a Secret whose entries become environment variables of every pod, for a store with keys of
             its own.
         pull_secrets: Names of the Secrets with which the image is pulled.
         env: Environment variables of every pod, such as ``{NCCL_SOCKET_IFNAME: eth0}``; none that is a secret.
-        labels: Of the RayJob and of every pod.
-        annotations: Of every pod.
+        labels: Labels of the RayJob and of every pod.
+        annotations: Annotations of every pod.
         queue: Name of the LocalQueue of Kueue that admits the job. Its pods then come together and stay to its end,
             without Ray's autoscaler.
         spot: Workers prefer nodes that can be taken away, and tolerate their taints; the head never runs there.
         head_cpus: Cores of the head, where the driver runs and no worker.
-        head_memory_gb: Its memory in GiB; of every pod's, a twentieth is for Ray's object store, or three tenths where
-            embeddings are made.
-        head_gpus: Its GPUs, for samples, evaluation and trainings with ``workers: 0``.
+        head_memory_gb: Memory of the head, in GiB. A twentieth of every pod's memory is for Ray's object store, three
+            tenths where embeddings are made.
+        head_gpus: GPUs of the head, for samples, evaluation and trainings with ``workers: 0``.
         cpus: Cores of a worker pod without GPUs; a worker takes one, or the ``cpus`` of its stage.
-        memory_gb: Its memory in GiB.
+        memory_gb: Memory of a worker pod without GPUs, in GiB.
         gpus: GPUs of a worker pod that has some; 0 where no node has any.
-        gpu_cpus: Its cores.
-        gpu_memory_gb: Its memory in GiB.
+        gpu_cpus: Cores of a worker pod with GPUs.
+        gpu_memory_gb: Memory of a worker pod with GPUs, in GiB.
         gpu_nodes: Labels of Kubernetes' nodes where pods with GPUs may run, such as ``{nvidia.com/gpu.product:
             NVIDIA-L4}``.
-        gpu_resources: What a pod with GPUs asks for besides, such as ``{rdma/hca: "1"}``; its container may then lock
-            memory, for network adapters that read and write it.
-        deadline_hours: After which a try is ended.
+        gpu_resources: Resources that a pod with GPUs requests besides them, such as ``{rdma/hca: "1"}``; its container
+            may then lock memory, for network adapters that read and write it.
+        deadline_hours: Hours after which an attempt of the job is ended.
     """
 
     image: str = ""
@@ -278,7 +281,7 @@ class Prices:
     """Lists prices by which the plan counts.
 
     Attributes:
-        currency: Of the prices; only shown.
+        currency: Currency of the prices; only shown.
         core_hour: An hour of one CPU core.
         gpu_hour: An hour of one GPU.
         storage_tb_month: A month of 10^12 bytes in the store.
@@ -297,8 +300,8 @@ class ReleaseGates:
     Attributes:
         claims: Every claim that held for the release must hold for the new bundle.
         figures: No figure may be worse than the release's, row by row, by more than chance.
-        tolerance: By how much it may, as a share of the release's figure.
-        ignore: Figures that no gate asks about, such as ``decoder.background``.
+        tolerance: Decline that still passes ``figures``, as a share of the release's figure.
+        ignore: Figures that gates leave out, such as ``decoder.background``.
         keys: Public keys (``ssh-ed25519 AAAA...``) of which one must have signed a release before it is served, taken
             or drawn with; without any, signatures are not checked.
     """

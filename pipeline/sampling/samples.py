@@ -19,8 +19,8 @@ class SamplesRecipe:
     """Says which images to draw at the end of a run; how to sample stands in the bundle.
 
     Attributes:
-        captions: One image each.
-        seed: Of the first image; the next have the next.
+        captions: Captions to draw, one image each.
+        seed: Seed of the first image; image i uses seed + i.
     """
 
     captions: Annotated[tuple[str, ...], Field(min_length=1)] = ("a red heart",)

@@ -28,26 +28,28 @@ class TrainingRecipe:
     Progress is counted in samples: the rows that a model has seen.
 
     Attributes:
-        samples: Where it stops, in samples seen, rounded up to whole batches; raising it later goes on from there.
+        samples: Samples seen at which the training stops, rounded up to whole batches; raising it later goes on from
+            there.
         batch: Rows a step, over all workers; a multiple of ``lanes``.
         optimizer: ``adamw``, or ``muon`` for the matrices and kernels of hidden layers and AdamW for the rest.
-        learning_rate: After the warmup.
-        beta2: Of Adam; beta1 is 0.9.
-        eps: Of Adam.
-        weight_decay: Decoupled, on the weights of layers; not on biases, norms, embeddings, positions and padding.
+        learning_rate: Learning rate after the warmup.
+        beta2: Adam's beta2; beta1 is 0.9.
+        eps: Adam's epsilon.
+        weight_decay: Decoupled weight decay of the weights of layers; not of biases, norms, embeddings, positions and
+            padding.
         warmup_steps: Optimizer steps over which the learning rate rises linearly; ``scale`` leaves them as they are.
-        decay: Samples before the stop over which it falls to zero; such a training branches off one whose rate
-            stays. Where ``samples`` replaces a preset's, the decay keeps its share of them.
+        decay: Samples before the stop over which the learning rate falls to zero; such a training branches off one
+            whose rate stays. Where ``samples`` replaces a preset's, the decay keeps its share of them.
         clip_norm: Bound on the gradient's norm; 0 is none.
-        ema_half_life: Samples; of the averaged weights (EMA) that become the model, and at most a tenth of the
-            samples seen, so that nothing is left of the random start however short the training; ``nano`` and
+        ema_half_life: Half-life, in samples, of the averaged weights (EMA) that become the model; at most a tenth of
+            the samples seen, so that nothing is left of the random start however short the training. ``nano`` and
             ``tiny`` have that tenth; 0 averages nothing.
         lanes: Parallel data streams, a bound on workers.
         window: Rows that are shuffled with each other in a lane; a worker holds 1.25 times as many encoded
             images of each lane in memory.
-        captions: Which of a row's captions a model reads: ``any`` draws one for each time that the row is seen,
-            ``first`` takes the first.
-        seed: Of weights, order and noise.
+        captions: Captions of a row that a model reads: ``any`` draws one for each time that the row is seen, ``first``
+            takes the first.
+        seed: Seed of weights, order and noise.
         precision: ``bf16`` is autocast, and fp32 on a device without bf16.
         init_from: A safetensors file of weights of the same model to begin with, instead of random ones.
     """
@@ -113,7 +115,7 @@ class ClipRecipe(TrainingRecipe):
     latter, large presets say: ``decay``.
 
     Attributes:
-        model: What is trained.
+        model: Sizes of the CLIP to train.
         weights: ``train`` trains ``model`` from these pairs; ``open_clip:NAME:TAG``, such as
             ``open_clip:ViT-L-14:openai``, takes open_clip's weights; ``local-dir:FOLDER`` takes a folder in
             open_clip's layout. The last two train nothing and ignore the other fields. A key holds the name of the

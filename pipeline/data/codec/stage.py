@@ -27,13 +27,13 @@ class CodecRecipe:
     """Says how finely the codec describes an image embedding.
 
     Attributes:
-        components: Of the PCA; more than the data's rank is lowered with a warning. ``nano`` keeps 32 and ``tiny``
-            18, because the AR prior's time grows with them.
-        variance_target: A share: as many components as hold it, in place of ``components``.
+        components: Components of the PCA; more than the data's rank is lowered with a warning. ``nano`` keeps 32 and
+            ``tiny`` 18, because the AR prior's time grows with them.
+        variance_target: Share of the variance: as many components as hold it, in place of ``components``.
         buckets: Quantile buckets a component; equal to ``ar_prior.model.buckets``.
         sample_rows: Training rows that it is fitted to, at most: they lie in one worker's memory, 12 bytes for each
             number of an embedding (9 GB for a million of 768).
-        seed: Of the sample.
+        seed: Seed of the sample.
     """
 
     components: PositiveInt = 319

@@ -36,8 +36,8 @@ class PairsRecipe:
         resize_mode: keep_ratio resizes the short side to image_size, keep_ratio_largest the long side. center_crop cuts
             a square out of the first, border pads the second to one with white. no resizes nothing.
         min_image_size: An image whose short side is below this is rejected.
-        encode_format: Of the stored images.
-        encode_quality: 0 to 100; for png the compression, 0 to 9.
+        encode_format: File format of the stored images: ``jpg``, ``png`` or ``webp``.
+        encode_quality: Quality, 0 to 100; for png the compression, 0 to 9.
         max_bytes: Limit for one image, as fetched.
         max_pixels: Limit for one image by its header, before anything is decoded; Pillow opens none above 178,956,970.
         allow: Hosts and networks that may be reached although they are not public, such as ``10.0.0.0/8``.
