@@ -87,10 +87,8 @@ def left(name: str, folder: Path) -> dict[str, Any]:
     """The blobs of the artefact, and what is in those of the last checkpoint: weights, average, optimiser."""
     world, ctx = context(name, folder)
     artifact = load_artifact(world.store, name, ctx.key)
-    assert artifact is not None
     newest = max(entry.path for entry in world.store.list(f"checkpoints/{trajectory_key(ctx)}/0"))
     record = read_record(world.store, newest, CheckpointRecord)
-    assert record is not None
     assert record.samples == STEPS * BATCH
     held = {part: tensors(read_blob(world.store, blob)) for part, blob in record.blobs.items()}
     return {"artefact": artifact.blobs, "checkpoint": held, "journal": json.dumps(asdict(record.journal))}

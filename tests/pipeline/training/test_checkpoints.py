@@ -82,18 +82,14 @@ def _cut_record(store: Store, path: str) -> None:
 
 
 def _cut_blob(store: Store, path: str) -> None:
-    record = read_record(store, path, CheckpointRecord)
-    assert record is not None
-    blob = blob_path(record.blobs["optimizer"])
+    blob = blob_path(read_record(store, path, CheckpointRecord).blobs["optimizer"])
     data = store.read(blob)
     store.delete([blob])
     store.create(blob, data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def _lose_blob(store: Store, path: str) -> None:
-    record = read_record(store, path, CheckpointRecord)
-    assert record is not None
-    store.delete([blob_path(record.blobs["model"])])
+    store.delete([blob_path(read_record(store, path, CheckpointRecord).blobs["model"])])
 
 
 @pytest.mark.parametrize("damage", [_cut_record, _cut_blob, _lose_blob])
@@ -202,7 +198,6 @@ def test_what_replay_needs_outlives_the_checkpoint_before_it(store: Store) -> No
     checkpoints.save_failure(weights, state.samples, ["a row"])
     save(checkpoints, make_state(2))
     found = checkpoints.last_failure()
-    assert found is not None
     assert found[0] == state.samples
     assert all(torch.equal(found[1][name], tensor) for name, tensor in weights.items())
 

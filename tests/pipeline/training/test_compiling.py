@@ -11,18 +11,14 @@ import torch
 from torch import fx
 
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import load_artifact
 from pipeline.training import compiling, stage
 from pipeline.training.compiling import compiles
 from pipeline.training.distributed.process_group import ProcessGroup
-from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.timing import Speed
 from tests.pipeline.training.conftest import World, make_world
-from tests.pipeline.training.trainings import MODEL, SETTINGS, assert_equal_trainings, train_together
+from tests.pipeline.training.distributed.test_workers import RECIPE
+from tests.pipeline.training.trainings import MODEL, SETTINGS, assert_equal_trainings, made, train_together
 
-RECIPE = DiffusionPriorRecipe(
-    samples=48, batch=16, lanes=4, precision="fp32", learning_rate=1e-3, ema_half_life=64, clip_norm=1.0, model=MODEL
-)
 COMPILED = replace(SETTINGS, compile=True, micro_batch=3)  # the last of a share has another number of rows
 CUDA = ProcessGroup(device=torch.device("cuda"))
 
@@ -48,11 +44,11 @@ def test_it_goes_on_from_a_checkpoint_that_was_not_compiled_and_leaves_one_to_it
     assert not graphs
     stage.train(world.context("diffusion_prior", replace(RECIPE, samples=32), COMPILED))
     assert len(graphs) == MODEL.depth * 2  # of three rows and of one
-    made = stage.train(world.context("diffusion_prior", RECIPE, SETTINGS))
+    artifact = stage.train(world.context("diffusion_prior", RECIPE, SETTINGS))
     assert len(graphs) == MODEL.depth * 2
     straight = make_world(tmp_path / "straight")
     expected = stage.train(straight.context("diffusion_prior", RECIPE, SETTINGS))
-    assert_equal_trainings((world, made), (straight, expected))
+    assert_equal_trainings((world, artifact), (straight, expected))
 
 
 def by_aot_autograd(rank: int) -> None:
@@ -65,11 +61,9 @@ def by_aot_autograd(rank: int) -> None:
 def test_so_do_two_workers(kind: Any, world: World, tmp_path: Path) -> None:
     ctx = world.context("diffusion_prior", RECIPE, replace(COMPILED, workers=2, **kind))
     train_together(ctx, tmp_path, by_aot_autograd)
-    made = load_artifact(world.store, "diffusion_prior", ctx.key)
-    assert made is not None
     straight = make_world(tmp_path / "straight")
     expected = stage.train(straight.context("diffusion_prior", RECIPE, SETTINGS))
-    assert_equal_trainings((world, made), (straight, expected))
+    assert_equal_trainings((world, made(world, ctx)), (straight, expected))
 
 
 @pytest.mark.parametrize(

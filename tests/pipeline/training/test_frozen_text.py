@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pipeline.build import build
 from pipeline.config import load_config, preset_config
 from pipeline.cost.flops import count_model
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact
+from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
 from pipeline.store.records import materialise, put_blob, read_blob
@@ -32,24 +33,17 @@ from tests.pipeline.training.trainings import (
     MODEL,
     SETTINGS,
     assert_close,
+    made,
     train_together,
     weights,
 )
 
 CLIP = replace(CLIP_MODEL, text_heads=2, text_context=16)
+SHARED: dict[str, Any] = {"lanes": 4, "precision": "fp32", "learning_rate": 1e-2}
 PRIOR = DiffusionPriorRecipe(
-    samples=48,
-    batch=16,
-    lanes=4,
-    precision="fp32",
-    learning_rate=1e-2,
-    weight_decay=0.1,
-    ema_half_life=64,
-    model=replace(MODEL, text_encoder="frozen"),
+    samples=48, batch=16, weight_decay=0.1, ema_half_life=64, model=replace(MODEL, text_encoder="frozen"), **SHARED
 )
-PICTURES = DecoderRecipe(
-    samples=16, batch=8, lanes=4, precision="fp32", learning_rate=1e-2, model=replace(DECODER, text_encoder="frozen")
-)
+PICTURES = DecoderRecipe(samples=16, batch=8, model=replace(DECODER, text_encoder="frozen"), **SHARED)
 INPUTS = ("pairs", "captions", "embeddings", "curation", "clip")
 
 
@@ -67,12 +61,9 @@ def tower(seed: int = 0) -> FrozenTower:
     return FrozenTower.of(clip.model_config, clip.model.state_dict())
 
 
-def of_tower(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
 def check_tower(tensors: dict[str, torch.Tensor], prefix: str, seed: int = 0) -> None:
-    found, expected = of_tower(tensors, prefix), tower(seed).weights
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    expected = tower(seed).weights
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -104,9 +95,10 @@ def test_a_training_that_begins_with_other_weights_keeps_its_own_clips_tower(wor
     blob = stage.train(first.context("diffusion_prior", PRIOR, SETTINGS, INPUTS)).blobs["model.safetensors"]
     second = with_clip(world, tmp_path / "second", seed=2)
     recipe = replace(PRIOR, init_from=ContentFile.at(blob, ""), learning_rate=1e-30, weight_decay=0.0)
-    made = weights(second, stage.train(second.context("diffusion_prior", recipe, SETTINGS, INPUTS)))
-    check_tower(made, "caption.text.", seed=2)
-    assert torch.equal(made["caption.states_in.weight"], load(read_blob(world.store, blob))["caption.states_in.weight"])
+    found = weights(second, stage.train(second.context("diffusion_prior", recipe, SETTINGS, INPUTS)))
+    check_tower(found, "caption.text.", seed=2)
+    first_made = load(read_blob(world.store, blob))
+    assert torch.equal(found["caption.states_in.weight"], first_made["caption.states_in.weight"])
 
 
 def test_a_text_tower_of_another_kind_is_one_line(world: World, tmp_path: Path) -> None:
@@ -124,11 +116,8 @@ def test_a_text_tower_of_another_kind_is_one_line(world: World, tmp_path: Path) 
 
 
 def test_only_a_model_that_reads_clip_depends_on_it() -> None:
-    own = [
-        f"{prior}.model.{what}"
-        for prior in ("ar_prior", "diffusion_prior")
-        for what in ("text_encoder=own", "ridge=false")
-    ]
+    priors, changes = ("ar_prior", "diffusion_prior"), ("text_encoder=own", "ridge=false")
+    own = [f"{prior}.model.{change}" for prior in priors for change in changes]
     glide = "decoder.model={text_encoder: glide, context_width: 0, text_width: 48, text_heads: 2}"
     plain = build(load_config(ROOT / "configs/nano.yaml", [*own, glide]))
     frozen = build(load_config(ROOT / "configs/nano.yaml", own))
@@ -157,9 +146,6 @@ def test_two_workers_train_what_one_process_trains(sharded: bool, world: World, 
     settings = replace(SETTINGS, workers=2, sharded=sharded)
     ctx = together.context("diffusion_prior", PRIOR, settings, INPUTS)
     train_together(ctx, tmp_path)
-    artifact = load_artifact(together.store, "diffusion_prior", ctx.key)
-    assert artifact is not None
-    made = weights(together, artifact)
-    expected = weights(alone, stage.train(alone.context("diffusion_prior", PRIOR, SETTINGS, INPUTS)))
-    check_tower(made, "caption.text.")
-    assert_close(made, expected)
+    found = weights(together, made(together, ctx))
+    check_tower(found, "caption.text.")
+    assert_close(found, weights(alone, stage.train(alone.context("diffusion_prior", PRIOR, SETTINGS, INPUTS))))

@@ -41,6 +41,20 @@ def told(ctx: Context, *made: Artifact) -> None:
     trackers.close()
 
 
+FIGURES = [{"model": "decoder", "says": "uses its caption", "value": 0.5, "holds": True}]
+
+
+def told_of_a_decoder(world: World, output: Path, tracker: str) -> tuple[Context, Artifact]:
+    """Told by two processes, the second of which goes on where the first ended; and of an evaluation."""
+    recipe = DecoderRecipe(samples=32, batch=16, lanes=8, precision="fp32", model=DECODER)
+    ctx = context(world, output, tracker, recipe=recipe, name="decoder")
+    made = stage.train(ctx)
+    told(ctx, so_far(ctx, made, 16))
+    told(ctx, so_far(ctx, made, 16), made)
+    tell_result(replace(ctx, stage="evaluation"), replace(made, blobs={}, metrics={"figures": FIGURES}))
+    return ctx, made
+
+
 def so_far(ctx: Context, made: Artifact, samples: int) -> Artifact:
     """What the artefact would be if the training had come so far only."""
     text = read_blob(ctx.store, made.blobs["metrics.jsonl"]).splitlines(keepends=True)
@@ -49,13 +63,8 @@ def so_far(ctx: Context, made: Artifact, samples: int) -> Artifact:
 
 
 def test_tensorboard_has_the_journal_once(shared_world: World, tmp_path: Path) -> None:
-    """Every scalar and every preview, read back from the event files, after a second process as after the first."""
-    decoder = DecoderRecipe(samples=32, batch=16, lanes=8, precision="fp32", model=DECODER)
-    ctx = context(shared_world, tmp_path, "tensorboard", recipe=decoder, name="decoder")
-    made = stage.train(ctx)
-    told(ctx, so_far(ctx, made, 16))
-    told(ctx, so_far(ctx, made, 16), made)
-    tell_result(replace(ctx, stage="evaluation"), replace(made, blobs={}, metrics={"figures": FIGURES}))
+    """Every scalar and every preview, read back from the event files."""
+    ctx, made = told_of_a_decoder(shared_world, tmp_path, "tensorboard")
     folder = tmp_path / f"tensorboard/decoder-{trajectory_key(ctx)[:12]}"
     (other,) = {*(tmp_path / "tensorboard").iterdir()} - {folder}
     assert other.name == f"evaluation-{made.key[:12]}"
@@ -72,12 +81,8 @@ def test_tensorboard_has_the_journal_once(shared_world: World, tmp_path: Path) -
                 assert (event.step, value.tag) not in scalars
                 scalars[event.step, value.tag] = value.simple_value
     journal = lines(shared_world, made)
-    expected = {
-        (line["samples"], name): value
-        for line in journal
-        for name, value in line.items()
-        if name not in ("samples", "preview")
-    }
+    no_scalars = ("samples", "preview")
+    expected = {(line["samples"], n): value for line in journal for n, value in line.items() if n not in no_scalars}
     assert scalars.keys() == expected.keys()
     assert all(scalars[place] == pytest.approx(value, rel=1e-6) for place, value in expected.items())
     assert sorted(previews) == [line["samples"] for line in journal if "preview" in line]
@@ -122,7 +127,6 @@ def test_the_example_of_the_page_and_a_class_of_ones_own(
     shared_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs/trackers.md").read_text(), re.DOTALL)
-    assert code is not None
     (tmp_path / "to_file.py").write_text(code[1])
     monkeypatch.syspath_prepend(tmp_path)
     ctx = context(shared_world, tmp_path, "to_file:ToFile", f"{__name__}:Recorded")
@@ -138,26 +142,17 @@ def test_the_example_of_the_page_and_a_class_of_ones_own(
     sys.modules.pop("to_file")
 
 
-FIGURES = [{"model": "decoder", "says": "uses its caption", "value": 0.5, "holds": True}]
-
-
 def test_mlflow_has_every_line_image_and_figure_once(
     shared_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told by two processes, into a folder; the client reads it back."""
+    """In a folder; the client reads it back."""
     from mlflow import MlflowClient
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    decoder = DecoderRecipe(samples=32, batch=16, lanes=8, precision="fp32", model=DECODER)
-    ctx = context(shared_world, tmp_path / "out", "mlflow", recipe=decoder, name="decoder")
-    made = stage.train(ctx)
-    told(ctx, so_far(ctx, made, 16))
-    told(ctx, so_far(ctx, made, 16), made)
-    tell_result(replace(ctx, stage="evaluation"), replace(made, blobs={}, metrics={"figures": FIGURES}))
+    _, made = told_of_a_decoder(shared_world, tmp_path / "out", "mlflow")
     client = MlflowClient((tmp_path / "out/mlruns").as_uri())
-    experiment = client.get_experiment_by_name("out")
-    assert experiment is not None
+    experiment: Any = client.get_experiment_by_name("out")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert runs.keys() == {"decoder", "evaluation"}
     run = runs["decoder"]
@@ -191,17 +186,12 @@ def leveldb_log(data: bytes) -> Iterator[bytes]:
 def test_wandb_offline_has_every_line_image_and_figure_once(
     shared_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes write two files of one run, which wandb sync sends; the second goes on where the first ended."""
+    """Two processes write two files of one run, which wandb sync sends."""
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    decoder = DecoderRecipe(samples=32, batch=16, lanes=8, precision="fp32", model=DECODER)
-    ctx = context(shared_world, tmp_path / "out", "wandb", recipe=decoder, name="decoder")
-    made = stage.train(ctx)
-    told(ctx, so_far(ctx, made, 16))
-    told(ctx, so_far(ctx, made, 16), made)
-    tell_result(replace(ctx, stage="evaluation"), replace(made, blobs={}, metrics={"figures": FIGURES}))
+    _, made = told_of_a_decoder(shared_world, tmp_path / "out", "wandb")
     wandb.teardown()  # as at the end of a process: what is still on its way is written
     heard: list[tuple[int, float]] = []
     projects, previews, tables = set(), 0, 0

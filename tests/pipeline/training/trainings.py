@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.image_configs import DecoderConfig
 from models.prior_configs import ClipConfig, DiffusionPriorConfig
-from pipeline.graph.artifacts import Artifact
+from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
@@ -37,6 +37,13 @@ DECODER = DecoderConfig(
 def lines(world: World, artifact: Artifact) -> list[dict[str, Any]]:
     """The journal."""
     return [json.loads(line) for line in read_blob(world.store, artifact.blobs["metrics.jsonl"]).splitlines()]
+
+
+def made(world: World, ctx: Context) -> Artifact:
+    """The artefact of a training that is there."""
+    artifact = load_artifact(world.store, ctx.stage, ctx.key)
+    assert artifact is not None
+    return artifact
 
 
 def weights(world: World, artifact: Artifact) -> dict[str, Tensor]:
@@ -74,6 +81,9 @@ def as_it_is(rank: int) -> None:
     """Changes nothing in a worker."""
 
 
+multiprocessing.set_forkserver_preload([__name__])  # so that not every worker has to import torch and all of this
+
+
 def train_together(ctx: Context, folder: Path, before: Callable[[int], None] = as_it_is, join: bool = True) -> Any:
     """Trains as many workers as the settings say, as processes joined by gloo, from the newest checkpoint on.
 
@@ -81,4 +91,5 @@ def train_together(ctx: Context, folder: Path, before: Callable[[int], None] = a
     """
     own = course(ctx, begin=True)
     meeting = folder / f"meeting-{own.branch.attempt}"
-    return multiprocessing.spawn(_work, (ctx, own, meeting, before), nprocs=ctx.settings.workers, join=join)
+    given, workers = (ctx, own, meeting, before), ctx.settings.workers
+    return multiprocessing.start_processes(_work, given, workers, join, start_method="forkserver")
