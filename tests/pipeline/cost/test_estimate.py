@@ -42,6 +42,10 @@ H100S = Fleet(64, "H100")
 TRAININGS = ("ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 
 
+def paper(*overrides: str) -> Config:
+    return load_config(ROOT / "configs/paper.yaml", overrides)
+
+
 def asked(config: Config = NANO, rows: int = 320, fleet: Fleet | None = None) -> Ask:
     return Ask(config, build(config), rows, 0.1, fleet=fleet)
 
@@ -126,7 +130,7 @@ def test_large_checkpoints_are_written_less_often_and_sharded_ones_by_all() -> N
     assert every == pytest.approx(30 * size / 1e9)
     assert every > 60
     assert save("decoder", asked(NANO), 1)[1] == 60
-    sharded = load_config(ROOT / "configs/paper.yaml", ["run.decoder.sharded=true", "run.decoder.workers=64"])
+    sharded = paper("run.decoder.sharded=true", "run.decoder.workers=64")
     assert save("decoder", asked(sharded), 64) == (size / 64, 60)
 
 
@@ -156,12 +160,12 @@ def test_embeddings_on_gpus_wait_for_the_slower_of_encoding_and_decoding() -> No
     encoding = (clip.image + clip.text) / (DEVICES["H100"].peak * ask.utilisation)
     cost = estimate("embeddings", ask)
     assert cost.seconds - cost.startup == pytest.approx(1e9 * encoding / 64, rel=0.35)  # cores are whole
-    few = again(ask, load_config(ROOT / "configs/paper.yaml", ["run.embeddings.decoders=12"]))
+    few = again(ask, paper("run.embeddings.decoders=12"))
     assert cores_a_gpu(few) < 12
     faster = estimate("embeddings", few)
     assert faster.seconds - faster.startup == pytest.approx(1e9 * encoding / 64)
     assert faster.cores == 12 * 64
-    exact = estimate("embeddings", again(ask, load_config(ROOT / "configs/paper.yaml", ["embeddings.precision=fp32"])))
+    exact = estimate("embeddings", again(ask, paper("embeddings.precision=fp32")))
     share = DEVICES["H100"].peak * ask.utilisation / (DEVICES["H100"].fp32 * FP32_UTILISATION)
     assert exact.seconds - exact.startup == pytest.approx(1e9 * encoding * share / 64, rel=0.01)
 
@@ -172,7 +176,7 @@ def test_gpus_that_are_there_are_counted_as_those_that_are_asked_for() -> None:
         assert estimate(stage, box) == estimate(stage, asked(PAPER, 10**6, Fleet(8, "H100")))
     gpus = {stage: estimate(stage, box).gpus for stage in ("pairs", "embeddings", "samples", "evaluation")}
     assert gpus == {"pairs": 0, "embeddings": 8, "samples": 1, "evaluation": 1}
-    plain = again(box, load_config(ROOT / "configs/paper.yaml", ["run.decoder.device=cpu", "run.embeddings.gpus=0"]))
+    plain = again(box, paper("run.decoder.device=cpu", "run.embeddings.gpus=0"))
     assert [estimate(stage, plain).gpus for stage in ("decoder", "embeddings")] == [0, 0]
 
 
@@ -208,22 +212,19 @@ def test_no_more_cores_decode_than_a_stage_takes_or_has_rows_for() -> None:
 
 def test_what_a_cpu_took_says_nothing_of_a_gpu() -> None:
     ask = measured(decoder=Observation(100, 10.0, 10.0, 1, {}))
-    assert [estimate("decoder", replace(ask, machine=Machine(8, gpus))).basis for gpus in (0, 1)] == [
-        "measured",
-        "counted",
-    ]
+    bases = [estimate("decoder", replace(ask, machine=Machine(8, gpus))).basis for gpus in (0, 1)]
+    assert bases == ["measured", "counted"]
 
 
 def test_a_plan_says_what_a_prior_costs_that_sampling_does_not_take() -> None:
-    prices = ["run.prices.gpu_hour=2", "run.prices.currency=CHF"]
     said = {}
     for name, overrides in {
         "plain": [],
-        "priced": prices,
+        "priced": ["run.prices.gpu_hour=2", "run.prices.currency=CHF"],
         "ar": ["bundle.sampling.prior=ar"],
         "one": ["bundle.models=[diffusion_prior,decoder]", "bundle.sampling.size=64"],
     }.items():
-        ask = asked(load_config(ROOT / "configs/paper.yaml", overrides), 10**6, H100S)
+        ask = asked(paper(*overrides), 10**6, H100S)
         costs = {stage: estimate(stage, ask) for stage in ask.graph}
         said[name] = [line for line in remarks(costs, ask) if "sampling takes" in line]
     hours = 64 * estimate("ar_prior", asked(PAPER, 10**6, H100S)).seconds / 3600
@@ -323,14 +324,8 @@ def test_the_table_has_money_where_there_are_prices() -> None:
 
 
 def test_sizes() -> None:
-    assert [size(v) for v in (0, 999, 1000, 123_456, 2.5e9, 3e15)] == [
-        "0 B",
-        "999 B",
-        "1 kB",
-        "123 kB",
-        "2.5 GB",
-        "3.0 PB",
-    ]
+    sizes = {0: "0 B", 999: "999 B", 1000: "1 kB", 123_456: "123 kB", 2.5e9: "2.5 GB", 3e15: "3.0 PB"}
+    assert {value: size(value) for value in sizes} == sizes
 
 
 def test_everything_assumed_is_said() -> None:
@@ -371,13 +366,8 @@ def test_other_words_are_refused(parse: Callable[[str], object], texts: tuple[st
 
 
 def test_what_is_drawn_on_gpus_is_counted_in_the_precision_that_draws() -> None:
-    took = {
-        precision: estimate(
-            "evaluation",
-            asked(load_config(ROOT / "configs/paper.yaml", [f"bundle.sampling.precision={precision}"]), fleet=H100S),
-        ).seconds
-        for precision in ("fp32", "bf16")
-    }
+    configs = {kind: paper(f"bundle.sampling.precision={kind}") for kind in ("fp32", "bf16")}
+    took = {kind: estimate("evaluation", asked(config, fleet=H100S)).seconds for kind, config in configs.items()}
     h100 = DEVICES["H100"]
     ratio = h100.peak * asked().utilisation / (h100.fp32 * FP32_UTILISATION)
     assert took["fp32"] / took["bf16"] == pytest.approx(ratio)

@@ -120,12 +120,8 @@ def test_a_result_of_somebodys_own_has_no_passes() -> None:
 
 def test_passes_of_a_caption() -> None:
     prior = 1 + 16 * 3 / 36  # a caption once, and three of 36 positions a step
-    assert passes_of("samples", recipes(), 0) == {
-        "diffusion_prior": 2 * prior,
-        "decoder": 2 * 16,
-        "upsampler_256": 16 * 8,
-        "upsampler_1024": 16 * 4,
-    }
+    upsamplers = {"upsampler_256": 16 * 8, "upsampler_1024": 16 * 4}
+    assert passes_of("samples", recipes(), 0) == {"diffusion_prior": 2 * prior, "decoder": 2 * 16, **upsamplers}
     small = recipes("bundle.sampling.size=64", "bundle.sampling.prior=ar")
     assert passes_of("samples", small, 0) == {"ar_prior": 2, "decoder": 32}
 

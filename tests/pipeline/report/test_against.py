@@ -43,12 +43,7 @@ def bundle_of(store: Store, made: dict[str, Artifact], name: str, gain: float, c
 
 @pytest.mark.parametrize(
     ("claim", "gain", "verdict"),
-    [
-        ("above", 0.1, "better"),
-        ("above", -0.1, "worse"),
-        ("below", 0.1, "worse"),
-        ("above", 0, ""),
-    ],
+    [("above", 0.1, "better"), ("above", -0.1, "worse"), ("below", 0.1, "worse"), ("above", 0, "")],
 )
 def test_figures_differ_to_the_better_or_the_worse(
     store: FolderStore, made: dict[str, Artifact], tmp_path: Path, claim: str, gain: float, verdict: str

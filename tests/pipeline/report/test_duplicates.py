@@ -27,8 +27,7 @@ def rows_shown(page: str) -> list[list[tuple[str, str]]]:
 # Each row may be near to one before it in an order in which the keys are not: a held-out row may come later.
 forests = st.integers(1, 12).flatmap(
     lambda n: st.tuples(
-        st.permutations(range(n)),
-        st.fixed_dictionaries({i: st.none() | st.integers(0, i - 1) for i in range(1, n)}),
+        st.permutations(range(n)), st.fixed_dictionaries({i: st.none() | st.integers(0, i - 1) for i in range(1, n)})
     )
 )
 

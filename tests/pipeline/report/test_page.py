@@ -29,10 +29,7 @@ STAGES = (
     *("source", "captions", "pairs", "clip", "embeddings", "curation", "index", "codec", "ar_prior"),
     *("diffusion_prior", "decoder", "upsampler_256", "upsampler_1024", "bundle", "samples", "evaluation"),
 )
-SECTIONS = (
-    *("samples", "evaluation"),
-    *("data", "codec", "training", "lineage", "environment"),
-)
+SECTIONS = (*("samples", "evaluation"), *("data", "codec", "training", "lineage", "environment"))
 VOID = {"meta", "img", "br"}
 
 
@@ -96,7 +93,6 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     assert set(balance.ids) >= {"clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024"}
     assert "cannot be shown" not in page
     assert all(made[stage].key[:12] in page for stage in STAGES)
-    assert "1 of 2 claims hold on held-out rows, 1 not measured; the others are about ar_prior." in page
     assert "<b>75 of 90 rows</b>" in page
     assert re.findall(r'<li><h2><a href="#(\w+)">(\w+)</a></h2>', page) == TILES
     assert "a crimson circle on white" in page
@@ -106,9 +102,6 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     assert page.count('alt="preview of decoder after') == 4
     # Three lines, and in the table of all numbers three lines and four figures.
     assert (page.count(">✓<"), page.count(">✗<"), page.count(">·<")) == (1 + 1 + 2, 1 + 1 + 1, 1 + 1 + 1)
-    assert page.index(">✗<") < page.index(">✓<")
-    assert '<span class="">top 0.82</span> / 0.12, trained 0.9; <span class="bad">pot 0.4</span>' in page
-    assert "not measured: too few rows" in page
     assert "+0.2 (-0.1 to 0.3)" in page
     assert "From above: the real image; AR prior and decoder from the caption; the decoder from the image" in page
     assert page.count('alt="Held-out captions: ') == 8

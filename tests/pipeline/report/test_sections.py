@@ -43,17 +43,6 @@ def test_losses_by_timestep_are_those_of_the_latest_look_that_has_any() -> None:
     assert read_curve(b'{"samples": 9, "validation_loss_quarter_1": NaN}').unread == 1
 
 
-def test_too_few_validation_rows_are_told_of_instead_of_a_curve(store: FolderStore) -> None:
-    lines = [{"samples": 0, "validation_rows": 1}, {"samples": 8, "loss": 2.0}, {"samples": 16, "loss": 1.0}]
-    curve = read_curve("\n".join(map(json.dumps, lines)).encode())
-    assert (curve.held_out, curve.validation) == (1, [])
-    blob = put_blob(store, "\n".join(map(json.dumps, lines)).encode())
-    made = Artifact("clip", "k", {}, {"samples": 16}, Ledger(), {"metrics.jsonl": blob})
-    page = training_section(ReportInput(store, {}), [made])
-    assert "No validation is shown: 1 validation pair, and a figure needs 8; set source.validation to 0.2" in page
-    assert "Loss of clip: train from 2 to 1</title>" in page
-
-
 def test_why_nothing_was_measured_is_escaped(store: FolderStore) -> None:
     figures = [Figure("It <b>draws</b>.", "decoder", "top", "<i>", note="<script>alert(1)</script>").as_json()]
     metrics = {"holds": count(figures), "figures": figures}
@@ -121,12 +110,8 @@ def test_sizes_are_those_of_kept_rows_whose_captions_and_images_are_known(
 ) -> None:
     page = data_section(ReportInput(store, made))
     kept = made["curation"].ledger.kept
-    captions = [
-        len(shard.captions[row["key"]])
-        for shard in read_first_shards(ReportInput(store, made))
-        for row in shard.kept_rows
-    ]
-    median = statistics.median_high(captions)
+    shards = read_first_shards(ReportInput(store, made))
+    median = statistics.median_high(len(shard.captions[row["key"]]) for shard in shards for row in shard.kept_rows)
     assert f"Short sides of images: {kept} kept rows of 3 shards; the median is 96 px." in page
     assert f"Lengths of captions: {kept} kept rows of 3 shards; the median is {median} characters." in page
     early = data_section(ReportInput(store, {"pairs": made["pairs"]}))
