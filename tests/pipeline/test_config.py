@@ -247,10 +247,7 @@ def test_the_output_may_lie_at_home(least: Path, monkeypatch: pytest.MonkeyPatch
         ("project=2024-02-30", "project=2024-02-30: 2024-02-30 is not YAML"),  # reads as a day that there is not
         ("decoder.samples=0x_", "decoder.samples=0x_: 0x_ is not YAML"),
         ("decoder={batch: 8, batch: 9}", "decoder={batch: 8, batch: 9}: {batch: 8, batch: 9} is not YAML"),
-        ("decodr.samples=1", "decodr: unknown key; did you mean decoder?"),
-        ("decoder.model.guidence=1", "decoder.model.guidence: unknown key"),
         ("run.pairs.retrys=1", "run.pairs.retrys: unknown key; did you mean retries?"),
-        ("project=../x", "project: '../x' is not a plain name"),
         ("run.lease_s=0", "run.lease_s: 0 is not above 0"),
         ("run.budget_hours=-1", "run.budget_hours: -1 is below 0"),
         ("run.embeddings.gpus=1.5", "run.embeddings.gpus: 1.5 is neither a share of one GPU nor a whole"),
@@ -271,20 +268,11 @@ def test_the_output_may_lie_at_home(least: Path, monkeypatch: pytest.MonkeyPatch
         ("decoder.eps=0", "decoder.eps: 0 is not above 0"),
         ("decoder.clip_norm=-1", "decoder.clip_norm: -1 is below 0"),
         ("decoder.ema_half_life=-1", "decoder.ema_half_life: -1 is below 0"),
-        ("run.pairs.thread=1", "run.pairs.thread: unknown key; did you mean threads?"),
         ("run.xyz=1", "run.xyz: unknown key; known are"),
-        ("decoder.samples=1.5", "decoder.samples: expected a whole number, got 1.5"),
-        ("decoder.samples=true", "decoder.samples: expected a whole number, got True"),
-        ("project=3", "project: expected text, got 3"),
-        ("source.paths=a.csv", "source.paths: expected a list, got 'a.csv'"),
-        ("decoder=3", "decoder: expected a mapping, got 3"),
         ("decoder=0", "decoder: expected a mapping, got 0"),
         ("decoder.model.vocabulary=50000", "decoder.model.vocabulary: 50000; CLIP's tokens are 49408, so leave it out"),
         ("codec=[]", "codec: expected a mapping, got []"),
-        ("decoder.model=3", "decoder.model: expected a mapping, got 3"),
         ("run.pairs.hosts=[]", "run.pairs.hosts: expected a mapping, got []"),
-        ("pairs.encode_format=jpeg", "pairs.encode_format: 'jpeg' is not one of jpg, png, webp; did you mean jpg?"),
-        ("preset=huge", "preset: 'huge' is not one of nano, tiny, small, karlo, paper"),
         ("preset=[nano]", "preset: ['nano'] is not one of nano, tiny, small, karlo, paper"),
         ("clip.preset=huge", "preset: 'huge' is not one of nano, tiny, small, karlo, paper"),
         ("samples.captions=[]", "samples.captions: has 0 entries; name 1 or more"),
@@ -297,6 +285,7 @@ def test_the_output_may_lie_at_home(least: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(least: Path, override: str, message: str) -> None:
+    """See test_parse.py and tests/jobs/test_table_of_mistakes.py for others."""
     with pytest.raises(UserError) as caught:
         load_config(least, [override])
     assert str(caught.value).startswith(message)
@@ -353,25 +342,12 @@ def test_a_bundle_that_stops_early_needs_less() -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone\.yaml: no such configuration; unclip init writes one"):
-        load_config(tmp_path / "gone.yaml")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_config(tmp_path)
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"binary\.yaml: cannot be read"):
-        load_config(tmp_path / "binary.yaml")
-    (tmp_path / "broken.yaml").write_text("a: [1\nb: 2")
-    with pytest.raises(UserError, match=r"broken\.yaml: not valid YAML: .*line 2"):
-        load_config(tmp_path / "broken.yaml")
-    (tmp_path / "day.yaml").write_text("samples: {captions: [2021-02-30]}")
-    with pytest.raises(UserError, match=r"day\.yaml: not valid YAML: day is out of range for month"):
-        load_config(tmp_path / "day.yaml")
-    (tmp_path / "list.yaml").write_text("- a\n")
-    with pytest.raises(UserError, match="expected a mapping of stages"):
-        load_config(tmp_path / "list.yaml")
-    (tmp_path / "empty.yaml").write_text("")
-    with pytest.raises(UserError, match=r"empty\.yaml is empty; unclip init writes a configuration"):
-        load_config(tmp_path / "empty.yaml")
+    """See tests/jobs/test_table_of_mistakes.py for others."""
+    day = "not valid YAML: day is out of range for month"
+    for content, said in ((b"\xff\xfe\x00", "cannot be read"), (b"samples: {captions: [2021-02-30]}", day)):
+        (tmp_path / "my.yaml").write_bytes(content)
+        with pytest.raises(UserError, match=rf"my\.yaml: {said}"):
+            load_config(tmp_path / "my.yaml")
 
 
 def test_a_key_that_stands_twice_is_refused_and_values_that_are_merged_are_not(least: Path) -> None:

@@ -43,36 +43,25 @@ def test_counts_are_read_as_people_write_them() -> None:
     assert [read_count(text) for text in ("", "M", "650m", "-3", "0.2", "650 M", "650MB", "1e", "nan")] == [None] * 9
 
 
-def test_the_line_says_rate_and_time_left(clock: Clock) -> None:
-    bar = Progress("pairs", 7213, "rows", stream=io.StringIO())
-    clock.now += 10
-    bar.advance(1200)
-    assert bar.line() == "1,200 of 7,213 rows, 120/s, 50 s left"
-    bar.advance(6013)
-    assert bar.line() == "7,213 of 7,213 rows, 721/s, 10 s"
-
-
-def test_what_was_there_counts_as_done_but_not_as_speed(clock: Clock) -> None:
-    bar = Progress("pairs", 100, "rows", start=60, stream=io.StringIO())
-    clock.now += 10
-    bar.advance(20)
-    assert bar.line() == "80 of 100 rows, 2/s, 10 s left"
-
-
-def test_between_two_counts_the_rate_does_not_fall(clock: Clock) -> None:
-    """Workers of Ray are counted when they have saved a checkpoint, once a minute."""
-    bar = Progress("decoder", 65_536, "samples", stream=io.StringIO())
-    clock.now += 60
-    bar.advance(3600)
-    clock.now += 59
-    bar.advance(0)
-    assert bar.line() == "3,600 of 65,536 samples, 60/s, 17 min 12 s left"
-
-
-def test_nothing_done_yet_promises_nothing(clock: Clock) -> None:
-    bar = Progress("pairs", 100, "rows", stream=io.StringIO())
-    clock.now += 10
-    assert bar.line() == "0 of 100 rows, 0/s"
+@pytest.mark.parametrize(
+    ("total", "start", "steps", "line"),
+    [
+        (7213, 0, [(10, 1200)], "1,200 of 7,213 rows, 120/s, 50 s left"),
+        (7213, 0, [(10, 1200), (0, 6013)], "7,213 of 7,213 rows, 721/s, 10 s"),
+        (100, 60, [(10, 20)], "80 of 100 rows, 2/s, 10 s left"),  # what was there is done, and no speed
+        # Workers of Ray are counted when they have saved a checkpoint, once a minute: between, the rate does not fall.
+        (65_536, 0, [(60, 3600), (59, 0)], "3,600 of 65,536 rows, 60/s, 17 min 12 s left"),
+        (100, 0, [(10, 0)], "0 of 100 rows, 0/s"),  # promises nothing
+    ],
+)
+def test_the_line_says_rate_and_time_left(
+    clock: Clock, total: int, start: int, steps: list[tuple[int, int]], line: str
+) -> None:
+    bar = Progress("pairs", total, "rows", start=start, stream=io.StringIO())
+    for seconds, rows in steps:
+        clock.now += seconds
+        bar.advance(rows)
+    assert bar.line() == line
 
 
 def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(clock: Clock) -> None:

@@ -1,6 +1,5 @@
 """Nothing that a command prints controls the terminal, whoever wrote it."""
 
-import io
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 from pipeline.progress import Line
 from pipeline.terminal import Printable, printable
 from tests.chain import ROOT
+from tests.pipeline.test_progress import Terminal
 
 HOSTILE = "\x1b]0;PWNED\x07 \x9b2J\r\b\x7f\x00 \u202egnp.exe\u2066 \udc80"
 
@@ -21,9 +21,16 @@ def test_what_controls_a_terminal_is_escaped_and_the_rest_stays() -> None:
     assert printable("a\tb\nç 心 🎉 עברית\u200f") == "a\tb\nç 心 🎉 עברית\u200f"
 
 
-def test_every_word_of_a_command_passes_the_gate() -> None:
-    """What it prints, warns of, logs and ends with."""
-    code = f"""
+@pytest.mark.parametrize(
+    ("ends", "code", "words"),
+    [
+        ('UserError("refused " + argv[0])', 2, ("noted", "warned", "refused")),
+        ('KeyError("lost " + argv[0]) from ValueError("why " + argv[0])', 1, ("noted", "warned", "why")),
+    ],
+)
+def test_every_word_of_a_command_passes_the_gate(ends: str, code: int, words: tuple[str, ...]) -> None:
+    """What it prints, warns of, logs and ends with, a traceback too."""
+    command = f"""
         import logging, sys
         from jobs.cli import guard
         from pipeline.errors import UserError
@@ -33,33 +40,13 @@ def test_every_word_of_a_command_passes_the_gate() -> None:
             sys.stdout.writelines(["line ", argv[0], chr(10)])
             print("noted", argv[0], file=sys.stderr)
             logging.getLogger("unclip").warning("warned %s", argv[0])
-            raise UserError("refused " + argv[0])
+            raise {ends}
 
         sys.exit(guard(command, [{HOSTILE!r}]))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, cwd=ROOT, check=False)
-    _check(done, 2, ("noted", "warned", "refused"))
-
-
-def test_a_traceback_passes_it_too() -> None:
-    code = f"""
-        import sys
-        from jobs.cli import guard
-
-        def command(argv):
-            print("said", argv[0])
-            sys.stdout.writelines(["line ", argv[0], chr(10)])
-            raise KeyError("lost " + argv[0]) from ValueError("why " + argv[0])
-
-        sys.exit(guard(command, [{HOSTILE!r}]))
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, cwd=ROOT, check=False)
-    assert b"Traceback" in done.stderr
-    _check(done, 1, ("why",))
-
-
-def _check(done: subprocess.CompletedProcess[bytes], code: int, words: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(command)], capture_output=True, cwd=ROOT, check=False)
     assert done.returncode == code, done.stderr
+    assert (b"Traceback" in done.stderr) == (code == 1)
     said, noted = done.stdout.decode(), done.stderr.decode()
     for text, expected in ((said, ("said", "line")), (noted, words)):
         assert text.replace("\n", "") == printable(text).replace("\n", "")
@@ -80,11 +67,6 @@ def test_nothing_writes_around_the_gate() -> None:
     commands = [file for file in (ROOT / "jobs").glob("*.py") if "__main__" in file.read_text()]
     assert all("guard(" in file.read_text() or file.name == "cli.py" for file in commands)
     assert "with printable_streams():" in (ROOT / "serve" / "__main__.py").read_text()
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_a_line_that_is_rewritten_in_place_still_is(monkeypatch: pytest.MonkeyPatch) -> None:
