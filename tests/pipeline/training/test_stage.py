@@ -2,8 +2,6 @@
 
 import logging
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from math import log
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as multiprocessing
 
 from models.clip import Clip
 from models.folder import load_model
@@ -32,7 +31,7 @@ from pipeline.training.state import begin
 from pipeline.training.task import task_of
 from pipeline.training.worker import Publisher, Training
 from tests.pipeline.training.conftest import World, make_world, with_codec
-from tests.pipeline.training.trainings import CLIP_MODEL, DECODER, MODEL, SETTINGS, assert_close, lines, weights
+from tests.pipeline.training.trainings import CLIP_MODEL, DECODER, MODEL, SETTINGS, assert_close, lines, made, weights
 
 RECIPE = DiffusionPriorRecipe(
     samples=192, batch=16, lanes=8, window=5, learning_rate=1e-2, ema_half_life=64, warmup_steps=2, model=MODEL
@@ -64,11 +63,10 @@ def test_a_decoder_measures_its_whitening_on_kept_training_rows(tmp_path: Path) 
     world = make_world(tmp_path)
     recipe = DecoderRecipe(samples=16, batch=8, lanes=4, precision="fp32", model=replace(DECODER, whiten=True))
     for samples in (16, 32):
-        made = stage.train(world.context("decoder", replace(recipe, samples=samples)))
-    tables = Tables(world.store, world.inputs, ("image_embedding",), "train", 0)
-    rows = tables.first(1000)
+        artifact = stage.train(world.context("decoder", replace(recipe, samples=samples)))
+    rows = Tables(world.store, world.inputs, ("image_embedding",), "train", 0).first(1000)
     mean = sum(torch.from_numpy(row.image_embedding) for row in rows) / len(rows)
-    found = weights(world, made)
+    found = weights(world, artifact)
     torch.testing.assert_close(found["whitening.mean"], mean, atol=1e-6, rtol=0)
     assert {world.examples[row.key].split for row in rows} == {"train"}
     assert not torch.equal(found["whitening.matrix"], torch.eye(len(mean)))
@@ -84,9 +82,7 @@ def test_the_decoder_draws_previews(shared_world: World) -> None:
     assert read_blob(shared_world.store, artifact.blobs["preview.png"]).startswith(b"\x89PNG")
     assert {"loss", "mse", "vb", "gradient_norm", "validation_condition_gap"} <= artifact.metrics.keys()
     early = shared_world.context("decoder", replace(recipe, samples=16))
-    published = load_artifact(shared_world.store, "decoder", early.key)
-    assert published is not None
-    assert published.metrics["samples_seen"] == 16
+    assert made(shared_world, early).metrics["samples_seen"] == 16
 
 
 def test_an_upsampler_needs_no_captions(shared_world: World) -> None:
@@ -129,10 +125,9 @@ def test_the_ar_prior_uses_the_codec(shared_world: World) -> None:
     )
     recipe = ARPriorRecipe(samples=32, batch=16, lanes=8, model=model)
     inputs = ("pairs", "captions", "embeddings", "curation", "codec")
-    made = stage.train(world.context("ar_prior", recipe, inputs=inputs))
-    assert 0 < made.metrics["loss"] < 3 * 2.08  # nats; a uniform guess has log 8 = 2.08
-    gain = made.metrics["validation_nats_below_uniform"]
-    assert gain == pytest.approx(log(8) - made.metrics["validation_loss"])
+    metrics = stage.train(world.context("ar_prior", recipe, inputs=inputs)).metrics
+    assert 0 < metrics["loss"] < 3 * 2.08  # nats; a uniform guess has log 8 = 2.08
+    assert metrics["validation_nats_below_uniform"] == pytest.approx(log(8) - metrics["validation_loss"])
     wrong = replace(recipe, model=replace(model, buckets=16))
     with pytest.raises(UserError, match=r"ar_prior\.model\.buckets: 16, but the codec has 8"):
         stage.train(world.context("ar_prior", wrong, inputs=inputs))
@@ -141,15 +136,12 @@ def test_the_ar_prior_uses_the_codec(shared_world: World) -> None:
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 MILESTONE = replace(SETTINGS, milestones=(64,))
-KILLED = """
-import sys
-from pathlib import Path
-from tests.pipeline.training.conftest import make_world
-from tests.pipeline.training.test_stage import MILESTONE, RECIPE
-from pipeline.training import stage
-stage.train(make_world(Path(sys.argv[1])).context("diffusion_prior", RECIPE, MILESTONE))
-"""
 POINTS = ("checkpoint.before_record", "checkpoint.after_record", "training.before_artifact", "artifact.before_record")
+
+
+def train_until_killed(point: str, folder: Path) -> None:
+    os.environ["UNCLIP_CRASH"] = f"{point}@{folder / 'killed'}"
+    stage.train(make_world(folder / "store").context("diffusion_prior", RECIPE, MILESTONE))
 
 
 def results(world: World) -> dict[str, bytes]:
@@ -157,9 +149,8 @@ def results(world: World) -> dict[str, bytes]:
     found = {}
     for entry in world.store.list("artifacts/diffusion_prior/"):
         record = read_record(world.store, entry.path, Artifact)
-        assert record is not None
-        for name, blob in record.blobs.items():
-            found[f"{record.recipe['samples']} {name}"] = read_blob(world.store, blob)
+        samples = record.recipe["samples"]
+        found |= {f"{samples} {name}": read_blob(world.store, blob) for name, blob in record.blobs.items()}
     return found
 
 
@@ -176,9 +167,10 @@ def test_killed_anywhere_and_started_again_the_bytes_are_the_same(
     point: str, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     """kill -9, then the same call: weights, journal and milestone equal an undisturbed training's, bit for bit."""
-    environment = os.environ | {"UNCLIP_CRASH": f"{point}@{tmp_path / 'killed'}"}
-    program = [sys.executable, "-c", KILLED, str(tmp_path / "store")]
-    assert subprocess.run(program, env=environment, check=False, stderr=subprocess.DEVNULL).returncode == -9
+    process = multiprocessing.get_context("forkserver").Process(target=train_until_killed, args=(point, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == -9
     world = make_world(tmp_path / "store")
     stage.train(world.context("diffusion_prior", RECIPE, MILESTONE))
     assert results(world) == undisturbed
@@ -204,14 +196,12 @@ def test_a_milestone_is_the_artefact_of_the_shorter_recipe(world: World, tmp_pat
     settings = replace(SETTINGS, milestones=(64, 90))
     stage.train(world.context("diffusion_prior", RECIPE, settings))
     for milestone, seen in ((64, 64), (90, 96)):
-        shorter = world.context("diffusion_prior", replace(RECIPE, samples=milestone))
-        made = load_artifact(world.store, "diffusion_prior", shorter.key)
-        assert made is not None
-        assert made.recipe["samples"] == milestone
-        assert made.metrics["samples_seen"] == seen
+        found = made(world, world.context("diffusion_prior", replace(RECIPE, samples=milestone)))
+        assert found.recipe["samples"] == milestone
+        assert found.metrics["samples_seen"] == seen
         own = stage.train(fresh.context("diffusion_prior", replace(RECIPE, samples=milestone), SETTINGS))
-        assert made.blobs["model.safetensors"] == own.blobs["model.safetensors"]
-        validated = [{n: v for n, v in one.metrics.items() if n.startswith("validation_")} for one in (made, own)]
+        assert found.blobs["model.safetensors"] == own.blobs["model.safetensors"]
+        validated = [{n: v for n, v in one.metrics.items() if n.startswith("validation_")} for one in (found, own)]
         assert validated[0] == validated[1] != {}
 
 
@@ -288,8 +278,7 @@ def test_a_falling_rate_branches_off(world: World, tmp_path: Path, caplog: pytes
     straight = stage.train(fresh.context("diffusion_prior", falling, settings))
     assert branched.key == straight.key
     assert branched.blobs == straight.blobs
-    early = fresh.context("diffusion_prior", replace(RECIPE, samples=64))  # a milestone of the trunk
-    assert load_artifact(fresh.store, "diffusion_prior", early.key) is not None
+    made(fresh, fresh.context("diffusion_prior", replace(RECIPE, samples=64)))  # a milestone of the trunk
     with caplog.at_level(logging.INFO):
         stage.train(world.context("diffusion_prior", replace(RECIPE, samples=224), settings))
     assert "resuming diffusion_prior at sample 192" in caplog.text

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import peek_record
@@ -32,39 +32,24 @@ from pipeline.training.distributed.sharding import (
     local,
     rows_of,
     shard_module,
-)
+)  # fmt: skip
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import backward
-from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe
+from pipeline.training.recipes import DecoderRecipe
 from pipeline.training.records import CheckpointRecord
 from pipeline.training.state import begin
 from pipeline.training.tasks.decoder import DecoderTask
 from pipeline.training.timing import StepTimer
 from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
-from tests.pipeline.training.distributed.test_workers import lines, noting
-from tests.pipeline.training.trainings import DECODER, MODEL, SETTINGS, assert_equal_trainings, train_together
+from tests.pipeline.training.distributed.test_workers import RECIPE, lines, noting
+from tests.pipeline.training.trainings import DECODER, SETTINGS, assert_equal_trainings, made, train_together
 
-PRIOR = DiffusionPriorRecipe(
-    samples=64,
-    batch=16,
-    lanes=4,
-    precision="fp32",
-    learning_rate=1e-3,
-    optimizer="muon",  # and AdamW for what it does not take
-    ema_half_life=64,
-    clip_norm=1.0,
-    model=MODEL,
-)
+PRIOR = replace(RECIPE, samples=64, optimizer="muon")  # and AdamW for what it does not take
 PICTURES = DecoderRecipe(
-    samples=32,
-    batch=8,
-    lanes=4,
-    precision="fp32",
-    learning_rate=1e-3,
+    samples=32, batch=8, lanes=4, precision="fp32", learning_rate=1e-3, ema_half_life=32,
     eps=1e-6,  # a smaller one makes steps of what is only rounding, in biases whose gradients are hardly more than that
-    ema_half_life=32,
     model=replace(DECODER, dropout=0.0),  # its masks follow the workers
-)
+)  # fmt: skip
 Run = tuple[int, int]  # a stop and how many workers, 0 for this process
 
 
@@ -85,18 +70,16 @@ def trained(
             train_together(ctx, folder, partial(around, before) if around and workers == 4 else before)
         else:
             stage.train(ctx)
-    artifact = load_artifact(world.store, name, ctx.key)
-    assert artifact is not None
-    return artifact
+    return made(world, ctx)
 
 
 def check_equal(world: World, name: str, recipe: Any, runs: list[Run], folder: Path) -> None:
     """The training equals a straight run in this process."""
-    made = trained(world, name, recipe, runs, folder)
+    found = trained(world, name, recipe, runs, folder)
     straight = make_world(folder / "straight")
     expected = trained(straight, name, recipe, [(runs[-1][0], 0)], folder)
-    assert_equal_trainings((world, made), (straight, expected))
-    assert made.metrics["validation_loss"] == pytest.approx(expected.metrics["validation_loss"], abs=1e-5)
+    assert_equal_trainings((world, found), (straight, expected))
+    assert found.metrics["validation_loss"] == pytest.approx(expected.metrics["validation_loss"], abs=1e-5)
 
 
 def test_two_workers_train_what_one_process_trains(world: World, tmp_path: Path) -> None:
@@ -134,10 +117,10 @@ def two_nodes(before: Callable[[int], None], rank: int) -> None:
 @pytest.mark.slow
 def test_two_nodes_that_each_hold_the_model_train_it_and_save_one_copy(world: World, tmp_path: Path) -> None:
     """To a checkpoint of two nodes, from it, and from one of two workers."""
-    made = trained(world, "diffusion_prior", PRIOR, [(16, 4), (32, 2), (48, 4)], tmp_path, two_nodes)
+    found = trained(world, "diffusion_prior", PRIOR, [(16, 4), (32, 2), (48, 4)], tmp_path, two_nodes)
     straight = make_world(tmp_path / "straight")
     expected = trained(straight, "diffusion_prior", PRIOR, [(48, 0)], tmp_path)
-    assert_equal_trainings((world, made), (straight, expected))
+    assert_equal_trainings((world, found), (straight, expected))
     records = [peek_record(world.store, entry.path, CheckpointRecord) for entry in world.store.list("checkpoints/")]
     blobs = [len(record.blobs) for record in records if record]
     assert set(blobs) == {6}  # three parts of two workers

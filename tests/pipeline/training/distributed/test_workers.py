@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.graph.artifacts import load_artifact
 from pipeline.training import checkpoints as checkpoints_module
 from pipeline.training import stage, worker
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from tests.pipeline.training.conftest import World, make_world
-from tests.pipeline.training.trainings import MODEL, SETTINGS, assert_equal_trainings, train_together
+from tests.pipeline.training.trainings import MODEL, SETTINGS, assert_equal_trainings, made, train_together
 
 RECIPE = DiffusionPriorRecipe(
     samples=48, batch=16, lanes=4, precision="fp32", learning_rate=1e-3, ema_half_life=64, clip_norm=1.0, model=MODEL
@@ -66,14 +65,12 @@ def test_the_first_worker_reads_a_checkpoint_and_all_compute_as_many_rows_as_fit
     stage.train(world.context("diffusion_prior", replace(RECIPE, samples=16), SETTINGS))
     ctx = world.context("diffusion_prior", RECIPE, replace(SETTINGS, workers=2))
     train_together(ctx, tmp_path, partial(noting_and_hungry, tmp_path))
-    made = load_artifact(world.store, "diffusion_prior", ctx.key)
-    assert made is not None
     assert [len(lines(tmp_path / f"read-{rank}")) for rank in (0, 1)] == [3, 0]
     assert [lines(tmp_path / f"rows-{rank}")[:2] for rank in (0, 1)] == [["8", "4"]] * 2  # of a share of eight
     assert [set(lines(tmp_path / f"rows-{rank}")[2:]) for rank in (0, 1)] == [{"2"}] * 2
     straight = make_world(tmp_path / "straight")
     expected = stage.train(straight.context("diffusion_prior", RECIPE, SETTINGS))
-    assert_equal_trainings((world, made), (straight, expected))
+    assert_equal_trainings((world, made(world, ctx)), (straight, expected))
 
 
 def out_of_memory_later(rank: int) -> None:
