@@ -1,5 +1,8 @@
+import asyncio
+import inspect
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
@@ -8,14 +11,28 @@ from tests.faults import Running, start
 from tests.models.test_cascade import make
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Runs a test that is a coroutine, for a minute at most."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    given = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    asyncio.run(asyncio.wait_for(pyfuncitem.obj(**given), 60))
+    return True
+
+
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of ``unclip serve`` with a bundle of random weights, of 16, 64 and 256 px, whose name has a space."""
-    folder = tmp_path_factory.mktemp("served") / "tiny fox"
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of random weights, of 16, 64 and 256 px, whose name has a space."""
+    folder = tmp_path_factory.mktemp("bundle") / "tiny fox"
     make().save(folder)
-    with_port = serving(folder)
-    yield next(with_port)
-    next(with_port, None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(bundle: Path) -> Iterator[str]:
+    """The address of ``unclip serve`` with that bundle."""
+    yield from serving(bundle)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import struct
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,20 @@ def load(url: str, seconds: float, clients: int, hostiles: int, steps: int = 8, 
 
     asyncio.run(run())
     return seen
+
+
+def until(event: Callable[[], object], timeout: float = 60) -> None:
+    """Waits until something is the case."""
+    deadline = time.monotonic() + timeout
+    while not event():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def figure(url: str, name: str) -> float:
+    """Returns a figure of a server, with its labels; it is 0 before it is counted."""
+    found = re.search(rf"^unclip_{re.escape(name)} (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
 
 
 def processes_below(pid: int) -> dict[int, str]:

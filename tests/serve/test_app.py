@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +32,7 @@ from tests.chain import ROOT
 from tests.faults import start
 from tests.pipeline.release.test_signing import make_key
 from tests.pipeline.sampling.test_generation import publish_bundle
+from tests.serve.load import until
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -79,6 +80,19 @@ def test_what_a_process_cannot_load_is_one_line(tmp_path: Path, replicas: int) -
     assert re.search("^error: .*typo.safetensors.*$", errors, flags=re.MULTILINE)
 
 
+def serves(replica: Replica) -> str:
+    """The bundle that the next request is drawn with."""
+    return (replica.next or replica.runner).key
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Gives torch its threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 class Releases:
     """A store whose release, and whether it can be looked up and opened, are as they are set."""
 
@@ -101,53 +115,40 @@ def test_a_release_is_followed_after_a_failure(monkeypatch: pytest.MonkeyPatch) 
             raise OSError("connection reset")
         return SimpleNamespace(key=key, describe=lambda: {"bundle": key})
 
-    def until(wanted: Any) -> None:
-        deadline = time.monotonic() + 30
-        while (found := (replica.next or replica.runner).key, bool(replica.warning)) != wanted:
-            assert time.monotonic() < deadline, found
-            time.sleep(0.01)
-
     monkeypatch.setattr(Replica, "_open", opened)
     replica = Replica(releases, ServeSettings(follow_s=0.02))
     releases.silent = True
-    until(("a", True))
+    until(lambda: replica.warning and serves(replica) == "a")
     releases.silent = False
-    until(("a", False))
+    until(lambda: not replica.warning and serves(replica) == "a")
     releases.broken, releases.release = True, "b"
-    until(("a", True))
+    until(lambda: replica.warning and serves(replica) == "a")
     releases.broken = False
-    until(("b", False))
+    until(lambda: not replica.warning and serves(replica) == "b")
 
 
+@pytest.mark.usefixtures("threads")
 def test_a_new_release_that_is_not_signed_leaves_the_old_one_and_is_said(tmp_path: Path) -> None:
     store, first = publish_bundle(tmp_path)
-    key, threads = read_private_key(make_key(tmp_path)), torch.get_num_threads()
+    key = read_private_key(make_key(tmp_path))
 
     def promote(artifact: Artifact, sign: bool) -> None:
         seen = read_releases(store, "p")
         move = Move("promote", artifact.key, "e" * 64, 1.0, files=files_of(artifact))
         move_release(store, "p", seen, signed("p", seen, move, key) if sign else move)
 
-    def until(key: str, warning: str) -> None:
-        deadline = time.monotonic() + 60
-        while (found := ((replica.next or replica.runner).key, replica.warning)) != (key, warning):
-            assert time.monotonic() < deadline, found
-            time.sleep(0.01)
-
     promote(first, True)
     second = publish_artifact(store, replace(first, key="c" * 64), 0.0)
     served = bundle.Served("p", store=store.url, project="p", keys=(public_line(key),))
-    try:
-        replica = Replica(served, ServeSettings(cpus=1, follow_s=0.02))
-        until(first.key, "")
-        promote(second, False)
-        until(first.key, "the release is not signed by a trusted key, and the one before goes on: see the log")
-        promote(second, True)
-        until(second.key, "")
-        with pytest.raises(UserError, match="was moved on from bundle b"):
-            replica.served.open(first.key, "cpu")
-    finally:
-        torch.set_num_threads(threads)
+    replica = Replica(served, ServeSettings(cpus=1, follow_s=0.02))
+    until(lambda: (serves(replica), replica.warning) == (first.key, ""))
+    promote(second, False)
+    said = "the release is not signed by a trusted key, and the one before goes on: see the log"
+    until(lambda: (serves(replica), replica.warning) == (first.key, said))
+    promote(second, True)
+    until(lambda: (serves(replica), replica.warning) == (second.key, ""))
+    with pytest.raises(UserError, match="was moved on from bundle b"):
+        replica.served.open(first.key, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_an_address_is_told_as_a_url_has_it(host: str, told: str) -> None:
     assert named(host) == told
 
 
-def test_a_gateway_behind_rays_proxy_refuses_what_comes_after_its_end(
+async def test_a_gateway_behind_rays_proxy_refuses_what_comes_after_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it would start a replica again."""
@@ -191,24 +192,18 @@ def test_a_gateway_behind_rays_proxy_refuses_what_comes_after_its_end(
     api = GatewayDeployment(served, ServeSettings(), {}).__serve_build_asgi_app__()
     asked = {"prompt": "a tree", "size": "64x64", "steps": 2}
 
-    async def test() -> None:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://127.0.0.1") as client:
-            async with api.router.lifespan_context(api):
-                assert (await client.post("/v1/images/generations", json=asked)).status_code == 200
-            late = await client.post("/v1/images/generations", json=asked | {"seed": 1})
-            assert (late.status_code, "Retry-After" in late.headers) == (503, True)
-
-    asyncio.run(asyncio.wait_for(test(), 60))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://127.0.0.1") as client:
+        async with api.router.lifespan_context(api):
+            assert (await client.post("/v1/images/generations", json=asked)).status_code == 200
+        late = await client.post("/v1/images/generations", json=asked | {"seed": 1})
+        assert (late.status_code, "Retry-After" in late.headers) == (503, True)
 
 
+@pytest.mark.usefixtures("threads")
 def test_a_process_draws_on_its_own_cores(tmp_path: Path) -> None:
     publish_bundle(tmp_path)
-    before = torch.get_num_threads()
-    try:
-        Replica(bundle.Served("b", key="b", folder=str(tmp_path / "bundle")), ServeSettings(cpus=1))
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+    Replica(bundle.Served("b", key="b", folder=str(tmp_path / "bundle")), ServeSettings(cpus=1))
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize(
@@ -218,25 +213,24 @@ def test_a_process_draws_on_its_own_cores(tmp_path: Path) -> None:
         (ValueError("steps must be positive"), "steps must be positive"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_with_its_reason(
+async def test_what_cannot_be_drawn_is_refused_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
     def draw(*_: Any) -> None:
         raise error
 
-    async def events() -> list[Any]:
-        replica = Replica(releases, ServeSettings())
-        return [event async for event in replica.draw(Work("generation", {}, 64, (Row("a cat", 0),)))]
-
     releases: Any = Releases()
     releases.key = "a"
     monkeypatch.setattr(Replica, "_open", lambda *_: SimpleNamespace(key="a", describe=dict, draw=draw, slowest=0.0))
-    _, (kind, why) = asyncio.run(events())
+    work = Work("generation", {}, 64, (Row("a cat", 0),))
+    _, (kind, why) = [event async for event in Replica(releases, ServeSettings()).draw(work)]
     assert kind == "refused"
     assert said in why
 
 
-def test_the_next_batch_is_drawn_while_images_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_next_batch_is_drawn_while_images_are_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish_bundle(tmp_path)
     replica = Replica(bundle.Served("b", key="b", folder=str(tmp_path / "bundle")), ServeSettings())
     encode, gate = model_runner.png_with_text, threading.Event()
@@ -251,15 +245,12 @@ def test_the_next_batch_is_drawn_while_images_are_encoded(tmp_path: Path, monkey
         async for event in replica.draw(Work("generation", {"decoder_steps": 2}, 64, (Row(caption, 0),))):
             seen.append(event[0])
 
-    async def test() -> None:
-        first: list[str] = []
-        second: list[str] = []
-        tasks = [asyncio.create_task(kinds("a", first)), asyncio.create_task(kinds("b", second))]
-        while "drawn" not in second:
-            await asyncio.sleep(0.01)
-        assert "image" not in first
-        gate.set()
-        await asyncio.gather(*tasks)
-        assert first[-1] == second[-1] == "image"
-
-    asyncio.run(asyncio.wait_for(test(), 60))
+    first: list[str] = []
+    second: list[str] = []
+    tasks = [asyncio.create_task(kinds("a", first)), asyncio.create_task(kinds("b", second))]
+    while "drawn" not in second:
+        await asyncio.sleep(0.01)
+    assert "image" not in first
+    gate.set()
+    await asyncio.gather(*tasks)
+    assert first[-1] == second[-1] == "image"

@@ -14,7 +14,7 @@ from serve.queue import Died
 from serve.results import Result, Results
 from serve.settings import ServeSettings
 from serve.work import Work
-from tests.serve.test_queue import B, Replica, make_queue, run, work
+from tests.serve.test_queue import B, Replica, make_queue, work
 
 
 async def ask() -> dict[str, Any]:
@@ -32,71 +32,50 @@ async def drawn(gateway: Gateway, asked: Work) -> list[Result]:
     return [made[i] for i in range(len(asked.rows))]
 
 
-def test_equal_requests_at_once_are_drawn_once() -> None:
-    async def test() -> None:
-        replica = Replica()
-        one = make_gateway(replica)
-        asked = [work("a", "b"), work("a", "b"), work("a"), work("a", "b", "c"), work("a", options=B)]
-        tasks = [asyncio.create_task(drawn(one, each)) for each in asked]
-        await asyncio.sleep(0.01)
-        replica.go.set()
-        first, second, part, more, other = await asyncio.gather(*tasks)
-        assert first == second == [*part, first[1]] == more[:2]
-        assert (more[2].png, other[0].png) == (b"c2", b"a0")
-        assert sorted(row.caption or "" for each in replica.works for row in each.rows) == ["a", "a", "b", "c"]
-        assert not one.drawing
-
-    run(test())
+async def test_equal_requests_at_once_are_drawn_once() -> None:
+    replica = Replica()
+    one = make_gateway(replica)
+    asked = [work("a", "b"), work("a", "b"), work("a"), work("a", "b", "c"), work("a", options=B)]
+    tasks = [asyncio.create_task(drawn(one, each)) for each in asked]
+    await asyncio.sleep(0.01)
+    replica.go.set()
+    first, second, part, more, other = await asyncio.gather(*tasks)
+    assert first == second == [*part, first[1]] == more[:2]
+    assert (more[2].png, other[0].png) == (b"c2", b"a0")
+    assert sorted(row.caption or "" for each in replica.works for row in each.rows) == ["a", "a", "b", "c"]
+    assert not one.drawing
 
 
-def test_a_request_draws_by_itself_where_the_equal_one_before_it_ends_without_images() -> None:
-    async def test() -> None:
-        replica = Replica()
-        one = make_gateway(replica)
-        first, second = (asyncio.create_task(drawn(one, work("a"))) for _ in range(2))
-        await asyncio.sleep(0.01)
-        assert len(replica.works) == 1
-        first.cancel()
-        replica.go.set()
-        assert [result.png for result in await second] == [b"a0"]
-        assert not one.drawing
-
-    run(test())
-
-
-def test_when_the_first_of_equal_requests_goes_one_of_the_others_is_drawn() -> None:
-    async def test() -> None:
-        replica = Replica()
-        one = make_gateway(replica)
-        tasks = [asyncio.create_task(drawn(one, work("a"))) for _ in range(5)]
-        await asyncio.sleep(0.01)
-        tasks[0].cancel()
-        await asyncio.sleep(0.01)
-        replica.go.set()
-        first, *others = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
-        assert isinstance(first, asyncio.CancelledError)
-        assert all(each == others[0] for each in others)
-        assert len(replica.works) == 2  # what went, and one
-
-    run(test())
+async def test_when_the_first_of_equal_requests_goes_one_of_the_others_is_drawn() -> None:
+    replica = Replica()
+    one = make_gateway(replica)
+    tasks = [asyncio.create_task(drawn(one, work("a"))) for _ in range(5)]
+    await asyncio.sleep(0.01)
+    tasks[0].cancel()
+    await asyncio.sleep(0.01)
+    replica.go.set()
+    first, *others = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+    assert isinstance(first, asyncio.CancelledError)
+    assert all(each == others[0] for each in others)
+    assert len(replica.works) == 2  # what went, and one
+    assert not one.drawing
 
 
-def test_requests_that_wait_for_an_equal_one_hold_so_many_bytes_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_requests_that_wait_for_an_equal_one_hold_so_many_bytes_of_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(serve.gateway, "BEHIND_BYTES", 10)
 
-    async def test() -> None:
-        replica = Replica()
-        one = make_gateway(replica)
-        with_images = replace(work("a", kind="variation"), images=(b"3by", b"2b"))
-        tasks = [asyncio.create_task(drawn(one, each)) for each in [with_images] * 4 + [work("a")] * 20]
-        await asyncio.sleep(0.01)
-        replica.go.set()
-        ends = await asyncio.gather(*tasks, return_exceptions=True)
-        (refused,) = [end for end in ends if not isinstance(end, list)]  # two of them wait behind the first
-        assert (refused.status, refused.code, refused.retry_after > 0) == (429, "queue_full", True)
-        assert (one.behind, len(replica.works)) == (0, 2)
-
-    run(test())
+    replica = Replica()
+    one = make_gateway(replica)
+    with_images = replace(work("a", kind="variation"), images=(b"3by", b"2b"))
+    tasks = [asyncio.create_task(drawn(one, each)) for each in [with_images] * 4 + [work("a")] * 20]
+    await asyncio.sleep(0.01)
+    replica.go.set()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    (refused,) = [end for end in ends if not isinstance(end, list)]  # two of them wait behind the first
+    assert (refused.status, refused.code, refused.retry_after > 0) == (429, "queue_full", True)
+    assert (one.behind, len(replica.works)) == (0, 2)
 
 
 def test_an_image_is_named_by_its_whole_recipe_with_a_key_that_nobody_has() -> None:
@@ -120,28 +99,22 @@ def test_images_that_were_asked_for_last_are_kept_up_to_a_number_of_bytes() -> N
     assert kept.bytes <= 10
 
 
-def test_a_drawing_that_breaks_is_an_error_of_the_servers() -> None:
-    async def test() -> None:
-        replica = Replica(error=MemoryError("CUDA out of memory"))
-        one = make_gateway(replica)
-        replica.go.set()
-        with pytest.raises(ApiError) as raised:
-            await drawn(one, work("a"))
-        assert (raised.value.status, raised.value.body["error"]["type"]) == (500, "server_error")
-        assert not one.drawing
-
-    run(test())
+async def test_a_drawing_that_breaks_is_an_error_of_the_servers() -> None:
+    replica = Replica(error=MemoryError("CUDA out of memory"))
+    one = make_gateway(replica)
+    replica.go.set()
+    with pytest.raises(ApiError) as raised:
+        await drawn(one, work("a"))
+    assert (raised.value.status, raised.value.body["error"]["type"]) == (500, "server_error")
+    assert not one.drawing
 
 
-def test_a_server_whose_process_is_gone_says_to_come_back_until_it_has_heard_of_its_bundle() -> None:
+async def test_a_server_whose_process_is_gone_says_to_come_back_until_it_has_heard_of_its_bundle() -> None:
     async def gone() -> dict[str, Any]:
         raise Died("killed")
 
-    async def test() -> None:
-        one = make_gateway(Replica())
-        one.ask = gone
-        with pytest.raises(ApiError) as caught:
-            await one.described()
-        assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "10"})
-
-    run(test())
+    one = make_gateway(Replica())
+    one.ask = gone
+    with pytest.raises(ApiError) as caught:
+        await one.described()
+    assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "10"})

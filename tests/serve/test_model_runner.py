@@ -58,24 +58,19 @@ def test_smaller_images_come_first_and_stages_are_timed() -> None:
     assert [event[1] for event in events if event[0] == "stage"] == ["diffusion_prior", "decoder", "upsampler_256"] * 2
 
 
+def rows_of(name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each call of a method of UnCLIP has, from now on."""
+    rows: list[int] = []
+    method = getattr(UnCLIP, name)
+    monkeypatch.setattr(UnCLIP, name, lambda self, of, *a, **b: rows.append(len(of)) or method(self, of, *a, **b))
+    return rows
+
+
 @pytest.mark.parametrize("kind", ["variation", "difference", "interpolation"])
 def test_edits_are_drawn_as_many_at_once_as_the_batch_says(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And are the same images, of latents that are found once."""
     unclip = make()
-    made: list[int] = []
-    inverted: list[int] = []
-    decode, invert = UnCLIP.decode, UnCLIP.invert
-
-    def decoding(self: UnCLIP, embedding: Any, *words: Any, **options: Any) -> Any:
-        made.append(len(embedding))
-        return decode(self, embedding, *words, **options)
-
-    def inverting(self: UnCLIP, images: Any, *words: Any, **options: Any) -> Any:
-        inverted.append(len(images))
-        return invert(self, images, *words, **options)
-
-    monkeypatch.setattr(UnCLIP, "decode", decoding)
-    monkeypatch.setattr(UnCLIP, "invert", inverting)
+    made, inverted = (rows_of(name, monkeypatch) for name in ("decode", "invert"))
     png = png_with_text(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), {})
     rows = tuple(
         Row(None if kind == "interpolation" else "a fox", seed, share) for seed, share in ((1, 0.0), (1, 0.5), (1, 1.0))

@@ -1,7 +1,7 @@
 """The pool: what is silent, stuck or gone is replaced, and nobody waits for it."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import pytest
@@ -54,15 +54,13 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "PING_S", 0.02)
 
 
-def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 30))
-
-
-async def opened(made: list[Fake], first: int = 1, broken: bool = False, **settings: Any) -> ReplicaPool:
+async def opened(
+    made: list[Fake], first: int = 1, broken: bool = False, make: Callable[[], Fake] = Fake, **settings: Any
+) -> ReplicaPool:
     async def start() -> Fake:
         if broken and made:
             await asyncio.sleep(1000)
-        made.append(Fake())
+        made.append(make())
         return made[-1]
 
     found = ReplicaPool(start, ServeSettings(**settings), lambda *_, **__: None, lambda _: None)
@@ -76,160 +74,124 @@ async def draw(drawn: ReplicaPool) -> list[str]:
     return [event[0] async for event in drawn.draw(WORK)]
 
 
-def test_a_replica_that_makes_no_step_is_replaced_and_its_batch_can_be_drawn_again() -> None:
-    async def test() -> None:
-        made: list[Fake] = []
-        drawn = await opened(made, replicas=1, watchdog_s=0.1)
-        made[0].hangs = True
-        with pytest.raises(Died):
-            await draw(drawn)
-        while len(made) < 2 or not drawn.members:
-            await asyncio.sleep(0.01)
-        assert (made[0].ended, made[0].closed) == ("killed", 1)
-        assert await draw(drawn) == ["bundle", "drawn", "image"]
-        await drawn.close()
-        assert made[1].ended == "closed"
-
-    run(test())
+async def test_a_replica_that_makes_no_step_is_replaced_and_its_batch_can_be_drawn_again() -> None:
+    made: list[Fake] = []
+    drawn = await opened(made, replicas=1, watchdog_s=0.1)
+    made[0].hangs = True
+    with pytest.raises(Died):
+        await draw(drawn)
+    while len(made) < 2 or not drawn.members:
+        await asyncio.sleep(0.01)
+    assert (made[0].ended, made[0].closed) == ("killed", 1)
+    assert await draw(drawn) == ["bundle", "drawn", "image"]
+    await drawn.close()
+    assert made[1].ended == "closed"
 
 
-def test_a_step_may_take_as_long_as_the_warm_up_says() -> None:
-    async def test() -> None:
-        drawn = await opened([], replicas=1, watchdog_s=60.0, batch=4)
-        (member,) = drawn.members
-        assert drawn._patience(member) == 60
-        member.about = {"slowest_s": 3.0}
-        assert drawn._patience(member) == 120
-        await drawn.close()
-
-    run(test())
+async def test_a_step_may_take_as_long_as_the_warm_up_says() -> None:
+    drawn = await opened([], replicas=1, watchdog_s=60.0, batch=4)
+    (member,) = drawn.members
+    assert drawn._patience(member) == 60
+    member.about = {"slowest_s": 3.0}
+    assert drawn._patience(member) == 120
+    await drawn.close()
 
 
-def test_nobody_waits_for_a_replica_that_is_lost_and_not_yet_replaced() -> None:
-    async def test() -> None:
-        made: list[Fake] = []
-        drawn = await opened(made, broken=True, replicas=1)
-        made[0].hangs = made[0].silent = True
-        tasks = [asyncio.create_task(draw(drawn)) for _ in range(3)]
-        ends = await asyncio.gather(*tasks, return_exceptions=True)
-        assert isinstance(ends[0], Died)
-        for end in ends[1:]:
-            assert isinstance(end, ApiError)
-            assert (end.status, "Retry-After" in end.headers) == (503, True)
-        assert not drawn.ready()
-        assert made[0].ended == "killed"
-        await drawn.close()
-
-    run(test())
+async def test_nobody_waits_for_a_replica_that_is_lost_and_not_yet_replaced() -> None:
+    made: list[Fake] = []
+    drawn = await opened(made, broken=True, replicas=1)
+    made[0].hangs = made[0].silent = True
+    tasks = [asyncio.create_task(draw(drawn)) for _ in range(3)]
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(ends[0], Died)
+    for end in ends[1:]:
+        assert isinstance(end, ApiError)
+        assert (end.status, "Retry-After" in end.headers) == (503, True)
+    assert not drawn.ready()
+    assert made[0].ended == "killed"
+    await drawn.close()
 
 
-def test_a_silent_replica_gets_no_work_and_is_replaced() -> None:
-    async def test() -> None:
-        made: list[Fake] = []
-        drawn = await opened(made, 2, replicas=2, idle_replicas=2)
-        made[0].silent = True
-        while drawn.members[0].missed < 2:
+async def test_a_silent_replica_gets_no_work_and_is_replaced() -> None:
+    made: list[Fake] = []
+    drawn = await opened(made, 2, replicas=2, idle_replicas=2)
+    made[0].silent = True
+    while drawn.members[0].missed < 2:
+        await asyncio.sleep(0)
+    assert drawn.ready()
+    assert await draw(drawn) == ["bundle", "drawn", "image"]
+    assert [member.missed for member in drawn.members if member.handle is made[1]] == [0]
+    while made[0].ended != "killed" or len(made) < 3:
+        await asyncio.sleep(0.01)
+    await drawn.close()
+
+
+async def test_idle_replicas_end_and_come_back() -> None:
+    made: list[Fake] = []
+    drawn = await opened(made, replicas=1, idle_replicas=0, idle_s=0.05)
+    while drawn.members:
+        await asyncio.sleep(0.01)
+    assert drawn.ready()
+    assert await draw(drawn) == ["bundle", "drawn", "image"]
+    assert (len(made), made[0].ended) == (2, "closed")
+    await drawn.close()
+
+
+async def test_a_replica_has_one_batch_at_a_time_while_it_encodes_the_one_before() -> None:
+    made: list[Fake] = []
+    drawn = await opened(made, replicas=1)
+    made[0].encoded.clear()
+    first = asyncio.create_task(draw(drawn))
+    (member,) = drawn.members
+    for busy in (True, False):
+        while member.busy is not busy:
             await asyncio.sleep(0)
-        assert drawn.ready()
-        assert await draw(drawn) == ["bundle", "drawn", "image"]
-        assert [member.missed for member in drawn.members if member.handle is made[1]] == [0]
-        while made[0].ended != "killed" or len(made) < 3:
-            await asyncio.sleep(0.01)
-        await drawn.close()
-
-    run(test())
-
-
-def test_idle_replicas_end_and_come_back() -> None:
-    async def test() -> None:
-        made: list[Fake] = []
-        drawn = await opened(made, replicas=1, idle_replicas=0, idle_s=0.05)
-        while drawn.members:
-            await asyncio.sleep(0.01)
-        assert drawn.ready()
-        assert await draw(drawn) == ["bundle", "drawn", "image"]
-        assert (len(made), made[0].ended) == (2, "closed")
-        await drawn.close()
-
-    run(test())
+    made[0].drawn.clear()
+    second = asyncio.create_task(draw(drawn))
+    while not member.busy:
+        await asyncio.sleep(0)
+    made[0].encoded.set()
+    await first
+    assert member.busy
+    made[0].drawn.set()
+    await second
+    assert not member.busy
+    await drawn.close()
 
 
-def test_a_replica_has_one_batch_at_a_time_while_it_encodes_the_one_before() -> None:
-    async def test() -> None:
-        made: list[Fake] = []
-        drawn = await opened(made, replicas=1)
-        made[0].encoded.clear()
-        first = asyncio.create_task(draw(drawn))
-        (member,) = drawn.members
-        for busy in (True, False):
-            while member.busy is not busy:
-                await asyncio.sleep(0)
-        made[0].drawn.clear()
-        second = asyncio.create_task(draw(drawn))
-        while not member.busy:
-            await asyncio.sleep(0)
-        made[0].encoded.set()
-        await first
-        assert member.busy
-        made[0].drawn.set()
-        await second
-        assert not member.busy
-        await drawn.close()
-
-    run(test())
-
-
-def test_a_replica_that_hangs_has_ended_before_another_one_is_started() -> None:
+async def test_a_replica_that_hangs_has_ended_before_another_one_is_started() -> None:
     """It may hold the memory of the GPU; and where it is this process, that ends, and starts nothing."""
 
     class Stubborn(Fake):
         async def kill(self) -> None:
             await ended.wait()
 
-    async def test() -> None:
-        made: list[Fake] = []
-
-        async def start() -> Fake:
-            made.append(Stubborn())
-            return made[-1]
-
-        drawn = ReplicaPool(start, ServeSettings(replicas=1, watchdog_s=0.05), lambda *_, **__: None, lambda _: None)
-        await drawn.open(1)
-        made[0].hangs = True
-        with pytest.raises(Died):
-            await draw(drawn)
-        await asyncio.sleep(0.2)  # ten pings
-        assert (len(made), drawn.ready()) == (1, False)
-        ended.set()
-        while not drawn.members:
-            await asyncio.sleep(0.01)
-        assert len(made) == 2
-        await drawn.close()
-
     ended = asyncio.Event()
-    run(test())
+    made: list[Fake] = []
+    drawn = await opened(made, make=Stubborn, replicas=1, watchdog_s=0.05)
+    made[0].hangs = True
+    with pytest.raises(Died):
+        await draw(drawn)
+    await asyncio.sleep(0.2)  # ten pings
+    assert (len(made), drawn.ready()) == (1, False)
+    ended.set()
+    while not drawn.members:
+        await asyncio.sleep(0.01)
+    assert len(made) == 2
+    await drawn.close()
 
 
-def test_a_process_that_is_gone_is_not_killed_for_its_number_may_be_anothers() -> None:
+async def test_a_process_that_is_gone_is_not_killed_for_its_number_may_be_anothers() -> None:
     class Gone(Fake):
         async def draw(self, work: Work) -> AsyncGenerator[Event]:
             raise Died("gone")
             yield
 
-    async def test() -> None:
-        made: list[Fake] = []
-
-        async def start() -> Fake:
-            made.append(Fake() if made else Gone())
-            return made[-1]
-
-        drawn = ReplicaPool(start, ServeSettings(replicas=1), lambda *_, **__: None, lambda _: None)
-        await drawn.open(1)
-        with pytest.raises(Died):
-            await draw(drawn)
-        while len(made) < 2:
-            await asyncio.sleep(0.01)
-        assert made[0].ended == "closed"
-        await drawn.close()
-
-    run(test())
+    made: list[Fake] = []
+    drawn = await opened(made, make=lambda: Fake() if made else Gone(), replicas=1)
+    with pytest.raises(Died):
+        await draw(drawn)
+    while len(made) < 2:
+        await asyncio.sleep(0.01)
+    assert made[0].ended == "closed"
+    await drawn.close()

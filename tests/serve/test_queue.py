@@ -1,7 +1,7 @@
 """The queue: bounded, in order, together where settings are equal, and nothing lost where a process dies."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from contextvars import ContextVar
 from typing import Any
 
@@ -45,8 +45,8 @@ def work(*captions: str, options: Any = A, kind: str = "generation") -> Work:
     return Work(kind, options, 64, tuple(Row(caption, i) for i, caption in enumerate(captions)))
 
 
-def make_queue(replica: Replica, lanes: int = 1, batch: int = 4, limit: int = 8) -> RequestQueue:
-    return RequestQueue(replica, lanes, batch, limit, 0.0, 60.0, lambda *_, **__: None)
+def make_queue(replica: Any, batch: int = 4, limit: int = 8) -> RequestQueue:
+    return RequestQueue(replica, 1, batch, limit, 0.0, 60.0, lambda *_, **__: None)
 
 
 async def images(queue: RequestQueue, asked: Work) -> list[bytes]:
@@ -58,187 +58,156 @@ async def images(queue: RequestQueue, asked: Work) -> list[bytes]:
     return [made[i] for i in range(len(asked.rows))]
 
 
-def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 30))
+async def test_requests_of_equal_settings_are_drawn_together_in_order_and_get_their_own() -> None:
+    replica = Replica()
+    drawn = make_queue(replica)
+    asked = [work("z"), work("a", "b"), work("c", options=B), work("d"), work("e", "f"), work("g", kind="edit")]
+    tasks = [asyncio.create_task(images(drawn, one)) for one in asked]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    replica.go.set()
+    made = await asyncio.gather(*tasks)
+    assert made == [[f"{r.caption}{r.seed}".encode() for r in one.rows] for one in asked]
+    batches = ["".join(row.caption or "" for row in one.rows) for one in replica.works]
+    assert batches == ["zabd", "c", "ef", "g"]
 
 
-def test_requests_of_equal_settings_are_drawn_together_in_order_and_get_their_own() -> None:
-    async def test() -> None:
-        replica = Replica()
-        drawn = make_queue(replica)
-        asked = [work("z"), work("a", "b"), work("c", options=B), work("d"), work("e", "f"), work("g", kind="edit")]
-        tasks = [asyncio.create_task(images(drawn, one)) for one in asked]
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        replica.go.set()
-        made = await asyncio.gather(*tasks)
-        assert made == [[f"{r.caption}{r.seed}".encode() for r in one.rows] for one in asked]
-        batches = ["".join(row.caption or "" for row in one.rows) for one in replica.works]
-        assert batches == ["zabd", "c", "ef", "g"]
-
-    run(test())
-
-
-def test_a_full_queue_says_when_to_come_back_and_places_count_down() -> None:
-    async def test() -> None:
-        replica = Replica()
-        drawn = make_queue(replica, limit=2)
-        tasks = []
-        for steps, caption in enumerate("abc"):
-            tasks.append(asyncio.create_task(images(drawn, work(caption, options={"decoder_steps": steps}))))
-            await asyncio.sleep(0.01)
-        with pytest.raises(ApiError) as caught:
-            await images(drawn, work("d"))
-        assert caught.value.status == 429
-        assert int(caught.value.headers["Retry-After"]) >= 1
-        places: list[int] = []
-
-        async def watch() -> None:
-            async for event in drawn.run(work("e")):
-                places.extend(event[1:] if event[0] == "place" else ())
-
-        drawn.limit = 9
-        watched = asyncio.create_task(watch())
+async def test_a_full_queue_says_when_to_come_back_and_places_count_down() -> None:
+    replica = Replica()
+    drawn = make_queue(replica, limit=2)
+    tasks = []
+    for steps, caption in enumerate("abc"):
+        tasks.append(asyncio.create_task(images(drawn, work(caption, options={"decoder_steps": steps}))))
         await asyncio.sleep(0.01)
-        replica.go.set()
-        await asyncio.gather(*tasks, watched)
-        assert places == [3, 2, 1]
+    with pytest.raises(ApiError) as caught:
+        await images(drawn, work("d"))
+    assert caught.value.status == 429
+    assert int(caught.value.headers["Retry-After"]) >= 1
+    places: list[int] = []
 
-    run(test())
+    async def watch() -> None:
+        async for event in drawn.run(work("e")):
+            places.extend(event[1:] if event[0] == "place" else ())
 
-
-def test_a_batch_whose_process_dies_is_drawn_again_and_each_image_comes_once() -> None:
-    async def test() -> None:
-        replica = Replica(deaths=2)
-        replica.go.set()
-        assert await images(make_queue(replica), work("a", "b")) == [b"a0", b"b1"]
-        assert len(replica.works) == 3
-        replica = Replica(deaths=ATTEMPTS)
-        replica.go.set()
-        with pytest.raises(Died):
-            await images(make_queue(replica), work("a", "b"))
-        replica = Replica(error=Refused("too many steps"))
-        replica.go.set()
-        with pytest.raises(Refused, match="too many steps"):
-            await images(make_queue(replica), work("a"))
-
-    run(test())
+    drawn.limit = 9
+    watched = asyncio.create_task(watch())
+    await asyncio.sleep(0.01)
+    replica.go.set()
+    await asyncio.gather(*tasks, watched)
+    assert places == [3, 2, 1]
 
 
-def test_a_client_that_goes_leaves_the_queue_and_ends_its_drawing() -> None:
-    async def test() -> None:
-        replica = Replica()
-        drawn = make_queue(replica)
-        first, second, third = (
-            asyncio.create_task(images(drawn, work(c, options={"decoder_steps": i}))) for i, c in enumerate("abc")
-        )
-        await asyncio.sleep(0.01)
-        for task in (first, second):
-            task.cancel()
-        await asyncio.sleep(0.01)
-        assert len(drawn.waiting) == 1
-        replica.go.set()
-        assert await third == [b"c0"]
-        assert [one.rows[0].caption for one in replica.works] == ["a", "c"]
-        assert replica.closed == 2
-
-    run(test())
+async def test_a_batch_whose_process_dies_is_drawn_again_and_each_image_comes_once() -> None:
+    replica = Replica(deaths=2)
+    replica.go.set()
+    assert await images(make_queue(replica), work("a", "b")) == [b"a0", b"b1"]
+    assert len(replica.works) == 3
+    replica = Replica(deaths=ATTEMPTS)
+    replica.go.set()
+    with pytest.raises(Died):
+        await images(make_queue(replica), work("a", "b"))
+    replica = Replica(error=Refused("too many steps"))
+    replica.go.set()
+    with pytest.raises(Refused, match="too many steps"):
+        await images(make_queue(replica), work("a"))
 
 
-def test_a_lane_outlives_the_client_that_began_it() -> None:
+async def test_a_client_that_goes_leaves_the_queue_and_ends_its_drawing() -> None:
+    replica = Replica()
+    drawn = make_queue(replica)
+    first, second, third = (
+        asyncio.create_task(images(drawn, work(c, options={"decoder_steps": i}))) for i, c in enumerate("abc")
+    )
+    await asyncio.sleep(0.01)
+    for task in (first, second):
+        task.cancel()
+    await asyncio.sleep(0.01)
+    assert len(drawn.waiting) == 1
+    replica.go.set()
+    assert await third == [b"c0"]
+    assert [one.rows[0].caption for one in replica.works] == ["a", "c"]
+    assert replica.closed == 2
+
+
+async def test_a_lane_outlives_the_client_that_began_it() -> None:
     """Ray Serve cancels whatever a request has begun, by the request's context, when its client goes."""
 
     async def client(drawn: RequestQueue, asked: Work, begun: list[Any]) -> list[bytes]:
         BEGUN.set(begun)
         return await images(drawn, asked)
 
-    async def test() -> None:
-        replica = Replica()
-        drawn = make_queue(replica)
-        begun: list[Any] = []
-        first = asyncio.create_task(client(drawn, work("a", "b"), begun))
-        await asyncio.sleep(0.01)
-        second = asyncio.create_task(client(drawn, work("c", options=B), []))
-        await asyncio.sleep(0.01)
-        for task in (first, *begun):
-            task.cancel()
-        await asyncio.sleep(0.01)
-        replica.go.set()
-        assert await asyncio.wait_for(second, 5) == [b"c0"]
-
-    run(test())
+    replica = Replica()
+    drawn = make_queue(replica)
+    begun: list[Any] = []
+    first = asyncio.create_task(client(drawn, work("a", "b"), begun))
+    await asyncio.sleep(0.01)
+    second = asyncio.create_task(client(drawn, work("c", options=B), []))
+    await asyncio.sleep(0.01)
+    for task in (first, *begun):
+        task.cancel()
+    await asyncio.sleep(0.01)
+    replica.go.set()
+    assert await asyncio.wait_for(second, 5) == [b"c0"]
 
 
-def test_a_request_that_comes_as_the_last_lane_ends_gets_its_own() -> None:
+async def test_a_request_that_comes_as_the_last_lane_ends_gets_its_own() -> None:
     """Its turn of the event loop is the one in which the lane has found the queue empty."""
 
-    async def test() -> None:
-        came: list[asyncio.Task[list[bytes]]] = []
+    came: list[asyncio.Task[list[bytes]]] = []
 
-        async def draw(work: Work) -> AsyncGenerator[Event]:
-            yield ("image", 0, (work.rows[0].caption or "").encode(), 0.5)
-            if not came:
-                came.append(asyncio.create_task(images(drawn, another)))
+    async def draw(work: Work) -> AsyncGenerator[Event]:
+        yield ("image", 0, (work.rows[0].caption or "").encode(), 0.5)
+        if not came:
+            came.append(asyncio.create_task(images(drawn, another)))
 
-        another = work("b")
-        drawn = RequestQueue(draw, 1, 4, 8, 0.0, 60.0, lambda *_, **__: None)
-        assert await images(drawn, work("a")) == [b"a"]
-        while not came:
-            await asyncio.sleep(0)
-        assert await asyncio.wait_for(came[0], 5) == [b"b"]
-        assert not drawn.tasks
-
-    run(test())
-
-
-def test_a_request_that_is_not_drawn_in_its_time_is_told_to_come_back() -> None:
-    async def test() -> None:
-        replica = Replica()
-        drawn = make_queue(replica)
-        drawn.deadline = 0.05
-        for asked in (work("a"), work("b", options=B)):  # one is drawn, the other waits behind it
-            with pytest.raises(ApiError) as caught:
-                await images(drawn, asked)
-            assert (caught.value.status, caught.value.code) == (503, "deadline_exceeded")
-            assert int(caught.value.headers["Retry-After"]) >= 1
-
-    run(test())
-
-
-def test_what_is_cut_is_told_to_come_back() -> None:
-    async def test() -> None:
-        replica = Replica()
-        drawn = make_queue(replica)
-        tasks = [asyncio.create_task(images(drawn, each)) for each in (work("a"), work("b", options=B))]
-        await asyncio.sleep(0.01)
-        drawn.cut()
-        for task in tasks:
-            with pytest.raises(ApiError, match="stopping"):
-                await task
-        with pytest.raises(ApiError, match="stopping"):  # what waited elsewhere, such as for an equal one
-            await images(drawn, work("c"))
-        assert not drawn.waiting
-
-    run(test())
-
-
-def test_the_next_batch_begins_while_images_of_the_one_before_are_still_encoded() -> None:
-    async def test() -> None:
-        encoded, begun = asyncio.Event(), []
-
-        async def draw(work: Work) -> AsyncGenerator[Event]:
-            begun.append(work.rows[0].caption)
-            yield ("drawn",)
-            if work.rows[0].caption == "a":
-                await encoded.wait()
-            yield ("image", 0, b"", 0.5)
-
-        drawn = RequestQueue(draw, 1, 1, 8, 0.0, 60.0, lambda *_, **__: None)
-        first = asyncio.create_task(images(drawn, work("a")))
+    another = work("b")
+    drawn = make_queue(draw)
+    assert await images(drawn, work("a")) == [b"a"]
+    while not came:
         await asyncio.sleep(0)
-        await images(drawn, work("b"))
-        assert (begun, first.done()) == (["a", "b"], False)
-        encoded.set()
-        await first
+    assert await asyncio.wait_for(came[0], 5) == [b"b"]
+    assert not drawn.tasks
 
-    run(test())
+
+async def test_a_request_that_is_not_drawn_in_its_time_is_told_to_come_back() -> None:
+    replica = Replica()
+    drawn = make_queue(replica)
+    drawn.deadline = 0.05
+    for asked in (work("a"), work("b", options=B)):  # one is drawn, the other waits behind it
+        with pytest.raises(ApiError) as caught:
+            await images(drawn, asked)
+        assert (caught.value.status, caught.value.code) == (503, "deadline_exceeded")
+        assert int(caught.value.headers["Retry-After"]) >= 1
+
+
+async def test_what_is_cut_is_told_to_come_back() -> None:
+    replica = Replica()
+    drawn = make_queue(replica)
+    tasks = [asyncio.create_task(images(drawn, each)) for each in (work("a"), work("b", options=B))]
+    await asyncio.sleep(0.01)
+    drawn.cut()
+    for task in tasks:
+        with pytest.raises(ApiError, match="stopping"):
+            await task
+    with pytest.raises(ApiError, match="stopping"):  # what waited elsewhere, such as for an equal one
+        await images(drawn, work("c"))
+    assert not drawn.waiting
+
+
+async def test_the_next_batch_begins_while_images_of_the_one_before_are_still_encoded() -> None:
+    encoded, begun = asyncio.Event(), []
+
+    async def draw(work: Work) -> AsyncGenerator[Event]:
+        begun.append(work.rows[0].caption)
+        yield ("drawn",)
+        if work.rows[0].caption == "a":
+            await encoded.wait()
+        yield ("image", 0, b"", 0.5)
+
+    drawn = make_queue(draw, batch=1)
+    first = asyncio.create_task(images(drawn, work("a")))
+    await asyncio.sleep(0)
+    await images(drawn, work("b"))
+    assert (begun, first.done()) == (["a", "b"], False)
+    encoded.set()
+    await first

@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-from collections.abc import Coroutine
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -53,65 +52,50 @@ class Running:
         return came
 
 
-def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
-
-
-def test_a_client_that_reads_nothing_is_closed_and_its_bytes_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_reads_nothing_is_closed_and_its_bytes_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "READING_S", 0.1)
 
-    async def test() -> None:
-        async with Running() as one:
-            (connection,) = one.server.server_state.connections
-            assert connection.transport.get_write_buffer_size() > 1 << 20
-            while one.server.server_state.connections:
-                await asyncio.sleep(0.05)
-            assert connection.transport.get_write_buffer_size() == 0
-
-    run(test())
+    async with Running() as one:
+        (connection,) = one.server.server_state.connections
+        assert connection.transport.get_write_buffer_size() > 1 << 20
+        while one.server.server_state.connections:
+            await asyncio.sleep(0.05)
+        assert connection.transport.get_write_buffer_size() == 0
 
 
-def test_a_client_that_reads_slowly_gets_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_reads_slowly_gets_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "READING_S", 0.2)
 
-    async def test() -> None:
-        async with Running() as one:
-            loop, came = asyncio.get_running_loop(), 0
-            while came < len(ANSWER):
-                part = await loop.sock_recv(one.client, 2 << 20)
-                assert part
-                came += len(part)
-                await asyncio.sleep(0.05)
-
-    run(test())
+    async with Running() as one:
+        loop, came = asyncio.get_running_loop(), 0
+        while came < len(ANSWER):
+            part = await loop.sock_recv(one.client, 2 << 20)
+            assert part
+            came += len(part)
+            await asyncio.sleep(0.05)
 
 
-def test_an_answer_that_is_still_being_read_is_waited_for_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_that_is_still_being_read_is_waited_for_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "CLOSING_S", 0.0)
 
-    async def test() -> None:
-        async with Running() as one:
-            one.server.end()
-            await asyncio.sleep(0.5)  # the loop of uvicorn looks ten times a second
-            assert one.drained
-            assert not one.serving.done()
-            assert await one.read() > len(ANSWER)
-            await one.serving
-
-    run(test())
+    async with Running() as one:
+        one.server.end()
+        await asyncio.sleep(0.5)  # the loop of uvicorn looks ten times a second
+        assert one.drained
+        assert not one.serving.done()
+        assert await one.read() > len(ANSWER)
+        await one.serving
 
 
-def test_a_header_that_is_too_long_is_refused_also_if_it_arrives_at_once() -> None:
-    async def test() -> None:
-        async with Running() as one:
-            loop = asyncio.get_running_loop()
-            with socket.create_connection(one.client.getpeername()) as other:
-                other.setblocking(False)
-                header = b"GET / HTTP/1.1\r\nHost: a\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n"
-                await loop.sock_sendall(other, header)
-                assert (await loop.sock_recv(other, 12)) == b"HTTP/1.1 400"
-
-    run(test())
+async def test_a_header_that_is_too_long_is_refused_also_if_it_arrives_at_once() -> None:
+    async with Running() as one:
+        loop = asyncio.get_running_loop()
+        with socket.create_connection(one.client.getpeername()) as other:
+            other.setblocking(False)
+            header = b"GET / HTTP/1.1\r\nHost: a\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n"
+            await loop.sock_sendall(other, header)
+            assert (await loop.sock_recv(other, 12)) == b"HTTP/1.1 400"
+        assert await one.read() >= len(ANSWER)  # others are answered
 
 
 HALF = b"GET / HTTP/1.1\r\nHost: a\r\nX-Long: "
@@ -125,38 +109,34 @@ async def closed(one: socket.socket) -> bool:
         return True
 
 
-def test_a_header_that_does_not_end_is_closed_however_many_bytes_come(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_header_that_does_not_end_is_closed_however_many_bytes_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "HEADERS_S", 0.3)
 
-    async def test() -> None:
-        async with Running() as one:
-            with socket.create_connection(one.client.getpeername()) as slow:
-                slow.setblocking(False)
-                slow.sendall(HALF)
-                end = asyncio.create_task(closed(slow))
-                while not end.done():
-                    with suppress(ConnectionError):
-                        slow.sendall(b"x")
-                    await asyncio.sleep(0.02)
-                assert await end
-
-    run(test())
+    async with Running() as one:
+        with socket.create_connection(one.client.getpeername()) as slow:
+            slow.setblocking(False)
+            slow.sendall(HALF)
+            end = asyncio.create_task(closed(slow))
+            while not end.done():
+                with suppress(ConnectionError):
+                    slow.sendall(b"x")
+                await asyncio.sleep(0.02)
+            assert await end
 
 
-def test_of_too_many_headers_the_oldest_are_closed_and_the_others_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_of_too_many_headers_the_oldest_are_closed_and_the_others_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(server, "UNFINISHED", 4)
 
-    async def test() -> None:
-        async with Running() as one:
-            with ExitStack() as stack:
-                half = [stack.enter_context(socket.create_connection(one.client.getpeername())) for _ in range(7)]
-                for each in half:
-                    each.setblocking(False)
-                    each.sendall(HALF)
-                for each in half[:3]:
-                    assert await closed(each)
-                for each in half[3:]:
-                    each.sendall(b"x\r\n\r\n")
-                    assert await asyncio.get_running_loop().sock_recv(each, 12) == b"HTTP/1.1 200"
-
-    run(test())
+    async with Running() as one:
+        with ExitStack() as stack:
+            half = [stack.enter_context(socket.create_connection(one.client.getpeername())) for _ in range(7)]
+            for each in half:
+                each.setblocking(False)
+                each.sendall(HALF)
+            for each in half[:3]:
+                assert await closed(each)
+            for each in half[3:]:
+                each.sendall(b"x\r\n\r\n")
+                assert await asyncio.get_running_loop().sock_recv(each, 12) == b"HTTP/1.1 200"

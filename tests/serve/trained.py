@@ -1,9 +1,13 @@
 """A store with a bundle of random weights, and the rows that it was trained on, as far as a server can tell."""
 
-from collections.abc import AsyncGenerator, Mapping
+import socket
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI
 
 from jobs.bundles import remember_bundle
@@ -73,3 +77,17 @@ def api_of(bench: Bench, settings: ServeSettings, store: str, tokens: Mapping[st
     served = Served("bench", store=store, key=bench.made["bundle"].key)
     queue = RequestQueue(draw, 1, 1, 1, 0.0, 60.0, observe)
     return make_api(Gateway(served, settings, queue, Results(0), ask, observe), tokens, bytes)
+
+
+@contextmanager
+def running(api: FastAPI) -> Iterator[str]:
+    """The address of an API, served by a thread."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as port:
+        server = uvicorn.Server(uvicorn.Config(api, log_level="error"))
+        thread = Thread(target=server.run, kwargs={"sockets": [port]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{port.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
