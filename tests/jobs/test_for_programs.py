@@ -9,7 +9,6 @@ import pytest
 
 import jobs.doctor
 from jobs.output import events_to
-from pipeline.errors import UserError
 from pipeline.progress import Progress
 from tests.chain import done, here, write_config
 
@@ -22,10 +21,8 @@ def config(tmp_path: Path) -> Path:
     return write_config(tmp_path, str(tmp_path / "store"), "127.0.0.1:1", [tmp_path / "list.csv"])
 
 
-def read(*words: object, code: int = 0) -> Any:
-    process = here(*words, "--json")
-    assert process.returncode == code, process.stderr
-    return json.loads(process.stdout)
+def read(*words: object) -> Any:
+    return json.loads(done(here(*words, "--json")))
 
 
 def test_a_plan(config: Path) -> None:
@@ -56,10 +53,7 @@ def test_a_run_and_what_is_shown_of_it(config: Path, tmp_path: Path) -> None:
     here(*words)
     assert [json.loads(line)["event"] for line in events.read_text().splitlines()[-2:]] == ["plan", "done"]
 
-    shown = done(here("show", config))
-    assert "2 of 2 stages made" in shown  # of those that were asked for
-    assert str(tmp_path) in shown
-
+    assert "2 of 2 stages made" in done(here("show", config))  # of those that were asked for
     said = read("show", config)
     stages = said["runs"][0]["stages"]
     assert {name for name, of in stages.items() if of["state"] == "made"} == {"source", "pairs"}
@@ -79,11 +73,6 @@ def test_a_run_that_fails_says_so_in_its_events(config: Path, tmp_path: Path) ->
     (last,) = [json.loads(line) for line in events.read_text().splitlines()]
     assert last["event"] == "failed"
     assert process.stderr.strip() == f"error: {last['error']}"
-    with (
-        pytest.raises(UserError, match=r"--events .*nowhere/file: cannot be written"),
-        events_to(tmp_path / "nowhere/file"),
-    ):
-        pass
 
 
 def test_progress_is_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,8 +89,8 @@ def test_progress_is_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_plan_and_the_dry_run_fit_a_screen(tmp_path: Path) -> None:
     config = "configs/nano.yaml"
-    for words in (("plan", config, f"store={tmp_path}"), ("run", config, f"store={tmp_path}", "-n")):
-        lines = done(here(*words)).splitlines()
+    for words in (("plan", config), ("run", config, "-n")):
+        lines = done(here(*words, f"store={tmp_path}")).splitlines()
         assert sum(-(-len(line) // 80) for line in lines) <= 24
         assert lines[-1].startswith("most of it: ")
     assert len(done(here("plan", config, f"store={tmp_path}", "-v")).splitlines()) > 40

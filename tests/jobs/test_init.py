@@ -1,8 +1,9 @@
 """``unclip init``: a first configuration for each kind of list, one that plans as it stands."""
 
+import re
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.data.pairs.peek import look
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.starter import CLIP_WEIGHTS, starter
 from pipeline.store import open_store
+from tests.jobs.test_mistakes import refused
 from tests.pipeline.data.bench import Bench, Page, picture, serving
 from tests.pipeline.data.source.test_imported import write_parts
 
@@ -36,9 +38,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def folder() -> str:
+def folder(captions: Sequence[str] = ()) -> str:
     Path("pictures").mkdir()
-    for i, caption in enumerate(CAPTIONS):
+    for i, caption in enumerate(captions or CAPTIONS):
         Path(f"pictures/{i}.png").write_bytes(picture(i))
         Path(f"pictures/{i}.txt").write_text(caption)
     return "pictures"
@@ -88,9 +90,7 @@ def test_each_kind_of_list_gives_a_configuration_that_plans(kind: str, capsys: O
     assert config.run.output == "out/my-project"
     output = capsys.readouterr().out
     assert "pairs found: 5\nwarning: fewer than 1,000 pairs" in output
-    assert output.endswith(
-        "    unclip run my-project.yaml preset=nano    # a first look, in minutes\n    unclip run my-project.yaml\n"
-    )
+    assert re.search(r" unclip run my-project.yaml preset=nano .*\n +unclip run my-project.yaml\n$", output)
     assert main(["plan", "my-project.yaml"]) == 0
     assert "my-project: 5 pairs in 1 shard," in capsys.readouterr().out
     assert len(Path("my-project.yaml").read_text().splitlines()) <= 50
@@ -99,11 +99,7 @@ def test_each_kind_of_list_gives_a_configuration_that_plans(kind: str, capsys: O
 @pytest.mark.parametrize(
     ("files", "says", "models"),
     [
-        (
-            {"small/a.png": picture(0, 40, 40), "small/a.txt": b"a cat"},
-            "1 of the first 1 images are below 64",
-            SAMPLED[:2],
-        ),
+        ({"tiny/a.png": picture(0, 9, 9), "tiny/a.txt": b"a"}, "1 of the first 1 images are below 64", SAMPLED[:2]),
         ({"bare/a.jpg": b"no", "bare/b.jpg": b"no", "bare/b.txt": b"a cat"}, "1 of them have no caption", SAMPLED),
         ({"broken/a.png": b"<html>", "broken/a.txt": b"a cat"}, "1 of the first 1 images cannot be opened", SAMPLED),
         ({"unread.csv": UNREAD}, "2 rows more cannot be read and will be left out; the first: line 4 has a", SAMPLED),
@@ -127,18 +123,12 @@ def test_what_a_run_would_leave_out_is_named(files: dict, says: str, models: tup
         ("pairs.parquet", "its column caption is empty"),
     ],
 )
-def test_a_list_without_any_caption_is_refused(
-    source: str, looked_for: str, capsys: Output, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_list_without_any_caption_is_refused(source: str, looked_for: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.jobs.test_init.CAPTIONS", ["", " ", "", "\n", ""])
     (tar if source.endswith("tar") else folder if source == "pictures" else partial(table, source[6:]))()
     Path("run.yaml").write_text(f"project: mine\npreset: nano\nstore: store\nsource: {{paths: [{source}]}}\n")
     for words in (["init", "mine", source], ["plan", "run.yaml"], ["run", "run.yaml"]):
-        assert main(words) == 2
-        error = capsys.readouterr().err
-        assert len(error.splitlines()) == 1
-        assert f"source {source}: no row has a caption" in error
-        assert looked_for in error
+        refused(*words, says=[f"source {source}: no row has a caption", looked_for], cwd=Path())
     assert not Path("mine.yaml").exists()
     assert not Path("store").exists()
 
@@ -148,9 +138,7 @@ def test_without_a_list_it_names_one_of_each_kind(capsys: Output) -> None:
     text = Path("mine.yaml").read_text()
     assert all(kind in text for kind in (".csv, .tsv, .jsonl or", "a folder of a.jpg and a.txt", "webdataset tars"))
     assert "put your list under source.paths first" in capsys.readouterr().out
-    assert main(["plan", "mine.yaml"]) == 2
-    where = f"in {Path.cwd()}"
-    assert capsys.readouterr().err == f"error: source pairs.csv: no such file or folder {where}\n"
+    refused("plan", "mine.yaml", says=f"source pairs.csv: no such file or folder in {Path.cwd()}", cwd=Path())
 
 
 def test_what_cannot_be_opened_is_named_with_why_and_so_are_files_that_are_not_read(capsys: Output) -> None:
@@ -180,15 +168,7 @@ def test_other_columns(capsys: Output) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["a/b", "pairs.csv"], "a name comes first; write unclip init my-project a/b"),
         (["", "pairs.csv"], "project: '' is not a plain name"),
-        (["mine", "gone.csv"], "source gone.csv: no such file or folder"),
-        (
-            ["mine", "pairs.csv", "list.json"],
-            "list.json: not a .parquet, .csv, .tsv, .jsonl or .tar file, nor a folder",
-        ),
-        (["mine", "empty"], "source empty: no rows"),
-        (["mine", "tars/{00..10}.tar"], "no such file or folder in "),
         (["mine", "tars/{00..10}.tar"], "; patterns are not expanded: name the folder"),
         (["mine", "links.csv"], "has link, TEXT. Set source.image_column or source.caption_column, here with --image"),
         (["mine", "two.csv"], "no column caption; prompt and text could be meant"),
@@ -196,20 +176,14 @@ def test_other_columns(capsys: Output) -> None:
         (["taken", "pairs.csv"], "taken.yaml is there already and stays as it is"),
     ],
 )
-def test_mistakes_are_one_line_and_write_nothing(words: list[str], says: str, here: Path, capsys: Output) -> None:
+def test_mistakes_are_one_line_and_write_nothing(words: list[str], says: str, here: Path) -> None:
     table("csv")
-    (here / "empty").mkdir()
-    (here / "list.json").write_text("[]")
     (here / "links.csv").write_text("link,TEXT\nhttp://closed.test/a.png,a cat\n")
     (here / "two.csv").write_text("url,prompt,text\nhttp://closed.test/a.png,a cat,a dog\n")
     (here / "bare.tsv").write_text("http://closed.test/a.png\ta cat\n")
     (here / "taken.yaml").write_text("mine\n")
     before = sorted(here.iterdir())
-    assert main(["init", *words]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert says in error
-    assert error.count("\n") == 1
+    refused("init", *words, says=says, cwd=here)
     assert sorted(here.iterdir()) == before
     assert (here / "taken.yaml").read_text() == "mine\n"
 
@@ -272,6 +246,13 @@ def test_a_clip_that_exists_is_named(capsys: Output) -> None:
     assert load_config("mine.yaml").clip.weights == "open_clip:ViT-B-32:openai"
 
 
+def started(gpu: bool, pairs: int) -> Config:
+    """The configuration of a list of so many pairs, of which few were looked at."""
+    source = SourceRecipe((table("csv"),))
+    seen = replace(look(source), behind=pairs - len(CAPTIONS))
+    return make_config(yaml.safe_load(starter("mine", gpu, source, seen)))
+
+
 def test_on_a_machine_with_a_gpu_it_is_used(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
     """Without a line about it: the sizes differ, and every stage takes the GPUs that it finds."""
     import torch
@@ -306,9 +287,7 @@ def test_on_a_gpu_few_pairs_are_seen_a_hundred_times_and_need_a_clip_that_exists
     pairs: int, scale: float, weights: str
 ) -> None:
     """A million samples are the least of the longest training, the diffusion prior's 51,200,000."""
-    source = SourceRecipe((table("csv"),))
-    seen = replace(look(source), behind=pairs - len(CAPTIONS))
-    config = make_config(yaml.safe_load(starter("mine", True, source, seen)))
+    config = started(True, pairs)
     whole = preset_config("small")
     assert config.clip.weights == weights
     for name in ("diffusion_prior", "decoder", "upsampler_1024"):
@@ -328,33 +307,18 @@ def test_on_a_gpu_a_list_of_which_no_row_is_taken_is_no_crash() -> None:
 
 @pytest.mark.parametrize(("pairs", "dropout"), [(5, 0.1), (2_400, 0.1), (2_500, 0.0), (10_000, 0.0)])
 def test_without_a_gpu_pairs_that_are_seen_often_get_dropout(pairs: int, dropout: float) -> None:
-    source = SourceRecipe((table("csv"),))
-    seen = replace(look(source), behind=pairs - len(CAPTIONS))
-    config = make_config(yaml.safe_load(starter("mine", False, source, seen)))
+    config = started(False, pairs)
     assert config.decoder.samples == preset_config("tiny").decoder.samples
     assert config.decoder.model.dropout == dropout
     assert config.ar_prior.model.dropout == preset_config("tiny").ar_prior.model.dropout > 0
 
 
 THINGS = [f"{size} {thing}" for size in ("a tiny", "a huge", "an old") for thing in ("cat", "dog", "tree", "house")]
-FRAMED = (
-    "warning: every caption of 12 of 12 rows begins or ends with words that many share, such as 'an icon of', and a "
-    "CLIP that trains on them learns those words, not the things; add the bare text as a second caption of each row: "
-    "docs/captions.md, Captions that name a style\n"
-)
-
-
-def spoken(captions: list[str]) -> None:
-    """Writes a folder of images that have these texts, of one caption a line."""
-    Path("pictures").mkdir()
-    for i, text in enumerate(captions):
-        Path(f"pictures/{i}.png").write_bytes(picture(i))
-        Path(f"pictures/{i}.txt").write_text(text)
+FRAMED = "warning: every caption of 12 of 12 rows begins or ends with words that many share, such as 'an icon of', and"
 
 
 def test_captions_that_begin_alike_are_noticed_once_and_not_with_the_bare_text(capsys: Output) -> None:
-    spoken([f"an icon of {thing}" for thing in THINGS])
-    made("mine", "pictures")
+    made("mine", folder([f"an icon of {thing}" for thing in THINGS]))
     assert capsys.readouterr().out.count(FRAMED) == 1
     for file in Path("pictures").glob("*.txt"):
         file.write_text(f"{file.read_text()}\n{file.read_text().removeprefix('an icon of ')}\n")

@@ -10,23 +10,25 @@ import yaml
 
 from jobs.cli import guard
 from pipeline.errors import CorruptObject
-from tests.chain import MICRO, Finished, here, unclip
+from tests.chain import MICRO, ROOT, Finished, here, unclip
 from tests.seaweed import Server
-
-NANO = "configs/nano.yaml"
 
 
 def refused(
-    *words: object, says: Sequence[str], env: Mapping[str, str] | None = None, run: Callable[..., Finished] = here
+    *words: object,
+    says: str | Sequence[str],
+    env: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+    run: Callable[..., Finished] = here,
 ) -> Finished:
-    """Run a command that must be refused with one line that holds all of ``says``."""
-    process = run(*words, env=env)
+    """Run a command that must be refused with one line that holds ``says``, or all of them."""
+    process = run(*words, env=env, cwd=cwd)
     assert "Traceback" not in process.stderr + process.stdout
     assert process.returncode == 2, process.stdout + process.stderr
     lines = [line for line in process.stderr.splitlines() if not line.startswith("  ")]  # progress is indented
     assert len(lines) == 1, process.stderr
     assert lines[0].startswith("error: ")
-    for text in says:
+    for text in [says] if isinstance(says, str) else says:
         assert text in lines[0]
     return process
 
@@ -51,65 +53,11 @@ def write(tmp_path: Path) -> Write:
     return configure
 
 
-@pytest.mark.parametrize("command", ["run", "plan"])
-def test_no_such_configuration(command: str) -> None:
-    refused(command, "nowhere.yaml", says=["nowhere.yaml: no such configuration", "configs/"], run=unclip)
-
-
-def test_overrides_may_stand_after_options() -> None:
-    refused("run", NANO, "--only", "decoder", "decoder.model.chanels=3", says=["chanels: unknown key"])
-
-
-def test_bad_yaml(tmp_path: Path) -> None:
-    path = tmp_path / "bad.yaml"
-    path.write_text("project: [1\nstore: x")
-    refused("plan", path, says=["bad.yaml: not valid YAML", "line 2"])
-    path.write_text("- project\n")
-    refused("plan", path, says=["expected a mapping"])
-
-
-@pytest.mark.parametrize(
-    ("override", "says"),
-    [
-        ("decoder.model.guidence=1", ["decoder.model.guidence: unknown key"]),
-        ("bundle.sampling.prior_guidence=1", ["prior_guidence: unknown key; did you mean prior_guidance?"]),
-        ("decoder.samples=many", ["decoder.samples: expected a whole number, got 'many'"]),
-        ("codec.buckets=512", ["codec.buckets: 512 is not ar_prior.model.buckets 1024"]),
-        ("pairs.image_size=256", ["pairs.image_size: 256 is too small for upsampler_1024"]),
-        ("preset=huge", ["preset: 'huge' is not one of nano, tiny"]),
-        ("decoder.model.dropout", ["decoder.model.dropout: not understood here", "[KEY=VALUE ...]"]),
-        ("run.trackers=[mlfow:track]", ["run.trackers", "mlfow"]),
-        ("store=gs://bucket", ["store gs://bucket: only s3://BUCKET/PREFIX or a folder"]),
-    ],
-)  # fmt: skip
-def test_bad_overrides(override: str, says: list[str]) -> None:
-    refused("plan", NANO, override, says=says)
-
-
-def test_the_list_is_missing_empty_or_lacks_a_column(write: Write, tmp_path: Path) -> None:
-    refused("run", write(source={"paths": ["gone.csv"]}), says=["gone.csv: no such file or folder"])
-    refused("run", write("link,caption\nx,y\n"), says=["no column url; it has link, caption", "source.image_column"])
-    refused("run", write("url,caption\n"), says=["list.csv: no rows"])
-    refused("run", write("url,caption,split\nhttp://a/b,c,training\n"), says=["split 'training' is not train"])
-
-
-def test_stages(write: Write) -> None:
-    config = write()
-    refused("run", config, "--only", "decodr", says=["unknown stage decodr", "decoder"])
-    refused("run", config, "--until", "retrieval", says=["unknown stage retrieval"])
-    refused("run", config, "--only", "decoder", says=["--only decoder needs source", "use --until decoder"])
-    refused("pin", config, "decoder", says=["decoder cannot be pinned; clip, codec can"])
-    refused("pin", config, "clip", says=["clip: nothing in", "--until clip"])
-
-
 def test_a_clip_that_is_nowhere_is_found_before_anything_is_fetched(write: Write, tmp_path: Path) -> None:
     config = write()
     words = ("run", config, "--yes", "clip.weights=open_clip:ViT-B-32:opena1")
     refused(*words, says=["clip.weights: ViT-B-32 has no weights opena1", "did you mean openai?"])
-    says = ["open_clip has no model 'ViT-B-33': did you mean ViT-B-32?"]
-    refused("run", config, "--yes", "clip.weights=open_clip:ViT-B-33:openai", says=says)
-    assert not (tmp_path / "store/artifacts").exists()
-    refused("run", config, "--yes", "evaluation.judge=local-dir:gone", says=["evaluation.judge: gone has no open_clip"])
+    refused("run", config, "--yes", "evaluation.judge=local-dir:gone", says="evaluation.judge: gone has no open_clip")
     assert not (tmp_path / "store/artifacts").exists()
 
 
@@ -132,9 +80,9 @@ def test_all_rows_rejected_says_why(write: Write) -> None:
 def test_a_place_that_cannot_be_written(write: Write, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     below = tmp_path / "file" / "store"
-    refused("plan", write(store=str(below)), says=[str(below)])
-    refused("run", write(store=str(below)), says=[str(below)])
-    refused("run", write(), f"run.output={below}", "--until", "source", says=[str(below)])
+    refused("plan", write(store=str(below)), says=str(below))
+    refused("run", write(store=str(below)), says=str(below))
+    refused("run", write(), f"run.output={below}", "--until", "source", says=str(below))
 
 
 def test_temporary_files_where_ray_cannot_be(write: Write, tmp_path: Path) -> None:
@@ -160,25 +108,21 @@ def test_s3(write: Write, s3: Server) -> None:
     there = write(store=f"{s3.url}/mistakes-{os.getpid()}")
     wrong = s3.environment | {"AWS_SECRET_ACCESS_KEY": "wrong"}
     refused("run", there, says=["SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"], env=wrong)
-    refused("run", there, says=["InvalidAccessKeyId"], env=s3.environment | {"AWS_ACCESS_KEY_ID": "nobody"})
+    refused("run", there, says="InvalidAccessKeyId", env=s3.environment | {"AWS_ACCESS_KEY_ID": "nobody"})
     closed = s3.environment | {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "1"}
     refused("run", there, says=["cannot reach the server", "AWS_ENDPOINT_URL"], env=closed)
     missing = write(store="s3://no-such-bucket/prefix")
     refused("run", missing, says=["NoSuchBucket", "create the bucket"], env=s3.environment)
-    refused("run", write(store="s3://"), says=["no bucket"], env=s3.environment)
 
 
-def test_commands(tmp_path: Path) -> None:
-    refused("trian", NANO, says=["unknown command trian", "did you mean"])
+def test_without_words_it_shows_its_usage() -> None:
     usage = unclip()
     assert usage.returncode == 2
     assert "usage: unclip COMMAND" in usage.stdout
-    assert here("--help").returncode == 0
 
 
 def test_sample_without_a_bundle(tmp_path: Path) -> None:
-    refused("sample", "a cat", "--from", tmp_path, says=["no finished bundle there", "output folder"])
-    refused("sample", "a cat", "--from", tmp_path, "--set", "steps", says=["steps: write NAME=VALUE"])
+    refused("sample", "a cat", "--from", tmp_path, "--set", "steps", says="steps: write NAME=VALUE")
     (tmp_path / "bundle.json").write_text(f'{{"store": "{tmp_path}", "bundle": "0123456789abcdef", "files": ""}}')
     refused("sample", "a cat", "--from", tmp_path, says=["its bundle is not in", "run its configuration again"])
 

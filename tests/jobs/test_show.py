@@ -64,26 +64,6 @@ def test_with_a_key_it_shows_an_artefact(config: Path, capsys: pytest.CaptureFix
         assert "caption_column" not in shown  # as the default is
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ([], "no store in out/* to take; name a configuration, or --store URL"),
-        (["--store", "store", "run.lease_s=3"], "neither a configuration nor values"),
-        (["CONFIG", "abc", "def"], "def: not understood here"),
-        (["CONFIG", "nosuchkey"], "no artefact in"),
-        (["nowhere.yaml"], "no such configuration"),
-    ],
-)
-def test_mistakes_are_one_line(
-    words: list[str], says: str, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(config.parent)
-    assert main(["show", *(str(config) if word == "CONFIG" else word for word in words)]) == 2
-    said = capsys.readouterr().err
-    assert says in said
-    assert len(said.splitlines()) == 1
-
-
 def test_nothing_heavy_is_imported(config: Path) -> None:
     code = (
         "import sys; from jobs.cli import main; assert main(sys.argv[1:]) == 0;"
