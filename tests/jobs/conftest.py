@@ -1,12 +1,19 @@
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
+from jobs.bundles import remember_bundle
+from jobs.cli import main
 from pipeline.data.source.drawings.server import serving
+from pipeline.store import Store, open_store
 from tests.faults import Undisturbed, run_undisturbed
+from tests.jobs.releases import Made, project_in
+from tests.pipeline.sampling.test_generation import publish_bundle
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +39,47 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, pictures: str) -> Undi
             run_undisturbed(folder, pictures)
             (folder / "made").touch()
     return Undisturbed(folder, pictures)
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a bundle of random weights, in a store and as a folder."""
+    folder = tmp_path_factory.mktemp("published")
+    publish_bundle(folder)
+    return folder
+
+
+@pytest.fixture
+def run(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The output folder of a run, out/nano in the current folder, with the store in it; beside it ``a bundle``."""
+    shutil.copytree(published / "store", tmp_path / "out/nano/store")
+    shutil.copytree(published / "bundle", tmp_path / "a bundle")
+    remember_bundle(tmp_path / "out/nano", str(tmp_path / "out/nano/store"), "b" * 64)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipeline.sampling.drawing.cores", torch.get_num_threads)
+    return tmp_path / "out/nano"
+
+
+@pytest.fixture
+def draw(run: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[Path]]:
+    """Runs a command that draws small images in a few steps, and returns the files that it names."""
+
+    def draw(*words: object) -> list[Path]:
+        capsys.readouterr()
+        few = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2")
+        assert main([*map(str, words), *few]) == 0
+        return [Path(line) for line in capsys.readouterr().out.splitlines()]
+
+    return draw
+
+
+@pytest.fixture
+def made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Made:
+    """A project in a folder."""
+    return project_in(open_store(str(tmp_path / "store")), tmp_path, capsys)
+
+
+@pytest.fixture
+def made_anywhere(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Made:
+    """The same in a folder and on S3."""
+    return project_in(store, tmp_path, capsys)

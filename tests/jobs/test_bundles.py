@@ -6,42 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from jobs.bundles import find_bundle, remember_bundle
+from jobs.bundles import find_bundle
 from jobs.cli import main
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import load_artifact
 from pipeline.store.records import blob_path
-from tests.jobs.test_release import LATER, OTHER, Made, made  # noqa: F401
-from tests.pipeline.sampling.test_generation import publish_bundle
+from tests.jobs.releases import LATER, OTHER, Made
 
-FEW = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2")
 Draw = Callable[..., list[Path]]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """The output folder of a run, which has the store in it and the bundle's folder beside it."""
-    store, bundle = publish_bundle(tmp_path / "out/nano")
-    remember_bundle(tmp_path / "out/nano", store.url, bundle.key)
-    (tmp_path / "out/nano/bundle").rename(tmp_path / "a bundle")
-    return tmp_path / "out/nano"
-
-
-@pytest.fixture
-def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Draw:
-    """Runs a command that draws, in ``tmp_path``, and returns the files that it names."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.sampling.drawing.cores", torch.get_num_threads)
-
-    def run(*words: object) -> list[Path]:
-        capsys.readouterr()
-        assert main([*map(str, words), *FEW]) == 0
-        return [Path(line) for line in capsys.readouterr().out.splitlines()]
-
-    return run
 
 
 def test_a_run_that_was_moved_draws_the_same(run: Path, draw: Draw, tmp_path: Path) -> None:
@@ -69,7 +43,7 @@ def test_a_bundles_folder_draws_with_every_command(run: Path, draw: Draw, tmp_pa
     assert Image.open(sampled).size == (64, 64)
 
 
-def test_a_project_and_its_release(made: Made) -> None:  # noqa: F811
+def test_a_project_and_its_release(made: Made) -> None:
     first = made.make(0.0)
     assert find_bundle(str(made.path)).key == first
     with pytest.raises(UserError, match="no current release exists yet"):
@@ -99,9 +73,8 @@ def test_what_is_not_a_bundle_is_named(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [("sample", "a red heart", "--from"), ("export", "--to", "shared")])
 def test_what_of_a_bundle_is_damaged_is_set_aside_so_that_a_run_makes_it_again(
-    words: tuple[str, ...], run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: tuple[str, ...], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(run.parent)
     bundle = find_bundle(str(run))
     store = bundle.store
     assert store is not None

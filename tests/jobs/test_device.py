@@ -18,7 +18,7 @@ import jobs.generate
 import pipeline.evaluate.run
 import pipeline.sampling.drawing
 import pipeline.sampling.generation
-from jobs.bundles import remember_bundle
+from jobs.bundles import find_bundle
 from jobs.cli import main
 from jobs.command_line import command_line
 from models.cascade import UnCLIP
@@ -28,25 +28,15 @@ from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context
 from pipeline.sampling.samples import SamplesRecipe, run_samples
 from pipeline.settings import GenerationSettings
-from pipeline.store import Store
 from pipeline.training.device import choose_device
+from tests.jobs.test_mistakes import refused
 from tests.jobs.test_notebook import of_type
-from tests.pipeline.sampling.test_generation import publish_bundle
 
 FEW = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2")
 
 
 @pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Store, Artifact]:
-    """A bundle in the output folder out/nano of the current folder."""
-    store, bundle = publish_bundle(tmp_path)
-    remember_bundle(tmp_path / "out/nano", store.url, bundle.key)
-    monkeypatch.chdir(tmp_path)
-    return store, bundle
-
-
-@pytest.fixture
-def asked(bundle: object, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def asked(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The devices that bundles are opened on, on a machine with two GPUs."""
     devices: list[str] = []
     load = UnCLIP.from_folder
@@ -56,15 +46,15 @@ def asked(bundle: object, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return load(folder)
 
     monkeypatch.setattr(UnCLIP, "from_folder", open_on)
-    monkeypatch.setattr("pipeline.sampling.drawing.cores", torch.get_num_threads)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H100")
     return devices
 
 
-def context(bundle: tuple[Store, Artifact], stage: str, recipe: Any) -> Context:
-    return Context(bundle[0], stage, 1, "d" * 64, recipe, None, {"bundle": bundle[1]}, None)
+def context(run: Path, stage: str, recipe: Any) -> Context:
+    store, bundle = find_bundle(str(run)).stored()
+    return Context(store, stage, 1, "d" * 64, recipe, None, {"bundle": bundle}, None)
 
 
 @pytest.mark.parametrize(
@@ -84,12 +74,12 @@ def test_sample_and_edit_draw_on_a_gpu(
 
 
 def test_the_stages_and_the_notebook_draw_on_a_gpu(
-    asked: list[str], bundle: tuple[Store, Artifact], monkeypatch: pytest.MonkeyPatch
+    asked: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_sample = pipeline.sampling.drawing.make_sample
     few = {"size": 64, "decoder_steps": 2, "prior_steps": 2}
     monkeypatch.setattr(pipeline.sampling.drawing, "make_sample", lambda *words: make_sample(*words[:3], few))
-    run_samples(context(bundle, "samples", SamplesRecipe()))
+    run_samples(context(run, "samples", SamplesRecipe()))
 
     def load(_: object, device: torch.device) -> None:
         asked.append(str(device))
@@ -97,7 +87,7 @@ def test_the_stages_and_the_notebook_draw_on_a_gpu(
 
     monkeypatch.setattr(pipeline.evaluate.run, "load_judge", load)
     with pytest.raises(InterruptedError):
-        run_evaluation(context(bundle, "evaluation", EvaluationRecipe()))
+        run_evaluation(context(run, "evaluation", EvaluationRecipe()))
     Path("docs").mkdir()
     monkeypatch.chdir("docs")
     exec(of_type("code")["load"], {})
@@ -141,35 +131,28 @@ def test_generate_gives_each_worker_a_gpu(
     assert f"drawing on {says}" in caplog.messages
 
 
-@pytest.mark.usefixtures("bundle")
+@pytest.mark.usefixtures("run")
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (("sample", "a red fox", "--device", "cuda"), "device cuda: torch finds no GPU here; use auto or cpu"),
         (("edit", "priors", "a red fox", "--device", "cuda"), "device cuda: torch finds no GPU here; use auto or cpu"),
         (("generate", "list.txt", "--device", "cuda"), "--device cuda: no GPU was found to draw on"),
+        (("generate", "list.txt", "--device", "cuda", "--gpus", "0"), "--gpus 0 and --device cuda exclude each other"),
         (("generate", "list.txt", "--device", "cpu", "--gpus", "1"), "--gpus 1 and --device cpu exclude each other"),
         (("generate", "list.txt", "--workers", "0", "--gpus", "1"), "device cuda: torch finds no GPU here"),
     ],
 )
-def test_a_gpu_that_is_not_there_is_a_line(
-    words: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gpu_that_is_not_there_is_a_line(words: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Path("list.txt").write_text("a red fox\n")
-    assert main(list(words)) == 2
-    error = capsys.readouterr().err
-    assert f"error: {says}" in error
-    assert "Traceback" not in error
+    refused(*words, says=f"error: {says}", cwd=Path())
 
 
-def test_a_device_that_torch_does_not_know_is_a_line() -> None:
+def test_a_device_that_there_is_not_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="device gpu: unknown; use auto, cpu or cuda"):
         choose_device("gpu")
     assert choose_device("cpu") == torch.device("cpu")
-
-
-def test_a_gpu_beyond_the_last_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("cuda:1") == torch.device("cuda:1")

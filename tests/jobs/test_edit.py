@@ -27,6 +27,7 @@ from pipeline.sampling import edits
 from pipeline.sampling.edits import END_MS, FRAME_MS, GAP
 from tests.chain import ROOT
 from tests.jobs.test_docs import commands
+from tests.jobs.test_mistakes import refused
 from tests.models.test_cascade import DIM, make, make_codec
 from tests.models.test_manipulations import IMAGES
 from tests.pipeline.sampling.test_generation import publish_bundle
@@ -102,18 +103,12 @@ def test_images_are_of_256_px_unless_asked_for_otherwise(edit: Edit) -> None:
 
 
 def test_the_same_words_give_the_same_bytes(edit: Edit, tmp_path: Path) -> None:
-    made = {}
-    for name, seed, kind in [
-        ("a", 5, ["variations"]),
-        ("b", 5, ["variations"]),
-        ("c", 6, ["variations"]),
-        ("d", 5, ["components", "--counts", "1,4"]),
-        ("e", 5, ["components", "--counts", "1,4"]),
-    ]:
-        edit(*kind, "cat.png", "--seed", seed, "--to", tmp_path / f"{name}.png", *FEW)
-        made[name] = (tmp_path / f"{name}.png").read_bytes()
-    assert made["a"] == made["b"] != made["c"]
-    assert made["d"] == made["e"]
+    def made(seed: int, *words: object) -> bytes:
+        edit(*words, "cat.png", "--seed", seed, "--to", tmp_path / "made.png", *FEW)
+        return (tmp_path / "made.png").read_bytes()
+
+    assert made(5, "variations") == made(5, "variations") != made(6, "variations")
+    assert made(5, "components", "--counts", "1,4") == made(5, "components", "--counts", "1,4")
 
 
 def test_a_strip_says_how_it_was_made(edit: Edit, folder: Path) -> None:
@@ -247,13 +242,8 @@ def test_a_bundle_of_one_prior_compares_what_it_has(unclip: UnCLIP) -> None:
 
 
 def test_progress_counts_every_step(edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (
-        ["variations", "cat.png"],
-        ["interpolate", "cat.png", "house.png"],
-        ["components", "cat.png"],
-        ["priors", "a cat"],
-    ):
-        main(["edit", *words, *map(str, FEW)])
+    for words in ("variations cat.png", "interpolate cat.png house.png", "components cat.png", "priors cat"):
+        main(["edit", *words.split(), *FEW])
         said = capsys.readouterr().err.strip().splitlines()[-1]
         done, total = said.partition(": ")[2].split(" steps")[0].split(" of ")
         assert done == total, said
@@ -262,31 +252,19 @@ def test_progress_counts_every_step(edit: Edit, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["variations", "none.png"], "none.png: cannot be read (No such file or directory)"),
         (["variations", "."], ".: cannot be read (Is a directory)"),
-        (
-            ["variations", "other.ico"],
-            "other.ico: cannot be taken (not_an_image: the bytes are not an image of a kind that is read",
-        ),
+        (["variations", "other.ico"], "other.ico: cannot be taken (not_an_image: the bytes are not an image of a kind"),
         (["variations", "empty.png"], "empty.png: cannot be taken (zero_bytes"),
         (["reconstruct", "cut.png"], "cut.png: cannot be taken (truncated"),
         (["reconstruct", "big.png"], "big.png: cannot be taken (too_many_pixels"),
         (["reconstruct", "cat.png", "--caption", "cat " * 80], "caption 1 has 80 tokens"),
-        (["variations", "cat.png", "--count", "0"], "--count 0 is below 1"),
         (["variations", "cat.png", "--eta", "1.5"], "--eta 1.5 is outside 0 to 1"),
-        (["variations", "cat.png", "--seed", "-1"], "--seed -1 is below 0"),
         (["variations", "cat.png", "--set", "sise=64"], "unknown sampling options ['sise']"),
         (["variations", "cat.png", "--set", "decoder_sampler=dpm"], "decoder_sampler is 'dpm': images are changed by"),
         (["variations", "cat.png", "--set", "size=["], "--set size=[: [ is not YAML"),
-        (
-            ["variations", "cat.png", "--set", "decoder_steps=many"],
-            "decoder_steps: expected a whole number, got 'many'",
-        ),
         (["variations", "cat.png", "--to", "cat.jpg"], "--to cat.jpg: what is made is a .png file"),
         (["reconstruct", "cat.png", "--to", "cat.png/x.png"], "cat.png: File exists; name a place"),
-        (["variations", "cat.png", "--from", "nowhere"], "nowhere: no finished bundle there"),
         (["interpolate", "cat.png", "house.png", "--count", "1"], "--count 1 is below 2"),
-        (["textdiff", "cat.png", "a cat", "a cat"], "both captions are 'a cat'"),
         (["textdiff", "cat.png", "a cat", "cat " * 80], "caption 2 has 80 tokens"),
         (["textdiff", "cat.png", "a", "b", "--most", "2"], "--most 2.0 is not above 0 and at most 1"),
         (["components", "cat.png", "--counts", "1,x"], "--counts 1,x: write whole numbers"),
@@ -294,23 +272,12 @@ def test_progress_counts_every_step(edit: Edit, capsys: pytest.CaptureFixture[st
         (["priors", "cat " * 80], "caption 1 has 80 tokens"),
     ],
 )
-def test_mistakes_are_told_in_a_line(
-    folder: Path, edit: Edit, capsys: pytest.CaptureFixture[str], words: Sequence[str], says: str
-) -> None:
+def test_mistakes_are_told_in_a_line(folder: Path, edit: Edit, words: Sequence[str], says: str) -> None:
     (folder / "empty.png").write_bytes(b"")
     (folder / "cut.png").write_bytes((folder / "cat.png").read_bytes()[:200])
     Image.new("1", (9000, 9000)).save(folder / "big.png")
     Image.new("RGB", (9, 9)).save(folder / "other.ico")
-    assert main(["edit", *words]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("  ")]
-    assert line.startswith("error: ")
-    assert says in line
-
-
-def test_without_kind_or_with_a_wrong_one_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, says in (([], "KIND is missing"), (["vary", "cat.png"], "unknown command vary; known are components")):
-        assert main(["edit", *words]) == 2
-        assert says in capsys.readouterr().err
+    refused("edit", *words, says=says, cwd=folder)
 
 
 def test_images_are_taken_as_pairs_would_store_them(folder: Path) -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.sampling.generation
 from jobs.bundles import remember_bundle
 from jobs.cli import main
-from tests.chain import done, here, unclip
+from pipeline.sampling import generation
+from tests.chain import done, unclip
+from tests.jobs.test_mistakes import refused
 from tests.pipeline.sampling.test_generation import publish_bundle
 
 
@@ -39,21 +40,16 @@ def test_a_worker_that_dies_costs_no_image(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def drawn(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list, a bundle's output folder here, and the folders that a drawing was begun for."""
-    store, bundle = publish_bundle(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    remember_bundle(Path("out"), store.url, bundle.key)
     Path("list.csv").write_text("url,caption\nhttp://a/b,a red fox\n")
     begun: list[str] = []
-    draw = pipeline.sampling.generation.map_shards
-    monkeypatch.setattr(
-        pipeline.sampling.generation, "map_shards", lambda ctx, *rest: begun.append(ctx.key) or draw(ctx, *rest)
-    )
+    draw = generation.map_shards
+    monkeypatch.setattr(generation, "map_shards", lambda ctx, *rest: begun.append(ctx.key) or draw(ctx, *rest))
     return begun
 
 
-FEW = ("--from", "out", "--workers", "0", "--batch", "1", "--set", "decoder_steps=2", "--set", "prior_steps=2")
+FEW = ("--workers", "0", "--batch", "1", "--set", "decoder_steps=2", "--set", "prior_steps=2")
 
 
 def test_a_folder_of_other_images_is_refused_before_drawing(
@@ -79,20 +75,9 @@ def test_a_folder_of_other_images_is_refused_before_drawing(
     assert {path.name: path.read_bytes() for path in Path("made").iterdir()} == before
 
 
-def test_a_batch_is_within_a_shard_and_a_gpu_is_not_none(drawn: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    for words, says in (
-        (["--batch", "65"], "--batch: 65 is above 64"),
-        (["--device", "cuda", "--gpus", "0"], "--gpus 0 and --device cuda exclude each other"),
-    ):
-        assert main(["generate", "list.csv", *FEW, "-o", "made", *words]) == 2
-        assert says in capsys.readouterr().err
+def test_mistakes_are_told_in_a_line_before_drawing(drawn: list[str]) -> None:
+    words = ("generate", "list.csv")
+    refused(*words, "--batch", "65", says="--batch: 65 is above 64", cwd=Path())
+    refused(*words, "--seed", "-1", says="--seed -1 is below 0", cwd=Path())
+    refused(*words, "--from", ".", says="no finished bundle there", cwd=Path())
     assert not drawn
-
-
-def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a red fox\n")
-    below = here("generate", tmp_path / "prompts.txt", "--from", tmp_path, "--seed", "-1")
-    assert (below.returncode, below.stderr) == (2, "error: --seed -1 is below 0\n")
-    nowhere = here("generate", tmp_path / "prompts.txt", "--from", tmp_path)
-    assert nowhere.returncode == 2
-    assert "no finished bundle there" in nowhere.stderr

@@ -30,22 +30,14 @@ def of_type(kind: str) -> dict[str, str]:
 def test_it_is_a_notebook_without_outputs() -> None:
     """Format 4.5, as its schema describes it."""
     document = json.loads(NOTEBOOK.read_text())
-    assert document.keys() == {"cells", "metadata", "nbformat", "nbformat_minor"}
     assert (document["nbformat"], document["nbformat_minor"]) == (4, 5)
-    assert document["metadata"]["kernelspec"].keys() == {"name", "display_name", "language"}
-    assert document["metadata"]["language_info"] == {"name": "python"}
+    assert document["metadata"].keys() == {"kernelspec", "language_info"}
     for cell in CELLS:
-        code = cell["cell_type"] == "code"
-        assert code or cell["cell_type"] == "markdown"
-        own = {"execution_count", "outputs"} if code else set()
-        assert cell.keys() == {"cell_type", "id", "metadata", "source"} | own
-        assert (cell.get("execution_count"), cell.get("outputs", [])) == (None, [])
+        own = {"execution_count": None, "outputs": []} if cell["cell_type"] == "code" else {}
+        assert cell == {name: cell[name] for name in ("cell_type", "id", "source")} | {"metadata": {}} | own
         assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", cell["id"])
-        assert cell["metadata"] == {}
-        assert all(line.endswith("\n") for line in cell["source"][:-1])
-        assert all(isinstance(line, str) and "\n" not in line[:-1] for line in cell["source"])
-    ids = [cell["id"] for cell in CELLS]
-    assert len(set(ids)) == len(ids)
+        assert cell["source"] == "".join(cell["source"]).splitlines(keepends=True)
+    assert len({cell["id"] for cell in CELLS}) == len(CELLS)
 
 
 def test_its_links_and_commands_lead_somewhere() -> None:

@@ -1,122 +1,23 @@
 """``unclip release`` on made-up artefacts of a small configuration, in a folder and on S3."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
 import jobs.release
-from jobs.cli import main
 from jobs.project import open_project, project_of
 from models.sampling_config import MODELS
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
 from pipeline.graph.keys import flatten
-from pipeline.graph.pointer import Move, Releases, move_release, read_releases, release_path
+from pipeline.graph.pointer import Move, move_release, release_path
 from pipeline.graph.stages import Context
-from pipeline.held_out import too_few
 from pipeline.ledger import Ledger
 from pipeline.report.against import against_section
 from pipeline.report.inputs import ReportInput
-from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, put_blob
-
-ROWS = 12
-FEW = too_few(1, "test")
-DATA = ("source", "captions", "pairs", "embeddings", "curation")
-
-
-@dataclass(frozen=True)
-class Made:
-    """A project whose artefacts are made up under the keys that its plan has."""
-
-    path: Path
-    store: Store
-    output: pytest.CaptureFixture[str]
-
-    def make(self, gain: float, *overrides: str, holds: bool | None = True, version: int = 4) -> str:
-        """Publish what a run would, whose decoder is ``gain`` better than at first; return the bundle's key."""
-        project = open_project(str(self.path), overrides)
-        verdicts = project.plan()
-        keys = {verdict.stage: verdict.key for verdict in verdicts}
-        values = np.random.default_rng(0).normal(0.5, 0.2, ROWS) + gain
-        figure = {
-            "model": "decoder",
-            "name": "top",
-            "says": "top",
-            "claim": "above",
-            "holds": holds,
-            "line": "It draws.",
-        }
-        figure |= {"note": FEW if holds is None else "", "values": None if holds is None else list(values)}
-        figure["groups"] = list(range(ROWS))
-        for stage in (project.graph[verdict.stage] for verdict in verdicts if verdict.state == "stale"):
-            blobs = {}
-            if stage.name == "evaluation":
-                document = {
-                    "version": version,
-                    "recipe": flatten(stage.recipe),
-                    "rows": {"decoder": {"split": "test", "keys": [str(i) for i in range(ROWS)], "captions": "c"}},
-                    "figures": [figure],
-                }
-                blobs = {"evaluation.json": put_blob(self.store, json.dumps(document).encode())}
-            if stage.name == "bundle":
-                blobs = {f"{m}/model.safetensors": put_blob(self.store, f"{m} {gain}".encode()) for m in MODELS}
-            kept, table = Ledger(), None
-            if stage.name in DATA:
-                kept = Ledger(kept=sum(s.ledger.kept for s in project.scan.shards))
-                table = put_blob(self.store, b"not read")
-            inputs = {name: keys[name] for name in stage.inputs}
-            made = Artifact(stage.name, keys[stage.name], inputs, flatten(stage.recipe), kept, blobs, table)
-            publish_artifact(self.store, made, 0.0)
-        return keys["bundle"]
-
-    def release(self, command: str, *words: str, code: int = 0) -> str:
-        """Run the command, which must end so, and return what it printed."""
-        self.output.readouterr()
-        ended = main(["release", command, str(self.path), *words])
-        printed, said = self.output.readouterr()
-        assert ended == code, printed + said
-        assert len([line for line in said.splitlines() if line.startswith("error: ")]) == (1 if code else 0)
-        return printed + said
-
-    def artifacts(self, *overrides: str) -> dict[str, Artifact]:
-        """All that is made, by stage."""
-        return open_project(str(self.path), overrides).finished()
-
-    @property
-    def releases(self) -> Releases:
-        return read_releases(self.store, "p")
-
-    @property
-    def current(self) -> str:
-        assert self.releases.current is not None
-        return self.releases.current.bundle
-
-
-def project_in(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Made:
-    lines = [f"http://closed.test/{i}.png,picture {i}" for i in range(ROWS)]
-    (tmp_path / "list.csv").write_text("\n".join(["url,caption", *lines]) + "\n")
-    values = {"project": "p", "preset": "nano", "store": store.url, "source": {"paths": [str(tmp_path / "list.csv")]}}
-    (tmp_path / "p.yaml").write_text(yaml.safe_dump(values))
-    return Made(tmp_path / "p.yaml", store, capsys)
-
-
-@pytest.fixture
-def made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Made:
-    """A project in a folder."""
-    return project_in(open_store(str(tmp_path / "store")), tmp_path, capsys)
-
-
-@pytest.fixture
-def made_anywhere(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Made:
-    """The same in a folder and on S3."""
-    return project_in(store, tmp_path, capsys)
-
-
-LATER, OTHER = ("--set", "decoder.weight_decay=0.02"), "decoder.weight_decay=0.02"
+from tests.jobs.releases import DATA, FEW, LATER, OTHER, Made
 
 
 def test_before_anything_is_made_or_released(made: Made) -> None:
@@ -132,7 +33,7 @@ def test_before_anything_is_made_or_released(made: Made) -> None:
 def test_a_better_bundle_is_promoted_and_rolled_back(made_anywhere: Made) -> None:
     made = made_anywhere
     first, better = made.make(0.0), made.make(0.1, OTHER)
-    assert f"p: {first[:12]} is the release" in made.release("promote")
+    made.release("promote")
     assert f"p: {first[:12]} is the release already" in made.release("promote")
     assert f"p: {better[:12]} is the release, which was {first[:12]}" in made.release("promote", *LATER)
     assert made.current == better
@@ -154,8 +55,7 @@ def test_a_better_bundle_is_promoted_and_rolled_back(made_anywhere: Made) -> Non
     assert made.current == better
 
 
-def test_a_worse_bundle_is_not_promoted_but_by_force_with_a_reason(made_anywhere: Made) -> None:
-    made = made_anywhere
+def test_a_worse_bundle_is_not_promoted_but_by_force_with_a_reason(made: Made) -> None:
     first, worse = made.make(0.1), made.make(0.0, OTHER, holds=False)
     made.release("promote")
     said = made.release("promote", *LATER, code=1)
@@ -312,8 +212,7 @@ def test_who_loses_a_race_is_told_who_won(made_anywhere: Made, monkeypatch: pyte
     assert made.current == better
 
 
-def test_a_corrupt_pointer_stops_every_command_and_stays(made_anywhere: Made) -> None:
-    made = made_anywhere
+def test_a_corrupt_pointer_stops_every_command_and_stays(made: Made) -> None:
     made.make(0.0)
     made.store.swap(release_path("p"), None, b"{")
     for command, *words in (("promote",), ("rollback",), ("list",), ("diff",), ("take", "folder"), ("evaluate",)):

@@ -7,14 +7,13 @@ import pytest
 import yaml
 
 from jobs.cli import main
-from pipeline.store import open_store
-from tests.jobs.test_release import OTHER, project_in
+from tests.jobs.releases import OTHER, Made
+from tests.jobs.test_mistakes import refused
 
 
 def test_another_bundle_is_a_key_a_project_a_folder_or_a_release(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = project_in(open_store(str(tmp_path / "store")), tmp_path, capsys)
     first, better = made.make(0.0), made.make(0.1, OTHER)
     made.release("promote")
     values = yaml.safe_load(made.path.read_text())
@@ -22,23 +21,14 @@ def test_another_bundle_is_a_key_a_project_a_folder_or_a_release(
     (tmp_path / "out").mkdir()
     (tmp_path / "out/bundle.json").write_text(json.dumps({"store": made.store.url, "bundle": first, "files": ""}))
     report = ["report", str(made.path), OTHER, "--output", str(tmp_path / "report.html"), "--against"]
-    for name in (
-        "current",
-        first[:10],
-        str(tmp_path / "b.yaml"),
-        str(tmp_path / "out"),
-        f"release:{tmp_path / 'b.yaml'}",
-    ):
+    project = str(tmp_path / "b.yaml")
+    for name in ("current", first[:10], project, str(tmp_path / "out"), f"release:{project}"):
         assert main([*report, name]) == 0, capsys.readouterr()
         found = json.loads((tmp_path / "report.json").read_text())["against"]
         assert (found["name"], found["bundle"]) == (name, first)
         assert found["recipes"] == ["decoder.weight_decay 0.01 -> 0.02"]
         assert [change["verdict"] for change in found["figures"]] == ["better"]
     for name, why in ((better[:10], "is the same bundle"), ("feed", "no bundle in"), ("absent.yaml", "absent.yaml")):
-        capsys.readouterr()
-        assert main([*report, name]) == 2
-        assert why in capsys.readouterr().err
-    assert main(["report", str(made.path), OTHER, "--output", str(tmp_path)]) == 2
-    assert "is a folder; name a file, such as" in capsys.readouterr().err
-    assert main(["report", str(made.path), OTHER, "--output", str(tmp_path / "report.json")]) == 2
-    assert "ends with .json, where the figures go" in capsys.readouterr().err
+        refused(*report, name, says=why)
+    refused(*report[:3], "--output", tmp_path, says="is a folder; name a file, such as")
+    refused(*report[:3], "--output", tmp_path / "report.json", says="ends with .json, where the figures go")

@@ -15,110 +15,84 @@ from PIL import Image
 
 import unclip
 from jobs.bundles import remember_bundle
-from jobs.cli import main
 from jobs.sample import SLUG_BYTES, file_name, slug
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.ledger import Ledger
 from pipeline.store import open_store
 from pipeline.store.records import put_blob
+from tests.jobs.test_mistakes import refused
 from tests.models.test_cascade import make
-from tests.pipeline.sampling.test_generation import publish_bundle
 
-FEW = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2")
-Sample = Callable[..., list[str]]
+Draw = Callable[..., list[Path]]
 
 
-@pytest.fixture
-def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sample:
-    """Runs ``unclip sample`` in a folder with the bundle of a run, and returns the files that it names."""
-    store, bundle = publish_bundle(tmp_path)
-    remember_bundle(tmp_path / "out/nano", store.url, bundle.key)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.sampling.drawing.cores", torch.get_num_threads)
-
-    def run(*words: str) -> list[str]:
-        assert main(["sample", *words, *FEW]) == 0
-        return capsys.readouterr().out.splitlines()
-
-    return run
-
-
-def test_requests_that_differ_have_files_of_their_own(sample: Sample) -> None:
+def test_requests_that_differ_have_files_of_their_own(draw: Draw) -> None:
     """Captions of other scripts, of other case and marks alone, and other settings."""
-    files = sample("a red heart", "寺", "красное сердце", "A red heart!", "❤️", "")
-    other = [sample("a red heart", *more)[0] for more in (("--set", "decoder_guidance=2"), ("--set", "prior=ar"))]
-    assert len({name.casefold() for name in (*files, *other)}) == 8
-    assert Path(files[1]).name.startswith("寺-")
-    assert Path(files[2]).name.startswith("красное-сердце-")
-    assert sample("a red heart")[0] == files[0]
-    assert sample("a red heart", "--set", "candidates=2")[0] == files[0]  # the bundle's own value
+    files = draw("sample", "a red heart", "寺", "красное сердце", "A red heart!", "❤️", "")
+    other = [
+        draw("sample", "a red heart", *more)[0] for more in (("--set", "decoder_guidance=2"), ("--set", "prior=ar"))
+    ]
+    assert len({str(name).casefold() for name in (*files, *other)}) == 8
+    assert files[1].name.startswith("寺-")
+    assert files[2].name.startswith("красное-сердце-")
+    assert draw("sample", "a red heart")[0] == files[0]
+    assert draw("sample", "a red heart", "--set", "candidates=2")[0] == files[0]  # the bundle's own value
     assert len(list(Path("out/nano/samples").iterdir())) == 8
 
 
-def test_another_bundle_has_other_files(sample: Sample, tmp_path: Path) -> None:
-    (first,) = sample("a red heart")
+def test_another_bundle_has_other_files(draw: Draw, tmp_path: Path) -> None:
+    (first,) = draw("sample", "a red heart")
     replace(make(), ar_prior=None, codec=None).save(tmp_path / "second")
-    store = open_store(str(tmp_path / "store"))
+    store = open_store("out/nano/store")
     files = [path for path in (tmp_path / "second").rglob("*") if path.is_file()]
     blobs = {str(path.relative_to(tmp_path / "second")): put_blob(store, path) for path in files}
     publish_artifact(store, Artifact("bundle", "c" * 64, {}, {}, Ledger(), blobs), 0.0)
     remember_bundle(Path("out/nano"), store.url, "c" * 64)
-    (second,) = sample("a red heart")
+    (second,) = draw("sample", "a red heart")
     assert second != first
 
 
-def test_a_folder_of_ones_own_and_settings_in_the_file(sample: Sample) -> None:
-    (file,) = sample("a cät", "-o", "mine/here", "--seed", "3")
-    assert Path(file).parent == Path("mine/here")
+def test_a_folder_of_ones_own_and_settings_in_the_file(draw: Draw) -> None:
+    (file,) = draw("sample", "a cät", "-o", "mine/here", "--seed", "3")
+    assert file.parent == Path("mine/here")
     text: Any = Image.open(file).info
     assert (text["caption"], text["seed"]) == ("a cät", "3")
     assert json.loads(text["settings"])["decoder_steps"] == 2
 
 
-def test_captions_and_seeds_are_checked_before_any_is_drawn(sample: Sample, capsys: pytest.CaptureFixture[str]) -> None:
-    for words, says in (
-        (["a red heart", "tree " * 80], "caption 2 has 80 tokens"),
-        (["a red heart", "--seed", "-1"], "--seed -1 is below 0"),
-        (["a red heart", "--seed", str(2**63)], f"--seed {2**63} is too large"),
-    ):
-        assert main(["sample", *words, *FEW]) == 2
-        assert says in capsys.readouterr().err
-    assert not list(Path("out/nano/samples").glob("*"))
+def test_captions_and_seeds_are_checked_before_any_is_drawn(run: Path) -> None:
+    refused("sample", "a red heart", "tree " * 80, says="caption 2 has 80 tokens", cwd=Path())
+    refused("sample", "a red heart", "--seed", 2**63, says=f"--seed {2**63} is too large", cwd=Path())
+    assert not list((run / "samples").glob("*"))
 
 
 @pytest.mark.parametrize("part", ["clip", "decoder/model.safetensors", "decoder/config.json"])
-@pytest.mark.parametrize("damaged", [False, True])
-def test_a_bundle_that_misses_a_part_is_told_in_a_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, damaged: bool
-) -> None:
-    make().save(tmp_path / "shared")
-    place = tmp_path / "shared" / part
-    if damaged and place.is_file():  # as a file that only git-lfs would fetch
-        place.write_text("version https://git-lfs.github.com/spec/v1\n")
-    elif place.is_dir():
+@pytest.mark.parametrize("text", ["", "version https://git-lfs.github.com/spec/v1\n"])  # it is not there, or on git-lfs
+def test_a_bundle_that_misses_a_part_is_told_in_a_line(run: Path, part: str, text: str) -> None:
+    place = Path("a bundle") / part
+    if place.is_dir():
         shutil.rmtree(place)
     else:
         place.unlink()
-    (tmp_path / "list.txt").write_text("a red fox\n")
-    for words in (["sample", "a red fox"], ["generate", str(tmp_path / "list.txt"), "--workers", "0"]):
-        where = ["--from", str(tmp_path / "shared"), "-o", str(tmp_path / "made")]
-        assert main([*words, *where, *FEW]) == 2, capsys.readouterr().err
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert part.split("/")[0] in line
-    with pytest.raises(UserError, match=part.split("/")[0]):
-        unclip.load(tmp_path / "shared")
+        if text:
+            place.write_text(text)
+    Path("list.txt").write_text("a red fox\n")
+    name, where = part.split("/")[0], ("--from", "a bundle", "-o", "made")
+    refused("sample", "a red fox", *where, says=name, cwd=Path())
+    refused("generate", "list.txt", "--workers", 0, *where, says=name, cwd=Path())
+    with pytest.raises(UserError, match=name):
+        unclip.load("a bundle")
 
 
-def test_too_little_memory_is_told_in_a_line(
-    sample: Sample, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("run")
+def test_too_little_memory_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def lacking(*_: object) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
     monkeypatch.setattr("models.cascade.UnCLIP.decode", lacking)
-    assert main(["sample", "a red heart", *FEW]) == 2
-    assert "does not fit into memory; ask for fewer images at once, a smaller size" in capsys.readouterr().err
+    says = "does not fit into memory; ask for fewer images at once, a smaller size"
+    refused("sample", "a red heart", "--set", "size=64", says=says, cwd=Path())
 
 
 HOSTILE = ["../../etc/passwd", "CON", "a/b\\c:d*e?f", "‮evil‬", "\0", "é" * 200, "e\u0301" * 200, "\u0301", "İ", "ﬁ", "ẞ"]
@@ -141,9 +115,6 @@ def test_marks_of_a_script_stay() -> None:
 
 def test_names_differ_wherever_requests_do() -> None:
     captions = ["a cat", "A cat", "a cat.", "a, cat", "a  cat", "a cat\n"]
-    names = {
-        file_name(caption, {"caption": caption, "steps": steps}, 0)
-        for caption, steps in itertools.product(captions, (1, 2))
-    }
+    both = itertools.product(captions, (1, 2))
+    names = {file_name(caption, {"caption": caption, "steps": steps}, 0).lower() for caption, steps in both}
     assert len(names) == 12
-    assert {name.lower() for name in names} == names
