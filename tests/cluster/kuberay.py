@@ -16,8 +16,6 @@ class Node:
     """A pod as a Ray node: what KubeRay would start it with, and its container's environment."""
 
     group: str
-    least: int
-    most: int
     cpus: int
     gpus: int
     memory: int  # bytes
@@ -41,10 +39,7 @@ def parse(text: str) -> Rendered:
     spec = yaml.safe_load(text)["spec"]
     runtime = yaml.safe_load(spec["runtimeEnvYAML"])
     cluster = spec["rayClusterSpec"]
-    nodes = (
-        _node({"groupName": "head", "minReplicas": 1, "maxReplicas": 1, **cluster["headGroupSpec"]}),
-        *map(_node, cluster["workerGroupSpecs"]),
-    )
+    groups = ({"groupName": "head", **cluster["headGroupSpec"]}, *cluster["workerGroupSpecs"])
     limits = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
     job = Job(
         spec["jobId"],
@@ -53,7 +48,7 @@ def parse(text: str) -> Rendered:
         float(limits["cpu"]),
         quantity(limits["memory"]) >> 20,
     )
-    return Rendered(job, runtime["working_dir"], nodes)
+    return Rendered(job, runtime["working_dir"], tuple(map(_node, groups)))
 
 
 def _node(group: Mapping[str, Any]) -> Node:
@@ -61,8 +56,6 @@ def _node(group: Mapping[str, Any]) -> Node:
     limits, given = container["resources"]["limits"], group["rayStartParams"]
     return Node(
         group["groupName"],
-        group["minReplicas"],
-        group["maxReplicas"],
         int(given.get("num-cpus", limits["cpu"])),
         int(given.get("num-gpus", limits.get("nvidia.com/gpu", 0))),
         quantity(limits["memory"]),

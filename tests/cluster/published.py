@@ -7,6 +7,7 @@ KubeRay 1.7.0 (Apache License 2.0): all of version v1 but its status and the tem
 import gzip
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,15 @@ def strict(schema: Any) -> Any:
     return found
 
 
+@cache
+def _validator() -> jsonschema.protocols.Validator:
+    schema = strict(json.loads(gzip.decompress(EXCERPT.read_bytes())))
+    return jsonschema.validators.validator_for(schema)(schema)
+
+
 def validate(rayjob: dict[str, Any]) -> None:
     """Raises jsonschema.ValidationError for what a Kubernetes with KubeRay 1.7.0 would refuse."""
-    jsonschema.validate(rayjob, strict(json.loads(gzip.decompress(EXCERPT.read_bytes()))))
+    _validator().validate(rayjob)
 
 
 if __name__ == "__main__":

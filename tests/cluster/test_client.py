@@ -5,10 +5,9 @@ import json
 import os
 import signal
 import socket
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import pytest
 
 from cluster.client import Cluster, Seen
 from pipeline.errors import UserError
+from tests.pipeline.data.bench import listening
 
 
 @contextmanager
@@ -32,13 +32,8 @@ def _head(answer: Callable[[str], tuple[int, bytes]]) -> Iterator[str]:
 
         def log_message(self, *_: object) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with listening(Handler) as address:
+        yield f"http://{address}"
 
 
 @pytest.fixture(autouse=True)

@@ -91,16 +91,8 @@ def test_what_is_copied_is_enough_to_install_the_project(tmp_path: Path) -> None
             shutil.copytree(ROOT / source, tmp_path / source, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / source, tmp_path / source)
-    command = [
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--disable-pip-version-check",
-        "--no-index",
-        ".",
-    ]
-    subprocess.run([sys.executable, "-m", "pip", *command], cwd=tmp_path, check=True, timeout=120)
+    command = "-m pip wheel --quiet --no-deps --no-build-isolation --disable-pip-version-check --no-index ."
+    subprocess.run([sys.executable, *command.split()], cwd=tmp_path, check=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())

@@ -2,7 +2,8 @@
 
 import re
 
-import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from cluster.job import job_id, make_job, number_of
 from pipeline.config import make_config
@@ -10,9 +11,10 @@ from pipeline.config import make_config
 KEYS = {"source": "a" * 64, "pairs": "b" * 64}
 
 
-@pytest.mark.parametrize(
-    "project", ["drawings", "My_Project.v2-with-a-long-name", "絵文字", "-".join("abcdefghijkl"), "1"]
-)
+@example("My_Project.v2-with-a-long-name")
+@example("絵文字")
+@example("-".join("abcdefghijkl"))
+@given(st.text(min_size=1))
 def test_an_id_is_a_label_that_kubernetes_takes(project: str) -> None:
     id = job_id(project, "s3://b/p", KEYS)
     for number in ("", "-2", "-999"):

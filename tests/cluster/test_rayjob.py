@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -18,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-from cluster.job import Job, job_id
+from cluster.job import Job
 from cluster.rayjob import SPOT, render
 from pipeline.config import Run, make_config
 from pipeline.errors import UserError
@@ -88,18 +87,11 @@ def test_read_back_it_is_the_job() -> None:
     assert found.job.memory_mb >= JOB.memory_mb
 
 
-def test_the_nodes_are_what_the_settings_ask_for() -> None:
-    head, cpu, gpu = parse(render(JOB, PACKAGE, run_settings(), STAGES)).nodes
-    assert (head.cpus, head.gpus, head.most) == (0, 0, 1)  # the driver's: no worker gets there
-    assert (cpu.group, cpu.least, cpu.cpus, cpu.gpus, cpu.labels) == ("cpu", 0, 8, 0, {"pool": "cpu"})
-    assert (gpu.group, gpu.least, gpu.cpus, gpu.gpus, gpu.labels) == ("gpu", 0, 8, 4, {"pool": "gpu"})
-    assert (cpu.most, gpu.most) == (4, 3)  # 12 workers, then 12 decoders, on 8 cores; 2, then 5 workers, on 4 GPUs
-    for node in (head, cpu, gpu):
-        assert (
-            node.environment == JOB.environment
-        )  # what fetches the package runs before the job's environment is there
+def test_every_node_reaches_the_store() -> None:
+    """What fetches the package runs before the job's environment is there."""
+    for node in parse(render(JOB, PACKAGE, run_settings(), STAGES)).nodes:
+        assert node.environment == JOB.environment
         assert node.secrets == ["store-keys"]
-        assert node.object_store <= node.memory // 2
 
 
 def test_a_group_without_workers_is_left_out() -> None:
@@ -188,13 +180,6 @@ def test_no_secret_is_in_it() -> None:
 def test_names_that_kubernetes_refuses_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="not a name for a RayJob"):
         rendered(dataclasses.replace(JOB, id=name))
-
-
-@settings(max_examples=25)  # each writes and reads YAML
-@given(st.text(min_size=1))
-def test_ids_of_jobs_are_names(project: str) -> None:
-    job = dataclasses.replace(JOB, id=job_id(project, "s3://b", {"pairs": "k"})).again(999)
-    assert rendered(job)["metadata"]["name"] == job.id
 
 
 EVERYTHING: dict[str, Any] = {
@@ -296,7 +281,6 @@ def test_there_is_a_template_for_each_kind_of_stage() -> None:
     assert {path.stem for path in FOLDER.glob("*.yaml")} == set(TEMPLATES)
     kinds = {name: [node.group for node in parse(template(name)).nodes[1:]] for name in TEMPLATES}
     assert kinds == {"data": ["cpu"], "embeddings": ["gpu", "cpu"], "training": ["gpu"]}
-    assert all(Path(FOLDER / f"{name}.yaml").read_text().count("kind: RayJob") == 1 for name in TEMPLATES)
 
 
 def test_rays_autoscaler_reads_it() -> None:
@@ -304,6 +288,7 @@ def test_rays_autoscaler_reads_it() -> None:
     cluster = {"metadata": {"name": "birds", "namespace": "pictures"}, "spec": rendered()["spec"]["rayClusterSpec"]}
     config = _derive_autoscaling_config_from_ray_cr(cluster)
     kinds = config["available_node_types"]
+    # No worker gets to the head; 12 workers, then 12 decoders, on 8 cores; 2, then 5 workers, on 4 GPUs.
     assert {name: (kind["min_workers"], kind["max_workers"]) for name, kind in kinds.items()} == {
         "headgroup": (0, 0), "cpu": (0, 4), "gpu": (0, 3),
     }  # fmt: skip

@@ -15,6 +15,7 @@ from jobs.plan import agree
 from jobs.project import Project, open_project
 from pipeline.errors import UserError
 from tests.chain import done, here, write_config, write_list
+from tests.jobs.test_mistakes import refused
 from tests.seaweed import Server
 
 
@@ -84,30 +85,23 @@ def test_a_budget_is_not_judged_by_a_machine_that_is_not_the_clusters(
 
 def test_run_settings_do_not_change_what_is_asked(project: Project) -> None:
     run = dataclasses.replace(project.config.run, lease_s=7.0, output="elsewhere")
-    assert (
-        _job(project).id == _job(dataclasses.replace(project, config=dataclasses.replace(project.config, run=run))).id
-    )
-
-
-def _refused(config: Path, *words: str, env: Mapping[str, str] | None = None) -> str:
-    process = here("submit", config, *words, env=env)
-    assert process.returncode == 2, process.stdout + process.stderr
-    assert " stale " not in process.stdout  # no plan is made before
-    (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-    return line
+    config = dataclasses.replace(project.config, run=run)
+    assert _job(project).id == _job(dataclasses.replace(project, config=config)).id
 
 
 def test_mistakes_cost_one_line_and_leave_nothing(tmp_path: Path, s3: Server) -> None:
     rows = write_list(tmp_path / "list.csv", 0, 3)
     nowhere = "http://127.0.0.1:9"
     config = write_config(tmp_path, f"{s3.url}/mistakes-{os.getpid()}", nowhere, [rows])
-    assert "no Ray cluster answers at http://127.0.0.1:9 (" in _refused(config, "--to", nowhere)
-    assert "AWS_ENDPOINT_URL is http://127.0.0.1:" in _refused(config, "--to", "http://head.example:8265")
-    keyless = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
-    assert "no AWS credentials; set AWS_ACCESS_KEY_ID" in _refused(config, "--to", "local", env=keyless)
-    assert "unknown stage pear" in _refused(config, "--to", "local", "--until", "pear")
+    elsewhere, keyless = "http://head.example:8265", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+    for said in (
+        refused("submit", config, "--to", elsewhere, says="AWS_ENDPOINT_URL is http://127.0.0.1:"),
+        refused("submit", config, "--to", "local", says="no AWS credentials; set AWS_ACCESS_KEY_ID", env=keyless),
+        refused("submit", config, "--to", "local", "--until", "pear", says="unknown stage pear"),
+    ):
+        assert " stale " not in said.stdout  # no plan is made before
     config = write_config(tmp_path, "s3://no-such-bucket/here", nowhere, [rows])
-    assert "NoSuchBucket: create the bucket" in _refused(config, "--to", "local")
+    refused("submit", config, "--to", "local", says="NoSuchBucket: create the bucket")
     assert not (tmp_path / "out").exists()
 
 
