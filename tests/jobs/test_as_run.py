@@ -10,7 +10,8 @@ import pytest
 import unclip
 from jobs.cli import main
 from pipeline.config import load_config, make_config, resolved_values
-from tests.chain import ROOT, write_config, write_list
+from tests.chain import ROOT, done, here, write_config, write_list
+from tests.jobs.test_mistakes import refused
 from tests.pipeline.data.bench import save_clip
 
 SMALLER = "pairs.encode_quality=90"
@@ -30,7 +31,7 @@ def _made(config: Path) -> dict[str, str]:
     return {stage["stage"]: stage["key"] for stage in told if stage["made"]}
 
 
-def test_a_report_after_a_run_with_overrides_is_that_runs(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_follows_a_run_with_overrides_is_that_runs(config: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = _made(config)
     assert made.keys() == {"source", "pairs"}
     with caplog.at_level("INFO", "unclip"):
@@ -38,13 +39,10 @@ def test_a_report_after_a_run_with_overrides_is_that_runs(config: Path, caplog: 
     assert _made(config) == made
     assert "as it was last run" in caplog.text
     assert "it differs in pairs.encode_quality" in caplog.text
-
-
-def test_other_commands_find_what_the_run_made(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "retry", str(config), "--reason", "timeout"]) == 0
-    assert "no row to retry" in capsys.readouterr().out
-    assert main(["data", "retry", str(config), "--reason", "timeout", "pairs.encode_quality=80"]) == 2
-    assert "not made for the current list and recipes: pairs" in capsys.readouterr().err
+    retry = ("data", "retry", config, "--reason", "timeout")
+    assert "no row to retry" in done(here(*retry))
+    refused(*retry, "pairs.encode_quality=80", says="not made for the current list and recipes: pairs")
+    assert re.search(r"^  pairs +fresh", done(here("plan", config.parent / "out/run.yaml")), re.MULTILINE)
 
 
 def test_a_pin_is_moved_in_the_plan_of_that_run(
@@ -56,8 +54,8 @@ def test_a_pin_is_moved_in_the_plan_of_that_run(
     capsys.readouterr()
     assert main(["pin", str(path), "clip", "--dry-run"]) == 0
     assert capsys.readouterr().out == "nothing becomes stale\n"
-    assert main(["pin", str(path), "clip", "--dry-run", "clip.seed=5"]) == 2
-    assert "unclip run with --until clip makes what the configuration asks for" in capsys.readouterr().err
+    says = "unclip run with --until clip makes what the configuration asks for"
+    refused("pin", path, "clip", "--dry-run", "clip.seed=5", says=says)
 
 
 def test_a_program_is_warned_that_it_opens_something_else(config: Path) -> None:
@@ -79,29 +77,20 @@ def test_an_edit_counts_once_it_is_run(config: Path) -> None:
     assert _made(config)["pairs"] != made["pairs"]
 
 
-def test_a_report_of_less_does_not_replace_one_of_more(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_of_less_does_not_replace_one_of_more(config: Path) -> None:
     page = (config.parent / "out/report.html").read_bytes()
-    assert main(["report", str(config), "pairs.encode_quality=80"]) == 2
-    assert "shows 2 stages that are made, and with these values 1 are" in capsys.readouterr().err
+    says = "shows 2 stages that are made, and with these values 1 are"
+    refused("report", config, "pairs.encode_quality=80", says=says)
     assert (config.parent / "out/report.html").read_bytes() == page
     assert main(["report", str(config), "pairs.encode_quality=80", "--output", str(config.parent / "two.html")]) == 0
 
 
-def test_what_an_older_version_remembered_is_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_an_older_version_remembered_is_named(config: Path) -> None:
     remembered = config.parent / "out/run.yaml"
     remembered.write_text(remembered.read_text().replace("encode_quality", "quality_of_old"))
-    assert main(["report", str(config)]) == 2
-    said = capsys.readouterr().err
-    assert f"{remembered}, which the last run wrote, cannot be used: " in said
-    assert "quality_of_old" in said
+    refused("report", config, says=[f"{remembered}, which the last run wrote, cannot be used: ", "quality_of_old"])
     remembered.unlink()
     assert main(["report", str(config), "--output", str(config.parent / "other.html")]) == 0
-
-
-def test_the_configuration_beside_the_output_is_one(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(config.parent / "out/run.yaml")]) == 0
-    printed = capsys.readouterr().out
-    assert re.search(r"^  pairs +fresh", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

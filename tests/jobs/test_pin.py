@@ -11,7 +11,7 @@ from jobs.cli import main
 from jobs.project import open_project
 from models.clip import Clip
 from pipeline.config import preset_config
-from tests.pipeline.data.bench import picture, save_clip, write_list
+from tests.pipeline.data.bench import picture, save_clip, write_listed
 
 ROWS = 40
 Say = Callable[..., str]
@@ -21,10 +21,8 @@ Say = Callable[..., str]
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a configuration that ran to the codec, beside a CLIP that has embedded its rows and one that has not."""
     folder = tmp_path_factory.mktemp("pin")
-    for i in range(ROWS):
-        (folder / f"{i}.png").write_bytes(picture(i))
-    rows = [(f"file://{folder}/{i}.png", f"picture {i}", "test" if i % 4 == 3 else "train") for i in range(ROWS)]
-    listed = write_list(folder / "list.csv", rows)
+    splits = ["test" if i % 4 == 3 else "train" for i in range(ROWS)]
+    listed = write_listed(folder, [picture(i) for i in range(ROWS)], splits)
     Clip.build(replace(preset_config("nano").clip.model, embed_dim=32), seed=1).save(folder / "narrow")
     values = {
         "project": "pins",

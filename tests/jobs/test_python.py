@@ -1,11 +1,10 @@
 """What a program does with ``import unclip``: open a project, read its data, train a model, draw."""
 
-import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -46,6 +45,14 @@ def project(tmp_path_factory: pytest.TempPathFactory, undisturbed: Undisturbed) 
     folder = tmp_path_factory.mktemp("project")
     copy(undisturbed.data, folder)
     return unclip.open(undisturbed.config(folder))
+
+
+def refuses(calls: Mapping[Callable[[], object], str], kind: type[Exception] = unclip.UserError) -> None:
+    """Each call must end with a line that has its words."""
+    for call, words in calls.items():
+        with pytest.raises(kind, match=words) as refused:
+            call()
+        assert "\n" not in str(refused.value)
 
 
 def test_opening_a_model_leaves_the_number_of_threads_alone(model: unclip.Model, tmp_path: Path) -> None:
@@ -142,32 +149,38 @@ def test_what_is_neither_caption_nor_image_is_named_in_a_line(model: unclip.Mode
     heart = Image.new("RGB", (32, 32), "red")
     heart.save(tmp_path / "heart", "PNG")
     tensor = torch.zeros(3, 32, 32)
-    calls: list[tuple[Callable[[], object], type[Exception], str]] = [
-        (lambda: model.embed("heart.png"), ValueError, r"embed\(Path\('heart.png'\)\) embeds the image"),
-        (lambda: model.embed("my heart.JPG"), ValueError, "looks like a file"),
-        (lambda: model.embed(["a cat", str(tmp_path / "heart")]), ValueError, "looks like a file"),
-        (lambda: model.embed(["a cat", heart]), ValueError, "call embed once for each kind"),
-        (lambda: model.embed(tensor), TypeError, r"not Tensor float32 \[3, 32, 32\]"),
-        (lambda: model.embed([tensor]), TypeError, r"permute\(1, 2, 0\)"),
-        (lambda: model.embed(7), TypeError, "not int 7"),
-        (lambda: model.embed(None), TypeError, "not None"),
-        (lambda: model.vary(np.zeros((32, 32, 3))), TypeError, r"an image is ndarray float64 \[32, 32, 3\]"),
-        (lambda: model.vary(tensor), TypeError, r"permute\(1, 2, 0\)"),
-        (lambda: model.vary(None), TypeError, "an image is None"),
-        (lambda: model.interpolate(heart, 7), TypeError, "an image is int 7"),
-        (lambda: model.generate(7), TypeError, "captions are int 7: give a text, or a list of texts"),
-        (lambda: model.generate(None), TypeError, "captions are None"),
-        (lambda: model.generate(["a cat", 7]), TypeError, "captions are list of int, str"),
-        (lambda: model.generate("a cat", seeds=-1), ValueError, "a seed is -1: use a whole number, 0 or more"),
-        (lambda: model.generate(["a cat", "a dog"], seeds=[1, -2]), ValueError, "a seed is -2"),
-        (lambda: model.generate("a cat", seeds=1.5), TypeError, r"a seed is 1\.5"),
-        (lambda: model.vary(heart, count=1, seed=-1, **FEW), ValueError, "a seed is -1"),
-        (lambda: model.cascade.generate(["a cat"], [-1]), ValueError, "a seed is -1"),
-    ]
-    for call, kind, words in calls:
-        with pytest.raises(kind, match=words) as refused:
-            call()
-        assert "\n" not in str(refused.value)
+    values: dict[Callable[[], object], str] = {
+        lambda: model.embed("heart.png"): r"embed\(Path\('heart.png'\)\) embeds the image",
+        lambda: model.embed("my heart.JPG"): "looks like a file",
+        lambda: model.embed(["a cat", str(tmp_path / "heart")]): "looks like a file",
+        lambda: model.embed(["a cat", heart]): "call embed once for each kind",
+        lambda: model.generate("a cat", seeds=-1): "a seed is -1: use a whole number, 0 or more",
+        lambda: model.generate(["a cat", "a dog"], seeds=[1, -2]): "a seed is -2",
+        lambda: model.vary(heart, count=1, seed=-1, **FEW): "a seed is -1",
+        lambda: model.cascade.generate(["a cat"], [-1]): "a seed is -1",
+        lambda: model.generate("a cat", guidance=3): "unknown sampling options",
+        lambda: model.generate(["a cat"], seeds=[1, 2]): "1 captions and 2 seeds",
+        lambda: model.generate("word " * 100): "shorten it",
+    }
+    refuses(values, ValueError)
+    types: dict[Callable[[], object], str] = {
+        lambda: model.embed(tensor): r"not Tensor float32 \[3, 32, 32\]",
+        lambda: model.embed([tensor]): r"permute\(1, 2, 0\)",
+        lambda: model.embed(7): "not int 7",
+        lambda: model.embed(None): "not None",
+        lambda: model.vary(np.zeros((32, 32, 3))): r"an image is ndarray float64 \[32, 32, 3\]",
+        lambda: model.vary(tensor): r"permute\(1, 2, 0\)",
+        lambda: model.vary(None): "an image is None",
+        lambda: model.interpolate(heart, 7): "an image is int 7",
+        lambda: model.generate(7): "captions are int 7: give a text, or a list of texts",
+        lambda: model.generate(None): "captions are None",
+        lambda: model.generate(["a cat", 7]): "captions are list of int, str",
+        lambda: model.generate("a cat", seeds=1.5): r"a seed is 1\.5",
+    }
+    refuses(types, TypeError)
+    (tmp_path / "a.png").write_text("no image")
+    refuses({lambda: model.vary(tmp_path / "a.png"): "a.png", lambda: model.to("cuda"): "no GPU"})
+    refuses({lambda: unclip.load(tmp_path / "nothing"): "nothing"})
     assert model.embed("a cat with a heart.").shape == model.embed(heart).shape
 
 
@@ -178,24 +191,6 @@ def test_progress_is_shown_left_out_or_passed_on(model: unclip.Model, capsys: py
     assert capsys.readouterr().err == ""
     model.generate(["a cat"] * 3, batch=2, **FEW | {"progress": True})
     assert f"drawing: {2 * len(steps)} of {2 * len(steps)} steps" in capsys.readouterr().err
-
-
-def test_mistakes_in_drawing_are_named(model: unclip.Model, tmp_path: Path) -> None:
-    for call, words in {
-        lambda: model.generate("a cat", guidance=3): "unknown sampling options",
-        lambda: model.generate(["a cat"], seeds=[1, 2]): "1 captions and 2 seeds",
-        lambda: model.generate("word " * 100): "shorten it",
-    }.items():
-        with pytest.raises(ValueError, match=words):
-            call()
-    (tmp_path / "a.png").write_text("no image")
-    for call, words in {
-        lambda: model.vary(tmp_path / "a.png"): "a.png",
-        lambda: model.to("cuda"): "no GPU",
-        lambda: unclip.load(tmp_path / "nothing"): "nothing",
-    }.items():
-        with pytest.raises(unclip.UserError, match=words):
-            call()
 
 
 def test_a_model_is_shown_moved_saved_and_given_another_part(model: unclip.Model, tmp_path: Path) -> None:
@@ -222,10 +217,7 @@ def test_a_project_is_planned_and_run(project: unclip.Project, capsys: pytest.Ca
     assert "nothing to do" in capsys.readouterr().out
     project.run(until="codec", quiet=True)
     assert capsys.readouterr().out == ""
-    with pytest.raises(unclip.UserError, match="unclip run makes them"):
-        project.artifact("decoder")
-    with pytest.raises(unclip.UserError, match="unknown stage decodr"):
-        project.run(until="decodr")
+    refuses({lambda: project.artifact("decoder"): "unclip run makes them"})
 
 
 def test_values_open_as_their_file_does(undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -234,8 +226,7 @@ def test_values_open_as_their_file_does(undisturbed: Undisturbed, tmp_path: Path
     of_file, of_values = (unclip.open(source, "decoder.seed=1").plan() for source in (path, values))
     assert of_file == of_values
     assert of_file != unclip.open(path).plan()
-    with pytest.raises(unclip.UserError, match="did you mean decoder"):
-        unclip.open(values, "decodr.seed=1")
+    refuses({lambda: unclip.open(values, "decodr.seed=1"): "did you mean decoder"})
 
 
 def test_artifacts_are_tables_files_and_models(project: unclip.Project, tmp_path: Path) -> None:
@@ -250,15 +241,14 @@ def test_artifacts_are_tables_files_and_models(project: unclip.Project, tmp_path
     assert clip.model().embed_dim == len(table["image_embedding"][0])
     assert project.artifact("codec").model().buckets == 1024
     assert (clip.save(tmp_path) / "open_clip_config.json").read_bytes() == clip.read("open_clip_config.json")
-    for call, words in {
+    calls: dict[Callable[[], object], str] = {
         lambda: embeddings.table("images"): "has no table images; it has embeddings",
         lambda: embeddings.model(): "not a model",
         lambda: clip.read("nothing"): "has no file nothing",
         lambda: project.artifact("pairs").table("images"): "not a table",
         lambda: next(clip.tables()): "has no rows",
-    }.items():
-        with pytest.raises(unclip.UserError, match=words):
-            call()
+    }
+    refuses(calls)
 
 
 def test_pairs_are_read_in_many_ways(project: unclip.Project, tmp_path: Path) -> None:
@@ -272,8 +262,7 @@ def test_pairs_are_read_in_many_ways(project: unclip.Project, tmp_path: Path) ->
     assert found[3].image_embedding.tolist() == table["image_embedding"][row].as_py()  # type: ignore[union-attr]
     assert list(project.pairs("test")) == []
     assert "data" not in repr(found[0])
-    with pytest.raises(unclip.UserError, match="split 'tests'"):
-        project.pairs("tests")
+    refuses({lambda: project.pairs("tests"): "split 'tests'"})
 
     samples = list(pairs.webdataset())
     assert [sample["__key__"] for sample in samples] == [pair.key for pair in found]
@@ -304,7 +293,6 @@ def test_pairs_are_a_ray_dataset(project: unclip.Project) -> None:
     for pair in pairs:
         assert rows[pair.key]["captions"] == pair.captions
         assert rows[pair.key]["data"] == pair.data
-    assert Image.open(io.BytesIO(next(iter(rows.values()))["data"])).format == "JPEG"
 
 
 def test_a_model_trained_on_tensors_is_that_of_the_pipeline(undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -359,11 +347,8 @@ def test_every_kind_of_model_is_trained_on_tensors(stage: str, capsys: pytest.Ca
 
 def test_a_decoder_that_whitens_measures_the_rows_that_it_is_given() -> None:
     image = torch.nn.functional.normalize(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    data = {
-        "image": torch.zeros(8, 3, 64, 64, dtype=torch.uint8),
-        "captions": ["a picture"] * 8,
-        "image_embedding": image,
-    }
+    pixels = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
+    data = {"image": pixels, "captions": ["a picture"] * 8, "image_embedding": image}
     model, _ = train("decoder", data, device="cpu", samples=8, batch=8, progress=False, model={"whiten": True})
     torch.testing.assert_close(model.whitening.mean, image.mean(0))
 
@@ -386,47 +371,27 @@ def test_weights_to_begin_with_are_taken(tmp_path: Path) -> None:
 
 
 EMBEDDINGS = {"image_embedding": torch.zeros(2, 16), "text_embedding": torch.zeros(2, 16)}
-MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
-    "fetched": (lambda: unclip.train("clip", {}, weights="open_clip:ViT-B-32:laion2b_s34b_b79k"), "leave weights out"),
-    "blob": (lambda: unclip.train("clip", {}, init_from="0" * 64), "name a file"),
-    "unknown": (lambda: unclip.train("decodr", {}), "unknown model decodr"),
-    "one string": (lambda: unclip.train("diffusion_prior", {"captions": "ab", **EMBEDDINGS}), "give a list of strings"),
-    "no string": (
-        lambda: unclip.train("diffusion_prior", {"captions": [None], **EMBEDDINGS}),
-        "give a list of strings",
-    ),
-    "words": (
-        lambda: train("diffusion_prior", {"captions": ["a"], "image_embedding": ["b"]}),
-        "image_embedding: not numbers",
-    ),
-    "lengths": (
-        lambda: train("diffusion_prior", {"captions": ["a"] * 2, **EMBEDDINGS, "text_embedding": torch.zeros(2, 12)}),
-        "embeddings of one CLIP have one length",
-    ),
-    "flat": (
-        lambda: train("diffusion_prior", {"captions": ["a"], **EMBEDDINGS, "text_embedding": torch.zeros(2)}),
-        r"text_embedding has shape \[2\]",
-    ),
-    "floats": (
-        lambda: train("diffusion_prior", {"tokens": torch.zeros(2, 77), **EMBEDDINGS}),
-        "give whole numbers",
-    ),
-    "recipe": (lambda: unclip.train("decoder", {}, sample=3), "did you mean samples"),
-    "missing": (lambda: train("diffusion_prior", {"captions": ["a"]}), "data has no image_embedding"),
-    "codec": (lambda: train("ar_prior", {}), "pass codec="),
-    "clip": (lambda: unclip.train("diffusion_prior", {}, preset="tiny"), "pass clip="),
-    "shape": (lambda: unclip.train("upsampler_256", {"image": torch.zeros(2, 3, 9, 9)}), r"reads \[n, 3, 256, 256\]"),
-    "type": (lambda: unclip.train("upsampler_256", {"image": torch.zeros(2, 3, 256, 256)}), "give uint8"),
-    "rows": (
-        lambda: unclip.train("clip", {"image": torch.zeros(2, 3, 64, 64).byte(), "captions": ["a"]}),
-        "different numbers of rows",
-    ),
-}
+PAIRS: dict[str, Any] = {"captions": ["a", "b"], **EMBEDDINGS}
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_in_training_are_one_line(mistake: str) -> None:
-    call, words = MISTAKES[mistake]
-    with pytest.raises(unclip.UserError, match=words) as raised:
-        call()
-    assert "\n" not in str(raised.value)
+def test_mistakes_in_training_are_one_line() -> None:
+    pixels = torch.zeros(2, 3, 256, 256)
+    calls: dict[Callable[[], object], str] = {
+        lambda: unclip.train("clip", {}, weights="open_clip:ViT-B-32:laion2b_s34b_b79k"): "leave weights out",
+        lambda: unclip.train("clip", {}, init_from="0" * 64): "name a file",
+        lambda: unclip.train("decodr", {}): "unknown model decodr",
+        lambda: unclip.train("decoder", {}, sample=3): "did you mean samples",
+        lambda: unclip.train("diffusion_prior", {}, preset="tiny"): "pass clip=",
+        lambda: unclip.train("upsampler_256", {"image": pixels[..., :9, :9]}): r"reads \[n, 3, 256, 256\]",
+        lambda: unclip.train("upsampler_256", {"image": pixels}): "give uint8",
+        lambda: unclip.train("clip", {"image": pixels[..., :64, :64].byte(), "captions": ["a"]}): "numbers of rows",
+        lambda: train("ar_prior", {}): "pass codec=",
+        lambda: unclip.train("diffusion_prior", PAIRS | {"captions": "ab"}): "give a list of strings",
+        lambda: unclip.train("diffusion_prior", PAIRS | {"captions": [None]}): "give a list of strings",
+        lambda: train("diffusion_prior", {"captions": ["a"], "image_embedding": ["b"]}): "image_embedding: not numbers",
+        lambda: train("diffusion_prior", PAIRS | {"text_embedding": torch.zeros(2, 12)}): "of one CLIP have one length",
+        lambda: train("diffusion_prior", PAIRS | {"text_embedding": torch.zeros(2)}): r"_embedding has shape \[2\]",
+        lambda: train("diffusion_prior", {"tokens": torch.zeros(2, 77), **EMBEDDINGS}): "give whole numbers",
+        lambda: train("diffusion_prior", {"captions": ["a"]}): "data has no image_embedding",
+    }
+    refuses(calls)
