@@ -1,6 +1,6 @@
 """Mistakes that people make: each is one line, exit code 2, and says what to type instead.
 
-Those in values are in tests/pipeline/test_config.py, those in lists in tests/pipeline/data/source/test_stage.py.
+Others in values are in tests/pipeline/test_config.py, and in lists in tests/pipeline/data/source/test_stage.py.
 """
 
 import shlex
@@ -17,8 +17,12 @@ rnu mine.yaml                                     | unknown command rnu; did you
 --verison                                         | unknown option --verison; did you mean --version?
 plan                                              | unclip plan: CONFIG is missing; write unclip plan CONFIG
 plan nowhere.yaml                                 | nowhere.yaml: no such configuration; unclip init writes one
+plan none                                         | none: cannot be read (Is a directory); name a YAML file
 plan mine                                         | mine: no such configuration; did you mean mine.yaml?
 plan list.csv                                     | expected a mapping of stages; if it is a list, unclip init
+plan tab.yaml                                     | tab.yaml: not valid YAML: ~line 2, column 1
+plan empty.yaml                                   | empty.yaml is empty; unclip init writes a configuration
+plan list.yaml                                    | list.yaml: expected a mapping of stages
 run mine.yaml --unitl pairs                       | unclip run: unknown option --unitl; did you mean --until?
 run mine.yaml --until pair                        | unknown stage pair; did you mean pairs?
 run mine.yaml --only decoder                      | --only decoder needs source, ~use --until decoder
@@ -28,9 +32,20 @@ submit mine.yaml --to http://[::1:8265            | http://[::1:8265 is not the 
 run mine.yaml -q -v                               | -v/--verbose ~exclude each other; leave one of them out
 run mine.yaml --decoder.samples=100               | values are written without dashes: decoder.samples=100
 run mine.yaml decoder.samples 100                 | decoder.samples 100: not understood here; ~[KEY=VALUE ...]
+plan mine.yaml decoder.samples=many               | decoder.samples: expected a whole number, got 'many'
+plan mine.yaml decoder.samles=100                 | decoder.samles: unknown key; did you mean samples?
+plan mine.yaml decodr.samples=100                 | decodr: unknown key; did you mean decoder?
+plan mine.yaml preset=hug                         | preset: 'hug' is not one of nano, tiny, small
 plan mine.yaml decoder.model.dropout=2            | dropout is 2.0: use a share from 0 up to but not including 1
+plan mine.yaml decoder=3                          | decoder: expected a mapping, got 3
+plan mine.yaml project=../up                      | '../up' is not a plain name; use letters, digits
 plan mine.yaml store=list.csv                     | store list.csv: is a file; name a folder
 plan mine.yaml run.trackers=tensorboard           | run.trackers: expected a list, got ~; write [tensorboard]
+plan mine.yaml source.paths=[gone.csv]            | gone.csv: no such file or folder in
+plan mine.yaml source.paths=list.csv              | source.paths: expected a list, got 'list.csv'
+plan mine.yaml source.paths=[semi.csv]            | semi.csv: its columns are separated by ';' ~save it with commas
+plan mine.yaml source.paths=[bare.csv]            | bare.csv: no column caption; it has url
+plan mine.yaml source.paths=[header.csv]          | header.csv: no rows
 plan mine.yaml clip.weights=ViT-B-32              | use train, open_clip:NAME:TAG or local-dir:FOLDER
 run mine.yaml --events none/none/file             | --events none/none/file: cannot be written ~name a file in a folder
 run mine.yaml --replay pairs                      | --replay pairs: only a training has steps
@@ -108,6 +123,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     row = "http://closed.test/a.png"
     texts = {
         "list.csv": f"url,caption\n{row},a\n",
+        "semi.csv": f"url;caption\n{row};a\n",
+        "bare.csv": f"url\n{row}\n",
+        "header.csv": "url,caption\n",
+        "tab.yaml": "project: p\n\tstore: s\n",
+        "empty.yaml": "",
+        "list.yaml": "- a\n",
         "cat.gif": "GIF89a",
         "array.jsonl": '[{"url": "a.png", "caption": "a"}]\n',
         "book.xlsx": "PK\3\4",
