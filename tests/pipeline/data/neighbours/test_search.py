@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.cli import main
 from models.clip import Clip
 from models.tokens import cut_tokens, tokenize
 from pipeline.data.embeddings.stage import read_embeddings
@@ -14,7 +13,7 @@ from pipeline.data.neighbours.search import embed_caption, embed_image, look_up,
 from pipeline.data.pairs.row_index import SPLITS, read_images
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_shards
-from tests.pipeline.data.bench import Bench, picture, save_clip, write_list, write_listed
+from tests.pipeline.data.bench import Bench, picture, save_clip, write_listed
 
 ROWS = 14
 
@@ -26,13 +25,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     images = [picture(i, 400 if i == 3 else 80) for i in range(ROWS)]
     splits = ["validation" if i == 5 else "test" if i == 11 else "train" for i in range(ROWS)]
     path = write_listed(folder, images, splits, caption="picture\n{}")
-    bench = Bench(
-        folder / "store",
-        [path],
-        clip={"weights": save_clip(folder / "clip")},
-        pairs={"encode_format": "png", "encode_quality": 1},
-        run={"index": {"workers": 0}},
-    )
+    png = {"encode_format": "png", "encode_quality": 1}
+    bench = Bench(folder / "store", [path], clip={"weights": save_clip(folder / "clip")}, pairs=png)
     bench.make("source", "captions", "pairs", "clip", "embeddings", "curation", "index")
     return bench
 
@@ -101,22 +95,3 @@ def test_a_file_that_is_no_picture(bench: Bench, tmp_path: Path) -> None:
     for name, why in (("a.txt", "taken"), ("absent.png", "read")):
         with pytest.raises(UserError, match=f"{name}: cannot be {why}"):
             embed_image(bench.store, bench.made["clip"], str(tmp_path / name))
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (("a heart",), "nano: not made for the current list and recipes: captions, clip, curation, pairs, index;"),
-        (("a heart", "--count", "0"), "--count 0 is below 1"),
-    ],
-)
-def test_the_command_says_what_is_missing(
-    words: tuple[str, ...], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tmp_path / "nano.yaml"
-    config.write_text(
-        f"project: nano\npreset: nano\nstore: {tmp_path}/store\nsource: {{paths: [{tmp_path}/list.csv]}}\n"
-    )
-    write_list(tmp_path / "list.csv", [("http://a.test/b.png", "b", "train")])
-    assert main(["data", "search", str(config), *words]) == 2
-    assert f"error: {says}" in capsys.readouterr().err

@@ -29,7 +29,6 @@ class Costly(ImageDecoder):
     def prepare(
         self, data: bytes, max_pixels: int, storing: Storing, work: Decoding | None = None
     ) -> StoredImage | str:
-        assert work is not None
         work.pixels, work.seconds = self.pixels, work.limit.seconds(self.pixels)
         self.total += work.seconds
         self.asked += 1

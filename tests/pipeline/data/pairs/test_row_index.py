@@ -5,14 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.pairs.row_index import (
-    INDEX_COLUMNS,
-    STAGE_SIDES,
-    Place,
-    index_counts,
-    index_table,
-    read_images,
-)
+from pipeline.data.pairs.row_index import INDEX_COLUMNS, STAGE_SIDES, Place, index_counts, index_table, read_images
 from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import read_table, write_table
 from pipeline.store import Store
