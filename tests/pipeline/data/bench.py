@@ -113,9 +113,9 @@ def picture(seed: int, width: int = 80, height: int = 72, kind: str = "PNG") -> 
     return out.getvalue()
 
 
-def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
+def write_tar(path: Path, members: Mapping[str, bytes], mode: Any = "w") -> Path:
     """Writes a tar of these files, in order."""
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, mode) as tar:
         for name, data in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)

@@ -25,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
 from pipeline.store import open_store
 from tests.chain import ROOT
+from tests.pipeline.data.bench import write_tar
 
 PROBES = "import pipeline.data.source.child as c; c.READERS['{0}'] = 'tests.pipeline.data.source.probes:{0}'; c.main()"
 
@@ -108,6 +109,16 @@ def test_what_may_end_elsewhere_next_time_refuses_the_list(
     assert len(str(refused.value).splitlines()) == 1
 
 
+def rows_of_a_liar(folder: Path, monkeypatch: pytest.MonkeyPatch, lies: bytes) -> list[Any]:
+    """What is read of a child that has been taken over, and answers so."""
+    (folder / "lies").write_bytes(lies)
+    code = f"from tests.pipeline.data.source.probes import lie; lie(open({str(folder / 'lies')!r}, 'rb').read())"
+    monkeypatch.setattr(child, "_COMMAND", (sys.executable, "-P", "-c", code))
+    (folder / "a.csv").write_bytes(b"x")
+    with ListReader() as reader:
+        return list(reader.rows("text", folder / "a.csv", 2))
+
+
 @pytest.mark.parametrize(
     "batch",
     [
@@ -128,12 +139,7 @@ def test_what_may_end_elsewhere_next_time_refuses_the_list(
 def test_what_is_no_row_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: str) -> None:
     body = batch.replace("'", '"').encode()
     message = json.dumps(["rows", len(body) if body else 1 << 40]).encode() + b"\n" + body
-    code = f"from tests.pipeline.data.source.probes import lie; lie({message!r})"
-    monkeypatch.setattr(child, "_COMMAND", (sys.executable, "-P", "-c", code))
-    path = tmp_path / "a.csv"
-    path.write_bytes(b"x")
-    with ListReader() as reader:
-        (row,) = reader.rows("text", path, 2)
+    (row,) = rows_of_a_liar(tmp_path, monkeypatch, message)
     assert isinstance(row, Flaw)
     assert "sent something other than rows" in row.what
 
@@ -152,14 +158,8 @@ def test_a_child_that_never_ends_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str, body: str, times: int
 ) -> None:
     monkeypatch.setattr(child, "WAIT_S", 10.0)
-    lies = tmp_path / "lies"
-    lies.write_bytes((json.dumps([message, len(body)]) + "\n" + body).encode() * times)
-    code = f"from tests.pipeline.data.source.probes import lie; lie(open({str(lies)!r}, 'rb').read())"
-    monkeypatch.setattr(child, "_COMMAND", (sys.executable, "-P", "-c", code))
-    path = tmp_path / "a.csv"
-    path.write_bytes(b"x")
-    with ListReader() as reader:
-        found = list(reader.rows("text", path, 2))
+    lies = (json.dumps([message, len(body)]) + "\n" + body).encode() * times
+    found = rows_of_a_liar(tmp_path, monkeypatch, lies)
     assert len(found) <= 100_001
     assert "sent something other than rows" in found[-1].what
 
@@ -203,12 +203,8 @@ def test_a_list_that_is_cut_is_the_same_list_each_time(tmp_path: Path) -> None:
 
 
 def test_a_tar_whose_name_is_not_utf8_loses_one_flawed_row_alone(tmp_path: Path) -> None:
-    path = os.path.join(tmp_path, os.fsdecode(b"a\xff.tar"))
-    with tarfile.open(path, "w") as tar:
-        for name, data in {"0.jpg": b"x", "0.txt": b"\xff", "1.jpg": b"x", "1.txt": b"a cat"}.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    members = {"0.jpg": b"x", "0.txt": b"\xff", "1.jpg": b"x", "1.txt": b"a cat"}
+    path = str(write_tar(tmp_path / os.fsdecode(b"a\xff.tar"), members))
     flawed, sound = read_rows(path, SourceRecipe((path,)))
     assert flawed.reject == "not_utf8"
     assert "a\\udcff.tar" in flawed.flaw

@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +103,10 @@ def test_lists_at_once_or_one_by_one_are_cut_as_by_a_set(lists: list[list[str]],
         recipe = SourceRecipe(tuple(paths), shard_rows=3)
         once, one_by_one = open_store(f"{folder}/once"), open_store(f"{folder}/one")
         expected = scan(recipe, once, write=True, journal=journal)
-        assert _rejects(once, expected) == _by_a_set(lists, urls)
+        rejects = _rejects(once, expected)
+        assert rejects == _by_a_set(lists, urls)
+        counted = sum((Counter(shard.ledger.rejected) for shard in expected.shards), Counter[str]())
+        assert counted == Counter(reject for reject in rejects if reject)
         before: list[source.SourceShard] = []
         for i in range(len(paths)):
             grown = replace(recipe, paths=tuple(paths[: i + 1]))

@@ -68,23 +68,11 @@ def test_what_is_forgotten_goes_by_any_spelling_of_its_url(tmp_path: Path, store
     assert [row["url"] for row in read_table(store, shard.refs).to_pylist()] == ["", "", listed[2]]
 
 
-def test_what_is_forgotten_stays_so_in_lists_to_come(tmp_path: Path, store: Store) -> None:
-    journal = ListJournal(forgotten=frozenset({reference_mark("http://h/b2.png")}))
-    first = scan(_recipe(tmp_path, "a"), store, write=True, journal=journal)
-    assert first.shards == scan(_recipe(tmp_path, "a"), store, write=True).shards
-    grown = scan(_recipe(tmp_path, "a", "b"), store, write=True, journal=journal)
-    assert grown.shards[: len(first.shards)] == first.shards
-    assert sum(shard.ledger.rejected.get("forgotten", 0) for shard in grown.shards) == 1
-
-
 def test_rows_tried_again_are_a_segment_that_later_lists_do_not_move(tmp_path: Path, store: Store) -> None:
     recipe = _recipe(tmp_path, "a")
     plain = scan(recipe, store, write=True)
-    rows = [
-        {"url": f"http://h/a{i}.png", "captions": [f"a {i}"], "split": "test"}
-        | dict.fromkeys(("group", "sha256", "license", "attribution"), "")
-        for i in (3, 7)
-    ]
+    others = dict.fromkeys(("group", "sha256", "license", "attribution"), "")
+    rows = [{"url": f"http://h/a{i}.png", "captions": [f"a {i}"], "split": "test"} | others for i in (3, 7)]
     journal = ListJournal(retries=(put_blob(store, write_table(pa.Table.from_pylist(rows))),))
     again = scan(recipe, store, write=True, journal=journal)
     assert again.shards[:-1] == plain.shards
@@ -96,10 +84,11 @@ def test_rows_tried_again_are_a_segment_that_later_lists_do_not_move(tmp_path: P
 
 
 def test_what_is_forgotten_stays_so_wherever_it_was_cut_before(tmp_path: Path, store: Store) -> None:
-    """While its list is out of the configuration, and for a project that has forgotten nothing."""
+    """While its list is out of the configuration, and for a project that has forgotten nothing. Other lists stay."""
     journal = ListJournal(forgotten=frozenset({reference_mark("http://h/b2.png")}))
-    grown = _recipe(tmp_path, "a", "b")
+    first, grown = _recipe(tmp_path, "a"), _recipe(tmp_path, "a", "b")
     before = scan(grown, store, write=True)
+    assert scan(first, store, write=True, journal=journal).shards == scan(first, store, write=True).shards
     again = scan(grown, store, write=True, journal=journal)
     assert again != before
     assert sum(shard.ledger.rejected.get("forgotten", 0) for shard in again.shards) == 1
@@ -161,11 +150,8 @@ def test_failed_rows_are_fetched_again_and_nothing_else_is(tmp_path: Path) -> No
     assert second.made["pairs"].ledger == Ledger(kept=7, rejected={"http_4xx": 2}, deferred={"http_5xx": 4})
     assert second.blobs("pairs")[:3] == first.blobs("pairs")
     again = [row for row in second.rows("pairs") if row["key"].startswith("5")]
-    assert [(row["url"], row["reason"]) for row in again] == [
-        ("http://h/1.png", None),
-        ("http://h/6.png", "http_5xx"),
-        ("http://h/7.png", "http_4xx"),
-    ]
+    ends = {row["url"]: row["reason"] for row in again}
+    assert ends == {"http://h/1.png": None, "http://h/6.png": "http_5xx", "http://h/7.png": "http_4xx"}
     captions = read_table(second.store, read_shards(second.store, second.made["captions"])[-1].blobs["captions"])
     assert captions["captions"].to_pylist() == [["picture 1"], ["picture 6"], ["picture 7"]]
 
