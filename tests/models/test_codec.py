@@ -34,25 +34,15 @@ def test_digitize_equals_numpy_also_on_edges_and_outside() -> None:
     assert ours.max() == 31
 
 
-def projection_error(codec: Codec, z: torch.Tensor) -> torch.Tensor:
-    """Squared error of PCA alone, [n]."""
-    return (z.double() - codec.mean - codec.project(z) @ codec.components).square().sum(-1)
-
-
 def test_round_trip() -> None:
     z = rows()
     codec = make_codec(z, k=24)
-    assert projection_error(codec, z).max() < 1e-20  # all components: PCA alone is exact
+    lost = z.double() - codec.mean - codec.project(z) @ codec.components
+    assert lost.square().sum(-1).max() < 1e-20  # all components: PCA alone is exact
     error = (z - codec.decode(codec.encode(z))).double().square().sum(-1).mean()
     assert 0 < error < 0.01 * codec.variance.sum()
     finer = make_codec(z, k=24, buckets=128)
     assert (z - finer.decode(finer.encode(z))).double().square().sum(-1).mean() < error / 2
-
-
-def test_few_components_lose_the_variance_of_the_rest() -> None:
-    z = rows()
-    lost = projection_error(make_codec(z, k=10), z).sum() / (len(z) - 1)
-    torch.testing.assert_close(lost, make_codec(z, k=24).variance[10:].sum(), rtol=1e-9, atol=0)
 
 
 def test_codes_do_not_depend_on_the_batch_or_on_autocast() -> None:

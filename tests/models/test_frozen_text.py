@@ -130,22 +130,17 @@ def test_a_caption_that_clip_cuts_is_cut_as_clip_cuts_it(clip: Clip, tower: Froz
 
 
 def test_how_long_other_captions_of_a_batch_are_does_not_matter(tower: FrozenTower) -> None:
+    """In sampling to the last bit; a training may leave out what no caption of its batch needs."""
     caption = FrozenCaption(tower.sizes, DIM, 20, 24)
     tower.put_into(caption)
     keep = torch.ones(4, dtype=torch.bool)
     with torch.no_grad():
         together = caption(tokenize(CAPTIONS), keep)
         alone = torch.cat([caption(tokenize([one]), keep[:1]) for one in CAPTIONS])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-
-
-def test_to_the_bit_an_image_has_the_same_caption_beside_a_longer_one(tower: FrozenTower) -> None:
-    """In sampling; a training may leave out what no caption of its batch needs."""
-    caption = FrozenCaption(tower.sizes, DIM, 20, 24).eval()
-    tower.put_into(caption)
-    keep = torch.ones(2, dtype=torch.bool)
-    with torch.no_grad():
-        short, long = (caption(tokenize(["a cat", other]), keep)[0] for other in ("an owl", "an owl on a red roof"))
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+        caption.eval()
+        pairs = (tokenize(["a cat", other]) for other in ("an owl", "an owl on a red roof"))
+        short, long = (caption(pair, keep[:2])[0] for pair in pairs)
     assert torch.equal(short, long)
 
 

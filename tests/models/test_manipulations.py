@@ -150,8 +150,6 @@ def test_a_text_difference_turns_the_embedding_towards_the_new_caption(unclip: U
     assert not strip.embedding.requires_grad
     with pytest.raises(ValueError, match="got 0 seeds or shares"):
         unclip.text_difference(one, "a cat", "a dog", [])
-    with pytest.raises(ValueError, match="both captions have the same embedding"):
-        unclip.text_difference(one, "a cat", "a cat", [0.5])
 
 
 def test_where_a_prior_has_a_regression_a_text_difference_is_that_of_its_image_embeddings(
@@ -173,8 +171,6 @@ def test_principal_components_are_drawn_from_one_noise(unclip: UnCLIP) -> None:
     torch.testing.assert_close(swept.embedding, expected)
     again = unclip.principal_components(embedding, [2], seed=7, size=64)
     assert (again.images[16][0].int() - swept.images[16][1].int()).abs().max() <= 1
-    with pytest.raises(ValueError, match="cannot keep 5 principal components"):
-        unclip.principal_components(embedding, [5])
     with pytest.raises(ValueError, match="this bundle has no codec"):
         replace(unclip, ar_prior=None, codec=None).principal_components(embedding, [1])
 

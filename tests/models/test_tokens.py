@@ -27,17 +27,8 @@ def test_importing_needs_no_network() -> None:
 
 
 def test_tokens_are_open_clips() -> None:
-    captions = [
-        "a red fox",
-        "",
-        "!!!",
-        "two\n  lines\tand 😀",
-        "A fox I",
-        "cats &amp; dogs",
-        "ÅÉ",
-        "cafÃ©",
-        "word " * 200,
-    ]
+    captions = ["a red fox", "", "!!!", "two\n  lines\tand 😀", "A fox I", "cats &amp; dogs", "ÅÉ", "cafÃ©"]
+    captions.append("word " * 200)
     assert torch.equal(tokenize(captions), open_clip.get_tokenizer("ViT-L-14")(captions))
 
 

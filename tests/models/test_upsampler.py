@@ -14,6 +14,7 @@ from models.image_configs import UpsamplerConfig
 from models.nn.unet import Attention
 from models.pixels import from_uint8, resize, to_uint8
 from models.upsampler import Upsampler, corrupted_low, random_crop, sampling_low, upsampler_denoise, upsampler_loss
+from pipeline.config import preset_config
 
 CONFIG = UpsamplerConfig(
     low_size=16, image_size=64, channels=16, depth=1, multipliers=(1, 2), dropout=0.0, prediction="v"
@@ -95,18 +96,6 @@ def test_an_upsampler_that_predicts_the_image_begins_with_the_enlarged_one() -> 
         torch.testing.assert_close(model(noise, t, low), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"patch": 2}, {"patch": 2, "pixel_channels": 5}])
-def test_it_learns_on_crops_and_runs_at_any_full_size(changes: dict[str, int]) -> None:
-    model = Upsampler(dataclasses.replace(CONFIG, **changes))
-    losses = upsampler_loss(model, {"image": stripes(3)}, Draw([(0, 3)]))
-    assert losses.total.shape == (3,)
-    for height, width in ((16, 16), (64, 64), (64, 96)):
-        low = torch.zeros(2, 3, height // 4, width // 4)
-        out = model(torch.zeros(2, 3, height, width), torch.tensor([0, 999]), low)
-        assert out.shape == (2, 3, height, width)
-        assert out.dtype == torch.float32
-
-
 def test_max_snr_weighs_the_squared_error() -> None:
     torch.manual_seed(0)
     model, batch, draw = Upsampler(CONFIG).eval(), {"image": stripes(8)}, Draw([(0, 8)])
@@ -169,8 +158,6 @@ def test_a_second_network_takes_timestep_0_alone_and_training_reaches_it() -> No
     with torch.no_grad():
         expected = torch.where((t == 0).view(3, 1, 1, 1), model.last_unet(both, t), model.unet(both, t))
         assert torch.equal(model.train()(x_t, t, low), expected)
-        assert torch.equal(model.eval()(x_t, t, low), expected)
-        assert torch.equal(model(x_t[:1], t[:1], low[:1]), model.unet(both[:1], t[:1]))
     for step in (torch.tensor([700, 5, 1]), t):
         model.train().zero_grad()
         model(x_t, step, low).sum().backward()
@@ -197,22 +184,9 @@ def test_it_learns_to_sharpen() -> None:
     assert error < 0.7 * bicubic
 
 
-@pytest.mark.parametrize(
-    ("config", "millions"),
-    [
-        (UpsamplerConfig(), 700),
-        (
-            UpsamplerConfig(
-                low_size=256, image_size=1024, channels=192, depth=2, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0,
-                corruption="bsr", schedule="linear",
-            ),
-            300,
-        ),
-    ],
-    ids=["256", "1024"],
-)  # fmt: skip
-def test_the_paper_s_upsamplers_have_its_sizes_and_no_attention(config: UpsamplerConfig, millions: int) -> None:
+@pytest.mark.parametrize(("stage", "millions"), [("upsampler_256", 700), ("upsampler_1024", 300)])
+def test_the_paper_s_upsamplers_have_its_sizes_and_no_attention(stage: str, millions: int) -> None:
     with torch.device("meta"):
-        model = Upsampler(config)
+        model = Upsampler(getattr(preset_config("paper"), stage).model)
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.15)
     assert not any(isinstance(module, Attention) for module in model.modules())
