@@ -3,9 +3,7 @@
 import json
 import pickle
 import re
-import shutil
 import socket
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -19,9 +17,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from models.clip import TOKENIZER_FILES, Clip
-from models.decoder import Decoder
-from models.folder import save_model
-from models.image_configs import DecoderConfig
 from models.tensors import shapes_only
 from models.view import view
 from pipeline.data.embeddings.encoder import OpenEncoder
@@ -35,16 +30,9 @@ from tests.models.test_clip import VIT, views
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_folder_that_lacks_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no open_clip_config.json"):
         Clip.from_folder(tmp_path)
-    Clip.build(VIT, seed=0).save(tmp_path)
-    (tmp_path / "open_clip_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no open_clip_model.safetensors"):
-        Clip.from_folder(tmp_path)
-
-
-def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     Clip.build(VIT, seed=0).save(tmp_path)
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ValueError, match="holds no CLIP that open_clip can load"):
@@ -173,6 +161,16 @@ def test_an_own_tokenizer_that_is_not_there_is_one_line(siglip: Path, monkeypatc
         Clip.from_folder(siglip)
 
 
+class Evil:
+    """Touches a file where it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.folder / "ran",))
+
+
 EVIL = """
 from pathlib import Path
 from transformers import PreTrainedTokenizerFast
@@ -248,15 +246,6 @@ def test_a_folder_sends_open_clip_nowhere_else(
     assert "\n" not in str(refused.value)
 
 
-def test_a_tokenizer_names_no_file_of_the_machine(siglip: Path) -> None:
-    path = siglip / "tokenizer_config.json"
-    path.write_text(json.dumps({"special_tokens_map_file": "/home/a/special_tokens_map.json", "vocab_file": None}))
-    Clip.from_folder(siglip)
-    path.write_text(json.dumps({"vocab_file": "/etc/passwd"}))
-    with pytest.raises(ValueError, match=r"names a file of this machine \(vocab_file\)"):
-        Clip.from_folder(siglip)
-
-
 @pytest.mark.parametrize("name", ["hf-hub:evil/model", "local-dir:/tmp"])
 def test_a_name_is_one_of_open_clips_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *_, **__: pytest.fail("the hub was asked"))
@@ -266,12 +255,8 @@ def test_a_name_is_one_of_open_clips_own(name: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("suffix", [".pt", ".npz"])
 def test_named_weights_that_are_a_pickle_run_nothing(suffix: str, tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple:
-            return Path.touch, (tmp_path / "ran",)
-
     weights = tmp_path / f"weights{suffix}"
-    weights.write_bytes(pickle.dumps(Evil(), protocol=2))
+    weights.write_bytes(pickle.dumps(Evil(tmp_path), protocol=2))
     with pytest.raises(ValueError, match="could not be loaded") as refused:
         Clip.pretrained("ViT-B-32", str(weights))
     assert "\n" not in str(refused.value)
@@ -316,14 +301,18 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(siglip: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", [{"vocab": "PATH"}, {"sp_model_kwargs": {"model_file": "PATH"}}, {"a": [{"b": "PATH"}]}]
+    "said",
+    [{"vocab_file": "PATH"}, {"vocab": "PATH"}, {"sp_model_kwargs": {"model_file": "PATH"}}, {"a": [{"b": "PATH"}]}],
 )
 def test_a_tokenizer_names_no_file_by_any_field(said: dict, siglip: Path, tmp_path: Path) -> None:
     (tmp_path / "credentials").write_text("secret")
     said = json.loads(json.dumps(said).replace("PATH", str(tmp_path / "credentials")))
+    harmless = {"special_tokens_map_file": "/home/a/special_tokens_map.json", "vocab_file": None}
+    (siglip / "tokenizer_config.json").write_text(json.dumps(harmless))
+    Clip.from_folder(siglip)
     for name in TOKENIZER_FILES:
         (siglip / name).write_text(json.dumps({"eos_token": "</s>", "unk_token": "."} | said))
-        with pytest.raises(ValueError, match=rf"{name} names a file of this machine \((vocab|model_file|b)\)"):
+        with pytest.raises(ValueError, match=rf"{name} names a file of this machine \((vocab(_file)?|model_file|b)\)"):
             Clip.from_folder(siglip)
         (siglip / name).unlink()
 
@@ -348,14 +337,6 @@ def test_a_link_in_a_clip_folder_leads_nowhere_but_into_the_cache_of_the_hub(sig
     Clip.from_folder(cached)
 
 
-class Evil:
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (self.folder / "ran",))
-
-
 def test_a_pickle_beside_the_weights_is_not_read_and_none_in_their_place(tmp_path: Path) -> None:
     Clip.build(VIT, seed=0).save(tmp_path)
     for name in ("open_clip_pytorch_model.bin", "open_clip_model.pth", "pytorch_model.bin", "model.pt"):
@@ -368,79 +349,6 @@ def test_a_pickle_beside_the_weights_is_not_read_and_none_in_their_place(tmp_pat
     with pytest.raises(FileNotFoundError, match=r"has no open_clip_model.safetensors"):
         Clip.from_folder(tmp_path)
     assert not (tmp_path / "ran").exists()
-
-
-GREEDY = """
-import json, resource, sys, time
-from pathlib import Path
-from models import interchange
-from models.clip import Clip
-from models.folder import load_model
-load = vars(interchange) | {"clip": Clip.from_folder, "model": load_model}
-load, folder, small = load[sys.argv[1]], sys.argv[2], sys.argv[3]
-load(small)  # what libraries take
-before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-try:
-    load(folder)
-except ValueError as error:
-    print(json.dumps(str(error)))
-print(time.process_time() - began, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
-
-
-def greed(kind: str, folder: Path, small: Path) -> tuple[str, float, float]:
-    """The error, the processor seconds and the MiB that it takes a process of its own to refuse a folder."""
-    words = [sys.executable, "-c", GREEDY, kind, str(folder), str(small)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=300, cwd=ROOT)
-    said, spent = done.stdout.splitlines()
-    return json.loads(said), *map(float, spent.split())  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"vision_cfg": {"width": 8192, "layers": 48}},
-        {"vision_cfg": {"layers": 10**7}},
-        {"vision_cfg": {"image_size": 2048, "patch_size": 1, "width": 8192}},
-        {"text_cfg": {"width": 8192, "layers": 48}},
-        {"text_cfg": {"layers": 10**7}},
-        {"embed_dim": 10**7},
-    ],
-    ids=["wide images", "deep images", "many patches", "wide text", "deep text", "wide embeddings"],
-)
-def test_a_configuration_takes_no_more_than_its_weights_hold(change: dict, tmp_path: Path) -> None:
-    """A folder of 13 MB could take 38 GB, or time without end."""
-    small, folder = tmp_path / "small", tmp_path / "clip"
-    Clip.build(VIT, seed=0).save(small)
-    shutil.copytree(small, folder)
-    document = json.loads((folder / "open_clip_config.json").read_text())
-    for tower, values in change.items():
-        inner = document["model_cfg"][tower]
-        document["model_cfg"][tower] = inner | values if isinstance(inner, dict) else values
-    (folder / "open_clip_config.json").write_text(json.dumps(document))
-    said, seconds, size = greed("clip", folder, small)
-    assert "describes a larger model: fetch both again" in said
-    assert "\n" not in said
-    assert seconds < 5
-    assert size < 100
-
-
-@pytest.mark.parametrize("change", [{"depth": 10**7}, {"channels": 2**20}, {"text_depth": 10**7}])
-def test_a_models_configuration_takes_no_more_than_its_weights_hold(change: dict, tmp_path: Path) -> None:
-    small, folder = tmp_path / "small", tmp_path / "decoder"
-    config = DecoderConfig(
-        image_size=16, channels=32, depth=1, multipliers=(1, 2), head_channels=32, attention_resolutions=(8,),
-        text_context=4, text_width=32, text_depth=1, text_heads=1,
-    )  # fmt: skip
-    save_model(small, Decoder(config, embed_dim=32))
-    shutil.copytree(small, folder)
-    document = json.loads((folder / "config.json").read_text())
-    document["config"] |= change
-    (folder / "config.json").write_text(json.dumps(document))
-    said, seconds, size = greed("model", folder, small)
-    assert "describes a larger model: fetch both again" in said
-    assert seconds < 5
-    assert size < 100
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "ViT-B-16-SigLIP", "convnext_base", "ViTamin-S", "coca_ViT-B-32"])
