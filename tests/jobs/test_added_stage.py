@@ -48,9 +48,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, pictures: str) -> Path:
 @pytest.mark.slow
 def test_it_is_probed_checked_and_goes_into_a_rayjob(code: Path, config: Path, s3: Server) -> None:
     probed = done(unclip(code, "plan", config, "--probe"))
-    assert re.search(r"^ +brightness +stale .*, about [0-9.]+ m?s$", probed, re.MULTILINE), (
-        probed
-    )  # and not "(a guess)"
+    assert re.search(r"^ +brightness +stale .*, about [0-9.]+ m?s$", probed, re.MULTILINE)  # and not "(a guess)"
     assert "problems: 0" in unclip(code, "doctor", config).stdout
     there = (f"store={s3.url}/added", "run.kubernetes.image=image", "run.kubernetes.secret=keys")
     elsewhere = s3.endpoint.replace("127.0.0.1", "127.1")  # another name, for one that says loopback is refused
@@ -67,9 +65,9 @@ def unclip(code: Path, *words: object, **changed: str) -> Finished:
 
 def test_every_command_finds_it(code: Path, config: Path) -> None:
     until = ("--until", "brightness")
-    assert "brightness" in done(unclip(code, "plan", config))
     said = done(unclip(code, "run", config, *until))
-    assert "\nbrightness " in said
+    assert "\n  brightness " in said  # in the plan
+    assert "\nbrightness " in said  # in the table at the end
     values = yaml.safe_load(config.read_text())
     store = open_store(values["store"])
     (record,) = store.list("artifacts/brightness/")

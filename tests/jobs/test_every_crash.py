@@ -26,22 +26,16 @@ import jobs.cli
 import jobs.data
 import jobs.run
 import pipeline.data
+from pipeline.build import build
+from pipeline.config import make_config
 from pipeline.data.codec import fit as codec_fit
-from pipeline.data.codec.stage import VERSION as CODEC
-from pipeline.data.codec.stage import CodecRecipe, run_codec
 from pipeline.data.curation import near_rows
-from pipeline.data.curation.stage import VERSION as CURATION
-from pipeline.data.curation.stage import CurationRecipe, run_curation
-from pipeline.data.curation.thresholds import VERSION as THRESHOLDS
-from pipeline.data.curation.thresholds import ThresholdsRecipe, run_thresholds
 from pipeline.data.neighbours import indices
-from pipeline.data.neighbours.stage import VERSION as INDEX
-from pipeline.data.neighbours.stage import IndexRecipe, run_index
 from pipeline.data.source.journal import read_journal
 from pipeline.graph import shards
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, read_shards
-from pipeline.graph.stages import Stage
 from pipeline.store import Store
+from pipeline.store.records import blob_path
 from tests.chain import open_at
 from tests.faults import artifact
 from tests.pipeline.data import vectors
@@ -53,18 +47,19 @@ IN_SHARDS = ("blob.created", "shard.before_record", "shard.after_record")
 IN_ARTIFACTS = ("artifact.before_record", "artifact.after_record")
 IN_DRIVER = ("pin.before_swap", "report.before_replace")
 SLOW = pytest.mark.slow
-STAGES = (
-    Stage("thresholds", THRESHOLDS, ThresholdsRecipe(0.05), ("pairs", "embeddings"), run_thresholds),
-    Stage(
-        "curation",
-        CURATION,
-        CurationRecipe(near_duplicate=0.8, near_held_out=0.8),
-        ("pairs", "captions", "embeddings", "thresholds"),
-        run_curation,
-    ),
-    Stage("index", INDEX, IndexRecipe(256), ("embeddings", "curation"), run_index),
-    Stage("codec", CODEC, CodecRecipe(components=4, buckets=8), ("embeddings", "curation"), run_codec),
-)
+VALUES: dict[str, Any] = {
+    "project": "crash",
+    "preset": "nano",
+    "store": "store",
+    "source": {"paths": ["list.csv"]},
+    "thresholds": {"similarity": 0.05},
+    "curation": {"near_duplicate": 0.8, "near_held_out": 0.8},
+    "index": {"flat_rows": 256},
+    "codec": {"components": 4, "buckets": 8},
+    "ar_prior": {"model": {"buckets": 8}},
+}
+GRAPH = build(make_config(VALUES))
+STAGES = [GRAPH[name] for name in ("thresholds", "curation", "index", "codec")]
 IN_PAIRS = {"Packer", "Encoder"}  # the workers of the stages before
 
 
@@ -188,18 +183,15 @@ def configure(folder: Path, clip: str) -> Path:
         rows = [(f"file://{pictures}/{i}.png", f"picture {i}", "test" if i == 5 else "train") for i in range(16)]
         write_list(folder.parent / "list.csv", rows)
     folder.mkdir(exist_ok=True)
-    values = {
-        "project": "crash",
-        "preset": "nano",
+    stages = ("pairs", "embeddings", "thresholds", "curation", "index", "codec")
+    values = VALUES | {
         "store": str(folder / "store"),
         "source": {"paths": [str(folder.parent / "list.csv")], "shard_rows": 8},
         "clip": {"weights": clip},
         "thresholds": {"similarity": 0.1},
         "curation": {"near_duplicate": 0.999, "near_held_out": 0.999},
-        "codec": {"components": 3, "buckets": 4},
-        "ar_prior": {"model": {"buckets": 4}},
-        "run": {"output": str(folder / "out"), "lease_s": 0.2}
-        | {stage: {"workers": 0} for stage in ("pairs", "embeddings", "thresholds", "curation", "index", "codec")},
+        "codec": {"components": 3, "buckets": 8},
+        "run": {"output": str(folder / "out"), "lease_s": 0.2} | {stage: {"workers": 0} for stage in stages},
     }
     (folder / "crash.yaml").write_text(yaml.safe_dump(values))
     return folder / "crash.yaml"
@@ -279,6 +271,19 @@ def test_in_gc(fetched: Callable[[], Path], tmp_path: Path) -> None:
     assert ours == theirs
     assert ours < before
     assert artifact_path("pairs", artifact(stores[1], "pairs").key) in ours
+
+
+def test_while_damage_is_set_aside(fetched: Callable[[], Path], tmp_path: Path) -> None:
+    calm, killed = (fetched() for _ in range(2))
+    stores = [open_at(config.parent / "store") for config in (calm, killed)]
+    path = blob_path(read_shards(stores[1], artifact(stores[1], "pairs"))[0].blobs["index"])
+    Path(stores[1].url, path).write_bytes(b"rot")
+    assert forked(unclip, "run", calm, "--until", "embeddings") == 0
+    point = "damage.before_delete"
+    assert killed_everywhere((point,), tmp_path / "kills", unclip, "run", killed, "--until", "embeddings") == {point}
+    assert len(list(stores[1].list(f"damaged/{path}."))) == 1
+    for stage in ("pairs", "embeddings"):
+        assert contents(stores[0], stage) == contents(stores[1], stage)
 
 
 def paths(store: Store, *prefixes: str) -> set[str]:
