@@ -63,7 +63,8 @@ def write_config(folder: Path, store: str, pictures: str, lists: Sequence[Path],
     values = json.loads(json.dumps(MICRO)) | {"store": store} | changes
     values["source"] = {**values["source"], "paths": [str(path) for path in lists]}
     values["run"] = {**values["run"], "output": str(folder / "out")}
-    values["run"]["pairs"] = {**values["run"]["pairs"], "hosts": {HOST: pictures}}
+    # No row is given up because another test keeps the server of drawings from drawing.
+    values["run"]["pairs"] = {"timeout_s": 120.0, **values["run"]["pairs"], "hosts": {HOST: pictures}}
     path = folder / "micro.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
