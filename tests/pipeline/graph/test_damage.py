@@ -37,7 +37,7 @@ from pipeline.store.records import blob_path, peek_record, put_blob, read_blob
 from pipeline.upkeep.collect import collect
 from tests.chain import ROOT
 from tests.flips import flip_first_reads
-from tests.pipeline.upkeep.test_collect import lift_when_listed
+from tests.pipeline.upkeep.runs import lift_when_listed
 
 GRAPH = build(load_config(ROOT / "configs/nano.yaml"))
 
@@ -85,14 +85,8 @@ SHARD, SHARD_PATH = Shard(0, "k", Ledger(kept=1)), shard_path("pairs", "k")
         (_pin, "k"),
         (_release, (Move("promote", "bundle", "evaluation", NOW),)),
         (lambda store: read_blob(store, put_blob(store, b"blob")), b"blob"),
-        (
-            lambda store: create_record(store, SHARD_PATH, SHARD) and read_record(store, SHARD_PATH, Shard),
-            SHARD,
-        ),
-        (
-            lambda store: create_record(store, SHARD_PATH, SHARD) and peek_record(store, SHARD_PATH, Shard),
-            SHARD,
-        ),
+        (lambda store: create_record(store, SHARD_PATH, SHARD) and read_record(store, SHARD_PATH, Shard), SHARD),
+        (lambda store: create_record(store, SHARD_PATH, SHARD) and peek_record(store, SHARD_PATH, Shard), SHARD),
         (_pieces, b"two"),
         (_pictures, b"picture"),
     ],

@@ -32,16 +32,9 @@ def _never(_: object) -> Artifact:
 
 
 def _graph(**recipes: Recipe) -> dict[str, Stage]:
-    inputs = {
-        "source": (),
-        "captions": (),
-        "pairs": ("source",),
-        "clip": ("pairs", "captions"),
-        "embeddings": ("pairs", "captions", "clip"),
-        "codec": ("embeddings",),
-        "decoder": ("pairs", "embeddings"),
-        "ar_prior": ("embeddings", "codec"),
-    }
+    inputs: dict[str, tuple[str, ...]] = {"source": (), "captions": (), "pairs": ("source",)}
+    inputs |= {"clip": ("pairs", "captions"), "embeddings": ("pairs", "captions", "clip"), "codec": ("embeddings",)}
+    inputs |= {"decoder": ("pairs", "embeddings"), "ar_prior": ("embeddings", "codec")}
     kinds: dict[str, Kind] = {"source": "source", "captions": "source", "decoder": "training"}
     return {
         n: Stage(n, 1, recipes.get(n, Recipe()), i, _never, kinds.get(n, "data"), pinned=n in ("clip", "codec"))
@@ -100,15 +93,9 @@ def test_a_changed_value_makes_its_stage_and_what_follows_stale(store: Store) ->
     first = plan(_graph(), SOURCE, "p", store, {})
     _make(store, first)
     graph = _graph(decoder=Recipe(model=Model(dropout=0.1)))
-    previous = {
-        v.stage: PlannedStage(
-            v.key,
-            version=1,
-            recipe=flatten(Recipe()),
-            inputs={n: k.key for n in graph[v.stage].inputs for k in first if k.stage == n},
-        )
-        for v in first
-    }
+    keys = {v.stage: v.key for v in first}
+    inputs = {name: {n: keys[n] for n in stage.inputs} for name, stage in graph.items()}
+    previous = {v.stage: PlannedStage(v.key, 1, flatten(Recipe()), inputs[v.stage]) for v in first}
     verdicts = plan(graph, SOURCE, "p", store, previous)
     assert _stale(verdicts) == {"decoder"}
     assert next(v.because for v in verdicts if v.stage == "decoder") == "model.dropout 0.0 -> 0.1"

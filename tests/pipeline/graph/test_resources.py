@@ -52,8 +52,7 @@ def test_decoders_take_the_cores_beside_gpus(machine: Machine, workers: int, eac
 
 
 @pytest.mark.parametrize(
-    ("changes", "least", "on_one_machine"),
-    [({}, 4, 1), ({"min_workers": 2}, 2, 2), ({"sharded": True}, 4, 4)],
+    ("changes", "least", "on_one_machine"), [({}, 4, 1), ({"min_workers": 2}, 2, 2), ({"sharded": True}, 4, 4)]
 )
 def test_how_few_workers_a_training_makes_do_with(changes: Any, least: int, on_one_machine: int) -> None:
     settings = TrainingSettings(workers=4, **changes)
@@ -63,15 +62,9 @@ def test_how_few_workers_a_training_makes_do_with(changes: Any, least: int, on_o
 
 @pytest.mark.parametrize(
     ("device", "workers", "there", "autoscaler", "gpus"),
-    [
-        ("auto", 2, 2, False, 1),
-        ("auto", 3, 2, False, 0),
-        ("auto", 2, 0, False, 0),
-        ("auto", 2, 1, True, 1),
-        ("cpu", 2, 2, True, 0),
-        ("cuda", 3, 0, False, 1),
-    ],
-)
+    [("auto", 2, 2, False, 1), ("auto", 3, 2, False, 0), ("auto", 2, 0, False, 0), ("auto", 2, 1, True, 1),
+     ("cpu", 2, 2, True, 0), ("cuda", 3, 0, False, 1)],
+)  # fmt: skip
 def test_a_training_takes_gpus_that_are_there_or_that_it_must_have(
     device: str, workers: int, there: float, autoscaler: bool, gpus: int
 ) -> None:
@@ -95,15 +88,12 @@ def test_the_cores_are_those_that_the_container_may_use(
     assert resources.cores() == count
 
 
-def test_on_one_machine_one_gpu_is_taken_before_many_cores() -> None:
-    assert team_of(TrainingSettings(workers=4), Machine(8, 1)).worker.gpus == 1
-
-
 @pytest.mark.parametrize(
     ("settings", "machine", "most", "count", "gpus"),
     [
         (TrainingSettings(), LAPTOP, 64, 0, 0),  # this process, on all cores
         (TrainingSettings(), Machine(8, 1), 64, 1, 1),
+        (TrainingSettings(workers=4), Machine(8, 1), 64, 4, 1),  # one GPU before many cores
         (TrainingSettings(), BOX, 64, 8, 1),
         (TrainingSettings(), CLUSTER, 64, 32, 1),
         (TrainingSettings(), CLUSTER, 8, 8, 1),  # no lane is shared

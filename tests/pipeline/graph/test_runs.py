@@ -99,10 +99,7 @@ def test_runs_that_begin_at_once_share_a_number_and_names_decide(store: Store) -
     run = RunRecord("p", {}, 0, ())
     for name in ("ffffffff", "00000000"):
         create_record(store, f"runs/p/00000007-{name}.json", run)
-    assert [entry.path for entry in run_entries(store, "p")] == [
-        "runs/p/00000007-00000000.json",
-        "runs/p/00000007-ffffffff.json",
-    ]
+    assert [entry.path[-13:-5] for entry in run_entries(store, "p")] == ["00000000", "ffffffff"]
     remember(store, "p", {}, [])
     assert [run_number(entry.path) for entry in run_entries(store, "p")] == [7, 7, 8]
 
