@@ -40,7 +40,6 @@ def _change(store: Store, **fields: object) -> None:
 def test_one_leads_and_the_other_waits_for_its_record(store: Store) -> None:
     done = threading.Event()
     lease = _lead(store)
-    assert lease is not None
     seen: list[object] = []
     with lease:
         waiter = threading.Thread(target=lambda: seen.append(_lead(store, done.is_set)))
@@ -63,7 +62,6 @@ def test_a_lease_that_cannot_be_released_does_not_hide_why_the_work_ended(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     lease = _lead(store)
-    assert lease is not None
     monkeypatch.setattr(type(store), "swap", unreachable)
     with pytest.raises(ZeroDivisionError), lease:
         raise ZeroDivisionError
@@ -72,9 +70,7 @@ def test_a_lease_that_cannot_be_released_does_not_hide_why_the_work_ended(
 
 def test_a_leader_that_stands_still_is_replaced_and_does_not_take_back(store: Store) -> None:
     still = _lead(store)  # never entered, so never renewed
-    assert still is not None
     taken = _lead(store)
-    assert taken is not None
     assert not still._beat(still._owner)  # the old leader cannot renew what it no longer holds
     with taken:
         done = threading.Event()
@@ -111,7 +107,6 @@ def test_a_process_that_waits_says_whom_it_follows_and_the_progress(
     monkeypatch.setattr(leases, "SAY_EVERY_S", 0.1)
     said = iter(f"{8 * i} of 64 samples" for i in range(1000))
     lease = _lead(store, progress=lambda: next(said))
-    assert lease is not None
     end = time.monotonic() + 2 * LEASE_S
     with lease:
         assert _lead(store, lambda: time.monotonic() > end) is None
@@ -127,9 +122,7 @@ def test_a_process_that_waits_says_whom_it_follows_and_the_progress(
 
 def test_a_lease_tells_who_holds_it_until_it_is_released(store: Store) -> None:
     lease = _lead(store, progress=lambda: "8 of 64 samples")
-    assert lease is not None
     began = read_lease(store, lease_path("k"))
-    assert began is not None
     with lease:
         while (held := read_lease(store, lease_path("k"))) is None or held.at is None:
             time.sleep(0.02)
@@ -146,14 +139,12 @@ def test_taking_over_says_why(store: Store, caplog: pytest.LogCaptureFixture) ->
     assert _lead(store) is not None  # never entered, so never renewed
     _change(store, host="gpu-7", user="ana", boot="another")
     taken = _lead(store)
-    assert taken is not None
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
     assert messages[0].startswith("decoder: waiting for ana@gpu-7, which works on this already")
     assert messages[1] == "decoder: taking over: ana@gpu-7 has not moved for 2 s"
     with taken:
         held = read_lease(store, lease_path("k"))
-        assert held is not None
         assert {"user": held.user, "host": held.host} == whoami()
 
 
@@ -186,10 +177,8 @@ def test_a_process_whose_user_has_no_name_is_named_by_its_host(monkeypatch: pyte
 def test_a_damaged_lease_is_taken_over_after_its_time(content: bytes, store: Store) -> None:
     store.swap(lease_path("k"), None, content)
     led = lead_or_wait(store, "k", 0.2, lambda: False, lambda: "", poll_s=0.05)
-    assert led is not None
     with led:
         held = read_lease(store, lease_path("k"))
-        assert held is not None
         assert held.pid == os.getpid()
 
 
