@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
-from cluster.local import MARK, find, locked
+from cluster.local import find, locked
 from jobs.project import open_project
 from pipeline.data.source.drawings.server import serving
 from tests.chain import ROOT, data_blobs, done, keys, open_at, unclip, write_config, write_list
@@ -45,9 +44,6 @@ class Process:
     def __init__(self, folder: Path):
         self.pid = int(folder.name)
         self.words = (folder / "cmdline").read_bytes().decode().split("\0")
-        self.mark = next(
-            (v for v in (folder / "environ").read_bytes().split(b"\0") if v.startswith(MARK.encode())), b""
-        )
         self.parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
 
     def kill(self) -> None:
@@ -153,25 +149,15 @@ def _details(address: str, token: str) -> object:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("size", ["micro", "nano"])
 def test_the_whole_chain_survives_its_worker_node_and_its_driver(
-    size: str, folder: Path, s3: Server, pictures: str, tmp_path: Path
+    folder: Path, s3: Server, pictures: str, tmp_path: Path
 ) -> None:
     rows = write_list(tmp_path / "list.csv", 0, 60)
+    (tmp_path / "laptop").mkdir()
+    done(unclip("run", write_config(tmp_path / "laptop", str(tmp_path / "store"), pictures, [rows]), timeout=900))
 
-    def write(place: Path, store: str) -> Path:
-        place.mkdir(exist_ok=True)
-        if size == "micro":
-            return write_config(place, store, pictures, [rows])
-        values = yaml.safe_load((ROOT / "configs/nano.yaml").read_text()) | {"store": store}
-        values["run"]["output"] = str(place / "out")
-        (place / "nano.yaml").write_text(yaml.safe_dump(values))
-        return place / "nano.yaml"
-
-    done(unclip("run", write(tmp_path / "laptop", str(tmp_path / "store")), timeout=900))
-
-    url = f"{s3.url}/killed-{size}-{os.getpid()}"
-    config = write(tmp_path, url)
+    url = f"{s3.url}/killed-{os.getpid()}"
+    config = write_config(tmp_path, url, pictures, [rows])
     words = (config, "run.pairs.workers=2", "run.embeddings.workers=2", "run.decoder.workers=1", "--to", "local")
     log = tmp_path / "first.log"
     submitter = _start(log, *words)
