@@ -72,8 +72,6 @@ class Clip(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = open_clip.CLIP(**deepcopy(model_config))
-        # A token that no caption has stays at zero: a random vector would say something wherever somebody types it.
-        nn.init.zeros_(model.token_embedding.weight)
         open_clip.set_model_preprocess_cfg(
             model, {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
         )

@@ -18,7 +18,7 @@ from pipeline.graph.stages import Context
 from pipeline.training.feed.tables import Tables
 from pipeline.training.task import Batch
 
-ROWS = 65_536  # at most, of rows and of their captions, which are measured
+ROWS = 65_536  # at most, which are measured
 PENALTIES = np.logspace(-3, 3, 13)
 
 
@@ -30,27 +30,21 @@ class Ridge(NamedTuple):
     image_mean: Tensor
 
 
-def starting_rows(ctx: Context, columns: Sequence[str], captions: str = "first") -> Batch:
+def starting_rows(ctx: Context, columns: Sequence[str]) -> Batch:
     """Returns columns of whole shards of training rows, drawn at random, until there are ROWS.
 
-    Args:
-        ctx: Stage that begins.
-        columns: Columns among "tokens", "image_embedding" and "text_embedding".
-        captions: "first", or "any" for one line a caption that was embedded.
+    ``columns`` are of "tokens", "image_embedding" and "text_embedding"; of a row's captions the first counts.
     """
     tables = Tables(ctx.store, ctx.inputs, columns, "train", 0)
     order = random.Random(0).sample(range(len(tables.counts)), len(tables.counts))
     places = islice(((shard, row) for shard in order for row in range(tables.counts[shard])), ROWS)
     rows = tables.read(sorted(places))
-    lines = list(islice(((row, i) for row in rows for i in range(row.versions if captions == "any" else 1)), ROWS))
     found: Batch = {}
     for name in columns:
         if name == "tokens":
-            found[name] = tokenize([(row.captions or [""])[i] for row, i in lines])
-        elif name == "text_embedding":
-            found[name] = torch.from_numpy(np.stack([row.text_embeddings[i] for row, i in lines]))  # type: ignore[index]
+            found[name] = tokenize([(row.captions or [""])[0] for row in rows])
         else:
-            found[name] = torch.from_numpy(np.stack([getattr(row, name) for row, _ in lines]))
+            found[name] = torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
     return found
 
 
