@@ -58,7 +58,7 @@ def _assert_healed(store: Store, reference: Store) -> None:
     assert data_blobs(store) == data_blobs(reference)
 
 
-# What is damaged, how, and the stage that is forgotten so that somebody looks at it.
+# The damaged object, the damage, and the stage that is forgotten so that somebody looks at it.
 VICTIMS: dict[str, tuple[Callable[[Store], str], str, str]] = {
     "artefact record": (lambda s: artifact_path("pairs", artifact(s, "pairs").key), "truncate", ""),
     "shard record": (lambda s: shard_path("pairs", read_shards(s, artifact(s, "pairs"))[1].key), "overwrite", "pairs"),

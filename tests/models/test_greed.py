@@ -60,7 +60,7 @@ GREEDY: list[tuple[str, str, dict[str, Any], str]] = [  # how and from where it 
     ("import_prior", "karlo", parts({"vocab_size": 2**26}, "text_encoder"), OTHER),
     ("import_upsampler", "karlo", parts({"layers_per_block": 10**7}, *BOTH), OTHER),
     ("import_upsampler", "karlo", parts({"block_out_channels": [2**17, 2**18]}, *BOTH), OTHER),
-    # Of a prior with its own table of tokens, no other file says how large that is.
+    # A prior's own table of tokens: no other file says how large that is.
     ("import_prior", "exported", parts({"config": {"vocabulary": 2**26}}, "ours/prior"), OTHER),
 ]  # fmt: skip
 LOAD = """

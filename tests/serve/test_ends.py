@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -27,7 +27,7 @@ from tests.chain import ROOT
 from tests.faults import Running, start
 from tests.models.test_cascade import make
 from tests.serve.conftest import address
-from tests.serve.load import processes_below
+from tests.serve.load import processes_below, until
 
 REPLICA = "ray::ReplicaProcess"
 
@@ -59,13 +59,6 @@ def ask(url: str, seed: int, steps: int) -> httpx.Response | str:
         return httpx.post(f"{url}/v1/images/generations", json=asked, timeout=120)
     except httpx.TransportError as e:
         return type(e).__name__
-
-
-def until(event: Callable[[], object], timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not event():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def figure(url: str, name: str) -> float:

@@ -110,7 +110,7 @@ def test_what_may_end_elsewhere_next_time_refuses_the_list(
 
 
 def rows_of_a_liar(folder: Path, monkeypatch: pytest.MonkeyPatch, lies: bytes) -> list[Any]:
-    """What is read of a child that has been taken over, and answers so."""
+    """Reads from a child that has been taken over, and answers so."""
     (folder / "lies").write_bytes(lies)
     code = f"from tests.pipeline.data.source.probes import lie; lie(open({str(folder / 'lies')!r}, 'rb').read())"
     monkeypatch.setattr(child, "_COMMAND", (sys.executable, "-P", "-c", code))
