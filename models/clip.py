@@ -72,6 +72,7 @@ class Clip(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = open_clip.CLIP(**deepcopy(model_config))
+            model.token_embedding.weight.data = _first_token_vectors(model.token_embedding)
         open_clip.set_model_preprocess_cfg(
             model, {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
         )
@@ -133,6 +134,15 @@ class Clip(nn.Module):
         save_tensors({k: v.contiguous() for k, v in self.model.state_dict().items()}, Path(folder) / WEIGHTS_FILE)
         if self.own_tokenizer is not None:
             self.own_tokenizer.save_pretrained(folder)
+
+    def silence_unread_tokens(self) -> None:
+        """Sets vectors of tokens to zero that training has left as ``build`` draws them; embeddings do not decay.
+
+        No caption had these tokens, and a random vector would say something wherever somebody types one.
+        """
+        embedding = self.model.token_embedding
+        first = _first_token_vectors(embedding).to(embedding.weight)
+        embedding.weight.data[(embedding.weight == first).all(1)] = 0
 
     @property
     def embed_dim(self) -> int:
@@ -364,6 +374,11 @@ Gather = Callable[[Tensor], tuple[Tensor, int]]
 def alone(rows: Tensor) -> tuple[Tensor, int]:
     """Returns the Gather of a worker that holds the whole batch."""
     return rows, 0
+
+
+def _first_token_vectors(embedding: nn.Embedding) -> Tensor:
+    """Returns what its vectors are before training, whatever the seed; their size is open_clip's."""
+    return 0.02 * torch.randn(embedding.weight.shape, generator=torch.Generator().manual_seed(0))
 
 
 def clip_loss(clip: Clip, batch: dict[str, Tensor], draw: Draw, gather: Gather = alone, crop: float = 0.75) -> Losses:

@@ -88,10 +88,12 @@ class FrozenText(ClipTextEncoder):
     def words(self, tokens: Tensor) -> Tensor:
         """Returns which tokens captions [b, 77] have, in whatever order: sums of vectors of unit norm, [b, width].
 
-        A caption's own vector says least of what tells few captions apart; this says all words alike.
+        A caption's own vector says least of what tells few captions apart; this says all words alike, and each once,
+        so that another sentence of the same words is not far from those that were learned.
         """
         place = torch.arange(tokens.shape[1], device=tokens.device)
         between = (place > 0) & (place < text_ends(tokens, self.end)[:, None] - 1)
+        between &= ~(tokens[:, :, None] == tokens[:, None, :]).tril(-1).any(-1)
         return (F.normalize(self.token(tokens), dim=-1) * between[..., None]).sum(1)
 
     def read(self, tokens: Tensor) -> EncodedText:

@@ -175,7 +175,9 @@ def test_it_learns_to_match_eight_pairs() -> None:
         "image": colours[:, :, None, None].expand(-1, -1, 32, 32),
         "tokens": tokenize(["black", "blue", "green", "cyan", "red", "magenta", "yellow", "white"]),
     }
-    optimiser = torch.optim.AdamW(clip.parameters(), 3e-3)
+    embedding = clip.model.token_embedding.weight
+    others = [parameter for parameter in clip.parameters() if parameter is not embedding]
+    optimiser = torch.optim.AdamW([{"params": others}, {"params": [embedding], "weight_decay": 0}], 3e-3)
     for step in range(60):
         optimiser.zero_grad()
         loss = clip_loss(clip, batch, Draw([(step, 8)])).total.mean()
@@ -183,3 +185,8 @@ def test_it_learns_to_match_eight_pairs() -> None:
         optimiser.step()
     similarity = clip.encode_image(batch["image"]) @ clip.encode_text(batch["tokens"]).T
     assert similarity.argmax(1).tolist() == list(range(8))
+
+    said = clip.encode_text(batch["tokens"])
+    clip.silence_unread_tokens()
+    assert torch.equal(clip.encode_text(batch["tokens"]), said)
+    assert embedding.any(1).nonzero().flatten().tolist() == batch["tokens"].unique().tolist()[1:]  # but for the padding

@@ -244,11 +244,12 @@ def test_the_sizes_are_those_that_open_clip_names() -> None:
         TextTower.of(open_clip.get_model_config("ViT-B-16-SigLIP"))
 
 
-def test_words_are_the_same_in_any_order_and_padding_is_none(tower: FrozenTower) -> None:
+def test_words_are_the_same_in_any_order_each_counts_once_and_padding_is_none(tower: FrozenTower) -> None:
     model = make("diffusion_prior", tower)
     text = model.caption.text
-    words = text.words(tokenize(["a red owl", "owl red a", "a red owl!", ""]))
+    words = text.words(tokenize(["a red owl", "owl red a", "a red owl!", "", "a red red owl a owl"]))
     torch.testing.assert_close(words[0], words[1])
+    torch.testing.assert_close(words[0], words[4])
     assert (words[2] - words[0]).norm() == pytest.approx(1.0, abs=1e-4)
     assert not words[3].any()
 

@@ -22,6 +22,7 @@ from models.diffusion_prior import DiffusionPrior, diffusion_prior_denoise, diff
 from models.draw import Draw
 from models.losses import Losses
 from models.pixels import from_uint8, resize
+from models.prior_configs import TextTower
 from models.tokens import tokenize
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise, upsampler_loss
 from pipeline.config import preset_config
@@ -30,6 +31,7 @@ from pipeline.data.source.drawings.world import draw, drawing_of
 
 pytestmark = pytest.mark.slow
 ROWS, DIM = 8, 64
+TOWER = TextTower.of(preset_config("nano").clip.model.model_config())  # of random weights
 
 
 def images(side: int) -> tuple[Tensor, list[str]]:
@@ -77,7 +79,8 @@ def test_the_ar_prior_reproduces_eight_embeddings() -> None:
     batch = pairs()
     rows = F.normalize(torch.randn(4096, DIM, dtype=torch.float64), dim=1)
     codec = fit_codec(rows, (rows * rows.roll(1, 0)).sum(1), DIM).codec
-    model = ARPrior(preset_config("nano").ar_prior.model, DIM, codec.codes)
+    exact = replace(preset_config("nano").ar_prior.model, smooth_buckets=0)  # smooth logits know no single bucket
+    model = ARPrior(exact, DIM, codec.codes, TOWER)
     overfit(model, lambda rows, draw: ar_prior_loss(model, rows, draw, codec), batch, 600, 3e-3)
     dots = codec.encode_dot((batch["image_embedding"] * batch["text_embedding"]).sum(-1))
     codes = sample_codes(model, batch["tokens"], batch["text_embedding"], dots, Draw([(1, ROWS)]))
@@ -87,7 +90,7 @@ def test_the_ar_prior_reproduces_eight_embeddings() -> None:
 def test_the_diffusion_prior_reproduces_eight_embeddings() -> None:
     torch.manual_seed(0)
     batch = pairs()
-    model = DiffusionPrior(preset_config("nano").diffusion_prior.model, DIM)
+    model = DiffusionPrior(preset_config("nano").diffusion_prior.model, DIM, TOWER)
     overfit(model, lambda rows, draw: diffusion_prior_loss(model, rows, draw), batch, 600, 2e-3, repeats=8)
     denoise = diffusion_prior_denoise(model, batch["tokens"], batch["text_embedding"])
     noise, schedule = Draw([(1, ROWS)]).normal("x_T", DIM), make_schedule("cosine", 1000)
@@ -98,7 +101,7 @@ def test_the_diffusion_prior_reproduces_eight_embeddings() -> None:
 def test_the_decoder_reproduces_eight_images() -> None:
     torch.manual_seed(0)
     batch = pairs()
-    model = Decoder(preset_config("nano").decoder.model, DIM)
+    model = Decoder(preset_config("nano").decoder.model, DIM, TOWER)
     overfit(model, lambda rows, draw: decoder_loss(model, rows, draw), batch, 1500, 3e-3, repeats=2)
     denoise = decoder_denoise(model, batch["image_embedding"], batch["tokens"], guidance=0.0)
     noise, schedule = Draw([(1, ROWS)]).normal("x_T", 3, 64, 64), make_schedule("cosine", 1000)

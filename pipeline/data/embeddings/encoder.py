@@ -72,7 +72,7 @@ class Encoder:
     def __call__(self, task: ShardTask, part: int, views: np.ndarray) -> Timed:
         """Returns "image" fp32 [n, d], with the first part also "text", of first captions, and "more", of others.
 
-        "bf16" says whether it computed in bf16, "cut" how many first captions have more tokens than CLIP reads.
+        "bf16" says whether it computed in bf16, "cut" how many of these captions have more tokens than CLIP reads.
         """
         steps = Steps()
         made: dict[str, Any] = {"bf16": self.bf16}
@@ -81,9 +81,10 @@ class Encoder:
                 first, more = captions_to_encode(self.store, task)
             with steps("encode"):
                 # In batches of their own, so that other captions cannot change a byte of the first ones.
-                tokens = self.clip.tokenize(first)
-                made |= {"text": self.texts(tokens), "more": self.texts(self.clip.tokenize(more))}
-                made["cut"] = self._cut(first, tokens)
+                for name, captions in (("text", first), ("more", more)):
+                    tokens = self.clip.tokenize(captions)
+                    made[name] = self.texts(tokens)
+                    made["cut"] = made.get("cut", 0) + self._cut(captions, tokens)
         with steps("encode"):
             made["image"] = self.images(views)
         return made, steps.seconds

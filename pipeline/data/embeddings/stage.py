@@ -172,7 +172,7 @@ class ImageParts:
         "more_text_embeddings" (a list of them, of the other captions), "similarity" (cosine of the first two), "width"
         and "height" of the stored image in pixels (null where embeddings are imported), "caption_length" (of the first,
         in characters), and "score_NAME" of every head. The count "bf16" is that of rows that were encoded so,
-        "cut" that of rows whose first caption has more tokens than CLIP reads.
+        "cut" that of captions with more tokens than CLIP reads.
         """
         steps = Steps()
         with steps("read"):

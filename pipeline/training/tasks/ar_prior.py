@@ -84,6 +84,6 @@ def make(ctx: Context) -> ARPriorTask:
         raise UserError(
             f"ar_prior.model.buckets: {ctx.recipe.model.buckets}, but the codec has {codec.buckets}; make them equal"
         )
-    rows = starting_rows(ctx, ARPriorTask.columns) if ctx.recipe.model.ridge else None
+    rows = starting_rows(ctx, ARPriorTask.columns, ctx.recipe.captions) if ctx.recipe.model.ridge else None
     dim = embedding_dim(ctx.store, ctx.inputs["embeddings"])
     return ARPriorTask(ctx.recipe.model, dim, codec, frozen_tower(ctx), rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -51,6 +52,8 @@ class ClipTask:
         return {"loss": float(loss), "recall_at_1": float((logits.argmax(1) == labels).float().mean())}
 
     def save(self, model: Clip, folder: Path) -> None:
+        model = deepcopy(model)
+        model.silence_unread_tokens()
         model.save(folder)
 
 

@@ -91,6 +91,6 @@ class DiffusionPriorTask:
 
 def make(ctx: Context) -> DiffusionPriorTask:
     """Returns the task of a training stage, for the embeddings that it trains on."""
-    rows = starting_rows(ctx, DiffusionPriorTask.columns) if ctx.recipe.model.ridge else None
+    rows = starting_rows(ctx, DiffusionPriorTask.columns, ctx.recipe.captions) if ctx.recipe.model.ridge else None
     dim = embedding_dim(ctx.store, ctx.inputs["embeddings"])
     return DiffusionPriorTask(ctx.recipe.model, dim, frozen_tower(ctx), rows)

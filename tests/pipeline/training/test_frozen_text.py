@@ -25,6 +25,7 @@ from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe
 from pipeline.training.state import begin, parts
 from pipeline.training.task import task_of
+from pipeline.training.tasks.starts import ridge
 from tests.pipeline.golden import ROOT
 from tests.pipeline.training.conftest import World, make_world
 from tests.pipeline.training.trainings import (
@@ -99,6 +100,20 @@ def test_a_training_that_begins_with_other_weights_keeps_its_own_clips_tower(wor
     check_tower(found, "caption.text.", seed=2)
     first_made = load(read_blob(world.store, blob))
     assert torch.equal(found["caption.states_in.weight"], first_made["caption.states_in.weight"])
+
+
+def test_a_line_holds_back_where_that_costs_little() -> None:
+    """What rows hardly show is not guessed from their noise, and what they show is kept."""
+    g = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 6, generator=g, dtype=torch.float64) * torch.tensor([1, 1, 1, 1, 1, 1e-3])
+    truth = torch.randn(3, 6, generator=g, dtype=torch.float64)
+    images = inputs @ truth.T + 0.1 * torch.randn(400, 3, generator=g, dtype=torch.float64) + 5
+    line = ridge(inputs, images)
+    torch.testing.assert_close(line.weight[:, :5], truth[:, :5], rtol=0, atol=0.05)
+    least = torch.linalg.lstsq(inputs - inputs.mean(0), images - images.mean(0)).solution.T
+    assert line.weight[:, 5].norm() < 0.1 * least[:, 5].norm()
+    torch.testing.assert_close(line.image_mean, images.mean(0))
+    assert ridge(inputs[:1], images[:1]).weight.norm() == 0
 
 
 def test_a_text_tower_of_another_kind_is_one_line(world: World, tmp_path: Path) -> None:

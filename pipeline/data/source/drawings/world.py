@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import math
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from pipeline.errors import UserError, install
 if TYPE_CHECKING:
     from dicebear import Style
 
-VERSION = 2  # raise it when pixels, parts or captions change
+VERSION = 3  # raise it when pixels, parts or captions change; it is in the URLs, so that images are fetched again
 HOST = "drawings.test"
 SIDES = (256, 1024)
 PACKAGES = {"dicebear": "dicebear-core", "dicebear_styles": "dicebear-styles", "resvg_py": "resvg-py"}
@@ -68,11 +69,11 @@ _GROUNDS = _values(
     ("black", "#18181b", "black", "a black background"),
 )
 _EYES = _values(
-    ("round", "round", "round eyes", "wide open eyes"),
+    ("round", "round", "round eyes", "wide eyes"),
     ("dots", "dots", "dots for eyes", "beady eyes"),
     ("one", "mono", "one eye", "a single eye"),
     ("three", "trio", "three eyes"),
-    ("happy", "happy", "happy eyes", "eyes that laugh"),
+    ("happy", "happy", "happy eyes", "laughing eyes"),
     ("wink", "wink", "a wink", "a winking eye"),
     ("sleepy", "sleepy", "sleepy eyes", "tired eyes"),
     ("angry", "angry", "angry eyes", "an angry look"),
@@ -93,7 +94,7 @@ PARTS: dict[str, dict[str, dict[str, Value]]] = {
         "body": _values(
             ("domed", "dome", "domed", "dome-shaped"),
             ("square", "block", "square", "box-shaped"),
-            ("tall", "tower", "tall", "tall and narrow"),
+            ("tall", "tower", "tall", "narrow"),
             ("blobby", "blob", "blobby", "lumpy"),
             ("bell", "bell", "bell-shaped"),
             ("funnel", "wedgeInv", "funnel-shaped", "top-heavy"),
@@ -104,9 +105,9 @@ PARTS: dict[str, dict[str, dict[str, Value]]] = {
         "top": _values(
             ("horns", "horns", "horns", "two horns"),
             ("antenna", "antenna", "an antenna", "one antenna"),
-            ("antennae", "antennae", "two antennae", "a pair of antennae"),
-            ("roundears", "earsRound", "round ears", "ears like balls"),
-            ("pointedears", "earsPointy", "pointed ears", "ears like a cat"),
+            ("antennae", "antennae", "two antennae", "two feelers"),
+            ("roundears", "earsRound", "round ears", "ball ears"),
+            ("pointedears", "earsPointy", "pointed ears", "cat ears"),
             ("spikes", "spikes", "spikes", "three spikes"),
             ("crown", "crown", "a crown"),
             ("sprout", "sprout", "a sprout", "two leaves"),
@@ -126,11 +127,11 @@ PARTS: dict[str, dict[str, dict[str, Value]]] = {
             ("palm", "palm", "a palm", "a palm tree"),
         ),
         "pot": _values(
-            ("straight", "cylinder", "straight pot", "pot with straight sides"),
+            ("straight", "cylinder", "straight pot", "straight-sided pot"),
             ("bowl", "bowl", "bowl"),
             ("tub", "tub", "tub", "wide tub"),
-            ("round", "round", "round pot", "pot like a ball"),
-            ("rimmed", "rim", "rimmed pot", "pot with a rim"),
+            ("round", "round", "round pot", "ball-shaped pot"),
+            ("rimmed", "rim", "rimmed pot", "thick-rimmed pot"),
         ),
         "colour": _COLOURS,
         "ground": _GROUNDS,
@@ -196,54 +197,23 @@ _LARGER = {
     "spikes": "translate(-10 -2) scale(1.4 1)",
 }  # or bodies hide them
 # Factors by component and attribute, for shapes that are too faint at 64 px.
-_STRONGER = {"surface": {"fill-opacity": 2.5}, "ring": {"stroke-opacity": 1.7, "stroke-width": 1.5}}
+_STRONGER = {"surface": {"fill-opacity": 3.5}, "ring": {"stroke-opacity": 1.7, "stroke-width": 1.5}}
 _FRAMES = {
     "critters": {"scale": 1.2, "translateY": 12},
     "sprouts": {"scale": 1.28, "translateY": -11},
     "planets": {"scale": 1.08},
 }
 
-# The captions of a drawing: a hash of it picks one of each group. The first group says everything. The others name
-# shapes and no colours: with colours among them a small CLIP learns colours and stops, and what none of them names it
-# never sees. {top} is a value's word, {top2} its other word.
-CAPTIONS = {
-    "critters": (
-        (
-            "a {body} {colour} monster with {top}, {eyes} and {mouth}, on {ground}",
-            "a {colour} {body} monster on {ground} with {eyes}, {mouth} and {top}",
-            "a monster with {mouth}, {eyes} and {top}, {body} and {colour}, on {ground2}",
-        ),
-        ("a {body} monster with {top}",),
-        ("a monster with {eyes} and {mouth}",),
-        (
-            "a creature that has {mouth2} and {top2}",
-            "{eyes2} and {top2} on a {body2} creature",
-            "a {body2} creature with {mouth2} and {eyes2}",
-        ),
-    ),
-    "sprouts": (
-        (
-            "{plant} in a {colour} {pot} with {eyes} and {mouth}, on {ground}",
-            "a {colour} {pot} with {mouth} and {eyes}, holding {plant}, on {ground2}",
-            "on {ground2}, {plant} that grows in a {colour} {pot} with {eyes} and {mouth}",
-        ),
-        ("{plant} in a {pot}",),
-        ("a plant pot with {eyes} and {mouth}",),
-        (
-            "a {pot2} that has {mouth2}, with {plant2}",
-            "{plant2} above {eyes2}",
-            "a {pot2} with {eyes2} and {mouth2}",
-        ),
-    ),
-    "planets": (
-        (
-            "a {surface} {colour} planet with {ring} and {moon}, on {ground}",
-            "a {colour} planet on {ground2}, {surface}, with {moon} and {ring}",
-        ),
-        ("a {surface} planet with {ring}",),
-        ("a planet with {moon} and {ring}",),
-        ("a {surface2} world and {moon2}", "{ring2} around a {surface2} world"),
-    ),
+# What a caption is made of, by style: the noun, the parts that are adjectives, and the parts that follow "with".
+_NOUNS = {"critters": ("monster", "creature"), "sprouts": ("plant pot",), "planets": ("planet", "world")}
+_ADJECTIVES = {"critters": ("body", "colour"), "sprouts": ("colour",), "planets": ("surface", "colour")}
+_FEATURES = {"critters": ("top", "eyes", "mouth"), "sprouts": ("eyes", "mouth"), "planets": ("ring", "moon")}
+# Short captions name shapes and no colours: a small CLIP learns colours by itself, and what no short one names it never
+# sees.
+_SHORT = {
+    "critters": (("body", "top"), ("eyes", "mouth")),
+    "sprouts": (("plant", "pot"), ("eyes", "mouth")),
+    "planets": (("surface", "ring"), ("ring", "moon")),
 }
 
 
@@ -275,21 +245,51 @@ class Drawing:
 
 
 def captions(drawing: Drawing) -> tuple[str, ...]:
-    """Returns the captions of a drawing, the whole one first, and again, in another order, last.
+    """Returns the captions of a drawing: two that say everything, two of shapes, and two of shapes or any parts.
 
-    Where one caption of four names colours, CLIP's embeddings lose them; where more than every second does, shapes.
+    A hash of the drawing chooses words, order and sentence, so that models learn what a word means wherever it stands.
     """
-    words = {}
-    for part, name in drawing.parts.items():
-        words[part], words[f"{part}2"] = PARTS[drawing.style][part][name][1:]
+    parts = list(drawing.parts)
+    shapes = [part for part in parts if part not in ("colour", "ground")]
+    rng = random.Random(drawing_url(drawing, 0))
+    some = rng.sample(parts, rng.randrange(1, len(parts))) if rng.random() < 1 / 2 else rng.sample(shapes, 2)
+    named = (parts, parts, *_SHORT[drawing.style], rng.sample(shapes, 2), some)
+    return tuple(_caption(drawing, which, rng, 1 / 3 if place else 1 / 8) for place, which in enumerate(named))
 
-    def pick(number: int, phrasings: Sequence[str]) -> str:
-        return phrasings[int(hash_fraction("caption", str(number), drawing.style, *drawing.values) * len(phrasings))]
 
-    groups = CAPTIONS[drawing.style]
-    said = [pick(number, phrasings) for number, phrasings in enumerate(groups)]
-    said.append(pick(len(groups), [phrasing for phrasing in groups[0] if phrasing != said[0]]))
-    return tuple(re.sub(r"\ba (?=[aeiou])", "an ", phrasing.format(**words)) for phrasing in said)
+def _caption(drawing: Drawing, named: Sequence[str], rng: random.Random, others: float) -> str:
+    """Returns a caption that names these parts of a drawing, a share ``others`` of them by their other words."""
+    style = drawing.style
+
+    def words(parts: Sequence[str]) -> list[str]:
+        values = [PARTS[style][part][drawing.parts[part]] for part in parts if part in named]
+        return rng.sample([value.other if rng.random() < others else value.word for value in values], len(values))
+
+    adjectives, features = words(_ADJECTIVES[style]), _listed(words(_FEATURES[style]))
+    (noun,) = words(["pot"]) or [rng.choice(_NOUNS[style])]
+    plant, ground = _listed(words(["plant"])), _listed(words(["ground"]))
+    described = " ".join(["a", *adjectives, noun])
+    subject = f"{plant} in {described}" if plant else described
+    if style == "sprouts":
+        reversed_ = (("", described), (" with ", features), (", holding ", plant), (", on ", ground))
+    else:
+        reversed_ = (("a ", noun), (" with ", features), (", ", _listed(adjectives)), (", on ", ground))
+    colour = ground.removeprefix("a ").removesuffix(" background")
+    sentences: tuple[tuple[tuple[str, str], ...], ...] = (
+        (("", subject), (" with ", features), (", on ", ground)),
+        (("", subject), (" on ", ground), (" with ", features)),
+        (("on ", ground), (", ", subject), (" with ", features)),
+        (("", subject), (" that has ", features), (", on ", ground)),
+        (("a drawing of ", subject), (". It has ", features), (". The background is ", colour)),
+        reversed_,
+    )
+    said = "".join(before + what for before, what in rng.choice(sentences) if what).removeprefix(", ")
+    return re.sub(r"\ba (?=[aeiou])", "an ", said)
+
+
+def _listed(words: Sequence[str]) -> str:
+    """Returns "a", "a and b" or "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def hash_fraction(*what: str) -> float:
@@ -299,12 +299,12 @@ def hash_fraction(*what: str) -> float:
 
 def drawing_url(drawing: Drawing, side: int) -> str:
     """Returns the address of a drawing, from which ``drawing_of`` reads it back."""
-    return f"http://{HOST}/{side}/{drawing.style}/{'-'.join(drawing.values)}.png"
+    return f"http://{HOST}/v{VERSION}/{side}/{drawing.style}/{'-'.join(drawing.values)}.png"
 
 
 def drawing_of(url: str) -> tuple[Drawing, int]:
     """Returns the drawing and its side in pixels that a URL or its path names. Raises LookupError if it names none."""
-    match = re.fullmatch(rf"(?:http://{re.escape(HOST)})?/([0-9]{{1,5}})/([a-z]+)/([a-z-]+)\.png", url)
+    match = re.fullmatch(rf"(?:http://{re.escape(HOST)})?/v{VERSION}/([0-9]{{1,5}})/([a-z]+)/([a-z-]+)\.png", url)
     if not match or int(match[1]) not in SIDES:
         raise LookupError(f"{url}: no such drawing")
     return Drawing(match[2], tuple(match[3].split("-"))), int(match[1])
