@@ -27,7 +27,7 @@ from pipeline.errors import UserError, install
 if TYPE_CHECKING:
     from dicebear import Style
 
-VERSION = 3  # raise it when pixels, parts or captions change; it is in the URLs, so that images are fetched again
+VERSION = 4  # raise it when pixels, parts or captions change; it is in the URLs, so that images are fetched again
 HOST = "drawings.test"
 SIDES = (256, 1024)
 PACKAGES = {"dicebear": "dicebear-core", "dicebear_styles": "dicebear-styles", "resvg_py": "resvg-py"}
@@ -118,7 +118,7 @@ PARTS: dict[str, dict[str, dict[str, Value]]] = {
     "sprouts": {
         "plant": _values(
             ("cactus", "cactus", "a cactus"),
-            ("ball", "ball", "a round cactus", "a ball cactus"),
+            ("ball", "ball", "a barrel cactus"),  # "a round cactus" has the words of a cactus in a round pot
             ("succulent", "succulent", "a succulent", "an aloe"),
             ("bush", "bush", "a bush", "a little tree"),
             ("tall", "tall", "a tall plant", "a tall stem"),

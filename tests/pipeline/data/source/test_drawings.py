@@ -41,10 +41,10 @@ from pipeline.errors import UserError
 from pipeline.settings import PairsSettings
 
 PINNED_LISTS = {
-    "nano": "b8c4acb242332926",
-    "nano-more": "908e4a52a8ba1e9e",
-    "tiny": "731ca4d7709d4cfc",
-    "full": "8e7558443a3493f4",
+    "nano": "80ffae5869c7b02c",
+    "nano-more": "38cb69aa2daa54ab",
+    "tiny": "92bace8daa5d5a77",
+    "full": "c0252e96ac3b9ae1",
 }
 FIRST = {style: Drawing(style, tuple(next(iter(known)) for known in parts.values())) for style, parts in PARTS.items()}
 
@@ -160,12 +160,12 @@ def test_captions_say_the_same_in_many_ways() -> None:
 def test_phrases_read_well() -> None:
     drawing = Drawing("critters", ("bell", "orange", "magenta", "crown", "one", "frown"))
     assert captions(drawing) == (
-        "a bell-shaped orange creature that has a crown, one eye and a frown, on magenta",
-        "on magenta, a bell-shaped orange monster with one eye, a crown and a frown",
-        "a bell-shaped creature that has a crown",
-        "a drawing of a creature. It has a sad mouth and a single eye",
-        "a creature that has one eye and a crown",
-        "a creature with one eye",
+        "an orange bell-shaped creature that has a crown, a frown and one eye, on magenta",
+        "a monster with a crown, a frown and a single eye, bell-shaped and orange, on a magenta background",
+        "a bell-shaped creature with a crown",
+        "a drawing of a creature. It has one eye and a frown",
+        "a drawing of a bell-shaped monster. It has a single eye",
+        "a creature with a frown and a crown, orange and bell-shaped",
     )
     for row in drawing_rows("full"):
         for caption in row.captions:
