@@ -11,7 +11,7 @@ A CLIP is numbers: no folder, and no tokenizer of the hub, brings code that is r
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,9 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from models.clip_weights import ClipWeights
-from models.draw import Draw
 from models.folder import read_config
-from models.losses import Losses
 from models.prior_configs import ClipConfig
 from models.tensors import save_tensors, shapes_only
 from models.tokens import CONTEXT, VOCABULARY, cut_tokens, shortened, tokenize
@@ -367,49 +365,6 @@ def _own_tokenizer(name: str, model_config: dict) -> HFTokenizer | None:
     return own
 
 
-Gather = Callable[[Tensor], tuple[Tensor, int]]
-"""Rows of this worker to the rows of all workers, and the place among them where its own begin; gradients flow back."""
-
-
-def alone(rows: Tensor) -> tuple[Tensor, int]:
-    """Returns the Gather of a worker that holds the whole batch."""
-    return rows, 0
-
-
 def _first_token_vectors(embedding: nn.Embedding) -> Tensor:
     """Returns what its vectors are before training, whatever the seed; their size is open_clip's."""
     return 0.02 * torch.randn(embedding.weight.shape, generator=torch.Generator().manual_seed(0))
-
-
-def clip_loss(clip: Clip, batch: dict[str, Tensor], draw: Draw, gather: Gather = alone, crop: float = 0.75) -> Losses:
-    """Returns the symmetric contrastive loss of each row against the whole batch, nats, [b] (CLIP, figure 3).
-
-    ``batch`` has "image" uint8 [b, 3, image_size, image_size], augmented here, and "tokens" int64 [b, 77]. Other
-    workers' rows come through ``gather``, and a worker's own must not be cut. The temperature stops at 1/100.
-    """
-    image = clip.encode_pixels(augment(batch["image"], draw, crop))
-    text = clip.encode_text(batch["tokens"])
-    with torch.autocast(image.device.type, enabled=False):
-        images, start = gather(image)
-        texts, _ = gather(text)
-        scale = clip.model.logit_scale.exp().clamp(max=100)
-        labels = torch.arange(start, start + len(image), device=image.device)
-        image_to_text = F.cross_entropy(scale * image @ texts.T, labels, reduction="none")
-        text_to_image = F.cross_entropy(scale * text @ images.T, labels, reduction="none")
-    parts = {"image_to_text": image_to_text, "text_to_image": text_to_image}
-    return Losses((image_to_text + text_to_image) / 2, parts)
-
-
-def augment(images: Tensor, draw: Draw, crop: float = 0.75) -> Tensor:
-    """Returns training images fp32 [b, 3, s, s] in [0, 1] from uint8 ones.
-
-    A square crop of ``crop`` to 1 of the side at a random place, resized back. No flips: left and right are words.
-    """
-    if crop == 1:
-        return images / 255
-    side = crop + (1 - crop) * draw.uniform("crop_side", 1)
-    centre = (2 * draw.uniform("crop_place", 2) - 1) * (1 - side)  # the image being [-1, 1]
-    scale = torch.diag_embed(side.expand(-1, 2))
-    with torch.autocast(images.device.type, enabled=False):  # a place in bf16 is up to half a pixel off
-        grid = F.affine_grid(torch.cat([scale, centre[..., None]], dim=2), list(images.shape), align_corners=False)
-    return F.grid_sample(images / 255, grid, padding_mode="border", align_corners=False).clamp(0, 1)

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.clip import Clip, augment, clip_loss
+from models.clip import Clip
+from models.clip_loss import augment, clip_loss
 from models.draw import Draw
 from models.prior_configs import ClipConfig
 from models.tokens import cut_tokens, text_ends, tokenize

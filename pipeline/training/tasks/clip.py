@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from models.clip import Clip, Gather, alone, clip_loss
+from models.clip import Clip
+from models.clip_loss import Gather, alone, clip_loss
 from models.draw import Draw
 from models.losses import Losses
 from models.prior_configs import ClipConfig

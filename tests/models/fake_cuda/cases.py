@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.ar_prior import ARPrior, ar_prior_loss
 from models.ar_prior import sample as sample_codes
-from models.clip import Clip, clip_loss
+from models.clip import Clip
+from models.clip_loss import clip_loss
 from models.decoder import decoder_denoise, decoder_loss
 from models.diffusion import dpm_solver, samplers
 from models.diffusion.schedules import Schedule, make_schedule

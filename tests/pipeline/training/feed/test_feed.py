@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models.clip import alone
+from models.clip_loss import alone
 from models.tokens import tokenize
 from models.view import open_view
 from pipeline.data.source.stage import CAPTIONED
