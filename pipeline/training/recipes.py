@@ -123,7 +123,7 @@ class ClipRecipe(TrainingRecipe):
     """
 
     task: ClassVar[str] = "clip"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     samples: PositiveInt = 32 * 650_000_000
     batch: PositiveInt = 32_768
@@ -153,7 +153,7 @@ class ARPriorRecipe(TrainingRecipe):
     """Trains the autoregressive prior as Table 3's first column says."""
 
     task: ClassVar[str] = "ar_prior"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
 
     samples: PositiveInt = 1_000_000 * 4096
     batch: PositiveInt = 4096
@@ -170,7 +170,7 @@ class DiffusionPriorRecipe(TrainingRecipe):
     """Trains the diffusion prior as Table 3's second column says."""
 
     task: ClassVar[str] = "diffusion_prior"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
 
     samples: PositiveInt = 600_000 * 4096
     batch: PositiveInt = 4096
@@ -187,7 +187,7 @@ class DecoderRecipe(TrainingRecipe):
     """Trains the 64 px decoder as Table 3's third column says."""
 
     task: ClassVar[str] = "decoder"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
     samples: PositiveInt = 800_000 * 2048
     batch: PositiveInt = 2048
