@@ -67,8 +67,8 @@ def ridge(inputs: Tensor, images: Tensor) -> Ridge:
     """Returns the ridge regression with the largest penalty that costs no more than COST of the least error.
 
     The error is that of every fifth of BLOCKS blocks of lines, solved on the others; lines of one row lie beside each
-    other. A larger penalty costs little there, and other sentences than those of the captions are read far better. Of
-    fewer lines than blocks nothing is learned.
+    other. A larger penalty costs little there, and other sentences than those of the captions are read far better.
+    Fewer lines than BLOCKS take the largest penalty.
     """
     x, y = inputs.double().numpy(), images.double().numpy()
     penalty = PENALTIES[-1]
