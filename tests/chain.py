@@ -35,12 +35,7 @@ MICRO = {
     "upsampler_1024": {"samples": 8, "batch": 8},
     "bundle": {"sampling": {"prior_steps": 2, "decoder_steps": 2, "upsampler_256_steps": 2, "upsampler_1024_steps": 2}},
     "samples": {"captions": ["a red heart"]},
-    "evaluation": {
-        "rows": 8,
-        "image_rows": 8,
-        "upsampler_rows": 8,
-        "samples": 2,
-    },
+    "evaluation": {"rows": 8, "image_rows": 8, "upsampler_rows": 8, "samples": 2},
     "run": {"lease_s": 5} | {stage: {"workers": 0} for stage in ("pairs", "embeddings", "curation", "index", "codec")},
 }
 

@@ -2,6 +2,8 @@
 
 import ast
 import re
+from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,11 @@ FIELD = {  # the field's word, and what must not stand for it
 }
 
 
+@cache
+def lines(file: Path) -> list[tuple[int, str]]:
+    return list(prose(file))
+
+
 def test_no_tic_is_left() -> None:
     assert tics() == []
 
@@ -33,7 +40,7 @@ def test_the_fields_word_is_used(word: str) -> None:
     found = [
         f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
         for file in files
-        for number, line in prose(file)
+        for number, line in lines(file)
         if other.search(line)
     ]
     assert found == []

@@ -1,4 +1,4 @@
-"""The whole chain as a user runs it: on a folder and on S3; appended to, changed, continued."""
+"""The whole chain as a user runs it: appended to, changed, continued. On S3: test_security.py."""
 
 import hashlib
 import json
@@ -13,28 +13,14 @@ import pytest
 from PIL import Image
 from safetensors.torch import load
 
-from jobs.project import open_project
 from models.folder import load_model
 from models.sampling_config import MODELS
 from pipeline.config import load_config
 from pipeline.data.source.drawings.listing import drawing_rows
 from pipeline.data.source.drawings.world import draw_png, drawing_of
 from pipeline.store.records import read_blob
-from tests.chain import (
-    DATA_STAGES,
-    ROOT,
-    data_blobs,
-    done,
-    here,
-    keys,
-    open_at,
-    shard_paths,
-    unclip,
-    write_config,
-    write_list,
-)
+from tests.chain import ROOT, done, here, keys, open_at, shard_paths, unclip, write_config, write_list
 from tests.faults import artifact
-from tests.seaweed import Server
 
 
 class Chain:
@@ -46,8 +32,6 @@ class Chain:
         self.store = folder / "store"
         self.config = write_config(folder, str(self.store), pictures, [self.list])
         self.output = done(unclip("run", self.config))
-        self.keys = keys(open_at(self.store))  # as of now: later tests append to this store
-        self.blobs = data_blobs(open_at(self.store))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +56,6 @@ def test_it_ends_with_a_picture_and_a_report(chain: Chain) -> None:
         assert json.loads(picture.text["settings"])["decoder_steps"] == 2
     assert "samples" in (chain.folder / "out/report.html").read_text()
     assert all(f"\n{stage} " in chain.output for stage in ("pairs", "clip", "decoder", "samples", "evaluation"))
-    assert "Does it learn? " in chain.output
     assert re.search(
         r"^Does it learn\? \d+ of \d+ claims hold on held-out rows, \d+ not measured", chain.output, re.MULTILINE
     )
@@ -83,7 +66,7 @@ def test_it_ends_with_a_picture_and_a_report(chain: Chain) -> None:
 
 
 def test_a_small_set_of_ones_own_is_told_why_nothing_was_measured_and_what_to_do(tmp_path: Path) -> None:
-    """A folder of 40 images, of which the default holds out one or so; then more are held out."""
+    """A folder of 40 images, of which the default holds out one or so."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for i, row in enumerate(drawing_rows("nano")[:40]):
@@ -98,10 +81,6 @@ def test_a_small_set_of_ones_own_is_told_why_nothing_was_measured_and_what_to_do
     assert re.search(rf"<p class=\"note\">Nothing was measured: {why}\.</p>", page)
     assert "validation from" not in page
     assert "and a figure needs 8; set source.validation to 0.2 or add pairs." in page
-
-    output = done(here("run", config, "source.test=0.6"))
-    assert re.search(r"^Does it learn\? \d+ of \d+ claims hold on held-out rows", output, re.MULTILINE)
-    assert "that captions name" not in output  # nobody knows what images of one's own should look like
 
 
 def test_again_there_is_nothing_to_do_and_nothing_heavy_is_imported(chain: Chain) -> None:
@@ -149,31 +128,6 @@ def test_fine_tuning_goes_on_from_a_bundle(chain: Chain, tmp_path: Path) -> None
     tuned = load(read_blob(store, artifact(store, "diffusion_prior").blobs["model.safetensors"]))
     for name, tensor in load_model(bundle / "diffusion_prior").state_dict().items():
         assert name == "gamma" or (tuned[name] - tensor).abs().max() < 1e-6
-    nowhere = here("init", "other", pairs, "--from", tmp_path, cwd=tmp_path)
-    assert nowhere.returncode == 2
-    assert "no finished bundle there; name a run's output folder" in nowhere.stderr
-
-
-def test_on_s3_the_keys_and_data_blobs_are_the_same(chain: Chain, s3: Server, tmp_path: Path) -> None:
-    """Up to the codec; test_security makes the rest on S3."""
-    url = f"{s3.url}/chain-{os.getpid()}"
-    config = write_config(tmp_path, url, chain.pictures, [chain.list])
-    # Ray workers here, none in the reference: neither workers nor store may change a key or a byte.
-    done(
-        unclip(
-            "run",
-            config,
-            "run.pairs.workers=2",
-            "run.embeddings.workers=1",
-            "run.curation.workers=1",
-            "run.codec.workers=1",
-            "--until",
-            "codec",
-        )
-    )
-    assert keys(open_at(url)) == {stage: chain.keys[stage] for stage in DATA_STAGES}
-    assert all(verdict.key in chain.keys[verdict.stage] for verdict in open_project(str(config), ()).plan())
-    assert data_blobs(open_at(url)) == chain.blobs
 
 
 def test_appending_fetches_and_embeds_only_the_new_rows(chain: Chain, tmp_path: Path) -> None:
@@ -190,10 +144,8 @@ def test_appending_fetches_and_embeds_only_the_new_rows(chain: Chain, tmp_path: 
         assert paths < shard_paths(store, stage)
         assert len(shard_paths(store, stage)) == len(paths) + 1
     assert "6 of 66 rows" not in output  # progress counts what was there
-    table = {
-        line.split()[0]: line.split()[1] for line in output.splitlines() if line.startswith(("pairs ", "embeddings "))
-    }
-    assert table == {"pairs": "66", "embeddings": "66"}
+    table = [line.split()[:2] for line in output.splitlines() if line.startswith(("pairs  ", "embeddings  "))]
+    assert table == [["pairs", "66"], ["embeddings", "66"]]
     # The report shows what is pinned, too, and then nothing is written again.
     assert "nothing to do" in done(here("run", config, "--until", "codec"))
     written = (tmp_path / "out/report.html").stat().st_mtime_ns
@@ -207,19 +159,9 @@ def test_a_decoder_value_makes_the_decoder_and_what_follows_stale(chain: Chain) 
     assert "model.dropout 0.0 -> 0.1" in output
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "run.pairs.threads=3",
-        "run.decoder.micro_batch=4",
-        "run.clip.threads=1",
-        "run.ray.cpus=4",
-        "run.lease_s=9",
-        "run.embeddings.batch=7",
-    ],
-)
-def test_a_run_setting_moves_no_key(chain: Chain, setting: str) -> None:
-    assert _stale(done(here("plan", chain.config, setting))) == set()
+def test_run_settings_move_no_key(chain: Chain) -> None:
+    settings = ("pairs.threads=3", "decoder.micro_batch=4", "clip.threads=1", "ray.cpus=4", "lease_s=9")
+    assert _stale(done(here("plan", chain.config, *(f"run.{setting}" for setting in settings)))) == set()
 
 
 def test_what_another_configuration_has_left_in_the_folder_is_replaced(chain: Chain) -> None:
@@ -244,17 +186,13 @@ def test_what_another_configuration_has_left_in_the_folder_is_replaced(chain: Ch
     written = (output / "report.html").stat().st_mtime_ns
     done(here("run", chain.config))
     assert (output / "report.html").stat().st_mtime_ns == written  # it shows what it should
-    keys = [
-        [stage["key"] for stage in json.loads(text)["stages"]] for text in (page, (output / "report.json").read_text())
-    ]
-    assert keys[0] == keys[1]
+    now = (output / "report.json").read_text()
+    old, new = ([stage["key"] for stage in json.loads(text)["stages"]] for text in (page, now))
+    assert old == new
 
 
 def test_only_and_until(chain: Chain, tmp_path: Path) -> None:
     config = write_config(tmp_path, str(tmp_path / "store"), chain.pictures, [chain.list])
-    refused = here("run", config, "--only", "pairs")
-    assert refused.returncode == 2
-    assert "--only pairs needs source first; use --until pairs" in refused.stderr
     done(here("run", config, "--until", "source"))
     done(here("run", config, "--only", "pairs"))
     assert set(keys(open_at(tmp_path / "store"))) == {"source", "pairs"}

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,78 +26,24 @@ from tests.faults import (
     start,
     wait_until,
 )
+from tests.jobs.test_every_crash import IN_ARTIFACTS, IN_DRIVER, IN_SHARDS
 
-# Where the first process to come by is killed: in the data stages, from an empty store on, or in the decoder.
-IN_DATA = (
-    "blob.created",
-    "shard.before_record",
-    "shard.after_record",
-    "artifact.before_record",
-    "artifact.after_record",
-    "pin.before_swap",
-    "report.before_replace",
-)
-IN_TRAINING = ("checkpoint.before_record", "checkpoint.after_record", "training.before_artifact")
-IN_COMMANDS = ("journal.before_swap", "gc.before_delete")  # of unclip data; see test_every_crash
-IN_HEALING = ("damage.before_delete",)  # see test_damage
-# Those of them that are passed in Ray's workers. The rest, pin and report, are the driver's own.
-IN_SHARD_WORKERS = ("blob.created", "shard.before_record", "shard.after_record")
-IN_TRAIN_WORKERS = ("blob.created", *IN_TRAINING, "artifact.before_record", "artifact.after_record")  # three and three
+# Where the first process to come by is killed: in Ray's workers here, and without them in test_every_crash.py.
+IN_TRAINING = ("checkpoint.before_record", "checkpoint.after_record", "training.before_artifact")  # also test_stage.py
+IN_COMMANDS = ("journal.before_swap", "gc.before_delete")  # of unclip data; see test_every_crash.py
+IN_HEALING = ("damage.before_delete",)  # see test_every_crash.py
+IN_TRAIN_WORKERS = ("blob.created", *IN_TRAINING, *IN_ARTIFACTS)  # three and three
 
 
 def test_every_crash_point_is_tested() -> None:
     calls = [re.findall(r'crash_point\("(.*?)"', file.read_text()) for file in (ROOT / "pipeline").rglob("*.py")]
-    assert {*IN_DATA, *IN_TRAINING, *IN_COMMANDS, *IN_HEALING} == {name for names in calls for name in names}
+    tested = {*IN_SHARDS, *IN_ARTIFACTS, *IN_DRIVER, *IN_TRAINING, *IN_COMMANDS, *IN_HEALING}
+    assert tested == {name for names in calls for name in names}
 
 
-@dataclass(frozen=True)
-class Kills:
-    """Kills one process at each of some points, one after the other."""
-
-    folder: Path
-    points: tuple[str, ...]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {"UNCLIP_CRASH": ",".join(f"{point}@{self.folder / point}" for point in self.points)}
-
-    def all_happened(self) -> bool:
-        return all((self.folder / point).exists() for point in self.points)
-
-    def run(self, store: Store, *words: object) -> list[str]:
-        """Runs a command until it was killed at every point, and once more; what each run said on stderr."""
-        said = []
-        for _ in self.points:
-            killed = unclip("run", *words, env=self.environment)
-            assert killed.returncode == -signal.SIGKILL, killed.stderr
-            assert_sound(store)
-            said.append(killed.stderr)
-        assert self.all_happened()
-        last = unclip("run", *words)
-        done(last)
-        return [*said, last.stderr]
-
-
-@pytest.mark.slow  # the same without processes: test_every_crash.py
-def test_killed_in_the_data_stages(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    store = copy(undisturbed.data, tmp_path)
-    for entry in [e for prefix in ("artifacts/", "shards/", "locks/") for e in store.list(prefix)]:
-        if entry.path.split("/")[1] not in ("source", "captions", "clip"):
-            store.delete([entry.path])  # its blobs stay as what an earlier kill may leave: named by no record
-    Kills(tmp_path, IN_DATA).run(store, undisturbed.config(tmp_path), "--until", "codec")
-    assert_sound(store)
-    assert_each_shard_once(store, undisturbed.data)
-    assert keys(store) == keys(undisturbed.data)
-    assert data_blobs(store) == data_blobs(undisturbed.data)
-    assert (tmp_path / "out/report.html").exists()
-
-
-@pytest.mark.slow  # the same without a run around it: tests/pipeline/training/test_stage.py
-def test_killed_in_a_training(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    store = copy(undisturbed.data, tmp_path)
-    said = Kills(tmp_path, IN_TRAINING).run(store, undisturbed.config(tmp_path), "--until", "decoder")
-    _assert_undisturbed(store, undisturbed)
-    assert [re.findall(r"resuming decoder at sample (\d+)\n", run) for run in said] == [[], [], ["8"], ["48"]]
+def _killing(folder: Path, points: tuple[str, ...]) -> dict[str, str]:
+    """The environment in which one process is killed at each of some points, and leaves a file of that name."""
+    return {"UNCLIP_CRASH": ",".join(f"{point}@{folder / point}" for point in points)}
 
 
 def _assert_undisturbed(store: Store, undisturbed: Undisturbed) -> None:
@@ -111,10 +56,9 @@ def _assert_undisturbed(store: Store, undisturbed: Undisturbed) -> None:
 def test_killed_ray_workers_are_replaced(undisturbed: Undisturbed, tmp_path: Path) -> None:
     store = copy(undisturbed.data, tmp_path)
     forget(store, "pairs")
-    kills = Kills(tmp_path, IN_SHARD_WORKERS)
     config = undisturbed.config(tmp_path, pairs={"workers": 1})
-    done(unclip("run", config, "--until", "codec", env=kills.environment))
-    assert kills.all_happened()
+    done(unclip("run", config, "--until", "codec", env=_killing(tmp_path, IN_SHARDS)))
+    assert all((tmp_path / point).exists() for point in IN_SHARDS)
     assert_sound(store)
     assert_each_shard_once(store, undisturbed.data)
     assert data_blobs(store) == data_blobs(undisturbed.data)
@@ -126,12 +70,11 @@ def test_a_killed_ray_trainer_goes_on(
     points: tuple[str, ...], reached: int, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     store = copy(undisturbed.data, tmp_path)
-    kills = Kills(tmp_path, points)
     settings = {"workers": 1, "threads": 1, "checkpoint_every_s": 0}
     config = undisturbed.config(tmp_path, decoder=settings)
-    run = unclip("run", config, "--until", "decoder", env=kills.environment)
+    run = unclip("run", config, "--until", "decoder", env=_killing(tmp_path, points))
     assert "decoder done" in done(run)
-    assert kills.all_happened()
+    assert all((tmp_path / point).exists() for point in points)
     assert f"resuming decoder at sample {reached}\n" in run.stderr
     assert_sound(store)
     assert keys(store) == keys(undisturbed.trained)

@@ -10,7 +10,7 @@ from threading import Event
 
 import pytest
 
-from tests.chain import done, unclip, write_config
+from tests.chain import done, here, write_config
 from tests.faults import Running, finish, start, wait_until
 from tests.pipeline.data.bench import listening, picture
 
@@ -36,7 +36,6 @@ def stuck(words):
 jobs.interrupt.GRACE_S = float(sys.argv[1])
 sys.exit(guard(stuck, []))
 """
-
 ERRONEOUS = """
 import sys, time
 from jobs.cli import guard
@@ -50,6 +49,7 @@ def erroneous(words):
 
 sys.exit(guard(erroneous, []))
 """
+# At that time Python has given signals back to the system, whose alarm would end it with another code.
 SLOW = """
 import sys, time
 import jobs.interrupt
@@ -105,27 +105,16 @@ def test_ctrl_c_ends_what_is_stuck(grace_s: float, presses: int, sent: signal.Si
     assert result.stderr.replace("clearing up\n", "") == LAST
 
 
-def test_sigterm_ends_a_command_that_has_started_ray_with_the_same_line() -> None:
-    """Ray's core would print its own stack, and abort."""
-    with _ready(WITH_RAY) as process:
-        process.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize(
+    ("program", "sent", "code"),
+    [(WITH_RAY, signal.SIGTERM, 143), (SLOW, signal.SIGINT, 130), (ERRONEOUS, signal.SIGINT, 130)],
+    ids=["while Ray runs, whose core would abort", "an interpreter that is slow to go", "an error that it causes"],
+)
+def test_the_line_is_all_that_is_said(program: str, sent: signal.Signals, code: int) -> None:
+    with _ready(program) as process:
+        process.send_signal(sent)
         result = finish(process, timeout=60)
-    assert (result.returncode, result.stdout, result.stderr) == (143, "", LAST)
-
-
-def test_ctrl_c_has_its_exit_code_where_the_interpreter_is_slow_to_go() -> None:
-    """At that time Python has given signals back to the system, whose alarm would end it with another code."""
-    with _ready(SLOW) as process:
-        process.send_signal(signal.SIGINT)
-        result = finish(process, timeout=30)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", LAST)
-
-
-def test_an_error_that_ctrl_c_causes_is_not_shown() -> None:
-    with _ready(ERRONEOUS) as process:
-        process.send_signal(signal.SIGINT)
-        result = finish(process, timeout=30)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", LAST)
+    assert (result.returncode, result.stdout, result.stderr) == (code, "", LAST)
 
 
 @pytest.mark.timeout(600)
@@ -171,7 +160,7 @@ def test_a_run_whose_ray_is_killed_ends_with_a_line_and_the_next_one_goes_on(tmp
         assert "\x1b" not in result.stdout + result.stderr
         assert "Traceback" not in result.stderr
         answer.set()
-        assert "pairs done" in done(unclip(*words))
+        assert "pairs done" in done(here(*words, "run.pairs.workers=0"))  # a second Ray: test_local_ray.py
 
 
 def _children(pid: int) -> list[tuple[int, str]]:

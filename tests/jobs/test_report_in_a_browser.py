@@ -13,11 +13,7 @@ from tests.chain import done, unclip
 
 pytestmark = pytest.mark.browser
 MODELS = ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
-WITH_TIMESTEPS = (
-    "diffusion_prior",
-    "decoder",
-    "upsampler_256",
-)  # and the 1024 px upsampler, which has too few rows here
+WITH_TIMESTEPS = ("diffusion_prior", "decoder", "upsampler_256")  # the 1024 px upsampler has too few rows here
 WITHOUT_RAY = ("pairs", "embeddings", "curation", "upsampler_256", "upsampler_1024")
 SAMPLES = 4  # captions in the configuration
 # Of the decoder and the upsamplers: at the start, at the end, and the decoder's after 64 steps.
@@ -33,12 +29,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     Not as few as drawings:nano has: none of those for validation is large enough for the 1024 px upsampler's preview.
     """
     folder = tmp_path_factory.mktemp("demo")
-    smaller = [
-        "preset=nano",
-        "scale=0.25",
-        'source.paths=["drawings:tiny", "drawings:flawed"]',
-        "source.shard_rows=400",
-    ]
+    lists = 'source.paths=["drawings:tiny", "drawings:flawed"]'
+    smaller = ["preset=nano", "scale=0.25", lists, "source.shard_rows=400"]
     smaller += [f"run.{stage}.workers=0" for stage in WITHOUT_RAY]
     return ["configs/demo.yaml", *smaller, f"store={folder}/store", f"run.output={folder}/out"]
 
@@ -153,9 +145,8 @@ def test_it_can_be_read_without_script_on_a_narrow_screen_and_on_paper(browser: 
     narrow.page.emulate_media(media="print")
     assert not narrow.page.locator("nav, #environment, .samples a").filter(visible=True).count()
     folded = narrow.page.locator("details:not([open], .zoom) > summary").filter(visible=True)
-    assert (
-        folded.count() == narrow.page.locator("#training h3 + details").count() > 0
-    )  # nothing to click but those lines
+    # Nothing to click but those lines.
+    assert folded.count() == narrow.page.locator("#training h3 + details").count() > 0
 
 
 @pytest.mark.parametrize("width", [1280, 360])

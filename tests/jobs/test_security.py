@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.project import open_project
 from pipeline.errors import UserError
 from pipeline.graph.damage import read_record
 from pipeline.graph.kinds import RunRecord
@@ -22,7 +23,8 @@ from pipeline.store import Store, check_conditions, open_store
 from pipeline.store import s3 as store_s3
 from pipeline.store.records import peek_record
 from pipeline.upkeep.collect import collect
-from tests.chain import MICRO, ROOT, Finished, done, here, keys, unclip, write_config, write_list
+from tests.chain import MICRO, ROOT, Finished, data_blobs, done, here, keys, open_at, write_config, write_list
+from tests.jobs.test_mistakes import refused
 from tests.pipeline.data.bench import picture
 from tests.seaweed import BUCKET, Identity, Server, serving
 from tests.secrets import leaks, objects
@@ -56,10 +58,10 @@ class Team:
         self.server, self.folder = server, folder
         self.url = f"s3://{BUCKET}/{PREFIX}"
         self.ray = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # paths of sockets in it must stay short
-        pairs = {"workers": 1, "headers": {"http://drawings.test": "IMAGES_HEADERS"}}
-        run = {**MICRO["run"], "pairs": pairs, "clip": {"workers": 1}}  # type: ignore[dict-item]
-        paths = [write_list(folder / "list.csv", 0, 60), _foreign(folder / "foreign")]
-        self.config = write_config(folder, self.url, pictures, paths, run=run)
+        run: dict[str, object] = {stage: {"workers": 1} for stage in ("embeddings", "curation", "codec", "decoder")}
+        run |= {"pairs": {"workers": 2, "headers": {"http://drawings.test": "IMAGES_HEADERS"}}, "clip": {"threads": 1}}
+        self.lists = [write_list(folder / "list.csv", 0, 60), _foreign(folder / "foreign")]
+        self.config = write_config(folder, self.url, pictures, self.lists, run=MICRO["run"] | run)  # type: ignore[operator]
         self.made = self._run_and_keep_logs()
 
     def _run_and_keep_logs(self) -> Finished:
@@ -129,6 +131,15 @@ def team(tmp_path_factory: pytest.TempPathFactory, pictures: str) -> Iterator[Te
 def test_a_writer_makes_everything(team: Team) -> None:
     assert "evaluation done" in done(team.made)
     assert {"bundle", "evaluation", "samples"} <= keys(team.store("reader")).keys()
+
+
+def test_a_folder_and_no_worker_of_ray_give_the_same(team: Team, pictures: str, tmp_path: Path) -> None:
+    """Neither the store nor workers may change a key, or a byte of the data."""
+    run = MICRO["run"] | {"clip": {"threads": 1}}  # type: ignore[operator]
+    config = write_config(tmp_path, str(tmp_path / "store"), pictures, team.lists, run=run)
+    done(here("run", config, "--until", "codec"))
+    assert {v.stage: {v.key} for v in open_project(str(config), ()).plan()} == keys(team.store("reader"))
+    assert data_blobs(open_at(tmp_path / "store")) == data_blobs(team.store("reader"))
 
 
 def test_no_secret_is_in_the_store_the_output_or_a_log(team: Team) -> None:
@@ -241,8 +252,9 @@ def test_others_of_the_bucket_are_out_of_reach(team: Team) -> None:
                 getattr(client, operation)(Bucket=BUCKET, **words)
 
 
-def test_keys_in_the_address_of_a_store_are_refused_and_not_repeated(team: Team, tmp_path: Path) -> None:
-    process = unclip("plan", team.config, f"store=s3://writer:{SECRETS['writer']}@{BUCKET}/{PREFIX}")
-    assert process.returncode == 2
-    assert "no keys in its URL" in process.stderr
-    assert SECRETS["writer"] not in process.stdout + process.stderr
+def test_keys_in_the_address_of_a_store_are_refused_and_not_repeated(
+    team: Team, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = f"s3://writer:{SECRETS['writer']}@{BUCKET}/{PREFIX}"
+    process = refused("plan", team.config, f"store={address}", says="no keys in its URL")
+    assert SECRETS["writer"] not in process.stdout + process.stderr + caplog.text

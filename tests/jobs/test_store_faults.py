@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.chain import MICRO, done, keys, open_at, unclip, write_config, write_list
+from tests.chain import done, keys, open_at, unclip
 from tests.fault_proxy import at_random, failing
-from tests.faults import FEW, RUN, artifact, assert_sound
+from tests.faults import Undisturbed, artifact, assert_sound
 from tests.seaweed import Server
 
 
@@ -15,20 +15,17 @@ from tests.seaweed import Server
 @pytest.mark.parametrize(
     ("until", "workers"), [("pairs", 1), pytest.param("codec", 0, marks=pytest.mark.slow, id="slow")]
 )
-def test_faults_change_nothing(until: str, workers: int, s3: Server, pictures: str, tmp_path: Path) -> None:
-    listed = write_list(tmp_path / "list.csv", 30, 60)
-    stores = str(tmp_path / "store"), f"{s3.url}/faults-{secrets.token_hex(4)}"
+def test_faults_change_nothing(until: str, workers: int, s3: Server, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    url = f"{s3.url}/faults-{secrets.token_hex(4)}"
+    config = undisturbed.config(tmp_path, url, pairs={"workers": workers})
     with failing(s3.endpoint) as proxy:
         proxy.choose = at_random(seed=workers, chance=0.1)
-        for store, count in zip(stores, (0, workers), strict=True):
-            run = {**MICRO["run"], **RUN, "pairs": {"workers": count}}  # type: ignore[dict-item]
-            (tmp_path / str(count)).mkdir(exist_ok=True)
-            config = write_config(tmp_path / str(count), store, pictures, [listed], **FEW, run=run)
-            done(unclip("run", config, "--until", until, env={"AWS_ENDPOINT_URL": proxy.endpoint}))
+        done(unclip("run", config, "--until", until, env={"AWS_ENDPOINT_URL": proxy.endpoint}))
     assert len(proxy.faults()) > 3
-    theirs, ours = map(open_at, stores)
-    assert keys(ours) == keys(theirs)
+    ours, theirs = open_at(url), undisturbed.data
     assert_sound(ours)
-    for stage in keys(ours):
+    assert until in keys(ours)
+    for stage, found in keys(ours).items():
+        assert found == keys(theirs)[stage]
         one, other = artifact(ours, stage), artifact(theirs, stage)
         assert (one.blobs, one.shard_table, one.ledger) == (other.blobs, other.shard_table, other.ledger)

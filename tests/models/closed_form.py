@@ -81,6 +81,13 @@ def anisotropic(schedule: Schedule, fraction: float | None = None) -> Gaussian:
     return Gaussian(schedule, torch.tensor([0.7, -0.4, 0.2], dtype=torch.float64), covariance, fraction)
 
 
+def uneven(schedule: Schedule, count: int) -> Tensor:
+    """A grid whose steps are one third and two thirds of a pair in turn, from the data."""
+    pair = 2 * (schedule.steps - 1) // count
+    start = torch.arange(0, schedule.steps, pair)
+    return torch.cat([start, start[:-1] + pair // 3]).sort().values.flip(0)
+
+
 def even_log_snr(steps: int, noisiest: float = -4.0, clearest: float = 8.0) -> Schedule:
     """A schedule that is even in half the log signal-to-noise ratio, and ends so near the data that it may count so."""
     return Schedule(torch.sigmoid(2 * torch.linspace(clearest, noisiest, steps, dtype=torch.float64)))

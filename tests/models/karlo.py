@@ -116,35 +116,22 @@ def unet(
     """The decoder's network: no attention at the largest resolution."""
     deeper = len(widths) - 1
     return UNet2DConditionModel(
-        sample_size=side,
-        in_channels=3,
-        out_channels=6,
+        sample_size=side, in_channels=3, out_channels=6, block_out_channels=widths, layers_per_block=layers,
         down_block_types=("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * deeper),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         up_block_types=(*["SimpleCrossAttnUpBlock2D"] * deeper, "ResnetUpsampleBlock2D"),
-        block_out_channels=widths,
-        layers_per_block=layers,
-        dropout=dropout,
-        cross_attention_dim=context,
-        attention_head_dim=head,
-        class_embed_type="identity",
+        cross_attention_dim=context, attention_head_dim=head, class_embed_type="identity", dropout=dropout,
         resnet_time_scale_shift="scale_shift",
-    )
+    )  # fmt: skip
 
 
 def upsampler(side: int, layers: int, widths: tuple[int, ...], dropout: float = 0.0) -> UNet2DModel:
     """One of the upsampler's two networks."""
     return UNet2DModel(
-        sample_size=side,
-        in_channels=6,
-        out_channels=3,
-        down_block_types=("ResnetDownsampleBlock2D",) * len(widths),
+        sample_size=side, in_channels=6, out_channels=3, block_out_channels=widths, layers_per_block=layers,
+        down_block_types=("ResnetDownsampleBlock2D",) * len(widths), dropout=dropout, add_attention=False,
         up_block_types=("ResnetUpsampleBlock2D",) * len(widths),
-        block_out_channels=widths,
-        layers_per_block=layers,
-        dropout=dropout,
-        add_attention=False,
-    )
+    )  # fmt: skip
 
 
 def prior() -> PriorTransformer:

@@ -37,10 +37,9 @@ def test_few_keys_in_bf16_give_what_fused_attention_gives() -> None:
     equals_fused_attention_in_fp64(torch.bfloat16, 0.03, 37)
 
 
-@pytest.mark.parametrize("keys", [37, FEW_KEYS + 1])
-def test_fp32_gives_what_fp64_gives(keys: int) -> None:
-    equals_fused_attention_in_fp64(torch.float32, 1e-4, keys)
-
-
-def test_many_keys_in_bf16_give_what_fused_attention_gives() -> None:
-    equals_fused_attention_in_fp64(torch.bfloat16, 0.03, FEW_KEYS + 1)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "keys"),
+    [(torch.float32, 1e-4, 37), (torch.float32, 1e-4, FEW_KEYS + 1), (torch.bfloat16, 0.03, FEW_KEYS + 1)],
+)
+def test_any_number_of_keys_gives_what_fp64_gives(dtype: torch.dtype, tolerance: float, keys: int) -> None:
+    equals_fused_attention_in_fp64(dtype, tolerance, keys)

@@ -1,4 +1,3 @@
-import pytest
 import torch
 from torch import Tensor
 
@@ -13,40 +12,6 @@ def test_the_second_half_of_a_guided_pass_has_no_condition() -> None:
     assert guidance_rows(2, 1.5, torch.device("cpu")).tolist() == [True, True, False, False]
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.25, 3.0])
-def test_guidance_is_one_plus_w_times_the_conditional_minus_w_times_the_unconditional(weight: float) -> None:
-    g = torch.Generator().manual_seed(0)
-    x_t, t = torch.randn(2, 3, 4, 4, generator=g), torch.tensor([3, 5])
-    conditional, empty = torch.randn(2, 2, 6, 4, 4, generator=g).unbind()
-    passes = []
-
-    def network(x: Tensor, times: Tensor) -> Tensor:
-        passes.append((x, times))
-        return torch.cat([conditional, empty])[: len(x)]
-
-    output = guided_output(network, x_t, t, weight)
-    torch.testing.assert_close(output[:, :3], (1 + weight) * conditional[:, :3] - weight * empty[:, :3])
-    assert torch.equal(output[:, 3:], conditional[:, 3:])
-    assert len(passes) == 1
-    for x, times in zip(passes[0][0].split(2), passes[0][1].split(2), strict=True):
-        assert torch.equal(x, x_t)
-        assert torch.equal(times, t)
-
-
-@fails_under(
-    (guided_output, "(1 + weight)", "weight"),
-    (guided_output, "- weight * empty", "+ weight * empty"),
-    (guided_output, "conditional, empty = network", "empty, conditional = network"),
-)
-def test_guiding_v_is_guiding_the_noise() -> None:
-    g = torch.Generator().manual_seed(0)
-    x_t, conditional, empty = torch.randn(3, 2, 3, 4, 4, generator=g, dtype=torch.float64).unbind()
-    alpha_bar = make_schedule("cosine", 1000).at(torch.tensor([100, 800]))
-    eps, eps_empty = (predict("v", v, x_t, alpha_bar).eps for v in (conditional, empty))
-    guided = guided_output(lambda x, t: torch.cat([conditional, empty]), x_t, torch.zeros(2), 2.0)
-    torch.testing.assert_close(predict("v", guided, x_t, alpha_bar).eps, 3 * eps - 2 * eps_empty)
-
-
 @fails_under(
     (guided_output, "(1 + weight)", "weight"),
     (guided_output, "- weight * empty", "- empty"),
@@ -54,5 +19,30 @@ def test_guiding_v_is_guiding_the_noise() -> None:
     (guided_output, "torch.cat([x_t, x_t])", "torch.cat([x_t, -x_t])"),
     (guided_output, "torch.cat([t, t])", "torch.cat([t, t + 1])"),
 )
-def test_a_fault_in_the_combination_is_noticed() -> None:
-    test_guidance_is_one_plus_w_times_the_conditional_minus_w_times_the_unconditional(3.0)
+def test_guidance_is_one_plus_w_times_the_conditional_minus_w_times_the_unconditional() -> None:
+    g = torch.Generator().manual_seed(0)
+    x_t, t = torch.randn(2, 3, 4, 4, generator=g), torch.tensor([3, 5])
+    conditional, empty = torch.randn(2, 2, 6, 4, 4, generator=g).unbind()
+    for weight in (0.0, 0.25, 3.0):
+        passes = []
+
+        def network(x: Tensor, times: Tensor, passes: list[tuple[Tensor, Tensor]] = passes) -> Tensor:
+            passes.append((x, times))
+            return torch.cat([conditional, empty])[: len(x)]
+
+        output = guided_output(network, x_t, t, weight)
+        torch.testing.assert_close(output[:, :3], (1 + weight) * conditional[:, :3] - weight * empty[:, :3])
+        assert torch.equal(output[:, 3:], conditional[:, 3:])
+        [(xs, times)] = passes
+        assert all(torch.equal(part, x_t) for part in xs.split(2))
+        assert all(torch.equal(part, t) for part in times.split(2))
+
+
+@fails_under((guided_output, "conditional, empty = network", "empty, conditional = network"))
+def test_guiding_v_is_guiding_the_noise() -> None:
+    g = torch.Generator().manual_seed(0)
+    x_t, conditional, empty = torch.randn(3, 2, 3, 4, 4, generator=g, dtype=torch.float64).unbind()
+    alpha_bar = make_schedule("cosine", 1000).at(torch.tensor([100, 800]))
+    eps, eps_empty = (predict("v", v, x_t, alpha_bar).eps for v in (conditional, empty))
+    guided = guided_output(lambda x, t: torch.cat([conditional, empty]), x_t, torch.zeros(2), 2.0)
+    torch.testing.assert_close(predict("v", guided, x_t, alpha_bar).eps, 3 * eps - 2 * eps_empty)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from models.diffusion.process import Prediction, predict
 from models.diffusion.samplers import ddim, ddim_inversion
-from models.diffusion.schedules import Schedule, fast27_grid, log_snr_grid, make_schedule, strided_grid
-from tests.models.closed_form import anisotropic, even_log_snr
+from models.diffusion.schedules import fast27_grid, log_snr_grid, make_schedule, strided_grid
+from tests.models.closed_form import anisotropic, even_log_snr, uneven
 from tests.models.mutations import fails_under
 
 SCHEDULE = make_schedule("cosine", 1000)
@@ -46,13 +46,6 @@ def test_it_equals_diffusers(count: int) -> None:
         expected = scheduler.step(noise_in(expected, asked.expand(2)), t, expected).prev_sample
     ours = ddim_inversion(denoise, images(), scheduler.timesteps.flip(0), SCHEDULE)
     torch.testing.assert_close(ours, expected, atol=1e-8, rtol=1e-8)
-
-
-def uneven(schedule: Schedule, count: int) -> Tensor:
-    """Steps of one third and two thirds in turn."""
-    pair = 2 * (schedule.steps - 1) // count
-    start = torch.arange(0, schedule.steps, pair)
-    return torch.cat([start, start[:-1] + pair // 3]).sort().values.flip(0)
 
 
 @fails_under(*FAULTS[2:])  # the first two change an error of first order into another

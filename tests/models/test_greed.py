@@ -94,12 +94,12 @@ def merged(document: Any, change: Any) -> Any:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_configuration_takes_no_more_than_the_weights_beside_it(tmp_path: Path) -> None:
+def test_a_configuration_takes_no_more_than_the_weights_beside_it(karlo_folder: Path, tmp_path: Path) -> None:
     """A folder of 13 MB could take 38 GB, or time without end. A fresh process knows what it takes, and an old one has
     room that is not counted."""
     Clip.build(VIT, seed=0).save(tmp_path / "clip")
     save_model(tmp_path / "decoder", Decoder(DECODER, embed_dim=32))
-    karlo.write_all(tmp_path / "karlo")
+    shutil.copytree(karlo_folder, tmp_path / "karlo")
     export_prior(DiffusionPrior(DiffusionPriorConfig(width=32, depth=1, heads=2), karlo.DIM), tmp_path / "exported")
     asked = []
     for number, (load, small, changes, _) in enumerate(GREEDY):

@@ -11,7 +11,6 @@ from diffusers import PriorTransformer
 
 from models.cascade import UnCLIP
 from models.clip import Clip
-from models.clip_prior import ClipPrior
 from models.decoder import decoder_denoise
 from models.diffusion.samplers import ancestral
 from models.diffusion.schedules import make_schedule, trailing_grid
@@ -22,20 +21,12 @@ from models.pixels import to_uint8
 from models.prior_configs import ClipConfig
 from models.sampling_config import SamplingConfig
 from models.tokens import tokenize
-from tests.models import karlo
 from tests.models.karlo import DIM, assert_same
 from tests.models.mutations import fails_under
 from tests.models.test_unet import normal
 
 CAPTIONS, SEEDS = ["a portrait of an old monk", ""], [3, 4]
 SCHEDULE = make_schedule("cosine", 1000)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("all") / "karlo"
-    karlo.write_all(folder)
-    return folder
 
 
 def clip(dim: int = DIM) -> Clip:
@@ -45,31 +36,30 @@ def clip(dim: int = DIM) -> Clip:
 
 
 @pytest.fixture(scope="module")
-def unclip(folder: Path) -> UnCLIP:
-    return import_unclip(folder, clip())
+def unclip(karlo_folder: Path) -> UnCLIP:
+    return import_unclip(karlo_folder, clip())
 
 
-def test_it_samples_as_karlo_does_unless_told_otherwise(unclip: UnCLIP, folder: Path) -> None:
+def test_it_samples_as_karlo_does_unless_told_otherwise(unclip: UnCLIP, karlo_folder: Path) -> None:
     theirs = SamplingConfig(
         candidates=1, prior_steps=25, prior_sampler="ddpm", prior_guidance=3.0, decoder_steps=50, decoder_guidance=7.0,
         upsampler_256_steps=7, size=256,
     )  # fmt: skip
     assert unclip.sampling == theirs
     other = SamplingConfig(candidates=3)
-    assert import_unclip(folder, clip(), other).sampling == other
+    assert import_unclip(karlo_folder, clip(), other).sampling == other
 
 
 @fails_under(
-    (ClipPrior, "* self.std + self.mean", "* self.std"),
     (UnCLIP, "model.image_embedding(run(model, denoise, noise, draw))", "run(model, denoise, noise, draw)"),
     (diffusion_prior_denoise, "condition), x_t, t, guidance", "condition), x_t, t, 2.0"),
 )
-def test_the_prior_in_the_cascade_is_karlos(unclip: UnCLIP, folder: Path) -> None:
+def test_the_prior_in_the_cascade_is_karlos(unclip: UnCLIP, karlo_folder: Path) -> None:
     """Against the imported prior and a sampler by hand, and diffusers' own post-processing."""
     tokens = tokenize(CAPTIONS)
     text, sampling = unclip.clip.encode_text(tokens), dataclasses.replace(unclip.sampling, prior_steps=4)
     embedding = unclip.draw_embedding(tokens, text, SEEDS, sampling)
-    prior, draw = import_prior(folder), Draw([(derive_seed(seed, "prior", 0), 1) for seed in SEEDS])
+    prior, draw = import_prior(karlo_folder), Draw([(derive_seed(seed, "prior", 0), 1) for seed in SEEDS])
     kept, unused = torch.ones(2, dtype=torch.bool), torch.full((2, DIM), torch.nan)
     denoise = diffusion_prior_denoise(prior, tokens, unused, guidance=3.0)
     noise = draw.normal("x_T", DIM)
@@ -80,21 +70,21 @@ def test_the_prior_in_the_cascade_is_karlos(unclip: UnCLIP, folder: Path) -> Non
     torch.testing.assert_close(first, 4 * shown - 3 * hidden, rtol=0, atol=1e-5)
     samples = ancestral(denoise, noise, trailing_grid(1000, 4), SCHEDULE, draw, "small")
     with torch.no_grad():
-        theirs = PriorTransformer.from_pretrained(folder / "prior").post_process_latents(samples)
+        theirs = PriorTransformer.from_pretrained(karlo_folder / "prior").post_process_latents(samples)
     torch.testing.assert_close(embedding, F.normalize(theirs, dim=-1), rtol=0, atol=1e-6)
 
 
-def test_the_decoder_in_the_cascade_is_karlos(unclip: UnCLIP, folder: Path) -> None:
+def test_the_decoder_in_the_cascade_is_karlos(unclip: UnCLIP, karlo_folder: Path) -> None:
     pictures = unclip.generate(CAPTIONS, SEEDS, prior_steps=2, decoder_steps=3, upsampler_256_steps=2)
     draw = Draw([(derive_seed(seed, "decoder"), 1) for seed in SEEDS])
-    denoise = decoder_denoise(import_decoder(folder), pictures.embedding, tokenize(CAPTIONS), guidance=7.0)
+    denoise = decoder_denoise(import_decoder(karlo_folder), pictures.embedding, tokenize(CAPTIONS), guidance=7.0)
     low = ancestral(denoise, draw.normal("x_T", 3, 16, 16), trailing_grid(1000, 3), SCHEDULE, draw, "learned")
     assert torch.equal(pictures.images[16], to_uint8(low).permute(0, 2, 3, 1))
     assert list(pictures.images) == [16, 64]
     assert pictures.image.float().std() > 10
 
 
-def test_as_a_bundle_it_makes_the_same_images(unclip: UnCLIP, tmp_path: Path) -> None:
+def test_as_a_bundle_it_is_the_same_generator(unclip: UnCLIP, tmp_path: Path) -> None:
     unclip.save(tmp_path)
     again = UnCLIP.from_folder(tmp_path)
     assert again.sampling == unclip.sampling
@@ -102,23 +92,19 @@ def test_as_a_bundle_it_makes_the_same_images(unclip: UnCLIP, tmp_path: Path) ->
         before, after = getattr(unclip, name), getattr(again, name)
         assert (type(after), after.config) == (type(before), before.config)
         assert_same(before.state_dict(), after.state_dict())
-    options = {"prior_steps": 3, "decoder_steps": 3, "upsampler_256_steps": 2}
-    expected, pictures = (model.generate(CAPTIONS, SEEDS, **options) for model in (unclip, again))
-    assert torch.equal(pictures.embedding, expected.embedding)
-    assert all(torch.equal(pictures.images[side], expected.images[side]) for side in (16, 64))
 
 
-def test_without_an_upsampler_images_stay_small(folder: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+def test_without_an_upsampler_images_stay_small(karlo_folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(karlo_folder, tmp_path / "copy"))
     for name in ("super_res_first", "super_res_last", "super_res_scheduler"):
         shutil.rmtree(copy / name)
     unclip = import_unclip(copy, clip())
     assert list(unclip.generate(["a cat"], [0], prior_steps=2, decoder_steps=2).images) == [16]
 
 
-def test_another_clip_is_refused(folder: Path) -> None:
+def test_another_clip_is_refused(karlo_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"prior was trained on 24-dimensional embeddings, this CLIP makes 16: pass"):
-        import_unclip(folder, clip(16))
+        import_unclip(karlo_folder, clip(16))
 
 
 def test_a_clip_prior_is_sampled_only(unclip: UnCLIP) -> None:

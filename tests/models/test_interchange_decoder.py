@@ -18,7 +18,6 @@ from models.diffusion.schedules import make_schedule
 from models.interchange import export_decoder, import_decoder, unet
 from models.interchange.decoder import swap_tokens
 from models.nn.text_encoder import ClipTextEncoder
-from models.nn.transformer import Block, Transformer, quick_gelu
 from models.nn.unet import Attention, ResBlock, UNet
 from tests.models import karlo
 from tests.models.karlo import (
@@ -90,21 +89,15 @@ def ours(decoder: Decoder, keep: bool = True) -> Tensor:
     return decoder(*inputs(), kept, kept)
 
 
-def difference(decoder: Decoder, theirs: Theirs) -> float:
-    x, t, image, tokens = inputs()
-    return (ours(decoder) - theirs(x, t, NORM * image, tokens)).abs().max().item()
-
-
 @fails_under(
     (ResBlock, "* (1 + scale)", "* scale"),
     (ResBlock, "modulation.chunk(2, dim=1)", "modulation.chunk(2, dim=1)[::-1]"),
     (Attention, "torch.cat([context_values, values], dim=2)", "torch.cat([values, context_values], dim=2)"),
+    (Attention.forward, "torch.cat([context_keys, keys], dim=2)", "torch.cat([keys, context_keys], dim=2)"),
+    (Attention.forward, "x + h", "h"),
+    (Attention.forward, "self.norm(x)", "x"),
     (UNet, "embedding = embedding + added", "embedding = embedding"),
-    (UNet, "timestep_embedding(t, ", "timestep_embedding(t + 1, "),
     (Decoder, "value=True)", "value=False)"),
-    (Block, "causal=masked", "causal=False"),
-    (Transformer, "return self.norm(x)", "return x"),
-    (quick_gelu, "torch.sigmoid(1.702 * x)", "torch.sigmoid(1.6 * x)"),
     (ClipTextEncoder, "tokens.argmax(1)", "tokens.argmax(1) - 1"),
     (swap_tokens, ".transpose(0, 1)", ""),
     (unet, 'f"{theirs}.to_{part}" for part in "qkv"', 'f"{theirs}.to_{part}" for part in "qvk"'),
@@ -139,41 +132,16 @@ def test_its_unconditional_branch_and_guidance_are_karlos(folder: Path, theirs: 
 
 
 def test_the_comparison_sees_the_length_of_embeddings(folder: Path, theirs: Theirs) -> None:
-    assert difference(import_decoder(folder, 0.99 * NORM), theirs) > 1e-3
-
-
-def test_the_four_tokens_and_the_time_are_karlos(folder: Path, theirs: Theirs) -> None:
-    decoder = import_decoder(folder, NORM)
-    _, _, image, tokens = inputs()
-    kept = torch.ones(3, dtype=torch.bool)
-    with torch.no_grad():
-        condition = decoder.condition(image, tokens, kept, kept)
-        states, embedding, shown = text_features(theirs.clip, tokens)
-        context, added = theirs.text_proj(
-            image_embeddings=NORM * image,
-            prompt_embeds=embedding,
-            text_encoder_hidden_states=states,
-            do_classifier_free_guidance=False,
-        )
-    torch.testing.assert_close(condition.context[:, :TOKENS], context[:, :TOKENS], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(condition.context, context, atol=1e-5, rtol=0)
-    torch.testing.assert_close(condition.added, added, atol=1e-5, rtol=0)
-    assert torch.equal(condition.shown, F.pad(shown, (TOKENS, 0), value=True))
-
-
-def test_the_text_encoder_is_clips(theirs: Theirs, folder: Path) -> None:
-    encoded = import_decoder(folder, NORM).text(captions(), torch.tensor([True, True, False]))
-    states, embedding, shown = text_features(theirs.clip, captions())
-    torch.testing.assert_close(encoded.states, states, atol=1e-5, rtol=0)
-    torch.testing.assert_close(encoded.pooled, embedding, atol=1e-5, rtol=0)
-    assert torch.equal(encoded.shown, shown)
+    x, t, image, tokens = inputs()
+    difference = ours(import_decoder(folder, 0.99 * NORM)) - theirs(x, t, NORM * image, tokens)
+    assert difference.abs().max() > 1e-3
 
 
 def tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
     return {str(path.relative_to(folder)): load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
 
 
-def test_theirs_to_ours_to_theirs_is_the_same_to_the_bit(folder: Path, theirs: Theirs, tmp_path: Path) -> None:
+def test_theirs_to_ours_to_theirs_is_the_same_to_the_bit(folder: Path, tmp_path: Path) -> None:
     export_decoder(import_decoder(folder, NORM), tmp_path)
     before, after = tensors(folder), tensors(tmp_path)
     before["text_encoder/model.safetensors"].pop("text_model.embeddings.position_ids")
@@ -181,12 +149,6 @@ def test_theirs_to_ours_to_theirs_is_the_same_to_the_bit(folder: Path, theirs: T
     assert before.keys() == after.keys()
     for part in before:
         assert_same(before[part], after[part])
-    again = Theirs(
-        UNet2DConditionModel.from_pretrained(tmp_path / "decoder"),
-        UnCLIPTextProjModel.from_pretrained(tmp_path / "text_proj"),
-        theirs.clip,
-    )
-    assert difference(import_decoder(tmp_path), again) < 1e-4
     assert UnCLIPScheduler.from_pretrained(tmp_path / "decoder_scheduler").config.variance_type == "learned_range"
 
 

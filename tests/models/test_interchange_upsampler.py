@@ -55,7 +55,9 @@ def enlarged(width: int = 6) -> Tensor:
     (ResBlock, "h + modulation", "h"),
     (ResBlock, "self.norm_out(h + modulation)", "self.norm_out(h) + modulation"),
     (UNet, "timestep_embedding(t, ", "timestep_embedding(t + 1, "),
-    (UNet, "torch.cat([x, skips.pop()], dim=1)", "torch.cat([skips.pop(), x], dim=1)"),
+    (UNet.forward, "x = torch.cat([x, skips.pop()], dim=1)", "x = torch.cat([skips.pop(), x], dim=1)"),
+    (ResBlock._resized, 'mode="nearest"', 'mode="bilinear"'),
+    (ResBlock.forward, "self.skip(self._resized(x)) + ", ""),
     (Upsampler, "torch.cat([x_t, enlarged]", "torch.cat([x_t, x_t]"),
     (Upsampler, "(t == 0).view", "(t == 1).view"),
 )

@@ -139,8 +139,10 @@ def until(event: Callable[[], object], timeout: float = 60) -> None:
 
 
 def figure(url: str, name: str) -> float:
-    """Returns a figure of a server, with its labels; it is 0 before it is counted."""
-    found = re.search(rf"^unclip_{re.escape(name)} (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    """Returns a figure of a server, with its labels; it is 0 before these labels are counted."""
+    text = httpx.get(f"{url}/metrics").text
+    assert f"# TYPE unclip_{name.partition('{')[0]} " in text
+    found = re.search(rf"^unclip_{re.escape(name)} (\S+)$", text, re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 

@@ -25,18 +25,10 @@ from PIL import Image
 from serve.server import UNFINISHED
 from tests.chain import ROOT
 from tests.faults import Running, start
-from tests.models.test_cascade import make
 from tests.serve.conftest import address
-from tests.serve.load import processes_below, until
+from tests.serve.load import figure, processes_below, until
 
 REPLICA = "ray::ReplicaProcess"
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ends") / "tiny"
-    make().save(folder)
-    return folder
 
 
 @contextmanager
@@ -59,11 +51,6 @@ def ask(url: str, seed: int, steps: int) -> httpx.Response | str:
         return httpx.post(f"{url}/v1/images/generations", json=asked, timeout=120)
     except httpx.TransportError as e:
         return type(e).__name__
-
-
-def figure(url: str, name: str) -> float:
-    (value,) = re.findall(rf"^unclip_{name} (\S+)$", httpx.get(f"{url}/metrics").text, flags=re.MULTILINE)
-    return float(value)
 
 
 def replicas(process: Running) -> list[int]:
@@ -278,13 +265,6 @@ def closed(one: socket.socket) -> bool:
         return True
     finally:
         one.settimeout(60)
-
-
-def test_a_header_that_is_too_long_is_refused(bundle: Path) -> None:
-    with server(bundle) as (url, _):
-        answer = httpx.get(f"{url}/health", headers={"X-Long": "x" * 100_000})
-        assert answer.status_code == 400
-        assert httpx.get(f"{url}/health").status_code == 200
 
 
 @pytest.mark.slow

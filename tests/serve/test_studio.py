@@ -3,17 +3,13 @@
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
-from threading import Thread
 from typing import Any, Literal
 
 import pytest
-import uvicorn
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
@@ -22,7 +18,7 @@ from serve.settings import ServeSettings
 from tests.browser import Shown
 from tests.pipeline.data.bench import Bench, picture
 from tests.serve.conftest import serving
-from tests.serve.trained import api_of, make_trained
+from tests.serve.trained import api_of, make_trained, running
 
 pytestmark = pytest.mark.browser
 expect.set_options(timeout=60_000)
@@ -63,10 +59,14 @@ def open_studio(browser: Browser, server: str, width: int = 1280, scheme: Litera
     return shown
 
 
-def draw(page: Page, caption: str = CAPTION) -> Locator:
-    """Draws a caption, and returns the run when it is done."""
+def ask(page: Page, caption: str = CAPTION) -> None:
     page.get_by_label("What shall I draw?").fill(caption)
     page.keyboard.press("Enter")
+
+
+def draw(page: Page, caption: str = CAPTION) -> Locator:
+    """Draws a caption, and returns the run when it is done."""
+    ask(page, caption)
     return done(page, caption)
 
 
@@ -106,8 +106,7 @@ def test_it_draws_before_it_knows_the_model(browser: Browser, server: str) -> No
     page = shown.page
     page.route("**/v1/models", lambda _: None)
     page.goto(f"{server}/")
-    page.get_by_label("What shall I draw?").fill(CAPTION)
-    page.keyboard.press("Enter")
+    ask(page)
     run = page.locator("article", has=page.get_by_role("heading", name=CAPTION, exact=True))
     expect(run).to_contain_text("drawn · 256 px")
     assert shown.complaints == []
@@ -249,8 +248,7 @@ def test_a_place_in_line_is_shown_and_what_is_stopped_makes_room(studio: Page) -
     studio.locator("[name=steps]").fill("100")
     studio.locator("#sizes").get_by_text("256 px").click()  # long enough to be stopped, on any machine
     for caption in ("a first one", "a second one", "a third one"):
-        studio.get_by_label("What shall I draw?").fill(caption)
-        studio.keyboard.press("Enter")
+        ask(studio, caption)
     waiting = studio.locator("article").first
     expect(waiting).to_contain_text("before yours")
     for _ in range(3):
@@ -271,13 +269,9 @@ def test_a_file_that_is_no_picture_is_named(studio: Page) -> None:
 def test_a_token_is_asked_for_and_a_refusal_is_said(browser: Browser, trained: Bench) -> None:
     tokens = {hashlib.sha256(b"a token of the server").hexdigest(): "somebody"}
     api = api_of(trained, ServeSettings(), trained.store.url, tokens)
-    with closing(socket.create_server(("127.0.0.1", 0))) as port:
-        server = uvicorn.Server(uvicorn.Config(api, log_level="error"))
-        thread = Thread(target=server.run, kwargs={"sockets": [port]})
-        thread.start()
-        page = open_studio(browser, f"http://127.0.0.1:{port.getsockname()[1]}").page
-        page.get_by_label("What shall I draw?").fill(CAPTION)
-        page.keyboard.press("Enter")
+    with running(api) as url:
+        page = open_studio(browser, url).page
+        ask(page)
         expect(page.get_by_role("heading", name="A token, please")).to_be_visible()
         page.keyboard.press("Escape")  # leaves it, once and for all
         expect(page.locator("article .problem:visible")).to_have_text("This server wants a token.")
@@ -288,13 +282,10 @@ def test_a_token_is_asked_for_and_a_refusal_is_said(browser: Browser, trained: B
             page.keyboard.press("Enter")
         expect(page.locator("article .problem").first).to_have_text("nothing is drawn here, generation least of all")
         page.reload()
-        page.get_by_label("What shall I draw?").fill(CAPTION)
-        page.keyboard.press("Enter")
+        ask(page)
         expect(page.locator("article .problem")).to_be_visible()
-        server.should_exit = True
-        thread.join()
-        page.keyboard.press("Enter")
-        expect(page.locator("article .problem").first).to_have_text("The server does not answer: is it still running?")
+    page.keyboard.press("Enter")
+    expect(page.locator("article .problem").first).to_have_text("The server does not answer: is it still running?")
 
 
 def test_the_keyboard_does_everything(studio: Page) -> None:

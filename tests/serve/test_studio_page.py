@@ -1,18 +1,14 @@
 """The studio as a browser lays it out and names it, and its history, in Chromium; nothing is drawn here."""
 
-import socket
 from collections.abc import Iterator
-from contextlib import closing
-from threading import Thread
 
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, Page, expect
 
 from serve.settings import ServeSettings
 from tests.browser import Shown
 from tests.serve.test_studio import painted, pixels
-from tests.serve.trained import api_of, make_trained
+from tests.serve.trained import api_of, make_trained, running
 
 pytestmark = pytest.mark.browser
 WINDOWS = [(1280, 800), (768, 1024), (768, 800), (800, 600), (390, 844), (360, 640)]
@@ -45,15 +41,8 @@ EARLIER = """async (count) => {
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     trained = make_trained(tmp_path_factory.mktemp("page"))
-    with closing(socket.create_server(("127.0.0.1", 0))) as port:
-        running = uvicorn.Server(
-            uvicorn.Config(api_of(trained, ServeSettings(), trained.store.url, {}), log_level="error")
-        )
-        thread = Thread(target=running.run, kwargs={"sockets": [port]})
-        thread.start()
-        yield f"http://127.0.0.1:{port.getsockname()[1]}/"
-        running.should_exit = True
-        thread.join()
+    with running(api_of(trained, ServeSettings(), trained.store.url, {})) as url:
+        yield f"{url}/"
 
 
 @pytest.fixture

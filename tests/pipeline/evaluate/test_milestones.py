@@ -29,9 +29,7 @@ def evaluated(case: Case, prior: Artifact, name: str) -> Measured:
     blobs = others | {f"diffusion_prior/{file}": blob for file, blob in prior.blobs.items()}
     bundle = publish_artifact(case.world.store, Artifact("bundle", name, {}, {}, Ledger(), blobs), 0.0)
     recipe = replace(RECIPE, rows=24, samples=4)
-    found = load_measured(case.world.store, run_evaluation(replace(case, bundle=bundle).context(recipe)))
-    assert found is not None
-    return found
+    return load_measured(case.world.store, run_evaluation(replace(case, bundle=bundle).context(recipe)))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +40,6 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, Measured]:
     ctx = case.world.context("diffusion_prior", PRIOR, settings)
     late = train(ctx)
     early = load_artifact(case.world.store, "diffusion_prior", at_stop(ctx, EARLY).key)
-    assert early is not None
     return evaluated(case, early, "early"), evaluated(case, late, "late")
 
 

@@ -26,6 +26,31 @@ node = ray._private.worker._global_node
 print(json.dumps({"logs": node.get_logs_dir_path(), "processes":
     {name: [each.process.pid for each in started] for name, started in node.all_processes.items()}}), flush=True)
 """
+# Whether Ray listens on loopback alone, has a dashboard, and answers who has another token or none.
+LISTENS = """
+import ipaddress, grpc, psutil  # the last is among Ray's own packages
+mode = ray.get(ray.remote(lambda: os.environ["RAY_AUTH_MODE"]).remote())
+me = psutil.Process()
+ports = [
+    [process.name(), ipaddress.ip_address(socket.laddr.ip)]
+    for process in (me, *me.children(recursive=True))
+    for socket in process.net_connections("inet")
+    if socket.status == psutil.CONN_LISTEN
+]
+seen = [[name, (address.version == 6 and address.ipv4_mapped or address).is_loopback] for name, address in ports]
+channel = grpc.insecure_channel(ray.get_runtime_context().gcs_address)
+ask = channel.unary_unary("/ray.rpc.JobInfoGcsService/GetAllJobInfo")
+token = os.environ["RAY_AUTH_TOKEN"]
+answers = []
+for metadata in ([], [("authorization", "Bearer wrong" + token)], [("authorization", "Bearer " + token)]):
+    try:
+        ask(b"", metadata=metadata, timeout=20)
+        answers.append("OK")
+    except grpc.RpcError as e:
+        answers.append(e.code().name)
+dashboard = ray._private.worker.get_dashboard_url()
+print(json.dumps({"mode": mode, "ports": seen, "answers": answers, "dashboard": dashboard}), flush=True)
+"""
 # What another user could do with Ray's socket and its logs, if the folders were open.
 INTRUDE = """
 import os, sys
@@ -56,6 +81,8 @@ print(entered)
 def running(base: Path, then: str, *, start: str = START) -> Iterator[tuple["subprocess.Popen[str]", dict]]:
     """A process that has started a Ray below a folder, and goes on; and what it said of it."""
     environment = os.environ | {"RAY_TMPDIR": str(base), "PYTHONPATH": str(ROOT), "HOME": str(base)}
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        environment.pop(name, None)
     command = [sys.executable, "-c", start + then]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]
@@ -80,8 +107,15 @@ def base() -> Iterator[Path]:
 
 
 @pytest.mark.timeout(300)
-def test_another_user_enters_none_of_rays_folders_and_nothing_is_left_of_them(base: Path) -> None:
-    with running(base, "sys.stdin.read()\n") as (process, told):
+def test_it_listens_on_loopback_with_a_token_no_other_user_enters_its_folders_and_nothing_is_left(base: Path) -> None:
+    """Nor is there a token in the home of its user for every user of the machine to read, as Ray would write it."""
+    with running(base, LISTENS + "sys.stdin.read()\n") as (process, told):
+        found = json.loads(process.stdout.readline())
+        assert {"gcs_server", "raylet"} <= {name for name, _ in found["ports"]}
+        assert [name for name, loopback in found["ports"] if not loopback] == []
+        assert found["mode"] == "token"
+        assert found["answers"] == ["UNAUTHENTICATED", "UNAUTHENTICATED", "OK"]
+        assert not found["dashboard"]
         (folder,) = base.glob(PREFIX + "*")
         assert Path(told["logs"]).is_relative_to(folder)
         assert folder.stat().st_mode & 0o777 == 0o700

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.source.journal import ListJournal, change_journal, journal_path
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact, read_shards, shard_path
+from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact, shard_path
 from pipeline.graph.damage import stands_on
 from pipeline.graph.plan import pin_path, plan, read_pin
 from pipeline.graph.pointer import Move, move_release, read_releases, release_path
@@ -21,22 +21,25 @@ from pipeline.graph.stages import Stage
 from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store
 from pipeline.store.leases import lease_path
-from pipeline.store.records import FORMAT, blob_path, canonical, digest, put_blob, read_blob
-from pipeline.upkeep.collect import TOMBSTONES, Collection, collect
+from pipeline.store.records import FORMAT, canonical, digest, put_blob, read_blob
+from pipeline.upkeep.collect import TOMBSTONES
 from pipeline.upkeep.overview import overview
 from pipeline.upkeep.show import show_overview
 from tests.pipeline.store.test_names import ARTIFACT, BLOB, CHECKPOINT, FAILURE, RELEASE, RUN, SEGMENT, SHARD
-from tests.pipeline.upkeep.test_collect import (
+from tests.pipeline.upkeep.runs import (
     AGES,
     DAY,
     NOW,
-    _ages,  # noqa: F401 - a fixture
-    _forget,
-    _graph,
-    _publish_clip,
-    _release,
-    _run,
+    forget,
+    model,
     never,
+    publish_clip,
+    release,
+    rows,
+    run,
+    sweep,
+    there,
+    two_stages,
 )
 
 DEEP = b"[" * 100_000
@@ -61,7 +64,6 @@ def put(store: Store, path: str, data: bytes) -> None:
 
 RUN_PATH = "runs/odd/00000001-00000000.json"
 ROLLBACK = {"action": "rollback", "bundle": "b", "evaluation": "e", "at": 0, "failed": []}
-NEEDED = "runs/p/00000002-00000000.json"
 ODD = {
     "an artefact without ledger": ("artifacts/bundle/k.json", sealed(without(ARTIFACT, "ledger"))),
     "an artefact at another's path": ("artifacts/bundle/other.json", sealed(ARTIFACT)),
@@ -102,33 +104,28 @@ ODD = {
 UNNEEDED = ("an artefact", "a shard", "a segment", "a checkpoint", "tombstones")  # garbage like any other
 
 
-def sweep(store: Store, now: float = NOW) -> Collection:
-    """Finds, and deletes a day later."""
-    collect(store, 30 * DAY, DAY, now, delete=True)
-    return collect(store, 30 * DAY, DAY, now + DAY, delete=True)
+ODD_PATHS = (  # a body is the same on S3; see also the last test
+    "an artefact of no stage", "an artefact of two stages", "a name that is no run's", "a run of no project",
+    "a release of no project", "a checkpoint of an odd name",
+)  # fmt: skip
 
 
-def blobs_of(store: Store, keys: dict[str, str]) -> set[str]:
-    pairs = load_artifact(store, "pairs", keys["pairs"])
-    assert pairs is not None
-    return {blob_path(blob) for shard in read_shards(store, pairs) for blob in shard.blobs.values()}
-
-
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(
+    ("make_store", "name"), [*(("folder", name) for name in ODD), *(("s3", name) for name in ODD_PATHS)],
+    indirect=["make_store"],
+)  # fmt: skip
 def test_an_odd_object_stops_no_collection_and_no_forgetting(name: str, store: Store) -> None:
-    old, kept = _run(store, 0), {}
-    rows = blobs_of(store, old)
-    _forget(store, "p")
-    kept = _run(store, 1, forgettings=1)
+    old = run(store, 0)
+    gone = {*rows(store, old).values()}
+    forget(store, "p")
+    kept = run(store, 1, forgettings=1)
     path, data = ODD[name]
     put(store, path, data)
     found = sweep(store)
-    assert load_artifact(store, "pairs", old["pairs"]) is None
-    assert not rows & {entry.path for entry in store.list("blobs/")}
-    assert all(store.stat(blob) for blob in blobs_of(store, kept))
-    clip = load_artifact(store, "clip", kept["clip"])
-    assert clip is not None
-    assert read_blob(store, clip.blobs["model"]) == b"model 1 64"
+    assert not there(store, old)
+    assert not gone & {entry.path for entry in store.list("blobs/")}
+    assert all(store.stat(path) for path in rows(store, kept).values())
+    assert model(store, kept) == b"model 1 64"
     if not name.startswith(UNNEEDED):
         assert list(found.unreadable) == [path]
         assert ("delete it" in found.unreadable[path]) or ("restore it" in found.unreadable[path]) or "newer" in name
@@ -143,42 +140,40 @@ def spoil(store: Store, path: str, data: bytes = b"{}") -> str:
 
 
 def test_an_unreadable_release_keeps_every_bundle_with_all_behind_it_but_forgotten_rows(store: Store) -> None:
-    old = _run(store, 0, age_s=90 * DAY)
-    _release(store, old, project="p")
-    _run(store, 1)
+    old = run(store, 0, age_s=90 * DAY)
+    release(store, old, project="p")
+    run(store, 1)
     path = spoil(store, release_path("p"))
-    before = blobs_of(store, old)
+    before = {*rows(store, old).values()}
     assert list(sweep(store).unreadable) == [path]
     assert before <= {entry.path for entry in store.list("blobs/")}
-    clip = load_artifact(store, "clip", old["clip"])
-    assert clip is not None
-    _forget(store, "p")
-    _run(store, 2, forgettings=1)
+    forget(store, "p")
+    run(store, 2, forgettings=1)
     sweep(store, NOW + 2 * DAY)
     assert not before & {entry.path for entry in store.list("blobs/")}
-    assert read_blob(store, clip.blobs["model"])
+    assert model(store, old)
 
 
 def test_an_unreadable_pin_keeps_what_its_stage_has_made(store: Store) -> None:
-    graph = _graph()
-    pinned, other = (_run(store, seed, age_s=90 * DAY) for seed in (0, 1))
-    _run(store, 2)
+    graph = two_stages()
+    pinned, other = (run(store, seed, age_s=90 * DAY) for seed in (0, 1))
+    run(store, 2)
     spoil(store, pin_path("1" * 64))
     verdicts = plan(graph, {}, "q", store, {})
     remember(store, "q", graph, [replace(v, lineage="1" * 64 if v.stage == "clip" else None) for v in verdicts])
     AGES[store.url, run_entries(store, "q")[-1].path] = 0.0
     sweep(store)
-    assert load_artifact(store, "clip", pinned["clip"]) is not None
-    assert load_artifact(store, "clip", other["clip"]) is not None
-    assert load_artifact(store, "pairs", other["pairs"]) is None
+    assert there(store, pinned, "clip")
+    assert there(store, other, "clip")
+    assert not there(store, other)
 
 
 def test_of_an_unreadable_journal_the_rows_to_be_tried_again_stay(store: Store) -> None:
-    old = _run(store, 0)
-    gone = blobs_of(store, old)
+    old = run(store, 0)
+    gone = {*rows(store, old).values()}
     blob = put_blob(store, b"rows")
     change_journal(store, "p", lambda _: ListJournal(retries=(blob,), forgettings=1))
-    _run(store, 1, forgettings=1)
+    run(store, 1, forgettings=1)
     spoil(store, journal_path("p"), store.read(journal_path("p"))[:40])
     sweep(store)
     assert read_blob(store, blob) == b"rows"
@@ -187,26 +182,24 @@ def test_of_an_unreadable_journal_the_rows_to_be_tried_again_stay(store: Store) 
 
 def test_what_an_unreadable_run_asked_for_stays(store: Store) -> None:
     """Its artefacts and checkpoints, which no other run names, and what it shares with others of its project."""
-    shared, own = _run(store, 0, age_s=90 * DAY), _run(store, 1)
-    _run(store, 2)
+    shared, own = run(store, 0, age_s=90 * DAY), run(store, 1)
+    run(store, 2)
     checkpoints = {entry.path for entry in store.list("checkpoints/")}
     path = run_entries(store, "p")[1].path
     spoil(store, path)
     found = sweep(store)
     assert list(found.unreadable) == [path]
     for keys in (shared, own):
-        assert load_artifact(store, "pairs", keys["pairs"]) is not None
-        clip = load_artifact(store, "clip", keys["clip"])
-        assert clip is not None
-        assert read_blob(store, clip.blobs["model"])
+        assert there(store, keys)
+        assert model(store, keys)
     assert checkpoints == {entry.path for entry in store.list("checkpoints/")}
     store.delete([path])
     sweep(store, NOW + 2 * DAY)
-    assert load_artifact(store, "pairs", own["pairs"]) is None
+    assert not there(store, own)
 
 
 def test_behind_an_unreadable_released_bundle_stays_what_its_run_says(store: Store) -> None:
-    graph = dict(_graph())
+    graph = dict(two_stages())
     graph["bundle"] = Stage("bundle", 1, graph["clip"].recipe, ("clip",), never, "bundle")
     verdicts = plan(graph, {}, "p", store, {})
     keys = {verdict.stage: verdict.key for verdict in verdicts}
@@ -216,25 +209,24 @@ def test_behind_an_unreadable_released_bundle_stays_what_its_run_says(store: Sto
     publish_artifact(store, Artifact("pairs", keys["pairs"], {}, {}, Ledger()), 1.0)
     inputs = {"pairs": keys["pairs"]}
     publish_artifact(store, Artifact("clip", keys["clip"], inputs, {}, Ledger(), {"model": table}), 1.0)
-    _run(store, 3)
+    run(store, 3)
     move_release(store, "p", read_releases(store, "p"), Move("promote", keys["bundle"], "e", 0.0))
     path = spoil(store, artifact_path("bundle", keys["bundle"]))
     assert list(sweep(store).unreadable) == [path]
     assert read_blob(store, table) == b"weights"
-    assert load_artifact(store, "pairs", keys["pairs"]) is not None
+    assert there(store, keys)
 
 
 def test_an_unreadable_artefact_that_a_run_needs_stays_until_it_is_made_again(store: Store) -> None:
-    keys = _run(store, 0)
-    clip = load_artifact(store, "clip", keys["clip"])
-    assert clip is not None
+    keys = run(store, 0)
+    clip: Any = load_artifact(store, "clip", keys["clip"])
     path = spoil(store, artifact_path("clip", keys["clip"]))
     found = sweep(store)
     assert list(found.unreadable) == [path]
     assert found.unreadable[path].endswith("delete it, and unclip run makes it again where it is needed")
     assert read_blob(store, clip.blobs["model"])
-    assert load_artifact(store, "clip", keys["clip"]) is None  # set aside by a run
-    _publish_clip(store, 0, keys, 64)
+    assert not there(store, keys, "clip")  # set aside by a run
+    publish_clip(store, 0, keys, 64)
     assert not sweep(store, NOW + 2 * DAY).unreadable
 
 

@@ -21,7 +21,7 @@ from pipeline.store import Store, open_store
 from pipeline.store.leases import lead_or_wait, lease_path
 from pipeline.upkeep.overview import find_artifact, lineage, overview
 from tests.counted import Counted
-from tests.pipeline.upkeep.test_collect import lift_when_listed
+from tests.pipeline.upkeep.runs import lift_when_listed
 
 CONFIG = load_config("configs/nano.yaml")
 GRAPH = build(CONFIG)

@@ -83,10 +83,7 @@ def test_metadata_may_name_only_what_lies_below_them(tmp_path: Path) -> None:
     (tmp_path / "plain/c.txt").write_text("beside it")
     (tmp_path / "plain/d.json").write_text(json.dumps({"caption": ["one", "two"]}))
     found = pairs_of(tmp_path)
-    assert {name: found[name] for name in ("plain/c.png", "plain/d.png")} == {
-        "plain/c.png": ("beside it",),
-        "plain/d.png": ("one", "two"),
-    }
+    assert (found["plain/c.png"], found["plain/d.png"]) == (("beside it",), ("one", "two"))
     assert unread(str(tmp_path / "own"), SourceRecipe((".",))) == (
         f"1 file in {tmp_path}/own is not read: 1 image that metadata.jsonl does not name (such as b.png)"
     )
@@ -112,13 +109,8 @@ def test_a_column_of_jsonl_may_come_late(tmp_path: Path) -> None:
 def test_jsonl_rows_are_read_one_by_one(tmp_path: Path) -> None:
     file = tmp_path / "list.jsonl"
     good = [{"url": f"http://h/{i}.jpg", "caption": ["a", "b"] if i else "one", "id": i} for i in range(2)]
-    bad = [
-        '{"url": "x',
-        "[1]",
-        '{"url": ["http://h/9"], "caption": "x"}',
-        '{"url": "http://h/8", "caption": "\\ud800"}',
-    ]
-    bad.append('{"url": "http://h/7", "caption": {"en": "a cat"}}')
+    bad = ['{"url": "x', "[1]", '{"url": ["http://h/9"], "caption": "x"}']
+    bad += ['{"url": "http://h/8", "caption": "\\ud800"}', '{"url": "http://h/7", "caption": {"en": "a cat"}}']
     file.write_text(lines(good[0]) + "\n".join(bad) + "\n\n" + lines(good[1]) + '{"url": null, "caption": 7}')
     found = rows_of(file)
     assert [row.captions for row in found if not row.reject] == [("one",), ("a", "b"), ("7",)]
@@ -165,10 +157,8 @@ def test_columns_of_other_tools_are_known_where_only_one_can_be_meant(
         return
     (row,) = rows_of(file)
     assert (row.url, row.captions) == ("http://h/0", ("a cat",))
-    said = [
-        f"{file.name}: {name} is taken for the column {c}" for name, c in zip(taken, ("url", "caption"), strict=True)
-    ]
-    assert caplog.messages == [text for text, name in zip(said, taken, strict=True) if name not in ("url", "caption")]
+    others = {name: column for name, column in zip(taken, ("url", "caption"), strict=True) if name != column}
+    assert caplog.messages == [f"{file.name}: {name} is taken for the column {c}" for name, c in others.items()]
 
 
 def test_a_folder_of_tables_is_read_in_the_order_of_their_names(tmp_path: Path) -> None:
@@ -190,11 +180,8 @@ def test_what_img2dataset_has_written_is_used_where_it_lies(tmp_path: Path) -> N
         for shard in range(2):
             out = writer(shard, str(tmp_path / name), True, 5, schema, "jpg")
             for i in range(3):
-                meta = {
-                    "caption": f"{shard}-{i}",
-                    "key": f"{shard:05}{i:04}",
-                    "status": "failed" if i == 1 else "success",
-                }
+                status = "failed" if i == 1 else "success"
+                meta = {"caption": f"{shard}-{i}", "key": f"{shard:05}{i:04}", "status": status}
                 out.write(None if i == 1 else picture(i, kind="JPEG"), meta["key"], meta["caption"], meta)
             out.close()
         (tmp_path / name / "00000_stats.json").write_text("{}")
@@ -214,9 +201,7 @@ def test_hidden_members_of_a_tar_do_not_count_and_its_name_may_be_in_capitals(tm
             members |= {f"./._{name}": b"\0\5\x16\7", f"./{name}": data}
     write_tar(tmp_path / "MAC.TAR", members)
     assert [row.captions for row in rows_of(tmp_path / "MAC.TAR")] == [("picture 0",), ("picture 1",)]
-    bench = Bench(tmp_path / "store", [str(tmp_path / "MAC.TAR")])
-    bench.make("source", "captions", "pairs", "clip", "embeddings")
-    assert bench.made["embeddings"].ledger.kept == 2
+    assert Bench(tmp_path / "store", [str(tmp_path / "MAC.TAR")]).make("source", "captions", "pairs").ledger.kept == 2
 
 
 def test_folders_that_are_links_are_told(tmp_path: Path) -> None:
@@ -290,10 +275,8 @@ def test_a_time_that_python_has_not_is_read_as_a_number(tmp_path: Path) -> None:
     group = pa.array([1 << 30, 0], pa.int32()).cast(pa.date32())
     table = pa.table({"url": ["http://h/a.jpg", "http://h/b.jpg"], "caption": ["a", "b"], "group": group})
     pq.write_table(table, tmp_path / "list.parquet")
-    assert [row.group for row in rows_of(tmp_path / "list.parquet", group_column="group")] == [
-        str(1 << 30),
-        "1970-01-01",
-    ]
+    found = rows_of(tmp_path / "list.parquet", group_column="group")
+    assert [row.group for row in found] == [str(1 << 30), "1970-01-01"]
 
 
 def test_captions_in_json_members_of_a_tar_count_where_there_is_no_text(tmp_path: Path) -> None:
@@ -301,11 +284,8 @@ def test_captions_in_json_members_of_a_tar_count_where_there_is_no_text(tmp_path
     members |= {"b.png": picture(1), "b.txt": b"text", "c.json": b"{", "c.png": picture(2)}
     write_tar(tmp_path / "0.tar", members)
     found = rows_of(tmp_path / "0.tar")
-    assert [(row.captions, row.reject) for row in found] == [
-        (("a cat",), None),
-        (("text",), None),
-        ((), "malformed_row"),
-    ]
+    assert [row.captions for row in found] == [("a cat",), ("text",), ()]
+    assert [row.reject for row in found] == [None, None, "malformed_row"]
     (tmp_path / "1.tar.gz").write_bytes(b"")
     assert rows_of(tmp_path) == found
     assert unread(str(tmp_path), SourceRecipe((".",))).endswith("1 .gz (such as 1.tar.gz)")

@@ -15,7 +15,7 @@ from torch.distributed import DistBackendError
 
 from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
 from pipeline.graph.ray import start_ray
-from pipeline.settings import RaySettings, TrainingSettings
+from pipeline.settings import RaySettings
 from pipeline.training import stage
 from pipeline.training.checkpoints import course
 from pipeline.training.distributed.launch import Relayed, Watcher, WorkerLost, _cause, launch
@@ -63,42 +63,23 @@ def test_ray_workers_train_what_this_process_trains(ray: Any, world: World, capl
 
 def fail(group: ProcessGroup) -> None:
     if group.rank == 1:
-        raise CorruptObject("blobs/ab/abc", "is missing")
+        raise CorruptObject("blobs/ab/abc", f"is missing for {group.size} workers")
     group.collect([])
 
 
-def test_a_workers_error_is_the_drivers(ray: Any) -> None:
-    with pytest.raises(CorruptObject, match="is missing") as caught:
-        launch(fail, "clip", "fail", TrainingSettings(workers=2, threads=1, device="cpu"), RaySettings())
+def test_of_more_workers_than_cores_as_many_train_as_there_is_room_for_and_an_error_of_one_is_the_drivers(
+    ray: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, workers=3)
+    with pytest.raises(CorruptObject, match="is missing for 2 workers") as caught:
+        launch(fail, "clip", "many", settings, RaySettings())
     assert caught.value.path == "blobs/ab/abc"
-
-
-def count(group: ProcessGroup) -> None:
-    raise UserError(f"{group.size} workers")
-
-
-def test_of_more_workers_than_cores_as_many_train_as_there_is_room_for(ray: Any) -> None:
-    settings = TrainingSettings(workers=3, threads=1, device="cpu")
-    with pytest.raises(UserError, match=r"^2 workers$"):
-        launch(count, "clip", "many", settings, RaySettings())
-    with pytest.raises(UserError, match=r"^clip: Ray has no room for 3 workers with 1 core each; it has 2 cores"):
-        launch(count, "clip", "parts", replace(settings, sharded=True), RaySettings())
-    with pytest.raises(
-        UserError, match=r"^clip: Ray has no room for 3 workers with 1 GPU each; it has 2 cores and 0 GPUs"
-    ):
-        launch(count, "clip", "gpus", replace(settings, device="cuda"), RaySettings())
-
-
-def test_a_worker_takes_the_cores_and_the_memory_that_it_is_given(ray: Any) -> None:
-    def take(group: ProcessGroup) -> None:
-        import ray
-
-        raise UserError(str(ray.get_runtime_context().get_assigned_resources()))
-
-    settings = TrainingSettings(workers=1, cpus=2, memory_mb=64, threads=1, device="cpu")
-    with pytest.raises(UserError, match=r"'CPU': 2\.0") as said:
-        launch(take, "clip", "share", settings, RaySettings())
-    assert f"'memory': {64 << 20}" in str(said.value)
+    monkeypatch.setattr("pipeline.graph.ray.PLACING_S", 1.0)
+    for changes, said in (({"sharded": True}, "1 core each"), ({"device": "cuda"}, "1 GPU each")):
+        with pytest.raises(
+            UserError, match=rf"^clip: Ray has no room for 3 workers with {said}; it has 2 cores and 0 "
+        ):
+            launch(fail, "clip", "refused", replace(settings, **changes), RaySettings())
 
 
 @pytest.mark.parametrize("error", [UserError("a"), NonFinite("b"), Superseded("c"), Unreachable("d")])
@@ -129,13 +110,20 @@ def test_the_first_error_of_nccl_is_told() -> None:
 
 
 def die(group: ProcessGroup) -> None:
-    print("[2026] gpu-7:12:34 [0] misc/socket.cc:50 NCCL WARN socketStartConnect: no route", flush=True)
+    import ray
+
+    has = ray.get_runtime_context().get_assigned_resources()
+    print(f"[2026] gpu-7:12:34 [0] misc/socket.cc:50 NCCL WARN socketStartConnect: no route; {has}", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_of_a_worker_that_nccl_has_ended_the_log_is_read(ray: Any) -> None:
-    with pytest.raises(WorkerLost, match=r"^a worker died or could not start \(.* NCCL WARN socketStartConnect: no ro"):
-        launch(die, "clip", "die", TrainingSettings(workers=1, threads=1, device="cpu"), RaySettings())
+    """In which this one says that it has the cores and the memory that it is given."""
+    settings = replace(SETTINGS, workers=1, cpus=2, memory_mb=64)
+    with pytest.raises(WorkerLost, match=r"^a worker died or could not start \(.* NCCL WARN .* no route; ") as lost:
+        launch(die, "clip", "die", settings, RaySettings())
+    assert "'CPU': 2.0" in str(lost.value)
+    assert f"'memory': {64 << 20}" in str(lost.value)
 
 
 def test_of_a_worker_of_another_machine_ray_is_asked_for_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
