@@ -76,7 +76,7 @@ def train(folder: Path, model: Any) -> dict[str, Artifact]:
     keys |= {name: stage_key(graph[name], keys) for name in TRAININGS}
     verdicts = [Verdict(name, key, "stale") for name, key in keys.items()]
     config = SimpleNamespace(run=run, project="side-by-side")
-    return execute(graph, verdicts, set(graph), open_store(str(folder)), config, lambda *_: None, lambda *_: None)
+    return execute(graph, verdicts, set(graph), open_store(str(folder)), config, {}, lambda *_: None, lambda *_: None)
 
 
 def _recipe(seed: int, model: Any) -> DiffusionPriorRecipe:

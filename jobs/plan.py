@@ -86,11 +86,15 @@ def main(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Agreed:
-    """The stages that are wanted, the verdicts on all stages, and which of the wanted ones are stale."""
+    """The stages that are wanted, the verdicts on all stages, and which of the wanted ones are stale.
+
+    ``seconds`` are what these are estimated to take, by stage.
+    """
 
     wanted: set[str]
     verdicts: list[Verdict]
     stale: list[str]
+    seconds: dict[str, float]
 
     @property
     def keys(self) -> dict[str, str]:
@@ -147,7 +151,7 @@ def agree(
             f"about {duration(seconds)} is above run.budget_hours {project.config.run.budget_hours:g}; "
             "add --yes to go on, or raise the budget"
         )
-    return Agreed(wanted, verdicts, stale)
+    return Agreed(wanted, verdicts, stale, {stage: cost.seconds for stage, cost in costs.items()})
 
 
 def _costs(verdicts: Sequence[Verdict], wanted: set[str], ask: Ask) -> dict[str, Cost]:

@@ -65,14 +65,14 @@ def run(
         remember(*asked_for, None, project.journal.forgettings, asked.wanted, project.scan.segments)
         remember_config(project.config)
         _place_made(project, project.finished(asked.verdicts))
-        artifacts = _execute(project, asked.wanted, events)
+        artifacts = _execute(project, asked, events)
         _summary(artifacts, asked.stale, time.monotonic() - began)
     else:
         confirm(project, asked)
     print_places(project, asked.wanted)
 
 
-def _execute(project: Project, wanted: set[str], events: Events) -> dict[str, Artifact]:
+def _execute(project: Project, asked: Agreed, events: Events) -> dict[str, Artifact]:
     def on_stage(stage: str, made: Artifact) -> None:
         lost = {"rejected": made.ledger.rejected, "deferred": made.ledger.deferred}
         counts = [f"{counted(sum(reasons.values()), 'row')} {end}" for end, reasons in lost.items() if reasons]
@@ -92,7 +92,8 @@ def _execute(project: Project, wanted: set[str], events: Events) -> dict[str, Ar
 
     for _ in range(HEALINGS + 1):
         try:
-            return execute(project.graph, project.plan(), wanted, project.store, project.config, on_stage, report)
+            told = project.store, project.config, asked.seconds, on_stage, report
+            return execute(project.graph, project.plan(), asked.wanted, *told)
         except CorruptObject as e:  # it is set aside already
             damage = e
     raise UserError(f"{damage}, after {HEALINGS} others in this run; check the disk or the bucket, then run again")

@@ -18,7 +18,7 @@ from pipeline.cost.observed import Observation, Seen, pace, passes_of, shape
 from pipeline.errors import UserError
 from pipeline.graph.keys import flatten
 from pipeline.graph.resources import DECODERS, Machine, Share, Team, cores, team_of
-from pipeline.graph.stages import Graph
+from pipeline.graph.stages import Graph, seconds_to_end
 from pipeline.settings import SPARED
 from pipeline.training.recipes import ClipRecipe, TrainingRecipe
 
@@ -203,11 +203,13 @@ def estimate(stage: str, ask: Ask) -> Cost:
 def elapsed(costs: Mapping[str, Cost], ask: Ask) -> float:
     """Returns the seconds until all these stages are made, in the order of pipeline.graph.execute.
 
-    Trainings whose inputs are there run side by side where there is room; of all other stages one runs at a time, and
-    nothing begins beside it.
+    Trainings whose inputs are there run side by side where there is room, those with the longest way to the end first;
+    of all other stages one runs at a time, and nothing begins beside it.
     """
     teams = {stage: _training_team(stage, ask) for stage in costs}
-    now, made, todo, running = 0.0, set[str](), [stage for stage in ask.graph if stage in costs], dict[str, float]()
+    left = seconds_to_end(ask.graph, {stage: cost.seconds for stage, cost in costs.items()})
+    todo = sorted((stage for stage in ask.graph if stage in costs), key=lambda stage: -left[stage])
+    now, made, running = 0.0, set[str](), dict[str, float]()
     while todo or running:
         ready = [stage for stage in todo if costs.keys() & set(ask.graph[stage].inputs) <= made]
         alone = [stage for stage in ready if not teams[stage]]

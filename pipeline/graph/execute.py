@@ -19,7 +19,7 @@ from pipeline.graph.artifacts import SEGMENTS, Artifact, artifact_path, load_art
 from pipeline.graph.damage import set_aside
 from pipeline.graph.plan import Verdict, pin_path
 from pipeline.graph.ray import room_beside, works_on_ray
-from pipeline.graph.stages import Context, Graph, Stage, ordered, stage_key, trajectory_key, trunk_key
+from pipeline.graph.stages import Context, Graph, Stage, ordered, seconds_to_end, stage_key, trajectory_key, trunk_key
 from pipeline.progress import above_lines, under_way
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
@@ -40,14 +40,15 @@ def execute(
     wanted: set[str],
     store: Store,
     config: Any,
+    seconds: Mapping[str, float],
     on_stage: OnStage,
     on_look: OnLook,
 ) -> dict[str, Artifact]:
     """Makes the ``wanted`` stages and everything that they need, where they are stale, and returns their artefacts.
 
-    One stage runs after another, in the order of the graph, but trainings that do not need each other run at once
-    where Ray has room for all their workers. Among these a failure does not stop the others: what does not need the
-    failed one is still made, and then its error is raised.
+    One stage runs after another, but trainings that do not need each other run at once where Ray has room for all their
+    workers. Of those that could begin, the one with the longest way to the end is first. A training that fails does not
+    stop the others: what does not need it is still made, and then its error is raised.
 
     Args:
         graph: Stages of the project, all of them.
@@ -55,6 +56,7 @@ def execute(
         wanted: Names of stages, with all that they need.
         store: Store of the artefacts.
         config: The whole Config.
+        seconds: Estimated time of stages, by name; where there is none, the order of the graph decides.
         on_stage: Called after each stage that was made.
         on_look: Called after that, and from other threads while trainings run, with what these have shown (see
             pipeline.training.follow) and with all artefacts so far.
@@ -63,7 +65,8 @@ def execute(
         CorruptObject: After having set aside damaged objects and the records that name them: plan again and call again.
     """
     run = _Run({verdict.stage: verdict for verdict in verdicts}, store, config, on_stage, on_look)
-    run.make([stage for stage in ordered(graph) if stage.name in wanted])
+    left = seconds_to_end(graph, seconds)
+    run.make(sorted((stage for stage in ordered(graph) if stage.name in wanted), key=lambda stage: -left[stage.name]))
     damage = {failure.path: failure for failure in run.failures if isinstance(failure, CorruptObject)}
     for each in damage.values():
         heal(store, each, run.artifacts, graph)
@@ -86,7 +89,7 @@ class _Run:
         self._lock = Lock()
 
     def make(self, stages: Sequence[Stage]) -> None:
-        """Makes stages, given in order, until all are there or those left need one that failed."""
+        """Makes stages until all are there or those left need one that failed; what could begin begins as given."""
         todo, stale, together = list(stages), list[Stage](), False
         while True:
             for stage in list(todo):

@@ -129,6 +129,19 @@ def ordered(graph: Graph) -> Iterator[Stage]:
         yield stage
 
 
+def seconds_to_end(graph: Graph, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Returns the seconds from a stage's beginning to the end of the slowest chain that needs it, by stage.
+
+    ``seconds`` are what stages take; those that are not named take none. Who begins what has the longest way to go is
+    done earliest, or nearly (Graham, 1969).
+    """
+    left: dict[str, float] = {}
+    for stage in reversed(list(ordered(graph))):
+        after = [left[other.name] for other in graph.values() if stage.name in other.inputs]
+        left[stage.name] = seconds.get(stage.name, 0.0) + max(after, default=0.0)
+    return left
+
+
 def direct(inputs: Mapping[Node, Sequence[Node]]) -> dict[Node, list[Node]]:
     """Returns each node's inputs, without those that it also has through another of its inputs."""
     reached: dict[Node, set[Node]] = {}

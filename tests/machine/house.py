@@ -252,7 +252,7 @@ class House:
         config, wanted, nothing = project.config, set(project.graph), lambda *_: None
         for _ in range(HEALINGS + 1):
             try:
-                return execute(project.graph, project.plan(), wanted, store, config, nothing, nothing)
+                return execute(project.graph, project.plan(), wanted, store, config, {}, nothing, nothing)
             except CorruptObject as e:
                 damage = e
         raise UserError(f"{damage}, after {HEALINGS} others")

@@ -253,11 +253,11 @@ def test_what_runs_side_by_side_is_not_added_up() -> None:
         (Machine(2), demo, Fleet(8, "H100")),  # each training has 8 lanes
     ):
         assert hundreds(machine, config, fleet) == one_after_another
-    assert hundreds(Machine(2)) == one_after_another - 3  # a prior beside the other, both upsamplers beside the decoder
+    assert hundreds(Machine(2)) == one_after_another - 4  # both priors and both upsamplers beside the decoder
     assert hundreds(Machine(4)) == one_after_another - 4
     workers = {stage: replace(getattr(PAPER.run, stage), workers=2, device="cpu") for stage in TRAININGS}
     cluster = replace(PAPER, run=replace(PAPER.run, **workers))
-    assert hundreds(Machine(4, local=False), cluster) == one_after_another - 3
+    assert hundreds(Machine(4, local=False), cluster) == one_after_another - 4
     assert hundreds(Machine(2, local=False, grows=True), cluster) == one_after_another - 4
     assert elapsed({}, asked()) == 0
 

@@ -51,6 +51,7 @@ class House:
     looks: list[set[str]] = field(default_factory=list)  # what was shown of trainings that ran
     checks: dict[str, Does] = field(default_factory=dict)
     here: set[str] = field(default_factory=set)  # what ran in the main thread
+    seconds: dict[str, float] = field(default_factory=dict)  # estimates
 
     def run(self, ctx: Context) -> Artifact:
         if current_thread() is main_thread():
@@ -76,7 +77,7 @@ class House:
             self.looks.append({each.stage for each in running})
 
         on_stage = lambda stage, made: self.done.append(stage)  # noqa: E731
-        return execute(self.graph(), verdicts, set(INPUTS), self.store, config, on_stage, on_look)
+        return execute(self.graph(), verdicts, set(INPUTS), self.store, config, self.seconds, on_stage, on_look)
 
 
 @pytest.fixture
@@ -121,6 +122,14 @@ def test_a_training_that_has_no_room_yet_begins_when_there_is_some(
     wait: Does = lambda _: pytest.fail("never began") if not begun.wait(WAIT_S) else None  # noqa: E731
     house.does = {"ar_prior": wait, "decoder": wait, "upsampler": lambda _: begun.set()}
     assert list(house.execute()) == list(INPUTS)
+
+
+def test_what_takes_longest_is_asked_for_first(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(execution, "room_beside", lambda stages, _: asked.append(list(stages)) or list(stages))
+    house.seconds = {"ar_prior": 10.0, "decoder": 30.0, "upsampler": 20.0}
+    assert list(house.execute()) == list(INPUTS)
+    assert asked == [["decoder", "upsampler", "ar_prior"]]
 
 
 @pytest.mark.parametrize("rooms", [[], [["ar_prior", "decoder"], []]], ids=["at once", "one waits for room"])
