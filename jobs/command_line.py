@@ -127,8 +127,6 @@ def _run(parser: Parser) -> None:
     parser.add_argument("-n", "--dry-run", action="store_true", help="print the plan and make nothing")
     text = "append what happens to this file, a JSON object a line"
     parser.add_argument("--events", type=Path, metavar="FILE", help=text)
-    text = "repeat the step of a training that was not finite, and say where it fails"
-    parser.add_argument("--replay", metavar="STAGE", help=text)
 
 
 def _plan(parser: Parser) -> None:

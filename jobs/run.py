@@ -18,7 +18,7 @@ from pipeline.doctor.readiness import check_ready
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import as_text
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.execute import execute, make_context
+from pipeline.graph.execute import execute
 from pipeline.graph.runs import remember, remember_again
 from pipeline.graph.stages import Context
 from pipeline.progress import counted, duration
@@ -26,17 +26,12 @@ from pipeline.store import check_conditions
 from pipeline.store.records import materialise
 from pipeline.training.trackers import tell_result
 
-PARAMETERS = 10  # named by a replay, at most
 HEALINGS = 5  # damaged objects that one run makes again before it gives up
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    if sum(map(bool, (arguments.only, arguments.until, arguments.replay))) > 1:
-        raise UserError("--only, --until and --replay exclude each other; leave all but one of them out")
     project = open_project(arguments.config, arguments.overrides)
-    if arguments.replay:
-        return _replay(project, arguments.replay)
     asked = (project, arguments.only, arguments.until, arguments.yes, arguments.verbose)
     if arguments.dry_run:
         agree(*asked)
@@ -190,31 +185,3 @@ def print_places(project: Project, wanted: set[str]) -> None:
     print(f"report: {project.report}")
     if "samples" in wanted:
         print(f"images: {Path(project.config.run.output) / 'samples'}")
-
-
-def _replay(project: Project, stage: str) -> int:
-    """Repeats the step of a training that was not finite; returns 0 if it fails again, 1 if not. Raises UserError."""
-    project.wanted(stage, None)
-    node = project.graph[stage]
-    if node.kind != "training":
-        raise UserError(f"--replay {stage}: only a training has steps")
-    key = next(verdict.key for verdict in project.plan() if verdict.stage == stage)
-    ctx = make_context(node, key, project.made(*node.inputs), project.store, project.config)
-    from pipeline.training.replay import replay
-
-    found = replay(ctx)
-    if found is None:
-        raise UserError(f"--replay {stage}: with this list and recipe no step of it has failed")
-    print(f"{stage}: the step after sample {found.samples:,}")
-    if not found.repeated:
-        print("everything is finite here: on another device, or with other numbers of workers, rounding differs")
-        return 1
-    for row, loss in found.rows:
-        print(f"  row {row}: loss {loss}")
-    if found.module:
-        print(f"  the first output that is not finite comes from {found.module}")
-    for name in found.parameters[:PARAMETERS]:
-        print(f"  the gradient of {name} is not finite")
-    if len(found.parameters) > PARAMETERS:
-        print(f"  and of {len(found.parameters) - PARAMETERS:,} more parameters")
-    return 0

@@ -220,7 +220,7 @@ def _run_stage(
             return ""
         folders = [f"checkpoints/{key}/" for key in (trunk_key(ctx), trajectory_key(ctx))]
         saved = [[e.path for e in store.list(f) if e.path.count("/") == f.count("/")] for f in folders]
-        return str([max(paths, default="") for paths in saved])  # without attempts and failures, which lie below
+        return str([max(paths, default="") for paths in saved])  # without attempts, which lie below
 
     def lead(key: str) -> Lease | None:
         progress = partial(under_way, stage.name)

@@ -54,7 +54,7 @@ def train_and_show(ctx: Context) -> Artifact:
 def run_attempts(ctx: Context) -> Artifact:
     """Trains until the recipe's stop, from the newest checkpoint of this trajectory, and returns the artefact.
 
-    Raises UserError before anything starts for settings that cannot work, NonFinite (a UserError) when the training
+    Raises UserError before anything starts for settings that cannot work, and when the training
     diverges, Superseded when another process has taken over, CorruptObject for damaged inputs.
     """
     task = task_of(ctx)

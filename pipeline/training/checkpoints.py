@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.records import blob_path, open_record, peek_record, put_blob, read_blob
 from pipeline.training.distributed.sharding import first_row, is_saved, is_sharded, local, rows_of
-from pipeline.training.records import CheckpointRecord, FailedStep, SavedJournal
+from pipeline.training.records import CheckpointRecord, SavedJournal
 from pipeline.training.state import MetricsJournal, TrainState, forms, parts, put_back
 
 READERS = 16  # of a blob at once
@@ -124,22 +124,6 @@ class Checkpoints:
         crash_point("checkpoint.after_record")
         self._prune(taken.samples)
 
-    def save_failure(self, weights: Mapping[str, Tensor], samples: int, keys: Sequence[str]) -> None:
-        """Saves the weights before the step after ``samples`` samples, which failed, and the keys of its bad rows."""
-        failed = FailedStep(samples, tuple(keys), {"model": self._put(weights, {}, failed=True)})
-        create_record(self.store, f"{self.folder}failures/{samples:012d}-{self.attempt:04d}.json", failed)
-
-    def last_failure(self) -> tuple[int, dict[str, Tensor]] | None:
-        """Returns the samples before the last step that failed, and the weights then; None if no step failed.
-
-        Raises CorruptObject.
-        """
-        paths = (entry.path for entry in self.store.list(f"{self.folder}failures/") if NAME.search(entry.path))
-        for path in sorted(paths, key=_attempt, reverse=True):
-            if failed := peek_record(self.store, path, FailedStep):
-                return failed.samples, load(read_blob(self.store, failed.blobs["model"]))
-        return None
-
     def newest(self, at_most: int) -> int:
         """Returns the samples of the newest checkpoint up to ``at_most``, readable or not; 0 without a checkpoint."""
         return max((n for n in map(_samples, self.records()) if n <= at_most), default=0)
@@ -181,13 +165,13 @@ class Checkpoints:
         if newest > self.attempt:
             raise Superseded(f"attempt {self.attempt} of this training stops: attempt {newest} has begun")
 
-    def _put(self, tensors: Mapping[str, Tensor], starts: Mapping[str, int], **more: bool) -> str:
+    def _put(self, tensors: Mapping[str, Tensor], starts: Mapping[str, int]) -> str:
         """Stores a blob that no other trajectory, artefact or earlier attempt shares, because its header names them.
 
-        So where a damaged blob was skipped, the same state gets a sound one. The header holds ``more``, too.
+        So where a damaged blob was skipped, the same state gets a sound one.
         """
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        about = {"trajectory": self.trajectory, "attempt": self.attempt, "starts": starts, **more}
+        about = {"trajectory": self.trajectory, "attempt": self.attempt, "starts": starts}
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "tensors")
             save_tensors(plain, file, {"about": json.dumps(about, sort_keys=True)})

@@ -23,19 +23,6 @@ from pipeline.training.state import TrainState, ema_half_life, learning_rate, up
 from pipeline.training.timing import StepTimer
 
 
-class NonFinite(UserError):
-    """Says that a loss or a gradient is NaN or Inf: the training diverged, and stopped before that step changed it.
-
-    Attributes:
-        samples: Samples seen before that step.
-        keys: Keys of the rows whose loss is not finite; empty if only the gradient is not.
-    """
-
-    def __init__(self, message: str, samples: int = 0, keys: Sequence[str] = ()):
-        super().__init__(message)
-        self.samples, self.keys = samples, keys
-
-
 class Step(NamedTuple):
     """Holds what is known of a step until it is checked.
 
@@ -80,7 +67,7 @@ def fit(
         ``state``.
 
     Raises:
-        NonFinite: A loss or a gradient is NaN or Inf.
+        UserError: A loss or a gradient is NaN or Inf: the training diverged, and stops before that step changed it.
         OutOfMemory: A step, or what is done between steps, does not fit.
     """
     objective = group.wrap(state.objective)
@@ -173,12 +160,12 @@ def line_due(step: int) -> bool:
 
 
 def check_finite(stage: str, steps: Sequence[Step], group: ProcessGroup) -> None:
-    """Raises NonFinite for the first of these steps that was not finite; all workers have to call it together."""
+    """Raises UserError for the first of these steps that was not finite; all workers have to call it together."""
     finite = torch.stack([step.finite for step in steps])
     if not bool(finite.all()):
         step = steps[finite.tolist().index(False)]
         bad = group.collect(_bad(step))
-        raise NonFinite(_diverged(stage, step.samples, bad), step.samples, bad)
+        raise UserError(_diverged(stage, step.samples, bad))
 
 
 def _bad(step: Step) -> list[str]:

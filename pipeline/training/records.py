@@ -1,4 +1,4 @@
-"""Declares the records of trainings: checkpoints, and steps that failed. Imports no torch."""
+"""Declares the records of trainings: checkpoints. Imports no torch."""
 
 from __future__ import annotations
 
@@ -45,20 +45,3 @@ class CheckpointRecord(Record):
     def check(self, path: str) -> None:
         if not path.endswith(f"/{self.samples:012d}-{self.attempt:04d}.json"):
             raise ValueError(f"it is the checkpoint at sample {self.samples} of attempt {self.attempt}")
-
-
-@dataclass(frozen=True)
-class FailedStep(Record):
-    """Holds the weights before a step that was not finite, at ``samples`` samples, and the ``keys`` of its bad rows."""
-
-    samples: Count
-    keys: tuple[str, ...]
-    blobs: Mapping[FileName, Digest]
-
-    @property
-    def named(self) -> list[str]:
-        return [*self.blobs.values()]
-
-    def check(self, path: str) -> None:
-        if "model" not in self.blobs:
-            raise ValueError("blobs: no model")

@@ -64,9 +64,8 @@ def train_on(
         The averaged weights as a model in evaluation mode on ``device``, and the lines of the journal.
 
     Raises:
-        NonFinite: The training diverged.
         OutOfMemory: A step does not fit.
-        UserError: ``init_from`` has weights of another model.
+        UserError: The training diverged, or ``init_from`` has weights of another model.
     """
     group, feed = ProcessGroup(device=device), TensorFeed(columns, recipe)
     warm = None

@@ -29,7 +29,7 @@ from pipeline.training.device import keep_freed_memory, memory_for
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Batches, Feed
 from pipeline.training.feed.order import lanes_of
-from pipeline.training.loop import NonFinite, fit
+from pipeline.training.loop import fit
 from pipeline.training.memory import fitting_rows, refuses
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.saver import Saver
@@ -49,7 +49,7 @@ class Training:
     def __call__(self, group: ProcessGroup) -> None:
         """Trains from the newest checkpoint to the stop; rank 0 publishes.
 
-        Raises Superseded, NonFinite, OutOfMemory, CorruptObject and UserError.
+        Raises Superseded, OutOfMemory, CorruptObject and UserError.
         """
         with memory_for("the model, with its average, its optimiser and what is measured of it,"):
             self._work(group)
@@ -67,15 +67,7 @@ class Training:
             of_a_lane = ctx.recipe.batch // ctx.recipe.lanes
             lengths = [of_a_lane * len(lanes_of(rank, group.size, ctx.recipe.lanes)) for rank in range(group.size)]
             task.gather = partial(group.gather, lengths)
-        try:
-            self._train(Publisher(ctx, task, feed, group, speed), state)
-        except NonFinite as e:
-            weights = group.whole(state.model)
-            if group.is_rank_0:
-                self.course.branch.save_failure(weights, e.samples, e.keys)
-            group.wait()  # a worker that ended now would end the others
-            again = f"unclip run CONFIG --replay {self.ctx.stage} does that step again and looks for the cause"
-            raise NonFinite(f"{e}. {again}", e.samples, e.keys) from e
+        self._train(Publisher(ctx, task, feed, group, speed), state)
 
     def _speed(self, task: Task, feed: Feed, state: TrainState, group: ProcessGroup) -> Speed:
         # A sharded model computes only with all workers.

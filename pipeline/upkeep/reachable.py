@@ -11,7 +11,7 @@ from pipeline.graph.damage import LIST
 from pipeline.graph.pointer import FOLDER as RELEASES
 from pipeline.store import Store
 from pipeline.store.records import R, Record, blob_path, open_record
-from pipeline.training.records import CheckpointRecord, FailedStep
+from pipeline.training.records import CheckpointRecord
 
 ONLY_NAMED = ("packages/", "blobs/")  # stay where an object that cannot be read may name them
 REMEDIES = {
@@ -64,7 +64,7 @@ def record_kind(path: str) -> type[Record]:
     """Returns the kind of a record under shards/ or checkpoints/."""
     if path.startswith("shards/"):
         return Segment if path.startswith(SEGMENTS) else Shard
-    return FailedStep if "/failures/" in path else CheckpointRecord
+    return CheckpointRecord
 
 
 def read_or_tell(store: Store, path: str, kind: type[R], live: Live) -> R | None:

@@ -248,19 +248,11 @@ def _size(store: Store) -> int:
     return sum(file.stat().st_size for file in Path(store.url).rglob("*") if file.is_file())
 
 
-def test_a_step_that_failed_is_done_again(tmp_path: Path, undisturbed: Undisturbed, capsys: Output) -> None:
-    """A learning rate that no weights survive: the run names the way, and the replay where the first bad number is."""
+def test_a_training_that_diverges_says_what_to_change(tmp_path: Path, undisturbed: Undisturbed, capsys: Output) -> None:
     copy(undisturbed.data, tmp_path)
     config = str(undisturbed.config(tmp_path))
-    spoilt = "decoder.learning_rate=1e30"
-    assert main(["run", config, spoilt, "--until", "decoder"]) == 2
-    said = capsys.readouterr().err
-    assert "is not finite after sample" in said
-    assert "--replay decoder" in said
-    assert main(["run", config, spoilt, "--replay", "decoder"]) == 0
-    assert "decoder: the step after sample" in capsys.readouterr().out
-    assert main(["run", config, "--replay", "decoder"]) == 2
-    assert "no step of it has failed" in capsys.readouterr().err
+    assert main(["run", config, "decoder.learning_rate=1e30", "--until", "decoder"]) == 2
+    assert re.search(r"is not finite after sample .*; lower learning_rate", capsys.readouterr().err)
 
 
 def test_damaged_pictures_are_found_by_an_export(undisturbed: Undisturbed, tmp_path: Path, capsys: Output) -> None:

@@ -116,7 +116,6 @@ TESTED = {
     "unclip release list monthly.yaml": RETRAINED,
     "unclip data forget monthly.yaml --file february.txt": RETRAINED,
     "unclip pin monthly.yaml clip --key KEY --dry-run": RETRAINED,
-    "unclip run configs/nano.yaml --replay decoder": "tests/jobs/test_damage.py, where a step has failed",
     "make peek": "a release check: the command it holds is run by tests/jobs/test_chain.py at micro size",
     'unclip sample "a bell-shaped lime monster with a crown, three eyes and a frown, on magenta"': "here",
     "unclip run configs/demo.yaml": "tests/jobs/test_report_in_a_browser.py, with nano models",

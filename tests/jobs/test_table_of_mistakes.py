@@ -26,7 +26,7 @@ plan list.yaml                                    | list.yaml: expected a mappin
 run mine.yaml --unitl pairs                       | unclip run: unknown option --unitl; did you mean --until?
 run mine.yaml --until pair                        | unknown stage pair; did you mean pairs?
 run mine.yaml --only decoder                      | --only decoder needs source, ~use --until decoder
-run mine.yaml --only decoder --until pairs        | --only, --until and --replay exclude each other
+run mine.yaml --only decoder --until pairs        | --only and --until exclude each other
 submit mine.yaml --to local --only codec --until pairs | --only and --until exclude each other
 submit mine.yaml --to http://[::1:8265            | http://[::1:8265 is not the address of a dashboard
 run mine.yaml -q -v                               | -v/--verbose ~exclude each other; leave one of them out
@@ -48,8 +48,6 @@ plan mine.yaml source.paths=[bare.csv]            | bare.csv: no column caption;
 plan mine.yaml source.paths=[header.csv]          | header.csv: no rows
 plan mine.yaml clip.weights=ViT-B-32              | use train, open_clip:NAME:TAG or local-dir:FOLDER
 run mine.yaml --events none/none/file             | --events none/none/file: cannot be written ~name a file in a folder
-run mine.yaml --replay pairs                      | --replay pairs: only a training has steps
-run mine.yaml --replay decoder                    | not made for the current list and recipes: ~unclip run makes them
 plan mine.yaml run.decoder.device=gpu             | run.decoder.device
 plan mine.yaml --gpus 1xM60                       | unknown kind M60
 plan mine.yaml --gpus 1xM3                        | --gpus 1xM3: nothing runs on Apple's GPUs; leave it out

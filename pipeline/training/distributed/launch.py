@@ -26,7 +26,6 @@ from pipeline.graph.resources import cores
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training.device import OutOfMemory, choose_device
 from pipeline.training.distributed.process_group import CHECK_EVERY, ProcessGroup
-from pipeline.training.loop import NonFinite
 
 REPORT_EVERY_S = 30.0  # a report waits up to two seconds for the controller's next poll
 LISTEN_EVERY_S = 5.0  # all workers wait for each other when they ask whether a machine is to be taken away
@@ -34,7 +33,7 @@ LOGS, LOG_LINES, LOG_S = 4, 1000, 10  # of how many lost workers a log is read, 
 DIED = re.compile(r"\bpid: (\d+)\b.*?\bip: (\S+)", re.DOTALL)  # in Ray's words on an actor
 LONGEST_REASON = 400  # characters
 NCCL_ERROR = re.compile(r"NCCL WARN|NCCL error|Watchdog caught|\bnccl\w*Error\b")
-EXPECTED = (UserError, Unreachable, NonFinite, Superseded, CorruptObject, OutOfMemory)
+EXPECTED = (UserError, Unreachable, Superseded, CorruptObject, OutOfMemory)
 RELAYED = {kind.__name__: kind for kind in EXPECTED}
 
 

@@ -257,7 +257,7 @@ def test_a_new_checkpoint_is_a_sign_of_life_and_an_attempt_is_none(
 
     def lead_or_wait(*words: Any, **named: Any) -> None:
         key, activity = words[1], words[4]
-        for name in ("attempts/0001", "000000000016-0001", "failures/000000000016-0001", "000000000032-0001"):
+        for name in ("attempts/0001", "000000000016-0001", "attempts/0002", "000000000032-0001"):
             seen.append(activity())
             store.create(f"checkpoints/{trunk}/{name}.json", b"{}")
         seen.append(activity())

@@ -32,7 +32,7 @@ from pipeline.store import Store, open_store
 from pipeline.store.names import is_blob_or_record, is_file_name, is_part
 from pipeline.store.records import FORMAT, Record, blob_path, canonical, digest, open_record, put_blob, read_blob, seal
 from pipeline.training.checkpoints import Checkpoints
-from pipeline.training.records import CheckpointRecord, FailedStep
+from pipeline.training.records import CheckpointRecord
 
 BLOB = "0123456789abcdef" * 4
 AWAY = ("../x", "../../x", "a/../../x", "/etc/x", "//x", "a//b", "a/", "", ".", "..", "a/./b", "a\\b", "a\0", "a\nb")
@@ -72,7 +72,7 @@ def test_only_sha256_names_a_blob(name: Any, store: Store) -> None:
         (blob_path(BLOB), True),
         (artifact_path("pairs", BLOB), True),
         ("shards/source/segment-" + BLOB + ".json", True),
-        (f"checkpoints/{BLOB}/failures/000000000064-0001.json", True),
+        (f"checkpoints/{BLOB}/attempts/0001.json", True),
         (f"blobs/01/{BLOB[:-1]}", False),
         (f"blobs/ff/{BLOB}", False),
         ("blobs/../../x", False),
@@ -99,7 +99,6 @@ CHECKPOINT = {
     "samples": 8, "attempt": 1, "seconds": 0.5, "laps": {}, "blobs": {"model": BLOB},
     "journal": {"lines": [{"samples": 8, "preview": BLOB}], "sums": {}, "steps": 0},
 }  # fmt: skip
-FAILURE = {"samples": 8, "keys": ["000000000000"], "blobs": {"model": BLOB}}
 RUN = {
     "project": "p", "forgettings": 0, "wanted": ["clip"], "by": {"host": "h"}, "package": f"packages/{BLOB}.zip",
     "stages": {
@@ -112,12 +111,11 @@ PATHS: dict[type[Record], str] = {
     Shard: shard_path("pairs", "k"),
     Segment: "shards/source/segment-x.json",
     CheckpointRecord: "checkpoints/t/000000000008-0001.json",
-    FailedStep: "checkpoints/t/failures/000000000008-0001.json",
     RunRecord: "runs/p/00000001-00000000.json",
     Pointer: release_path("p"),
 }
 SOUND: dict[type[Record], dict[str, Any]] = {
-    Artifact: ARTIFACT, Shard: SHARD, Segment: SEGMENT, CheckpointRecord: CHECKPOINT, FailedStep: FAILURE,
+    Artifact: ARTIFACT, Shard: SHARD, Segment: SEGMENT, CheckpointRecord: CHECKPOINT,
     RunRecord: RUN, Pointer: RELEASE,
 }  # fmt: skip
 
@@ -148,7 +146,6 @@ FORGED: list[tuple[type[Record], dict[str, Any]]] = [
     (Segment, _with(SEGMENT, "hashes", ["../../x"])),
     (CheckpointRecord, _with(CHECKPOINT, "blobs", {"model": "../../x"})),
     (CheckpointRecord, _with(CHECKPOINT, "journal", "lines", 0, "preview", "../../x")),
-    (FailedStep, _with(FAILURE, "blobs", {"model": "../../x"})),
     (RunRecord, _with(RUN, "project", "../x")),
     (RunRecord, _with(RUN, "stages", {"../x": RUN["stages"]["clip"]})),  # type: ignore[index]
     *((RunRecord, _with(RUN, "stages", "clip", name, "../x")) for name in ("key", "trajectory", "trunk")),

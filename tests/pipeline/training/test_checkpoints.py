@@ -191,17 +191,6 @@ def test_the_number_of_an_attempt_has_bytes_of_its_own(store: Store) -> None:
     assert len({store.read(f"checkpoints/{trajectory}/attempts/0001.json") for trajectory in "tu"}) == 2
 
 
-def test_what_replay_needs_outlives_the_checkpoint_before_it(store: Store) -> None:
-    checkpoints, state = Checkpoints(store, "t", 1, keep=1), make_state(1)
-    save(checkpoints, state)
-    weights = parts(state)["model"]
-    checkpoints.save_failure(weights, state.samples, ["a row"])
-    save(checkpoints, make_state(2))
-    found = checkpoints.last_failure()
-    assert found[0] == state.samples
-    assert all(torch.equal(found[1][name], tensor) for name, tensor in weights.items())
-
-
 def test_an_overtaken_attempt_deletes_nothing_of_its_successor(store: Store) -> None:
     old, new = Checkpoints(store, "t", 1, keep=1), Checkpoints(store, "t", 2, keep=1)
     save(old, make_state(1))

@@ -15,9 +15,7 @@ from pipeline.errors import UserError
 from pipeline.store.records import read_blob
 from pipeline.training import stage
 from pipeline.training.attempts import halved
-from pipeline.training.loop import NonFinite
 from pipeline.training.recipes import DiffusionPriorRecipe
-from pipeline.training.replay import replay
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.timing import NOT_MEASURED
 from tests.pipeline.training.conftest import EMBED_DIM, World, rewritten
@@ -53,31 +51,10 @@ def ended_ray() -> Iterator[None]:
 
 @pytest.mark.usefixtures("ended_ray")
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_step_that_failed_can_be_done_again(world: World, workers: int) -> None:
-    """The row is named when it happens, and by the replay, with the module that its number comes out of first."""
+def test_a_row_that_spoils_a_step_is_named(world: World, workers: int) -> None:
     ctx = with_a_nan(world).context("diffusion_prior", RECIPE, replace(SETTINGS, workers=workers))
-    assert replay(ctx) is None
-    with pytest.raises(NonFinite, match=f"the loss of rows {POISONED} is not finite .* --replay diffusion_prior"):
+    with pytest.raises(UserError, match=f"the loss of rows {POISONED} is not finite after sample .*; lower learning_"):
         stage.train(ctx)
-    records = [entry.path for entry in world.store.list("checkpoints/")]
-    found = replay(ctx)
-    assert [key for key, _ in found.rows] == [POISONED]
-    assert found.module
-    assert found.parameters
-    assert found.repeated
-    assert [entry.path for entry in world.store.list("checkpoints/")] == records
-    (failure,) = [path for path in records if "/failures/" in path]
-    assert f"/{found.samples:012d}-" in failure
-
-
-def test_a_replay_that_lacks_memory_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    ctx = with_a_nan(world).context("diffusion_prior", RECIPE, SETTINGS)
-    with pytest.raises(NonFinite):
-        stage.train(ctx)
-    hungry = "pipeline.training.tasks.diffusion_prior.DiffusionPriorTask.loss"
-    monkeypatch.setattr(hungry, lambda *_: torch.empty(1 << 50, dtype=torch.uint8))
-    with pytest.raises(UserError, match=r"16 rows at once did not fit .*; lower run\.diffusion_prior\.micro_batch"):
-        replay(ctx)
 
 
 def test_too_little_memory_halves_the_micro_batch(

@@ -25,7 +25,7 @@ from pipeline.store.records import FORMAT, canonical, digest, put_blob, read_blo
 from pipeline.upkeep.collect import TOMBSTONES
 from pipeline.upkeep.overview import overview
 from pipeline.upkeep.show import show_overview
-from tests.pipeline.store.test_names import ARTIFACT, BLOB, CHECKPOINT, FAILURE, RELEASE, RUN, SEGMENT, SHARD
+from tests.pipeline.store.test_names import ARTIFACT, BLOB, CHECKPOINT, RELEASE, RUN, SEGMENT, SHARD
 from tests.pipeline.upkeep.runs import (
     AGES,
     DAY,
@@ -251,7 +251,6 @@ SOUND: dict[str, Any] = {
     shard_path("pairs", "k"): SHARD,
     "shards/source/segment-x.json": SEGMENT,
     "checkpoints/t/000000000008-0001.json": CHECKPOINT,
-    "checkpoints/t/failures/000000000008-0001.json": FAILURE,
     "runs/p/00000001-00000000.json": RUN,
     release_path("p"): RELEASE,
     lease_path("k"): LEASE,

@@ -20,7 +20,6 @@ from pipeline.training import stage
 from pipeline.training.checkpoints import course
 from pipeline.training.distributed.launch import Relayed, Watcher, WorkerLost, _cause, launch
 from pipeline.training.distributed.process_group import ProcessGroup
-from pipeline.training.loop import NonFinite
 from pipeline.training.recipes import ClipRecipe
 from tests.pipeline.training.conftest import World
 from tests.pipeline.training.test_stage import RECIPE
@@ -82,7 +81,7 @@ def test_of_more_workers_than_cores_as_many_train_as_there_is_room_for_and_an_er
             launch(fail, "clip", "refused", replace(settings, **changes), RaySettings())
 
 
-@pytest.mark.parametrize("error", [UserError("a"), NonFinite("b"), Superseded("c"), Unreachable("d")])
+@pytest.mark.parametrize("error", [UserError("a"), Superseded("c"), Unreachable("d")])
 def test_expected_errors_keep_their_type(error: Exception) -> None:
     found = _cause([RuntimeError("the other side hung up"), Relayed(type(error).__name__, str(error))])
     assert type(found) is type(error)
