@@ -31,7 +31,7 @@ from models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
 from models.prior_configs import ClipConfig
 from pipeline.config import preset_config
 from pipeline.data.embeddings.encoder import OpenEncoder
-from pipeline.data.embeddings.stage import ImageParts, parts_for, read_embeddings
+from pipeline.data.embeddings.parts import ImageParts, parts_for, read_embeddings
 from pipeline.graph.artifacts import publish_shard, read_table
 from pipeline.graph.workers import ShardTask, Streamed
 from pipeline.store import Store, open_store

@@ -96,7 +96,7 @@ def room(name: str) -> str:
 
 
 def floors(graph: dict[str, set[str]]) -> tuple[int, int]:
-    """Returns the length of the longest chain of imports between rooms, and the number of circles."""
+    """Returns the length of the longest chain of imports between rooms or files, and the number of circles."""
     order: list[str] = []
     seen: set[str] = set()
 
@@ -186,6 +186,7 @@ def measure() -> dict[str, float]:
         "rooms": len(rooms),
         "floors": height,
         "circles": circles,
+        "circles_of_files": floors(imported)[1],
         "lines_of_code": total,
         "lines_of_tests": sum(code_lines(file.read_text()) for file in tracked("tests")),
         "files": len(files),

@@ -16,8 +16,9 @@ from pipeline.data.pairs.row_index import SPLITS
 from pipeline.data.source.forget import Request, find, without
 from pipeline.data.source.journal import ListJournal, change_journal, with_forgotten
 from pipeline.data.source.lists import reach
+from pipeline.data.source.recipe import FIRST_RETRY
 from pipeline.data.source.retry import FINAL, gather
-from pipeline.data.source.stage import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
+from pipeline.data.source.stage import LAST_SEGMENT, SourceShard, scan
 from pipeline.errors import UserError, did_you_mean
 from pipeline.ledger import DEFERRED, REASONS
 from pipeline.local import read_local

@@ -14,7 +14,7 @@ from pipeline.config import check_project
 from pipeline.data.curation.stage import CurationRecipe
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.peek import MOST_COUNTED, Look, behind_embeddings, look
-from pipeline.data.source.stage import SourceRecipe
+from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.progress import counted

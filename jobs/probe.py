@@ -30,7 +30,7 @@ from pipeline.data.source.drawings.world import HOST
 from pipeline.data.source.journal import reference_marks
 from pipeline.data.source.lists import reach, read_rows
 from pipeline.data.source.rows import ListRow
-from pipeline.evaluate.stage import ROWS
+from pipeline.evaluate.recipe import ROWS
 from pipeline.held_out import FEWEST
 from pipeline.progress import counted, duration
 from pipeline.store import open_store

@@ -84,8 +84,7 @@ class UnCLIP:
         if self.upsampler_1024 is not None and self.upsampler_256 is None:
             raise ValueError("upsampler_1024 has nothing to enlarge: add upsampler_256")
         for name in ("decoder", *PRIORS.values()):
-            model = getattr(self, name)
-            if model is not None and model.embed_dim != self.clip.embed_dim:
+            if (model := getattr(self, name)) is not None and model.embed_dim != self.clip.embed_dim:
                 raise ValueError(
                     f"{name} was trained on {model.embed_dim}-dimensional embeddings, CLIP makes "
                     f"{self.clip.embed_dim}: take both from one bundle"
@@ -106,11 +105,10 @@ class UnCLIP:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder: name a bundle, as the bundle stage or a release makes")
         models = {name: load_model(folder / name, device) for name in OPTIONAL if (folder / name).is_dir()}
-        codec = load_codec(folder / "codec", device) if (folder / "codec").is_dir() else None
         return cls(
             clip=Clip.from_folder(folder / "clip").to(device),
             decoder=load_model(folder / "decoder", device),
-            codec=codec,
+            codec=load_codec(folder / "codec", device) if (folder / "codec").is_dir() else None,
             sampling=read_sampling(folder),
             **models,
         )
@@ -125,8 +123,7 @@ class UnCLIP:
             raise FileExistsError(f"{folder} is not empty: name a new folder for the bundle")
         self.clip.save(folder / "clip")
         for name in ("decoder", *OPTIONAL):
-            model = getattr(self, name)
-            if model is not None:
+            if (model := getattr(self, name)) is not None:
                 save_model(folder / name, model)
         if self.codec is not None:
             save_codec(folder / "codec", self.codec)
@@ -134,9 +131,14 @@ class UnCLIP:
 
     @torch.no_grad()
     def generate(
-        self, captions: Sequence[str], seeds: Sequence[int], progress: Progress = ignore, **options: object
+        self,
+        captions: Sequence[str],
+        seeds: Sequence[int],
+        progress: Progress = ignore,
+        kept: Kept | None = None,
+        **options: object,
     ) -> Generation:
-        """Makes one image for each caption from its own seed.
+        """Makes one image for each caption from its own seed, all of it or the part of an image that is not ``kept``.
 
         ``options`` replace single fields of ``sampling``. An image depends on its caption, its seed and the options,
         and not on the rest of the batch beyond rounding. Stops at the last upsampler there is. Raises ValueError on
@@ -147,7 +149,7 @@ class UnCLIP:
         sampling = self.sampling_with(options)
         tokens = self._tokens(captions)
         embedding = self.draw_embedding(tokens, self._text(captions), seeds, sampling, progress)
-        return self.decode(embedding, tokens, seeds, sampling, progress)
+        return self.decode(embedding, tokens, seeds, sampling, progress, kept=kept)
 
     def draw_embedding(
         self, tokens: Tensor, text: Tensor, seeds: Sequence[int], sampling: SamplingConfig, progress: Progress = ignore
@@ -260,9 +262,8 @@ class UnCLIP:
         tokens = None if captions is None else self._tokens(captions)
         config = self.decoder.config
         embedding, x0 = self.embed(images), self._views(images, config.image_size)
-        interval = sampling.decoder_guidance_interval
-        threshold = sampling.decoder_threshold
-        denoise = decoder_denoise(self.decoder, embedding, tokens, sampling.decoder_guidance, interval, threshold)
+        guided = (sampling.decoder_guidance, sampling.decoder_guidance_interval, sampling.decoder_threshold)
+        denoise = decoder_denoise(self.decoder, embedding, tokens, *guided)
         schedule, steps = make_schedule(config.schedule, config.steps), sampling.decoder_steps
 
         def report(done: int, _: Tensor) -> None:

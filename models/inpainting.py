@@ -6,9 +6,6 @@ same level, and the step is taken several times, so that what is drawn can agree
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,12 +15,7 @@ from models.diffusion.samplers import Callback, Denoise, grid_steps
 from models.diffusion.schedules import Schedule
 from models.draw import Draw
 from models.pixels import from_uint8
-from models.tokens import check_captions, tokenize
 from models.view import view
-
-if TYPE_CHECKING:
-    from models.cascade import Generation, UnCLIP
-    from models.reverse import Progress
 
 RESAMPLINGS = 4  # times that each step of the decoder is taken; the paper's 10 cost as much more
 OPAQUE = 250  # of 255: what a mask shows less of is drawn
@@ -84,20 +76,3 @@ def repaint(
         if callback is not None:
             callback(i + 1, torch.where(where, x0, prediction.x0))
     return x
-
-
-@torch.no_grad()
-def inpaint(
-    unclip: UnCLIP, kept: Kept, caption: str, seeds: Sequence[int], progress: Progress, **options: object
-) -> Generation:
-    """Draws the part of an image that is not kept, as a caption says, one image for each seed.
-
-    Every size is equal to the image where it is kept. Raises ValueError as ``UnCLIP.generate`` does.
-    """
-    sampling = unclip.sampling_with(options)
-    check_captions([caption])
-    device, count = unclip.clip.mean.device, len(seeds)
-    tokens = tokenize([caption] * count).to(device)
-    text = unclip.clip.encode_text(unclip.clip.tokenize([caption] * count).to(device))
-    embedding = unclip.draw_embedding(tokens, text, seeds, sampling, progress)
-    return unclip.decode(embedding, tokens, seeds, sampling, progress, kept=kept)

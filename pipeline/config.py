@@ -20,15 +20,15 @@ from pydantic import Field, PositiveFloat
 
 from models.prior_configs import VOCABULARY
 from models.sampling_config import PRIORS, check_sampling
-from pipeline.data.codec.stage import CodecRecipe
+from pipeline.data.codec.recipe import CodecRecipe
 from pipeline.data.curation.stage import CurationRecipe
 from pipeline.data.curation.thresholds import ThresholdsRecipe
 from pipeline.data.embeddings.stage import EmbeddingsRecipe
 from pipeline.data.neighbours.stage import IndexRecipe
-from pipeline.data.pairs.stage import PairsRecipe
-from pipeline.data.source.stage import SourceRecipe
+from pipeline.data.pairs.recipe import PairsRecipe
+from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
-from pipeline.evaluate.stage import EvaluationRecipe
+from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.local import read_local
 from pipeline.parse import ContentFile, load_yaml, overlay, parse, read_value
 from pipeline.progress import read_count

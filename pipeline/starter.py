@@ -16,7 +16,7 @@ from models.sampling_config import MODELS, PRIORS, largest_side
 from pipeline.config import Config, preset_config
 from pipeline.data.pairs.peek import Look
 from pipeline.data.source.imported import is_embeddings
-from pipeline.data.source.stage import SourceRecipe
+from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.held_out import FEWEST
 from pipeline.parse import load_yaml

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.cascade import Generation, Inversion, UnCLIP
 from models.comparison import priors_of
-from models.inpainting import Kept, inpaint
+from models.inpainting import Kept
 from models.pixels import to_uint8
 from models.sampling_config import STEPS
 from models.view import view
@@ -115,8 +115,8 @@ class ModelRunner:
         if work.kind == "generation":
             return unclip.generate([row.caption or "" for row in rows], seeds, watch, **options)
         if work.kind == "inpainting":
-            images = Kept(*[opened(png) for png in work.images])
-            return inpaint(unclip, images, caption or "", seeds, watch, **options)
+            kept = Kept(*[opened(png) for png in work.images])
+            return unclip.generate([caption or ""] * len(rows), seeds, watch, kept, **options)
         if work.kind == "variation":
             return unclip.variations(latents[0], seeds, work.more["eta"], watch, **options)
         if work.kind == "interpolation":

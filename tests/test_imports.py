@@ -7,6 +7,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from benchmarks.house import measure
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ("unclip", "pipeline", "models", "jobs", "cluster", "serve")
 OURS = {*SOURCE, "tests", "benchmarks"}
@@ -44,6 +46,11 @@ def test_what_somebody_else_may_have_written_is_not_unpickled() -> None:
     unpickled = {(file, line) for file, line in found if "weights_only=True" not in line and not line.startswith("np.")}
     assert {file for file, _ in unpickled} == {"pipeline/graph/workers.py"}
     assert not [line for _, line in found if "allow_pickle=True" in line]
+
+
+def test_no_files_import_each_other() -> None:
+    """Imports inside functions, and those for types alone, count too."""
+    assert measure()["circles_of_files"] == 0
 
 
 def test_ray_is_known_in_few_files() -> None:

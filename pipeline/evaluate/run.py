@@ -25,8 +25,8 @@ from pipeline.errors import UserError
 from pipeline.evaluate import condition, parts, priors, upsamplers
 from pipeline.evaluate.figure import Figure, count, without_values
 from pipeline.evaluate.images import beside, draw_images, judged, load_judge
+from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import SplitRows, Tick, held_out, training_rows
-from pipeline.evaluate.stage import VERSION, EvaluationRecipe
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import flatten
 from pipeline.graph.stages import Context
@@ -69,7 +69,7 @@ def evaluate(ctx: Context) -> Artifact:
     # Conditions are measured model by model, and are one line at the end.
     figures = [figure.as_json() for figure in sorted(found, key=lambda figure: figure.line == condition.LINE)]
     document = {
-        "version": VERSION,
+        "version": ctx.version,
         "figures": figures,
         "rows": evaluation.keys,
         "few": evaluation.few,

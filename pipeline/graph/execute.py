@@ -83,7 +83,7 @@ class _Run:
         self.failures: list[BaseException] = []
         self._verdicts, self._store, self._config = verdicts, store, config
         self._on_stage, self._on_look = on_stage, on_look
-        self._beside: set[str] = set()  # trainings in threads
+        self._beside: dict[str, Stage] = {}  # trainings in threads
         self._ended: Queue[tuple[Stage, Artifact | BaseException]] = Queue()
         self._shown: dict[str, Artifact] = {}  # what the trainings that run have shown
         self._lock = Lock()
@@ -111,7 +111,7 @@ class _Run:
                 continue
             together |= bool(begun)
             for stage in begun:
-                self._beside.add(stage.name)
+                self._beside[stage.name] = stage
                 Thread(target=self._work_beside, args=(stage,), daemon=True, name=stage.name).start()
             if not self._beside:
                 return
@@ -119,7 +119,7 @@ class _Run:
                 stage, made_or_failed = self._ended.get(timeout=LOOK_S)
             except Empty:
                 continue
-            self._beside.remove(stage.name)
+            del self._beside[stage.name]
             self._end(stage, made_or_failed)
 
     def _refused(self, stage: Stage) -> Exception | None:
@@ -139,8 +139,11 @@ class _Run:
         here = [stage for stage in stale if not self._on_ray(stage)]
         if here or len(stale) + len(self._beside) <= 1:
             return here[:1] or stale
-        asking = {stage.name: (self._settings(stage), stage.recipe.lanes) for stage in stale}
-        room = room_beside(asking, self._config.run.ray)
+        asking, running = (
+            {stage.name: (self._settings(stage), stage.recipe.lanes) for stage in stages}
+            for stages in (stale, self._beside.values())
+        )
+        room = room_beside(asking, running, self._config.run.ray)
         return [stage for stage in stale if stage.name in room] or ([] if self._beside else stale[:1])
 
     def _on_ray(self, stage: Stage) -> bool:

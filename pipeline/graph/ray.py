@@ -10,6 +10,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,7 +36,10 @@ from pipeline.settings import RaySettings, TrainingSettings
 
 log = logging.getLogger("unclip")
 PLACING_S = 30.0  # for Ray to place workers on nodes that may be busy
+HEAD_S = 5.0  # between two looks at a cluster's head
 BESIDE_S = 5.0  # the same beside workers that run, where it is asked again later
+Asking = Mapping[str, tuple[TrainingSettings, int]]
+"""The settings of stages, and how many workers each can use at most."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ def start_ray(settings: RaySettings) -> Any:
                 raise
             told = " ".join(str(e).split()).removeprefix("Version mismatch: ")
             raise UserError(f"the Ray cluster at {address} is another version; install the same here: {told}") from e
+        if not address.startswith("ray://"):  # a client is told by Ray itself
+            threading.Thread(target=_watch_head, args=(ray,), name="watch the head", daemon=True).start()
     else:
         machine = this_machine(settings)
         with _without_log_lines():
@@ -134,6 +140,29 @@ def _reach(address: str) -> None:
         raise UserError(
             f"no Ray cluster answers at {address} (RAY_ADDRESS): {e}; correct it, or unset it to start a Ray here"
         ) from e
+
+
+def _watch_head(ray: Any) -> None:
+    """Says in a line that a cluster's head does not answer, for which Ray ends this process after a silent minute.
+
+    This one does not end it: a head with a store of its own may come back before.
+    """
+    address = ray.get_runtime_context().gcs_address
+    host, _, port = address.rpartition(":")
+    gone = False
+    while ray.is_initialized() and ray.get_runtime_context().gcs_address == address:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            gone = False
+        except OSError as e:
+            if not gone:
+                log.error(
+                    "the head of the Ray cluster at %s does not answer (%s); unless it comes back, Ray ends this "
+                    "command in about a minute; then run the same command again: what is done is kept",
+                    *(address, e),
+                )
+            gone = True
+        time.sleep(HEAD_S)
 
 
 def find_machine(settings: RaySettings) -> Machine:
@@ -223,25 +252,35 @@ def check_room(ray: Any, stages: Mapping[str, Settings], settings: RaySettings) 
 def wait_for_room(ray: Any, stage: str, own: Settings, settings: RaySettings, most: int = sys.maxsize) -> Team:
     """Returns the workers that a stage can have; says in one line what a cluster lacks that does not place them soon.
 
-    It is waited for then: a node that was lost may come back. ``most``: as many as there is work for. Raises UserError
-    where the Ray of this machine cannot place them.
+    It is waited for then: a node that was lost may come back, and on this machine other stages end. ``most``: as many
+    as there is work for. Raises UserError where the Ray of this machine is too small.
     """
     team = find_team(ray, stage, own, settings, most)
     if not place(team):
-        if _local():
-            raise _refusal(ray, stage, team)
-        log.warning("%s; waiting for nodes that have it", _lacking(ray, stage, team))
+        whom = "the stages that run" if _local() else "nodes that have it"
+        log.warning("%s; waiting for %s", _lacking(ray, stage, team), whom)
+        while _local() and not place(team):
+            pass
     return team
 
 
-def room_beside(stages: Mapping[str, tuple[TrainingSettings, int]], settings: RaySettings) -> list[str]:
+def room_beside(stages: Asking, running: Asking, settings: RaySettings) -> list[str]:
     """Returns those of some stages whose workers Ray has room for at once, beside all that it runs now.
 
     A stage that works in this process is none of them, nor is one that takes every core of this machine, where such
-    stages would take turns. Where an autoscaler adds nodes, every stage has room. ``stages`` have settings, and how
-    many workers each can use at most.
+    stages would take turns. Where an autoscaler adds nodes, every stage has room. On this machine none has while
+    workers of a stage that is ``running`` have yet to start.
     """
     ray = start_ray(settings)
+    if _local():
+        teams = [find_team(ray, stage, own, settings, most) for stage, (own, most) in running.items()]
+        has, free = ray.cluster_resources(), ray.available_resources()
+        for name, taken in (
+            ("CPU", sum(team.count * team.worker.cpus for team in teams)),
+            ("GPU", sum(team.count * team.worker.gpus for team in teams)),
+        ):
+            if has.get(name, 0) - free.get(name, 0) < taken:
+                return []
     reserved: list[Share] = []
     found = []
     for stage, (own, most) in stages.items():

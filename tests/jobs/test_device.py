@@ -23,7 +23,8 @@ from jobs.cli import main
 from jobs.command_line import command_line
 from models.cascade import UnCLIP
 from pipeline.errors import UserError
-from pipeline.evaluate.stage import EvaluationRecipe, run_evaluation
+from pipeline.evaluate.recipe import EvaluationRecipe
+from pipeline.evaluate.stage import run_evaluation
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context
 from pipeline.sampling.samples import SamplesRecipe, run_samples

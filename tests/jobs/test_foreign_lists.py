@@ -20,8 +20,9 @@ from jobs.cli import main
 from pipeline.config import load_config
 from pipeline.data.pairs.decoding import open_image
 from pipeline.data.source.lists import reach
+from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.retry import gather
-from pipeline.data.source.stage import SourceRecipe, scan
+from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
 from pipeline.sampling.prompts import TABLES, read_prompts

@@ -18,7 +18,8 @@ from models.sampling_config import MODELS, PRIORS
 from pipeline.build import build
 from pipeline.config import Config, load_config, make_config, preset_config
 from pipeline.data.pairs.peek import look
-from pipeline.data.source.stage import SourceRecipe, scan
+from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.stage import scan
 from pipeline.starter import CLIP_WEIGHTS, starter
 from pipeline.store import open_store
 from tests.jobs.test_mistakes import refused

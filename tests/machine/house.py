@@ -26,8 +26,9 @@ from jobs.project import Project
 from jobs.run import HEALINGS
 from pipeline.data.source import stage as source_stage
 from pipeline.data.source.journal import read_journal
+from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.rows import ListRow
-from pipeline.data.source.stage import SourceRecipe, run_captions, run_source, scan
+from pipeline.data.source.stage import run_captions, run_source, scan
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import artifacts, runs
 from pipeline.graph.artifacts import (

@@ -8,8 +8,7 @@ from PIL import Image
 from models.diffusion.process import Prediction
 from models.diffusion.schedules import make_schedule, strided_grid
 from models.draw import Draw
-from models.inpainting import RESAMPLINGS, Kept, inpaint, repaint
-from models.reverse import ignore
+from models.inpainting import RESAMPLINGS, Kept, repaint
 from models.view import view
 from tests.models.mutations import fails_under
 from tests.models.test_cascade import make
@@ -28,7 +27,7 @@ def kept() -> Kept:
 
 def test_what_is_kept_is_the_image_at_every_size_and_the_rest_is_drawn(kept: Kept) -> None:
     unclip = make()
-    made, other = (inpaint(unclip, kept, caption, [1, 2], ignore) for caption in ("a red fox", "the sea"))
+    made, other = (unclip.generate([caption] * 2, [1, 2], kept=kept) for caption in ("a red fox", "the sea"))
     assert sorted(made.images) == [16, 64, 256]
     for side, images in made.images.items():
         truth, share = view(kept.image, side), side * 3 // 4 - side // 16  # a soft border belongs to what is drawn

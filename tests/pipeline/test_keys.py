@@ -13,7 +13,8 @@ import pytest
 
 from pipeline.build import build
 from pipeline.config import Config, load_config
-from pipeline.data.source.stage import SourceRecipe, scan
+from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.stage import scan
 from pipeline.graph.plan import plan
 from pipeline.graph.stages import ordered
 from pipeline.store import open_store

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from models.codec_fit import fit_codec
 from models.folder import save_codec
-from pipeline.data.codec.stage import CodecRecipe
+from pipeline.data.codec.recipe import CodecRecipe
 from pipeline.data.neighbours.blocks import (
     as_input,
     candidates,

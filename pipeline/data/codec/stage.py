@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
-from typing import Annotated
-
-from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
@@ -20,27 +16,6 @@ from pipeline.progress import counted
 
 VERSION = 3
 REASONS_SAID = 2  # of the rows that curation rejected
-
-
-@dataclass(frozen=True)
-class CodecRecipe:
-    """Says how finely the codec describes an image embedding.
-
-    Attributes:
-        components: Components of the PCA; more than the data's rank is lowered with a warning. ``nano`` keeps 32 and
-            ``tiny`` 18, because the AR prior's time grows with them.
-        variance_target: Share of the variance: as many components as hold it, in place of ``components``.
-        buckets: Quantile buckets a component; equal to ``ar_prior.model.buckets``.
-        sample_rows: Training rows that it is fitted to, at most: they lie in one worker's memory, 12 bytes for each
-            number of an embedding (9 GB for a million of 768).
-        seed: Seed of the sample.
-    """
-
-    components: PositiveInt = 319
-    variance_target: Annotated[float, Field(gt=0, le=1)] | None = None
-    buckets: Annotated[int, Field(ge=2)] = 1024
-    sample_rows: Annotated[int, Field(ge=2)] = 1_000_000
-    seed: NonNegativeInt = 0
 
 
 def run_codec(ctx: Context) -> Artifact:

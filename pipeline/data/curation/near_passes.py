@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 from safetensors.numpy import load, save
 
-from pipeline.data.curation.stage import Rejected, rejected_table
+from pipeline.data.curation.rejected import Rejected, rejected_table
 from pipeline.data.neighbours.blocks import candidates, input_name, is_a, read_samples
 from pipeline.data.neighbours.clusters import NONE, PROBES, Clusters, Rows, compare, fit_clusters
 from pipeline.data.pairs.row_index import SPLITS, STAGE_SIDES

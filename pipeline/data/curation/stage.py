@@ -6,14 +6,14 @@ It judges every row by itself, shard by shard, and then removes rows that are to
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import pyarrow as pa
 from pydantic import Field
 
+from pipeline.data.curation.rejected import Rejected, rejected_table
 from pipeline.data.embeddings.scores import score_column
 from pipeline.data.neighbours.blocks import OneThread, as_input
 from pipeline.data.pairs.row_index import index_counts, index_table
@@ -62,21 +62,6 @@ class CurationRecipe:
     def __post_init__(self) -> None:
         if self.min_caption > self.max_caption:
             raise ValueError(f"min_caption: {self.min_caption} is above max_caption {self.max_caption}")
-
-
-class Rejected(NamedTuple):
-    """A row that curation rejected, by its key, and the key of the earliest row that it is too near to, if any."""
-
-    key: str
-    reason: str
-    near: str | None = None
-
-
-def rejected_table(rows: Iterable[Rejected]) -> bytes:
-    """Returns Parquet bytes of rejected rows in the order of their keys."""
-    ordered = sorted(rows)
-    columns = {name: pa.array([getattr(row, name) for row in ordered], pa.string()) for name in Rejected._fields}
-    return write_table(columns)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from models.clip import Clip
 from models.tokens import cut_captions, text_ends
-from pipeline.data.embeddings.stage import ImageParts, captions_to_encode, read_embeddings
+from pipeline.data.embeddings.parts import ImageParts, captions_to_encode, read_embeddings
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Shard, ShardRow, read_shards
 from pipeline.graph.shards import run_shards

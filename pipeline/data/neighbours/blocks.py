@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from pipeline.data.embeddings.stage import read_embeddings
+from pipeline.data.embeddings.parts import read_embeddings
 from pipeline.graph.artifacts import Shard, ShardRow, read_table
 from pipeline.graph.shards import run_shards
 from pipeline.graph.stages import Context, shard_key

@@ -20,8 +20,8 @@ from pipeline.data.fetch.rules import DenyLists, read_deny_lists
 from pipeline.data.pairs.budget import ShardDecoder
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.earlier import Known, take_over
+from pipeline.data.pairs.recipe import PairsRecipe
 from pipeline.data.pairs.row_index import OPT_OUTS, index_counts, index_table, opt_out_table
-from pipeline.data.pairs.stage import PairsRecipe
 from pipeline.data.pairs.unfinished import Unfinished
 from pipeline.data.source.imported import SCHEME, imported_url, read_imported
 from pipeline.data.source.stage import row_key

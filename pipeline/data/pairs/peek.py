@@ -15,8 +15,9 @@ from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS
 from pipeline.data.source.imported import SCHEME
 from pipeline.data.source.lists import no_rows, reach, read_rows, stated_sides, unread
+from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.rows import ListRow
-from pipeline.data.source.stage import SourceRecipe, hash_share
+from pipeline.data.source.stage import hash_share
 from pipeline.data.source.tars import tar_place
 from pipeline.errors import UserError
 from pipeline.local import Reach, local_path, read_local, reason_of

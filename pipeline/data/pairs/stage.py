@@ -6,72 +6,20 @@ Captions stay apart, so that new captions never fetch an image again.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Annotated, Literal
-
-from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline.data.fetch.rules import read_deny_lists
 from pipeline.data.pairs.earlier import earlier_shards
-from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, MOST_PIXELS, Storing
 from pipeline.data.source.drawings.world import HOST
 from pipeline.data.source.lists import reach
 from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.graph.shards import map_shards
 from pipeline.graph.stages import Context, shard_key
 from pipeline.graph.workers import ShardTask
-from pipeline.parse import ContentFile
 from pipeline.store.content import put_content
 
 VERSION = 7
-
-
-@dataclass(frozen=True)
-class PairsRecipe:
-    """Says how images are stored, by img2dataset's options, and which are refused.
-
-    Attributes:
-        image_size: A larger image is brought down to this many pixels by resize_mode; a smaller one stays as it is.
-        resize_mode: keep_ratio resizes the short side to image_size, keep_ratio_largest the long side. center_crop cuts
-            a square out of the first, border pads the second to one with white. no resizes nothing.
-        min_image_size: An image whose short side is below this is rejected.
-        encode_format: File format of the stored images: ``jpg``, ``png`` or ``webp``.
-        encode_quality: Quality, 0 to 100; for png the compression, 0 to 9.
-        max_bytes: Limit for one image, as fetched.
-        max_pixels: Limit for one image by its header, before anything is decoded; Pillow opens none above 178,956,970.
-        allow: Hosts and networks that may be reached although they are not public, such as ``10.0.0.0/8``.
-        deny_hosts: A text file of hosts that are never asked, each with all its subdomains.
-        deny_urls: A text file of URLs that are never fetched.
-        deny_sha256: A text file of sha256 of images that are never kept.
-    """
-
-    image_size: Annotated[int, Field(ge=64)] = 1024  # the smallest image that a model is trained on
-    resize_mode: Literal["keep_ratio", "keep_ratio_largest", "center_crop", "border", "no"] = "keep_ratio"
-    min_image_size: NonNegativeInt = 0
-    encode_format: Literal["jpg", "png", "webp"] = "jpg"
-    encode_quality: int = 95
-    max_bytes: PositiveInt = MAX_BYTES
-    max_pixels: Annotated[int, Field(gt=0, le=MOST_PIXELS)] = MAX_PIXELS
-    allow: tuple[str, ...] = ()
-    deny_hosts: ContentFile | None = None
-    deny_urls: ContentFile | None = None
-    deny_sha256: ContentFile | None = None
-
-    def __post_init__(self) -> None:
-        limit = 9 if self.encode_format == "png" else 100
-        if not 0 <= self.encode_quality <= limit:
-            raise ValueError(f"encode_quality: {self.encode_quality} is outside 0..{limit} for {self.encode_format}")
-
-    @property
-    def storing(self) -> Storing:
-        """Returns the fields by which one image is resized and encoded."""
-        return Storing(self.image_size, self.encode_format, self.encode_quality, self.resize_mode, self.min_image_size)
-
-    @property
-    def deny_lists(self) -> tuple[ContentFile | None, ContentFile | None, ContentFile | None]:
-        """Returns the lists by kind, as read_deny_lists takes them."""
-        return self.deny_hosts, self.deny_urls, self.deny_sha256
 
 
 def run_pairs(ctx: Context) -> Artifact:

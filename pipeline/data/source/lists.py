@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from pipeline.data.fetch.references import without_password
@@ -17,6 +17,7 @@ from pipeline.data.source.child import ListReader
 from pipeline.data.source.columns import IMAGES, MAX_CAPTION, MAX_CAPTIONS, SIZES, Flaw
 from pipeline.data.source.folders import METADATA, folder_kind, folder_splits, is_image, read_files, unread_files, walk
 from pipeline.data.source.imported import embedding_reference, is_embeddings, metadata_parts
+from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.remote import check_remote, fetched, is_remote, remote_beside, remote_version
 from pipeline.data.source.rows import ROWS_SUFFIX, SIDECARS, ListRow, one_line_each, packaged_rows
 from pipeline.data.source.tables import SUFFIXES, table_kind, table_rows
@@ -24,9 +25,6 @@ from pipeline.data.source.tars import tar_rows
 from pipeline.errors import UserError
 from pipeline.local import Reach, local_path, reason_of
 from pipeline.progress import counted, say_once
-
-if TYPE_CHECKING:
-    from pipeline.data.source.stage import SourceRecipe
 
 # What a table says where it has no value, as pyarrow and pandas read it. In a column of groups it is a group.
 NO_VALUE = frozenset(("#N/A", "#NA", "-NaN", "-nan", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null"))

@@ -17,16 +17,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, NonNegativeFloat
 
 from pipeline.data.fetch.references import comparable
 from pipeline.data.source.duplicates import HASH, SeenReferences, warn_of_captions
 from pipeline.data.source.journal import EMPTY, ListJournal, read_journal, reference_marks
 from pipeline.data.source.lists import fingerprint, no_rows, read_rows, unread
+from pipeline.data.source.recipe import FIRST_RETRY, SourceRecipe
 from pipeline.data.source.rows import ListRow, written_rows
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import (
@@ -40,7 +39,6 @@ from pipeline.graph.artifacts import (
 from pipeline.graph.damage import create_record, read_record, set_aside
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger, StoredLedger
-from pipeline.local import Reach
 from pipeline.progress import counted, say_once
 from pipeline.store import Store
 from pipeline.store.names import Digest
@@ -52,55 +50,8 @@ SEGMENT_SHARDS = 100_000  # shard numbers a segment may use: number = segment * 
 HASHES_A_BLOB = 1 << 20
 LENGTHS = 100  # characters between two counts of the lengths of captions
 CAPTIONED = "captioned"  # how a shard of captions counts its rows that have one
-FIRST_RETRY = 500  # the segment of the first rows that are tried again; those before are the list's own
 LAST_SEGMENT = 999  # a shard's number has eight digits
 log = logging.getLogger("unclip")
-
-
-@dataclass(frozen=True)
-class SourceRecipe:
-    """Says where pairs come from, and which rows are held out.
-
-    Attributes:
-        paths: Lists, in order: ``.parquet``, ``.csv``, ``.tsv`` or ``.jsonl``, a folder of images and texts, an
-            imagefolder, a webdataset ``.tar``, a folder of tables or tars, embeddings of clip-retrieval, or
-            drawings by the packages of the ``demo`` extra: ``drawings:full`` (6,600), ``drawings:tiny`` (1,500),
-            ``drawings:nano`` (320), ``drawings:flawed`` (nine rows that are all rejected, each for another reason).
-        image_column: The image's reference: http(s), s3 or file.
-        caption_column: Text, or a list of texts.
-        group_column: Rows of a group share a split, but for those whose split the list names; optional in the list.
-        split_column: ``train``, ``validation`` or ``test``; optional in the list.
-        hash_column: The sha256 that the fetched bytes must have; optional in the list.
-        shard_rows: Rows a shard: what one worker does at a time, and what an interruption may cost.
-        validation: Share held out, by a hash of the group or else of the reference, where the list has no split.
-        test: The same for the test split, which no training and no codec ever reads.
-        roots: Folders, tars and ``s3://BUCKET`` or ``s3://BUCKET/PREFIX`` that lists may name besides files of
-            their own.
-    """
-
-    # A recipe and not a setting of the run: a row that is refused changes what is made. Keys count what was read, so
-    # a new root makes only those shards again that have such rows.
-
-    paths: Annotated[tuple[str, ...], Field(min_length=1, max_length=FIRST_RETRY)]
-    image_column: str = "url"
-    caption_column: str = "caption"
-    group_column: str = "group"
-    split_column: str = "split"
-    hash_column: str = "sha256"
-    shard_rows: Annotated[int, Field(ge=1, le=10_000)] = 1000
-    validation: NonNegativeFloat = 0.02
-    test: NonNegativeFloat = 0.02
-    roots: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.validation + self.test >= 1:
-            raise ValueError("validation and test: these shares leave no rows to train on; lower one of them")
-        Reach.of((), self.roots)
-
-    @property
-    def splitting(self) -> tuple[float | str, ...]:
-        """Returns what decides which rows are held out, beside the list itself."""
-        return self.validation, self.test, self.image_column, self.group_column, self.split_column
 
 
 @dataclass(frozen=True)

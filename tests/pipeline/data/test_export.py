@@ -16,11 +16,11 @@ import webdataset
 from embedding_reader import EmbeddingReader
 from PIL import Image
 
-from pipeline.data.embeddings.stage import read_embeddings
+from pipeline.data.embeddings.parts import read_embeddings
 from pipeline.data.export import _reference, export_pairs
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.imported import embedding_reference
-from pipeline.data.source.stage import SourceRecipe
+from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_shards
 from pipeline.store import Store, open_store

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.curation.stage import VERSION, CurationRecipe, Rejected, run_curation
+from pipeline.data.curation.rejected import Rejected
+from pipeline.data.curation.stage import VERSION, CurationRecipe, run_curation
 from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.graph.artifacts import (
     Artifact,

@@ -25,8 +25,9 @@ from models.sampling_config import SamplingConfig
 from models.upsampler import Upsampler
 from pipeline.data.source.drawings.world import Drawing
 from pipeline.evaluate.figure import as_text, lines
+from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import SplitRows, held_out, training_rows
-from pipeline.evaluate.stage import EvaluationRecipe, run_evaluation
+from pipeline.evaluate.stage import run_evaluation
 from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact, write_shard_table
 from pipeline.graph.stages import Context, Stage, stage_key
 from pipeline.ledger import Ledger

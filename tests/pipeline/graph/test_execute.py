@@ -83,7 +83,7 @@ class House:
 @pytest.fixture
 def house(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> House:
     """Ray has room for everything."""
-    monkeypatch.setattr(execution, "room_beside", lambda stages, _: list(stages))
+    monkeypatch.setattr(execution, "room_beside", lambda stages, *_: list(stages))
     return House(open_store(str(tmp_path)))
 
 
@@ -126,7 +126,7 @@ def test_a_training_that_has_no_room_yet_begins_when_there_is_some(
 
 def test_what_takes_longest_is_asked_for_first(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(execution, "room_beside", lambda stages, _: asked.append(list(stages)) or list(stages))
+    monkeypatch.setattr(execution, "room_beside", lambda stages, *_: asked.append(list(stages)) or list(stages))
     house.seconds = {"ar_prior": 10.0, "decoder": 30.0, "upsampler": 20.0}
     assert list(house.execute()) == list(INPUTS)
     assert asked == [["decoder", "upsampler", "ar_prior"]]
@@ -137,7 +137,7 @@ def test_one_that_fails_does_not_stop_the_others(
     house: House, rooms: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = iter(rooms)
-    monkeypatch.setattr(execution, "room_beside", lambda stages, _: next(found, list(stages)))
+    monkeypatch.setattr(execution, "room_beside", lambda stages, *_: next(found, list(stages)))
     failed = Event()
 
     def fail(_: Context) -> None:

@@ -152,6 +152,24 @@ def test_a_process_of_ray_that_is_killed_ends_the_command_with_one_line(base: Pa
     assert not logs.exists()
 
 
+@pytest.mark.timeout(300)
+def test_a_cluster_whose_head_is_killed_is_told_in_one_line(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        then = "import logging; logging.basicConfig(format='%(message)s')\ntime.sleep(600)\n"
+        with running(base, then) as (process, _):
+            cluster.head_node.kill_gcs_server()
+            line = process.stderr.readline()
+    finally:
+        cluster.shutdown()
+    assert line.startswith(f"the head of the Ray cluster at {cluster.address} does not answer (")
+    assert "run the same command again" in line
+
+
 def test_only_what_a_process_has_left_is_removed(base: Path) -> None:
     """Neither what a process holds that is at work, nor what another user has made under such a name."""
     at_work, foreign = PrivateFolder(str(base)), base / f"{PREFIX}foreign"

@@ -34,7 +34,7 @@ FIXED, GROWS = RaySettings(), RaySettings(autoscaler=True)
 def ray_of(cpus: float, gpus: float = 0) -> Any:
     """Stands in for a Ray with these cores and GPUs on all nodes."""
     total = {"CPU": cpus, "memory": 8 << 30} | ({"GPU": gpus} if gpus else {})
-    return SimpleNamespace(cluster_resources=lambda: total)
+    return SimpleNamespace(cluster_resources=lambda: total, available_resources=lambda: total)
 
 
 @pytest.fixture
@@ -86,8 +86,36 @@ def test_on_this_machine_workers_are_lowered_and_what_cannot_be_is_refused(
         said = rf"^codec: Ray has no room for 1 {workers}; it has 2 cores .*; {re.escape(advice)}$"
         with pytest.raises(UserError, match=said):
             check_room(here, {"codec": asked}, GROWS)
-        with pytest.raises(UserError, match=said):
-            wait_for_room(here, "codec", asked, FIXED)
+
+
+def test_on_this_machine_a_stage_waits_for_those_that_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    here, codec = ray_of(2), ShardSettings(1)
+    answers = iter([False, False, True])
+    monkeypatch.setattr(launch, "place", lambda *_: next(answers))
+    assert wait_for_room(here, "codec", codec, FIXED).count == 1
+    assert [message.partition("; it has")[0] for message in caplog.messages] == [
+        "codec: Ray has no room for 1 worker with 1 core"
+    ]
+    assert caplog.messages[0].endswith("; waiting for the stages that run")
+    with pytest.raises(UserError, match="codec: Ray has no room for 1 worker with 3 cores"):
+        wait_for_room(here, "codec", replace(codec, cpus=3), FIXED)
+
+
+def test_on_this_machine_no_training_begins_before_the_workers_of_the_last_one_have_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Until then Ray calls their cores free."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    one = (TrainingSettings(workers=1, threads=1), 8)
+    monkeypatch.setattr(launch, "_reserve", lambda shares, _: len(shares) <= 2)
+    for free, names in ((2.0, []), (1.0, ["ar_prior", "diffusion_prior"])):
+        here = ray_of(3)
+        here.available_resources = lambda free=free: {"CPU": free}
+        monkeypatch.setattr(launch, "start_ray", lambda _, here=here: here)
+        assert room_beside({"ar_prior": one, "diffusion_prior": one}, {"decoder": one, "clip": one}, FIXED) == names
 
 
 @pytest.mark.usefixtures("on_a_cluster")
@@ -107,7 +135,7 @@ def test_on_this_machine_trainings_of_all_threads_run_side_by_side_on_gpus_alone
         here = ray_of(cpus, gpus)
         monkeypatch.setattr(launch, "start_ray", lambda _, here=here: here)
         monkeypatch.setattr(launch, "_reserve", lambda shares, _, gpus=gpus: sum(s.gpus for s in shares) <= gpus)
-        assert room_beside(trainings, FIXED) == names
+        assert room_beside(trainings, {}, FIXED) == names
 
 
 def test_on_the_cores_of_this_machine_trainings_with_a_number_of_threads_run_side_by_side(
@@ -118,7 +146,7 @@ def test_on_the_cores_of_this_machine_trainings_with_a_number_of_threads_run_sid
     monkeypatch.setattr(launch, "_reserve", lambda shares, _: sum(share.cpus for share in shares) <= 4)
     threads = {"ar_prior": 0, "diffusion_prior": 1, "decoder": 2, "upsampler_256": 2, "upsampler_1024": 1}
     trainings = {name: (TrainingSettings(workers=1, threads=number), 8) for name, number in threads.items()}
-    assert room_beside(trainings, FIXED) == ["diffusion_prior", "decoder", "upsampler_1024"]
+    assert room_beside(trainings, {}, FIXED) == ["diffusion_prior", "decoder", "upsampler_1024"]
 
 
 @pytest.mark.usefixtures("on_a_cluster")
@@ -126,7 +154,7 @@ def test_trainings_in_this_process_run_beside_nothing(monkeypatch: pytest.Monkey
     monkeypatch.setattr(launch, "start_ray", lambda _: ray_of(16))
     monkeypatch.setattr(launch, "_reserve", lambda *_: True)
     trainings = {"clip": (TrainingSettings(), 8), "decoder": (TrainingSettings(workers=2), 8)}
-    assert room_beside(trainings, FIXED) == ["decoder"]
+    assert room_beside(trainings, {}, FIXED) == ["decoder"]
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +212,9 @@ def test_trainings_have_room_beside_each_other_by_all_their_workers(
     monkeypatch.setattr(launch, "BESIDE_S", 1.0)
     workers = {"clip": 2, "decoder": 2, "ar_prior": 1, "diffusion_prior": 1}
     trainings = {name: (TrainingSettings(workers=count, device="cpu"), 8) for name, count in workers.items()}
-    assert room_beside(trainings, FIXED) == ["clip", "ar_prior"]
-    assert room_beside({"clip": (TrainingSettings(workers=4, min_workers=1, device="cpu"), 8)}, FIXED) == []
-    assert room_beside(trainings, GROWS) == list(trainings)
+    assert room_beside(trainings, {}, FIXED) == ["clip", "ar_prior"]
+    assert room_beside({"clip": (TrainingSettings(workers=4, min_workers=1, device="cpu"), 8)}, {}, FIXED) == []
+    assert room_beside(trainings, {}, GROWS) == list(trainings)
 
 
 def test_what_draws_goes_to_a_gpu_of_the_cluster(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.build import build
 from pipeline.config import load_config
-from pipeline.data.curation.stage import Rejected, rejected_table
+from pipeline.data.curation.rejected import Rejected, rejected_table
 from pipeline.data.pairs.row_index import index_table
 from pipeline.data.source.stage import row_key
 from pipeline.evaluate.figure import Figure, count, without_values

@@ -7,7 +7,7 @@ import networkx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.curation.stage import Rejected
+from pipeline.data.curation.rejected import Rejected
 from pipeline.graph.artifacts import Artifact, Shard, read_shards, write_shard_table
 from pipeline.ledger import Ledger
 from pipeline.report.data import data_section

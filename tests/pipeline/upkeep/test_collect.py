@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.embeddings.stage import EmbeddingsRecipe
-from pipeline.data.pairs.stage import PairsRecipe
+from pipeline.data.pairs.recipe import PairsRecipe
 from pipeline.data.source.journal import ListJournal, change_journal
 from pipeline.data.source.stage import Segment, SourceShard, segment_path
 from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact, publish_shard

@@ -12,7 +12,7 @@ from models.codec import Codec
 from models.codec_fit import fit_codec
 from pipeline.data.codec import fit
 from pipeline.data.codec.stage import run_codec
-from pipeline.data.embeddings.stage import read_embeddings
+from pipeline.data.embeddings.parts import read_embeddings
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, Shard, read_shards, read_table, write_shard_table, write_table
 from pipeline.ledger import Ledger

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pipeline.data.curation import near_passes, near_rows
-from pipeline.data.curation.stage import Rejected, run_curation
+from pipeline.data.curation.rejected import Rejected
+from pipeline.data.curation.stage import run_curation
 from pipeline.data.neighbours import clusters as neighbours
 from pipeline.data.pairs.row_index import index_counts
 from pipeline.errors import CorruptObject

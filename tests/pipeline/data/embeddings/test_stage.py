@@ -17,8 +17,9 @@ from models.clip import Clip
 from models.view import open_view
 from pipeline.config import preset_config
 from pipeline.data.embeddings import encoder, stage
+from pipeline.data.embeddings import parts as image_parts
 from pipeline.data.embeddings.encoder import OpenEncoder, cosine_error
-from pipeline.data.embeddings.stage import EMBEDDED_CAPTIONS, read_embeddings
+from pipeline.data.embeddings.parts import EMBEDDED_CAPTIONS, read_embeddings
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import read_shards, read_table
@@ -180,7 +181,7 @@ def test_neither_workers_nor_parts_nor_the_order_of_shards_change_a_byte(
     """In this process, by a worker that does all of it, and by a stream; a damaged image is named by all of them."""
     import ray
 
-    monkeypatch.setattr(stage, "PART_BYTES", 1)  # so a part is one batch, and a shard has three
+    monkeypatch.setattr(image_parts, "PART_BYTES", 1)  # so a part is one batch, and a shard has three
     monkeypatch.setattr(
         stage, "map_shards", lambda ctx, tasks, *rest, **more: map_shards(ctx, tasks[::-1], *rest, **more)
     )
@@ -306,7 +307,7 @@ def test_the_record_says_how_near_bf16_is_to_fp32(bench: Bench, monkeypatch: pyt
         opening.bf16 = True
         return opening
 
-    cut = stage.parts_for(bench.store, opened.clip, 4, {})
+    cut = image_parts.parts_for(bench.store, opened.clip, 4, {})
     ctx = replace(bench.context("embeddings"), key="bf16", version=1000)
     tasks = [
         ShardTask(pairs.number, f"bf16-{pairs.key}", {"pairs": pairs, "captions": captions})
@@ -328,9 +329,9 @@ def test_the_record_says_how_near_bf16_is_to_fp32(bench: Bench, monkeypatch: pyt
 
 
 def test_few_large_images_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "READ_BYTES", 100)
+    monkeypatch.setattr(image_parts, "READ_BYTES", 100)
     places = [Place(str(i), None, "a.tar", 0, size, "") for i, size in enumerate([60, 40, 1, 500, 99, 1])]
-    pieces = [[place.size for place in piece] for piece in stage._together(places)]
+    pieces = [[place.size for place in piece] for piece in image_parts._together(places)]
     assert pieces == [[60, 40], [1], [500], [99, 1]]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from models.clip import Clip
 from models.tokens import cut_tokens, tokenize
-from pipeline.data.embeddings.stage import read_embeddings
+from pipeline.data.embeddings.parts import read_embeddings
 from pipeline.data.neighbours.search import embed_caption, embed_image, look_up, read_clip
 from pipeline.data.pairs.row_index import SPLITS, read_images
 from pipeline.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.data.pairs import peek
 from pipeline.data.source.drawings.listing import drawing_rows
-from pipeline.data.source.stage import SourceRecipe
+from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
 
 THINGS = [f"{size} {thing}" for size in ("a tiny", "a huge", "an old") for thing in ("cat", "dog", "tree", "house")]

@@ -20,7 +20,8 @@ from pipeline.data.source import child
 from pipeline.data.source.child import CHARACTERS, ListReader
 from pipeline.data.source.columns import MAX_CAPTION, MAX_CAPTIONS, Flaw
 from pipeline.data.source.lists import read_rows
-from pipeline.data.source.stage import SourceRecipe, scan
+from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
 from pipeline.store import open_store
@@ -279,7 +280,7 @@ def hostile(folder: Path) -> list[Path]:
 DRIVER = """
 import json, resource, sys, time
 from pipeline.data.source.lists import read_rows
-from pipeline.data.source.stage import SourceRecipe
+from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
 used = lambda: sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 memory = lambda who: resource.getrusage(who).ru_maxrss >> 10

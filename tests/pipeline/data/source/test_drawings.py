@@ -36,7 +36,7 @@ from pipeline.data.source.drawings.world import (
     drawing_url,
 )
 from pipeline.data.source.lists import read_rows
-from pipeline.data.source.stage import SourceRecipe
+from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.settings import PairsSettings
 

@@ -17,7 +17,8 @@ from pipeline.data.source import stage as source
 from pipeline.data.source.duplicates import SeenReferences, hashes_of
 from pipeline.data.source.journal import ListJournal, reference_mark
 from pipeline.data.source.lists import read_rows
-from pipeline.data.source.stage import Scan, SourceRecipe, scan
+from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.stage import Scan, scan
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
 from pipeline.store import Store, open_store

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.embeddings.stage import read_embeddings
+from pipeline.data.embeddings.parts import read_embeddings
 from pipeline.data.source.forget import Request, find
 from pipeline.data.source.journal import ListJournal
-from pipeline.data.source.stage import SourceRecipe, read_rows, scan, split_by_hash
+from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.stage import read_rows, scan, split_by_hash
 from pipeline.errors import CorruptObject, UserError
 from pipeline.training.feed.tables import Tables, embedding_dim
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list

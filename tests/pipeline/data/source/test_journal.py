@@ -21,8 +21,9 @@ from pipeline.data.source.journal import (
     with_forgotten,
 )
 from pipeline.data.source.lists import reach
+from pipeline.data.source.recipe import FIRST_RETRY, SourceRecipe
 from pipeline.data.source.retry import gather
-from pipeline.data.source.stage import FIRST_RETRY, SEGMENT_SHARDS, SourceRecipe, SourceShard, scan
+from pipeline.data.source.stage import SEGMENT_SHARDS, SourceShard, scan
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_shards, read_table, write_table
 from pipeline.ledger import Ledger

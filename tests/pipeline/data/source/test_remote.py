@@ -13,7 +13,8 @@ import pytest
 
 from pipeline.data.source import remote
 from pipeline.data.source.lists import reach, read_rows
-from pipeline.data.source.stage import SourceRecipe, scan
+from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
 from pipeline.store import open_store

@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.fetch.opener import Refused, normal_url
-from pipeline.data.source.stage import SourceRecipe, scan, split_by_hash
+from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.stage import scan, split_by_hash
 from pipeline.data.source.tars import tar_place
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table

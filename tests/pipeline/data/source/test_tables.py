@@ -17,7 +17,8 @@ from pipeline.data.source import parquet
 from pipeline.data.source.child import Budget
 from pipeline.data.source.columns import MAX_CAPTIONS, Flaw
 from pipeline.data.source.lists import NO_VALUE, read_rows
-from pipeline.data.source.stage import SourceRecipe, scan
+from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.stage import scan
 from pipeline.data.source.tables import text_rows
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table

@@ -1,0 +1,58 @@
+"""The recipe of the source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat
+
+from pipeline.local import Reach
+
+FIRST_RETRY = 500  # the segment of the first rows that are tried again; those before are the list's own
+
+
+@dataclass(frozen=True)
+class SourceRecipe:
+    """Says where pairs come from, and which rows are held out.
+
+    Attributes:
+        paths: Lists, in order: ``.parquet``, ``.csv``, ``.tsv`` or ``.jsonl``, a folder of images and texts, an
+            imagefolder, a webdataset ``.tar``, a folder of tables or tars, embeddings of clip-retrieval, or
+            drawings by the packages of the ``demo`` extra: ``drawings:full`` (6,600), ``drawings:tiny`` (1,500),
+            ``drawings:nano`` (320), ``drawings:flawed`` (nine rows that are all rejected, each for another reason).
+        image_column: The image's reference: http(s), s3 or file.
+        caption_column: Text, or a list of texts.
+        group_column: Rows of a group share a split, but for those whose split the list names; optional in the list.
+        split_column: ``train``, ``validation`` or ``test``; optional in the list.
+        hash_column: The sha256 that the fetched bytes must have; optional in the list.
+        shard_rows: Rows a shard: what one worker does at a time, and what an interruption may cost.
+        validation: Share held out, by a hash of the group or else of the reference, where the list has no split.
+        test: The same for the test split, which no training and no codec ever reads.
+        roots: Folders, tars and ``s3://BUCKET`` or ``s3://BUCKET/PREFIX`` that lists may name besides files of
+            their own.
+    """
+
+    # A recipe and not a setting of the run: a row that is refused changes what is made. Keys count what was read, so
+    # a new root makes only those shards again that have such rows.
+
+    paths: Annotated[tuple[str, ...], Field(min_length=1, max_length=FIRST_RETRY)]
+    image_column: str = "url"
+    caption_column: str = "caption"
+    group_column: str = "group"
+    split_column: str = "split"
+    hash_column: str = "sha256"
+    shard_rows: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    validation: NonNegativeFloat = 0.02
+    test: NonNegativeFloat = 0.02
+    roots: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.validation + self.test >= 1:
+            raise ValueError("validation and test: these shares leave no rows to train on; lower one of them")
+        Reach.of((), self.roots)
+
+    @property
+    def splitting(self) -> tuple[float | str, ...]:
+        """Returns what decides which rows are held out, beside the list itself."""
+        return self.validation, self.test, self.image_column, self.group_column, self.split_column
