@@ -52,7 +52,6 @@ run mine.yaml --replay pairs                      | --replay pairs: only a train
 run mine.yaml --replay decoder                    | not made for the current list and recipes: ~unclip run makes them
 plan mine.yaml run.decoder.device=gpu             | run.decoder.device
 plan mine.yaml --gpus 1xM60                       | unknown kind M60
-plan mine.yaml --gpus 1xM3                        | --gpus 1xM3: nothing runs on Apple's GPUs; leave it out
 plan mine.yaml --gpus "1xApple M3 Max"            | nothing runs on Apple's GPUs; leave it out
 plan mine.yaml --pairs 0                          | --pairs 0: plan for 1 pair or more
 plan mine.yaml --utilisation 2                    | --utilisation 2: use a share above 0 and at most 1
@@ -68,7 +67,6 @@ init my photos                                    | no rows; it has no image, ta
 init my none                                      | source none: no rows; it has no image, tar or table
 init my array.jsonl                               | array.jsonl: line 1 ~write a JSON object a line
 init my book.xlsx                                 | book.xlsx: not a .parquet, .csv, ~save it as one of them
-init mine list.csv                                | mine.yaml is there already and stays as it is
 init my gone.csv                                  | gone.csv: no such file or folder in
 init my ~gone.csv                                 | ~gone.csv: no such file or folder in
 init my list.csv --from none                      | none: no finished bundle there; name a run's output folder

@@ -8,9 +8,7 @@ from threading import Event
 
 import pytest
 
-from pipeline.errors import UserError
 from pipeline.local import Outside, Reach, TooLarge, local_path, open_local, read_local, reason_of
-from pipeline.parse import ContentFile
 
 
 @pytest.fixture
@@ -194,13 +192,3 @@ def test_paths_of_references() -> None:
     for reference, why in (("/nul\0", "no NUL"), ("file:///nul%00", "no NUL"), ("http://[::1", "Invalid IPv6")):
         with pytest.raises(ValueError, match=why):
             local_path(reference)
-
-
-def test_a_file_that_a_configuration_names_is_regular(folder: Path) -> None:
-    for path in irregular(folder):
-        with pytest.raises(
-            UserError, match=r"pairs\.deny_urls: .* cannot be read \((not a regular file|Is a directory)\)"
-        ):
-            ContentFile.at(path, "pairs.deny_urls")
-    (folder / "link").symlink_to("../secret")
-    assert ContentFile.at(str(folder / "link"), "") == ContentFile.at(str(folder.parent / "secret"), "")
