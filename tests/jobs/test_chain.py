@@ -45,10 +45,6 @@ def _states(output: str) -> dict[str, str]:
     return {words[0]: words[1] for words in lines if len(words) > 2 and words[1] in ("fresh", "pinned", "stale")}
 
 
-def _stale(output: str) -> set[str]:
-    return {stage for stage, state in _states(output).items() if state == "stale"}
-
-
 def test_it_ends_with_a_picture_and_a_report(chain: Chain) -> None:
     with Image.open(chain.folder / "out/samples/0000.png") as picture:
         assert picture.size == (1024, 1024)
@@ -151,17 +147,6 @@ def test_appending_fetches_and_embeds_only_the_new_rows(chain: Chain, tmp_path: 
     written = (tmp_path / "out/report.html").stat().st_mtime_ns
     assert "nothing to do" in done(here("run", config, "--until", "codec"))
     assert (tmp_path / "out/report.html").stat().st_mtime_ns == written
-
-
-def test_a_decoder_value_makes_the_decoder_and_what_follows_stale(chain: Chain) -> None:
-    output = done(here("plan", chain.config, "decoder.model.dropout=0.1"))
-    assert _stale(output) == {"decoder", "bundle", "samples", "evaluation"}
-    assert "model.dropout 0.0 -> 0.1" in output
-
-
-def test_run_settings_move_no_key(chain: Chain) -> None:
-    settings = ("pairs.threads=3", "decoder.micro_batch=4", "clip.threads=1", "ray.cpus=4", "lease_s=9")
-    assert _stale(done(here("plan", chain.config, *(f"run.{setting}" for setting in settings)))) == set()
 
 
 def test_what_another_configuration_has_left_in_the_folder_is_replaced(chain: Chain) -> None:

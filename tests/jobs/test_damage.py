@@ -1,21 +1,19 @@
 """Damaged objects are named in one line, set aside, and made again; a full disk ends a run with one line."""
 
 import errno
-import json
 import logging
 import os
 import re
 import tarfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jobs.cli import main
-from pipeline.graph.artifacts import artifact_path, publish_artifact, read_shards, read_table, shard_path, write_table
+from pipeline.graph.artifacts import artifact_path, read_shards, shard_path
 from pipeline.store import Store
-from pipeline.store.records import blob_path, put_blob
+from pipeline.store.records import blob_path
 from tests.chain import MICRO, data_blobs, keys, write_config, write_list
 from tests.faults import (
     FEW,
@@ -25,7 +23,6 @@ from tests.faults import (
     assert_each_shard_once,
     assert_sound,
     copy,
-    decoder_checkpoints,
     forget,
 )
 from tests.pipeline.data.bench import picture, write_tar
@@ -103,25 +100,6 @@ def test_several_damaged_objects_in_one_run(undisturbed: Undisturbed, tmp_path: 
     assert data_blobs(store) == data_blobs(undisturbed.data)
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    undisturbed: Undisturbed, tmp_path: Path, caplog: Log
-) -> None:
-    store = copy(undisturbed.trained, tmp_path)
-    before = artifact(store, "decoder")
-    last = decoder_checkpoints(store, undisturbed)[-1]
-    store.delete([artifact_path("decoder", before.key)])
-    damaged = blob_path(json.loads(store.read(last))["blobs"]["optimizer"])
-    _overwrite(store, damaged)
-    assert main(["run", str(undisturbed.config(tmp_path)), "--until", "decoder"]) == 0
-    (warning,) = _warnings(caplog)
-    assert warning.startswith("checkpoint at sample 48 is skipped, for the one before it: ")
-    assert damaged in warning
-    store.delete([last, damaged])  # which stayed
-    assert_sound(store)
-    after = artifact(store, "decoder")
-    assert (after.key, after.blobs["model.safetensors"]) == (before.key, before.blobs["model.safetensors"])
-
-
 def test_damaged_pictures_are_found_by_a_training(undisturbed: Undisturbed, tmp_path: Path, caplog: Log) -> None:
     store = copy(undisturbed.data, tmp_path)
     path = _blob(store, "pairs", "images")
@@ -130,43 +108,6 @@ def test_damaged_pictures_are_found_by_a_training(undisturbed: Undisturbed, tmp_
     (warning,) = _warnings(caplog)
     assert path in warning
     _assert_healed(store, undisturbed.trained)
-
-
-def test_what_a_pin_names_stays_until_somebody_deletes_it(
-    undisturbed: Undisturbed, tmp_path: Path, capsys: Output
-) -> None:
-    store, config = copy(undisturbed.data, tmp_path), str(undisturbed.config(tmp_path))
-    record = artifact_path("clip", artifact(store, "clip").key)
-    path = blob_path(sorted(artifact(store, "clip").blobs.values())[0])
-    forget(store, "embeddings")
-    _overwrite(store, path)
-    before = {entry.path for entry in store.list("")}
-    assert main(["run", config, "--until", "codec"]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith(f"error: {store.url}/{path} is damaged or missing, and stays as it is, because the pin ")
-    assert line.endswith(f"; if there is none, delete it and {record}, and run again")
-    assert before <= {entry.path for entry in store.list("")}
-    store.delete([path, record])
-    assert main(["run", config, "--until", "codec"]) == 0
-    _assert_healed(store, undisturbed.data)
-
-
-def test_a_forged_list_of_shards_is_made_again(undisturbed: Undisturbed, tmp_path: Path, caplog: Log) -> None:
-    """Its checksums hold, and its names lead out of the store."""
-    store, precious = copy(undisturbed.data, tmp_path), tmp_path / "precious.txt"
-    precious.write_text("precious")
-    made = artifact(store, "pairs")
-    columns = read_table(store, made.shard_table or "").to_pydict()
-    name = next(name for name in columns if name.startswith("blob."))
-    columns[name] = ["../../../precious.txt"] * len(columns["number"])
-    for later in ("curation", "codec"):
-        forget(store, later)
-    store.delete([artifact_path("pairs", made.key)])
-    publish_artifact(store, replace(made, shard_table=put_blob(store, write_table(columns))), 1.0)
-    assert main(["run", str(undisturbed.config(tmp_path)), "--until", "codec"]) == 0
-    assert any("is not a list of shards" in warning and "set aside" in warning for warning in _warnings(caplog))
-    assert precious.read_text() == "precious"
-    _assert_healed(store, undisturbed.data)
 
 
 def test_a_lost_artefact_that_is_pinned_for_other_data_is_not_made_from_these(

@@ -81,7 +81,8 @@ def foreign_rows(here: Path) -> list[tuple[str, str | None]]:
         f"tar://{private}?offset=0&size=100", f"tar:///dev/zero?offset=0&size={10**12}",
         f"tar://{quote(str(lists))}/a.tar?offset=0&size=100", f"tar://{quote(str(lists))}/pipe.png?offset=0&size=10",
         f"embedding://{quote(str(lists))}?part=0&row=0", "embedding:///etc?part=0&row=0",
-        "s3://anybodys-bucket/a.png", "s3://arn:aws:s3:us-east-1:123456789012:accesspoint:theirs/a.png",
+        "s3://anybodys-bucket/a.png", "s3:///key", "s3://b/../c",
+        "s3://arn:aws:s3:us-east-1:123456789012:accesspoint:theirs/a.png",
     ]  # fmt: skip
     return rows + [(reference, "forbidden_reference") for reference in refused]
 

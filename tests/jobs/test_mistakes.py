@@ -11,7 +11,6 @@ import yaml
 from jobs.cli import guard
 from pipeline.errors import CorruptObject
 from tests.chain import MICRO, ROOT, Finished, here, unclip
-from tests.seaweed import Server
 
 
 def refused(
@@ -102,17 +101,6 @@ def test_a_disk_that_is_full(file: str | None, says: str, capsys: pytest.Capture
     assert told.startswith("error: the disk is full (")
     assert says in told
     assert "None" not in told
-
-
-def test_s3(write: Write, s3: Server) -> None:
-    there = write(store=f"{s3.url}/mistakes-{os.getpid()}")
-    wrong = s3.environment | {"AWS_SECRET_ACCESS_KEY": "wrong"}
-    refused("run", there, says=["SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"], env=wrong)
-    refused("run", there, says="InvalidAccessKeyId", env=s3.environment | {"AWS_ACCESS_KEY_ID": "nobody"})
-    closed = s3.environment | {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "1"}
-    refused("run", there, says=["cannot reach the server", "AWS_ENDPOINT_URL"], env=closed)
-    missing = write(store="s3://no-such-bucket/prefix")
-    refused("run", missing, says=["NoSuchBucket", "create the bucket"], env=s3.environment)
 
 
 def test_without_words_it_shows_its_usage() -> None:

@@ -14,7 +14,6 @@ from jobs.command_line import COMMANDS
 from models.sampling_config import SamplingConfig
 from tests.chain import ROOT
 from tests.jobs.test_docs import TESTED, check_links, commands
-from tests.jobs.test_python import near
 from tests.pipeline.sampling.test_generation import publish_bundle
 
 NOTEBOOK = ROOT / "docs/notebook.ipynb"
@@ -86,18 +85,6 @@ def test_it_makes_what_it_says(values: dict[str, Any]) -> None:
     }
     assert all(picture.mode == "RGB" for picture in pictures.values())
     assert pictures.keys() | {"load", "row", "plot", "names"} == values.keys()
-
-
-def test_pictures_are_those_that_it_tells_of(values: dict[str, Any]) -> None:
-    """Other seeds make other pictures, and a way begins and ends where it should."""
-    names = values["names"]
-    images, others, between, changed = (names[name] for name in ("images", "others", "between", "changed"))
-    assert len({image.tobytes() for image in (*images, *others)}) == 7
-    own, cactus = (names["model"].vary(image, count=1, eta=0.0, size=64)[0] for image in (images[0], names["cactus"]))
-    assert near(between[0], own)
-    assert near(between[-1], cactus)
-    assert near(changed[0], own)
-    assert not near(changed[-1], changed[0])
 
 
 def test_the_chart_shows_both_lines(values: dict[str, Any]) -> None:

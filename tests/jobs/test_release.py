@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 import jobs.release
-from jobs.project import open_project, project_of
+from jobs.project import open_project
 from models.sampling_config import MODELS
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
 from pipeline.graph.keys import flatten
-from pipeline.graph.pointer import Move, move_release, release_path
+from pipeline.graph.pointer import release_path
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.report.against import against_section
@@ -188,28 +188,6 @@ def test_diff_of_more_data(made: Made) -> None:
     said = made.release("diff")
     for stage in DATA:
         assert f"  {stage}: kept 12 of 12 -> 13 of 13\n" in said
-
-
-def test_who_loses_a_race_is_told_who_won(made_anywhere: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another promotion comes between the look at the pointer and the swap."""
-    made = made_anywhere
-    made.make(0.0)
-    made.release("promote")
-    better = made.make(0.1, OTHER)
-    rival = Move("promote", made.make(0.05, "decoder.samples=9216"), "e", 5.0)
-
-    def open_late(*words: object) -> object:
-        move_release(made.store, "p", made.releases, rival)
-        return project_of(*words)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(jobs.release, "project_of", open_late)
-    said = made.release("promote", *LATER, code=2)
-    assert f"somebody else has moved the release meanwhile (a promote to bundle {rival.bundle[:12]})" in said
-    assert made.releases.moves[-1] == rival
-    assert len(made.releases.moves) == 2
-    monkeypatch.setattr(jobs.release, "project_of", project_of)
-    assert f"is the release, which was {rival.bundle[:12]}" in made.release("promote", *LATER)
-    assert made.current == better
 
 
 def test_a_corrupt_pointer_stops_every_command_and_stays(made: Made) -> None:

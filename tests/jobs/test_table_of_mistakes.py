@@ -50,7 +50,6 @@ plan mine.yaml clip.weights=ViT-B-32              | use train, open_clip:NAME:TA
 run mine.yaml --events none/none/file             | --events none/none/file: cannot be written ~name a file in a folder
 plan mine.yaml run.decoder.device=gpu             | run.decoder.device
 plan mine.yaml --gpus 1xM60                       | unknown kind M60
-plan mine.yaml --gpus 1xM3                        | --gpus 1xM3: nothing runs on Apple's GPUs; leave it out
 plan mine.yaml --gpus "1xApple M3 Max"            | nothing runs on Apple's GPUs; leave it out
 plan mine.yaml --pairs 0                          | --pairs 0: plan for 1 pair or more
 plan mine.yaml --utilisation 2                    | --utilisation 2: use a share above 0 and at most 1
@@ -66,7 +65,6 @@ init my photos                                    | no rows; it has no image, ta
 init my none                                      | source none: no rows; it has no image, tar or table
 init my array.jsonl                               | array.jsonl: line 1 ~write a JSON object a line
 init my book.xlsx                                 | book.xlsx: not a .parquet, .csv, ~save it as one of them
-init mine list.csv                                | mine.yaml is there already and stays as it is
 init my gone.csv                                  | gone.csv: no such file or folder in
 init my ~gone.csv                                 | ~gone.csv: no such file or folder in
 init my list.csv --from none                      | none: no finished bundle there; name a run's output folder

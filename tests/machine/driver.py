@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -213,3 +214,14 @@ def outcome(ended: Any) -> str:
     if isinstance(ended, UserError):
         return "refused" if "\n" not in str(ended) else f"a message of several lines: {ended}"
     return f"{type(ended).__name__}: {ended}" if isinstance(ended, Exception) else "value"
+
+
+def files(folder: str) -> dict[str, bytes]:
+    """Returns the objects of a store in a folder, read without its code."""
+    found = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            if not name.startswith("."):
+                with open(os.path.join(root, name), "rb") as file:
+                    found[os.path.relpath(file.name, folder)] = file.read()
+    return found

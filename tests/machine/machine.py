@@ -21,7 +21,7 @@ from pipeline.store import open_store
 from pipeline.store.records import blob_path
 from tests.machine import stranger
 from tests.machine.bucket import Bucket
-from tests.machine.driver import Clock, Driver, History, StepStore, outcome
+from tests.machine.driver import Clock, Driver, History, StepStore, files, outcome
 from tests.machine.house import House
 
 PROJECTS = ("p", "q")
@@ -382,17 +382,6 @@ class StrangerBucketMachine(StrangerMachine):
     """A stranger and a bucket whose answers are lost, late or errors."""
 
     in_bucket = True
-
-
-def files(folder: str) -> dict[str, bytes]:
-    """Returns the objects of a store in a folder, read without its code."""
-    found = {}
-    for root, _, names in os.walk(folder):
-        for name in names:
-            if not name.startswith("."):
-                with open(os.path.join(root, name), "rb") as file:
-                    found[os.path.relpath(file.name, folder)] = file.read()
-    return found
 
 
 def _named(objects: dict[str, bytes], stage: str, key: str, only: tuple[str, ...] = ()) -> set[str]:

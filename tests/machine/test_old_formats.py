@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.store.records import FORMAT
-from tests.machine.machine import files
+from tests.machine.driver import files
 from tests.machine.old import FOLDER, ROWS, house, store_in, unpack
 
 KEPT = sorted(int(file.name.partition(".")[0]) for file in FOLDER.glob("*.tar.xz"))

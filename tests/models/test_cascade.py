@@ -25,7 +25,6 @@ from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from models.sampling_config import SamplingConfig, change_sampling
 from models.tokens import cut_tokens, tokenize
 from models.upsampler import Upsampler
-from pipeline.config import PRESETS, preset_config
 
 DIM, CODES = 16, 4
 TEXT: dict[str, Any] = {"text_context": 12, "text_width": 16, "text_heads": 2}
@@ -346,10 +345,3 @@ def test_a_damaged_sampling_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "sampling.json").write_text("[]")
     with pytest.raises(ValueError, match="holds no sampling options"):
         UnCLIP.from_folder(tmp_path)
-
-
-def test_presets_sample_within_their_own_steps() -> None:
-    for preset in map(preset_config, PRESETS):
-        sampling = preset.bundle.sampling
-        assert sampling.prior_steps <= preset.diffusion_prior.model.steps
-        assert sampling.decoder_steps <= preset.decoder.model.steps

@@ -70,10 +70,3 @@ def test_upper_dots_have_the_distribution_of_the_upper_half() -> None:
     cdf = codec.dot_counts.cumsum(0).double() / codec.dot_counts.sum()
     expected = torch.cat([torch.zeros(1), 2 * (cdf - 0.5).clamp(min=0)]).diff()
     torch.testing.assert_close(upper, expected, rtol=0, atol=0.01)
-
-
-def test_tensors_are_the_whole_codec() -> None:
-    codec = make_codec(rows(), k=5)
-    again = Codec(**codec.tensors())
-    assert torch.equal(again.encode(rows(seed=1)), codec.encode(rows(seed=1)))
-    assert (codec.codes, codec.buckets) == (5, 64)

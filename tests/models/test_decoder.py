@@ -293,16 +293,6 @@ def test_a_layout_with_clips_own_text_tower_reads_the_words_of_captions_that_are
     assert torch.equal(dropped[0], dropped[1])
 
 
-def test_the_paper_s_decoder_has_3_5_billion_parameters_and_runs_on_the_meta_device() -> None:
-    with torch.device("meta"):
-        model = Decoder(DecoderConfig(), 1024)
-        keep = torch.ones(2, dtype=torch.bool)
-        tokens = torch.zeros(2, 77, dtype=torch.int64)
-        out = model(torch.empty(2, 3, 64, 64), torch.zeros(2), torch.empty(2, 1024), tokens, keep, keep)
-    assert out.shape == (2, 6, 64, 64)
-    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(3.5e9, rel=0.15)
-
-
 @fails_under((TextEncoder.forward, "states[:, -1]", "states[:, 0]"))
 def test_glides_caption_vector_is_the_last_positions() -> None:
     """Not the first's, which all positions of a network that is not causal could serve as well."""

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -7,12 +6,10 @@ from torch import Tensor
 
 from models.diffusion.analytic import analytic_variance, fill_in, squared_noise
 from models.diffusion.process import posterior_variance
-from models.diffusion.samplers import ancestral
 from models.diffusion.schedules import Schedule, fast27_grid, log_snr_grid, make_schedule, strided_grid
 from models.draw import Draw
 from tests.models.closed_form import Gaussian, anisotropic
 from tests.models.mutations import fails_under
-from tests.models.test_diffusion_convergence import moments
 
 SCHEDULE = make_schedule("cosine", 1000)
 
@@ -74,28 +71,6 @@ def test_every_row_and_timestep_has_its_own_noise_and_rows_do_not_depend_on_the_
     assert len(together.unique()) == 9
     alone = squared_noise(data, x0[1:], times, SCHEDULE, Draw([(2, 2)]))
     torch.testing.assert_close(together[1:], alone, atol=1e-12, rtol=0)
-
-
-def missed(data: Gaussian, grid: Tensor, variance: str | Tensor) -> float:
-    """Returns the share of the data's variance that samples lack or have too much."""
-    sampler = lambda data, x, grid, draw: ancestral(data, x, grid, SCHEDULE, draw, variance)  # noqa: E731
-    return abs(moments(data, grid, sampler)[1].trace().item() / data.covariance.trace().item() - 1)
-
-
-@pytest.mark.parametrize("count", [5, 10, 20])
-def test_samples_of_few_steps_have_nearly_the_variance_of_the_data(count: int) -> None:
-    """Of isotropic data all of it, which the posterior's variance misses by far."""
-    data = replace(anisotropic(SCHEDULE), covariance=0.09 * torch.eye(3, dtype=torch.float64))
-    grid = strided_grid(1000, count)
-    analytic = missed(data, grid, analytic_variance(data.gamma(), SCHEDULE, grid))
-    assert analytic < 1e-3  # of x at timestep 0, to which nothing is added
-    assert missed(data, grid, "small") > 30 * analytic
-
-
-def test_anisotropic_samples_of_few_steps_have_more_of_the_variance_too() -> None:
-    data, grid = anisotropic(SCHEDULE), strided_grid(1000, 10)
-    analytic = missed(data, grid, analytic_variance(data.gamma(), SCHEDULE, grid))
-    assert analytic < missed(data, grid, "small") / 2
 
 
 @pytest.mark.parametrize("grid", [strided_grid(1000, 64), fast27_grid(1000)], ids=len)

@@ -101,13 +101,6 @@ def test_ddim_equals_diffusers() -> None:
         torch.testing.assert_close(ours, expected, atol=1e-8, rtol=1e-8)
 
 
-@pytest.mark.parametrize("grid", [strided_grid(1000, 15), fast27_grid(1000)], ids=len)
-def test_ddim_with_eta_one_is_ancestral_sampling_with_the_small_variance(grid: Tensor) -> None:
-    first = ddim(denoise_network(1.0), start(), grid, SCHEDULE, 1.0, SharedNoise(2))
-    second = ancestral(denoise_network(1.0), start(), grid, SCHEDULE, SharedNoise(2), "small")
-    torch.testing.assert_close(first, second, atol=1e-8, rtol=0)
-
-
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
 def test_a_seed_gives_the_same_image_in_any_batch(sampler: str) -> None:
     def sample(seeds: list[int]) -> Tensor:

@@ -13,17 +13,6 @@ def test_configurations_are_read_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_crops_are_a_quarter_of_the_side() -> None:
-    assert UpsamplerConfig().crop_size == 64
-    large = UpsamplerConfig(low_size=256, image_size=1024)
-    assert (large.crop_size, large.scale) == (256, 4)
-
-
-def test_patches_shrink_the_feature_maps() -> None:
-    assert DecoderConfig().feature_sides() == (64, 32, 16, 8)
-    assert DecoderConfig(patch=2, multipliers=(1, 2, 3), attention_resolutions=(8,)).feature_sides() == (32, 16, 8)
-
-
 BEYOND: list[tuple[type, str, Any]] = [
     *((DecoderConfig, name, 0) for name in ("depth", "patch", "clip_tokens")),
     *((DecoderConfig, name, 1) for name in ("text_context", "vocabulary", "steps")),

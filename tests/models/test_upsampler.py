@@ -11,10 +11,8 @@ from models.diffusion.samplers import ddim
 from models.diffusion.schedules import make_schedule, strided_grid
 from models.draw import Draw
 from models.image_configs import UpsamplerConfig
-from models.nn.unet import Attention
 from models.pixels import from_uint8, resize, to_uint8
 from models.upsampler import Upsampler, corrupted_low, random_crop, sampling_low, upsampler_denoise, upsampler_loss
-from pipeline.config import preset_config
 
 CONFIG = UpsamplerConfig(
     low_size=16, image_size=64, channels=16, depth=1, multipliers=(1, 2), dropout=0.0, prediction="v"
@@ -163,30 +161,3 @@ def test_a_second_network_takes_timestep_0_alone_and_training_reaches_it() -> No
         model(x_t, step, low).sum().backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
         assert any(parameter.grad.any() for parameter in model.last_unet.parameters()) == (0 in step)
-
-
-def test_it_learns_to_sharpen() -> None:
-    torch.manual_seed(0)
-    config = dataclasses.replace(CONFIG, image_size=32, low_size=8, crop=0.5)
-    model, image = Upsampler(config), stripes(2, 32)
-    optimiser = torch.optim.Adam(model.parameters(), lr=4e-3)
-    for step in range(220):
-        loss = upsampler_loss(model, {"image": image.repeat(4, 1, 1, 1)}, Draw([(step, 8)])).total.mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    model.eval()
-    draw, original = Draw([(99, 2)]), from_uint8(image)
-    low = sampling_low(config, resize(original, (8, 8)), draw)
-    grid, schedule = strided_grid(1000, 15), make_schedule("cosine", 1000)
-    samples = ddim(upsampler_denoise(model, low), draw.normal("x_T", 3, 32, 32), grid, schedule)
-    error, bicubic = ((x - original).square().mean() for x in (samples, resize(low, (32, 32))))
-    assert error < 0.7 * bicubic
-
-
-@pytest.mark.parametrize(("stage", "millions"), [("upsampler_256", 700), ("upsampler_1024", 300)])
-def test_the_paper_s_upsamplers_have_its_sizes_and_no_attention(stage: str, millions: int) -> None:
-    with torch.device("meta"):
-        model = Upsampler(getattr(preset_config("paper"), stage).model)
-    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.15)
-    assert not any(isinstance(module, Attention) for module in model.modules())

@@ -12,7 +12,6 @@ from pipeline.config import PRESETS, TRAININGS, load_config, make_config, preset
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 LEAST: dict[str, Any] = {"project": "p", "store": "s", "source": {"paths": ["a.csv"]}}
 
 
@@ -21,15 +20,6 @@ def least(tmp_path: Path) -> Path:
     path = tmp_path / "least.yaml"
     path.write_text("project: p\nstore: s\nsource: {paths: [a.csv]}\n")
     return path
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_shipped_configurations_load_and_build(path: Path) -> None:
-    config = load_config(path)
-    graph = build(config)
-    assert list(graph)[-2:] == ["samples", "evaluation"]
-    assert set(config.bundle.inputs) < graph.keys()
-    assert config.run.output == f"out/{path.stem}"
 
 
 def test_a_configuration_needs_a_project_a_store_and_a_list() -> None:
@@ -248,38 +238,21 @@ def test_the_output_may_lie_at_home(least: Path, monkeypatch: pytest.MonkeyPatch
         ("decoder.samples=0x_", "decoder.samples=0x_: 0x_ is not YAML"),
         ("decoder={batch: 8, batch: 9}", "decoder={batch: 8, batch: 9}: {batch: 8, batch: 9} is not YAML"),
         ("run.pairs.retrys=1", "run.pairs.retrys: unknown key; did you mean retries?"),
-        ("run.lease_s=0", "run.lease_s: 0 is not above 0"),
-        ("run.budget_hours=-1", "run.budget_hours: -1 is below 0"),
         ("run.embeddings.gpus=1.5", "run.embeddings.gpus: 1.5 is neither a share of one GPU nor a whole"),
         ("run.embeddings.gpus=-1", "run.embeddings.gpus: -1 is neither a share of one GPU"),
-        ("run.pairs.cpus=-1", "run.pairs.cpus: -1 is below 0"),
-        ("run.decoder.memory_mb=-1", "run.decoder.memory_mb: -1 is below 0"),
         ("run.ray.object_store_mb=99", "run.ray.object_store_mb: 99 is below 100"),
         ("curation.near_duplicate=1.5", "curation.near_duplicate: 1.5 is above 1"),
-        ("curation.near_held_out=0", "curation.near_held_out: 0 is not above 0"),
-        ("thresholds.similarity=-0.1", "thresholds.similarity: -0.1 is below 0"),
         ("thresholds.similarity=1", "thresholds.similarity: 1 is not below 1"),
         ("index.flat_rows=255", "index.flat_rows: 255 is below 256"),
         ("clip.learning_rate=.nan", "clip.learning_rate: expected a finite number, got nan"),
-        ("decoder.lanes=0", "decoder.lanes: 0 is not above 0"),
-        ("decoder.window=0", "decoder.window: 0 is not above 0"),
-        ("decoder.learning_rate=0", "decoder.learning_rate: 0 is not above 0"),
         ("decoder.beta2=1", "decoder.beta2: 1 is not below 1"),
-        ("decoder.eps=0", "decoder.eps: 0 is not above 0"),
-        ("decoder.clip_norm=-1", "decoder.clip_norm: -1 is below 0"),
-        ("decoder.ema_half_life=-1", "decoder.ema_half_life: -1 is below 0"),
         ("run.xyz=1", "run.xyz: unknown key; known are"),
-        ("decoder=0", "decoder: expected a mapping, got 0"),
         ("decoder.model.vocabulary=50000", "decoder.model.vocabulary: 50000; CLIP's tokens are 49408, so leave it out"),
         ("codec=[]", "codec: expected a mapping, got []"),
-        ("run.pairs.hosts=[]", "run.pairs.hosts: expected a mapping, got []"),
         ("preset=[nano]", "preset: ['nano'] is not one of nano, tiny, small, karlo, paper"),
         ("clip.preset=huge", "preset: 'huge' is not one of nano, tiny, small, karlo, paper"),
         ("samples.captions=[]", "samples.captions: has 0 entries; name 1 or more"),
-        ("samples.seed=-1", "samples.seed: -1 is below 0"),
         ("evaluation.rows=7", "evaluation.rows: 7 is below 8"),
-        ("evaluation.samples=1", "evaluation.samples: 1 is below 2"),
-        ("release.tolerance=-1", "release.tolerance: -1 is below 0"),
         ("release.gates=[]", "release.gates: unknown key"),
         ("evaluation.judge=train", "evaluation: judge is 'train': use open_clip:NAME:TAG, local-dir:FOLDER or null"),
     ],

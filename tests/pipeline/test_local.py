@@ -2,15 +2,12 @@
 
 import os
 import socket
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
 
 import pytest
 
-from pipeline.errors import UserError
 from pipeline.local import Outside, Reach, TooLarge, local_path, open_local, read_local, reason_of
-from pipeline.parse import ContentFile
+from tests.links import exchanging
 
 
 @pytest.fixture
@@ -64,36 +61,17 @@ def test_a_file_that_becomes_a_pipe_meanwhile_is_not_waited_for(folder: Path, mo
 
 def test_who_exchanges_folders_for_links_leads_no_reader_out(folder: Path) -> None:
     reach = Reach(own=(str(folder),))
-    outside, inner, aside, link = folder.parent / "outside", folder / "inner", folder / "aside", folder / "link"
+    outside, inner = folder.parent / "outside", folder / "inner"
     outside.mkdir()
     (outside / "a").write_bytes(b"a secret")
-    inner.mkdir(exist_ok=True)
     (inner / "a").write_bytes(b"ours")
-    link.symlink_to(outside)
-    stop, exchanges = Event(), 0
-
-    def exchange() -> None:
-        nonlocal exchanges
-        while not stop.is_set():
-            inner.rename(aside)
-            link.rename(inner)
-            inner.rename(link)
-            aside.rename(inner)
-            exchanges += 1
-
     refused = 0
-    with ThreadPoolExecutor(1) as pool:
-        thread = pool.submit(exchange)
-        try:
-            for _ in range(5000):
-                try:
-                    assert read_local(inner / "a", 100, reach) == b"ours"
-                except OSError:
-                    refused += 1
-        finally:
-            stop.set()
-        thread.result()
-    assert exchanges > 100
+    with exchanging(inner, outside):
+        for _ in range(5000):
+            try:
+                assert read_local(inner / "a", 100, reach) == b"ours"
+            except OSError:
+                refused += 1
     assert refused > 10
 
 
@@ -194,13 +172,3 @@ def test_paths_of_references() -> None:
     for reference, why in (("/nul\0", "no NUL"), ("file:///nul%00", "no NUL"), ("http://[::1", "Invalid IPv6")):
         with pytest.raises(ValueError, match=why):
             local_path(reference)
-
-
-def test_a_file_that_a_configuration_names_is_regular(folder: Path) -> None:
-    for path in irregular(folder):
-        with pytest.raises(
-            UserError, match=r"pairs\.deny_urls: .* cannot be read \((not a regular file|Is a directory)\)"
-        ):
-            ContentFile.at(path, "pairs.deny_urls")
-    (folder / "link").symlink_to("../secret")
-    assert ContentFile.at(str(folder / "link"), "") == ContentFile.at(str(folder.parent / "secret"), "")

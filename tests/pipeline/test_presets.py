@@ -134,11 +134,6 @@ def test_one_line_turns_the_ar_prior_on(name: str) -> None:
     assert graph["bundle"].inputs[:3] == ("clip", "codec", "ar_prior")
 
 
-def test_karlo_ends_where_karlo_does() -> None:
-    assert "upsampler_1024" not in graph_of("karlo")
-    assert preset_config("karlo").bundle.sampling.size == 256
-
-
 @pytest.mark.parametrize("name", ["small", "karlo", "paper"])
 def test_large_trainings_warm_up_and_clip_gradients_however_short_they_are(name: str) -> None:
     whole = {"project": name, "store": name, "source": {"paths": [name]}, "preset": name}

@@ -104,21 +104,6 @@ def test_threads_have_a_child_each(bench: Bench, monkeypatch: pytest.MonkeyPatch
     assert 1 <= len(decoding._idle) <= 3
 
 
-def test_their_child_has_no_credentials_and_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "SEKRET")
-    monkeypatch.setattr(decoding, "_idle", [])
-    read_pair_pixels("0", KINDS["0.png"], SIZE, in_place=True)
-    [child] = decoding._idle
-    assert child._process is not None
-    proc = Path(f"/proc/{child._process.pid}")
-    assert b"SEKRET" not in (proc / "environ").read_bytes()
-    status = (proc / "status").read_text()
-    assert "NoNewPrivs:\t1" in status
-    limits = {line[:26].strip(): line[26:].split()[0] for line in (proc / "limits").read_text().splitlines()}
-    assert int(limits["Max cpu time"]) < 50
-    assert int(limits["Max address space"]) < 3 << 30
-
-
 def test_one_that_kills_its_decoder_then_costs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was quiet when pairs looked at it."""
     bench = tar_bench(tmp_path, {"0.png": picture(0), "1.png": with_word("SEGFAULT")})

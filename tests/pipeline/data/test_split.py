@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.curation.stage import CurationRecipe
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
 
 TRAINED = ("clip", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
@@ -63,16 +62,3 @@ def test_a_poisoned_test_row_changes_no_bit_of_what_is_trained(benches: tuple[Be
     clean, poisoned = (_weights(bench, stage) for bench in benches)
     assert len(clean) == 1
     assert clean == poisoned
-
-
-def test_no_threshold_moves_a_row_to_another_split(benches: tuple[Bench, Bench]) -> None:
-    bench = benches[0]
-    before = {row["key"]: row["split"] for row in bench.rows("curation")}
-    weights = {"pairs": bench.made["pairs"], "clip": bench.made["clip"]}
-    strict = Bench(Path(bench.store.url), bench.config.source.paths, **RECIPES, curation={"min_side": 300})
-    strict.made |= weights | {name: bench.made[name] for name in ("source", "captions", "embeddings")}
-    strict.make("curation")
-    assert CurationRecipe(min_side=300, near_duplicate=None, near_held_out=None) == strict.config.curation
-    after = {row["key"]: row["split"] for row in strict.rows("curation")}
-    assert 0 < len(after) < len(before)
-    assert after.items() <= before.items()

@@ -140,14 +140,6 @@ def test_two_projects_share_no_pin(store: Store) -> None:
     assert _states(other)["clip"] == "stale"
 
 
-def test_a_removed_record_is_stale_again(store: Store) -> None:
-    verdicts = plan(_graph(), SOURCE, "p", store, {})
-    _make(store, verdicts)
-    decoder = next(v for v in verdicts if v.stage == "decoder")
-    store.delete([f"artifacts/decoder/{decoder.key}.json"])
-    assert _stale(plan(_graph(), SOURCE, "p", store, {})) == {"decoder"}
-
-
 def test_a_plan_may_suppose_another_pin_or_none(store: Store) -> None:
     first = plan(_graph(), SOURCE, "p", store, {})
     _make(store, first)

@@ -25,7 +25,6 @@ from pipeline.graph.artifacts import (
     ShardRow,
     publish_shard,
     read_shards,
-    shard_path,
     write_shard_table,
 )
 from pipeline.graph.ray import start_ray
@@ -155,18 +154,6 @@ def test_workers_count_for_rays_metrics(monkeypatch: pytest.MonkeyPatch) -> None
     }
 
 
-def test_the_table_does_not_know_who_made_what_when(tmp_path: Path) -> None:
-    tables = []
-    for name, parts in (("a", [(0, 1, 2)]), ("b", [(2,), (1, 0), (0, 1, 2)])):
-        store = open_store(str(tmp_path / name))
-        made: Artifact | None = None
-        for numbers in parts:
-            store.delete(["artifacts/pairs/the-key.json"])
-            made = map_shards(_context(store), _tasks(*numbers), Worker)
-        tables.append(made.shard_table)
-    assert tables[0] == tables[1]
-
-
 def test_the_shard_of_another_driver_is_adopted(store: Store) -> None:
     """It appears after the list of what is there was read, and before this worker comes to it."""
 
@@ -181,16 +168,6 @@ def test_the_shard_of_another_driver_is_adopted(store: Store) -> None:
     artifact = map_shards(_context(store), _tasks(0, 1), lambda: worker)
     assert worker.asked == [0]
     assert [s.kept for s in read_shards(store, artifact)] == [10, 7]
-
-
-def test_a_corrupt_record_is_made_again(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path))
-    map_shards(_context(store), _tasks(0, 1), Worker)
-    (tmp_path / shard_path("pairs", "key-1")).write_text('{"number": 1}')
-    store.delete(["artifacts/pairs/the-key.json"])
-    worker = Worker()
-    map_shards(_context(store), _tasks(0, 1), lambda: worker)
-    assert worker.asked == [1]
 
 
 @pytest.mark.parametrize("failure", [UserError("mend this"), CorruptObject("blobs/ab/abc", "is missing")])

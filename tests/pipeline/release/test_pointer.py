@@ -28,12 +28,6 @@ def test_moves_are_read_as_they_were_written(store: Store) -> None:
     assert read_releases(store, "other").version is None
 
 
-def test_projects_whose_names_begin_alike_are_apart(store: Store) -> None:
-    move_release(store, "p-long", Releases(), promote("a"))
-    assert read_releases(store, "p").current is None
-    assert read_releases(store, "p-long").current == promote("a")
-
-
 def test_rollbacks_go_back_through_what_was_promoted_and_not_rolled_back() -> None:
     a, b, c = promote("a"), promote("b"), promote("c")
     assert Releases(None, ()).current is None

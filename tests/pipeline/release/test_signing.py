@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact
+from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.pointer import Move, Pointer, Releases, move_release, read_releases, release_path
 from pipeline.ledger import Ledger
 from pipeline.release.signing import (
@@ -122,16 +122,6 @@ def test_a_signature_for_something_else_is_none_of_a_release(team: Team) -> None
     bare = replace(move, signature=team.key.sign(b"").hex())
     assert not is_signed("p", (bare,), [team.public])
     assert is_signed("p", (signed("p", Releases(), move, team.key),), [team.public])
-
-
-def test_other_files_under_the_same_key_are_refused(team: Team) -> None:
-    first, *_ = team.bundles
-    team.move("promote", first)
-    team.store.delete([artifact_path("bundle", first.key)])
-    forged = team.bundle(first.key, b"other weights")
-    assert forged.blobs != first.blobs
-    with pytest.raises(Untrusted, match="has other files than those that were signed"):
-        team.find()
 
 
 def test_a_promotion_from_before_the_signatures_is_no_release_again(team: Team) -> None:

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from pipeline.graph.artifacts import Artifact
 from pipeline.ledger import Ledger
 from pipeline.report.lineage import BOX, TALL, direct_inputs, draw_lineage, levels, lineage_section
-from pipeline.store import FolderStore
-from tests.pipeline.report.made_up import chain
 
 EMPTY = '<td class="n"></td>'
 
@@ -57,7 +55,7 @@ def test_an_input_that_is_not_there_is_not_drawn() -> None:
     assert lineage_section({}) == ""
 
 
-def test_the_cost_is_workers_times_hours(store: FolderStore) -> None:
+def test_the_cost_is_workers_times_hours() -> None:
     made = graph({0: set(), 1: {0}})
     times = {
         "s0": {"seconds": 1800.0, "workers": 4, "written_bytes": 5e6},
@@ -67,15 +65,3 @@ def test_the_cost_is_workers_times_hours(store: FolderStore) -> None:
     assert '<td class="n">30 min 00 s</td><td class="n">4</td><td class="n">2.00</td>' in page
     assert "50%" in page
     assert f'<td>all</td><td></td>{3 * EMPTY}<td class="n">3.00</td>' in page
-
-
-def test_a_whole_chain_is_drawn(store: FolderStore) -> None:
-    made = chain(store)
-    page = lineage_section(made)
-    assert page.count("<rect") == len(made)
-    assert "cannot be shown" not in page
-
-
-@pytest.fixture
-def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
-    return FolderStore(str(tmp_path_factory.mktemp("store")))

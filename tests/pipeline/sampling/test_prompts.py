@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +129,3 @@ def test_lists_that_cannot_be_read_are_named(
         pq.write_table(pa.table(content), path)
     with pytest.raises(UserError, match=f"{name}: .*{message}"):
         list(read_prompts(path, 0, 2, column))
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".csv", ".parquet"])
-def test_a_pipe_is_not_waited_for(tmp_path: Path, suffix: str) -> None:
-    os.mkfifo(tmp_path / f"list{suffix}")
-    with pytest.raises(UserError, match="not a regular file"):
-        find_column(tmp_path / f"list{suffix}")

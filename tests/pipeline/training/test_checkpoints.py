@@ -58,11 +58,6 @@ def test_a_state_comes_back_bit_by_bit(store: Store) -> None:
     assert same(state, other)
 
 
-def test_without_checkpoints_nothing_is_restored(store: Store) -> None:
-    assert not Checkpoints(store, "t", 1).restore(make_state(), at_most=100)
-    assert Checkpoints(store, "t", 1).newest(100) == 0
-
-
 def test_the_newest_up_to_the_stop_wins(store: Store) -> None:
     checkpoints = Checkpoints(store, "t", 1, keep=5)
     for steps in (1, 2, 3):

@@ -178,15 +178,6 @@ def test_a_group_may_be_nought(tmp_path: Path, folder_store: Store, values: list
         assert [row["group"] for row in refs_of(path, folder_store)] == texts
 
 
-def test_a_group_of_nought_is_on_one_side_of_the_split(tmp_path: Path, folder_store: Store) -> None:
-    path = tmp_path / "a.parquet"
-    urls = [f"http://h/{i}" for i in range(200)]
-    pq.write_table(pa.table({"url": urls, "caption": ["a"] * 200, "group": [0] * 200}), path)
-    recipe = SourceRecipe((str(path),), validation=0.2, test=0.2)
-    refs = read_table(folder_store, scan(recipe, folder_store, write=True).shards[0].refs).to_pylist()
-    assert len({row["split"] for row in refs}) == 1
-
-
 def test_text_in_binary_columns_is_read_as_text(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"url": [b"http://h/0", b"http://h/1"], "caption": ["un café".encode(), b""]}), path)

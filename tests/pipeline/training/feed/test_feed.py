@@ -273,16 +273,6 @@ def test_captions_that_were_not_embedded_are_not_chosen_with_embeddings(world: W
         assert torch.equal(before, after) == ("text_embedding" in columns)
 
 
-def test_rows_of_one_caption_each_are_told_that_one(world: World) -> None:
-    def only_first(table: pa.Table) -> pa.Table:
-        none = pa.array([[]] * len(table), table.schema.field("more_text_embeddings").type)
-        return table.set_column(table.schema.get_field_index("more_text_embeddings"), "more_text_embeddings", none)
-
-    for share in take(make_feed(rewritten(world, "embeddings", only_first)), 8):
-        for key, text in zip(share.keys, share.batch["text_embedding"], strict=True):
-            assert np.array_equal(text.numpy(), world.examples[key].text_embeddings[0].astype(np.float32))
-
-
 def test_validation_rows_are_always_the_same_and_have_their_first_caption(shared_world: World) -> None:
     first, second = (make_feed(shared_world, rank=rank, size=2).validation(9, 4) for rank in (0, 1))
     assert [share.keys for share in first] == [share.keys for share in second]
