@@ -87,7 +87,7 @@ def test_a_bundle_that_misses_a_part_is_told_in_a_line(run: Path, part: str, tex
 
 @pytest.mark.usefixtures("run")
 def test_too_little_memory_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lacking(*_: object) -> Any:
+    def lacking(*_: object, **__: object) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
     monkeypatch.setattr("models.cascade.UnCLIP.decode", lacking)

@@ -152,21 +152,33 @@ def test_a_process_of_ray_that_is_killed_ends_the_command_with_one_line(base: Pa
     assert not logs.exists()
 
 
-@pytest.mark.timeout(300)
-def test_a_cluster_whose_head_is_killed_is_told_in_one_line(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray.cluster_utils import Cluster
+HEAD = """
+import logging, os, sys
+from ray.cluster_utils import Cluster
+from pipeline.graph.ray import start_ray
+from pipeline.settings import RaySettings
 
-    head = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        then = "import logging; logging.basicConfig(format='%(message)s')\ntime.sleep(600)\n"
-        with running(base, then) as (process, _):
-            cluster.head_node.kill_gcs_server()
-            line = process.stderr.readline()
-    finally:
-        cluster.shutdown()
-    assert line.startswith(f"the head of the Ray cluster at {cluster.address} does not answer (")
+logging.basicConfig(format="%(message)s")
+cluster = Cluster(
+    initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+)
+os.environ["RAY_ADDRESS"] = cluster.address
+start_ray(RaySettings())
+cluster.head_node.kill_gcs_server()
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+def test_a_cluster_whose_head_is_killed_is_told_in_one_line(base: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(
+        [sys.executable, "-c", HEAD], env=environment | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, text=True, **pipes
+    ) as process:  # type: ignore[call-overload]
+        line = next(line for line in process.stderr if line.startswith("the head of the Ray cluster at "))
+        process.communicate()
+    assert "does not answer (" in line
     assert "run the same command again" in line
 
 
