@@ -53,11 +53,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     standing.promote(first.key)
     words = ("port=0", "replicas=2", "idle_replicas=2", "follow_s=1", "queue=200", "results_mb=8", "batch=8")
     process = start("serve", f"release:{folder / 'served.yaml'}", *words)
+    assert process.stderr
+    # It writes a line a request, and a pipe that is full would stop it.
+    threading.Thread(target=process.stderr.read, daemon=True).start()
     try:
         yield replace(standing, url=address(process), process=process)
     finally:
         process.terminate()
-        process.communicate(timeout=120)
+        process.wait(120)
 
 
 def second_bundle(store: Store, folder: Path) -> str:
