@@ -245,7 +245,7 @@ def test_a_picture_is_dropped_or_pasted(studio: Page) -> None:
 
 
 def test_a_place_in_line_is_shown_and_what_is_stopped_makes_room(studio: Page) -> None:
-    studio.locator("[name=steps]").fill("100")
+    studio.locator("[name=steps]").fill("250")
     studio.locator("#sizes").get_by_text("256 px").click()  # long enough to be stopped, on any machine
     for caption in ("a first one", "a second one", "a third one"):
         ask(studio, caption)
