@@ -132,8 +132,8 @@ def ordered(graph: Graph) -> Iterator[Stage]:
 def seconds_to_end(graph: Graph, seconds: Mapping[str, float]) -> dict[str, float]:
     """Returns the seconds from a stage's beginning to the end of the slowest chain that needs it, by stage.
 
-    ``seconds`` are what stages take; those that are not named take none. Who begins what has the longest way to go is
-    done earliest, or nearly (Graham, 1969).
+    ``seconds`` are what stages take; those that are not named take none. To begin by the largest is list
+    scheduling by the critical path (Graham, 1969).
     """
     left: dict[str, float] = {}
     for stage in reversed(list(ordered(graph))):
