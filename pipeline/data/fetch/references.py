@@ -70,7 +70,7 @@ def without_password(reference: str) -> str:
 
     It is not fetched: see pipeline.data.fetch.opener.normal_url.
     """
-    return _USER.sub(r"\1***@", reference)
+    return _USER.sub(r"\1***@", reference) if "@" in reference else reference
 
 
 def _masked(parameter: re.Match[str]) -> str:

@@ -36,6 +36,7 @@ READERS = {  # each yields rows: lists of texts, lists of texts and Nones, or a 
     "text": "pipeline.data.source.tables:text_rows",
     "parquet": "pipeline.data.source.parquet:parquet_rows",
     "count": "pipeline.data.source.parquet:parquet_count",
+    "npy": "pipeline.data.source.imported:npy_header",
     "tar": "pipeline.data.source.tars:members",
     "sidecar": "pipeline.data.source.rows:sidecar",
 }

@@ -9,25 +9,21 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.parse import parse_qs, quote, unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 
-from pipeline.data.source.child import ListReader
+from pipeline.data.source.child import Budget, ListReader
+from pipeline.data.source.columns import Flaw
 from pipeline.errors import UserError
 from pipeline.local import Outside, Reach, open_local, reason_of
 
 SCHEME = "embedding://"
-# What np.save writes before a matrix.
-_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00(?P<length>..)\{'descr': '(?P<kind>[<>|=]?[a-zA-Z]\d{0,4})', "
-    rb"'fortran_order': (?P<fortran>True|False), 'shape': \((?P<shape>(?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n",
-    re.DOTALL,
-)
-_MOST_HEADER = 1024
 NAMES = ("img_emb", "text_emb")
+KINDS = ("float16", "float32")
 
 
 def is_embeddings(folder: Path) -> bool:
@@ -50,7 +46,7 @@ def metadata_parts(folder: Path, reach: Reach, reader: ListReader) -> list[tuple
         if missing := [each for each in (file, *files) if not each.is_file()]:
             raise UserError(f"source {missing[0]}: no such file; every part needs metadata and both embeddings")
         try:
-            shapes = [_open(each, reach).shape for each in files]
+            shapes = [_open(each, reach, reader).shape for each in files]
             counted = list(reader.rows("count", file, 1, within=reach))
             rows = int(counted[0][0]) if isinstance(counted[0], list) else 0
         except Outside as e:
@@ -59,7 +55,7 @@ def metadata_parts(folder: Path, reach: Reach, reader: ListReader) -> list[tuple
             ) from None
         except (OSError, ValueError) as e:
             raise UserError(f"source {folder}: part {part} cannot be read ({str(e).splitlines()[0]})") from None
-        if len(shapes[0]) != 2 or shapes[0] != shapes[1] or shapes[0][0] != rows:
+        if shapes[0] != shapes[1] or shapes[0][0] != rows:
             raise UserError(
                 f"source {folder}: part {part} has image embeddings {shapes[0]}, text embeddings {shapes[1]} and "
                 f"{rows} rows of metadata; they are not of the same pairs"
@@ -84,26 +80,29 @@ def read_imported(references: Sequence[str], within: Reach | None = None) -> lis
     """
     opened: dict[tuple[str, str], list[np.memmap] | str] = {}
     result: list[np.ndarray | str] = []
-    for reference in references:
-        place = _place(reference)
-        if place is None:
-            result.append("unsupported_reference")
-            continue
-        folder, part, row = place
-        if (folder, part) not in opened:
-            try:
-                opened[folder, part] = [_open(_file(Path(folder), name, part), within) for name in NAMES]
-            except OSError as e:
-                opened[folder, part] = reason_of(e)
-            except ValueError:
-                opened[folder, part] = "missing_file"
-        matrices = opened[folder, part]
-        if isinstance(matrices, str) or row >= min(map(len, matrices)):
-            result.append(matrices if isinstance(matrices, str) else "missing_file")
-            continue
-        pair = [np.asarray(matrix[row], np.float32) for matrix in matrices]
-        sound = all(np.isfinite(vector).all() and vector.any() for vector in pair) and pair[0].shape == pair[1].shape
-        result.append(np.stack(pair) if sound else "not_an_embedding")
+    with ListReader() as reader:
+        for reference in references:
+            place = _place(reference)
+            if place is None:
+                result.append("unsupported_reference")
+                continue
+            folder, part, row = place
+            if (folder, part) not in opened:
+                try:
+                    opened[folder, part] = [_open(_file(Path(folder), name, part), within, reader) for name in NAMES]
+                except OSError as e:
+                    opened[folder, part] = reason_of(e)
+                except ValueError:
+                    opened[folder, part] = "missing_file"
+            matrices = opened[folder, part]
+            if isinstance(matrices, str) or row >= min(map(len, matrices)):
+                result.append(matrices if isinstance(matrices, str) else "missing_file")
+                continue
+            pair = [np.asarray(matrix[row], np.float32) for matrix in matrices]
+            sound = (
+                all(np.isfinite(vector).all() and vector.any() for vector in pair) and pair[0].shape == pair[1].shape
+            )
+            result.append(np.stack(pair) if sound else "not_an_embedding")
     return result
 
 
@@ -121,23 +120,32 @@ def _file(folder: Path, name: str, part: str) -> Path:
     return folder / name / f"{name}_{part}.npy"
 
 
-def _open(path: Path, within: Reach | None) -> np.memmap:
-    """Returns a matrix that stays on disk. Raises OSError, and ValueError for what is not an array of numbers."""
+def _open(path: Path, within: Reach | None, reader: ListReader) -> np.memmap:
+    """Returns a matrix that stays on disk. Raises OSError; ValueError for a file that holds another thing."""
     with open_local(path, within) as file:
-        # Not numpy's own reader, which parses the header as Python.
-        head = file.read(_MOST_HEADER)
-        if not head.startswith(b"\x93NUMPY\x01\x00"):
-            raise ValueError(f"{path.name} is not as np.save writes a matrix")
-        found = _HEADER.match(head)
-        try:
-            if found is None or len(found[0]) != 10 + int.from_bytes(found["length"], "little"):
-                raise TypeError
-            kind = np.dtype(found["kind"].decode())
-        except TypeError:
-            raise ValueError(f"{path.name} has a damaged header") from None
-        shape = tuple(map(int, re.findall(rb"\d+", found["shape"])))
-        if kind not in (np.float16, np.float32):
-            raise ValueError(f"{path.name} holds {kind}, not float16 or float32")
-        if math.prod(shape) * kind.itemsize > os.fstat(file.fileno()).st_size - len(found[0]):
-            raise ValueError(f"{path.name} ends before its {shape} values")
-        return np.memmap(file, kind, "r", len(found[0]), shape, "F" if found["fortran"] == b"True" else "C")
+        for header in reader.rows("npy", path, 5, within=within):
+            if isinstance(header, Flaw):
+                raise ValueError(header.what)
+            kind, order, *numbers = header
+            offset, *shape = map(int, numbers)
+            if kind not in KINDS or order not in ("C", "F") or min(offset, *shape) < 0:
+                break
+            if offset + math.prod(shape) * np.dtype(kind).itemsize > os.fstat(file.fileno()).st_size:
+                raise ValueError(f"{path.name} ends before its {tuple(shape)} values")
+            return np.memmap(file, kind, "r", offset, tuple(shape), order)
+    raise ValueError(f"{path.name} has no header")
+
+
+def npy_header(opened: BinaryIO, path: Path, budget: Budget) -> Iterator[list[Any] | Flaw]:
+    """Yields what the header of a file of np.save says: type, order (C or F), offset of the first value, and shape."""
+    try:
+        if np.lib.format.read_magic(opened) != (1, 0):
+            raise ValueError
+        shape, fortran, kind = np.lib.format.read_array_header_1_0(opened)
+    except Exception:  # of Python's own parser, too
+        yield Flaw("not_an_embedding", f"{path.name} has a damaged header")
+        return
+    if kind.name not in KINDS or len(shape) != 2:
+        yield Flaw("not_an_embedding", f"{path.name} holds {kind} of shape {shape}, not a matrix of float16 or float32")
+        return
+    yield [kind.name, "F" if fortran else "C", str(opened.tell()), *map(str, shape)]

@@ -346,6 +346,7 @@ def _table_rows(
     """
     optional = (recipe.split_column, recipe.hash_column, "license", "attribution", recipe.group_column)
     found = table_rows(path, (recipe.image_column, recipe.caption_column), optional, reader)
+    place = remote or path.parent
     for number, values in enumerate(found, 1):
         if isinstance(values, Flaw):
             yield ListRow("", (), reject=values.reason, flaw=values.what)
@@ -358,10 +359,10 @@ def _table_rows(
         reference = without_password(url.strip())
         captions = one_line_each(text for text in texts if text not in NO_VALUE)
         if may is not None:
-            reference = _beside(remote or path.parent, reference)
+            reference = _beside(place, reference)
         refusal = may.refusal(reference) if may else None
         if may and refusal is None and reference.startswith(("/", "file:")):
             refusal = _link_refusal(_named_file(reference), may)
         # Images may be grouped by the column of their references, or by that of the pages that they stand in.
-        grouped = without_password(group or "")
+        grouped = without_password(group) if group else ""
         yield ListRow(reference, captions, grouped, split, sha256, license, attribution, refusal)

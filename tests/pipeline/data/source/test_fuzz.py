@@ -185,6 +185,6 @@ def test_matrices(readers: Readers, shape: list[int], kind: str, damage: st.Data
     path = readers.folder / "a.npy"
     path.write_bytes(damaged(damage, out.getvalue()))
     with suppress(ValueError):
-        found = _open(path, None)
+        found = _open(path, None, readers.reader)
         assert found.dtype in (np.float16, np.float32)
         assert found.sum() is not None
