@@ -133,7 +133,8 @@ def make_passes(url: str, inputs: dict[str, Artifact], seen: str) -> None:
 @pytest.mark.parametrize(
     "points",
     [
-        ("shard.before_record", *IN_ARTIFACTS),
+        IN_ARTIFACTS,
+        pytest.param(("shard.before_record",), marks=SLOW),
         pytest.param(("shard.after_record",), marks=SLOW),
         pytest.param(("blob.created",), marks=SLOW),
     ],

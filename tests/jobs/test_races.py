@@ -34,6 +34,7 @@ def _assert_one_result(store: Store, undisturbed: Undisturbed) -> None:
     assert ours.blobs["model.safetensors"] == theirs.blobs["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_share_the_work(s3: Server, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """On S3; the races below are in a folder."""
     url = f"{s3.url}/race-{os.getpid()}"
