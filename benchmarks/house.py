@@ -18,7 +18,10 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ("unclip", "pipeline", "models", "jobs", "cluster", "serve")
 DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 NAMES_IT = "upsampler_1024"  # a stage name, and where it may stand
-MAY_NAME_IT = ("pipeline/presets/", "pipeline/build.py")
+BUILD = "pipeline/build.py"  # which names every stage
+NO_STAGES = {"frozen", "training", "result"}  # other words there
+RENDERER = "jobs/output.py"  # which prints for all commands
+MAY_NAME_IT = ("pipeline/presets/", BUILD)
 PROSE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs", *SOURCE)
 TICS = (
     r"(?<!there )\b(?:is|are) no (?!longer)",
@@ -165,6 +168,22 @@ def nounless() -> list[str]:
     return found
 
 
+def hand_lists(tree: ast.AST, stages: set[str]) -> int:
+    """Returns the number of tuples, lists, sets and keys of dicts that name two or more stages."""
+    written = [
+        node.keys if isinstance(node, ast.Dict) else node.elts
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Tuple | ast.List | ast.Set | ast.Dict)
+    ]
+    return sum(len({each.value for each in row if isinstance(each, ast.Constant)} & stages) > 1 for row in written)
+
+
+def prints(tree: ast.AST) -> int:
+    """Returns the number of calls of print and redirect_stdout."""
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return sum(getattr(call, "id", getattr(call, "attr", "")) in ("print", "redirect_stdout") for call in calls)
+
+
 def measure() -> dict[str, float]:
     """Returns the figures of the source by name."""
     files = tracked(*SOURCE)
@@ -180,6 +199,8 @@ def measure() -> dict[str, float]:
     lines = {file: code_lines(text) for file, text in texts.items()}
     total = sum(lines.values())
     fan_out = sorted(len(imported[module_name(file)]) for file in files if file.name != "__init__.py")
+    words = {node.value for node in ast.walk(trees[ROOT / BUILD]) if isinstance(node, ast.Constant)}
+    stages = {word for word in words if isinstance(word, str) and word.isidentifier()} - NO_STAGES
     naming = [str(file.relative_to(ROOT)) for file, text in texts.items() if NAMES_IT in text]
     return {
         "files_in_pipeline": len([file for file in (ROOT / "pipeline").glob("*.py") if file.name != "__init__.py"]),
@@ -191,6 +212,8 @@ def measure() -> dict[str, float]:
         "lines_of_tests": sum(code_lines(file.read_text()) for file in tracked("tests")),
         "files": len(files),
         "modules_that_name_upsampler_1024": len([name for name in naming if not name.startswith(MAY_NAME_IT)]),
+        "lists_of_stage_names": sum(hand_lists(tree, stages) for file, tree in trees.items() if file != ROOT / BUILD),
+        "prints_outside_the_renderer": sum(prints(tree) for file, tree in trees.items() if file != ROOT / RENDERER),
         "imports_of_a_file_median": median(fan_out),
         "imports_of_a_file_p90": quantiles(fan_out, n=10)[-1],
         "imports_inside_functions_per_1000_lines": sum(map(inside_functions, trees.values())) / total * 1000,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,6 +20,7 @@ from pipeline.store import Store, local_folder
 
 LOCAL, KUBERAY = "local", "kuberay"  # of --to; all else is an address
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+log = logging.getLogger("unclip")
 
 
 @contextmanager
@@ -37,15 +38,14 @@ def running(to: str, folder: Path) -> Iterator[Cluster | None]:
 
 
 def started(folder: Path, settings: RaySettings) -> Cluster:
-    """Starts the local cluster of ``folder`` and returns it. Call it in ``running``."""
-    print("starting a cluster of two nodes on this machine", flush=True)
+    """Starts the local cluster of ``folder``, of two nodes, and returns it. Call it in ``running``."""
     return Cluster(*start(folder, settings))
 
 
 def check_reach(store: Store, environment: Mapping[str, str], to: str) -> None:
     """Raises UserError where another machine would look for the store in itself, and where no cluster answers.
 
-    Prints what a store in a folder needs, also for an address of loopback, which a tunnel may have.
+    Logs what a store in a folder needs, also for an address of loopback, which a tunnel may have.
     """
     if to == KUBERAY or urlsplit(normal(to)).hostname not in LOOPBACK:
         for name, url in environment.items():
@@ -56,7 +56,7 @@ def check_reach(store: Store, environment: Mapping[str, str], to: str) -> None:
     if to != KUBERAY:
         check_answers(to)
     if local_folder(store):
-        print(f"note: {store.url} is a folder: every machine of the cluster must mount it there", file=sys.stderr)
+        log.warning("%s is a folder: every machine of the cluster must mount it there", store.url)
 
 
 def put_package(store: Store, package: Package) -> str:
@@ -67,7 +67,9 @@ def put_package(store: Store, package: Package) -> str:
     return path
 
 
-def attach_or_submit(cluster: Cluster, store: Store, job: Job, package: Package, about: Mapping[str, str]) -> str:
+def attach_or_submit(
+    cluster: Cluster, store: Store, job: Job, package: Package, about: Mapping[str, str], tell: Callable[[str], None]
+) -> str:
     """Submits a job unless it runs already; returns the id of its submission.
 
     Args:
@@ -76,29 +78,30 @@ def attach_or_submit(cluster: Cluster, store: Store, job: Job, package: Package,
         job: The job.
         package: Code package that the job takes along.
         about: Metadata by which the job is found again.
+        tell: Function that takes lines on what is done.
     """
     attempts = cluster.attempts(job)
     if live := [seen for seen in attempts if seen.live]:
-        print(f"{live[-1].id} runs already; what it said so far:", flush=True)
+        tell(f"{live[-1].id} runs already; what it said so far:")
         if live[-1].metadata.get("package") != package.key:
-            print("its code or run settings differ from yours; --stop ends it", file=sys.stderr)
+            log.warning("its code or run settings differ from yours; --stop ends it")
         return live[-1].id
     if attempts:
         last = attempts[-1]
-        print(f"{last.id} has ended ({last.status.lower()}); what it has made stays made")
+        tell(f"{last.id} has ended ({last.status.lower()}); what it has made stays made")
         job = job.again((number_of(job.id, last.id) or 1) + 1)
     with _zipped(store, package) as file:
         size = f"{counted(len(package.files), 'file')}, {file.stat().st_size / 1e6:.1f} MB"
         cluster.submit(job, file, {**about, "package": package.key})
-    print(f"{job.id} is submitted to {cluster.address}: {size}", flush=True)
+    tell(f"{job.id} is submitted to {cluster.address}: {size}")
     return job.id
 
 
 @contextmanager
 def _zipped(store: Store, package: Package) -> Iterator[Path]:
-    """Prints what does not travel, stores weights that are too large for the package, and yields its zip."""
+    """Logs what does not travel, stores weights that are too large for the package, and yields its zip."""
     for note in package.notes:
-        print(f"note: {note}", file=sys.stderr)
+        log.warning(note)
     send_weights(store, package)
     with tempfile.TemporaryDirectory() as folder:
         yield write_zip(package, Path(folder) / "package.zip")

@@ -18,8 +18,7 @@ def hidden(root: Path) -> list[str]:
 
 
 if places := hidden(Path(__file__).parents[1]):
-    print(
-        f"error: {places[0]} hides a package of this project; take it off PYTHONPATH, or run in another folder",
-        file=sys.stderr,
+    sys.stderr.write(
+        f"error: {places[0]} hides a package of this project; take it off PYTHONPATH, or run in another folder\n"
     )
     raise SystemExit(2)

@@ -10,10 +10,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
 
 from jobs.command_line import command_line
 from jobs.interrupt import ending_on_signals, exit_code, say_interrupted
+from jobs.output import warn
 from pipeline.errors import CorruptObject, UserError
 from pipeline.progress import Line
 from pipeline.terminal import printable_streams
@@ -45,8 +45,7 @@ def _command(words: Sequence[str]) -> int:
     if not gc.get_freeze_count():
         gc.freeze()
     gc.enable()
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if Line.quiet else nullcontext():
-        return command.main(arguments)
+    return command.main(arguments)
 
 
 def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
@@ -69,10 +68,10 @@ def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
         with ending_on_signals():
             return command(argv)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        warn(f"error: {e}")
         return 2
     except CorruptObject as e:
-        print(f"error: {e}; check the disk or the bucket", file=sys.stderr)
+        warn(f"error: {e}; check the disk or the bucket")
         return 2
     except KeyboardInterrupt as e:
         say_interrupted()
@@ -85,10 +84,10 @@ def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             where = e.filename or "of temporary files, TMPDIR, or where this command's output goes"
-            print(f"error: the disk is full ({where}); free space and run the same command again", file=sys.stderr)
+            warn(f"error: the disk is full ({where}); free space and run the same command again")
             return 2
         if e.errno in UNFIT:
-            print(f"error: {e.filename}: {e.strerror}; name a place that can be read and written", file=sys.stderr)
+            warn(f"error: {e.filename}: {e.strerror}; name a place that can be read and written")
             return 2
         raise
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.arguments import Parser, count
+from jobs.output import say
 
 OVERRIDES = "a value in place of the file's, such as decoder.samples=100k or preset=small"
 OPTIONS = "a sampling option, such as size=64 or decoder_steps=50"
@@ -49,7 +50,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         import importlib.metadata  # half of the time that any other command takes to read its words
 
-        print(f"unclip {importlib.metadata.version('unclip-ray')}")
+        say(f"unclip {importlib.metadata.version('unclip-ray')}")
         parser.exit()
 
 

@@ -7,6 +7,7 @@ import argparse
 import shtab
 
 from jobs.command_line import FILES, command_line, leaves
+from jobs.output import say
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -16,5 +17,5 @@ def main(arguments: argparse.Namespace) -> int:
         for action in leaf._actions:
             if action.metavar in FILES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
-    print(shtab.complete(parser, arguments.shell))
+    say(shtab.complete(parser, arguments.shell))
     return 0

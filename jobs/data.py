@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 
-from jobs.output import print_json
-from jobs.plan import print_changes
+from jobs.output import print_json, say
+from jobs.plan import changes
 from jobs.project import Project, open_as_run
 from pipeline.data.export import STAGES, export_pairs
 from pipeline.data.fetch.references import shown
@@ -57,7 +57,7 @@ def _search(project: Project, arguments: argparse.Namespace) -> int:
         print_json({"rows": [replace(row, url=shown(row.url), place=None) for row in found]})
         return 0
     for row in found:
-        print(f"{row.similarity:.4f}\t{row.key}\t{row.split}\t{_words(shown(row.url))}\t{_words(row.caption)}")
+        say(f"{row.similarity:.4f}\t{row.key}\t{row.split}\t{_words(shown(row.url))}\t{_words(row.caption)}")
     return 0
 
 
@@ -65,7 +65,7 @@ def _export(project: Project, arguments: argparse.Namespace) -> int:
     made, target = project.made(*STAGES), open_store(arguments.to)
     counts = export_pairs(project.store, made, target, arguments.only, arguments.split)
     for kind, count in counts.items():
-        print(f"{target.url}/{kind}: {counted(count, 'row')}")
+        say(f"{target.url}/{kind}: {counted(count, 'row')}")
     return 0
 
 
@@ -81,7 +81,7 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
     blob, rows = gather(project.store, _listed(project), pairs, frozenset(reasons), reaches)
     if blob is None:
         ended = ", ".join(f"{n:,} {reason}" for reason, n in sorted(pairs.ledger.lost.items()))
-        print(f"no row to retry; rows of pairs that were not kept: {ended or 'none'}")
+        say(f"no row to retry; rows of pairs that were not kept: {ended or 'none'}")
         return 0
     if FIRST_RETRY + len(journal.retries) > LAST_SEGMENT:
         raise UserError(f"{len(journal.retries)} retries are as many as one project can hold; name another project")
@@ -92,7 +92,7 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
         return replace(now, retries=(*now.retries, without(project.store, blob, now.forgotten)))
 
     change_journal(project.store, project.config.project, appended)
-    print(f"{rows:,} rows are appended to the list, to be fetched by the next run")
+    say(f"{rows:,} rows are appended to the list, to be fetched by the next run")
     return 0
 
 
@@ -109,16 +109,16 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
     pairs = project.made("pairs")["pairs"] if request.hashes else None
     found = find(project.store, _listed(project), pairs, request)
     change_journal(project.store, project.config.project, lambda j: _forgetting(project, j, found.marks))
-    print(f"{found.rows:,} rows are forgotten")
+    say(f"{found.rows:,} rows are forgotten")
     for key, reference in found.named:
-        print(f"  {key} {_words(shown(reference))}")
+        say(f"  {key} {_words(shown(reference))}")
     if found.rows > len(found.named):
-        print(f"  and {found.rows - len(found.named):,} more")
+        say(f"  and {found.rows - len(found.named):,} more")
     if found.unseen:
-        print(f"{len(found.unseen):,} references are not in the list yet, such as {shown(found.unseen[0])}")
+        say(f"{len(found.unseen):,} references are not in the list yet, such as {shown(found.unseen[0])}")
     after = open_as_run(config, arguments.overrides)
-    print_changes(before, after.plan())
-    print(
+    say(changes(before, after.plan()))
+    say(
         f"unclip run {config} makes what is stale again; then unclip data gc {config} --yes deletes what was made with "
         "them. What is pinned stands, though it was made with them: unclip unpin makes it stale"
     )
@@ -139,21 +139,21 @@ def _collect(project: Project, arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(vars(found))
         return 1 if found.unreadable else 0
-    print(f"{'':12}{'needed':>16}{'garbage':>26}{'deleted':>26}")
+    say(f"{'':12}{'needed':>16}{'garbage':>26}{'deleted':>26}")
     for kind in sorted(found.needed.keys() | found.garbage.keys()):
         tallies = (found.needed[kind], found.garbage[kind], found.deleted[kind])
-        print(f"{kind:12}" + "".join(f"{t.objects:>12,} {t.size / 2**20:>9,.1f} MiB" for t in tallies))
+        say(f"{kind:12}" + "".join(f"{t.objects:>12,} {t.size / 2**20:>9,.1f} MiB" for t in tallies))
     if found.abandoned:
-        print(f"{found.abandoned:,} half-written objects of writers that were killed are deleted")
+        say(f"{found.abandoned:,} half-written objects of writers that were killed are deleted")
     if not arguments.yes:
-        print("nothing is deleted without --yes")
+        say("nothing is deleted without --yes")
     elif any(tally.objects for tally in found.garbage.values()):
-        print(f"garbage is deleted by the first gc that comes {duration(grace_s)} after the one that found it")
+        say(f"garbage is deleted by the first gc that comes {duration(grace_s)} after the one that found it")
     if not found.unreadable:
         return 0
     for path, why in sorted(found.unreadable.items())[:MOST_TOLD]:
-        print(f"{project.store.url}/{path} {why}")
-    print(
+        say(f"{project.store.url}/{path} {why}")
+    say(
         f"{counted(len(found.unreadable), 'object')} could not be read; what that may name is kept: see to it as "
         "said above, then run unclip data gc again"
     )

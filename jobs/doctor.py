@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from jobs.output import print_json
+from jobs.output import print_json, say
 from jobs.project import Project, project_of
 from pipeline.build import build
 from pipeline.config import Config, load_config
@@ -36,12 +36,12 @@ def main(arguments: argparse.Namespace) -> int:
     for finding in examine(config):
         findings.append(finding)
         if not arguments.json:
-            print(finding, flush=True)
+            say(finding)
     levels = Counter(finding.level for finding in findings)
     if arguments.json:
         print_json({"findings": findings, "problems": levels["problem"], "warnings": levels["warning"]})
     else:
-        print(f"problems: {levels['problem']}, warnings: {levels['warning']}")
+        say(f"problems: {levels['problem']}, warnings: {levels['warning']}")
     return 1 if levels["problem"] else 0
 
 

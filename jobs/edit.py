@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.bundles import find_bundle
+from jobs.output import say
 from jobs.sample import check_seed, file_name, sampling_option
 from pipeline.data.pairs.decoding import open_image
 from pipeline.errors import UserError
@@ -41,9 +42,9 @@ def main(arguments: argparse.Namespace) -> int:
         edit = _make(unclip, arguments, images, {"size": min(SIZE, unclip.sampling.size)} | options)
     path = arguments.to or where / _name(arguments, images, edit, bundle.name)
     _write(path, edit, arguments)
-    print(path)
+    say(path)
     for i, name in enumerate(edit.names, 1):
-        print(f"  {i}: {name}")
+        say(f"  {i}: {name}")
     return 0
 
 

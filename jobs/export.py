@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from jobs.bundles import find_bundle
+from jobs.output import say
 from pipeline.errors import UserError
 from pipeline.local import Reach, read_local
 from pipeline.progress import counted
@@ -41,10 +42,10 @@ def main(arguments: argparse.Namespace) -> int:
         for file in sorted(path for path in Path(made).rglob("*") if path.is_file()):
             target.create(file.relative_to(made).as_posix(), file, move=True)
     entries = list(target.list(""))
-    print(f"{arguments.to}: {counted(len(entries), 'file')}, {sum(e.size for e in entries) / 2**20:,.1f} MiB")
+    say(f"{arguments.to}: {counted(len(entries), 'file')}, {sum(e.size for e in entries) / 2**20:,.1f} MiB")
     quote = shlex.quote if arguments.format == "bundle" else json.dumps
     copied = "copy it to a folder, then " if "://" in arguments.to else ""
-    print(f"next: {copied}{LOADING[arguments.format].format(to=quote('FOLDER' if copied else arguments.to))}")
+    say(f"next: {copied}{LOADING[arguments.format].format(to=quote('FOLDER' if copied else arguments.to))}")
     return 0
 
 
@@ -76,6 +77,6 @@ def _convert(arguments: argparse.Namespace, made: Path) -> None:
         unclip.save(made)
     else:
         native = export_unclip(unclip, made)
-        print(f"in classes of diffusers: {', '.join(native) or 'none'}; all others are in ours/")
+        say(f"in classes of diffusers: {', '.join(native) or 'none'}; all others are in ours/")
     if card:
         (made / CARD).write_bytes(card)

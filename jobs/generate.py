@@ -7,6 +7,7 @@ import logging
 from dataclasses import replace
 
 from jobs.bundles import find_bundle
+from jobs.output import say
 from jobs.sample import check_seed, sampling_option
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.execute import heal
@@ -27,7 +28,7 @@ def main(arguments: argparse.Namespace) -> int:
     found = find_bundle(arguments.source)
     to = arguments.to or found.output / "generated"
     if column := find_column(arguments.prompts, arguments.column):
-        print(f"prompts: column {column} of {arguments.prompts}")
+        say(f"prompts: column {column} of {arguments.prompts}")
     store, bundle = found.stored()
 
     from pipeline.sampling.generation import ROWS, STAGE, GenerationRecipe, export, generate
@@ -48,8 +49,8 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         raise UserError(f"{damage}; if it belongs to the bundle, run its configuration again, and then this")
     lost = "".join(f", {counted(n, 'prompt')} {reason}" for reason, n in made.ledger.rejected.items())
-    print(f"{counted(made.ledger.kept, 'image')}{lost}, {duration(made.times['seconds'])}")
-    print(f"{counted(len(tars), 'tar')}, each with a table of seeds and scores: {to}")
+    say(f"{counted(made.ledger.kept, 'image')}{lost}, {duration(made.times['seconds'])}")
+    say(f"{counted(len(tars), 'tar')}, each with a table of seeds and scores: {to}")
     return 0
 
 

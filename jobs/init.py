@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.bundles import find_bundle
+from jobs.output import say
 from models.sampling_config import UPSAMPLERS
 from models.tokens import CONTEXT, cut_captions
 from pipeline.config import check_project
@@ -47,42 +48,42 @@ def main(arguments: argparse.Namespace) -> int:
     imageless = len(bare) == len(source.paths)
     with open(path, "x", encoding="utf-8") as file:
         file.write(text)
-    print(f"{path} written; open it to see what can be changed")
+    say(f"{path} written; open it to see what can be changed")
     for line in _remarks(seen) if seen else ["put your list under source.paths first"]:
-        print(line)
+        say(line)
     if seen and not imageless and (line := _left_out(seen)):
-        print(line)
+        say(line)
     if fetched:
-        print(
+        say(
             f"{source.paths[0]}: the list of images from which the embeddings beside it were made; a run fetches them, "
             "and all models train. For priors alone, on the embeddings, name their folder in source.paths and their "
             "CLIP in clip.weights"
         )
     if bare:
         here = next((f" ({folder} has them)" for _, folder in lists if folder), "")
-        print(
+        say(
             f"{bare[0]}: embeddings, without images: clip.weights in {path} has to name the CLIP that made them, and "
             f"only priors train on them; name images with captions as another source{here}, and all models train"
         )
     elif origin is None and not trains:
-        print(
+        say(
             f"clip.weights takes a CLIP that exists, 0.6 GB to download: with fewer than {CLIP_PAIRS:,} pairs it knows "
             "more than one of your own"
         )
     if seen and seen.pairs < CLIP_PAIRS and trains:
-        print(
+        say(
             f"warning: a CLIP trained on fewer than {CLIP_PAIRS:,} pairs is poor; take one that exists, which is slow "
             f"without a GPU: uncomment clip.weights in {path}, or go on from a run's models with --from"
         )
     if seen and 2 * seen.framed.rows > seen.rows and trains:
-        print(
+        say(
             f"warning: every caption of {seen.framed.rows:,} of {seen.rows:,} rows begins or ends with words that many "
             f"share, such as {seen.framed.words!r}, and a CLIP that trains on them learns those words, not the things; "
             "add the bare text as a second caption of each row: docs/captions.md, Captions that name a style"
         )
     until = " --until diffusion_prior" if imageless else ""
     first = "" if gpu or until or origin else f"    unclip run {path} preset=nano    # a first look, in minutes\n"
-    print(f"next:\n    unclip doctor {path}\n{first}    unclip run {path}{until}")
+    say(f"next:\n    unclip doctor {path}\n{first}    unclip run {path}{until}")
     return 0
 
 

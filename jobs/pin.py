@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from jobs.plan import print_changes
+from jobs.output import say
+from jobs.plan import changes
 from jobs.project import open_as_run
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import keys_of
@@ -27,9 +28,9 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.command == "pin":
         key = _key(project.store, arguments.stage, arguments.key or verdict.key)
     elif version is None:
-        print(f"{arguments.stage} is not pinned")
+        say(f"{arguments.stage} is not pinned")
     if arguments.dry_run:
-        print_changes(before, project.plan({verdict.lineage: key}))
+        say(changes(before, project.plan({verdict.lineage: key})))
         return 0
     if key is None:
         project.store.delete([path])
@@ -37,7 +38,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"{arguments.stage}: another process has moved this pin meanwhile; look with unclip plan and try again"
         )
-    print_changes(before, project.plan())
+    say(changes(before, project.plan()))
     return 0
 
 

@@ -7,14 +7,12 @@ list of that size that does not exist yet, as if nothing were made.
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from textwrap import shorten
 from typing import Any
 
-from jobs.output import print_json
+from jobs.output import print_json, say, warn
 from jobs.project import Project, open_project
 from pipeline.build import build
 from pipeline.config import load_config
@@ -50,8 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.probe:
             from jobs.probe import probe
 
-            with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
-                seen = probe(project, arguments.config, arguments.overrides)
+            seen = probe(project, arguments.config, arguments.overrides, warn if arguments.json else say)
         else:
             seen = observe(project.store, config.project, graph, project.held_out)
     else:
@@ -66,8 +63,8 @@ def main(arguments: argparse.Namespace) -> int:
             print_json(_as_values(config.project, ask, costs))
             return 0
         where = f" on {fleet.count} {fleet.name}" if fleet else ""
-        print(f"{config.project}: {_size(rows, ask.shards)}{where}, as if nothing were made")
-        _print_costs(costs, ask)
+        say(f"{config.project}: {_size(rows, ask.shards)}{where}, as if nothing were made")
+        say("\n".join(_cost_lines(costs, ask)))
         return 0
     verdicts = project.plan()
     ask = Ask(config, graph, project.rows, project.held_out, seen, fleet, utilisation)
@@ -78,52 +75,82 @@ def main(arguments: argparse.Namespace) -> int:
         print_json(_as_values(config.project, ask, costs, project, verdicts))
         return 0
     verbose = arguments.verbose or any((arguments.probe, arguments.gpus, arguments.profile))
-    _print_plan(project, verdicts, costs, ask, verbose)
+    say("\n".join(_plan_lines(project, verdicts, costs, ask, verbose)))
     for lack in lacking(costs, ask, project.store):
-        print(f"warning: {lack}")
+        say(f"warning: {lack}")
     return 0
 
 
-@dataclass(frozen=True)
-class Agreed:
-    """The stages that are wanted, the verdicts on all stages, and which of the wanted ones are stale.
+@dataclass(frozen=True, repr=False)
+class RunPlan:
+    """Holds what a run is to make. As text it is what ``unclip run`` prints before anything is made.
 
-    ``seconds`` are what these are estimated to take, by stage.
+    Attributes:
+        project: Project to run.
+        wanted: Stages that were asked for, with all that they need.
+        verdicts: Verdicts on all stages.
+        costs: Estimates of the stale stages; none where the machine to run on is not known here.
+        ask: Data of these estimates.
+        verbose: True for a text with all costs and every change.
     """
 
+    project: Project
     wanted: set[str]
     verdicts: list[Verdict]
-    stale: list[str]
-    seconds: dict[str, float]
+    costs: dict[str, Cost]
+    ask: Ask
+    verbose: bool = False
+
+    @property
+    def stale(self) -> list[str]:
+        """Returns the wanted stages that are stale."""
+        return [v.stage for v in self.verdicts if v.state == "stale" and v.stage in self.wanted]
 
     @property
     def keys(self) -> dict[str, str]:
         """Returns the keys of the wanted stages, by stage."""
         return {verdict.stage: verdict.key for verdict in self.verdicts if verdict.stage in self.wanted}
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Returns what the stale stages are estimated to take, by stage."""
+        return {stage: cost.seconds for stage, cost in self.costs.items()}
 
-def agree(
+    def check(self) -> None:
+        """Raises UserError for a run above the budget, of days on a CPU, or with too little room on a disk."""
+        if lack := next(lacking(self.costs, self.ask, self.project.store), None):
+            raise UserError(f"{lack}; add --yes to go on all the same")
+        seconds, hours = elapsed(self.costs, self.ask), self.project.config.run.budget_hours
+        if seconds > hours * 3600:
+            raise UserError(
+                f"about {duration(seconds)} is above run.budget_hours {hours:g}; "
+                "add --yes to go on, or raise the budget"
+            )
+
+    def __repr__(self) -> str:
+        shown = [v for v in self.verdicts if v.stage in self.wanted]
+        return "\n".join(_plan_lines(self.project, shown, self.costs, self.ask, self.verbose))
+
+
+def plan_run(
     project: Project,
-    only: str | None,
-    until: str | None,
-    yes: bool,
+    only: str | None = None,
+    until: str | None = None,
     verbose: bool = False,
     machine_of: Callable[[RaySettings], Machine | None] = find_machine,
-) -> Agreed:
-    """Plans, prints the plan, and returns what is to be made.
+) -> RunPlan:
+    """Plans a run.
 
     Args:
         project: Project to plan.
         only: The one stage to make.
         until: The last stage to make.
-        yes: Goes on whatever it costs.
-        verbose: Prints what each stage takes, and every change.
+        verbose: True for a plan whose text has all costs and every change.
         machine_of: Function that finds the machine or cluster to run on, or None where it is not known here: nothing is
             estimated then, and the driver of the job, which knows its cluster, plans again.
 
     Raises:
-        UserError: ``until`` is given beside ``only``, or this lacks an input. Without ``yes``: it costs more than the
-            budget, a CPU would take more than a day for what a GPU can do, or a disk has too little room.
+        UserError: ``until`` is given beside ``only``, or this lacks an input.
     """
     if only and until:
         raise UserError("--only and --until exclude each other; leave one of them out")
@@ -138,20 +165,7 @@ def agree(
     seen = observe(project.store, project.config.project, project.graph, project.held_out) if stale else {}
     ask = Ask(project.config, project.graph, project.rows, project.held_out, seen)
     ask = replace(ask, machine=machine, looked=True) if machine else ask
-    costs = _costs(verdicts, wanted, ask) if machine else {}
-    _print_plan(project, [v for v in verdicts if v.stage in wanted], costs, ask, verbose)
-    if stale and not machine:
-        end = "" if yes else ", and ends at once if it is above the budget"
-        print(f"the job says how long that takes on its cluster{end}")
-    if not yes and (lack := next(lacking(costs, ask, project.store), None)):
-        raise UserError(f"{lack}; add --yes to go on all the same")
-    seconds = elapsed(costs, ask)
-    if seconds > project.config.run.budget_hours * 3600 and not yes:
-        raise UserError(
-            f"about {duration(seconds)} is above run.budget_hours {project.config.run.budget_hours:g}; "
-            "add --yes to go on, or raise the budget"
-        )
-    return Agreed(wanted, verdicts, stale, {stage: cost.seconds for stage, cost in costs.items()})
+    return RunPlan(project, wanted, verdicts, _costs(verdicts, wanted, ask) if machine else {}, ask, verbose)
 
 
 def _costs(verdicts: Sequence[Verdict], wanted: set[str], ask: Ask) -> dict[str, Cost]:
@@ -159,42 +173,39 @@ def _costs(verdicts: Sequence[Verdict], wanted: set[str], ask: Ask) -> dict[str,
     return {v.stage: estimate(v.stage, ask) for v in verdicts if v.state == "stale" and v.stage in wanted}
 
 
-def _print_plan(
+def _plan_lines(
     project: Project,
     verdicts: Sequence[Verdict],
     costs: Mapping[str, Cost],
     ask: Ask,
     verbose: bool,
-) -> None:
-    """Prints a line for each stage, the sum, and on what they run; all costs if ``verbose``."""
-    print(f"{project.config.project}: {_size(ask.rows, len(project.scan.shards))}, store {project.store.url}")
+) -> Iterator[str]:
+    """Yields a line for each stage, the sum, and on what they run; all costs if ``verbose``."""
+    yield f"{project.config.project}: {_size(ask.rows, len(project.scan.shards))}, store {project.store.url}"
     for verdict in verdicts:
         note = verdict.because if verbose else shorten(verdict.because, SHORT, placeholder=" ...")
         if cost := costs.get(verdict.stage):
             note += f", about {duration(cost.seconds)}{' (a guess)' if cost.basis == 'guess' else ''}"
-        print(f"  {verdict.stage:16}{verdict.state:8}{verdict.key[:12]}  {note}".rstrip())
+        yield f"  {verdict.stage:16}{verdict.state:8}{verdict.key[:12]}  {note}".rstrip()
     if not costs:
         return
     guessed = any(cost.basis == "guess" for cost in costs.values())
     total = duration(elapsed(costs, ask))
-    print(f"about {total} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}")
-    print(places(costs, ask))
-    for line in project.warnings(costs):
-        print(f"warning: {line}")
+    yield f"about {total} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}"
+    yield places(costs, ask)
+    yield from (f"warning: {line}" for line in project.warnings(costs))
     if verbose:
-        print()
-        _print_costs(costs, ask)
+        yield ""
+        yield from _cost_lines(costs, ask)
     else:
         longest = sorted(costs, key=lambda stage: -costs[stage].seconds)[:LONGEST]
         parts = ", ".join(f"{stage} {duration(costs[stage].seconds)}" for stage in longest)
-        print(f"most of it: {parts}; {size(sum(cost.disk for cost in costs.values()))} of disk; -v says more")
-        for line in second_prior(costs, ask):
-            print(line)
+        yield f"most of it: {parts}; {size(sum(cost.disk for cost in costs.values()))} of disk; -v says more"
+        yield from second_prior(costs, ask)
 
 
-def _print_costs(costs: Mapping[str, Cost], ask: Ask) -> None:
-    for line in (*cost_table(costs, elapsed(costs, ask), ask.config.run.prices), *remarks(costs, ask)):
-        print(line)
+def _cost_lines(costs: Mapping[str, Cost], ask: Ask) -> list[str]:
+    return [*cost_table(costs, elapsed(costs, ask), ask.config.run.prices), *remarks(costs, ask)]
 
 
 def _as_values(
@@ -225,11 +236,9 @@ def _size(rows: int, shards: int) -> str:
     return f"{counted(rows, 'pair')} in {counted(shards, 'shard')}"
 
 
-def print_changes(before: Sequence[Verdict], after: Sequence[Verdict]) -> None:
-    """Prints the verdicts that have changed."""
+def changes(before: Sequence[Verdict], after: Sequence[Verdict]) -> str:
+    """Returns a line for each verdict that has changed."""
     then = {v.stage: (v.key, v.state) for v in before}
     changed = [v for v in after if (v.key, v.state) != then[v.stage]]
-    for verdict in changed:
-        print(f"  {verdict.stage:16}{verdict.state:8}{verdict.key[:12]}  {verdict.because}".rstrip())
-    if not changed:
-        print("nothing becomes stale")
+    lines = (f"  {v.stage:16}{v.state:8}{v.key[:12]}  {v.because}".rstrip() for v in changed)
+    return "\n".join(lines) or "nothing becomes stale"

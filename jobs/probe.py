@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
@@ -45,8 +45,11 @@ TWICE = 2  # times as many, the second time
 MORE = 4  # times as many captions, the second time
 
 
-def probe(project: Project, path: str, overrides: Sequence[str]) -> Seen:
-    """Runs both and returns what was observed; stages that cannot be made of so few rows are missing."""
+def probe(project: Project, path: str, overrides: Sequence[str], tell: Callable[[str], None]) -> Seen:
+    """Runs both and returns what was observed; stages that cannot be made of so few rows are missing.
+
+    ``tell`` takes a line before each run and behind the last one.
+    """
     began = time.monotonic()
     found: Seen = {}
     trainings = [stage.name for stage in project.graph.values() if stage.kind == "training"]
@@ -57,14 +60,14 @@ def probe(project: Project, path: str, overrides: Sequence[str]) -> Seen:
             rows, cut = _write_list(project, folder / f"{number}.parquet", shards)
             samples = {stage: _samples(project.config, stage, found) for stage in trainings}
             again = number > 1
-            print(f"probe {number} of {len(SHARDS)}: {counted(rows, 'row')}, a few steps of each training", flush=True)
+            tell(f"probe {number} of {len(SHARDS)}: {counted(rows, 'row')}, a few steps of each training")
             ours = _amounts(project, folder, number, rows, cut, samples, again)
             if said := _run(path, [*overrides, *changes, *ours]):
-                print(f"  it ended early: {said}")
+                tell(f"  it ended early: {said}")
             store = open_store(str(folder / f"store-{number}"))
             for stage, seen in observe(store, project.config.project, project.graph, project.held_out).items():
                 found.setdefault(stage, []).extend(seen)
-    print(f"probed in {duration(time.monotonic() - began)}")
+    tell(f"probed in {duration(time.monotonic() - began)}")
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from jobs.bundles import remember_bundle
-from jobs.output import print_json
+from jobs.output import print_json, say, warn
 from jobs.project import Project, load_as_run, project_of
 from models.sampling_config import MODELS
 from pipeline.config import Config
@@ -93,7 +92,7 @@ class Asked:
             move = signed(self.name, self.releases, move, signer)
         move_release(self.store, self.name, self.releases, move)
         if signer is not None and not self.keys:
-            print(f'{self.name}: to have signatures checked, write release: {{keys: ["{public_line(signer)}"]}}')
+            say(f'{self.name}: to have signatures checked, write release: {{keys: ["{public_line(signer)}"]}}')
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -112,23 +111,22 @@ def _promote(asked: Asked, arguments: argparse.Namespace) -> int:
     key, current = made["bundle"].key, asked.releases.current
     again = current is not None and current.bundle == key
     if again and (signer is None or _holds(asked, made["bundle"], [public_line(signer)])):
-        print(f"{asked.name}: {key[:12]} is the release already")
+        say(f"{asked.name}: {key[:12]} is the release already")
         return 0
     failed, unknown = _judged(asked, made["evaluation"]) if current is not None and not again else ([], [])
     for line in (*failed, *(f"not judged: {line}" for line in unknown)):
-        print(f"  {line}")
+        say(f"  {line}")
     if failed and arguments.force is None:
-        print(
+        warn(
             f"error: {key[:12]} is not promoted, see above; unclip release diff {asked.path} shows all figures, "
-            "--force REASON promotes it all the same",
-            file=sys.stderr,
+            "--force REASON promotes it all the same"
         )
         return 1
     files, reason = files_of(made["bundle"]), arguments.force or ""
     move = Move("promote", key, made["evaluation"].key, time.time(), reason, tuple(failed), files)
     asked.move(move, signer)
     was = f", which was {current.bundle[:12]}" if current is not None else ""
-    print(f"{asked.name}: {key[:12]} is the release{was}")
+    say(f"{asked.name}: {key[:12]} is the release{was}")
     return 0
 
 
@@ -184,7 +182,7 @@ def _rollback(asked: Asked, arguments: argparse.Namespace) -> int:
         )
     move = Move("rollback", previous.bundle, previous.evaluation, time.time(), arguments.reason, (), previous.files)
     asked.move(move, signer)
-    print(f"{asked.name}: {previous.bundle[:12]} is the release again, which was {current.bundle[:12]}")
+    say(f"{asked.name}: {previous.bundle[:12]} is the release again, which was {current.bundle[:12]}")
     return 0
 
 
@@ -195,16 +193,16 @@ def _list(asked: Asked, arguments: argparse.Namespace) -> int:
         print_json({"project": asked.name, "release": release, "moves": asked.releases.moves})
         return 0
     if current is None:
-        print(f"{asked.name}: nothing has been released")
+        say(f"{asked.name}: nothing has been released")
         return 0
-    print(f"{asked.name}: {current.bundle} is the release")
+    say(f"{asked.name}: {current.bundle} is the release")
     for place, move in enumerate(asked.releases.moves):
         when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(move.at))
-        print(f"  {when} UTC  {move.action:9}{move.bundle[:12]}  {move.reason}".rstrip())
+        say(f"  {when} UTC  {move.action:9}{move.bundle[:12]}  {move.reason}".rstrip())
         for line in move.failed:
-            print(f"{'':22}in spite of: {line}")
+            say(f"{'':22}in spite of: {line}")
         if not asked.signed(place):
-            print(f"{'':22}not signed by one of release.keys")
+            say(f"{'':22}not signed by one of release.keys")
     return 0
 
 
@@ -223,13 +221,13 @@ def _diff(asked: Asked, arguments: argparse.Namespace) -> int:
         reason = None if found is not None else why
         print_json({"old": old.key, "new": new.key, **differs, "figures": figures, "not_compared": reason})
         return 0
-    print(f"{old.key[:12]} -> {new.key[:12]}")
+    say(f"{old.key[:12]} -> {new.key[:12]}")
     for title, lines in differs.items():
-        print(title)
-        print("\n".join(f"  {line}" for line in lines or ["the same"]))
-    print("figures on the same held-out rows: the difference, with its 95% interval")
+        say(title)
+        say("\n".join(f"  {line}" for line in lines or ["the same"]))
+    say("figures on the same held-out rows: the difference, with its 95% interval")
     if found is None:
-        print(f"  not compared: {why}")
+        say(f"  not compared: {why}")
     else:
         _print_changes(found)
     return 0
@@ -246,7 +244,7 @@ def _print_changes(found: Sequence[Change]) -> None:
     for change in found:
         said = difference(change.now, change.then, change.interval)
         values = f"{short(change.then):>9} -> {short(change.now):<9}"
-        print(f"  {f'{change.model} {change.name}':{width}} {values} {said:30} {change.verdict}".rstrip())
+        say(f"  {f'{change.model} {change.name}':{width}} {values} {said:30} {change.verdict}".rstrip())
 
 
 def _evaluate(asked: Asked, arguments: argparse.Namespace) -> int:
@@ -268,14 +266,14 @@ def _evaluate(asked: Asked, arguments: argparse.Namespace) -> int:
     if load_artifact(asked.store, stage.name, key) is None:
         with project.healing({"bundle": bundle}):
             stage.run(make_context(stage, key, inputs, asked.store, asked.config))
-    print(f"{asked.name}: the release {bundle.key[:12]} is measured on the rows of {asked.path}")
+    say(f"{asked.name}: the release {bundle.key[:12]} is measured on the rows of {asked.path}")
     return 0
 
 
 def _take(asked: Asked, arguments: argparse.Namespace) -> int:
     bundle = asked.find_release()
     remember_bundle(Path(arguments.folder), asked.store.url, bundle.key, files_of(bundle) if asked.keys else "")
-    print(f'{arguments.folder}: unclip sample --from {arguments.folder} "CAPTION" draws with {bundle.key[:12]}')
+    say(f'{arguments.folder}: unclip sample --from {arguments.folder} "CAPTION" draws with {bundle.key[:12]}')
     return 0
 
 
@@ -285,9 +283,9 @@ def _weights(asked: Asked, arguments: argparse.Namespace) -> int:
     for name in MODELS:
         blob = bundle.blobs.get(f"{name}/model.safetensors")
         if name == "ar_prior" and blob and bundle.inputs["codec"] != keys.get("codec"):
-            print(f"# not ar_prior: it speaks the codes of codec {bundle.inputs['codec'][:12]}, and yours is another")
+            say(f"# not ar_prior: it speaks the codes of codec {bundle.inputs['codec'][:12]}, and yours is another")
         elif blob:
-            print(f"{name}: {{init_from: {blob}}}")
+            say(f"{name}: {{init_from: {blob}}}")
     return 0
 
 

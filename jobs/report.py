@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.bundles import find_bundle
+from jobs.output import say, warn
 from jobs.project import Project, open_as_run
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
@@ -39,8 +39,8 @@ def main(arguments: argparse.Namespace) -> int:
     write_report(project.store, project.config, project.graph, artifacts, path, album=album, other=other)
     if unmet := sorted(set(arguments.license or ()) - album.met):
         known = f"its images have {', '.join(sorted(album.met))}" if album.met else "its images name none"
-        print(f"no image of the report has the licence {', '.join(unmet)}; {known}", file=sys.stderr)
-    print(f"report: {path}")
+        warn(f"no image of the report has the licence {', '.join(unmet)}; {known}")
+    say(f"report: {path}")
     return 0
 
 

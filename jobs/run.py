@@ -6,13 +6,14 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.bundles import remember_bundle
-from jobs.output import NO_EVENTS, Events, events_to
-from jobs.plan import Agreed, agree
+from jobs.output import events_to, say
+from jobs.plan import RunPlan, plan_run
 from jobs.project import Project, open_project, remember_config
 from pipeline.doctor.readiness import check_ready
 from pipeline.errors import CorruptObject, UserError
@@ -29,15 +30,79 @@ from pipeline.training.trackers import tell_result
 HEALINGS = 5  # damaged objects that one run makes again before it gives up
 
 
+@dataclass(frozen=True, repr=False)
+class StageDone:
+    """Tells of a stage that was made. As text it is the line that ``unclip run`` prints."""
+
+    stage: str
+    artifact: Artifact
+
+    def __repr__(self) -> str:
+        ledger = self.artifact.ledger
+        lost = (("rejected", ledger.rejected), ("deferred", ledger.deferred))
+        counts = [f"{counted(sum(reasons.values()), 'row')} {end}" for end, reasons in lost if reasons]
+        return ", ".join([f"{self.stage} done: {self.artifact.key[:12]}", *counts])
+
+
+Tell = Callable[[RunPlan | StageDone], None]
+
+
+@dataclass(frozen=True, repr=False)
+class RunResult:
+    """Holds what a run has made. As text it is the table that ``unclip run`` ends with.
+
+    Attributes:
+        plan: The plan that was followed.
+        artifacts: Artefacts of the wanted stages, by stage; none where nothing was stale.
+        seconds: Wall-clock time.
+    """
+
+    plan: RunPlan
+    artifacts: Mapping[str, Artifact]
+    seconds: float
+
+    def __repr__(self) -> str:
+        if not self.artifacts:
+            return "nothing to do"
+        lines = ["", f"{'stage':16}{'rows or samples':>18}{'rejected':>10}{'seconds':>9}  key"]
+        for name, artifact in self.artifacts.items():
+            amount = artifact.metrics.get("samples_seen", artifact.ledger.kept)
+            rejected = sum(artifact.ledger.rejected.values())
+            took = f"{artifact.times['seconds']:.1f}" if name in self.plan.stale else "-"
+            lines.append(f"{name:16}{amount:>18,}{rejected:>10,}{took:>9}  {artifact.key[:12]}")
+            for kind, counts in (("", artifact.ledger.rejected), (", deferred", artifact.ledger.deferred)):
+                lines += [f"{'':16}  {count:,} {reason}{kind}" for reason, count in sorted(counts.items())]
+            if cut := artifact.metrics.get("captions_cut"):
+                lines.append(f"{'':16}  {counted(cut, 'caption')} cut, for more tokens than CLIP reads")
+        lines += [f"{duration(self.seconds)} in all", ""]
+        if "evaluation" in self.artifacts:
+            lines += [as_text(self.artifacts["evaluation"].metrics["figures"]), ""]
+        return "\n".join(lines)
+
+
 def main(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     project = open_project(arguments.config, arguments.overrides)
-    asked = (project, arguments.only, arguments.until, arguments.yes, arguments.verbose)
+    asked = (project, arguments.only, arguments.until)
     if arguments.dry_run:
-        agree(*asked)
+        plan = plan_run(*asked, arguments.verbose)
+        say(plan)
+        if not arguments.yes:
+            plan.check()
         return 0
     with events_to(arguments.events) as events:
-        run(*asked, events)
+
+        def tell(event: RunPlan | StageDone) -> None:
+            say(event)
+            if isinstance(event, RunPlan):
+                events.tell("plan", project=project.config.project, stale=event.stale, keys=event.keys)
+            else:
+                made = event.artifact
+                events.tell("stage", stage=event.stage, key=made.key, rows=made.ledger, seconds=made.times["seconds"])
+
+        result = run(*asked, arguments.yes, arguments.verbose, tell)
+    say(result)
+    say(places(project, result.plan.wanted))
     return 0
 
 
@@ -47,32 +112,43 @@ def run(
     until: str | None = None,
     yes: bool = False,
     verbose: bool = False,
-    events: Events = NO_EVENTS,
-) -> None:
-    """Plans, asks above the budget, executes and reports, and tells it as events. Raises UserError."""
+    tell: Tell = lambda _: None,
+) -> RunResult:
+    """Makes what is stale, and what belongs into the output folder. Prints nothing but progress, on standard error.
+
+    Args:
+        project: Project to run.
+        only: The one stage to make.
+        until: The last stage to make.
+        yes: Goes on whatever it costs.
+        verbose: True for a plan whose text has all costs and every change.
+        tell: Function that is told the plan before anything is made, and then each stage.
+
+    Raises:
+        UserError: as plan_run and RunPlan.check do, and where a stage cannot be made.
+    """
     began = time.monotonic()
-    asked = agree(project, only, until, yes, verbose)
-    events.tell("plan", project=project.config.project, stale=asked.stale, keys=asked.keys)
-    if asked.stale:
-        check_ready(project.config, project.store, asked.stale)
-        check_conditions(project.store)
-        asked_for = project.store, project.config.project, project.graph, asked.verdicts
-        remember(*asked_for, None, project.journal.forgettings, asked.wanted, project.scan.segments)
-        remember_config(project.config)
-        _place_made(project, project.finished(asked.verdicts))
-        artifacts = _execute(project, asked, events)
-        _summary(artifacts, asked.stale, time.monotonic() - began)
-    else:
-        confirm(project, asked)
-    print_places(project, asked.wanted)
+    plan = plan_run(project, only, until, verbose)
+    tell(plan)
+    if not yes:
+        plan.check()
+    if not plan.stale:
+        confirm(plan)
+        return RunResult(plan, {}, time.monotonic() - began)
+    check_ready(project.config, project.store, plan.stale)
+    check_conditions(project.store)
+    asked_for = project.store, project.config.project, project.graph, plan.verdicts
+    remember(*asked_for, None, project.journal.forgettings, plan.wanted, project.scan.segments)
+    remember_config(project.config)
+    _place_made(project, project.finished(plan.verdicts))
+    return RunResult(plan, _execute(plan, tell), time.monotonic() - began)
 
 
-def _execute(project: Project, asked: Agreed, events: Events) -> dict[str, Artifact]:
+def _execute(plan: RunPlan, tell: Tell) -> dict[str, Artifact]:
+    project = plan.project
+
     def on_stage(stage: str, made: Artifact) -> None:
-        lost = {"rejected": made.ledger.rejected, "deferred": made.ledger.deferred}
-        counts = [f"{counted(sum(reasons.values()), 'row')} {end}" for end, reasons in lost.items() if reasons]
-        print(f"{stage} done: {made.key[:12]}" + "".join(f", {count}" for count in counts), flush=True)
-        events.tell("stage", stage=stage, key=made.key, rows=made.ledger, seconds=made.times["seconds"])
+        tell(StageDone(stage, made))
         _place(project, stage, made)
         node = project.graph[stage]
         if node.kind == "result":
@@ -87,8 +163,8 @@ def _execute(project: Project, asked: Agreed, events: Events) -> dict[str, Artif
 
     for _ in range(HEALINGS + 1):
         try:
-            told = project.store, project.config, asked.seconds, on_stage, report
-            return execute(project.graph, project.plan(), asked.wanted, *told)
+            told = project.store, project.config, plan.seconds, on_stage, report
+            return execute(project.graph, project.plan(), plan.wanted, *told)
         except CorruptObject as e:  # it is set aside already
             damage = e
     raise UserError(f"{damage}, after {HEALINGS} others in this run; check the disk or the bucket, then run again")
@@ -128,27 +204,20 @@ def bring(project: Project) -> None:
     write_report(project.store, project.config, project.graph, made, project.report)
 
 
-def confirm(project: Project, asked: Agreed) -> None:
-    """Says that nothing is stale, records that it is still asked for, and brings what the output folder has not."""
-    print("nothing to do")
+def confirm(plan: RunPlan) -> None:
+    """Records that what is made is still asked for, and brings what the output folder has not."""
+    project = plan.project
     remember_config(project.config)
+    asked_for = project.store, project.config.project, project.graph, plan.verdicts
     with suppress(UserError):  # somebody who may only read
-        remember_again(
-            project.store,
-            project.config.project,
-            project.graph,
-            asked.verdicts,
-            project.journal.forgettings,
-            asked.wanted,
-            project.scan.segments,
-        )
-    if not _shows(project, asked):
+        remember_again(*asked_for, project.journal.forgettings, plan.wanted, project.scan.segments)
+    if not _shows(plan):
         bring(project)
 
 
-def _shows(project: Project, asked: Agreed) -> bool:
+def _shows(plan: RunPlan) -> bool:
     """Returns whether the output folder has what a plan without a stale stage says: not another configuration's."""
-    made = {verdict.stage: verdict.key for verdict in asked.verdicts if verdict.state != "stale"}
+    project, made = plan.project, {verdict.stage: verdict.key for verdict in plan.verdicts if verdict.state != "stale"}
     try:
         told = json.loads(project.report.with_suffix(".json").read_text())["stages"]
         bundle = json.loads((project.report.parent / "bundle.json").read_text())["bundle"] if "bundle" in made else None
@@ -163,25 +232,7 @@ def _shows(project: Project, asked: Agreed) -> bool:
         return False
 
 
-def _summary(artifacts: Mapping[str, Artifact], made: Sequence[str], seconds: float) -> None:
-    print(f"\n{'stage':16}{'rows or samples':>18}{'rejected':>10}{'seconds':>9}  key")
-    for name, artifact in artifacts.items():
-        amount = artifact.metrics.get("samples_seen", artifact.ledger.kept)
-        rejected = sum(artifact.ledger.rejected.values())
-        took = f"{artifact.times['seconds']:.1f}" if name in made else "-"
-        print(f"{name:16}{amount:>18,}{rejected:>10,}{took:>9}  {artifact.key[:12]}")
-        for kind, counts in (("", artifact.ledger.rejected), (", deferred", artifact.ledger.deferred)):
-            for reason, count in sorted(counts.items()):
-                print(f"{'':16}  {count:,} {reason}{kind}")
-        if cut := artifact.metrics.get("captions_cut"):
-            print(f"{'':16}  {counted(cut, 'caption')} cut, for more tokens than CLIP reads")
-    print(f"{duration(seconds)} in all\n")
-    if "evaluation" in artifacts:
-        print(as_text(artifacts["evaluation"].metrics["figures"]) + "\n")
-
-
-def print_places(project: Project, wanted: set[str]) -> None:
-    """Prints where report and images are."""
-    print(f"report: {project.report}")
-    if "samples" in wanted:
-        print(f"images: {Path(project.config.run.output) / 'samples'}")
+def places(project: Project, wanted: set[str]) -> str:
+    """Returns where report and images are."""
+    images = [f"images: {Path(project.config.run.output) / 'samples'}"] if "samples" in wanted else []
+    return "\n".join([f"report: {project.report}", *images])

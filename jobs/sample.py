@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from jobs.bundles import find_bundle
+from jobs.output import say
 from models.sampling_config import SamplingConfig
 from pipeline.errors import UserError
 from pipeline.parse import parse, read_value
@@ -37,7 +38,7 @@ def main(arguments: argparse.Namespace) -> int:
             request = {"caption": caption, "settings": sample.settings, "bundle": bundle.name}
             path = to / f"{file_name(caption, request, sample.seed)}.png"
             path.write_bytes(sample.image)
-            print(path)
+            say(path)
     return 0
 
 

@@ -18,6 +18,7 @@ from cluster.package import Package, code
 from cluster.rayservice import PORT, render_service
 from cluster.submission import KUBERAY, attach_or_submit, check_reach, stop
 from jobs.bundles import RELEASE, find_bundle
+from jobs.output import say
 from jobs.submit import follow
 from pipeline.config import load_config
 from pipeline.errors import UserError, install
@@ -42,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
     if find_spec("multipart") is None and find_spec("python_multipart") is None:
         raise UserError(f"unclip serve needs more packages: {install('serve')}")
     if arguments.to == KUBERAY:
-        print(_rayservice(arguments.bundle, settings), end="")
+        say(_rayservice(arguments.bundle, settings), end="")
         return 0
     if arguments.to:
         check_answers(arguments.to)
@@ -63,7 +64,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     from serve.app import hold
 
-    hold(served, settings, tokens, listening)
+    hold(served, settings, tokens, listening, say)
     return 0
 
 
@@ -131,7 +132,7 @@ def _submit(served: Served, settings: ServeSettings, tokens: Mapping[str, str], 
     store = open_store(served.store or served.folder)
     check_reach(store, job.environment, to)
     cluster = Cluster(to)
-    return follow(cluster, attach_or_submit(cluster, store, job, package, ABOUT))
+    return follow(cluster, attach_or_submit(cluster, store, job, package, ABOUT, say))
 
 
 def _stop(to: str | None) -> int:
@@ -140,5 +141,5 @@ def _stop(to: str | None) -> int:
             "--stop ends what --to http://HEAD:8265 began; kubectl delete rayservice NAME ends a RayService"
         )
     ended = stop(Cluster(to), ABOUT)
-    print("\n".join(f"{seen.id} was stopped" for seen in ended) or f"no unclip serve runs at {to}")
+    say("\n".join(f"{seen.id} was stopped" for seen in ended) or f"no unclip serve runs at {to}")
     return 0

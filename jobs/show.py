@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from jobs.output import print_json
+from jobs.output import print_json, say
 from pipeline.config import Config, load_config
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import StageKey
@@ -38,11 +38,11 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print_json(_lineage_values(behind))
         else:
-            print(show_lineage(behind, _defaults(behind.artifact.stage), time.time()))
+            say(show_lineage(behind, _defaults(behind.artifact.stage), time.time()))
     elif arguments.json:
         print_json(_overview_values(overview(store, project)))
     else:
-        print(show_overview(overview(store, project), time.time()))
+        say(show_overview(overview(store, project), time.time()))
     return 0
 
 

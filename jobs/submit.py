@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +15,10 @@ from cluster.pods import pod, settled
 from cluster.rayjob import render
 from cluster.submission import KUBERAY, LOCAL, attach_or_submit, check_reach, put_package, running, started, stop
 from jobs.interrupt import exit_code
-from jobs.plan import Agreed, agree
+from jobs.output import say, warn
+from jobs.plan import RunPlan, plan_run
 from jobs.project import Project, open_project, remember_config
-from jobs.run import bring, confirm, print_places
+from jobs.run import bring, confirm, places
 from pipeline.config import Config, load_config
 from pipeline.data.source.journal import read_journal
 from pipeline.errors import UserError
@@ -39,20 +38,25 @@ def main(arguments: argparse.Namespace) -> int:
     project = open_project(arguments.config, arguments.overrides)
     _check_place(project, arguments.to)
     only, until, yes = arguments.only, arguments.until, arguments.yes
-    with (
-        redirect_stdout(sys.stderr) if arguments.to == KUBERAY else nullcontext()
-    ):  # standard output holds the RayJob alone
-        asked = agree(project, only, until, yes, arguments.verbose, partial(_machine, project, arguments.to))
-        if not asked.stale:
-            confirm(project, asked)
-            print_places(project, asked.wanted)
-            return 0
-    remember_config(project.config)
-    job = make_job(project.config, project.store.url, asked.keys, os.environ, only, until, yes)
-    if arguments.to == KUBERAY:
-        print(_rayjob(project, asked, job), end="")
+    tell = warn if arguments.to == KUBERAY else say  # standard output holds the RayJob alone
+    plan = plan_run(project, only, until, arguments.verbose, partial(_machine, project, arguments.to))
+    tell(plan)
+    if plan.stale and not plan.costs:
+        end = "" if yes else ", and ends at once if it is above the budget"
+        tell(f"the job says how long that takes on its cluster{end}")
+    if not yes:
+        plan.check()
+    if not plan.stale:
+        tell("nothing to do")
+        confirm(plan)
+        tell(places(project, plan.wanted))
         return 0
-    return _run(project, asked, job, arguments.to, arguments.detach)
+    remember_config(project.config)
+    job = make_job(project.config, project.store.url, plan.keys, os.environ, only, until, yes)
+    if arguments.to == KUBERAY:
+        say(_rayjob(plan, job), end="")
+        return 0
+    return _run(plan, job, arguments.to, arguments.detach)
 
 
 def _check_place(project: Project, to: str) -> None:
@@ -74,45 +78,47 @@ def _machine(project: Project, to: str, ray: RaySettings) -> Machine | None:
     return pod(project.config.run.kubernetes) if to == KUBERAY else None  # else the job says it
 
 
-def _run(project: Project, asked: Agreed, job: Job, to: str, detach: bool) -> int:
+def _run(plan: RunPlan, job: Job, to: str, detach: bool) -> int:
     """Attaches to the job or submits it, follows it to its end unless ``detach``, and brings what it has made."""
-    here = to == LOCAL
+    project, here = plan.project, to == LOCAL
     package = _package(project, here)
     with running(to, _folder(project.config)) as found:
+        if not found:
+            say("starting a cluster of two nodes on this machine")
         cluster = found or started(_folder(project.config), project.config.run.ray)
-        submission_id = attach_or_submit(cluster, project.store, job, package, _about(project.config))
+        submission_id = attach_or_submit(cluster, project.store, job, package, _about(project.config), say)
     if detach:
-        print(f"{submission_id} runs there: the same command without --detach follows it, --stop stops it")
+        say(f"{submission_id} runs there: the same command without --detach follows it, --stop stops it")
         return 0
     if (code := follow(cluster, submission_id)) == 0:
         bring(project)
-        print_places(project, asked.wanted)
+        say(places(project, plan.wanted))
     return code
 
 
-def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
+def _rayjob(plan: RunPlan, job: Job) -> str:
     """Returns the RayJob, after its package is stored."""
-    run = settled(project.config, asked.stale)  # pods come when a stage asks for them
-    project = replace(project, config=replace(project.config, run=run))
-    render(job, "", run, asked.stale)  # raises for wrong settings before anything is sent
+    run = settled(plan.project.config, plan.stale)  # pods come when a stage asks for them
+    project = replace(plan.project, config=replace(plan.project.config, run=run))
+    render(job, "", run, plan.stale)  # raises for wrong settings before anything is sent
     path = put_package(project.store, _package(project))
-    asked_for = project.store, project.config.project, project.graph, asked.verdicts
-    remember(*asked_for, path, project.journal.forgettings, asked.wanted, project.scan.segments)
-    return render(job, f"{project.store.url}/{path}", run, asked.stale)
+    asked_for = project.store, project.config.project, project.graph, plan.verdicts
+    remember(*asked_for, path, project.journal.forgettings, plan.wanted, project.scan.segments)
+    return render(job, f"{project.store.url}/{path}", run, plan.stale)
 
 
 def follow(cluster: Cluster, submission_id: str) -> int:
     """Prints what a job says until it ends, and returns its exit code; Ctrl-C leaves it running."""
     try:
-        end = cluster.follow(submission_id, lambda text: print(text, end="", flush=True))
+        end = cluster.follow(submission_id, partial(say, end=""))
     except KeyboardInterrupt as e:
-        print(f"\n{submission_id} goes on: the same command attaches to it, --stop stops it", file=sys.stderr)
+        warn(f"\n{submission_id} goes on: the same command attaches to it, --stop stops it")
         return exit_code(e)
     if end.status == "SUCCEEDED":
         return 0
     why = f"exit code {end.exit_code}" if end.code is not None else (end.message.splitlines() or ["no reason given"])[0]
     ended = "was stopped" if end.status == "STOPPED" else f"failed ({why})"
-    print(f"{submission_id} {ended}; submit it again to go on where it was", file=sys.stderr)
+    warn(f"{submission_id} {ended}; submit it again to go on where it was")
     return end.exit_code
 
 
@@ -129,9 +135,9 @@ def _stop(config: Config, to: str) -> int:
     with running(to, _folder(config)) as cluster:
         ended = stop(cluster, _about(config)) if cluster else []
     for seen in ended:
-        print(f"{seen.id} was stopped ({seen.status.lower()}); what it has made stays made")
+        say(f"{seen.id} was stopped ({seen.status.lower()}); what it has made stays made")
     if not ended:
-        print(f"nothing of {config.project} runs there")
+        say(f"nothing of {config.project} runs there")
     return 0
 
 

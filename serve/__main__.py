@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -20,7 +21,7 @@ if __name__ == "__main__":
     with printable_streams():
         try:
             settings = parse(ServeSettings, values["settings"], "serve")
-            hold(Served(**values["served"]), settings, values["tokens"], listen(settings))
+            hold(Served(**values["served"]), settings, values["tokens"], listen(settings), partial(print, flush=True))
         except UserError as e:
             print(f"unclip: {e}", file=sys.stderr)
             sys.exit(1)

@@ -6,8 +6,7 @@ import asyncio
 import logging
 import os
 import socket
-import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -70,7 +69,7 @@ class LocalReplica:
     async def kill(self) -> None:
         """Ends this process: a thread that hangs in a driver cannot be ended alone."""
         await asyncio.sleep(CLOSING_S)  # for the errors of requests that wait
-        print("error: serve: drawing hangs, and this process ends; start it again", file=sys.stderr, flush=True)
+        log.error("serve: drawing hangs, and this process ends; start it again")
         os._exit(1)
 
 
@@ -105,13 +104,19 @@ class Service:
         self.api = make_api(self.gateway, tokens, self.metrics.text)
 
 
-def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str], listening: socket.socket) -> None:
-    """Serves at a socket until this process is told to end, and says where as soon as an image could be drawn.
+def hold(
+    served: Served,
+    settings: ServeSettings,
+    tokens: Mapping[str, str],
+    listening: socket.socket,
+    tell: Callable[[str], None],
+) -> None:
+    """Serves at a socket until this process is told to end, and tells where as soon as an image could be drawn.
 
     What it started ends with it, and nothing else on its cluster; requests that were accepted are answered first.
     Raises UserError where the bundle cannot be loaded.
     """
-    print(f"loading {served.name} ...", flush=True)
+    tell(f"loading {served.name} ...")
     settings = replace(settings, port=listening.getsockname()[1])
     here, gpu = one_process(settings), None
     asked = settings.replicas
@@ -124,7 +129,7 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str], lis
         settings = here
     # All that are there already; those that a cluster may have to add come when they are needed.
     first = max(1, settings.idle_replicas) if asked else settings.replicas
-    asyncio.run(_hold(Service(served, settings, tokens, gpu), settings, first, listening))
+    asyncio.run(_hold(Service(served, settings, tokens, gpu), settings, first, listening, tell))
 
 
 def one_process(settings: ServeSettings) -> ServeSettings | None:
@@ -140,14 +145,16 @@ def one_process(settings: ServeSettings) -> ServeSettings | None:
     return None if gpus > 1 and not settings.replicas else replace(settings, replicas=1)
 
 
-async def _hold(service: Service, settings: ServeSettings, first: int, listening: socket.socket) -> None:
+async def _hold(
+    service: Service, settings: ServeSettings, first: int, listening: socket.socket, tell: Callable[[str], None]
+) -> None:
     await service.pool.open(first)
     host = named(settings.host)
     url = f"http://{host}:{settings.port}"
-    print(f"the studio is at {url}/, the API at {url}/v1", flush=True)
+    tell(f"the studio is at {url}/, the API at {url}/v1")
     if os.environ.get("RAY_ADDRESS"):
         to_here = f"{settings.port}:{host}:{settings.port}"
-        print(f"on the cluster's head, that is: ssh -L {to_here} HEAD brings it here", flush=True)
+        tell(f"on the cluster's head, that is: ssh -L {to_here} HEAD brings it here")
     traffic = service.gateway.traffic
     server = Server(service.api, traffic.drain, lambda: traffic.open, service.queue.cut, settings.drain_s)
     try:

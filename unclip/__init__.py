@@ -7,12 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jobs.plan import RunPlan as RunPlan
+    from jobs.run import RunResult as RunResult
+    from jobs.run import StageDone as StageDone
     from pipeline.errors import UserError as UserError
     from unclip.artifact import Artifact as Artifact
     from unclip.model import Model as Model
     from unclip.model import load as load
     from unclip.pairs import Pairs as Pairs
-    from unclip.project import Plan as Plan
     from unclip.project import Project as Project
     from unclip.project import open as open
     from unclip.training import train as train
@@ -23,8 +25,10 @@ _PLACES = {
     "Artifact": "unclip.artifact",
     "Model": "unclip.model",
     "Pairs": "unclip.pairs",
-    "Plan": "unclip.project",
     "Project": "unclip.project",
+    "RunPlan": "jobs.plan",
+    "RunResult": "jobs.run",
+    "StageDone": "jobs.run",
     "UserError": "pipeline.errors",
     "load": "unclip.model",
     "open": "unclip.project",

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import run as command
 from jobs.bundles import Bundle
+from jobs.plan import RunPlan, plan_run
 from jobs.project import Project as Opened
 from jobs.project import last_run_differs, open_project
+from jobs.run import RunResult, Tell, run
 from pipeline.data.curation.reading import PairReader
-from pipeline.graph.plan import Verdict
 from pipeline.graph.stages import Stage
 from unclip.artifact import Artifact
 from unclip.pairs import Pairs
 
 if TYPE_CHECKING:
     from unclip.model import Model
-
-
-class Plan(tuple[Verdict, ...]):
-    """Holds a verdict a stage, in order: its name, key, state ("fresh", "pinned" or "stale") and why."""
-
-    @property
-    def stale(self) -> list[str]:
-        """Returns the stages that a run would make."""
-        return [verdict.stage for verdict in self if verdict.state == "stale"]
-
-    def __repr__(self) -> str:
-        return "\n".join(f"{v.stage:16}{v.state:8}{v.key[:12]}  {v.because}".rstrip() for v in self)
 
 
 def open(source: str | Path | Mapping[str, Any], *overrides: str, stages: Iterable[Stage] = ()) -> Project:
@@ -80,25 +66,23 @@ class Project:
         """Returns the file of the report, which every run writes."""
         return self._opened.report
 
-    def plan(self) -> Plan:
-        """Returns what is fresh, and what is stale and why."""
-        return Plan(self._opened.plan())
+    def plan(self, until: str | None = None, only: str | None = None) -> RunPlan:
+        """Returns what a run would make, why, and what it would take; see ``run`` for the arguments."""
+        return plan_run(self._opened, only, until)
 
-    def run(self, until: str | None = None, only: str | None = None, yes: bool = False, quiet: bool = False) -> Project:
-        """Makes what is stale, as ``unclip run`` does, and returns itself. Called again, it goes on.
+    def run(
+        self, until: str | None = None, only: str | None = None, yes: bool = False, tell: Tell = lambda _: None
+    ) -> RunResult:
+        """Makes what is stale, as ``unclip run`` does. Called again, it goes on. Prints progress alone, on stderr.
 
         Args:
             until: The last stage to make, with all that it needs; by default everything.
             only: The one stage to make; what it needs has to be there.
             yes: Go on above ``run.budget_hours``, and without a GPU.
-            quiet: Print neither plan nor summary; progress is shown all the same.
+            tell: Function that is told the plan, and then each stage that is made; ``print`` prints what
+                ``unclip run`` does.
         """
-        with contextlib.ExitStack() as stack:
-            if quiet:
-                nowhere = stack.enter_context(Path(os.devnull).open("w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-            command.run(self._opened, only, until, yes)
-        return self
+        return run(self._opened, only, until, yes, tell=tell)
 
     def artifact(self, stage: str) -> Artifact:
         """Returns what a stage has made of the current list and configuration."""
@@ -125,6 +109,6 @@ class Project:
         return load(Bundle(self.report.parent, made.key, made.blobs, self._opened.store).folder, device)
 
     def __repr__(self) -> str:
-        verdicts = self.plan()
-        made = len(verdicts) - len(verdicts.stale)
-        return f"unclip.Project {self.name}: {made} of {len(verdicts)} stages made, store {self._opened.store.url}"
+        states = [verdict.state for verdict in self._opened.plan()]
+        made = len(states) - states.count("stale")
+        return f"unclip.Project {self.name}: {made} of {len(states)} stages made, store {self._opened.store.url}"

@@ -11,7 +11,7 @@ from cluster.client import Seen
 from cluster.job import Job, make_job, number_of
 from cluster.package import Package
 from cluster.submission import attach_or_submit
-from jobs.plan import agree
+from jobs.plan import plan_run
 from jobs.project import Project, open_project
 from pipeline.errors import UserError
 from tests.chain import done, here, write_config, write_list
@@ -45,22 +45,25 @@ def project(tmp_path: Path) -> Project:
 
 
 def _job(project: Project) -> Job:
-    asked = agree(project, None, "pairs", yes=False)
+    asked = plan_run(project, until="pairs")
     return make_job(project.config, project.store.url, asked.keys, {}, until="pairs")
 
 
 def _submit(cluster: FakeCluster, project: Project, package: Package) -> str:
-    return attach_or_submit(cluster, project.store, _job(project), package, {})  # type: ignore[arg-type]
+    return attach_or_submit(cluster, project.store, _job(project), package, {}, print)  # type: ignore[arg-type]
 
 
-def test_twice_is_once_until_it_has_ended(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_twice_is_once_until_it_has_ended(
+    project: Project, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     cluster, package = FakeCluster(), Package({"a": b"1"})
     first = _submit(cluster, project, package)
     assert _submit(cluster, project, package) == first
     assert "runs already" in capsys.readouterr().out
     assert len(cluster.seen) == 1
     assert _submit(cluster, project, Package({"a": b"2"})) == first
-    assert "its code or run settings differ from yours" in capsys.readouterr().err
+    assert "its code or run settings differ from yours" in caplog.text
+    assert "runs already" in capsys.readouterr().out
     ids = []
     for status in ("FAILED", "STOPPED", "FAILED"):
         cluster.end(status)
@@ -69,18 +72,16 @@ def test_twice_is_once_until_it_has_ended(project: Project, capsys: pytest.Captu
     assert ids == [f"{first}-2", f"{first}-3", f"{first}-4"]
 
 
-def test_a_budget_is_not_judged_by_a_machine_that_is_not_the_clusters(
-    project: Project, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_budget_is_not_judged_by_a_machine_that_is_not_the_clusters(project: Project) -> None:
     poor = dataclasses.replace(project.config, run=dataclasses.replace(project.config.run, budget_hours=1e-9))
     project = dataclasses.replace(project, config=poor)
+    here, there = (plan_run(project, until="pairs", **known) for known in ({}, {"machine_of": lambda _: None}))
+    assert "in all" in str(here)
     with pytest.raises(UserError, match=r"above run\.budget_hours"):
-        agree(project, None, "pairs", yes=False)
-    assert "in all" in capsys.readouterr().out
-    assert "pairs" in agree(project, None, "pairs", yes=False, machine_of=lambda _: None).stale
-    said = capsys.readouterr().out
-    assert "in all" not in said
-    assert "the job says how long that takes on its cluster" in said
+        here.check()
+    assert "pairs" in there.stale
+    assert "in all" not in str(there)
+    there.check()
 
 
 def test_run_settings_do_not_change_what_is_asked(project: Project) -> None:

@@ -210,12 +210,14 @@ def test_a_model_is_shown_moved_saved_and_given_another_part(model: unclip.Model
 def test_a_project_is_planned_and_run(project: unclip.Project, capsys: pytest.CaptureFixture[str]) -> None:
     plan = project.plan()
     assert {"ar_prior", "decoder", "bundle"} <= set(plan.stale)
-    assert {v.state for v in plan if v.stage in ("pairs", "curation")} == {"fresh"}
-    assert len(repr(plan).splitlines()) == len(plan) == len(project.stages)
+    assert {v.state for v in plan.verdicts if v.stage in ("pairs", "curation")} == {"fresh"}
+    assert len(plan.verdicts) == len(project.stages)
+    assert [line.split()[0] for line in repr(plan).splitlines()[1 : 1 + len(project.stages)]] == project.stages
     assert len(repr(project).splitlines()) == 1
-    assert project.run(until="codec") is project
-    assert "nothing to do" in capsys.readouterr().out
-    project.run(until="codec", quiet=True)
+    told: list[object] = []
+    result = project.run(until="codec", tell=told.append)
+    assert [type(event) for event in told] == [unclip.RunPlan]
+    assert (result.plan.stale, result.artifacts, str(result)) == ([], {}, "nothing to do")
     assert capsys.readouterr().out == ""
     refuses({lambda: project.artifact("decoder"): "unclip run makes them"})
 
@@ -224,8 +226,8 @@ def test_values_open_as_their_file_does(undisturbed: Undisturbed, tmp_path: Path
     path = undisturbed.config(tmp_path)
     values = yaml.safe_load(path.read_text())
     of_file, of_values = (unclip.open(source, "decoder.seed=1").plan() for source in (path, values))
-    assert of_file == of_values
-    assert of_file != unclip.open(path).plan()
+    assert of_file.verdicts == of_values.verdicts
+    assert of_file.verdicts != unclip.open(path).plan().verdicts
     refuses({lambda: unclip.open(values, "decodr.seed=1"): "did you mean decoder"})
 
 
@@ -300,7 +302,7 @@ def test_a_model_trained_on_tensors_is_that_of_the_pipeline(undisturbed: Undistu
     copy(undisturbed.data, tmp_path)
     few = ("source.shard_rows=1000", "diffusion_prior.samples=128", "run.diffusion_prior.threads=1")
     project = unclip.open(undisturbed.config(tmp_path), *few)
-    project.run(until="diffusion_prior", quiet=True)
+    project.run(until="diffusion_prior")
     artifact = project.artifact("diffusion_prior")
     data = project.pairs("train", embeddings=True).tensors()
     tower = project.artifact("clip").model()

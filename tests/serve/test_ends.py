@@ -166,7 +166,7 @@ def test_a_process_whose_drawing_hangs_tells_its_clients_and_ends(bundle: Path) 
                 assert_an_error_of_openais(answer.result())
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
-        assert "error: serve: drawing hangs, and this process ends; start it again" in errors
+        assert "ERROR serve: drawing hangs, and this process ends; start it again" in errors
         assert "Traceback" not in errors
 
 
