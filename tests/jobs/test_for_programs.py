@@ -70,8 +70,8 @@ def test_a_run_that_fails_says_so_in_its_events(config: Path, tmp_path: Path) ->
     events = tmp_path / "events.jsonl"
     process = here("run", config, "run.budget_hours=0.000001", "--events", events)
     assert process.returncode == 2
-    (last,) = [json.loads(line) for line in events.read_text().splitlines()]
-    assert last["event"] == "failed"
+    told, last = [json.loads(line) for line in events.read_text().splitlines()]
+    assert (told["event"], last["event"]) == ("plan", "failed")
     assert process.stderr.strip() == f"error: {last['error']}"
 
 
