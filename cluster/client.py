@@ -45,7 +45,7 @@ SAY_ADDRESS = f"start it, or correct the address: that of its dashboard, whose p
 
 
 @dataclass(frozen=True)
-class Seen:
+class JobInfo:
     """A job as the cluster knows it, with the exit code of its driver once it has ended."""
 
     id: str
@@ -83,14 +83,14 @@ class Cluster:
         headers = {"Authorization": f"Bearer {token}"} if token else None
         self._client: Any = self._ask(lambda: JobSubmissionClient(self.address, headers=headers))
 
-    def jobs(self) -> list[Seen]:
+    def jobs(self) -> list[JobInfo]:
         """Returns all jobs that were submitted to it, in any order."""
         return [_seen(found) for found in self._ask(self._client.list_jobs) if found.submission_id]
 
-    def job(self, submission_id: str) -> Seen:
+    def job(self, submission_id: str) -> JobInfo:
         return _seen(self._ask(lambda: self._client.get_job_info(submission_id)))
 
-    def attempts(self, job: Job) -> list[Seen]:
+    def attempts(self, job: Job) -> list[JobInfo]:
         """Returns every submission of a job, in order."""
         found = {number: seen for seen in self.jobs() if (number := number_of(job.id, seen.id)) is not None}
         return [found[number] for number in sorted(found)]
@@ -119,14 +119,14 @@ class Cluster:
                     raise UserError(f"{self.address} does not take the job: {_last_line(e)}") from e
                 time.sleep(POLL_S)
 
-    def stop(self, submission_id: str) -> Seen:
+    def stop(self, submission_id: str) -> JobInfo:
         """Stops a job and waits for its end."""
         self._ask(lambda: self._client.stop_job(submission_id))
         while (seen := self.job(submission_id)).live:
             time.sleep(POLL_S)
         return seen
 
-    def follow(self, submission_id: str, write: Callable[[str], object]) -> Seen:
+    def follow(self, submission_id: str, write: Callable[[str], object]) -> JobInfo:
         """Writes the job's output from its beginning as it comes, and returns its end.
 
         A connection that breaks off is made again. Raises UserError if the cluster does not answer for LOST_S seconds.
@@ -193,9 +193,9 @@ class Cluster:
             raise UserError(f"{self.address}: {_last_line(e)}") from e
 
 
-def _seen(found: Any) -> Seen:
+def _seen(found: Any) -> JobInfo:
     status = str(found.status.value if hasattr(found.status, "value") else found.status)
-    return Seen(found.submission_id, status, found.message or "", found.driver_exit_code, found.metadata or {})
+    return JobInfo(found.submission_id, status, found.message or "", found.driver_exit_code, found.metadata or {})
 
 
 def normal(address: str) -> str:

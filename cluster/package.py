@@ -29,7 +29,7 @@ from pipeline.data.source.rows import ROWS_SUFFIX, ListRow, write_rows
 from pipeline.data.source.tables import table_kind
 from pipeline.doctor.clip_weights import named_weights
 from pipeline.errors import UserError
-from pipeline.local import Reach
+from pipeline.local import PathPolicy
 from pipeline.parse import ContentFile
 from pipeline.store import Store
 from pipeline.store.content import put_content
@@ -107,7 +107,7 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
     values = plain_values(config, place)
     values["store"] = store_url
     values["run"]["output"] = output
-    values["source"]["roots"] = Reach.of((), config.source.roots).named
+    values["source"]["roots"] = PathPolicy.of((), config.source.roots).named
     paths = values["source"]["paths"]
     for i, path in enumerate(paths):
         if path.startswith("drawings:") or is_remote(path):

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config import Config, Run
 from pipeline.errors import UserError
-from pipeline.graph.resources import Machine, Share, team_of
+from pipeline.graph.resources import Machine, Resources, team_of
 from pipeline.settings import EmbeddingsSettings, KubernetesSettings, ShardSettings, TrainingSettings
 
 # Of a pod's memory, for Ray's object store; the rest is for workers. Decoded images pass through it on their way to the
@@ -60,7 +60,7 @@ def settled(config: Config, stages: Collection[str]) -> Run:
             if taken or (not team.worker.gpus and not in_driver_on_gpu):
                 numbers |= {name: of for name, of in (("gpus", 0.0), ("device", "cpu")) if hasattr(settings, name)}
             changed[stage] = replace(settings, **numbers)
-    # Of a queue come all pods at once, else pods come when a stage asks for them.
+    # A Kueue queue admits all pods at once; without one the autoscaler adds them when a stage needs them.
     ray = replace(config.run.ray, autoscaler=not config.run.kubernetes.queue)
     return replace(config.run, ray=ray, **changed)
 
@@ -110,7 +110,7 @@ def groups(run: Run, stages: Collection[str]) -> list[Group]:
     return found
 
 
-def demands(run: Run, stages: Collection[str]) -> Iterator[tuple[str, int, Share]]:
+def demands(run: Run, stages: Collection[str]) -> Iterator[tuple[str, int, Resources]]:
     """Yields stage, number of workers and what each of them takes; nothing of stages that run in the driver.
 
     Raises:
@@ -148,7 +148,7 @@ def _refuses(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     )
 
 
-def _workers_of_a_pod(stage: str, share: Share, group: Group) -> int:
+def _workers_of_a_pod(stage: str, share: Resources, group: Group) -> int:
     """Returns how many workers fit into a pod. Raises UserError for none: the autoscaler would wait for ever."""
     cpus, memory_gb = ("gpu_cpus", "gpu_memory_gb") if share.gpus else ("cpus", "memory_gb")
     room_mb = group.memory_gb * 1024 - object_store_mb(group.memory_gb, group.object_store)

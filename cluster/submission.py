@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cluster.client import Cluster, Seen, check_answers, normal
+from cluster.client import Cluster, JobInfo, check_answers, normal
 from cluster.job import Job, number_of
 from cluster.local import find, locked, start
 from cluster.package import Package, package_path, send_weights, write_zip
@@ -107,6 +107,6 @@ def _zipped(store: Store, package: Package) -> Iterator[Path]:
         yield write_zip(package, Path(folder) / "package.zip")
 
 
-def stop(cluster: Cluster, about: Mapping[str, str]) -> list[Seen]:
+def stop(cluster: Cluster, about: Mapping[str, str]) -> list[JobInfo]:
     """Stops every live job with this metadata; returns them as they ended."""
     return [cluster.stop(seen.id) for seen in cluster.jobs() if seen.live and seen.metadata.items() >= about.items()]

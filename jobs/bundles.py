@@ -17,7 +17,7 @@ from pipeline.graph.artifacts import Artifact, ancestors, load_artifact
 from pipeline.graph.execute import heal
 from pipeline.graph.pointer import read_releases
 from pipeline.ledger import Ledger
-from pipeline.local import Reach, open_local, read_local
+from pipeline.local import PathPolicy, open_local, read_local
 from pipeline.release.signing import files_of, find_release
 from pipeline.store import Store, local_folder, open_store
 from pipeline.store.names import is_digest, is_part
@@ -161,7 +161,7 @@ def _stored(output: Path, store: Store, artifact: Artifact, files: str = "") -> 
 
 def _of_folder(folder: Path, output: Path) -> Bundle:
     """Returns the bundle in a folder that may come from anybody. Raises UserError for a link that leads out of it."""
-    blobs, within = {}, Reach((str(folder.absolute()),))
+    blobs, within = {}, PathPolicy((str(folder.absolute()),))
     try:
         # A link to a folder is not followed, and not passed over either: opening it says what it is.
         for file in sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()):

@@ -15,7 +15,7 @@ from jobs.command_line import command_line
 from jobs.interrupt import ending_on_signals, exit_code, say_interrupted
 from jobs.output import warn
 from pipeline.errors import CorruptObject, UserError
-from pipeline.progress import Line
+from pipeline.progress import ProgressLine
 from pipeline.terminal import printable_streams
 
 # Of a place that cannot be read or written.
@@ -36,8 +36,8 @@ def _command(words: Sequence[str]) -> int:
         parser.print_help()
         return 2
     name = "pin" if arguments.command == "unpin" else arguments.command
-    Line.quiet = getattr(arguments, "quiet", False)
-    if Line.quiet:
+    ProgressLine.quiet = getattr(arguments, "quiet", False)
+    if ProgressLine.quiet:
         logging.getLogger("unclip").setLevel(logging.WARNING)
     # What modules make stays: to search all of it for garbage takes a sixth of a run that has nothing to do.
     gc.disable()

@@ -15,7 +15,7 @@ from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import SPLITS
 from pipeline.data.source.forget import Request, find, without
 from pipeline.data.source.journal import ListJournal, change_journal, with_forgotten
-from pipeline.data.source.lists import reach
+from pipeline.data.source.lists import path_policy
 from pipeline.data.source.recipe import FIRST_RETRY
 from pipeline.data.source.retry import FINAL, gather
 from pipeline.data.source.stage import LAST_SEGMENT, SourceShard, scan
@@ -77,7 +77,7 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
         if reason in FINAL:
             raise UserError(f"--reason: {reason} is final: {REASONS[reason]}")
     pairs, journal = project.made("pairs")["pairs"], project.journal
-    reaches = [reach(project.config.source, path) for path in project.config.source.paths]
+    reaches = [path_policy(project.config.source, path) for path in project.config.source.paths]
     blob, rows = gather(project.store, _listed(project), pairs, frozenset(reasons), reaches)
     if blob is None:
         ended = ", ".join(f"{n:,} {reason}" for reason, n in sorted(pairs.ledger.lost.items()))

@@ -11,7 +11,7 @@ from jobs.output import print_json, say
 from jobs.project import Project, project_of
 from pipeline.build import build
 from pipeline.config import Config, load_config
-from pipeline.cost.estimate import Ask, estimate
+from pipeline.cost.estimate import PlanInput, estimate
 from pipeline.cost.limits import lacking
 from pipeline.cost.observed import observe
 from pipeline.cost.table import places
@@ -88,7 +88,9 @@ def _check_places(project: Project, stale: Collection[str]) -> Iterator[Finding]
     seen = observe(project.store, project.config.project, project.graph, project.held_out)
     try:
         machine = find_machine(project.config.run.ray)
-        ask = Ask(project.config, project.graph, project.rows, project.held_out, seen, machine=machine, looked=True)
+        ask = PlanInput(
+            project.config, project.graph, project.rows, project.held_out, seen, machine=machine, looked=True
+        )
         costs = {stage: estimate(stage, ask) for stage in project.graph if stage in stale}
     except UserError:  # of a cluster that does not answer, or a CLIP that is nowhere: other checks say so
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 from jobs.bundles import find_bundle
 from jobs.output import say
 from pipeline.errors import UserError
-from pipeline.local import Reach, read_local
+from pipeline.local import PathPolicy, read_local
 from pipeline.progress import counted
 from pipeline.store import open_store
 
@@ -70,7 +70,7 @@ def _convert(arguments: argparse.Namespace, made: Path) -> None:
                 unclip = UnCLIP.from_folder(folder)
             card = b""
             with suppress(OSError):  # a folder need not have one
-                card = read_local(folder / CARD, CARD_BYTES, Reach((str(folder.absolute()),)))
+                card = read_local(folder / CARD, CARD_BYTES, PathPolicy((str(folder.absolute()),)))
     except (FileNotFoundError, ValueError) as e:
         raise UserError(str(e)) from e
     if arguments.format == "bundle":

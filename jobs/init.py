@@ -14,7 +14,7 @@ from models.tokens import CONTEXT, cut_captions
 from pipeline.config import check_project
 from pipeline.data.curation.stage import CurationRecipe
 from pipeline.data.fetch.references import shown
-from pipeline.data.pairs.peek import MOST_COUNTED, Look, behind_embeddings, look
+from pipeline.data.pairs.preview import MOST_COUNTED, ListPreview, behind_embeddings, preview
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
@@ -87,9 +87,9 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _look(source: SourceRecipe) -> Look:
+def _look(source: SourceRecipe) -> ListPreview:
     try:
-        return look(source)
+        return preview(source)
     except UserError as e:
         if "source.image_column" in str(e):  # there is no configuration yet in which that could be set
             raise UserError(f"{e}, here with --image-column and --caption-column") from None
@@ -102,7 +102,7 @@ def _has_gpu() -> bool:
     return choose_device("auto").type == "cuda"
 
 
-def _left_out(seen: Look) -> str:
+def _left_out(seen: ListPreview) -> str:
     """Returns which models are left out for want of large images, or how to if that is not known; "" if none is."""
     if not seen.sides and not seen.unopened:
         return (
@@ -114,7 +114,7 @@ def _left_out(seen: Look) -> str:
     return left_out and f"bundle.models leaves {left_out} out, and samples have {size} px: {sizes_seen(seen)}"
 
 
-def _remarks(seen: Look) -> Iterator[str]:
+def _remarks(seen: ListPreview) -> Iterator[str]:
     """Yields what was found, and warnings about what a run would reject."""
     yield f"pairs found: {seen.pairs:,}{' or more' if seen.behind >= MOST_COUNTED else ''}"
     if seen.pairs < ENOUGH:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.errors import UserError
-from pipeline.progress import Line, counts_under_way
+from pipeline.progress import ProgressLine, counts_under_way
 
 PROGRESS_S = 5.0  # between two events about what is under way
 
 
 def say(text: object = "", end: str = "\n") -> None:
     """Prints to standard output, unless ``--quiet`` is given."""
-    if not Line.quiet:
+    if not ProgressLine.quiet:
         print(text, end=end, flush=True)
 
 

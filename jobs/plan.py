@@ -16,9 +16,9 @@ from jobs.output import print_json, say, warn
 from jobs.project import Project, open_project
 from pipeline.build import build
 from pipeline.config import load_config
-from pipeline.cost.estimate import UTILISATION, Ask, Cost, elapsed, estimate, parse_fleet
+from pipeline.cost.estimate import UTILISATION, Cost, PlanInput, elapsed, estimate, parse_fleet
 from pipeline.cost.limits import lacking
-from pipeline.cost.observed import Seen, observe, read_profile
+from pipeline.cost.observed import Observations, observe, read_profile
 from pipeline.cost.table import cost_table, places, remarks, second_prior, size
 from pipeline.errors import UserError
 from pipeline.graph.plan import Verdict
@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError(f"--utilisation {utilisation:g}: use a share above 0 and at most 1")
     fleet = parse_fleet(arguments.gpus) if arguments.gpus else None
     rows = arguments.pairs
-    seen: Seen = {}
+    seen: Observations = {}
     if rows == 0:
         raise UserError("--pairs 0: plan for 1 pair or more")
     if rows is None or arguments.probe:
@@ -57,7 +57,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.profile:
         seen = seen | read_profile(arguments.profile, graph)
     if rows is not None:
-        ask = Ask(config, graph, rows, config.source.test, seen, fleet, utilisation)
+        ask = PlanInput(config, graph, rows, config.source.test, seen, fleet, utilisation)
         costs = {stage: estimate(stage, ask) for stage in graph}
         if arguments.json:
             print_json(_as_values(config.project, ask, costs))
@@ -67,7 +67,7 @@ def main(arguments: argparse.Namespace) -> int:
         say("\n".join(_cost_lines(costs, ask)))
         return 0
     verdicts = project.plan()
-    ask = Ask(config, graph, project.rows, project.held_out, seen, fleet, utilisation)
+    ask = PlanInput(config, graph, project.rows, project.held_out, seen, fleet, utilisation)
     if any(verdict.state == "stale" for verdict in verdicts):
         ask = replace(ask, machine=find_machine(config.run.ray), looked=True)
     costs = _costs(verdicts, set(graph), ask)
@@ -98,7 +98,7 @@ class RunPlan:
     wanted: set[str]
     verdicts: list[Verdict]
     costs: dict[str, Cost]
-    ask: Ask
+    ask: PlanInput
     verbose: bool = False
 
     @property
@@ -163,12 +163,12 @@ def plan_run(
     machine = machine_of(project.config.run.ray) if stale else None
     # Where there is nothing to do, nothing is read.
     seen = observe(project.store, project.config.project, project.graph, project.held_out) if stale else {}
-    ask = Ask(project.config, project.graph, project.rows, project.held_out, seen)
+    ask = PlanInput(project.config, project.graph, project.rows, project.held_out, seen)
     ask = replace(ask, machine=machine, looked=True) if machine else ask
     return RunPlan(project, wanted, verdicts, _costs(verdicts, wanted, ask) if machine else {}, ask, verbose)
 
 
-def _costs(verdicts: Sequence[Verdict], wanted: set[str], ask: Ask) -> dict[str, Cost]:
+def _costs(verdicts: Sequence[Verdict], wanted: set[str], ask: PlanInput) -> dict[str, Cost]:
     """Returns the costs of all wanted stages that are stale."""
     return {v.stage: estimate(v.stage, ask) for v in verdicts if v.state == "stale" and v.stage in wanted}
 
@@ -177,7 +177,7 @@ def _plan_lines(
     project: Project,
     verdicts: Sequence[Verdict],
     costs: Mapping[str, Cost],
-    ask: Ask,
+    ask: PlanInput,
     verbose: bool,
 ) -> Iterator[str]:
     """Yields a line for each stage, the sum, and on what they run; all costs if ``verbose``."""
@@ -204,13 +204,13 @@ def _plan_lines(
         yield from second_prior(costs, ask)
 
 
-def _cost_lines(costs: Mapping[str, Cost], ask: Ask) -> list[str]:
+def _cost_lines(costs: Mapping[str, Cost], ask: PlanInput) -> list[str]:
     return [*cost_table(costs, elapsed(costs, ask), ask.config.run.prices), *remarks(costs, ask)]
 
 
 def _as_values(
     name: str,
-    ask: Ask,
+    ask: PlanInput,
     costs: Mapping[str, Cost],
     project: Project | None = None,
     verdicts: Sequence[Verdict] = (),

@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 
 from jobs.project import Project
 from pipeline.config import Config
-from pipeline.cost.observed import Seen, observe
+from pipeline.cost.observed import Observations, observe
 from pipeline.data.source.drawings.server import serving
 from pipeline.data.source.drawings.world import HOST
 from pipeline.data.source.journal import reference_marks
-from pipeline.data.source.lists import reach, read_rows
+from pipeline.data.source.lists import path_policy, read_rows
 from pipeline.data.source.rows import ListRow
 from pipeline.evaluate.recipe import ROWS
 from pipeline.held_out import FEWEST
@@ -45,13 +45,13 @@ TWICE = 2  # times as many, the second time
 MORE = 4  # times as many captions, the second time
 
 
-def probe(project: Project, path: str, overrides: Sequence[str], tell: Callable[[str], None]) -> Seen:
+def probe(project: Project, path: str, overrides: Sequence[str], tell: Callable[[str], None]) -> Observations:
     """Runs both and returns what was observed; stages that cannot be made of so few rows are missing.
 
     ``tell`` takes a line before each run and behind the last one.
     """
     began = time.monotonic()
-    found: Seen = {}
+    found: Observations = {}
     trainings = [stage.name for stage in project.graph.values() if stage.kind == "training"]
     with tempfile.TemporaryDirectory(prefix="unclip-probe-") as name, ExitStack() as stack:
         folder = Path(name)
@@ -106,7 +106,7 @@ def _spread(rows: Iterator[ListRow], wanted: int, total: int) -> Iterator[ListRo
             yield row
 
 
-def _samples(config: Config, stage: str, seen: Seen) -> int:
+def _samples(config: Config, stage: str, seen: Observations) -> int:
     """Returns the samples of a training: a few batches, or as many as take TRAINING_SECONDS by what was seen."""
     batch = getattr(config, stage).batch
     steps = STEPS
@@ -122,7 +122,7 @@ def _amounts(
     """Returns overrides that change how much is done and where it is kept, and nothing else."""
     config = project.config
     share = rows / max(1, sum(shard.ledger.rows for shard in project.scan.shards))
-    may = reach(config.source, *config.source.paths)
+    may = path_policy(config.source, *config.source.paths)
     own: dict[str, Any] = {
         "store": str(folder / f"store-{number}"),
         "source.paths": [str(folder / f"{number}.parquet")],

@@ -47,7 +47,7 @@ from pipeline.store import Store, open_store
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReleaseProject:
     """What the command line names; the list of the project is read only by commands that need it."""
 
     path: str
@@ -99,11 +99,11 @@ def main(arguments: argparse.Namespace) -> int:
     """Runs one of the commands."""
     config = load_as_run(arguments.config, arguments.overrides)
     store = open_store(config.store)
-    asked = Asked(arguments.config, config, store, read_releases(store, config.project))
+    asked = ReleaseProject(arguments.config, config, store, read_releases(store, config.project))
     return RUNS[arguments.action](asked, arguments)
 
 
-def _promote(asked: Asked, arguments: argparse.Namespace) -> int:
+def _promote(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
     if arguments.force is not None and not arguments.force.strip():
         raise UserError("--force needs a reason, which is recorded")
     signer = asked.signer(arguments.key)
@@ -130,7 +130,7 @@ def _promote(asked: Asked, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _holds(asked: Asked, bundle: Artifact, keys: Sequence[str]) -> bool:
+def _holds(asked: ReleaseProject, bundle: Artifact, keys: Sequence[str]) -> bool:
     """Returns whether a bundle is the release, with the files that it has now and signatures by one of ``keys``."""
     try:
         check_signed(asked.store, asked.name, asked.releases, keys)
@@ -139,7 +139,7 @@ def _holds(asked: Asked, bundle: Artifact, keys: Sequence[str]) -> bool:
     return asked.releases.current is not None and asked.releases.current.files == files_of(bundle)
 
 
-def _judged(asked: Asked, evaluation: Artifact) -> tuple[list[str], list[str]]:
+def _judged(asked: ReleaseProject, evaluation: Artifact) -> tuple[list[str], list[str]]:
     """Returns lines for gates that fail against the current release, and for claims that no gate could judge."""
     assert asked.releases.current is not None
     new = load_measured(asked.store, evaluation)
@@ -152,7 +152,7 @@ def _judged(asked: Asked, evaluation: Artifact) -> tuple[list[str], list[str]]:
     return failing(*compared), unjudged(*compared)
 
 
-def _against(asked: Asked, bundle: str, new: Measured) -> tuple[Measured | None, str]:
+def _against(asked: ReleaseProject, bundle: str, new: Measured) -> tuple[Measured | None, str]:
     """Returns the evaluation of a bundle that is comparable with ``new``, or why none is and what to do."""
     found = evaluations(asked.store, bundle)
     old = find_comparable(found, new)
@@ -167,7 +167,7 @@ def _against(asked: Asked, bundle: str, new: Measured) -> tuple[Measured | None,
     return None, f"{', '.join(differs)}; {advice}"
 
 
-def _rollback(asked: Asked, arguments: argparse.Namespace) -> int:
+def _rollback(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
     signer, current, previous = asked.signer(arguments.key), asked.releases.current, asked.releases.previous
     if current is None or previous is None:
         raise UserError(
@@ -186,7 +186,7 @@ def _rollback(asked: Asked, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _list(asked: Asked, arguments: argparse.Namespace) -> int:
+def _list(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
     current = asked.releases.current
     if arguments.json:
         release = None if current is None else current.bundle
@@ -206,7 +206,7 @@ def _list(asked: Asked, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _diff(asked: Asked, arguments: argparse.Namespace) -> int:
+def _diff(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
     old, new = (_named(asked, name) for name in (arguments.first, arguments.second))
     then, now = stages_behind(asked.store, old), stages_behind(asked.store, new)
     differs = {"data": data_changes(then, now), "recipe": recipes_changed(then, now)}
@@ -233,7 +233,7 @@ def _diff(asked: Asked, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _named(asked: Asked, name: str) -> Artifact:
+def _named(asked: ReleaseProject, name: str) -> Artifact:
     if name == "own":
         return asked.project().made("bundle")["bundle"]
     return find_bundle(asked.store, asked.releases, name)
@@ -247,7 +247,7 @@ def _print_changes(found: Sequence[Change]) -> None:
         say(f"  {f'{change.model} {change.name}':{width}} {values} {said:30} {change.verdict}".rstrip())
 
 
-def _evaluate(asked: Asked, arguments: argparse.Namespace) -> int:
+def _evaluate(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
     """Measures the release as the configuration's own bundle is measured, on its rows."""
     project, current = asked.project(), asked.releases.current
     if current is None:
@@ -270,14 +270,14 @@ def _evaluate(asked: Asked, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _take(asked: Asked, arguments: argparse.Namespace) -> int:
+def _take(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
     bundle = asked.find_release()
     remember_bundle(Path(arguments.folder), asked.store.url, bundle.key, files_of(bundle) if asked.keys else "")
     say(f'{arguments.folder}: unclip sample --from {arguments.folder} "CAPTION" draws with {bundle.key[:12]}')
     return 0
 
 
-def _weights(asked: Asked, arguments: argparse.Namespace) -> int:
+def _weights(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
     """Prints, as YAML, how a configuration begins with the release's weights; CLIP is left out, as it is pinned."""
     bundle, keys = asked.find_release(), {v.stage: v.key for v in asked.project().plan()}
     for name in MODELS:

@@ -83,8 +83,8 @@ class DecoderConfig:
             variance.
         whiten: Whitening of image embeddings: before the network reads them they are centred, and all their directions
             brought to nearly one variance. A CLIP of few images spreads them over few directions.
-        layout_channels: Channels that the image embedding, and with ``frozen`` the caption's words, are projected to at
-            every position of the lowest resolution, to say what is where; 0 is none.
+        layout_channels: Channels of the spatial projection of the image embedding, and with ``frozen`` of the caption's
+            words, at the lowest resolution; 0 turns it off.
         pixel_channels: Channels between the three 3x3 convolutions at full resolution that correct the network's output
             across the borders of ``patch``, given its input and the timestep; 0 leaves them out.
         max_snr: Bound on the signal-to-noise ratio that weighs the squared error; ``null`` is 5 for ``x0`` and none for

@@ -37,7 +37,7 @@ class TooLarge(OSError):
 
 
 @dataclass(frozen=True)
-class Reach:
+class PathPolicy:
     """Holds what lists may name on this machine and on S3.
 
     Args:
@@ -51,7 +51,7 @@ class Reach:
     buckets: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, own: Sequence[str], roots: Sequence[str]) -> Reach:
+    def of(cls, own: Sequence[str], roots: Sequence[str]) -> PathPolicy:
         """Returns the reach of lists at ``own``. Raises ValueError for a root that is neither a path nor a bucket."""
         buckets, paths = [], []
         for root in roots:
@@ -115,7 +115,7 @@ class Reach:
         return self.own + tuple(map(os.path.realpath, self.own)) + self._rooted
 
 
-NOTHING = Reach()
+NOTHING = PathPolicy()
 
 
 def _is_below(path: str, places: Sequence[str]) -> bool:
@@ -199,7 +199,7 @@ def open_file(path: str | Path, folder: int | None = None) -> int:
         raise
 
 
-def open_local(path: str | Path, within: Reach | None = None) -> BufferedReader:
+def open_local(path: str | Path, within: PathPolicy | None = None) -> BufferedReader:
     """Opens a regular file for reading and never waits for it.
 
     With ``within``, links are followed first, and what they lead to must lie within.
@@ -229,7 +229,7 @@ def _check_regular(found: os.stat_result, path: str | Path) -> None:
 
 
 def read_local(
-    path: str | Path, max_bytes: int, within: Reach | None = None, offset: int = 0, size: int | None = None
+    path: str | Path, max_bytes: int, within: PathPolicy | None = None, offset: int = 0, size: int | None = None
 ) -> bytes:
     """Returns the bytes of a regular file, or ``size`` of them from ``offset``, fewer where the file ends.
 

@@ -78,7 +78,7 @@ class Steps:
             yield item  # type: ignore[misc]
 
 
-class Line:
+class ProgressLine:
     """Text rewritten in place on a terminal, printed every ``every_s`` seconds in a log. Use as a context manager.
 
     Lines of several threads stand below each other. Where ``quiet`` is set, none is shown.
@@ -121,7 +121,7 @@ class Line:
     def show(self, text: Callable[[], str]) -> None:
         """Shows the text if a line is due. ``text`` is called only then, because it may be expensive."""
         now = time.monotonic()
-        if Line.quiet or now - self.shown < self.every:
+        if ProgressLine.quiet or now - self.shown < self.every:
             return
         self.shown = now
         said = printable(text())
@@ -132,7 +132,7 @@ class Line:
 
 
 _lock = RLock()
-_shown: list[Line] = []  # on terminals now, from above
+_shown: list[ProgressLine] = []  # on terminals now, from above
 
 
 def _erase(stream: TextIO) -> None:
@@ -165,7 +165,7 @@ def above_lines() -> Iterator[None]:
             stream.flush()
 
 
-class Progress(Line):
+class Progress(ProgressLine):
     """Counts ``unit`` up to ``total``; shows rate and time left. Use as a context manager."""
 
     def __init__(self, name: str, total: int, unit: str, start: int = 0, stream: TextIO | None = None):
@@ -180,7 +180,9 @@ class Progress(Line):
 
     def __exit__(self, *_: object) -> None:
         _under_way.pop(self.name, None)
-        self._replace("", f"  {self.name}: {self.line()}\n" if self.done > self.first and not Line.quiet else "")
+        self._replace(
+            "", f"  {self.name}: {self.line()}\n" if self.done > self.first and not ProgressLine.quiet else ""
+        )
 
     def advance(self, amount: int, note: str | Callable[[], str] = "") -> None:
         """Advances the count. An expensive ``note`` is a function, which is called when a line is shown."""

@@ -14,7 +14,7 @@ import yaml
 
 from models.sampling_config import MODELS, PRIORS, largest_side
 from pipeline.config import Config, preset_config
-from pipeline.data.pairs.peek import Look
+from pipeline.data.pairs.preview import ListPreview
 from pipeline.data.source.imported import is_embeddings
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
@@ -102,7 +102,7 @@ FINE_TUNING = """
 {values}"""
 
 
-def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bundle: Path | None = None) -> str:
+def starter(project: str, gpu: bool, source: SourceRecipe, seen: ListPreview | None, bundle: Path | None = None) -> str:
     """Returns a configuration as YAML.
 
     Args:
@@ -193,12 +193,12 @@ def embedded(source: SourceRecipe) -> list[str]:
     return [path for path in source.paths if is_embeddings(Path(os.path.expanduser(path)))]
 
 
-def existing_clip(gpu: bool, source: SourceRecipe, seen: Look | None) -> bool:
+def existing_clip(gpu: bool, source: SourceRecipe, seen: ListPreview | None) -> bool:
     """Returns whether the configuration takes a CLIP that exists, rather than training one on these pairs."""
     return bool(embedded(source)) or (gpu and (seen is None or seen.pairs < CLIP_PAIRS))
 
 
-def _clip(gpu: bool, source: SourceRecipe, seen: Look | None) -> str:
+def _clip(gpu: bool, source: SourceRecipe, seen: ListPreview | None) -> str:
     """Returns the lines of the CLIP: its weights, or a remark that names them."""
     says = f"# A CLIP that exists (0.6 GB to download) knows more than one of fewer than some {CLIP_PAIRS:,} pairs."
     line = f'clip: {{weights: "{CLIP_WEIGHTS}"}}'
@@ -210,7 +210,7 @@ def _clip(gpu: bool, source: SourceRecipe, seen: Look | None) -> str:
     return f"{says}{slow}\n# {line}\n\n"
 
 
-def _scale(longest: int, seen: Look | None) -> str:
+def _scale(longest: int, seen: ListPreview | None) -> str:
     """Returns the line that shortens the trainings where there are few pairs, or nothing.
 
     The longest has ``longest`` samples. It sees each pair at most ``EPOCHS`` times, or ``LEAST_SAMPLES`` in all where
@@ -227,7 +227,7 @@ def _scale(longest: int, seen: Look | None) -> str:
     )
 
 
-def _dropout(recipes: Config, seen: Look | None) -> str:
+def _dropout(recipes: Config, seen: ListPreview | None) -> str:
     """Returns the lines that give dropout to models which have none and see every pair often, or nothing."""
     if seen is None:
         return ""
@@ -244,7 +244,7 @@ def _dropout(recipes: Config, seen: Look | None) -> str:
     )
 
 
-def models_for(seen: Look | None) -> tuple[list[str], int]:
+def models_for(seen: ListPreview | None) -> tuple[list[str], int]:
     """Returns the models for which one image in a hundred is large enough, and the side that they end at.
 
     If no size is known, these are all models that sampling takes by default: not the AR prior.
@@ -256,7 +256,7 @@ def models_for(seen: Look | None) -> tuple[list[str], int]:
     return models[:-2], 64
 
 
-def sizes_seen(seen: Look | None) -> str:
+def sizes_seen(seen: ListPreview | None) -> str:
     """Returns a sentence that says how large the images are."""
     if seen is None or not seen.sides:
         return "How large images on the web are is known once they are fetched: see the report of --until curation."
@@ -266,7 +266,7 @@ def sizes_seen(seen: Look | None) -> str:
     )
 
 
-def _splits(seen: Look | None) -> dict[str, str]:
+def _splits(seen: ListPreview | None) -> dict[str, str]:
     """Returns the shares of rows to hold out, each with a remark that counts the rows."""
     if seen is None or seen.more:
         return dict.fromkeys(("validation", "test"), f"{SHARE} # of all rows; a figure needs {FEWEST} of them at least")
@@ -302,7 +302,7 @@ def shortest_share(places: Sequence[float], wanted: int, most: int) -> float:
     return best
 
 
-def _captions(seen: Look | None) -> list[str]:
+def _captions(seen: ListPreview | None) -> list[str]:
     """Returns a few captions of the list, or the first words of a long one."""
     if seen is None or not seen.captions:
         return ["a caption like those of your pairs"]

@@ -39,7 +39,7 @@ class Observe(Protocol):
     def __call__(self, name: str, value: float = 1, **labels: str) -> None: ...
 
 
-class Draw(Protocol):
+class RunWork(Protocol):
     """Draws a work with some replica, and yields events. Raises Died, Refused, ApiError, or what went wrong.
 
     ("drawn",) says that the next work can begin; images may follow it.
@@ -96,7 +96,9 @@ class RequestQueue:
         observe: Notes figures.
     """
 
-    def __init__(self, draw: Draw, lanes: int, batch: int, limit: int, wait: float, deadline: float, observe: Observe):
+    def __init__(
+        self, draw: RunWork, lanes: int, batch: int, limit: int, wait: float, deadline: float, observe: Observe
+    ):
         self.draw, self.lanes, self.batch, self.limit, self.wait = draw, lanes, batch, limit, wait
         self.deadline = deadline
         self.observe = observe

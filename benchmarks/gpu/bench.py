@@ -26,7 +26,7 @@ from models.prior_configs import ARPriorConfig, DiffusionPriorConfig
 from models.tokens import tokenize
 from pipeline.build import build
 from pipeline.config import Config
-from pipeline.training.feed.draws import Asked, make_numbers, use_one_thread
+from pipeline.training.feed.draws import DrawCall, make_numbers, use_one_thread
 from pipeline.training.feed.feed import LocalBatch, read_ahead
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.task import Batch, Prepares, Task
@@ -194,7 +194,7 @@ class Repeated:
         self.bench, self.recipe, self.still = bench, recipe, still
         self.places = range(first, first + len(next(iter(batch.values()))))
         self.batch = task.prepare(batch, Draw(self._streams(0))) if isinstance(task, Prepares) else batch
-        self.asked: set[Asked] = set()
+        self.asked: set[DrawCall] = set()
 
     def _streams(self, step: int) -> list[tuple[int, int]]:
         return [(derive_seed("gpu_check", 0 if self.still else step, row), 1) for row in self.places]

@@ -14,10 +14,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
-from pipeline.cost.observed import Observation, Seen, pace, passes_of, shape
+from pipeline.cost.observed import Observation, Observations, pace, passes_of, shape
 from pipeline.errors import UserError
 from pipeline.graph.keys import flatten
-from pipeline.graph.resources import DECODERS, Machine, Share, Team, cores, team_of
+from pipeline.graph.resources import DECODERS, Machine, Resources, WorkerGroup, cores, team_of
 from pipeline.graph.stages import Graph, seconds_to_end
 from pipeline.settings import SPARED
 from pipeline.training.recipes import ClipRecipe, TrainingRecipe
@@ -97,7 +97,7 @@ def _plain_kind(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Ask:
+class PlanInput:
     """What is planned.
 
     Attributes:
@@ -116,7 +116,7 @@ class Ask:
     graph: Graph
     rows: int
     held_out: float
-    seen: Seen = field(default_factory=dict)
+    seen: Observations = field(default_factory=dict)
     fleet: Fleet | None = None
     utilisation: float = UTILISATION
     machine: Machine = field(default_factory=lambda: Machine(cores()))
@@ -184,7 +184,7 @@ class Cost:
     disk: float = 0.0
 
 
-def estimate(stage: str, ask: Ask) -> Cost:
+def estimate(stage: str, ask: PlanInput) -> Cost:
     """Returns what making a stage again costs. Raises UserError for a CLIP that open_clip does not know."""
     workers, held, gpus = resources(stage, ask)
     seen = [] if ask.fleet and gpus else ask.observations(stage)
@@ -200,7 +200,7 @@ def estimate(stage: str, ask: Ask) -> Cost:
     return Cost(seconds, startup, basis, held, gpus, _disk(stage, ask))
 
 
-def elapsed(costs: Mapping[str, Cost], ask: Ask) -> float:
+def elapsed(costs: Mapping[str, Cost], ask: PlanInput) -> float:
     """Returns the seconds until all these stages are made, in the order of pipeline.graph.execute.
 
     Trainings whose inputs are there run side by side where there is room, those with the longest way to the end first;
@@ -225,21 +225,21 @@ def elapsed(costs: Mapping[str, Cost], ask: Ask) -> float:
     return now
 
 
-def _room(teams: Sequence[Team], ask: Ask) -> bool:
+def _room(teams: Sequence[WorkerGroup], ask: PlanInput) -> bool:
     """Returns whether trainings have room at once."""
     cpus, gpus = (sum(getattr(team.worker, what) * team.count for team in teams) for what in ("cpus", "gpus"))
     there = replace(ask.machine, gpus=ask.fleet.count, grows=False) if ask.fleet else ask.machine
     return there.grows or (cpus <= there.cpus and gpus <= there.gpus)
 
 
-def _training_team(stage: str, ask: Ask) -> Team | None:
+def _training_team(stage: str, ask: PlanInput) -> WorkerGroup | None:
     """Returns the workers of a training; None for another stage, and where this process trains."""
     if ask.graph[stage].kind != "training" or ask.fetches(stage):
         return None
     lanes = ask.graph[stage].recipe.lanes  # which no workers share
     if ask.fleet:
         count = min(ask.fleet.count, lanes)
-        return Team(count, count, Share(0.0, 1.0))
+        return WorkerGroup(count, count, Resources(0.0, 1.0))
     settings = getattr(ask.config.run, stage)
     team = team_of(settings, ask.machine, lanes)
     if not team.count:
@@ -249,7 +249,7 @@ def _training_team(stage: str, ask: Ask) -> Team | None:
     return team
 
 
-def resources(stage: str, ask: Ask) -> tuple[int, float, float]:
+def resources(stage: str, ask: PlanInput) -> tuple[int, float, float]:
     """Returns the workers of a stage, all of their cores, and all of their GPUs."""
     kind, settings, fleet = ask.graph[stage].kind, getattr(ask.config.run, stage, None), ask.fleet
     there = fleet.count if fleet else ask.machine.gpus
@@ -285,7 +285,7 @@ def clip_size(recipe: ClipRecipe) -> ClipSize:
     return count_clip(recipe)
 
 
-def amount(stage: str, ask: Ask) -> float:
+def amount(stage: str, ask: PlanInput) -> float:
     """Returns what the time of a stage grows with: samples, operations of networks that draw, or rows."""
     kind = ask.graph[stage].kind
     if kind == "training":
@@ -295,22 +295,22 @@ def amount(stage: str, ask: Ask) -> float:
     return 0 if kind == "bundle" else _rows_counted(stage, ask.rows, ask)
 
 
-def _rows_counted(stage: str, rows: float, ask: Ask) -> float:
+def _rows_counted(stage: str, rows: float, ask: PlanInput) -> float:
     """Returns rows, each as often as its cluster of near rows is larger than clusters are while their number grows."""
     recipe = ask.graph[stage].recipe
     near = getattr(recipe, "near_duplicate", None) is not None or getattr(recipe, "near_held_out", None) is not None
     return rows * max(1.0, rows / CLUSTERED_ROWS) if near else rows
 
 
-def _amount_seen(stage: str, one: Observation, ask: Ask) -> float:
+def _amount_seen(stage: str, one: Observation, ask: PlanInput) -> float:
     return _operations(one.passes, ask) if one.passes else _rows_counted(stage, one.amount, ask)
 
 
-def _operations(passes: Mapping[str, float], ask: Ask) -> float:
+def _operations(passes: Mapping[str, float], ask: PlanInput) -> float:
     return sum(count * model_size(ask.config, name).forward for name, count in passes.items())
 
 
-def _counted(stage: str, ask: Ask, workers: int, on_gpus: bool) -> tuple[float, float]:
+def _counted(stage: str, ask: PlanInput, workers: int, on_gpus: bool) -> tuple[float, float]:
     """Returns seconds that do not grow, and seconds that do."""
     node = ask.graph[stage]
     if ask.fetches(stage):
@@ -336,7 +336,7 @@ def _counted(stage: str, ask: Ask, workers: int, on_gpus: bool) -> tuple[float, 
     return START_SECONDS["data"] if workers > 1 else 0.0, each * amount(stage, ask) / workers
 
 
-def rate(ask: Ask, precision: str, stage: str = "") -> float:
+def rate(ask: PlanInput, precision: str, stage: str = "") -> float:
     """Returns the operations a second of one GPU: as the stage used one, else as is assumed."""
     if precision == "fp32":
         return ask.device.fp32 * FP32_UTILISATION
@@ -345,43 +345,43 @@ def rate(ask: Ask, precision: str, stage: str = "") -> float:
     return ask.device.peak * (used[-1] * MATMUL_SHARE if used else ask.utilisation)
 
 
-def save(stage: str, ask: Ask, workers: int) -> tuple[float, float]:
+def save(stage: str, ask: PlanInput, workers: int) -> tuple[float, float]:
     """Returns the bytes that a worker writes of a training's checkpoint, and the seconds between two of them."""
     settings = getattr(ask.config.run, stage)
     size = SAVED_STATE * model_size(ask.config, stage).parameters / (workers if settings.sharded else 1)
     return size, max(settings.checkpoint_every_s, SPARED * size / SAVED_BYTES)
 
 
-def decode_seconds(ask: Ask) -> float:
+def decode_seconds(ask: PlanInput) -> float:
     """Returns the seconds of one core for one image on its way to CLIP: as observed, else as is assumed."""
     seen = [one for found in ask.seen.values() for one in found if one.decode_seconds]
     return seen[-1].decode_seconds / seen[-1].amount if seen else DECODE_SECONDS
 
 
-def encode_seconds(ask: Ask) -> float:
+def encode_seconds(ask: PlanInput) -> float:
     """Returns the seconds of one GPU for one pair, or of one core where the embeddings have no GPU."""
     clip, settings = clip_size(ask.config.clip), ask.config.run.embeddings
     on_gpu = ask.fleet or team_of(settings, ask.machine).worker.gpus
     return (clip.image + clip.text) / (rate(ask, ask.config.embeddings.precision) if on_gpu else CORE_FLOPS)
 
 
-def cores_a_gpu(ask: Ask) -> float:
+def cores_a_gpu(ask: PlanInput) -> float:
     """Returns how many cores have to decode for one encoder, so that it never waits."""
     return decode_seconds(ask) / encode_seconds(ask)
 
 
-def decoders_a_gpu(ask: Ask) -> int:
+def decoders_a_gpu(ask: PlanInput) -> int:
     """Returns how many cores ``decoders: auto`` has for one encoder: no more than it needs, or than there are rows."""
     return max(1, min(round(cores_a_gpu(ask)), DECODERS, ask.rows))
 
 
-def image_bytes(ask: Ask) -> float:
+def image_bytes(ask: PlanInput) -> float:
     """Returns the bytes of a stored image: as observed, else as is assumed."""
     found = [one.disk / one.amount for one in ask.observations("pairs") if one.disk]
     return found[-1] if found else BYTES_A_PIXEL * ask.config.pairs.image_size**2
 
 
-def _disk(stage: str, ask: Ask) -> float:
+def _disk(stage: str, ask: PlanInput) -> float:
     """Returns the bytes of a model and the checkpoints that stay, or of a data stage's shards."""
     kind = ask.graph[stage].kind
     if kind == "training":

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cost.estimate import SAVED_STATE, Ask, Cost, model_size, resources
+from pipeline.cost.estimate import SAVED_STATE, Cost, PlanInput, model_size, resources
 from pipeline.cost.table import devices_of, size
 from pipeline.progress import duration
 from pipeline.store import Store, local_folder
@@ -27,7 +27,7 @@ class Lack:
         return f"{self.what}; {self.advice}"
 
 
-def lacking(costs: Mapping[str, Cost], ask: Ask, store: Store) -> Iterator[Lack]:
+def lacking(costs: Mapping[str, Cost], ask: PlanInput, store: Store) -> Iterator[Lack]:
     """Yields what is lacking for stages that will be made: room on a disk, a GPU where a CPU would take over a day."""
     yield from _disks(costs, ask, store)
     if slow := [s for s, cost in costs.items() if ask.computes(s) and not cost.gpus and cost.seconds > LONGEST_S]:
@@ -39,7 +39,7 @@ def lacking(costs: Mapping[str, Cost], ask: Ask, store: Store) -> Iterator[Lack]
         )
 
 
-def _disks(costs: Mapping[str, Cost], ask: Ask, store: Store) -> Iterator[Lack]:
+def _disks(costs: Mapping[str, Cost], ask: PlanInput, store: Store) -> Iterator[Lack]:
     """Yields each disk of this machine that is too small for the store, or for temporary files; S3 has always room."""
     if ask.fleet:  # of other machines
         return
@@ -61,7 +61,7 @@ def _disks(costs: Mapping[str, Cost], ask: Ask, store: Store) -> Iterator[Lack]:
             yield Lack(f"the disk of {what} is too small: {room}", "free space, or name another place")
 
 
-def _scratch(stage: str, cost: Cost, ask: Ask) -> float:
+def _scratch(stage: str, cost: Cost, ask: PlanInput) -> float:
     """Returns the bytes of a stage's temporary files: the shards that workers make, or a training's checkpoint."""
     if ask.graph[stage].kind == "data":
         shards = max(1, ask.shards)

@@ -52,10 +52,10 @@ class Observation:
     utilisation: float = 0.0
 
 
-Seen = dict[str, list[Observation]]  # by stage
+Observations = dict[str, list[Observation]]  # by stage
 
 
-def observe(store: Store, project: str, graph: Graph, held_out: float) -> Seen:
+def observe(store: Store, project: str, graph: Graph, held_out: float) -> Observations:
     """Returns what the artefacts of a project's last run record, for stages of ``graph`` and as far as they exist.
 
     Args:
@@ -72,7 +72,7 @@ def observe(store: Store, project: str, graph: Graph, held_out: float) -> Seen:
     return {name: [one] for name, one in found.items() if one}
 
 
-def read_profile(path: Path, graph: Graph) -> Seen:
+def read_profile(path: Path, graph: Graph) -> Observations:
     """Returns what ``make gpu-check`` measured, of trainings in ``graph`` whose models are those that it measured.
 
     Raises UserError for a file that it did not write, and where no training has the same model.
@@ -89,7 +89,7 @@ def read_profile(path: Path, graph: Graph) -> Seen:
         why = getattr(e, "strerror", None) or e
         raise UserError(f"--profile {path}: not what make gpu-check writes ({why}); name its gpu-check.json") from e
     recipes = {name: flatten(stage.recipe) for name, stage in graph.items()}
-    found: Seen = {}
+    found: Observations = {}
     for stage, (model, rate, utilisation) in rates.items():
         if stage in graph and _shaping(recipes[stage]) == model:
             like = shape(stage, graph, recipes)

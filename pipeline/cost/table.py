@@ -8,8 +8,8 @@ from dataclasses import replace
 from models.sampling_config import PRIORS
 from pipeline.cost import estimate as assumed
 from pipeline.cost.estimate import (
-    Ask,
     Cost,
+    PlanInput,
     cores_a_gpu,
     decode_seconds,
     decoders_a_gpu,
@@ -56,7 +56,7 @@ def _priced(prices: Prices) -> bool:
     return replace(Prices(), currency=prices.currency) != prices
 
 
-def second_prior(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
+def second_prior(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
     """Yields what GPUs cost for a prior that sampling does not take, and how to leave it out."""
     taken, prices = PRIORS[ask.config.bundle.sampling.prior], ask.config.run.prices
     for name in PRIORS.values():
@@ -85,7 +85,7 @@ def size(value: float) -> str:
     return f"{value:,.1f} PB"
 
 
-def remarks(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
+def remarks(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
     """Yields sentences: a second prior, cores for each GPU, what does not fit, and what is assumed."""
     yield from second_prior(costs, ask)
     by_basis: dict[str, list[str]] = {}
@@ -120,7 +120,7 @@ def remarks(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
         yield f"assumed: {assumed.CORE_FLOPS / 1e9:.0f} GFLOP/s a core; a probe or a run measures it"
 
 
-def _rare_saves(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
+def _rare_saves(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
     trained = {stage: cost for stage, cost in costs.items() if cost.gpus and ask.graph[stage].kind == "training"}
     saves = {stage: save(stage, ask, round(cost.gpus)) for stage, cost in trained.items()}
     rare = {n: one for n, one in saves.items() if one[1] > getattr(ask.config.run, n).checkpoint_every_s}
@@ -129,7 +129,7 @@ def _rare_saves(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
         yield f"checkpoints of a worker, at an assumed {size(assumed.SAVED_BYTES)}/s: {each}"
 
 
-def _too_large(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
+def _too_large(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
     memory = ask.device.memory * ROOM
     for stage, cost in costs.items():
         if cost.gpus and ask.graph[stage].kind == "training" and not getattr(ask.config.run, stage).sharded:
@@ -141,7 +141,7 @@ def _too_large(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
                 )
 
 
-def places(costs: Mapping[str, Cost], ask: Ask) -> str:
+def places(costs: Mapping[str, Cost], ask: PlanInput) -> str:
     """Returns for example "runs on 8 H100 (embeddings, decoder), 2 cores (source, pairs)"."""
     found: dict[str, list[str]] = {}
     for stage, cost in costs.items():
@@ -149,7 +149,7 @@ def places(costs: Mapping[str, Cost], ask: Ask) -> str:
     return "runs on " + ", ".join(f"{where} ({', '.join(stages)})" for where, stages in found.items())
 
 
-def devices_of(cost: Cost, ask: Ask) -> str:
+def devices_of(cost: Cost, ask: PlanInput) -> str:
     """Returns the GPUs of a stage, or its cores, such as "8 H100"."""
     if not cost.gpus:
         return amount_of(cost.cores, "core")

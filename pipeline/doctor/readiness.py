@@ -9,7 +9,7 @@ from pipeline.config import Config
 from pipeline.doctor.clip_weights import find_weights, named_weights
 from pipeline.doctor.nodes import ask_nodes, judge, versions
 from pipeline.errors import UserError
-from pipeline.graph.ray import check_room, start_ray, works_on_ray
+from pipeline.graph.ray import check_room, start_ray, uses_ray
 from pipeline.graph.resources import Settings
 from pipeline.store import Store
 
@@ -56,4 +56,4 @@ def on_ray(config: Config, stages: Iterable[str]) -> dict[str, Settings]:
     settings = {stage: getattr(config.run, stage, None) for stage in stages}
     if config.clip.pretrained:
         settings.pop("clip", None)  # nothing is trained
-    return {stage: own for stage, own in settings.items() if own is not None and works_on_ray(own, config.run.ray)}
+    return {stage: own for stage, own in settings.items() if own is not None and uses_ray(own, config.run.ray)}

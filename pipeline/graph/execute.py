@@ -18,7 +18,7 @@ from pipeline.errors import CorruptObject, Superseded, UserError
 from pipeline.graph.artifacts import SEGMENTS, Artifact, artifact_path, load_artifact, read_shards, shard_path
 from pipeline.graph.damage import set_aside
 from pipeline.graph.plan import Verdict, pin_path
-from pipeline.graph.ray import room_beside, works_on_ray
+from pipeline.graph.ray import room_beside, uses_ray
 from pipeline.graph.stages import Context, Graph, Stage, ordered, seconds_to_end, stage_key, trajectory_key, trunk_key
 from pipeline.progress import above_lines, under_way
 from pipeline.store import Store
@@ -147,7 +147,7 @@ class _Run:
         return [stage for stage in stale if stage.name in room] or ([] if self._beside else stale[:1])
 
     def _on_ray(self, stage: Stage) -> bool:
-        return stage.kind == "training" and works_on_ray(self._settings(stage), self._config.run.ray)
+        return stage.kind == "training" and uses_ray(self._settings(stage), self._config.run.ray)
 
     def _settings(self, stage: Stage) -> Any:
         return getattr(self._config.run, stage.name, stage.settings)
@@ -289,7 +289,7 @@ def heal(store: Store, damage: CorruptObject, artifacts: Mapping[str, Artifact],
                 named = bool(shards)
         if named:
             doomed.append(artifact_path(artifact.stage, artifact.key))
-    # What no artefact lists, an earlier pass of its stage has made.
+    # Shards that no artefact lists are left over from an interrupted run.
     passes = (f"shards/{stage.name}/" for stage in graph.values() if stage.passes)
     for prefix in (SEGMENTS,) if len(doomed) > 1 else (SEGMENTS, *passes):
         doomed += [entry.path for entry in store.list(prefix) if _says(store, entry.path, blob)]

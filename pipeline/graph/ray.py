@@ -21,9 +21,9 @@ from pipeline.graph.artifacts import Artifact
 from pipeline.graph.local_ray import start_local_ray
 from pipeline.graph.resources import (
     Machine,
+    Resources,
     Settings,
-    Share,
-    Team,
+    WorkerGroup,
     amount_of,
     container_memory,
     cores_of,
@@ -170,8 +170,8 @@ def find_machine(settings: RaySettings) -> Machine:
     return this_machine(settings) if _local() else _machine(start_ray(settings), settings)
 
 
-def works_on_ray(own: Settings, settings: RaySettings) -> bool:
-    """Returns whether a stage has workers; without, this process works, as trainings do where there is no GPU."""
+def uses_ray(own: Settings, settings: RaySettings) -> bool:
+    """Returns whether a stage runs in workers of Ray, not in this process, as trainings on a CPU do."""
     return own.workers != 0 and (own.workers != "auto" or team_of(own, find_machine(settings)).count > 0)
 
 
@@ -249,11 +249,11 @@ def check_room(ray: Any, stages: Mapping[str, Settings], settings: RaySettings) 
                 raise _refusal(ray, stage, team)
 
 
-def wait_for_room(ray: Any, stage: str, own: Settings, settings: RaySettings, most: int = sys.maxsize) -> Team:
-    """Returns the workers that a stage can have; says in one line what a cluster lacks that does not place them soon.
+def wait_for_room(ray: Any, stage: str, own: Settings, settings: RaySettings, most: int = sys.maxsize) -> WorkerGroup:
+    """Returns the workers that a stage can have; logs the resources that a cluster lacks, and keeps waiting for them.
 
-    It is waited for then: a node that was lost may come back, and on this machine other stages end. ``most``: as many
-    as there is work for. Raises UserError where the Ray of this machine is too small.
+    A lost node may come back, and on this machine other stages end. ``most`` bounds the workers by the work that there
+    is. Raises UserError where the Ray of this machine is too small.
     """
     team = find_team(ray, stage, own, settings, most)
     if not place(team):
@@ -281,7 +281,7 @@ def room_beside(stages: Asking, running: Asking, settings: RaySettings) -> list[
         ):
             if has.get(name, 0) - free.get(name, 0) < taken:
                 return []
-    reserved: list[Share] = []
+    reserved: list[Resources] = []
     found = []
     for stage, (own, most) in stages.items():
         team = find_team(ray, stage, own, settings, most)
@@ -294,7 +294,7 @@ def room_beside(stages: Asking, running: Asking, settings: RaySettings) -> list[
     return found
 
 
-def find_team(ray: Any, stage: str, own: Settings, settings: RaySettings, most: int = sys.maxsize) -> Team:
+def find_team(ray: Any, stage: str, own: Settings, settings: RaySettings, most: int = sys.maxsize) -> WorkerGroup:
     """Returns the workers that a stage can have, by its settings; at most ``most``.
 
     The Ray of this machine runs no more of them than it has room for. So does a cluster without an autoscaler where
@@ -324,27 +324,27 @@ def _grows(settings: RaySettings) -> bool:
     return settings.autoscaler and not _local()
 
 
-def _refusal(ray: Any, stage: str, team: Team) -> UserError:
+def _refusal(ray: Any, stage: str, team: WorkerGroup) -> UserError:
     advice = f"add such nodes, or ask for less under run.{stage}; where an autoscaler adds them, set run.ray.autoscaler"
     if _local():
         advice = f"ask for less under run.{stage}, raise run.ray.cpus, or set RAY_ADDRESS to a cluster"
     return UserError(f"{_lacking(ray, stage, team)}; {advice}")
 
 
-def place(team: Team) -> bool:
+def place(team: WorkerGroup) -> bool:
     """Returns whether Ray can reserve now what the workers need, all of those with helpers; gives it back at once."""
     helpers = team.helpers if team.firm else 0
     workers = team.count if helpers else team.least
     return _reserve([team.worker] * workers + [team.helper] * (workers * helpers), PLACING_S)
 
 
-def _reserve(shares: Sequence[Share], seconds: float) -> bool:
+def _reserve(shares: Sequence[Resources], seconds: float) -> bool:
     """Returns whether Ray can reserve all of these within some seconds; gives them back at once."""
     from ray.util import placement_group, remove_placement_group
 
     labels = [dict(share.labels) for share in shares]
     group = placement_group(
-        [share.resources for share in shares], bundle_label_selector=labels if any(labels) else None
+        [share.by_name for share in shares], bundle_label_selector=labels if any(labels) else None
     )
     try:
         return group.wait(seconds)
@@ -352,7 +352,7 @@ def _reserve(shares: Sequence[Share], seconds: float) -> bool:
         remove_placement_group(group)
 
 
-def _lacking(ray: Any, stage: str, team: Team) -> str:
+def _lacking(ray: Any, stage: str, team: WorkerGroup) -> str:
     """Returns what Ray cannot place, and what it has: "codec: Ray has no room for 2 workers with 1 GPU each ..."."""
     total = ray.cluster_resources()
     has = f"{amount_of(total.get('CPU', 0), 'core')} and {amount_of(total.get('GPU', 0), 'GPU')}"

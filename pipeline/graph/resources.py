@@ -32,7 +32,7 @@ def cores() -> int:
 
 
 @dataclass(frozen=True)
-class Share:
+class Resources:
     """What one process takes of its node, with ``memory`` in bytes, and the labels that the node must have."""
 
     cpus: float = 1.0
@@ -41,7 +41,7 @@ class Share:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def resources(self) -> dict[str, float]:
+    def by_name(self) -> dict[str, float]:
         """Returns the amounts by Ray's names, without those that are 0."""
         amounts = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
         return {name: amount for name, amount in amounts.items() if amount}
@@ -49,7 +49,7 @@ class Share:
     def places(self, machine: Mapping[str, float]) -> int:
         """Returns how many such processes a machine with these resources holds."""
         found = []
-        for name, amount in self.resources.items():
+        for name, amount in self.by_name.items():
             has, taken = machine.get(name, 0.0), amount
             if name == "GPU" and amount < 1:  # Ray puts a share on one GPU: two of 0.4 on each, and one of 0.6
                 has, taken = math.floor(has), 1 / math.floor(1 / amount + 1e-9)
@@ -64,7 +64,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Team:
+class WorkerGroup:
     """A stage's workers. Each has ``helpers`` helper processes; the stage needs at least ``least`` workers.
 
     Of helpers that are not ``firm`` it takes those that Ray has room for.
@@ -72,9 +72,9 @@ class Team:
 
     count: int
     least: int
-    worker: Share
+    worker: Resources
     helpers: int = 0
-    helper: Share = field(default_factory=Share)
+    helper: Resources = field(default_factory=Resources)
     firm: bool = True
 
     def room(self, machine: Mapping[str, float]) -> int:
@@ -111,7 +111,7 @@ class Machine:
     grows: bool = False
 
 
-def team_of(settings: Settings, machine: Machine, most: int = sys.maxsize) -> Team:
+def team_of(settings: Settings, machine: Machine, most: int = sys.maxsize) -> WorkerGroup:
     """Returns the workers that these settings ask for; none where this process does the work.
 
     A stage that goes shard by shard makes do with one worker. So does a training on one machine, unless each worker
@@ -130,15 +130,15 @@ def team_of(settings: Settings, machine: Machine, most: int = sys.maxsize) -> Te
         gpus = 1.0 if machine.gpus >= 1 else 0.0
     share = _worker_share(settings, gpus)
     count = settings.workers if isinstance(settings.workers, int) else _as_many_as_fit(share, machine)
-    team = Team(min(count, most), 1, share)
+    team = WorkerGroup(min(count, most), 1, share)
     if isinstance(settings, EmbeddingsSettings):
         if settings.decoders == "auto":
             return replace(team, helpers=_decoders(team, machine), firm=False)
-        return replace(team, helpers=settings.decoders, helper=Share(labels=settings.decoder_nodes))
+        return replace(team, helpers=settings.decoders, helper=Resources(labels=settings.decoder_nodes))
     return team
 
 
-def _decoders(team: Team, machine: Machine) -> int:
+def _decoders(team: WorkerGroup, machine: Machine) -> int:
     """Returns how many cores are there for each worker with a GPU; 0 where it would be one, as the worker is itself."""
     if not team.worker.gpus or not team.count or machine.gpus < 1 or machine.grows:
         return 0
@@ -146,13 +146,13 @@ def _decoders(team: Team, machine: Machine) -> int:
     return each if each > 1 else 0
 
 
-def _as_many_as_fit(share: Share, machine: Machine) -> int:
+def _as_many_as_fit(share: Resources, machine: Machine) -> int:
     memory = share.memory or (0 if share.gpus else WORKER_BYTES)
     room = {"CPU": machine.cpus, "GPU": machine.gpus, "memory": machine.memory}
     return max(1, replace(share, memory=memory).places(room))
 
 
-def _training_team(settings: TrainingSettings, machine: Machine, most: int) -> Team:
+def _training_team(settings: TrainingSettings, machine: Machine, most: int) -> WorkerGroup:
     if isinstance(settings.workers, int):
         count = settings.workers
     else:
@@ -166,13 +166,13 @@ def _training_team(settings: TrainingSettings, machine: Machine, most: int) -> T
     enough = machine.gpus >= (1 if machine.grows else least)
     on_gpus = settings.device.startswith("cuda") or (settings.device == "auto" and enough)
     threads = min(float(settings.threads), machine.cpus)
-    return Team(count, least, _worker_share(settings, float(on_gpus), threads))
+    return WorkerGroup(count, least, _worker_share(settings, float(on_gpus), threads))
 
 
-def _worker_share(settings: Settings, gpus: float, threads: float = 0.0) -> Share:
+def _worker_share(settings: Settings, gpus: float, threads: float = 0.0) -> Resources:
     """Returns what one worker with this many ``gpus`` takes under these settings; without, a core for each thread."""
     cpus = settings.cpus or (0.0 if gpus else threads or 1.0)
-    return Share(cpus, gpus, settings.memory_mb << 20, settings.nodes)
+    return Resources(cpus, gpus, settings.memory_mb << 20, settings.nodes)
 
 
 def cores_of(settings: RaySettings) -> int:

@@ -22,7 +22,7 @@ from pipeline.graph.artifacts import (
     write_shard_table,
 )
 from pipeline.graph.ray import start_ray, wait_for_room
-from pipeline.graph.resources import Share, Team
+from pipeline.graph.resources import Resources, WorkerGroup
 from pipeline.graph.stages import Context
 from pipeline.graph.workers import (
     Part,
@@ -128,7 +128,7 @@ def _note(work: WorkTimes, lost: Counter[str]) -> str:
     return f"{note}, lost {reasons}" if reasons else note
 
 
-def _team(ctx: Context, tasks: int) -> Team | None:
+def _team(ctx: Context, tasks: int) -> WorkerGroup | None:
     """Returns Ray's workers for this many tasks; None where nothing is left to do, or this process does it."""
     if not tasks or ctx.settings.workers == 0:
         return None
@@ -136,7 +136,7 @@ def _team(ctx: Context, tasks: int) -> Team | None:
     return wait_for_room(start_ray(settings), ctx.stage, ctx.settings, settings, tasks)
 
 
-def _gpus_each(ctx: Context, team: Team | None) -> float:
+def _gpus_each(ctx: Context, team: WorkerGroup | None) -> float:
     """Returns how many GPUs each worker takes; without a team, this process, which takes one by itself."""
     asked = team.worker.gpus if team else getattr(ctx.settings, "gpus", 0)
     if asked == "auto":
@@ -147,7 +147,7 @@ def _gpus_each(ctx: Context, team: Team | None) -> float:
 
 
 def _run(
-    ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], ShardWorker], team: Team | None
+    ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], ShardWorker], team: WorkerGroup | None
 ) -> Iterator[tuple[Shard, WorkTimes]]:
     if not todo:
         return
@@ -188,7 +188,7 @@ def _parts(todo: Sequence[ShardTask], count: int) -> Any:
     return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
-def _pool(share: Share, size: int) -> dict[str, Any]:
+def _pool(share: Resources, size: int) -> dict[str, Any]:
     """Returns the options of an operator that begins with ``size`` processes, and gives back those it cannot use."""
     from ray.data import ActorPoolStrategy
 
@@ -201,7 +201,7 @@ def _pool(share: Share, size: int) -> dict[str, Any]:
     }
 
 
-def _stream(ctx: Context, todo: Sequence[ShardTask], make: Streamed, team: Team) -> Any:
+def _stream(ctx: Context, todo: Sequence[ShardTask], make: Streamed, team: WorkerGroup) -> Any:
     """Returns a dataset of the answers of ``todo``: parts are prepared, worked on and, a shard at a time, joined.
 
     Parts keep their order and every shard has equally many, some of them empty: so the last operator, which takes that
@@ -217,5 +217,5 @@ def _stream(ctx: Context, todo: Sequence[ShardTask], make: Streamed, team: Team)
     return (
         dataset.map_batches(prepare, batch_size=1, **_pool(team.helper, team.count * team.helpers))
         .map_batches(work, batch_size=1, **_pool(team.worker, team.count))
-        .map_batches(join, batch_size=most, **_pool(Share(0.0, labels=team.worker.labels), team.count))
+        .map_batches(join, batch_size=most, **_pool(Resources(0.0, labels=team.worker.labels), team.count))
     )

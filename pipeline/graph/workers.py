@@ -189,7 +189,7 @@ def step(
 ) -> type:
     """Returns a class for Ray Data that puts parts through one step of a stream.
 
-    ``of_workers``: its time counts as that of workers. Expected errors travel on with the part.
+    With ``of_workers`` its time counts as worker time. Expected errors are returned with the part.
     """
 
     class Step:

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from pipeline.progress import Line, duration
+from pipeline.progress import ProgressLine, duration
 from pipeline.store import Store
 from pipeline.store.records import Count, Seconds, parse_object, read_plain, who, whoami
 
@@ -139,7 +139,7 @@ def lead_or_wait(
     watched: tuple[str | None, str] | None = None
     since = time.monotonic()
     followed: tuple[Holder | None] | None = None  # the leader's lease, which may be damaged
-    with Line(SAY_EVERY_S) as line:
+    with ProgressLine(SAY_EVERY_S) as line:
         while True:
             if finished():
                 return None

@@ -14,7 +14,7 @@ from models.clip import Clip
 from pipeline.errors import Unreachable, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact
 from pipeline.graph.local_ray import ray_logs
-from pipeline.graph.ray import works_on_ray
+from pipeline.graph.ray import uses_ray
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.settings import TrainingSettings
@@ -75,7 +75,7 @@ def run_attempts(ctx: Context) -> Artifact:
                 _tell_of_milestones(ctx, reached)
             name = f"{own.branch.trajectory[:16]}-{own.branch.attempt:04d}"
             ray, most = ctx.config.run.ray, most_workers(ctx, task)
-            workers = works_on_ray(ctx.settings, ray)
+            workers = uses_ray(ctx.settings, ray)
             with following(ctx.stage, ctx.recipe.whole_samples, newest) if workers else nullcontext():
                 launch(Training(ctx, own), ctx.stage, name, ctx.settings, ray, most)
             break

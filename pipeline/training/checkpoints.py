@@ -293,7 +293,7 @@ def take_attempt(store: Store, trajectory: str) -> int:
 
 
 @dataclass(frozen=True)
-class Course:
+class BranchedCheckpoints:
     """Reads and writes the checkpoints of one training: of the trunk up to ``fork`` samples, then of its own branch.
 
     Both are the same where the learning rate does not fall.
@@ -324,9 +324,9 @@ class Course:
         return self.branch.restore(state, at_most) or self.trunk.restore(state, min(at_most, self.fork))
 
 
-def course(ctx: Context, begin: bool) -> Course:
+def course(ctx: Context, begin: bool) -> BranchedCheckpoints:
     """Returns the checkpoints of a training: to ``begin`` a new attempt that writes, or to read."""
     keep = ctx.settings.keep_checkpoints
     keys = dict.fromkeys([trunk_key(ctx), trajectory_key(ctx)])
     made = [Checkpoints(ctx.store, key, take_attempt(ctx.store, key) if begin else 0, keep) for key in keys]
-    return Course(made[0], made[-1], ctx.recipe.fork)
+    return BranchedCheckpoints(made[0], made[-1], ctx.recipe.fork)

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from pipeline.settings import SPARED
-from pipeline.training.checkpoints import Course, Snapshot, snapshot
+from pipeline.training.checkpoints import BranchedCheckpoints, Snapshot, snapshot
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.state import TrainState
 
@@ -19,12 +19,12 @@ class Saver:
     its end. Where a model is sharded, every worker has a Saver.
 
     Args:
-        course: Course that checkpoints are written to.
+        course: Checkpoints of the training, which it writes.
         group: This worker's view of the others.
         every_s: Seconds between two saves, at least.
     """
 
-    def __init__(self, course: Course, group: ProcessGroup, every_s: float = 0.0):
+    def __init__(self, course: BranchedCheckpoints, group: ProcessGroup, every_s: float = 0.0):
         self.course, self.group, self.every_s = course, group, every_s
         self._collect = partial(group.collect, group=group.side_group()) if group.sharded else list
         self._pool = ThreadPoolExecutor(1, "checkpoint")

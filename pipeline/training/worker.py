@@ -23,7 +23,7 @@ from pipeline.progress import Progress
 from pipeline.store.crash import crash_point
 from pipeline.store.records import put_blob, read_blob
 from pipeline.training.between_steps import BetweenSteps, averaged
-from pipeline.training.checkpoints import Course
+from pipeline.training.checkpoints import BranchedCheckpoints
 from pipeline.training.compiling import compile_layers, compiles
 from pipeline.training.device import keep_freed_memory, memory_for
 from pipeline.training.distributed.process_group import ProcessGroup
@@ -44,7 +44,7 @@ class Training:
     """Trains as one of the workers. It is pickled, sent to all of them, and called there."""
 
     ctx: Context
-    course: Course
+    course: BranchedCheckpoints
 
     def __call__(self, group: ProcessGroup) -> None:
         """Trains from the newest checkpoint to the stop; rank 0 publishes.

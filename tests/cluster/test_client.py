@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.client import Cluster, Seen
+from cluster.client import Cluster, JobInfo
 from pipeline.errors import UserError
 from tests.pipeline.data.bench import listening
 
@@ -116,7 +116,7 @@ def test_a_cluster_on_this_machine_is_behind_no_proxy(monkeypatch: pytest.Monkey
     [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", -9, 137), ("FAILED", None, 1), ("STOPPED", None, 1)],
 )
 def test_the_exit_code_is_the_jobs(status: str, code: int | None, exit_code: int) -> None:
-    assert Seen("id", status, "", code, {}).exit_code == exit_code
+    assert JobInfo("id", status, "", code, {}).exit_code == exit_code
 
 
 # --- following --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.client import Seen
+from cluster.client import JobInfo
 from cluster.job import Job, make_job, number_of
 from cluster.package import Package
 from cluster.submission import attach_or_submit
@@ -25,14 +25,14 @@ class FakeCluster:
     address = "http://head:8265"
 
     def __init__(self) -> None:
-        self.seen: list[Seen] = []
+        self.seen: list[JobInfo] = []
 
-    def attempts(self, job: Job) -> list[Seen]:
+    def attempts(self, job: Job) -> list[JobInfo]:
         return [seen for seen in self.seen if number_of(job.id, seen.id) is not None]
 
     def submit(self, job: Job, package: Path, metadata: Mapping[str, str]) -> None:
         assert package.stat().st_size
-        self.seen.append(Seen(job.id, "PENDING", "", None, metadata))
+        self.seen.append(JobInfo(job.id, "PENDING", "", None, metadata))
 
     def end(self, status: str) -> None:
         self.seen[-1] = dataclasses.replace(self.seen[-1], status=status)

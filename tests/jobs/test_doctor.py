@@ -13,7 +13,7 @@ import pytest
 import jobs.doctor
 from jobs.cli import main
 from pipeline.config import load_config, make_config
-from pipeline.cost.observed import Observation, Seen, shape
+from pipeline.cost.observed import Observation, Observations, shape
 from pipeline.doctor import machine, packages
 from pipeline.doctor.finding import Finding, brief
 from pipeline.doctor.nodes import Answer, judge, versions
@@ -254,7 +254,7 @@ def test_it_says_on_what_each_stage_will_run(capsys: Output, request: pytest.Fix
 def test_a_run_on_another_machines_gpu_makes_this_machine_no_faster(
     capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def seen(store: object, project: str, graph: Graph, held_out: float) -> Seen:
+    def seen(store: object, project: str, graph: Graph, held_out: float) -> Observations:
         recipes = {name: flatten(stage.recipe) for name, stage in graph.items()}
         one = Observation(100, 10.0, 10.0, 1, shape("decoder", graph, recipes), device="cuda")
         return {"decoder": [one]}

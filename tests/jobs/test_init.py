@@ -17,7 +17,7 @@ from jobs.cli import main
 from models.sampling_config import MODELS, PRIORS
 from pipeline.build import build
 from pipeline.config import Config, load_config, make_config, preset_config
-from pipeline.data.pairs.peek import look
+from pipeline.data.pairs.preview import preview
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.stage import scan
 from pipeline.starter import CLIP_WEIGHTS, starter
@@ -250,7 +250,7 @@ def test_a_clip_that_exists_is_named(capsys: Output) -> None:
 def started(gpu: bool, pairs: int) -> Config:
     """The configuration of a list of so many pairs, of which few were looked at."""
     source = SourceRecipe((table("csv"),))
-    seen = replace(look(source), behind=pairs - len(CAPTIONS))
+    seen = replace(preview(source), behind=pairs - len(CAPTIONS))
     return make_config(yaml.safe_load(starter("mine", gpu, source, seen)))
 
 
@@ -301,7 +301,7 @@ def test_on_a_gpu_few_pairs_are_seen_a_hundred_times_and_need_a_clip_that_exists
 def test_on_a_gpu_a_list_of_which_no_row_is_taken_is_no_crash() -> None:
     """Such as one that names a bucket which is not among source.roots: ``init`` says so."""
     source = SourceRecipe((table("csv"),))
-    seen = replace(look(source), rows=0, behind=0)
+    seen = replace(preview(source), rows=0, behind=0)
     assert seen.pairs == 0
     assert "scale:" not in starter("mine", True, source, seen)
 

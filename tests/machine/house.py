@@ -48,7 +48,7 @@ from pipeline.graph.pointer import read_releases
 from pipeline.graph.runs import remember, remember_again
 from pipeline.graph.stages import Context, Graph, Stage, shard_key, trajectory_key
 from pipeline.ledger import Ledger
-from pipeline.local import Reach
+from pipeline.local import PathPolicy
 from pipeline.settings import RaySettings, ReleaseGates, ShardSettings, TrainingSettings
 from pipeline.store import leases
 from pipeline.store.records import digest, put_blob, read_blob
@@ -207,7 +207,7 @@ class House:
             stack.enter_context(mock.patch.object(source_stage, "read_rows", lambda path, _: self.lists[path].read()))
             stack.enter_context(mock.patch.object(source_stage, "fingerprint", lambda path: self.lists[path].rows[:]))
             stack.enter_context(mock.patch.object(source_stage, "unread", return_value=""))
-            stack.enter_context(mock.patch.object(jobs.data, "reach", return_value=Reach()))
+            stack.enter_context(mock.patch.object(jobs.data, "reach", return_value=PathPolicy()))
             stack.enter_context(mock.patch("time.sleep"))
             # What takes most of the time, and nothing that the machine asks about depends on it.
             stack.enter_context(mock.patch.object(artifacts, "environment", dict))
@@ -278,6 +278,6 @@ class House:
 
     def release(self, store: StepStore, name: str, command: str) -> int:
         config: Any = self.project(store, name).config
-        asked = jobs.release.Asked(name, config, store, read_releases(store, name))
+        asked = jobs.release.DrawCall(name, config, store, read_releases(store, name))
         arguments: Any = SimpleNamespace(force="the machine says so", reason="", key=None, json=False)
         return jobs.release.RUNS[command](asked, arguments)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.local import Outside, Reach, TooLarge, local_path, open_local, read_local, reason_of
+from pipeline.local import Outside, PathPolicy, TooLarge, local_path, open_local, read_local, reason_of
 from tests.links import exchanging
 
 
@@ -31,7 +31,7 @@ def irregular(folder: Path) -> list[str]:
 
 def test_only_regular_files_are_opened_and_nothing_is_waited_for(folder: Path) -> None:
     for path in irregular(folder):
-        for within in (None, Reach(own=("/",))):
+        for within in (None, PathPolicy(own=("/",))):
             with pytest.raises(OSError, match=r"not a regular file|Is a directory") as refused:
                 open_local(path, within)
             assert reason_of(refused.value) == "missing_file"
@@ -60,7 +60,7 @@ def test_a_file_that_becomes_a_pipe_meanwhile_is_not_waited_for(folder: Path, mo
 
 
 def test_who_exchanges_folders_for_links_leads_no_reader_out(folder: Path) -> None:
-    reach = Reach(own=(str(folder),))
+    reach = PathPolicy(own=(str(folder),))
     outside, inner = folder.parent / "outside", folder / "inner"
     outside.mkdir()
     (outside / "a").write_bytes(b"a secret")
@@ -92,7 +92,7 @@ def test_bytes_are_limited(folder: Path) -> None:
 
 
 def test_links_lead_nowhere_outside(folder: Path) -> None:
-    reach = Reach(own=(str(folder),))
+    reach = PathPolicy(own=(str(folder),))
     (folder / "inside").symlink_to("inner/../file")
     (folder / "out").symlink_to("../secret")
     (folder / "far").symlink_to("out")
@@ -109,7 +109,7 @@ def test_links_lead_nowhere_outside(folder: Path) -> None:
         with pytest.raises(OSError, match=why) as missing:
             open_local(folder / name, reach)
         assert reason_of(missing.value) == "missing_file"
-    wider = Reach.of((str(folder),), (str(folder.parent / "secret"),))
+    wider = PathPolicy.of((str(folder),), (str(folder.parent / "secret"),))
     assert read_local(folder / "out", 100, wider) == b"secret"
     assert read_local(folder / "out", 100) == b"secret"  # what a command names may be a link to anywhere
 
@@ -117,7 +117,7 @@ def test_links_lead_nowhere_outside(folder: Path) -> None:
 def test_a_folder_that_is_a_link_itself_is_what_it_leads_to(folder: Path) -> None:
     linked = folder.parent / "linked"
     linked.symlink_to(folder)
-    reach = Reach(own=(str(linked),))
+    reach = PathPolicy(own=(str(linked),))
     for place in (linked, folder):
         assert reach.refusal(f"{place}/file") is None
         assert read_local(place / "file", 100, reach) == b"0123456789"
@@ -145,24 +145,24 @@ NAMED = [
 
 
 def test_a_table_names_what_is_its_own_and_what_roots_name() -> None:
-    reach = Reach.of(("/lists",), ("/roots", "/one.tar", "s3://images", "s3://shared/sets/"))
+    reach = PathPolicy.of(("/lists",), ("/roots", "/one.tar", "s3://images", "s3://shared/sets/"))
     assert {reference: reach.refusal(reference) for reference in FORBIDDEN} == dict.fromkeys(
         FORBIDDEN, "forbidden_reference"
     )
     assert {reference: reach.refusal(reference) for reference in NAMED} == dict.fromkeys(NAMED)
-    nothing = Reach()
+    nothing = PathPolicy()
     assert all(nothing.refusal(reference) for reference in FORBIDDEN)
     assert nothing.refusal("https://h/a.png") is None
     assert nothing.refusal("/lists/a.png") == nothing.refusal("s3://images/a.png") == "forbidden_reference"
-    assert Reach.of((), ("/",)).refusal("/etc/passwd") is None
+    assert PathPolicy.of((), ("/",)).refusal("/etc/passwd") is None
 
 
 def test_roots_are_paths_or_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ana")
-    assert Reach.of((), ("~/images", "sets")).roots == ("/home/ana/images", os.path.abspath("sets"))
+    assert PathPolicy.of((), ("~/images", "sets")).roots == ("/home/ana/images", os.path.abspath("sets"))
     for root in ("", "s3://", "s3:///", "file:///a", "https://h/", "gs://bucket"):
         with pytest.raises(ValueError, match="is neither a path nor s3://BUCKET"):
-            Reach.of((), (root,))
+            PathPolicy.of((), (root,))
 
 
 def test_paths_of_references() -> None:

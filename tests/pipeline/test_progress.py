@@ -4,7 +4,7 @@ import re
 import pytest
 
 from pipeline import progress
-from pipeline.progress import Line, Progress, above_lines, duration, read_count, under_way
+from pipeline.progress import Progress, ProgressLine, above_lines, duration, read_count, under_way
 
 
 class Clock:
@@ -156,7 +156,7 @@ def test_how_far_a_stage_is_can_be_asked_while_it_is_under_way(clock: Clock) -> 
 @pytest.mark.parametrize(("kind", "lines"), [(io.StringIO, 3), (Terminal, 10)])
 def test_a_line_is_said_now_and_then_and_asked_for_only_then(clock: Clock, kind: type[io.StringIO], lines: int) -> None:
     stream, asked = kind(), []
-    with Line(30.0, stream) as line:
+    with ProgressLine(30.0, stream) as line:
         for i in range(10):
             clock.now += 10
             line.show(lambda i=i: asked.append(i) or f"at {i}")  # type: ignore[misc]

@@ -5,7 +5,7 @@ import random
 import pytest
 import yaml
 
-from pipeline.data.pairs.peek import Look
+from pipeline.data.pairs.preview import ListPreview
 from pipeline.starter import CAPTION_BYTES, SHARE, _captions, _scalar, shortest_share
 
 
@@ -39,10 +39,10 @@ def test_any_text_comes_back_from_yaml(text: str) -> None:
 
 def test_captions_are_short_enough_for_clip() -> None:
     long = "word " * 100
-    assert _captions(Look(2, False, (long, "short"), ())) == ["short"]
-    (cut,) = _captions(Look(1, False, (long,), ()))
+    assert _captions(ListPreview(2, False, (long, "short"), ())) == ["short"]
+    (cut,) = _captions(ListPreview(1, False, (long,), ()))
     assert cut == "word " * 14 + "word"
-    (cut,) = _captions(Look(1, False, ("猫" * 100,), ()))
+    (cut,) = _captions(ListPreview(1, False, ("猫" * 100,), ()))
     assert cut == "猫" * (CAPTION_BYTES // 3)
 
 

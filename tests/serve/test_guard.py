@@ -28,7 +28,7 @@ from serve.settings import ServeSettings
 
 TOKEN = "a-token-of-twenty-four-c"
 URL, PATH = "http://127.0.0.1:8000", "/v1/images/generations"
-Ask = Callable[..., httpx.Response]
+PlanInput = Callable[..., httpx.Response]
 
 
 def guard_of(app: FastAPI, **given: Any) -> FastAPI:
@@ -38,7 +38,7 @@ def guard_of(app: FastAPI, **given: Any) -> FastAPI:
     return app
 
 
-def asking(settings: ServeSettings | None = None, **given: Any) -> Ask:
+def asking(settings: ServeSettings | None = None, **given: Any) -> PlanInput:
     """Asks a guarded application that says how many bytes reached it."""
     app = FastAPI()
 

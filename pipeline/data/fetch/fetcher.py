@@ -27,7 +27,7 @@ from pipeline.data.fetch.rules import NOTHING_DENIED, ROBOTS_BYTES, DenyLists, R
 from pipeline.data.fetch.s3 import S3Reader
 from pipeline.errors import UserError
 from pipeline.ledger import DEFERRED
-from pipeline.local import NOTHING, Reach, local_path, read_local, reason_of
+from pipeline.local import NOTHING, PathPolicy, local_path, read_local, reason_of
 from pipeline.settings import PairsSettings
 from pipeline.store.parallel import ordered_map
 
@@ -82,7 +82,7 @@ class Fetcher:
         settings: PairsSettings,
         max_bytes: int,
         deny: DenyLists = NOTHING_DENIED,
-        reach: Reach = NOTHING,
+        reach: PathPolicy = NOTHING,
         allow: Sequence[str] = (),
     ):
         self._settings, self._max_bytes, self._deny, self._reach = settings, max_bytes, deny, reach

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.store.s3 import PASSING, s3_client
 
 CHUNK = 1 << 16
-# Of these no row is to blame: they would end every row of the list.
+# Errors of credentials fail the whole stage, not one row.
 CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "RequestTimeTooSkewed"}
 NOT_LOGGED_IN = (
     exceptions.NoCredentialsError,

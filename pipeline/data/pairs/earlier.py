@@ -33,7 +33,7 @@ class Spooled(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Known:
+class EarlierRow:
     """Holds how a row ended.
 
     Attributes:
@@ -68,7 +68,7 @@ def earlier_shards(ctx: Context) -> dict[int, dict[str, ShardRow]]:
 
 def take_over(
     store: Store, refs: Sequence[Mapping[str, Any]], source: ShardRow, pairs: ShardRow, spool: IO[bytes]
-) -> dict[int, Known]:
+) -> dict[int, EarlierRow]:
     """Returns, by place, the rows of ``refs`` that stood there in the earlier shard too, with the same hash.
 
     Their images are written to ``spool``, since memory does not hold those of a large shard. Returns none if what the
@@ -98,4 +98,4 @@ def take_over(
     except CorruptObject as e:
         log.warning("shard %08d is fetched from scratch: of an earlier run, %s", pairs.number, e)
         return {}
-    return {i: Known(index[i], images.get(i), said.get(index[i]["key"])) for i in same}
+    return {i: EarlierRow(index[i], images.get(i), said.get(index[i]["key"])) for i in same}

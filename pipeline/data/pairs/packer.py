@@ -19,7 +19,7 @@ from pipeline.data.fetch.opener import Evidence, Refused, normal_url
 from pipeline.data.fetch.rules import DenyLists, read_deny_lists
 from pipeline.data.pairs.budget import ShardDecoder
 from pipeline.data.pairs.decoding import shared_decoder
-from pipeline.data.pairs.earlier import Known, take_over
+from pipeline.data.pairs.earlier import EarlierRow, take_over
 from pipeline.data.pairs.recipe import PairsRecipe
 from pipeline.data.pairs.row_index import OPT_OUTS, index_counts, index_table, opt_out_table
 from pipeline.data.pairs.unfinished import Unfinished
@@ -29,7 +29,7 @@ from pipeline.data.source.tars import tar_place
 from pipeline.graph.artifacts import read_table, write_table
 from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger, status_of
-from pipeline.local import Reach, read_local, reason_of
+from pipeline.local import PathPolicy, read_local, reason_of
 from pipeline.progress import Steps
 from pipeline.settings import PairsSettings
 from pipeline.store import Store
@@ -39,7 +39,7 @@ from pipeline.store.records import digest
 TAKEN_OVER = ("status", "reason", "width", "height", "sha256", "tar", "offset", "size")  # of an earlier index
 
 
-def _taken_over(known: Known) -> dict[str, Any]:
+def _taken_over(known: EarlierRow) -> dict[str, Any]:
     """Returns what a row has of the earlier index, and the evidence of an opt-out."""
     return {name: known.row[name] for name in TAKEN_OVER} | {"evidence": known.evidence}
 
@@ -47,7 +47,7 @@ def _taken_over(known: Known) -> dict[str, Any]:
 class Packer:
     """Makes the tar and the index of one shard."""
 
-    def __init__(self, store: Store, recipe: PairsRecipe, settings: PairsSettings, reach: Reach):
+    def __init__(self, store: Store, recipe: PairsRecipe, settings: PairsSettings, reach: PathPolicy):
         self.store, self.recipe, self.settings, self.reach = store, recipe, settings, reach
         self.overdrawn: dict[str, float] = {}  # see ShardDecoder: a list of many shards has no more than one of few
         self.decoder = shared_decoder()
@@ -80,7 +80,7 @@ class Packer:
             else:
                 self._reject_denied(row, ref["sha256"])  # known by the list's own hash: not even asked for
         wanted = [i for i, row in enumerate(rows) if row["status"] == "kept"]
-        known: dict[int, Known] = {}
+        known: dict[int, EarlierRow] = {}
         if earlier := task.inputs.get("earlier pairs"):
             known = take_over(self.store, refs, task.inputs["earlier source"], earlier, spool)
         decoder = ShardDecoder(self.decoder, self.overdrawn)

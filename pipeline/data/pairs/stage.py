@@ -12,7 +12,7 @@ from functools import partial
 from pipeline.data.fetch.rules import read_deny_lists
 from pipeline.data.pairs.earlier import earlier_shards
 from pipeline.data.source.drawings.world import HOST
-from pipeline.data.source.lists import reach
+from pipeline.data.source.lists import path_policy
 from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.graph.shards import map_shards
 from pipeline.graph.stages import Context, shard_key
@@ -33,7 +33,7 @@ def run_pairs(ctx: Context) -> Artifact:
         )
         for shard in read_shards(ctx.store, ctx.inputs["source"])
     ]
-    may = reach(ctx.config.source, *ctx.config.source.paths)
+    may = path_policy(ctx.config.source, *ctx.config.source.paths)
     for name in ("deny_hosts", "deny_urls", "deny_sha256"):
         if file := getattr(ctx.recipe, name):
             put_content(ctx.store, file, f"pairs.{name}")

@@ -28,7 +28,7 @@ from typing import IO, Any, BinaryIO
 from pipeline.data.source.columns import MAX_CAPTION, MAX_CAPTIONS, Flaw, bounded_captions
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
-from pipeline.local import MAX_REFERENCE, Reach, open_local
+from pipeline.local import MAX_REFERENCE, PathPolicy, open_local
 from pipeline.progress import say_once
 from pipeline.sandbox import bare_environment, give_up_rights, limit_memory, limit_time, memory_mapped, receive, send
 
@@ -129,7 +129,7 @@ class ListReader:
         return process.wait()
 
     def rows(
-        self, kind: str, path: Path, width: int, *arguments: Any, within: Reach | None = None
+        self, kind: str, path: Path, width: int, *arguments: Any, within: PathPolicy | None = None
     ) -> Iterator[list[Any] | Flaw]:
         """Yields the rows of a file, each of ``width`` values, as the reader of its ``kind`` in READERS does.
 

@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.data.source.child import Budget, ListReader
 from pipeline.data.source.columns import Flaw
 from pipeline.errors import UserError
-from pipeline.local import Outside, Reach, open_local, reason_of
+from pipeline.local import Outside, PathPolicy, open_local, reason_of
 
 SCHEME = "embedding://"
 NAMES = ("img_emb", "text_emb")
@@ -31,7 +31,7 @@ def is_embeddings(folder: Path) -> bool:
     return all((folder / name).is_dir() for name in ("img_emb", "metadata"))
 
 
-def metadata_parts(folder: Path, reach: Reach, reader: ListReader) -> list[tuple[str, Path]]:
+def metadata_parts(folder: Path, reach: PathPolicy, reader: ListReader) -> list[tuple[str, Path]]:
     """Returns the number of each part, as its files spell it, and its Parquet file, by rising number.
 
     Raises:
@@ -73,7 +73,7 @@ def imported_url(reference: str) -> str:
     return unquote(reference.partition("#")[2]) if reference.startswith(SCHEME) else ""
 
 
-def read_imported(references: Sequence[str], within: Reach | None = None) -> list[np.ndarray | str]:
+def read_imported(references: Sequence[str], within: PathPolicy | None = None) -> list[np.ndarray | str]:
     """Returns for each reference the image and the text embedding, fp32 [2, d] as stored.
 
     In place of embeddings that cannot be read stands the reason.
@@ -120,7 +120,7 @@ def _file(folder: Path, name: str, part: str) -> Path:
     return folder / name / f"{name}_{part}.npy"
 
 
-def _open(path: Path, within: Reach | None, reader: ListReader) -> np.memmap:
+def _open(path: Path, within: PathPolicy | None, reader: ListReader) -> np.memmap:
     """Returns a matrix that stays on disk. Raises OSError; ValueError for a file that holds another thing."""
     with open_local(path, within) as file:
         for header in reader.rows("npy", path, 5, within=within):

@@ -23,7 +23,7 @@ from pipeline.data.source.rows import ROWS_SUFFIX, SIDECARS, ListRow, one_line_e
 from pipeline.data.source.tables import SUFFIXES, table_kind, table_rows
 from pipeline.data.source.tars import tar_rows
 from pipeline.errors import UserError
-from pipeline.local import Reach, local_path, reason_of
+from pipeline.local import PathPolicy, local_path, reason_of
 from pipeline.progress import counted, say_once
 
 # What a table says where it has no value, as pyarrow and pandas read it. In a column of groups it is a group.
@@ -89,30 +89,30 @@ def _rows(path: str, kind: str, where: str, recipe: SourceRecipe, reader: ListRe
         for url, captions, group, split, *rights in flawed_rows() if where == "flawed" else drawing_rows(where):
             yield ListRow(url, one_line_each(captions), group, split, "", *rights)
     elif kind == "folder":
-        yield from _folder_rows(Path(where), recipe, reach(recipe, path), reader)
+        yield from _folder_rows(Path(where), recipe, path_policy(recipe, path), reader)
     elif kind == "tables":
         for file in read_files(Path(where), kind):
-            yield from _merged(_table_rows(file, recipe, reader, reach(recipe, path)))
+            yield from _merged(_table_rows(file, recipe, reader, path_policy(recipe, path)))
     elif kind in ("tar", "tars"):
         for file in read_files(Path(where), kind) if kind == "tars" else [Path(where)]:
             yield from tar_rows(file, reader)
     elif kind == "embeddings":
-        yield from _embedding_rows(Path(where), recipe, reach(recipe, path), reader)
+        yield from _embedding_rows(Path(where), recipe, path_policy(recipe, path), reader)
     elif kind == "rows":
-        may = reach(recipe, path)
+        may = path_policy(recipe, path)
         for row in packaged_rows(Path(where), reader):
             yield replace(row, reject=row.reject or may.refusal(row.url))
     elif kind == "remote":
         copy = fetched(path)
         try:
-            yield from _merged(_table_rows(copy, recipe, reader, reach(recipe, path), path))
+            yield from _merged(_table_rows(copy, recipe, reader, path_policy(recipe, path), path))
         except UserError as e:
             raise UserError(str(e).replace(str(copy), path)) from None
     else:
-        yield from _merged(_table_rows(Path(where), recipe, reader, reach(recipe, path)))
+        yield from _merged(_table_rows(Path(where), recipe, reader, path_policy(recipe, path)))
 
 
-def reach(recipe: SourceRecipe, *paths: str) -> Reach:
+def path_policy(recipe: SourceRecipe, *paths: str) -> PathPolicy:
     """Returns what these lists may name.
 
     A table may name what lies below its folder, on this machine or on S3, any other list its own files, and all of them
@@ -125,7 +125,7 @@ def reach(recipe: SourceRecipe, *paths: str) -> Reach:
         if kind not in ("drawings", "remote")
     ]
     beside = [os.path.dirname(where) for kind, where in kinds if kind == "remote" and where.startswith("s3://")]
-    return Reach.of(own, [*recipe.roots, *beside])
+    return PathPolicy.of(own, [*recipe.roots, *beside])
 
 
 def _beside(place: Path | str, reference: str) -> str:
@@ -202,7 +202,7 @@ def unread(path: str, recipe: SourceRecipe) -> str:
     kind, where = _kind(path)
     if kind not in FOLDERS:
         return ""
-    folder, may = Path(where), reach(recipe, path)
+    folder, may = Path(where), path_policy(recipe, path)
     tables = [file for file, metadata in walk(folder) if kind == "folder" and file == metadata]
     with ListReader() as reader:
         named = frozenset(
@@ -242,7 +242,7 @@ def _short_side(sizes: list[Any]) -> int:
     return 0
 
 
-def _folder_rows(folder: Path, recipe: SourceRecipe, may: Reach, reader: ListReader) -> Iterator[ListRow]:
+def _folder_rows(folder: Path, recipe: SourceRecipe, may: PathPolicy, reader: ListReader) -> Iterator[ListRow]:
     """Yields the rows of metadata, as in an imagefolder, and those of images that no metadata speak for."""
     splits = folder_splits(folder)
     for file, metadata in walk(folder):
@@ -257,7 +257,7 @@ def _folder_rows(folder: Path, recipe: SourceRecipe, may: Reach, reader: ListRea
             yield replace(row, reject=row.reject or _link_refusal(str(file), may))
 
 
-def _metadata_rows(table: Path, recipe: SourceRecipe, may: Reach, reader: ListReader) -> Iterator[ListRow]:
+def _metadata_rows(table: Path, recipe: SourceRecipe, may: PathPolicy, reader: ListReader) -> Iterator[ListRow]:
     column = "file_name" if recipe.image_column == "url" else recipe.image_column
     return _merged(_table_rows(table, replace(recipe, image_column=column), reader, may))
 
@@ -270,7 +270,7 @@ def _named_file(reference: str) -> str:
         return ""
 
 
-def _link_refusal(file: str, may: Reach) -> str | None:
+def _link_refusal(file: str, may: PathPolicy) -> str | None:
     """Returns why a link to a file is refused. The fetch would refuse it, too, but keys count what is read here."""
     try:
         if os.path.islink(file):
@@ -280,7 +280,7 @@ def _link_refusal(file: str, may: Reach) -> str | None:
     return None
 
 
-def _sidecar_row(image: Path, may: Reach, reader: ListReader) -> ListRow:
+def _sidecar_row(image: Path, may: PathPolicy, reader: ListReader) -> ListRow:
     """Returns the row of an image with the captions of the first of SIDECARS beside it that is not empty.
 
     One that is irregular, or a link to what the list may not name, counts as missing.
@@ -298,7 +298,7 @@ def _sidecar_row(image: Path, may: Reach, reader: ListReader) -> ListRow:
     return ListRow(url, ())
 
 
-def _embedding_rows(folder: Path, recipe: SourceRecipe, may: Reach, reader: ListReader) -> Iterator[ListRow]:
+def _embedding_rows(folder: Path, recipe: SourceRecipe, may: PathPolicy, reader: ListReader) -> Iterator[ListRow]:
     """Yields a row for each embedding, split as its image would be; the list's hash is that image's."""
     for part, metadata in metadata_parts(folder, may, reader):
         for i, row in enumerate(_table_rows(metadata, recipe, reader)):
@@ -337,7 +337,7 @@ def _beyond(row: ListRow) -> tuple[str, ...]:
 
 
 def _table_rows(
-    path: Path, recipe: SourceRecipe, reader: ListReader, may: Reach | None = None, remote: str | None = None
+    path: Path, recipe: SourceRecipe, reader: ListReader, may: PathPolicy | None = None, remote: str | None = None
 ) -> Iterator[ListRow]:
     """Yields the rows of a table.
 

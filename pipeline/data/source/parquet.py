@@ -119,7 +119,7 @@ def _values(array: pa.Array) -> list[Any]:
 
 
 def _time(value: pa.Scalar) -> Any:
-    """Returns a time, or as a number one that cannot be had."""
+    """Returns a datetime, or the raw integer of one that is out of range."""
     try:
         return value.as_py()
     except (OverflowError, ValueError, KeyError):

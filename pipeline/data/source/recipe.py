@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat
 
-from pipeline.local import Reach
+from pipeline.local import PathPolicy
 
 FIRST_RETRY = 500  # the segment of the first rows that are tried again; those before are the list's own
 
@@ -50,7 +50,7 @@ class SourceRecipe:
     def __post_init__(self) -> None:
         if self.validation + self.test >= 1:
             raise ValueError("validation and test: these shares leave no rows to train on; lower one of them")
-        Reach.of((), self.roots)
+        PathPolicy.of((), self.roots)
 
     @property
     def splitting(self) -> tuple[float | str, ...]:

@@ -11,7 +11,7 @@ from pipeline.data.source.recipe import FIRST_RETRY
 from pipeline.data.source.rows import ListRow, write_rows
 from pipeline.data.source.stage import SourceShard, segment_of
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
-from pipeline.local import Reach
+from pipeline.local import PathPolicy
 from pipeline.store import Store
 from pipeline.store.records import put_blob
 
@@ -30,7 +30,7 @@ FINAL = frozenset(
 
 
 def gather(
-    store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str], reaches: Sequence[Reach]
+    store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str], reaches: Sequence[PathPolicy]
 ) -> tuple[str | None, int]:
     """Stores the rows whose last try ended with one of ``reasons``, as the Parquet blob of a segment.
 
@@ -54,7 +54,7 @@ def gather(
 
 
 def _failed(
-    store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str], reaches: Sequence[Reach]
+    store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str], reaches: Sequence[PathPolicy]
 ) -> Iterator[ListRow]:
     tried = _tried(store, source)
     for listed, shard in zip(source, read_shards(store, pairs), strict=True):

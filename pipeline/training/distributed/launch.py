@@ -21,7 +21,7 @@ import torch
 from torch.distributed import DistError
 
 from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
-from pipeline.graph.ray import start_ray, wait_for_room, works_on_ray
+from pipeline.graph.ray import start_ray, uses_ray, wait_for_room
 from pipeline.graph.resources import cores
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training.device import OutOfMemory, choose_device
@@ -71,7 +71,7 @@ def launch(
         UserError: Ray has too little room.
         Exception: What a worker raised, if it is one of EXPECTED.
     """
-    if not works_on_ray(settings, ray_settings):
+    if not uses_ray(settings, ray_settings):
         torch.set_num_threads(settings.threads or cores())
         work(ProcessGroup(device=choose_device(settings.device)))
         return
@@ -84,7 +84,7 @@ def launch(
     asked: dict[str, Any] = {
         "num_workers": (settings.min_workers, team.count) if settings.min_workers else team.count,
         "use_gpu": gpus,
-        "resources_per_worker": share.resources,
+        "resources_per_worker": share.by_name,
         "label_selector": dict(share.labels) or None,
     }
     with tempfile.TemporaryDirectory(prefix="unclip-train-") as scratch:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from models.draw import Draw, Part
 
-Asked = tuple[str, tuple[int | str, ...]]
+DrawCall = tuple[str, tuple[int | str, ...]]
 """A method of Draw and its arguments."""
-Numbers = Mapping[Asked, Tensor]
+Numbers = Mapping[DrawCall, Tensor]
 
 
-def make_numbers(streams: Sequence[tuple[int, int]], asked: Iterable[Asked]) -> dict[Asked, Tensor]:
+def make_numbers(streams: Sequence[tuple[int, int]], asked: Iterable[DrawCall]) -> dict[DrawCall, Tensor]:
     """Returns what these calls of a Draw of these streams return, on the CPU."""
     draw = Draw(streams)
     return {call: getattr(draw, call[0])(*call[1]) for call in asked}
@@ -34,7 +34,7 @@ class ReadyDraw(Draw):
         asked: Calls that had to be made here.
     """
 
-    def __init__(self, part: Part, start: int, stop: int, numbers: Numbers, asked: set[Asked]):
+    def __init__(self, part: Part, start: int, stop: int, numbers: Numbers, asked: set[DrawCall]):
         super().__init__(part.streams, part.device)
         self.part, self.place, self.numbers, self.asked = part, slice(start, stop), numbers, asked
         self.rows = part.rows

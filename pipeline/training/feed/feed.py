@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
-from pipeline.training.feed.draws import Asked, Numbers, ReadyDraw, make_numbers, use_one_thread
+from pipeline.training.feed.draws import DrawCall, Numbers, ReadyDraw, make_numbers, use_one_thread
 from pipeline.training.feed.order import Order, lanes_of
 from pipeline.training.feed.tables import JoinedRow, Tables
 from pipeline.training.feed.views import CACHE_MB, View, Views, at_once
@@ -52,7 +52,7 @@ class LocalBatch(NamedTuple):
     keys: list[str]
     streams: list[tuple[int, int]]
     numbers: Numbers = MappingProxyType({})
-    asked: set[Asked] | None = None
+    asked: set[DrawCall] | None = None
 
     def draw(self, device: torch.device, start: int, stop: int) -> Draw:
         """Returns the draw of rows [start, stop)."""
@@ -72,7 +72,7 @@ class Batches(Protocol):
         """Yields this worker's batch of every step, without end, after ``samples`` samples (a multiple of batch)."""
 
 
-class Begun(NamedTuple):
+class PendingBatch(NamedTuple):
     """Holds a batch that is being made.
 
     Attributes:
@@ -158,7 +158,7 @@ class Feed:
     ):
         self.columns, self.recipe, self.pin = task.columns, recipe, pin
         self.prepare = task.prepare if isinstance(task, Prepares) else None
-        self.asked: set[Asked] = set()
+        self.asked: set[DrawCall] = set()
         self.lanes = lanes_of(rank, size, recipe.lanes)
         contrastive = isinstance(task, Contrastive)
         self.tables = Tables(
@@ -188,7 +188,7 @@ class Feed:
             part = found[start : start + size]
             views = self._views(part, self.views.fetch(row.place for row in part if row.place))
             streams = [(derive_seed(self.recipe.seed, "validation", start), len(part))]
-            batches.append(self._batch(Begun(part, [0] * len(part), views, streams)))
+            batches.append(self._batch(PendingBatch(part, [0] * len(part), views, streams)))
         return batches
 
     def _batches(self, step: int) -> Generator[LocalBatch, None, None]:
@@ -218,7 +218,7 @@ class Feed:
         rows = self.tables.read(self.order.rows(lane, start, stop))
         return Window(start, stop, rows, self.views.fetch(row.place for row in rows if row.place))
 
-    def _begin(self, step: int, windows: Windows, decoders: Executor) -> Begun:
+    def _begin(self, step: int, windows: Windows, decoders: Executor) -> PendingBatch:
         per_lane = self.recipe.batch // self.recipe.lanes
         rows: list[JoinedRow] = []
         choices: list[int] = []
@@ -239,7 +239,7 @@ class Feed:
             # A task that waits for its views never waits for long: they were submitted before it.
             lanes = (views[i : i + per_lane] for i in range(0, len(views), per_lane))
             prepared = [decoders.submit(self._prepared, *lane) for lane in zip(lanes, streams, strict=True)]
-        return Begun(rows, choices, views, streams, prepared)
+        return PendingBatch(rows, choices, views, streams, prepared)
 
     def _prepared(self, views: Sequence[View], stream: tuple[int, int]) -> Batch:
         assert self.prepare is not None
@@ -250,7 +250,7 @@ class Feed:
     ) -> list[View]:
         return self.views.views(_places(rows), images, submit) if "image" in self.columns else []
 
-    def _batch(self, begun: Begun) -> LocalBatch:
+    def _batch(self, begun: PendingBatch) -> LocalBatch:
         """Returns the columns that the task names. Choices pick one of each row's captions, and its embedding."""
         batch: Batch = {}
         rows = begun.rows

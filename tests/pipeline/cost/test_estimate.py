@@ -14,10 +14,10 @@ from pipeline.cost.estimate import (
     FP32_UTILISATION,
     MATMUL_SHARE,
     UNKNOWN,
-    Ask,
     Cost,
     Device,
     Fleet,
+    PlanInput,
     amount,
     clip_size,
     cores_a_gpu,
@@ -46,18 +46,18 @@ def paper(*overrides: str) -> Config:
     return load_config(ROOT / "configs/paper.yaml", overrides)
 
 
-def asked(config: Config = NANO, rows: int = 320, fleet: Fleet | None = None) -> Ask:
-    return Ask(config, build(config), rows, 0.1, fleet=fleet)
+def asked(config: Config = NANO, rows: int = 320, fleet: Fleet | None = None) -> PlanInput:
+    return PlanInput(config, build(config), rows, 0.1, fleet=fleet)
 
 
-def measured(config: Config = NANO, rows: int = 320, **stages: Observation) -> Ask:
+def measured(config: Config = NANO, rows: int = 320, **stages: Observation) -> PlanInput:
     """Returns an ask that has seen these, each with the shape of the configuration."""
     ask = asked(config, rows)
     seen = {name: [replace(one, shape=shape(name, ask.graph, ask.recipes))] for name, one in stages.items()}
     return replace(ask, seen=seen)
 
 
-def again(ask: Ask, config: Config) -> Ask:
+def again(ask: PlanInput, config: Config) -> PlanInput:
     """Returns the same ask of another configuration."""
     return replace(ask, config=config, graph=build(config))
 

@@ -35,7 +35,7 @@ def test_faults_are_one_line_that_names_some_of_the_nodes(monkeypatch: pytest.Mo
     other, blind = Answer(versions() | {"ray": "2.1.0"}), Answer(versions(), "no AWS credentials")
     answers = [(ClusterNode(f"n{i}", 1, 0), other) for i in range(5)] + [(ClusterNode("n5", 1, 0), blind)]
     monkeypatch.setattr(readiness, "start_ray", lambda _: None)
-    monkeypatch.setattr(readiness, "works_on_ray", lambda own, _: own.workers != 0)
+    monkeypatch.setattr(readiness, "uses_ray", lambda own, _: own.workers != 0)
     monkeypatch.setattr(readiness, "check_room", lambda *_: None)
     monkeypatch.setattr(readiness, "ask_nodes", lambda *_: answers)
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")

@@ -19,8 +19,8 @@ from pipeline.graph.ray import (
     on_a_gpu,
     room_beside,
     start_ray,
+    uses_ray,
     wait_for_room,
-    works_on_ray,
 )
 from pipeline.graph.resources import Machine
 from pipeline.graph.stages import Context
@@ -272,9 +272,9 @@ def test_without_gpus_the_driver_trains_and_with_gpus_workers_do(gpus: None, mon
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     here = [TrainingSettings(workers=0), TrainingSettings(device="cpu"), TrainingSettings(device="cuda:1")]
-    assert not any(works_on_ray(settings, RaySettings()) for settings in here)
-    assert works_on_ray(TrainingSettings(), RaySettings())
+    assert not any(uses_ray(settings, RaySettings()) for settings in here)
+    assert uses_ray(TrainingSettings(), RaySettings())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not works_on_ray(TrainingSettings(), RaySettings())
-    assert works_on_ray(TrainingSettings(workers=1), RaySettings())
-    assert works_on_ray(ShardSettings(), RaySettings())
+    assert not uses_ray(TrainingSettings(), RaySettings())
+    assert uses_ray(TrainingSettings(workers=1), RaySettings())
+    assert uses_ray(ShardSettings(), RaySettings())

@@ -10,7 +10,7 @@ import pytest
 from pipeline.config import load_config, make_config
 from pipeline.doctor.readiness import on_ray
 from pipeline.graph import resources
-from pipeline.graph.resources import WORKER_BYTES, Machine, Settings, Share, Team, object_store_mb, team_of
+from pipeline.graph.resources import WORKER_BYTES, Machine, Resources, Settings, WorkerGroup, object_store_mb, team_of
 from pipeline.settings import EmbeddingsSettings, GenerationSettings, RaySettings, ShardSettings, TrainingSettings
 
 ROOT = Path(__file__).parents[3]
@@ -21,16 +21,23 @@ CLUSTER = Machine(256, 32, local=False)
 
 
 def test_a_worker_takes_a_core_or_its_gpu_unless_it_is_told() -> None:
-    assert team_of(ShardSettings(3), LAPTOP) == Team(3, 1, Share(1))
+    assert team_of(ShardSettings(3), LAPTOP) == WorkerGroup(3, 1, Resources(1))
     settings = EmbeddingsSettings(workers=2, gpus=0.5, decoders=3, decoder_nodes={"pool": "cpu"}, memory_mb=100)
-    assert team_of(settings, LAPTOP) == Team(2, 1, Share(0, 0.5, 100 << 20), 3, Share(labels={"pool": "cpu"}))
-    assert team_of(replace(settings, cpus=4), LAPTOP).worker == Share(4, 0.5, 100 << 20)
+    assert team_of(settings, LAPTOP) == WorkerGroup(
+        2, 1, Resources(0, 0.5, 100 << 20), 3, Resources(labels={"pool": "cpu"})
+    )
+    assert team_of(replace(settings, cpus=4), LAPTOP).worker == Resources(4, 0.5, 100 << 20)
     training = TrainingSettings(workers=2, nodes={"a": "b"})
-    assert team_of(training, Machine(8, local=False)) == Team(2, 2, Share(1, labels={"a": "b"}))
+    assert team_of(training, Machine(8, local=False)) == WorkerGroup(2, 2, Resources(1, labels={"a": "b"}))
     threads = [TrainingSettings(workers=1, threads=threads) for threads in (0, 1, 2, 16)]
-    assert [team_of(each, LAPTOP).worker for each in threads] == [Share(1), Share(1), Share(2), Share(8)]
-    assert team_of(threads[2], BOX).worker == Share(0, 1)
-    assert Share(0, 0.5, 100 << 20).resources == {"GPU": 0.5, "memory": 100 << 20}
+    assert [team_of(each, LAPTOP).worker for each in threads] == [
+        Resources(1),
+        Resources(1),
+        Resources(2),
+        Resources(8),
+    ]
+    assert team_of(threads[2], BOX).worker == Resources(0, 1)
+    assert Resources(0, 0.5, 100 << 20).by_name == {"GPU": 0.5, "memory": 100 << 20}
 
 
 @pytest.mark.parametrize(
@@ -130,19 +137,19 @@ def test_what_is_there_is_used_where_nothing_is_said(
 @pytest.mark.parametrize(
     ("team", "holds"),
     [
-        (Team(20, 1, Share(1)), 8),
-        (Team(5, 1, Share(1)), 5),
-        (Team(20, 1, Share(3)), 2),
-        (Team(99, 1, Share(0.3)), 26),
-        (Team(99, 1, Share(1, memory=3 << 30)), 5),
-        (Team(9, 1, Share(9)), 0),
-        (Team(9, 1, Share(1), 1), 4),
-        (Team(9, 1, Share(1), 6), 1),
-        (Team(9, 1, Share(0, 1), 6), 1),
-        (Team(9, 1, Share(1), 8), 0),
+        (WorkerGroup(20, 1, Resources(1)), 8),
+        (WorkerGroup(5, 1, Resources(1)), 5),
+        (WorkerGroup(20, 1, Resources(3)), 2),
+        (WorkerGroup(99, 1, Resources(0.3)), 26),
+        (WorkerGroup(99, 1, Resources(1, memory=3 << 30)), 5),
+        (WorkerGroup(9, 1, Resources(9)), 0),
+        (WorkerGroup(9, 1, Resources(1), 1), 4),
+        (WorkerGroup(9, 1, Resources(1), 6), 1),
+        (WorkerGroup(9, 1, Resources(0, 1), 6), 1),
+        (WorkerGroup(9, 1, Resources(1), 8), 0),
     ],
 )
-def test_room(team: Team, holds: int) -> None:
+def test_room(team: WorkerGroup, holds: int) -> None:
     assert team.room(MACHINE) == holds
 
 
@@ -161,16 +168,16 @@ def test_the_object_store_has_room_for_what_waits_for_a_gpu(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("team", "said"),
     [
-        (Team(2, 1, Share(0, 1)), "2 workers with 1 GPU each"),
-        (Team(1, 1, Share(2, 4)), "1 worker with 4 GPUs and 2 cores"),
-        (Team(2, 1, Share(1, 0, 32 << 30)), "2 workers with 1 core and 32,768 MiB each"),
-        (Team(2, 1, Share(1, labels={"pool": "gpu"})), "2 workers with 1 core on nodes with pool=gpu each"),
-        (Team(14, 12, Share(1)), "at least 12 workers with 1 core each"),
-        (Team(2, 1, Share(1), 10), "2 workers with 1 core and 10 decoders of 1 core each"),
-        (Team(1, 1, Share(0, 1), 4, firm=False), "1 worker with 1 GPU and up to 4 decoders of 1 core"),
+        (WorkerGroup(2, 1, Resources(0, 1)), "2 workers with 1 GPU each"),
+        (WorkerGroup(1, 1, Resources(2, 4)), "1 worker with 4 GPUs and 2 cores"),
+        (WorkerGroup(2, 1, Resources(1, 0, 32 << 30)), "2 workers with 1 core and 32,768 MiB each"),
+        (WorkerGroup(2, 1, Resources(1, labels={"pool": "gpu"})), "2 workers with 1 core on nodes with pool=gpu each"),
+        (WorkerGroup(14, 12, Resources(1)), "at least 12 workers with 1 core each"),
+        (WorkerGroup(2, 1, Resources(1), 10), "2 workers with 1 core and 10 decoders of 1 core each"),
+        (WorkerGroup(1, 1, Resources(0, 1), 4, firm=False), "1 worker with 1 GPU and up to 4 decoders of 1 core"),
     ],
 )
-def test_what_is_asked_for_is_said(team: Team, said: str) -> None:
+def test_what_is_asked_for_is_said(team: WorkerGroup, said: str) -> None:
     assert str(team) == said
 
 
@@ -201,5 +208,5 @@ def test_settings_that_cannot_be() -> None:
 
 
 def test_a_share_of_a_gpu_lies_on_one() -> None:
-    places = [Share(0.0, gpus).places({"CPU": 8, "GPU": 4}) for gpus in (0.1, 0.4, 0.5, 0.6, 1.0, 2.0, 3.0, 5.0)]
+    places = [Resources(0.0, gpus).places({"CPU": 8, "GPU": 4}) for gpus in (0.1, 0.4, 0.5, 0.6, 1.0, 2.0, 3.0, 5.0)]
     assert places == [40, 8, 8, 4, 4, 2, 1, 0]

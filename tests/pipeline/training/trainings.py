@@ -18,7 +18,7 @@ from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
-from pipeline.training.checkpoints import Course, course
+from pipeline.training.checkpoints import BranchedCheckpoints, course
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.worker import Training
 from tests.pipeline.training.conftest import EMBED_DIM, World
@@ -68,7 +68,7 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert all(gap.max() < 1e-4 for gap in gaps.values())
 
 
-def _work(rank: int, ctx: Context, own: Course, meeting: Path, before: Callable[[int], None]) -> None:
+def _work(rank: int, ctx: Context, own: BranchedCheckpoints, meeting: Path, before: Callable[[int], None]) -> None:
     torch.set_num_threads(1)
     before(rank)
     settings = ctx.settings

@@ -17,7 +17,7 @@ from pipeline.data.fetch import opener
 from pipeline.data.fetch.fetcher import Fetched, Fetcher
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
-from pipeline.local import NOTHING, Reach
+from pipeline.local import NOTHING, PathPolicy
 from pipeline.settings import PairsSettings
 from tests.pipeline.data.bench import Page, Pages, serving
 
@@ -66,13 +66,13 @@ def site() -> Iterator[str]:
         yield f"http://{address}"
 
 
-def fetcher(reach: Reach = NOTHING, **changes: object) -> Fetcher:
+def fetcher(reach: PathPolicy = NOTHING, **changes: object) -> Fetcher:
     settings = {"threads": 4, "timeout_s": 5.0, "retries": 0, "allow": ("127.0.0.1",), **changes}
     allow = settings.pop("allow")
     return Fetcher(PairsSettings(**settings), MAX_BYTES, reach=reach, allow=allow)  # type: ignore[arg-type]
 
 
-def one(reference: str, reach: Reach = NOTHING, **changes: object) -> Fetched:
+def one(reference: str, reach: PathPolicy = NOTHING, **changes: object) -> Fetched:
     (result,) = fetcher(reach, **changes).fetch([reference])
     assert (result.data is None) == (result.reason in REASONS)
     return result
@@ -264,7 +264,7 @@ def test_files_are_read_within_the_same_budget(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to("a b#1.png")
     (tmp_path / "out.png").symlink_to("/etc/passwd")
-    mine = Reach(own=(str(tmp_path),))
+    mine = PathPolicy(own=(str(tmp_path),))
     assert one(str(tmp_path / "a b#1.png"), reach=mine).data == BODY
     assert one((tmp_path / "a b#1.png").as_uri(), reach=mine).data == BODY
     reasons = {
@@ -274,7 +274,7 @@ def test_files_are_read_within_the_same_budget(tmp_path: Path) -> None:
     }  # fmt: skip
     assert {name: one(f"{tmp_path}/{name}", reach=mine).reason for name in reasons} == reasons
     assert one("/dev/zero", reach=mine).reason == "forbidden_reference"
-    assert one("/dev/zero", reach=Reach(own=("/dev",))).reason == "missing_file"
+    assert one("/dev/zero", reach=PathPolicy(own=("/dev",))).reason == "missing_file"
 
 
 def test_nothing_of_the_machine_or_of_s3_is_read_that_nobody_has_named(tmp_path: Path) -> None:

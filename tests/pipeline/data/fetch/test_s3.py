@@ -13,7 +13,7 @@ from pipeline.data.fetch.fetcher import Fetched, Fetcher
 from pipeline.data.fetch.s3 import S3Reader
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
-from pipeline.local import Reach
+from pipeline.local import PathPolicy
 from pipeline.settings import PairsSettings
 from pipeline.store import open_store
 from tests.aws import NEEDS, lacking
@@ -25,7 +25,7 @@ MAX_BYTES = 100_000
 
 def fetch(*references: str, **changes: Any) -> list[Fetched]:
     settings = PairsSettings(**{"threads": 4, "timeout_s": 10.0, "retries": 0, **changes})
-    reach = Reach(buckets=(BUCKET, "no-such-bucket-here", "not a bucket", "b"))
+    reach = PathPolicy(buckets=(BUCKET, "no-such-bucket-here", "not a bucket", "b"))
     return list(Fetcher(settings, MAX_BYTES, reach=reach).fetch(references))
 
 

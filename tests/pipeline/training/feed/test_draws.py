@@ -11,7 +11,7 @@ import torch
 from models.draw import Draw, Part
 from models.image_configs import UpsamplerConfig
 from models.upsampler import Upsampler, upsampler_loss
-from pipeline.training.feed.draws import Asked, ReadyDraw, make_numbers, use_one_thread
+from pipeline.training.feed.draws import DrawCall, ReadyDraw, make_numbers, use_one_thread
 from pipeline.training.feed.feed import Feed, LocalBatch
 from pipeline.training.recipes import UpsamplerRecipe
 from pipeline.training.tasks.upsampler import UpsamplerTask
@@ -20,7 +20,7 @@ from tests.pipeline.training.conftest import World
 CPU = torch.device("cpu")
 CONFIG = UpsamplerConfig(low_size=16, image_size=64, channels=16, depth=1, multipliers=(1, 2), dropout=0.0, crop=0.5)
 RECIPE = UpsamplerRecipe(samples=64, batch=8, lanes=4, model=CONFIG)
-CALLS: list[Asked] = [
+CALLS: list[DrawCall] = [
     ("normal", ("noise", 3, 4)),
     ("uniform", ("drop",)),
     ("integers", ("t", 9)),
@@ -32,7 +32,7 @@ def test_numbers_that_lie_ready_are_those_of_the_draw() -> None:
     """Of every part of a batch, with none, some or all of them ready; what was not ready is asked for."""
     streams = [(1, 2), (2, 3), (3, 1)]
     for known in range(len(CALLS) + 1):
-        numbers, asked = make_numbers(streams, CALLS[:known]), set[Asked]()
+        numbers, asked = make_numbers(streams, CALLS[:known]), set[DrawCall]()
         for start in range(6):
             for stop in range(start + 1, 7):
                 part = Part(Draw(streams), start, stop)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.pairs import peek
+from pipeline.data.pairs import preview
 from pipeline.data.source.drawings.listing import drawing_rows
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
@@ -16,18 +16,18 @@ THINGS = [f"{size} {thing}" for size in ("a tiny", "a huge", "an old") for thing
 def test_a_look_at_a_long_list_ends_early_but_sees_the_head_of_every_list(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(peek, "MOST_ROWS", 3)
+    monkeypatch.setattr(preview, "MOST_ROWS", 3)
     for name in ("first.csv", "other.csv"):
         (tmp_path / name).write_text("url,caption\n" + "".join(f"http://a/{i}.png,a cat\n" for i in range(5)))
     monkeypatch.chdir(tmp_path)
     first, other = "first.csv", "other.csv"
-    seen = peek.look(SourceRecipe((first, other)))
+    seen = preview.preview(SourceRecipe((first, other)))
     assert (seen.rows, seen.more, seen.pairs) == (4, True, 10)
-    monkeypatch.setattr(peek, "MOST_COUNTED", 3)
-    assert peek.look(SourceRecipe((first, other))).pairs == 4 + 3
+    monkeypatch.setattr(preview, "MOST_COUNTED", 3)
+    assert preview.preview(SourceRecipe((first, other))).pairs == 4 + 3
     Path("bad.csv").write_text("url\nx\n")
     with pytest.raises(UserError, match="no column caption"):
-        peek.look(SourceRecipe((first, "bad.csv")))
+        preview.preview(SourceRecipe((first, "bad.csv")))
 
 
 def framed_slowly(rows: list[tuple[str, ...]]) -> int:
@@ -52,7 +52,7 @@ def test_rows_of_captions_that_share_their_words_are_counted(seed: int) -> None:
         tuple(" ".join(chance.choices(words, k=chance.randint(1, 6))) for _ in range(chance.randint(0, 2)))
         for _ in range(60)
     ]
-    found = peek.framed_rows(rows)
+    found = preview.framed_rows(rows)
     assert found.rows == framed_slowly(rows)
     assert bool(found.words) == bool(found.rows)
 
@@ -67,11 +67,11 @@ def test_rows_of_captions_that_share_their_words_are_counted(seed: int) -> None:
     ],
 )
 def test_what_counts_as_shared_words(rows: list[tuple[str, ...]], found: tuple[int, str]) -> None:
-    counted, words = peek.framed_rows(rows)
+    counted, words = preview.framed_rows(rows)
     assert counted == found[0]
     assert words == found[1] or words in ("a flat icon", "one old photo")
 
 
 def test_the_quick_starts_own_captions_are_no_frames() -> None:
     rows = [row.captions for row in drawing_rows("full")]
-    assert peek.framed_rows(rows).rows == 0
+    assert preview.framed_rows(rows).rows == 0

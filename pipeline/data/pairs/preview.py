@@ -14,13 +14,13 @@ from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS
 from pipeline.data.source.imported import SCHEME
-from pipeline.data.source.lists import no_rows, reach, read_rows, stated_sides, unread
+from pipeline.data.source.lists import no_rows, path_policy, read_rows, stated_sides, unread
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.rows import ListRow
 from pipeline.data.source.stage import hash_share
 from pipeline.data.source.tars import tar_place
 from pipeline.errors import UserError
-from pipeline.local import Reach, local_path, read_local, reason_of
+from pipeline.local import PathPolicy, local_path, read_local, reason_of
 
 MOST_ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
 # Of the rows behind those: what a configuration says of more does not depend on their number.
@@ -40,7 +40,7 @@ class Framed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Look:
+class ListPreview:
     """Holds what the first rows of a list are like.
 
     Attributes:
@@ -84,7 +84,7 @@ class Look:
         return sum(short >= side for short in self.sides)
 
 
-def look(recipe: SourceRecipe) -> Look:
+def preview(recipe: SourceRecipe) -> ListPreview:
     """Reads the first rows, and at least one of every list, and counts the others.
 
     Raises:
@@ -105,7 +105,7 @@ def look(recipe: SourceRecipe) -> Look:
     forbidden = tuple(row.url for row in found if row.reject and not row.flaw)
     found = [row for row in found if row.url and not row.reject]
     captions = tuple(row.captions[0] for row in found if row.captions)
-    measured = list(_measured(found, reach(recipe, *recipe.paths)))
+    measured = list(_measured(found, path_policy(recipe, *recipe.paths)))
     different = {
         row.url: row for row in reversed(found)
     }.values()  # the first of each reference: the others are rejected
@@ -118,7 +118,7 @@ def look(recipe: SourceRecipe) -> Look:
     listed = () if opened else chain.from_iterable(stated_sides(path, recipe) for path in recipe.paths)
     sides = opened or tuple(islice(listed, MOST_ROWS))
     more, stated = counted > 0, not opened
-    return Look(
+    return ListPreview(
         len(found), more, captions, sides, unopened, splits, shares, forbidden, flaws, framed, behind, left, stated
     )
 
@@ -169,7 +169,7 @@ def _frames(caption: str) -> list[tuple[bool, str]]:
     return [(True, " ".join(first[:-1])), (False, " ".join(last[1:]))]
 
 
-def _measured(rows: list[ListRow], may: Reach) -> Iterator[tuple[str, tuple[int, int] | str]]:
+def _measured(rows: list[ListRow], may: PathPolicy) -> Iterator[tuple[str, tuple[int, int] | str]]:
     """Yields references of the first images that lie here, each with width and height, or why it cannot be opened."""
     for row in islice((row for row in rows if not row.url.startswith(("http", "s3:", SCHEME))), MEASURED):
         try:
@@ -180,7 +180,7 @@ def _measured(rows: list[ListRow], may: Reach) -> Iterator[tuple[str, tuple[int,
             yield row.url, "unsupported_reference"
 
 
-def _read(url: str, may: Reach) -> bytes:
+def _read(url: str, may: PathPolicy) -> bytes:
     """Returns the bytes of an image in a file or in a tar. Raises OSError or ValueError."""
     if url.startswith("tar://"):
         if (place := tar_place(url)) is None:
