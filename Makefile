@@ -81,7 +81,7 @@ format: .venv/ready
 peek: .venv/ready
 	$(BIN)/unclip run configs/nano.yaml
 
-# At 20, which is scale 1, demo takes 23 to 28 on two cores. Trainings see that much more or less.
+# At 20, which is scale 1, demo takes 20 to 25 on two cores. Trainings see that much more or less.
 MINUTES ?= 20
 
 demo: .venv/ready
