@@ -343,9 +343,7 @@ def _reserve(shares: Sequence[Resources], seconds: float) -> bool:
     from ray.util import placement_group, remove_placement_group
 
     labels = [dict(share.labels) for share in shares]
-    group = placement_group(
-        [share.by_name for share in shares], bundle_label_selector=labels if any(labels) else None
-    )
+    group = placement_group([share.by_name for share in shares], bundle_label_selector=labels if any(labels) else None)
     try:
         return group.wait(seconds)
     finally:
