@@ -15,6 +15,7 @@ from typing import Any, TextIO
 # Control characters but tab and line feed, what turns the direction of text (CVE-2021-42574), and halves of characters,
 # which no stream can encode.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+RESET = "\x1b[0m"
 
 
 def printable(text: str) -> str:
@@ -30,6 +31,8 @@ class Printable:
 
     def write(self, text: str) -> int:
         """Writes text as ``printable`` returns it."""
+        if text == RESET:  # colorama, which Ray loads, resets at exit the colours that nothing has set
+            return len(text)
         return self.unfiltered.write(printable(text))
 
     def writelines(self, lines: Any) -> None:

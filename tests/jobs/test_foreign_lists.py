@@ -19,7 +19,7 @@ from jobs.bundles import find_bundle
 from jobs.cli import main
 from pipeline.config import load_config
 from pipeline.data.pairs.decoding import open_image
-from pipeline.data.source.lists import reach
+from pipeline.data.source.lists import path_policy
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.retry import gather
 from pipeline.data.source.stage import scan
@@ -165,7 +165,7 @@ def test_refused_rows_are_not_tried_again_by_no_list(here: Path) -> None:
     ]  # fmt: skip
     shards = scan(bench.config.source, bench.store, write=True).shards
     reasons = frozenset({"forbidden_reference", "missing_file"})
-    reaches = [reach(bench.config.source, path)]
+    reaches = [path_policy(bench.config.source, path)]
     blob, count = gather(bench.store, shards, bench.made["pairs"], reasons, reaches)
     assert count == 2  # the link, which may lead elsewhere by now, is judged by the fetch
     assert blob is not None
@@ -173,7 +173,7 @@ def test_refused_rows_are_not_tried_again_by_no_list(here: Path) -> None:
     assert tried == {"none.png", "out.png"}
     # This list may not name the folder of another list, also when its rows are tried again.
     (here / "elsewhere").mkdir()
-    two = [*reaches, reach(bench.config.source, write_list(here / "elsewhere/list.csv", [("a.png", "theirs")]))]
+    two = [*reaches, path_policy(bench.config.source, write_list(here / "elsewhere/list.csv", [("a.png", "theirs")]))]
     assert gather(bench.store, shards, bench.made["pairs"], frozenset({"forbidden_reference"}), two)[1] == 0
 
 

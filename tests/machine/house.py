@@ -207,7 +207,7 @@ class House:
             stack.enter_context(mock.patch.object(source_stage, "read_rows", lambda path, _: self.lists[path].read()))
             stack.enter_context(mock.patch.object(source_stage, "fingerprint", lambda path: self.lists[path].rows[:]))
             stack.enter_context(mock.patch.object(source_stage, "unread", return_value=""))
-            stack.enter_context(mock.patch.object(jobs.data, "reach", return_value=PathPolicy()))
+            stack.enter_context(mock.patch.object(jobs.data, "path_policy", return_value=PathPolicy()))
             stack.enter_context(mock.patch("time.sleep"))
             # What takes most of the time, and nothing that the machine asks about depends on it.
             stack.enter_context(mock.patch.object(artifacts, "environment", dict))

@@ -21,6 +21,16 @@ def test_what_controls_a_terminal_is_escaped_and_the_rest_stays() -> None:
     assert printable("a\tb\nç 心 🎉 עברית\u200f") == "a\tb\nç 心 🎉 עברית\u200f"
 
 
+def test_the_reset_of_colours_at_exit_is_not_printed() -> None:
+    """A run on a terminal ended with a line of four escaped characters."""
+    import ray  # noqa: F401 - brings colorama
+    from colorama.ansitowin32 import AnsiToWin32  # type: ignore[import-untyped,unused-ignore]
+
+    terminal = Terminal()
+    AnsiToWin32(Printable(terminal)).reset_all()
+    assert terminal.getvalue() == ""
+
+
 @pytest.mark.parametrize(
     ("ends", "code", "words"),
     [

@@ -20,7 +20,7 @@ from pipeline.data.source.journal import (
     reference_mark,
     with_forgotten,
 )
-from pipeline.data.source.lists import reach
+from pipeline.data.source.lists import path_policy
 from pipeline.data.source.recipe import FIRST_RETRY, SourceRecipe
 from pipeline.data.source.retry import gather
 from pipeline.data.source.stage import SEGMENT_SHARDS, SourceShard, scan
@@ -131,7 +131,7 @@ def _listed(bench: Bench) -> list[SourceShard]:
 
 
 def _try_again(bench: Bench, reason: str) -> int:
-    reaches = [reach(bench.config.source, path) for path in bench.config.source.paths]
+    reaches = [path_policy(bench.config.source, path) for path in bench.config.source.paths]
     blob, rows = gather(bench.store, _listed(bench), bench.made["pairs"], frozenset({reason}), reaches)
     if blob is not None:
         change_journal(bench.store, bench.config.project, lambda j: replace(j, retries=(*j.retries, blob)))

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.source import remote
-from pipeline.data.source.lists import reach, read_rows
+from pipeline.data.source.lists import path_policy, read_rows
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
@@ -61,7 +61,7 @@ def test_a_list_on_s3_names_objects_of_its_own_folder(s3: Server) -> None:
     rows = list(read_rows(path, of(path)))
     assert [row.url for row in rows[:2]] == [f"s3://{BUCKET}/lists/images/0 a.png", f"s3://{BUCKET}/lists/1.png"]
     assert [row.reject for row in rows] == [None, None, "forbidden_reference", "forbidden_reference", None]
-    assert reach(of(path), path).named == [f"s3://{BUCKET}/lists"]
+    assert path_policy(of(path), path).named == [f"s3://{BUCKET}/lists"]
     open_store(f"s3://{BUCKET}/lists").create("empty.csv", b"")
     with pytest.raises(UserError, match=r"lists/empty\.csv: the file is empty"):
         list(read_rows(f"s3://{BUCKET}/lists/empty.csv", of(path)))
