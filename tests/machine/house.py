@@ -278,6 +278,6 @@ class House:
 
     def release(self, store: StepStore, name: str, command: str) -> int:
         config: Any = self.project(store, name).config
-        asked = jobs.release.DrawCall(name, config, store, read_releases(store, name))
+        asked = jobs.release.ReleaseProject(name, config, store, read_releases(store, name))
         arguments: Any = SimpleNamespace(force="the machine says so", reason="", key=None, json=False)
         return jobs.release.RUNS[command](asked, arguments)

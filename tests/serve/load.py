@@ -26,7 +26,7 @@ NAMES = ("fox", "house", "sea", "tree", "heart", "cat")
 
 
 @dataclass
-class Observations:
+class Seen:
     """What the clients saw: how many answers of each status, the bundles that drew, and what was wrong."""
 
     statuses: Counter[int] = field(default_factory=Counter)
@@ -46,7 +46,7 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1 << 20))) + chunk(b"IEND", b"")
 
 
-async def honest(url: str, seen: Observations, until: float, client: random.Random, steps: int = 8) -> None:
+async def honest(url: str, seen: Seen, until: float, client: random.Random, steps: int = 8) -> None:
     """Asks again and again, and checks that every image is the one that was asked for."""
     async with httpx.AsyncClient(timeout=300) as http:
         while time.monotonic() < until:
@@ -83,7 +83,7 @@ async def raw(host: str, port: int, data: bytes, kind: str) -> str:
         writer.close()
 
 
-async def hostile(url: str, seen: Observations, until: float, client: random.Random) -> None:
+async def hostile(url: str, seen: Seen, until: float, client: random.Random) -> None:
     """Sends what nobody should, and counts how it was answered; "closed" means that no answer came."""
     host, port = urlsplit(url).hostname or "", urlsplit(url).port or 0
     while time.monotonic() < until:
@@ -117,9 +117,9 @@ async def hostile(url: str, seen: Observations, until: float, client: random.Ran
         await asyncio.sleep(0.05)
 
 
-def load(url: str, seconds: float, clients: int, hostiles: int, steps: int = 8, seed: int = 0) -> Observations:
+def load(url: str, seconds: float, clients: int, hostiles: int, steps: int = 8, seed: int = 0) -> Seen:
     """Puts a server under load for some seconds and returns when every request is answered."""
-    seen, until = Observations(), time.monotonic() + seconds
+    seen, until = Seen(), time.monotonic() + seconds
 
     async def run() -> None:
         good = (honest(url, seen, until, random.Random(f"{seed} {i}"), steps) for i in range(clients))

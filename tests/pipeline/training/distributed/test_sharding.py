@@ -164,7 +164,7 @@ def test_a_sharded_tensor_is_cut_as_torch_cuts_it(rows: int, workers: int) -> No
     assert [list(rows_of(worker, workers, rows)) for worker in range(workers)] == expected
 
 
-class Observations(nn.Module):
+class Seen(nn.Module):
     """A linear layer that notes the kinds of its input and its weights."""
 
     def __init__(self) -> None:
@@ -180,8 +180,8 @@ class Observations(nn.Module):
 class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Observations(), Observations()])
-        self.last = Observations()
+        self.layers = nn.ModuleList([Seen(), Seen()])
+        self.last = Seen()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.layers[1](self.layers[0](x)))
