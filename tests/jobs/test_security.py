@@ -51,7 +51,7 @@ sys.exit(main())
 """
 
 
-class WorkerGroup:
+class Team:
     """A micro chain on S3 that the writer has made, with a private source and workers of Ray; and others beside."""
 
     def __init__(self, server: Server, folder: Path, pictures: str):
@@ -118,22 +118,22 @@ def _foreign(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory: pytest.TempPathFactory, pictures: str) -> Iterator[WorkerGroup]:
+def team(tmp_path_factory: pytest.TempPathFactory, pictures: str) -> Iterator[Team]:
     folder = tmp_path_factory.mktemp("team")
     with serving(tmp_path_factory.mktemp("identities"), IDENTITIES) as server:
-        team = WorkerGroup(server, folder, pictures)
+        team = Team(server, folder, pictures)
         try:
             yield team
         finally:
             shutil.rmtree(team.ray, ignore_errors=True)
 
 
-def test_a_writer_makes_everything(team: WorkerGroup) -> None:
+def test_a_writer_makes_everything(team: Team) -> None:
     assert "evaluation done" in done(team.made)
     assert {"bundle", "evaluation", "samples"} <= keys(team.store("reader")).keys()
 
 
-def test_a_folder_and_no_worker_of_ray_give_the_same(team: WorkerGroup, pictures: str, tmp_path: Path) -> None:
+def test_a_folder_and_no_worker_of_ray_give_the_same(team: Team, pictures: str, tmp_path: Path) -> None:
     """Neither the store nor workers may change a key, or a byte of the data."""
     run = MICRO["run"] | {"clip": {"threads": 1}}  # type: ignore[operator]
     config = write_config(tmp_path, str(tmp_path / "store"), pictures, team.lists, run=run)
@@ -142,7 +142,7 @@ def test_a_folder_and_no_worker_of_ray_give_the_same(team: WorkerGroup, pictures
     assert data_blobs(open_at(tmp_path / "store")) == data_blobs(team.store("reader"))
 
 
-def test_no_secret_is_in_the_store_the_output_or_a_log(team: WorkerGroup) -> None:
+def test_no_secret_is_in_the_store_the_output_or_a_log(team: Team) -> None:
     logs = [file for file in team.ray.rglob("*") if "logs" in file.parts and file.is_file()]
     assert any(file.name.startswith("worker") and file.stat().st_size for file in logs)
     said = [("stdout", team.made.stdout), ("stderr", team.made.stderr)]
@@ -150,7 +150,7 @@ def test_no_secret_is_in_the_store_the_output_or_a_log(team: WorkerGroup) -> Non
     assert leaks(places, SECRETS) == []
 
 
-def test_a_reader_reads(team: WorkerGroup, tmp_path: Path) -> None:
+def test_a_reader_reads(team: Team, tmp_path: Path) -> None:
     assert "stale" not in done(team.unclip("reader", "plan", team.config))
     (bundle,) = keys(team.store("reader"))["bundle"]
     assert "16 of 16 stages made" in done(team.unclip("reader", "show", team.config))
@@ -164,7 +164,7 @@ def test_a_reader_reads(team: WorkerGroup, tmp_path: Path) -> None:
     assert "nothing to do" in done(team.unclip("reader", "run", team.config))
 
 
-def test_a_reader_cannot_write_and_is_told_so_in_one_line(team: WorkerGroup) -> None:
+def test_a_reader_cannot_write_and_is_told_so_in_one_line(team: Team) -> None:
     line = team.refused("reader", "run", team.config, "decoder.model.dropout=0.1")
     assert line.startswith(
         f"error: store {team.url}: AccessDenied: these credentials lack s3:PutObject for locks/probe-"
@@ -183,13 +183,13 @@ def test_a_reader_cannot_write_and_is_told_so_in_one_line(team: WorkerGroup) -> 
         store.delete([entry.path])
 
 
-def test_a_writer_cannot_move_a_release(team: WorkerGroup) -> None:
+def test_a_writer_cannot_move_a_release(team: Team) -> None:
     line = team.refused("writer", "release", "promote", team.config)
     assert f"AccessDenied: these credentials lack s3:PutObject for {release_path('micro')}" in line
     assert read_releases(team.store("reader"), "micro").current is None
 
 
-def test_a_releaser_can_and_a_writer_cannot_delete_it(team: WorkerGroup) -> None:
+def test_a_releaser_can_and_a_writer_cannot_delete_it(team: Team) -> None:
     assert "is the release" in done(team.unclip("releaser", "release", "promote", team.config))
     with pytest.raises(UserError, match=r"lack s3:DeleteObject for .*releases/micro\.json"):
         team.store("writer").delete([release_path("micro")])
@@ -201,7 +201,7 @@ def test_a_releaser_can_and_a_writer_cannot_delete_it(team: WorkerGroup) -> None
 
 
 def test_a_writer_collects_garbage_and_uploads_in_parts(
-    team: WorkerGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = team.store("writer")
     check_conditions(store)
@@ -217,7 +217,7 @@ def test_a_writer_collects_garbage_and_uploads_in_parts(
 
 
 def test_a_writer_sets_damage_aside_and_a_reader_is_told_what_is_lacking(
-    team: WorkerGroup, monkeypatch: pytest.MonkeyPatch
+    team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer, reader = team.store("writer"), team.store("reader")
     monkeypatch.setenv("AWS_ENDPOINT_URL", team.server.endpoint)  # for the second look's own connections
@@ -236,7 +236,7 @@ def test_a_writer_sets_damage_aside_and_a_reader_is_told_what_is_lacking(
     writer.delete([aside])
 
 
-def test_others_of_the_bucket_are_out_of_reach(team: WorkerGroup) -> None:
+def test_others_of_the_bucket_are_out_of_reach(team: Team) -> None:
     team.store("tester")._client.put_object(Bucket=BUCKET, Key="others/x", Body=b"1")  # type: ignore[attr-defined]
     asked = [
         ("get_object", {"Key": "others/x"}),
@@ -253,7 +253,7 @@ def test_others_of_the_bucket_are_out_of_reach(team: WorkerGroup) -> None:
 
 
 def test_keys_in_the_address_of_a_store_are_refused_and_not_repeated(
-    team: WorkerGroup, caplog: pytest.LogCaptureFixture
+    team: Team, caplog: pytest.LogCaptureFixture
 ) -> None:
     address = f"s3://writer:{SECRETS['writer']}@{BUCKET}/{PREFIX}"
     process = refused("plan", team.config, f"store={address}", says="no keys in its URL")

@@ -36,7 +36,7 @@ def public(file: Path) -> str:
     return file.with_name(f"{file.name}.pub").read_text().strip()
 
 
-class WorkerGroup:
+class Team:
     """A store with three bundles, and the key of who may release them."""
 
     def __init__(self, store: Store, folder: Path):
@@ -66,11 +66,11 @@ class WorkerGroup:
 
 
 @pytest.fixture
-def team(store: Store, tmp_path: Path) -> WorkerGroup:
-    return WorkerGroup(store, tmp_path)
+def team(store: Store, tmp_path: Path) -> Team:
+    return Team(store, tmp_path)
 
 
-def test_what_was_signed_is_found_through_promotions_and_rollbacks(team: WorkerGroup) -> None:
+def test_what_was_signed_is_found_through_promotions_and_rollbacks(team: Team) -> None:
     first, second, third = team.bundles
     for bundle in (first, second):
         team.move("promote", bundle)
@@ -83,7 +83,7 @@ def test_what_was_signed_is_found_through_promotions_and_rollbacks(team: WorkerG
     assert team.find() == first
 
 
-def test_every_other_pointer_is_refused(team: WorkerGroup, tmp_path: Path) -> None:
+def test_every_other_pointer_is_refused(team: Team, tmp_path: Path) -> None:
     first, second, third = team.bundles
     for action, bundle in (("promote", first), ("promote", second), ("rollback", first)):
         team.move(action, bundle)
@@ -117,14 +117,14 @@ def test_every_other_pointer_is_refused(team: WorkerGroup, tmp_path: Path) -> No
         team.find("q")
 
 
-def test_a_signature_for_something_else_is_none_of_a_release(team: WorkerGroup) -> None:
+def test_a_signature_for_something_else_is_none_of_a_release(team: Team) -> None:
     move = Move("promote", "a" * 64, "e" * 64, 1.0)
     bare = replace(move, signature=team.key.sign(b"").hex())
     assert not is_signed("p", (bare,), [team.public])
     assert is_signed("p", (signed("p", Releases(), move, team.key),), [team.public])
 
 
-def test_a_promotion_from_before_the_signatures_is_no_release_again(team: WorkerGroup) -> None:
+def test_a_promotion_from_before_the_signatures_is_no_release_again(team: Team) -> None:
     """Nobody signed it: a later signature, which covers it, does not make it one by a rollback."""
     first, second, _ = team.bundles
     team.move("promote", first, sign=False)
@@ -135,7 +135,7 @@ def test_a_promotion_from_before_the_signatures_is_no_release_again(team: Worker
         team.find()
 
 
-def test_without_keys_nothing_is_checked_and_with_several_one_is_enough(team: WorkerGroup, tmp_path: Path) -> None:
+def test_without_keys_nothing_is_checked_and_with_several_one_is_enough(team: Team, tmp_path: Path) -> None:
     first, *_ = team.bundles
     team.move("promote", first, sign=False)
     releases = read_releases(team.store, "p")
@@ -149,7 +149,7 @@ def test_without_keys_nothing_is_checked_and_with_several_one_is_enough(team: Wo
         find_release(team.store, "p", releases, [other])
 
 
-def test_who_serves_goes_on_from_what_it_has_seen(team: WorkerGroup) -> None:
+def test_who_serves_goes_on_from_what_it_has_seen(team: Team) -> None:
     """An older state of the pointer is signed, too, so a new process would take it; one that runs does not."""
     first, second, _ = team.bundles
     team.move("promote", first)
