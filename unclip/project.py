@@ -79,7 +79,7 @@ class Project:
             until: The last stage to make, with all that it needs; by default everything.
             only: The one stage to make; what it needs has to be there.
             yes: Go on above ``run.budget_hours``, and without a GPU.
-            tell: Function that is told the plan, and then each stage that is made; ``print`` prints what
+            tell: Function that is told the plan, and then each stage that is made; ``print`` prints them as
                 ``unclip run`` does.
         """
         return run(self._opened, only, until, yes, tell=tell)

@@ -123,17 +123,16 @@ def _file(folder: Path, name: str, part: str) -> Path:
 def _open(path: Path, within: PathPolicy | None, reader: ListReader) -> np.memmap:
     """Returns a matrix that stays on disk. Raises OSError; ValueError for a file that holds another thing."""
     with open_local(path, within) as file:
-        for header in reader.rows("npy", path, 5, within=within):
-            if isinstance(header, Flaw):
-                raise ValueError(header.what)
-            kind, order, *numbers = header
-            offset, *shape = map(int, numbers)
-            if kind not in KINDS or order not in ("C", "F") or min(offset, *shape) < 0:
-                break
-            if offset + math.prod(shape) * np.dtype(kind).itemsize > os.fstat(file.fileno()).st_size:
-                raise ValueError(f"{path.name} ends before its {tuple(shape)} values")
-            return np.memmap(file, kind, "r", offset, tuple(shape), order)
-    raise ValueError(f"{path.name} has no header")
+        header, *_ = [*reader.rows("npy", path, 5, within=within), Flaw("not_an_embedding", f"{path.name} is not read")]
+        if isinstance(header, Flaw):
+            raise ValueError(header.what)
+        kind, order, *numbers = header
+        offset, *shape = map(int, numbers)
+        if kind not in KINDS or order not in ("C", "F") or min(offset, *shape) < 0:
+            raise ValueError(f"{path.name} has a damaged header")
+        if offset + math.prod(shape) * np.dtype(kind).itemsize > os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{path.name} ends before its {tuple(shape)} values")
+        return np.memmap(file, kind, "r", offset, tuple(shape), order)
 
 
 def npy_header(opened: BinaryIO, path: Path, budget: Budget) -> Iterator[list[Any] | Flaw]:

@@ -1,8 +1,10 @@
 """Embeddings in clip-retrieval's layout, without a picture anywhere, up to a trained prior."""
 
 import dataclasses
+import subprocess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -197,6 +199,13 @@ def test_another_clip_is_a_mistake(made: Made, tmp_path: Path) -> None:
     bench = make_bench(tmp_path / "store", [str(tmp_path)], made.bench.config.clip.weights)
     with pytest.raises(UserError, match=r"has 9 dimensions, and the embeddings of clip\.weights have 64"):
         bench.make("source", "captions", "pairs", "clip", "embeddings")
+
+
+def test_one_child_reads_all_parts(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    with mock.patch("pipeline.data.source.child.subprocess.Popen", wraps=subprocess.Popen) as started:
+        assert sum(1 for _ in read_rows(str(tmp_path), SourceRecipe((str(tmp_path),)))) == ROWS
+    assert started.call_count == 1
 
 
 @pytest.mark.parametrize(
