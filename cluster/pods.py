@@ -1,4 +1,4 @@
-"""The groups of worker pods that a RayJob may have. Pure, and nothing here knows YAML.
+"""The groups of pods that a RayJob may have. Pure, and nothing here knows YAML.
 
 Ray's autoscaler decides how many pods of a group there are, by what the running stage asks for; none is there while
 nobody asks. Here it is decided which kinds of pods there are, and how many of each there may be at most.
@@ -21,6 +21,7 @@ from pipeline.settings import EmbeddingsSettings, KubernetesSettings, ShardSetti
 # Of a pod's memory, for Ray's object store; the rest is for workers. Decoded images pass through it on their way to the
 # encoders; of all other stages only tasks and results do.
 OF_IMAGES, OF_TASKS = 0.3, 0.05
+NCCL_MB = 1024  # beside it in /dev/shm for each GPU: NCCL has the buffers between GPUs of a pod there
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,25 @@ class Group:
     labels: Mapping[str, str] = field(default_factory=dict)
     object_store: float = OF_TASKS
 
+    @property
+    def store_mb(self) -> int:
+        """Returns the MiB of a pod's object store."""
+        return int(self.memory_gb * 1024 * self.object_store)
 
-def object_store_mb(memory_gb: int, share: float) -> int:
-    """Returns the MiB of a pod's object store."""
-    return int(memory_gb * 1024 * share)
+    @property
+    def shared_mb(self) -> int:
+        """Returns the MiB of a pod's /dev/shm."""
+        return self.store_mb + NCCL_MB * max(1, self.gpus)
+
+    def resources(self, more: Mapping[str, str]) -> dict[str, str]:
+        """Returns what a pod requests, with ``more`` if it has GPUs."""
+        gpus = {"nvidia.com/gpu": str(self.gpus), **more} if self.gpus else {}
+        return {"cpu": str(self.cpus), "memory": f"{self.memory_gb}Gi", **gpus}
+
+
+def head(settings: KubernetesSettings) -> Group:
+    """Returns the head, where the driver runs and no worker."""
+    return Group("head", 1, settings.head_cpus, settings.head_memory_gb, settings.head_gpus)
 
 
 def settled(config: Config, stages: Collection[str]) -> Run:
@@ -151,7 +167,7 @@ def _refuses(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
 def _workers_of_a_pod(stage: str, share: Resources, group: Group) -> int:
     """Returns how many workers fit into a pod. Raises UserError for none: the autoscaler would wait for ever."""
     cpus, memory_gb = ("gpu_cpus", "gpu_memory_gb") if share.gpus else ("cpus", "memory_gb")
-    room_mb = group.memory_gb * 1024 - object_store_mb(group.memory_gb, group.object_store)
+    room_mb = group.memory_gb * 1024 - group.store_mb
     fitting = math.inf
     for name, field_name, takes, has in (
         ("gpus", "gpus", share.gpus, group.gpus),

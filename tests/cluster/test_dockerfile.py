@@ -98,5 +98,6 @@ def test_what_is_copied_is_enough_to_install_the_project(tmp_path: Path) -> None
         inside = set(archive.namelist())
     folders = ("unclip", "pipeline", "models", "jobs", "cluster", "serve")
     ours = {str(f.relative_to(ROOT)) for folder in folders for f in (ROOT / folder).rglob("*.py")}
-    ours |= {str(f.relative_to(ROOT)) for f in (ROOT / "pipeline/presets").iterdir()}
+    data = ("pipeline/presets", "cluster/kuberay")
+    ours |= {str(f.relative_to(ROOT)) for folder in data for f in (ROOT / folder).iterdir()}
     assert ours <= inside

@@ -18,12 +18,11 @@ from hypothesis import strategies as st
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from cluster.job import Job
-from cluster.rayjob import SPOT, render
+from cluster.rayjob import render
 from pipeline.config import Run, make_config
 from pipeline.errors import UserError
 from tests.cluster.kuberay import parse, quantity, submit_command
 from tests.cluster.published import validate
-from tests.cluster.templates import FOLDER, TEMPLATES, template
 
 PACKAGE = "s3://bucket/birds/packages/birds/1-0123456789abcdef.zip"
 STAGES = ("pairs", "embeddings", "decoder")
@@ -34,6 +33,12 @@ JOB = Job(
     1.0,
     4096,
 )
+SPOT = {
+    "eks.amazonaws.com/capacityType": "SPOT",
+    "karpenter.sh/capacity-type": "spot",
+    "cloud.google.com/gke-spot": "true",
+    "kubernetes.azure.com/scalesetpriority": "spot",
+}
 RUN = {
     "kubernetes": {
         "image": "registry.example.org/unclip:0.1.0",
@@ -269,18 +274,6 @@ def test_words_and_environment_pass_the_shell_of_kuberays_submitter(words: list[
     environment = json.loads(seen[seen.index("--runtime-env-json") + 1])
     assert environment == {"working_dir": PACKAGE, "env_vars": job.environment}
     assert seen[seen.index("--submission-id") + 1] == job.id
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_the_templates_are_what_is_rendered_now(name: str) -> None:
-    written = (FOLDER / f"{name}.yaml").read_text()
-    assert written == template(name), "record it with python -m tests.cluster.templates"
-
-
-def test_there_is_a_template_for_each_kind_of_stage() -> None:
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(TEMPLATES)
-    kinds = {name: [node.group for node in parse(template(name)).nodes[1:]] for name in TEMPLATES}
-    assert kinds == {"data": ["cpu"], "embeddings": ["gpu", "cpu"], "training": ["gpu"]}
 
 
 def test_rays_autoscaler_reads_it() -> None:

@@ -8,7 +8,6 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.rayservice import BUILDER
 from jobs.cli import main
 from pipeline.errors import UserError
 from pipeline.parse import parse
@@ -49,7 +48,7 @@ def test_a_release_is_rendered_as_a_service_that_ray_serve_takes(
     deployed = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     assert deployed.http_options.host == "0.0.0.0"
     (application,) = deployed.applications
-    assert application.import_path == BUILDER
+    assert application.import_path == "serve.app:application"
     served = Served("Birds_2", "s3://bucket/birds", project="Birds_2", keys=(KEY,))
     assert Served(**application.args["served"]) == served
     settings = parse(ServeSettings, application.args["settings"], "serve")
