@@ -9,7 +9,6 @@ import tempfile
 from math import log
 from statistics import median
 from time import perf_counter
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -104,7 +103,7 @@ def publish(store: Store, vectors: np.ndarray) -> dict[str, Artifact]:
 def curate(store: Store, inputs: dict[str, Artifact], bound: float | None) -> tuple[float, set[int]]:
     """Returns the seconds of curation, and the rows that it rejects."""
     recipe = CurationRecipe(near_duplicate=bound, near_held_out=None)
-    ctx = Context(store, "curation", 1, f"bound-{bound}", recipe, ShardSettings(0), inputs, SimpleNamespace())
+    ctx = Context(store, "curation", 1, f"bound-{bound}", recipe, ShardSettings(0), inputs)
     start = perf_counter()
     made = run_curation(ctx)
     seconds = perf_counter() - start

@@ -31,7 +31,7 @@ from pipeline.config import make_config
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.stage import scan
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
-from pipeline.graph.stages import Context
+from pipeline.graph.execute import make_context
 from pipeline.store import open_store
 
 HOSTS = 64  # as real lists have many; four requests at once to each
@@ -133,8 +133,7 @@ def ours(site: Site, folder: Path, rows: int, shard_rows: int, workers: int) -> 
     for name in ("source", "pairs"):
         stage = graph[name]
         key = scan(config.source, store, write=False).keys.get(name, name)
-        inputs = {n: made[n] for n in stage.inputs}
-        ctx = Context(store, name, stage.version, key, stage.recipe, getattr(config.run, name, None), inputs, config)
+        ctx = make_context(stage, key, made, store, config)
         start = perf_counter()
         made[name] = stage.run(ctx)
     run = measured(site, rows, perf_counter() - start)

@@ -18,13 +18,13 @@ from typing import Any
 
 from benchmarks.images import publish
 from benchmarks.timing import begin, finish, interleave, parser, ratio, show
-from pipeline.config import preset_config
+from pipeline.config import Run, preset_config
 from pipeline.graph import execute as execution
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.execute import execute
 from pipeline.graph.plan import Verdict
 from pipeline.graph.stages import Stage, stage_key
-from pipeline.settings import RaySettings, TrainingSettings
+from pipeline.settings import TrainingSettings
 from pipeline.store import open_store
 from pipeline.training import attempts, stage
 from pipeline.training.distributed.process_group import ProcessGroup
@@ -69,13 +69,12 @@ def train(folder: Path, model: Any) -> dict[str, Artifact]:
     """Returns the artefacts of the trainings, made from the data in the store of a folder."""
     recipes = {name: _recipe(seed, model) for seed, name in enumerate(TRAININGS)}
     graph = {name: Stage(name, 1, None, (), lambda _: None) for name in DATA}  # type: ignore[arg-type,return-value]
-    graph |= {name: stage.stage(name, recipe, DATA) for name, recipe in recipes.items()}
-    settings = {name: TrainingSettings(workers=1, threads=1, device="cpu") for name in TRAININGS}
-    run = SimpleNamespace(ray=RaySettings(), lease_s=60.0, trackers=(), output=str(folder), **settings)
+    settings = TrainingSettings(workers=1, threads=1, device="cpu")
+    graph |= {n: replace(stage.stage(n, recipe, DATA), settings=settings) for n, recipe in recipes.items()}
     keys = {name: name for name in DATA}
     keys |= {name: stage_key(graph[name], keys) for name in TRAININGS}
     verdicts = [Verdict(name, key, "stale") for name, key in keys.items()]
-    config = SimpleNamespace(run=run, project="side-by-side")
+    config = SimpleNamespace(run=Run(output=str(folder)), project="side-by-side")
     return execute(graph, verdicts, set(graph), open_store(str(folder)), config, {}, lambda *_: None, lambda *_: None)
 
 

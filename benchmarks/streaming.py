@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.timing import begin, finish, parser
@@ -19,7 +18,7 @@ from pipeline.graph.shards import map_shards
 from pipeline.graph.stages import Context
 from pipeline.graph.workers import ShardOutput, ShardTask, Streamed, Timed
 from pipeline.ledger import Ledger
-from pipeline.settings import EmbeddingsSettings, RaySettings
+from pipeline.settings import EmbeddingsSettings
 from pipeline.store import open_store
 
 NODES = 4
@@ -77,8 +76,7 @@ def measure(options: argparse.Namespace, folder: str) -> float:
             cluster.add_node(**node, num_cpus=options.cores, labels={"part": "decode"})
         cluster.add_node(**node, num_cpus=1, num_gpus=1, labels={"part": "encode"})
         os.environ["RAY_ADDRESS"] = cluster.address
-        config = SimpleNamespace(run=SimpleNamespace(ray=RaySettings()))
-        ctx = Context(open_store(f"{folder}/store"), "embeddings", 1, "key", NoRecipe(), settings, {}, config)
+        ctx = Context(open_store(f"{folder}/store"), "embeddings", 1, "key", NoRecipe(), settings, {})
         tasks = [ShardTask(number, f"shard-{number}", {}) for number in range(options.shards)]
         map_shards(ctx, tasks, Streamed(lambda task: PARTS, sleeper.decode, sleeper.open, sleeper.join))
     finally:

@@ -16,7 +16,6 @@ from math import ceil
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -173,8 +172,7 @@ def main() -> None:
             recipe = recipes[stage](
                 samples=BATCH, batch=BATCH, lanes=8, learning_rate=1e-4, ema_half_life=10_000, model=model
             )
-            config = SimpleNamespace()
-            ctx = Context(store, stage, 1, stage, recipe, TrainingSettings(device="cpu"), inputs, config)
+            ctx = Context(store, stage, 1, stage, recipe, TrainingSettings(device="cpu"), inputs)
             ratios |= measure(ctx, 1 if chosen.quick else chosen.rounds, 0.0 if chosen.quick else chosen.seconds)
     finish(ratios)
 

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.bundles import remember_bundle
@@ -19,9 +19,8 @@ from pipeline.doctor.readiness import check_ready
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import as_text
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.execute import execute
+from pipeline.graph.execute import execute, make_context
 from pipeline.graph.runs import remember, remember_again
-from pipeline.graph.stages import Context
 from pipeline.progress import counted, duration
 from pipeline.store import check_conditions
 from pipeline.store.records import materialise
@@ -152,9 +151,7 @@ def _execute(plan: RunPlan, tell: Tell) -> dict[str, Artifact]:
         _place(project, stage, made)
         node = project.graph[stage]
         if node.kind == "result":
-            settings = getattr(project.config.run, stage, node.settings)
-            ctx = Context(project.store, stage, node.version, made.key, node.recipe, settings, {}, project.config)
-            tell_result(ctx, made)
+            tell_result(make_context(replace(node, inputs=()), made.key, {}, project.store, project.config), made)
 
     def report(running: Sequence[Artifact], artifacts: Mapping[str, Artifact]) -> None:
         from pipeline.report.page import write_report

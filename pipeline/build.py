@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import Config
@@ -55,7 +56,9 @@ def build(config: Config) -> Graph:
                 ("captions", source.run_captions, 1e-6),
             )
         ),
-        Stage("pairs", pairs.VERSION, config.pairs, ("source",), pairs.run_pairs, row_seconds=0.02),
+        Stage(
+            "pairs", pairs.VERSION, config.pairs, ("source",), pairs.run_pairs, row_seconds=0.02, given=config.source
+        ),
         training.stage("clip", config.clip, ("pairs", "captions"), training.run_clip, pinned=True),
         Stage(
             "embeddings",
@@ -108,7 +111,15 @@ def build(config: Config) -> Graph:
         training.stage("decoder", config.decoder, of_decoder),
         training.stage("upsampler_256", config.upsampler_256, ("pairs", "curation")),
         training.stage("upsampler_1024", config.upsampler_1024, ("pairs", "curation")),
-        Stage("bundle", bundle.VERSION, config.bundle, config.bundle.inputs, bundle.run_bundle, kind="bundle"),
+        Stage(
+            "bundle",
+            bundle.VERSION,
+            config.bundle,
+            config.bundle.inputs,
+            bundle.run_bundle,
+            "bundle",
+            given=config.source,
+        ),
         Stage("samples", samples.VERSION, config.samples, ("bundle",), samples.run_samples, kind="result"),
         Stage(
             "evaluation",
@@ -124,4 +135,8 @@ def build(config: Config) -> Graph:
     for stage in reversed(stages):
         if stage.name in needed:
             needed |= set(stage.inputs)
-    return {stage.name: stage for stage in stages if stage.name in needed}
+    return {
+        stage.name: replace(stage, settings=getattr(config.run, stage.name, stage.settings))
+        for stage in stages
+        if stage.name in needed
+    }

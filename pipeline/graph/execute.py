@@ -140,17 +140,14 @@ class _Run:
         if here or len(stale) + len(self._beside) <= 1:
             return here[:1] or stale
         asking, running = (
-            {stage.name: (self._settings(stage), stage.recipe.lanes) for stage in stages}
+            {stage.name: (stage.settings, stage.recipe.lanes) for stage in stages}
             for stages in (stale, self._beside.values())
         )
         room = room_beside(asking, running, self._config.run.ray)
         return [stage for stage in stale if stage.name in room] or ([] if self._beside else stale[:1])
 
     def _on_ray(self, stage: Stage) -> bool:
-        return stage.kind == "training" and uses_ray(self._settings(stage), self._config.run.ray)
-
-    def _settings(self, stage: Stage) -> Any:
-        return getattr(self._config.run, stage.name, stage.settings)
+        return stage.kind == "training" and uses_ray(stage.settings, self._config.run.ray)
 
     def _work_beside(self, stage: Stage) -> None:
         found: Artifact | BaseException
@@ -201,8 +198,9 @@ class _Run:
 def make_context(stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Any) -> Context:
     """Returns what a stage is given. ``artifacts`` hold its inputs."""
     inputs = {name: artifacts[name] for name in stage.inputs}
-    settings = getattr(config.run, stage.name, stage.settings)
-    return Context(store, stage.name, stage.version, key, stage.recipe, settings, inputs, config)
+    run = config.run
+    given = (config.project, run.ray, run.output, run.trackers, stage.given)
+    return Context(store, stage.name, stage.version, key, stage.recipe, stage.settings, inputs, *given)
 
 
 def _run_stage(

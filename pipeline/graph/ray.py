@@ -198,7 +198,7 @@ def on_a_gpu(work: Callable[[Context], Artifact], ctx: Context) -> Artifact:
 
     if _local() or torch.cuda.is_available():
         return work(ctx)
-    ray = start_ray(ctx.config.run.ray)
+    ray = start_ray(ctx.ray)
     if not ray.cluster_resources().get("GPU", 0):
         return work(ctx)
     log.info("%s: on a GPU of the cluster", ctx.stage)

@@ -142,7 +142,7 @@ def last_made(ctx: Context, inputs: Sequence[str], besides: Sequence[str] = ()) 
         return {name: value for name, value in recipe.items() if name not in besides}
 
     asked = ctx.version, plain(flatten(ctx.recipe))
-    for _, run in _runs(ctx.store, ctx.config.project):
+    for _, run in _runs(ctx.store, ctx.project):
         own = run.stages.get(ctx.stage)
         if own and (own.version, plain(own.recipe)) == asked and own.inputs.keys() >= {*inputs}:
             keys = {ctx.stage: own.key} | {name: own.inputs[name] for name in inputs}

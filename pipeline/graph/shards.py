@@ -132,7 +132,7 @@ def _team(ctx: Context, tasks: int) -> WorkerGroup | None:
     """Returns Ray's workers for this many tasks; None where nothing is left to do, or this process does it."""
     if not tasks or ctx.settings.workers == 0:
         return None
-    settings = ctx.config.run.ray
+    settings = ctx.ray
     return wait_for_room(start_ray(settings), ctx.stage, ctx.settings, settings, tasks)
 
 

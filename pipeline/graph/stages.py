@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.keys import artifact_key, differences, flatten, trajectory
+from pipeline.settings import RaySettings
 from pipeline.store import Store
 from pipeline.store.records import digest
 
@@ -25,7 +26,11 @@ class Context:
         stage: Name of the stage, with ``version``, ``key`` and ``recipe`` as the graph has them.
         settings: The stage's run settings.
         inputs: The artefacts that it is made from, by stage.
-        config: The whole Config, for Ray's settings and the user's list.
+        project: Name of the project.
+        ray: Settings of the local Ray.
+        output: Folder of the run's report and images.
+        trackers: Receivers of metrics, previews and images.
+        given: Value of another part of the configuration that the stage declared to read.
         work: Work times of its workers until now (see pipeline.graph.workers.WorkTimes).
         began: Beginning of the stage in seconds since 1970, on which machines that share it roughly agree.
         show: Called from another thread, while a training runs, with what it would be if it ended now.
@@ -38,7 +43,11 @@ class Context:
     recipe: Any
     settings: Any
     inputs: Mapping[str, Artifact]
-    config: Any
+    project: str = ""
+    ray: RaySettings = dataclasses.field(default_factory=RaySettings)
+    output: str = "out"
+    trackers: tuple[str, ...] = ()
+    given: Any = None
     work: dict[str, float] = dataclasses.field(default_factory=dict)
     began: float = dataclasses.field(default_factory=time.time)
     show: Callable[[Artifact], None] | None = None
@@ -72,8 +81,9 @@ class Stage:
         splitting: Values of a source that decide which rows are held out. With other values nothing made before stays
             pinned, since it may have learned from rows that are held out now.
         passes: The stage also makes shards that its artefact does not list, in passes before the last one.
-        settings: Run settings of the stage, where the configuration has none under its name.
+        settings: Run settings of the stage, None where it runs in the driver.
         row_seconds: Seconds of one core that a row takes, for estimates before anything was measured.
+        given: Value of another part of the configuration that the stage reads while it runs, outside its key.
         check: Raises UserError, as soon as all inputs are there, for what the stage cannot be made of.
     """
 
@@ -88,6 +98,7 @@ class Stage:
     passes: bool = False
     settings: Any = None
     row_seconds: float = 0.0
+    given: Any = None
     check: Callable[[Context], None] | None = None
 
 

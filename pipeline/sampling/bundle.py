@@ -73,7 +73,7 @@ def run_bundle(ctx: Context) -> Artifact:
 
 def _card(ctx: Context) -> str:
     lines = [
-        f"# {ctx.config.project}",
+        f"# {ctx.project}",
         "",
         "An unCLIP text-to-image model. `unclip.load(path)` opens it as a bundle, and in diffusers' layout",
         "`DiffusionPipeline.from_pretrained(path, trust_remote_code=True)` does.",
@@ -83,7 +83,7 @@ def _card(ctx: Context) -> str:
     for name, part in ctx.inputs.items():
         lines.append(f"| {name} | {part.key[:12]} | {part.recipe.get('samples', '')} |")
     # Without folders of this machine: a bundle travels.
-    lines += ["", f"Trained on: {', '.join(Path(path).name for path in ctx.config.source.paths)}."]
-    if any(path.startswith("drawings:") for path in ctx.config.source.paths):
+    lines += ["", f"Trained on: {', '.join(Path(path).name for path in ctx.given.paths)}."]
+    if any(path.startswith("drawings:") for path in ctx.given.paths):
         lines.append("Images: the styles Critters, Sprouts and Planets by DiceBear (CC0 1.0).")
     return "\n".join(lines) + "\n"

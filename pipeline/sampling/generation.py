@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import numpy as np
@@ -79,12 +78,11 @@ def generate(
     if lost:
         log.warning("not drawn: %s", ", ".join(f"{counted(n, 'row')} {reason}" for reason, n in lost.items()))
     inputs = {"bundle": bundle.key, "prompts": digest([blob for blob, _ in blobs])}
-    config = SimpleNamespace(run=SimpleNamespace(ray=ray))
     listed = Artifact("prompts", inputs["prompts"], {}, {}, Ledger())
     key = artifact_key(STAGE, VERSION, recipe, inputs)
     if to is not None:
         check_folder(to, _about(key, inputs, flatten(recipe)))
-    ctx = Context(store, STAGE, VERSION, key, recipe, settings, {"bundle": bundle, "prompts": listed}, config)
+    ctx = Context(store, STAGE, VERSION, key, recipe, settings, {"bundle": bundle, "prompts": listed}, ray=ray)
     tasks = [
         ShardTask(
             number,

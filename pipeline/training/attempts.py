@@ -74,7 +74,7 @@ def run_attempts(ctx: Context) -> Artifact:
                 log.info("resuming %s at sample %s", ctx.stage, f"{reached:,}")
                 _tell_of_milestones(ctx, reached)
             name = f"{own.branch.trajectory[:16]}-{own.branch.attempt:04d}"
-            ray, most = ctx.config.run.ray, most_workers(ctx, task)
+            ray, most = ctx.ray, most_workers(ctx, task)
             workers = uses_ray(ctx.settings, ray)
             with following(ctx.stage, ctx.recipe.whole_samples, newest) if workers else nullcontext():
                 launch(Training(ctx, own), ctx.stage, name, ctx.settings, ray, most)

@@ -192,8 +192,8 @@ class Trackers:
     def __init__(self, ctx: Context, key: str = ""):
         self._ctx = ctx
         self._open: dict[str, Tracker] = {}
-        recipe, output = asdict(ctx.recipe), Path(ctx.config.run.output)
-        for name in ctx.config.run.trackers:
+        recipe, output = asdict(ctx.recipe), Path(ctx.output)
+        for name in ctx.trackers:
             output.mkdir(parents=True, exist_ok=True)
             make = find_tracker(name)
             with self._warned(name):
@@ -241,7 +241,7 @@ class Trackers:
 
 def tell_result(ctx: Context, made: Artifact) -> None:
     """Sends images and figures of a stage that trains nothing, such as samples and evaluation, if it has some."""
-    if not ctx.config.run.trackers:
+    if not ctx.trackers:
         return
     names = sorted(name for name in made.blobs if name.endswith(".png") and not name.endswith("-64.png"))[:SHOWN]
     trackers = Trackers(ctx, made.key)

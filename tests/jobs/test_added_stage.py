@@ -19,7 +19,7 @@ from pipeline.store.records import blob_path
 from tests.chain import ROOT, Finished, done, write_config, write_list
 from tests.seaweed import Server
 
-LINE = '        Stage("bundle", '
+LINE = '        Stage("samples", '
 
 
 @pytest.fixture(scope="module")

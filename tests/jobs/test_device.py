@@ -55,7 +55,7 @@ def asked(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def context(run: Path, stage: str, recipe: Any) -> Context:
     store, bundle = find_bundle(str(run)).stored()
-    return Context(store, stage, 1, "d" * 64, recipe, None, {"bundle": bundle}, None)
+    return Context(store, stage, 1, "d" * 64, recipe, None, {"bundle": bundle})
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ import jobs.pin
 import jobs.release
 from jobs.project import Project
 from jobs.run import HEALINGS
+from pipeline.config import Run
 from pipeline.data.source import stage as source_stage
 from pipeline.data.source.journal import read_journal
 from pipeline.data.source.recipe import SourceRecipe
@@ -49,7 +50,7 @@ from pipeline.graph.runs import remember, remember_again
 from pipeline.graph.stages import Context, Graph, Stage, shard_key, trajectory_key
 from pipeline.ledger import Ledger
 from pipeline.local import PathPolicy
-from pipeline.settings import RaySettings, ReleaseGates, ShardSettings, TrainingSettings
+from pipeline.settings import ReleaseGates, TrainingSettings
 from pipeline.store import leases
 from pipeline.store.records import digest, put_blob, read_blob
 from tests.machine.driver import Clock, StepStore
@@ -90,7 +91,9 @@ def graph(source: SourceRecipe) -> Graph:
         Stage("pairs", 1, Plain(), ("source",), _pairs, passes=True),
         Stage("clip", 1, Plain(), ("pairs",), _clip, pinned=True),
         Stage("curation", 1, Plain(), ("pairs", "captions", "clip"), _curation),
-        Stage("decoder", 1, Trained(), ("curation", "clip"), _decoder, "training"),
+        Stage(
+            "decoder", 1, Trained(), ("curation", "clip"), _decoder, "training", settings=TrainingSettings(workers=0)
+        ),
         Stage("bundle", 1, Plain(), ("clip", "decoder"), _bundle, "bundle"),
         Stage("evaluation", 1, Plain(), ("bundle", "curation"), _evaluation, "result"),
     ]
@@ -224,17 +227,8 @@ class House:
     def project(self, store: StepStore, name: str) -> Project:
         """Returns a project as ``open_project`` does."""
         source = SourceRecipe((name,), shard_rows=SHARD_ROWS)
-        workers = {stage: ShardSettings(workers=0) for stage in ("source", "captions", "pairs", "clip", "curation")}
-        run = SimpleNamespace(
-            ray=RaySettings(),
-            lease_s=LEASE_S,
-            decoder=TrainingSettings(workers=0),
-            bundle=None,
-            evaluation=None,
-            **workers,
-        )
         gates = ReleaseGates()
-        config: Any = SimpleNamespace(project=name, source=source, store=store, run=run, release=gates)
+        config: Any = SimpleNamespace(project=name, source=source, store=store, run=Run(lease_s=LEASE_S), release=gates)
         journal = read_journal(store, name)
         return Project(config, store, graph(source), scan(source, store, write=False, journal=journal), journal)
 

@@ -33,14 +33,14 @@ def run_pairs(ctx: Context) -> Artifact:
         )
         for shard in read_shards(ctx.store, ctx.inputs["source"])
     ]
-    may = path_policy(ctx.config.source, *ctx.config.source.paths)
+    may = path_policy(ctx.given, *ctx.given.paths)
     for name in ("deny_hosts", "deny_urls", "deny_sha256"):
         if file := getattr(ctx.recipe, name):
             put_content(ctx.store, file, f"pairs.{name}")
     read_deny_lists(ctx.store, *ctx.recipe.deny_lists)  # a mistake in one is found before anything is asked for
     with ExitStack() as stack:
         settings = ctx.settings
-        if any(path.startswith("drawings:") for path in ctx.config.source.paths) and HOST not in settings.hosts:
+        if any(path.startswith("drawings:") for path in ctx.given.paths) and HOST not in settings.hosts:
             from pipeline.data.source.drawings.server import serving
 
             settings = replace(settings, hosts=settings.hosts | {HOST: stack.enter_context(serving())})

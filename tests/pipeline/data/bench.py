@@ -23,6 +23,7 @@ from pipeline.config import make_config, preset_config
 from pipeline.data.source.journal import read_journal
 from pipeline.data.source.stage import scan
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
+from pipeline.graph.execute import make_context
 from pipeline.graph.stages import Context, stage_key
 from pipeline.parse import overlay
 from pipeline.store import open_store
@@ -169,9 +170,7 @@ class Bench:
         """The context that the graph would give a stage whose inputs are made."""
         stage = self.graph[name]
         key = self.source_keys.get(name) or stage_key(stage, {n: self.made[n].key for n in stage.inputs})
-        settings = getattr(self.config.run, name, None)
-        inputs = {n: self.made[n] for n in stage.inputs}
-        return Context(self.store, name, stage.version, key, stage.recipe, settings, inputs, self.config)
+        return make_context(stage, key, self.made, self.store, self.config)
 
     def make(self, *names: str) -> Artifact:
         """Make these stages, whose inputs are there, and return the last one."""

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -80,9 +79,9 @@ def publish(store: Store, listed: Listed, similarity: np.ndarray | None = None) 
 def context(store: Store, stage: Stage, inputs: dict[str, Artifact], workers: int = 0) -> Context:
     """The context that the graph would give a stage."""
     key = stage_key(stage, {name: inputs[name].key for name in stage.inputs})
-    config = SimpleNamespace(run=SimpleNamespace(ray=RaySettings(cpus=4)))
     chosen = {name: inputs[name] for name in stage.inputs}
-    return Context(store, stage.name, stage.version, key, stage.recipe, ShardSettings(workers), chosen, config)
+    ray = RaySettings(cpus=4)
+    return Context(store, stage.name, stage.version, key, stage.recipe, ShardSettings(workers), chosen, ray=ray)
 
 
 def curate(store: Store, inputs: dict[str, Artifact], workers: int = 0, **recipe: float | None) -> Artifact:

@@ -92,7 +92,7 @@ class Case:
         inputs = {name: self.world.inputs[name] for name in (*READS, "source")} | {"bundle": self.bundle}
         stage = Stage("evaluation", 1, recipe, tuple(inputs), run_evaluation)
         key = stage_key(stage, {name: artifact.key for name, artifact in inputs.items()})
-        return Context(self.world.store, "evaluation", 1, key, recipe, None, inputs, None)
+        return Context(self.world.store, "evaluation", 1, key, recipe, None, inputs)
 
     def document(self, artifact: Artifact) -> dict[str, Any]:
         return json.loads(read_blob(self.world.store, artifact.blobs["evaluation.json"]))

@@ -1,7 +1,7 @@
 """Stages one after another, and trainings side by side: who waits for whom, what a failure costs, and what is shown."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from threading import Barrier, Event, Thread, current_thread, main_thread
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.config import Run
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import execute as execution
 from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact
@@ -16,7 +17,7 @@ from pipeline.graph.execute import execute
 from pipeline.graph.plan import plan
 from pipeline.graph.stages import Context, Graph, Kind, Stage, stage_key, trunk_key
 from pipeline.ledger import Ledger
-from pipeline.settings import RaySettings, ShardSettings, TrainingSettings
+from pipeline.settings import ShardSettings, TrainingSettings
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, put_blob
 
@@ -69,15 +70,15 @@ class House:
 
     def execute(self, workers: int = 1) -> dict[str, Artifact]:
         settings = {name: TrainingSettings(workers=workers) for name in TRAININGS}
-        others = {name: ShardSettings() for name in INPUTS if name not in TRAININGS}
-        config = SimpleNamespace(run=SimpleNamespace(ray=RaySettings(), lease_s=60.0, **settings, **others))
-        verdicts = plan(self.graph(), {"source": "s"}, "p", self.store, {})
+        graph = {n: replace(stage, settings=settings.get(n, ShardSettings())) for n, stage in self.graph().items()}
+        config = SimpleNamespace(project="p", run=Run())
+        verdicts = plan(graph, {"source": "s"}, "p", self.store, {})
 
         def on_look(running: Sequence[Artifact], artifacts: Mapping[str, Artifact]) -> None:
             self.looks.append({each.stage for each in running})
 
         on_stage = lambda stage, made: self.done.append(stage)  # noqa: E731
-        return execute(self.graph(), verdicts, set(INPUTS), self.store, config, self.seconds, on_stage, on_look)
+        return execute(graph, verdicts, set(INPUTS), self.store, config, self.seconds, on_stage, on_look)
 
 
 @pytest.fixture
@@ -238,7 +239,7 @@ def test_trainings_that_differ_in_length_alone_take_turns(tmp_path: Any) -> None
 
     inputs = {"curation": Artifact("curation", "c" * 64, {}, {}, Ledger())}
     keys = {name: artifact.key for name, artifact in inputs.items()}
-    config: Any = SimpleNamespace(run=SimpleNamespace(lease_s=60.0, decoder=TrainingSettings()))
+    config: Any = SimpleNamespace(project="p", run=Run())
     made: dict[int, Artifact] = {}
     threads = [Thread(target=make, args=(samples,)) for samples in (1, 2)]
     for thread in threads:
@@ -266,7 +267,7 @@ def test_a_new_checkpoint_is_a_sign_of_life_and_an_attempt_is_none(
     monkeypatch.setattr(execution, "lead_or_wait", lead_or_wait)
     stage = Stage("decoder", 1, Recipe(decay=1), ("curation",), House(store).run, "training")
     inputs = {"curation": Artifact("curation", "c" * 64, {}, {}, Ledger())}
-    config: Any = SimpleNamespace(run=SimpleNamespace(lease_s=60.0, decoder=TrainingSettings()))
+    config: Any = SimpleNamespace(project="p", run=Run())
     key = stage_key(stage, {"curation": "c" * 64})
     trunk = trunk_key(execution.make_context(stage, key, inputs, store, config))
     execution._run_stage(stage, key, inputs, store, config, lambda _: None)

@@ -220,8 +220,7 @@ def test_trainings_have_room_beside_each_other_by_all_their_workers(
 def test_what_draws_goes_to_a_gpu_of_the_cluster(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stays in the driver while there is none. Its own error comes back."""
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    config = SimpleNamespace(run=SimpleNamespace(ray=FIXED))
-    ctx = Context(open_store("unused"), "samples", 1, "k", None, None, {}, config)  # type: ignore[arg-type]
+    ctx = Context(open_store("unused"), "samples", 1, "k", None, None, {}, ray=FIXED)
 
     def draw(ctx: Context) -> Any:
         if ctx.version == 2:

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,8 +59,7 @@ class Worker:
 
 
 def _context(store: Store) -> Context:
-    config = SimpleNamespace(run=SimpleNamespace(ray=RaySettings()))
-    return Context(store, "pairs", 1, "the-key", Recipe(), ShardSettings(workers=0), {}, config)
+    return Context(store, "pairs", 1, "the-key", Recipe(), ShardSettings(workers=0), {})
 
 
 def _tasks(*numbers: int) -> list[ShardTask]:

@@ -88,7 +88,7 @@ def test_previews_stay_behind(place: Path) -> None:
     names = ("model.safetensors", "config.json", "metrics.jsonl", "preview.png", "previews/000000000640.png")
     blobs = {name: put_blob(store, name.encode()) for name in names}
     inputs = {name: Artifact(name, f"{name}-key", {}, {}, Ledger(), blobs) for name in config.bundle.inputs}
-    ctx = Context(store, "bundle", VERSION, "k", config.bundle, None, inputs, config)
+    ctx = Context(store, "bundle", VERSION, "k", config.bundle, None, inputs, given=config.source)
     made = run_bundle(ctx).blobs
     kept = {f"{part}/{name}" for part in inputs for name in names[:3]}
     assert made.keys() == kept | {"sampling.json", "README.md"}

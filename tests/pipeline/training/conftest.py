@@ -6,7 +6,6 @@ import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,9 +93,8 @@ class World:
         chosen = {name: self.inputs[name] for name in names}
         node = Stage(stage, 1, recipe, names, lambda ctx: self.inputs["pairs"])
         key = stage_key(node, {name: artifact.key for name, artifact in chosen.items()})
-        config = SimpleNamespace(run=SimpleNamespace(ray=RaySettings(cpus=2)))
         settings = settings or TrainingSettings(threads=1, device="cpu")
-        return Context(self.store, stage, 1, key, recipe, settings, chosen, config)
+        return Context(self.store, stage, 1, key, recipe, settings, chosen, ray=RaySettings(cpus=2))
 
 
 def make_world(

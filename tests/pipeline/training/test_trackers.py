@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -29,9 +28,7 @@ RECIPE = DiffusionPriorRecipe(samples=64, batch=16, lanes=8, model=MODEL, seed=3
 
 
 def context(world: World, output: Path, *trackers: str, recipe: Any = RECIPE, name: str = "diffusion_prior") -> Context:
-    ctx = world.context(name, recipe)
-    run = SimpleNamespace(ray=ctx.config.run.ray, output=str(output), trackers=trackers)
-    return replace(ctx, config=SimpleNamespace(run=run))
+    return replace(world.context(name, recipe), output=str(output), trackers=trackers)
 
 
 def told(ctx: Context, *made: Artifact) -> None:
