@@ -1,6 +1,7 @@
 """The shape of the code: layers, imports, lines, and words that the contributors' list forbids.
 
-Reads the files that git tracks and runs none of them. Prints a table, and as its last line one JSON object.
+Reads the files that git tracks, and imports the declarations of stages. Prints a table, and as its last line one JSON
+object.
 """
 
 import ast
@@ -10,18 +11,16 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
+
+from pipeline.build import STAGES
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ("unclip", "pipeline", "models", "jobs", "cluster", "serve")
 DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-NAMES_IT = "upsampler_1024"  # a stage name, and where it may stand
-BUILD = "pipeline/build.py"  # which names every stage
-NO_STAGES = {"frozen", "training", "result"}  # other words there
 RENDERER = "jobs/output.py"  # which prints for all commands
-MAY_NAME_IT = ("pipeline/presets/", BUILD)
 PROSE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs", *SOURCE)
 TICS = (
     r"(?<!there )\b(?:is|are) no (?!longer)",
@@ -168,14 +167,23 @@ def nounless() -> list[str]:
     return found
 
 
-def hand_lists(tree: ast.AST, stages: set[str]) -> int:
+def naming_elsewhere(trees: Mapping[Path, ast.AST], stage: str, folder: Path) -> int:
+    """Returns the number of modules outside its folder with a string that is a stage's name."""
+    return sum(
+        any(isinstance(node, ast.Constant) and node.value == stage for node in ast.walk(tree))
+        for file, tree in trees.items()
+        if folder not in file.parents
+    )
+
+
+def hand_lists(tree: ast.AST, stages: Collection[str]) -> int:
     """Returns the number of tuples, lists, sets and keys of dicts that name two or more stages."""
     written = [
         node.keys if isinstance(node, ast.Dict) else node.elts
         for node in ast.walk(tree)
         if isinstance(node, ast.Tuple | ast.List | ast.Set | ast.Dict)
     ]
-    return sum(len({each.value for each in row if isinstance(each, ast.Constant)} & stages) > 1 for row in written)
+    return sum(len({e.value for e in row if isinstance(e, ast.Constant)}.intersection(stages)) > 1 for row in written)
 
 
 def prints(tree: ast.AST) -> int:
@@ -199,9 +207,7 @@ def measure() -> dict[str, float]:
     lines = {file: code_lines(text) for file, text in texts.items()}
     total = sum(lines.values())
     fan_out = sorted(len(imported[module_name(file)]) for file in files if file.name != "__init__.py")
-    words = {node.value for node in ast.walk(trees[ROOT / BUILD]) if isinstance(node, ast.Constant)}
-    stages = {word for word in words if isinstance(word, str) and word.isidentifier()} - NO_STAGES
-    naming = [str(file.relative_to(ROOT)) for file, text in texts.items() if NAMES_IT in text]
+    stages = {stage.name: Path(stage.run.__code__.co_filename).parent for stage in STAGES}
     return {
         "files_in_pipeline": len([file for file in (ROOT / "pipeline").glob("*.py") if file.name != "__init__.py"]),
         "rooms": len(rooms),
@@ -211,8 +217,10 @@ def measure() -> dict[str, float]:
         "lines_of_code": total,
         "lines_of_tests": sum(code_lines(file.read_text()) for file in tracked("tests")),
         "files": len(files),
-        "modules_that_name_upsampler_1024": len([name for name in naming if not name.startswith(MAY_NAME_IT)]),
-        "lists_of_stage_names": sum(hand_lists(tree, stages) for file, tree in trees.items() if file != ROOT / BUILD),
+        "modules_elsewhere_that_name_a_stage_mean": mean(naming_elsewhere(trees, *stage) for stage in stages.items()),
+        "lists_of_stage_names": sum(
+            hand_lists(tree, stages) for file, tree in trees.items() if not {*stages.values()} & {*file.parents}
+        ),
         "prints_outside_the_renderer": sum(prints(tree) for file, tree in trees.items() if file != ROOT / RENDERER),
         "imports_of_a_file_median": median(fan_out),
         "imports_of_a_file_p90": quantiles(fan_out, n=10)[-1],

@@ -70,7 +70,10 @@ def train(folder: Path, model: Any) -> dict[str, Artifact]:
     recipes = {name: _recipe(seed, model) for seed, name in enumerate(TRAININGS)}
     graph = {name: Stage(name, 1, None, (), lambda _: None) for name in DATA}  # type: ignore[arg-type,return-value]
     settings = TrainingSettings(workers=1, threads=1, device="cpu")
-    graph |= {n: replace(stage.stage(n, recipe, DATA), settings=settings) for n, recipe in recipes.items()}
+    graph |= {
+        n: replace(stage.DIFFUSION_PRIOR, name=n, recipe=recipe, inputs=DATA, settings=settings)
+        for n, recipe in recipes.items()
+    }
     keys = {name: name for name in DATA}
     keys |= {name: stage_key(graph[name], keys) for name in TRAININGS}
     verdicts = [Verdict(name, key, "stale") for name, key in keys.items()]

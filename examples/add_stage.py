@@ -63,10 +63,10 @@ def run(ctx: Context) -> Artifact:
     return map_shards(ctx, tasks, partial(Measure, ctx.store, ctx.recipe), rows=sum(shard.kept for shard in shards))
 
 
-BRIGHTNESS = Stage("brightness", 1, BrightnessRecipe(), ("pairs",), run, settings=ShardSettings(workers=0))
+BRIGHTNESS = Stage("brightness", 1, BrightnessRecipe, ("pairs",), run, settings=ShardSettings)
 
 if __name__ == "__main__":
-    project = unclip.open(*(sys.argv[1:2] or ["configs/nano.yaml"]), stages=[BRIGHTNESS])
+    project = unclip.open(*(sys.argv[1:2] or ["configs/nano.yaml"]), "run.brightness.workers=0", stages=[BRIGHTNESS])
     project.run(until="brightness")
     table = project.artifact("brightness").table().sort_by("brightness")
     captions = {pair.key: pair.caption for pair in project.pairs(curated=False)}

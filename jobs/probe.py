@@ -55,7 +55,7 @@ def probe(project: Project, path: str, overrides: Sequence[str], tell: Callable[
     trainings = [stage.name for stage in project.graph.values() if stage.kind == "training"]
     with tempfile.TemporaryDirectory(prefix="unclip-probe-") as name, ExitStack() as stack:
         folder = Path(name)
-        changes = _serving(project.config, stack)
+        changes = _serving(project, stack)
         for number, shards in enumerate(SHARDS, 1):
             rows, cut = _write_list(project, folder / f"{number}.parquet", shards)
             samples = {stage: _samples(project.config, stage, found) for stage in trainings}
@@ -71,10 +71,10 @@ def probe(project: Project, path: str, overrides: Sequence[str], tell: Callable[
     return found
 
 
-def _serving(config: Config, stack: ExitStack) -> list[str]:
+def _serving(project: Project, stack: ExitStack) -> list[str]:
     """Returns overrides for drawings, which come from a server that otherwise their own list starts."""
-    drawings = any(path.startswith("drawings:") for path in config.source.paths)
-    if not drawings or HOST in config.run.pairs.hosts:
+    drawings = any(path.startswith("drawings:") for path in project.config.source.paths)
+    if not drawings or HOST in project.graph["pairs"].settings.hosts:
         return []
     return [f"run.pairs.hosts={json.dumps({HOST: stack.enter_context(serving())})}"]
 

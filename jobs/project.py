@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.build import build
-from pipeline.config import RECIPES, Config, load_config, resolved_values
+from pipeline.build import STAGES, build
+from pipeline.config import Config, load_config, make_config, read_values, resolved_values, sections
 from pipeline.data.source.journal import ListJournal, read_journal
 from pipeline.data.source.stage import Scan, scan
 from pipeline.errors import CorruptObject, UserError, did_you_mean
@@ -21,7 +21,7 @@ from pipeline.graph.execute import heal
 from pipeline.graph.keys import flatten
 from pipeline.graph.plan import Verdict, plan
 from pipeline.graph.runs import last_run
-from pipeline.graph.stages import Graph, ordered
+from pipeline.graph.stages import Graph, Stage, ordered
 from pipeline.held_out import short_splits
 from pipeline.progress import counted, say_once
 from pipeline.store import Store, open_store
@@ -159,18 +159,20 @@ def _as_run(config: Config, overrides: Sequence[str]) -> tuple[Config, str]:
     file = Path(config.run.output) / RUN_FILE
     if any(not word.startswith(SETTINGS) for word in overrides) or not file.is_file() or _run_file(config).is_file():
         return config, ""
-    try:
-        ran = load_config(file)
+    recipes = sections(config.stages)
+    try:  # without recipes of stages that are not known here
+        ran = make_config(
+            {n: v for n, v in read_values(file).items() if n in ("project", "store", *recipes)}, config.stages
+        )
     except UserError as e:  # somebody edited it, or an older version of this software wrote it
         raise UserError(f"{file}, which the last run wrote, cannot be used: {e}; delete it, or run again") from None
     if (ran.project, open_store(ran.store).url) != (config.project, open_store(config.store).url):
         return config, ""
-    stages = ("source", *RECIPES)
-    recipes = [(stage, flatten(getattr(ran, stage)), flatten(getattr(config, stage))) for stage in stages]
-    differs = [f"{stage}.{name}" for stage, then, now in recipes for name in then if now.get(name) != then[name]]
+    values = [(name, flatten(getattr(ran, name)), flatten(getattr(config, name))) for name in recipes]
+    differs = [f"{recipe}.{name}" for recipe, then, now in values for name in then if now.get(name) != then[name]]
     many = f" and {len(differs) - 1} more" if len(differs) > 1 else ""
     said = f"{differs[0]}{many}" if differs else ""
-    return replace(config, **{stage: getattr(ran, stage) for stage in stages}), said
+    return replace(config, **{name: getattr(ran, name) for name in recipes}), said
 
 
 def open_as_run(source: str | Path, overrides: Sequence[str] = ()) -> Project:
@@ -179,9 +181,11 @@ def open_as_run(source: str | Path, overrides: Sequence[str] = ()) -> Project:
     return project_of(config, open_store(config.store))
 
 
-def open_project(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Project:
+def open_project(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), stages: tuple[Stage, ...] = STAGES
+) -> Project:
     """Loads a configuration, from a file or from its values, and reads its list. Raises UserError."""
-    config = load_config(source, overrides)
+    config = load_config(source, overrides, stages)
     return project_of(config, open_store(config.store))
 
 

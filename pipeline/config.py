@@ -9,17 +9,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import yaml
 from pydantic import Field, PositiveFloat
 
-from models.prior_configs import VOCABULARY
-from models.sampling_config import PRIORS, check_sampling
+from pipeline.build import STAGES
 from pipeline.data.codec.recipe import CodecRecipe
 from pipeline.data.curation.stage import CurationRecipe
 from pipeline.data.curation.thresholds import ThresholdsRecipe
@@ -29,28 +28,19 @@ from pipeline.data.pairs.recipe import PairsRecipe
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.evaluate.recipe import EvaluationRecipe
+from pipeline.graph.stages import Stage
 from pipeline.local import read_local
 from pipeline.parse import ContentFile, load_yaml, overlay, parse, read_value
 from pipeline.progress import read_count
 from pipeline.sampling.bundle import BundleRecipe
 from pipeline.sampling.samples import SamplesRecipe
-from pipeline.settings import (
-    EmbeddingsSettings,
-    KubernetesSettings,
-    PairsSettings,
-    Prices,
-    RaySettings,
-    ReleaseGates,
-    ShardSettings,
-    TrainingSettings,
-)
+from pipeline.settings import KubernetesSettings, Prices, RaySettings, ReleaseGates
 from pipeline.store.names import is_part
 from pipeline.training.recipes import (
     ARPriorRecipe,
     ClipRecipe,
     DecoderRecipe,
     DiffusionPriorRecipe,
-    TrainingRecipe,
     UpsamplerRecipe,
 )
 
@@ -83,31 +73,26 @@ class Run:
     ray: RaySettings = field(default_factory=RaySettings)
     kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
     prices: Prices = field(default_factory=Prices)
-    pairs: PairsSettings = field(default_factory=PairsSettings)
-    clip: TrainingSettings = field(default_factory=TrainingSettings)
-    embeddings: EmbeddingsSettings = field(default_factory=EmbeddingsSettings)
-    thresholds: ShardSettings = field(default_factory=ShardSettings)
-    curation: ShardSettings = field(default_factory=ShardSettings)
-    index: ShardSettings = field(default_factory=ShardSettings)
-    codec: ShardSettings = field(default_factory=ShardSettings)
-    ar_prior: TrainingSettings = field(default_factory=TrainingSettings)
-    diffusion_prior: TrainingSettings = field(default_factory=TrainingSettings)
-    decoder: TrainingSettings = field(default_factory=TrainingSettings)
-    upsampler_256: TrainingSettings = field(default_factory=TrainingSettings)
-    upsampler_1024: TrainingSettings = field(default_factory=TrainingSettings)
 
 
 @dataclass(frozen=True)
 class Config:
     """Describes one project: its list, its store, and a recipe for every stage.
 
+    The recipes of the pipeline's own stages are written out, although each stage declares its own, so that types are
+    checked wherever one is read by name. All else comes from the declarations: ``config_type`` returns the class of
+    whole configurations, whose ``run`` has the settings of every stage.
+
     Attributes:
+        stages: Declarations of all stages, in order.
         project: A name; pins and histories of one store are kept apart by it.
         store: A folder, or ``s3://bucket/prefix``.
         source: The list of image-caption pairs.
         release: Gates that a bundle must pass before it becomes the release.
         run: Settings, which move no key.
     """
+
+    stages: ClassVar[tuple[Stage, ...]]
 
     project: str
     store: str
@@ -131,29 +116,46 @@ class Config:
     run: Run = field(default_factory=Run)
 
 
-DEFAULTS = {field.name: field.default_factory for field in fields(Config) if field.default_factory is not MISSING}
-RECIPES = tuple(name for name in DEFAULTS if name not in ("release", "run"))
-TRAININGS = tuple(name for name in RECIPES if isinstance(DEFAULTS[name](), TrainingRecipe))
-UPSAMPLERS = tuple(name for name in RECIPES if DEFAULTS[name] is UpsamplerRecipe)
+TRAININGS = tuple(stage.name for stage in STAGES if stage.kind == "training")
 
 
-def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+@cache
+def config_type(stages: tuple[Stage, ...] = STAGES) -> type[Config]:
+    """Returns the class of configurations with a recipe, and settings under ``run``, for each of some stages."""
+    settings = [(each.name, each.settings, field(default_factory=each.settings)) for each in stages if each.settings]
+    run = make_dataclass("Run", settings, bases=(Run,), frozen=True, namespace={"__doc__": Run.__doc__})
+    known = {each.name for each in fields(Config)}
+    own = [
+        (each.name, each.recipe, field(default_factory=each.recipe))
+        for each in stages
+        if sections([each])[0] not in known
+    ]
+    whole = [*own, ("run", run, field(default_factory=run))]
+    namespace = {"__doc__": Config.__doc__, "stages": stages}
+    return make_dataclass("Config", whole, bases=(Config,), frozen=True, namespace=namespace)
+
+
+def sections(stages: Iterable[Stage]) -> tuple[str, ...]:
+    """Returns the sections of a configuration that hold a recipe, in order."""
+    return tuple(dict.fromkeys(stage.section or stage.name for stage in stages))
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), stages: tuple[Stage, ...] = STAGES
+) -> Config:
     """Reads a YAML file, or takes its values, and applies ``key.key=value`` overrides. Raises UserError.
 
     Relative paths of a file count from its folder, those of overrides and of values from the current one.
     """
-    values = source if isinstance(source, Mapping) else _read_values(source)
+    values = source if isinstance(source, Mapping) else read_values(source)
     for override in overrides:
         values = overlay(values, _override(override), emptying=True)
-    config = make_config(values)
-    config = replace(config, run=replace(config.run, output=os.path.expanduser(config.run.output)))
-    for name in (*PRIORS.values(), "decoder"):
-        if (words := getattr(config, name).model.vocabulary) != VOCABULARY:
-            raise UserError(f"{name}.model.vocabulary: {words}; CLIP's tokens are {VOCABULARY}, so leave it out")
-    return config
+    config = make_config(values, stages)
+    return replace(config, run=replace(config.run, output=os.path.expanduser(config.run.output)))
 
 
-def _read_values(path: str | Path) -> Mapping[str, Any]:
+def read_values(path: str | Path) -> Mapping[str, Any]:
+    """Returns the values of a YAML file, whose relative paths count from its folder. Raises UserError."""
     try:
         text = read_local(path, CONFIG_BYTES).decode()
     except FileNotFoundError:
@@ -230,7 +232,7 @@ def resolved_values(config: Config) -> dict[str, Any]:
         return os.path.abspath(value) if is_local else value
 
     values = plain_values(config, place)
-    return {name: values[name] for name in ("project", "store", "source", *RECIPES)}
+    return {name: values[name] for name in ("project", "store", *sections(config.stages))}
 
 
 def _override(text: str) -> dict[str, Any]:
@@ -243,20 +245,23 @@ def _override(text: str) -> dict[str, Any]:
     return nested
 
 
-def make_config(values: Mapping[str, Any]) -> Config:
+def make_config(values: Mapping[str, Any], stages: tuple[Stage, ...] = STAGES) -> Config:
     """Returns the configuration of plain values, after the values of presets are filled in. Raises UserError."""
     values = dict(values)
     common, scale = values.pop("preset", "paper"), values.pop("scale", 1)
-    for stage in RECIPES:
-        given = values.get(stage)
+    for stage in (stage for stage in stages if stage.kind != "source"):  # a preset has no list
+        given = values.get(stage.name)
         given = {} if given is None else given
         if not isinstance(given, Mapping):
-            raise UserError(f"{stage}: expected a mapping, got {given!r}")
+            raise UserError(f"{stage.name}: expected a mapping, got {given!r}")
         own = {name: value for name, value in given.items() if name != "preset"}
-        preset = _preset(given.get("preset", common)).get(stage, {})
-        values[stage] = overlay(preset | _decay(stage, preset, own.get("samples")), own)
-    config = _with_clip_as_it_is(_scaled(parse(Config, values), scale))
-    _check(config)
+        preset = _preset(given.get("preset", common)).get(stage.name, {})
+        values[stage.name] = overlay(preset | _decay(stage, preset, own.get("samples")), own)
+    config = _with_clip_as_it_is(_scaled(parse(config_type(stages), values), scale))
+    check_project(config.project)
+    for stage in config.stages:
+        if stage.fits:
+            stage.fits(stage.bound(config), config)
     return config
 
 
@@ -265,12 +270,12 @@ def preset_config(name: str) -> Config:
     return make_config({"project": name, "store": name, "source": {"paths": [name]}, "preset": name})
 
 
-def _decay(stage: str, preset: Mapping[str, Any], samples: Any) -> dict[str, int]:
+def _decay(stage: Stage, preset: Mapping[str, Any], samples: Any) -> dict[str, int]:
     """Returns the decay of a training that takes other ``samples`` than its preset: the same share of them."""
     samples = read_count(str(samples)) if isinstance(samples, str | float) else samples
     if "decay" not in preset or not isinstance(samples, int) or samples < 1:
         return {}
-    usual = preset.get("samples", getattr(DEFAULTS[stage](), "samples", samples))
+    usual = preset.get("samples", stage.recipe.samples)
     return {"decay": round(preset["decay"] * samples / usual)}
 
 
@@ -283,7 +288,7 @@ def _scaled(config: Config, scale: Any) -> Config:
     """
     scale = parse(PositiveFloat, scale, "scale")
     longer = {}
-    for stage in TRAININGS:
+    for stage in (stage.name for stage in config.stages if stage.kind == "training"):
         recipe = getattr(config, stage)
         samples = max(recipe.batch, round(recipe.samples * scale))
         decay = min(samples, round(recipe.decay * scale))
@@ -313,39 +318,3 @@ def check_project(name: str) -> None:
     """Raises UserError for a name that cannot be part of paths in the store."""
     if not is_part(name):
         raise UserError(f"project: {name!r} is not a plain name; use letters, digits, '.', '-' and '_'")
-
-
-def _check(config: Config) -> None:
-    """Raises UserError for recipes that do not fit each other."""
-    check_project(config.project)
-    _check_cascade(config)
-    for bound in ("min_score", "max_score"):
-        for name in getattr(config.curation, bound):
-            if name not in config.embeddings.heads:
-                raise UserError(f"curation.{bound}.{name}: embeddings.heads has no {name}; name its file there")
-    try:
-        models = {name: getattr(config, name).model for name in config.bundle.models}
-        check_sampling(config.bundle.sampling, models)
-    except ValueError as e:
-        raise UserError(f"bundle.sampling.{e}") from e
-    if "ar_prior" in config.bundle.models and config.ar_prior.model.buckets != config.codec.buckets:
-        raise UserError(
-            f"codec.buckets: {config.codec.buckets} is not ar_prior.model.buckets {config.ar_prior.model.buckets}"
-        )
-
-
-def _check_cascade(config: Config) -> None:
-    side = 64
-    if config.decoder.model.image_size != side:
-        raise UserError(f"decoder.model.image_size: {config.decoder.model.image_size}; the cascade begins at {side}")
-    for stage in UPSAMPLERS:
-        low, side, model = side, 4 * side, getattr(config, stage).model
-        if (model.low_size, model.image_size) != (low, side):
-            raise UserError(
-                f"{stage}.model: makes {model.low_size} -> {model.image_size}; the cascade needs {low} -> {side}"
-            )
-        if stage in config.bundle.models and config.pairs.image_size < side:
-            raise UserError(
-                f"pairs.image_size: {config.pairs.image_size} is too small for {stage}, which trains on {side} px; "
-                f"raise it or leave {stage} out of bundle.models"
-            )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from pipeline.config import PRESETS, RECIPES, Config
+from pipeline.config import PRESETS, config_type, sections
 from pipeline.parse import adapter
 
 FILE = Path(__file__).with_suffix(".json")  # as tests/reference.py writes it
@@ -21,7 +21,7 @@ SCALE = {"type": "number", "exclusiveMinimum": 0, "default": 1}
 SCALE["description"] = "Every training takes this many times its samples and decay, and its warmup stays."
 
 
-def dataclasses_in(kind: type = Config) -> Iterator[type]:
+def dataclasses_in(kind: type) -> Iterator[type]:
     """Yields a dataclass and all those that its fields hold."""
     yield kind
     for part in get_type_hints(kind).values():
@@ -42,15 +42,16 @@ def descriptions(kind: type) -> dict[str, str]:
 
 def schema() -> dict[str, Any]:
     """Returns the JSON schema of a configuration."""
-    definitions = adapter(Config).json_schema()["$defs"]
-    for kind in dataclasses_in():
+    whole: Any = config_type()
+    definitions = adapter(whole).json_schema()["$defs"]
+    for kind in dataclasses_in(whole):
         definitions[kind.__name__]["description"] = inspect.cleandoc(kind.__doc__ or "").partition("\n")[0]
         properties, said = definitions[kind.__name__]["properties"], descriptions(kind)
         for name, field in properties.items():
             field.pop("title", None)
             field |= {"description": said[name]} if name in said else {}
-    whole = definitions["Config"]["properties"]
-    for stage in RECIPES:
-        definitions[whole[stage]["$ref"].rpartition("/")[2]]["properties"]["preset"] = PRESET
-    whole |= {"preset": PRESET | {"default": "paper"}, "scale": SCALE}
+    properties = definitions["Config"]["properties"]
+    for section in sections(stage for stage in whole.stages if stage.kind != "source"):
+        definitions[properties[section]["$ref"].rpartition("/")[2]]["properties"]["preset"] = PRESET
+    properties |= {"preset": PRESET | {"default": "paper"}, "scale": SCALE}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$ref": "#/$defs/Config", "$defs": definitions}

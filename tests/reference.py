@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from pipeline.config import Config
+from pipeline.config import Config, config_type
 from pipeline.schema import FILE, dataclasses_in, descriptions, schema
 from pipeline.training.recipes import TrainingRecipe
 from serve.requests import IGNORED, REFUSED, Edit, Generation, Interpolation, Variation
@@ -20,7 +20,7 @@ from serve.settings import ServeSettings
 PAGE = Path(__file__).parents[1] / "docs/configuration.md"
 PAGES = (PAGE, PAGE.with_name("serve.md"))
 TABLE = re.compile(r"^<!-- fields of ([\w, ]+) -->\n\n((?:\|.*\n)*)", re.MULTILINE)
-KINDS = {kind.__name__: kind for kind in dataclasses_in()}
+KINDS = {kind.__name__: kind for kind in dataclasses_in(config_type())}
 ENDPOINTS = {Generation: "generations", Edit: "edits", Variation: "variations", Interpolation: "interpolations"}
 
 

@@ -360,7 +360,7 @@ def decode_seconds(ask: PlanInput) -> float:
 
 def encode_seconds(ask: PlanInput) -> float:
     """Returns the seconds of one GPU for one pair, or of one core where the embeddings have no GPU."""
-    clip, settings = clip_size(ask.config.clip), ask.config.run.embeddings
+    clip, settings = clip_size(ask.config.clip), ask.graph["embeddings"].settings
     on_gpu = ask.fleet or team_of(settings, ask.machine).worker.gpus
     return (clip.image + clip.text) / (rate(ask, ask.config.embeddings.precision) if on_gpu else CORE_FLOPS)
 

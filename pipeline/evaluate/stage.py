@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.ray import on_a_gpu
-from pipeline.graph.stages import Context
-
-VERSION = 13
+from pipeline.graph.stages import Context, Stage
+from pipeline.training.stage import DECODER, LEARN
 
 
 def run_evaluation(ctx: Context) -> Artifact:
@@ -14,3 +14,15 @@ def run_evaluation(ctx: Context) -> Artifact:
     from pipeline.evaluate.run import evaluate
 
     return on_a_gpu(evaluate, ctx)
+
+
+EVALUATION = Stage(
+    "evaluation",
+    version=13,
+    recipe=EvaluationRecipe,
+    inputs=(*LEARN, "source", "bundle"),
+    # The decoder's text tower is CLIP's where the decoder reads it.
+    needs=lambda _, config: (*DECODER.bound(config).inputs, "source", "bundle"),
+    run=run_evaluation,
+    kind="result",
+)

@@ -58,8 +58,10 @@ def plan(
     verdicts: list[Verdict] = []
     for stage in ordered(graph):
         own = source_keys[stage.name] if stage.kind == "source" else stage_key(stage, keys)
-        of_source = digest([project, stage.name, *stage.splitting])
-        lineage = of_source if stage.kind == "source" else stage_key(stage, lineages)
+        if stage.kind == "source":  # with other splits, what was pinned may have learned from rows now held out
+            lineage = digest([project, stage.name, *stage.recipe.splitting])
+        else:
+            lineage = stage_key(stage, lineages)
         pin = None
         if stage.pinned:
             pin = supposed[lineage] if lineage in supposed else read_pin(store, lineage)

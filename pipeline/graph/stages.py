@@ -66,24 +66,28 @@ Kind = Literal["source", "data", "training", "bundle", "result"]
 
 @dataclass(frozen=True)
 class Stage:
-    """A node of the graph, with everything that the rest of the pipeline needs to know of it.
+    """Declares a stage: everything that the rest of the pipeline needs to know of it.
+
+    A declaration holds for all configurations. In the graph of one, which ``bound`` makes, values stand in place of the
+    classes and of the functions of a configuration.
 
     Attributes:
-        name: Names its artefacts, its recipe in the configuration, and its settings under ``run``.
-        version: Raised when the code makes something else of the same recipe and inputs.
-        recipe: A frozen dataclass; its fields that differ from their defaults are part of the key.
+        name: Name of its artefacts, of its section in the configuration, and of its settings under ``run``.
+        version: Number that is raised when the code makes something else of the same recipe and inputs.
+        recipe: Class of the recipe, a frozen dataclass. Fields that differ from their defaults are part of the key.
         inputs: Names of stages before it.
         run: Makes the artefact.
         kind: "source": its key comes from the content of the user's list. "data": makes shards from rows. "training":
             trains a model from a trajectory's checkpoints, with a ``TrainingRecipe``. "bundle": gathers models.
             "result": is drawn from a bundle.
         pinned: The first artefact made stays in use when rows are appended.
-        splitting: Values of a source that decide which rows are held out. With other values nothing made before stays
-            pinned, since it may have learned from rows that are held out now.
         passes: The stage also makes shards that its artefact does not list, in passes before the last one.
-        settings: Run settings of the stage, None where it runs in the driver.
+        settings: Class of the run settings; None where the stage runs in the driver and has none.
+        needs: Function of the stage, with its recipe, and of the configuration that returns the inputs.
+        section: Section of the configuration that holds the recipe, if it is another stage's.
+        fits: Function of the same two that raises UserError for other sections that the recipe does not fit.
         row_seconds: Seconds of one core that a row takes, for estimates before anything was measured.
-        given: Value of another part of the configuration that the stage reads while it runs, outside its key.
+        given: Function of the configuration that returns what the stage reads while it runs, outside its key.
         check: Raises UserError, as soon as all inputs are there, for what the stage cannot be made of.
     """
 
@@ -94,12 +98,24 @@ class Stage:
     run: Callable[[Context], Artifact]
     kind: Kind = "data"
     pinned: bool = False
-    splitting: tuple[Any, ...] = ()
     passes: bool = False
     settings: Any = None
+    needs: Callable[[Stage, Any], tuple[str, ...]] | None = None
+    section: str = ""
+    fits: Callable[[Stage, Any], None] | None = None
     row_seconds: float = 0.0
     given: Any = None
     check: Callable[[Context], None] | None = None
+
+    def bound(self, config: Any) -> Stage:
+        """Returns the stage with the recipe, inputs and settings that a configuration has for it."""
+        stage = dataclasses.replace(
+            self,
+            recipe=getattr(config, self.section or self.name),
+            settings=self.settings and getattr(config.run, self.name),
+            given=self.given and self.given(config),
+        )
+        return dataclasses.replace(stage, inputs=self.needs(stage, config)) if self.needs else stage
 
 
 Graph = Mapping[str, Stage]

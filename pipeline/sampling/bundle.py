@@ -7,14 +7,14 @@ import json
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from models.sampling_config import MODELS, PRIORS, UPSAMPLERS, SamplingConfig, largest_side
+from models.sampling_config import MODELS, PRIORS, UPSAMPLERS, SamplingConfig, check_sampling, largest_side
+from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, is_preview, publish_artifact
-from pipeline.graph.stages import Context
+from pipeline.graph.stages import Context, Stage
 from pipeline.ledger import Ledger
 from pipeline.store.records import put_blob
-
-VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -87,3 +87,24 @@ def _card(ctx: Context) -> str:
     if any(path.startswith("drawings:") for path in ctx.given.paths):
         lines.append("Images: the styles Critters, Sprouts and Planets by DiceBear (CC0 1.0).")
     return "\n".join(lines) + "\n"
+
+
+def _fits(stage: Stage, config: Any) -> None:
+    try:
+        models = {name: getattr(config, name).model for name in stage.recipe.models}
+        check_sampling(stage.recipe.sampling, models)
+    except ValueError as e:
+        raise UserError(f"bundle.sampling.{e}") from e
+
+
+BUNDLE = Stage(
+    "bundle",
+    version=3,
+    recipe=BundleRecipe,
+    inputs=("clip", *MODELS),
+    needs=lambda stage, config: stage.recipe.inputs,
+    run=run_bundle,
+    kind="bundle",
+    fits=_fits,
+    given=lambda config: config.source,  # for the model card
+)

@@ -9,9 +9,7 @@ from pydantic import Field, NonNegativeInt
 
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.ray import on_a_gpu
-from pipeline.graph.stages import Context
-
-VERSION = 6
+from pipeline.graph.stages import Context, Stage
 
 
 @dataclass(frozen=True)
@@ -32,3 +30,6 @@ def run_samples(ctx: Context) -> Artifact:
     from pipeline.sampling.drawing import publish_samples
 
     return on_a_gpu(publish_samples, ctx)
+
+
+SAMPLES = Stage("samples", version=6, recipe=SamplesRecipe, inputs=("bundle",), run=run_samples, kind="result")

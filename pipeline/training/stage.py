@@ -1,45 +1,97 @@
-"""The training stages. Light: what trains is imported when a stage runs."""
+"""The stages that train models. Light: what trains is imported when a stage runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from pathlib import Path
+from typing import Any
 
+from models.prior_configs import VOCABULARY
+from models.sampling_config import BASE, UPSAMPLERS
+from pipeline.data.source.imported import is_embeddings
+from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context, Stage
-from pipeline.training.recipes import TrainingRecipe
+from pipeline.settings import TrainingSettings
+from pipeline.training.recipes import (
+    ARPriorRecipe,
+    ClipRecipe,
+    DecoderRecipe,
+    DiffusionPriorRecipe,
+    TrainingRecipe,
+    UpsamplerRecipe,
+)
 
-
-def stage(
-    name: str,
-    recipe: TrainingRecipe,
-    inputs: tuple[str, ...],
-    run: Callable[[Context], Artifact] | None = None,
-    pinned: bool = False,
-) -> Stage:
-    """Returns the stage of a graph that trains by ``recipe``; ``run`` is ``train`` by default."""
-    checked = None if recipe.pretrained else check_first
-    return Stage(name, recipe.version, recipe, inputs, run or train, kind="training", pinned=pinned, check=checked)
+LEARN = ("pairs", "captions", "embeddings", "curation")  # what a model learns from that reads captions
 
 
 def check_first(ctx: Context) -> None:
     """Raises UserError for settings and inputs with which the training would fail."""
+    if ctx.recipe.pretrained:
+        return
     from pipeline.training.checks import check
     from pipeline.training.task import task_of
 
     check(ctx, task_of(ctx))
 
 
-def run_clip(ctx: Context) -> Artifact:
-    """Trains a CLIP, or takes the one that the recipe names."""
-    if not ctx.recipe.pretrained:
-        return train(ctx)
-    from pipeline.training.attempts import take_clip
-
-    return take_clip(ctx)
-
-
 def train(ctx: Context) -> Artifact:
-    """Trains until the recipe's stop; see pipeline.training.attempts."""
-    from pipeline.training.attempts import train_and_show
+    """Trains until the recipe's stop, or takes the CLIP that the recipe names; see pipeline.training.attempts."""
+    from pipeline.training.attempts import take_clip, train_and_show
 
-    return train_and_show(ctx)
+    return take_clip(ctx) if ctx.recipe.pretrained else train_and_show(ctx)
+
+
+def training(name: str, recipe: type[TrainingRecipe], inputs: tuple[str, ...], **more: Any) -> Stage:
+    """Declares a stage that trains a model; ``more`` are further fields of Stage."""
+    how: dict[str, Any] = {"kind": "training", "settings": TrainingSettings, "check": check_first}
+    return Stage(name, recipe.version, recipe, inputs, train, **how, **more)
+
+
+def reads_text(stage: Stage, config: Any) -> tuple[str, ...]:
+    """Returns the inputs of a model that reads captions: CLIP, too, where it reads CLIP's text tower."""
+    return (*LEARN, "clip") if stage.recipe.model.text_encoder == "frozen" else LEARN
+
+
+def _fits_tokens(stage: Stage, config: Any) -> None:
+    if (words := stage.recipe.model.vocabulary) != VOCABULARY:
+        raise UserError(f"{stage.name}.model.vocabulary: {words}; CLIP's tokens are {VOCABULARY}, so leave it out")
+
+
+def _clip_fits(stage: Stage, config: Any) -> None:
+    for path in () if stage.recipe.pretrained else config.source.paths:
+        if is_embeddings(Path(os.path.expanduser(path))):
+            raise UserError(f"source {path}: imported embeddings teach no CLIP; name in clip.weights what made them")
+
+
+def _decoder_fits(stage: Stage, config: Any) -> None:
+    _fits_tokens(stage, config)
+    if (side := stage.recipe.model.image_size) != BASE:
+        raise UserError(f"decoder.model.image_size: {side}; the cascade begins at {BASE}")
+
+
+def _upsampler_fits(stage: Stage, config: Any) -> None:
+    name, model, side = stage.name, stage.recipe.model, UPSAMPLERS[stage.name]
+    if (model.low_size, model.image_size) != (side // 4, side):
+        made = f"{model.low_size} -> {model.image_size}"
+        raise UserError(f"{name}.model: makes {made}; the cascade needs {side // 4} -> {side}")
+    if name in config.bundle.models and config.pairs.image_size < side:
+        raise UserError(
+            f"pairs.image_size: {config.pairs.image_size} is too small for {name}, which trains on {side} px; "
+            f"raise it or leave {name} out of bundle.models"
+        )
+
+
+CLIP = training("clip", ClipRecipe, ("pairs", "captions"), pinned=True, fits=_clip_fits)
+AR_PRIOR = training(
+    "ar_prior",
+    ARPriorRecipe,
+    (*LEARN, "codec"),
+    needs=lambda stage, config: (*reads_text(stage, config), "codec"),
+    fits=_fits_tokens,
+)
+DIFFUSION_PRIOR = training("diffusion_prior", DiffusionPriorRecipe, LEARN, needs=reads_text, fits=_fits_tokens)
+DECODER = training("decoder", DecoderRecipe, LEARN, needs=reads_text, fits=_decoder_fits)
+UPSAMPLER_256, UPSAMPLER_1024 = (
+    training(name, UpsamplerRecipe, ("pairs", "curation"), fits=_upsampler_fits) for name in UPSAMPLERS
+)

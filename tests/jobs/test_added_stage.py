@@ -19,7 +19,7 @@ from pipeline.store.records import blob_path
 from tests.chain import ROOT, Finished, done, write_config, write_list
 from tests.seaweed import Server
 
-LINE = '        Stage("samples", '
+LINE = "    SAMPLES,\n"
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = folder / "pipeline/build.py"
     text = build.read_text()
     assert text.count(LINE) == 1
-    text = text.replace(LINE, f"        BRIGHTNESS,\n{LINE}")
-    first = "from pipeline.data.source import"
+    text = text.replace(LINE, f"    BRIGHTNESS,\n{LINE}")
+    first = "from pipeline.data.source.stage import"
     build.write_text(text.replace(first, f"from pipeline.data.brightness import BRIGHTNESS\n{first}", 1))
     return folder
 
@@ -64,7 +64,7 @@ def unclip(code: Path, *words: object, **changed: str) -> Finished:
 
 
 def test_every_command_finds_it(code: Path, config: Path) -> None:
-    until = ("--until", "brightness")
+    until = ("--until", "brightness", "run.brightness.workers=0")
     said = done(unclip(code, "run", config, *until))
     assert "\n  brightness " in said  # in the plan
     assert "\nbrightness " in said  # in the table at the end

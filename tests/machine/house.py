@@ -86,8 +86,8 @@ class List:
 def graph(source: SourceRecipe) -> Graph:
     """Returns the stages, in order."""
     stages = [
-        Stage("source", 1, source, (), run_source, "source", splitting=source.splitting),
-        Stage("captions", 1, source, (), run_captions, "source", splitting=source.splitting),
+        Stage("source", 1, source, (), run_source, "source"),
+        Stage("captions", 1, source, (), run_captions, "source"),
         Stage("pairs", 1, Plain(), ("source",), _pairs, passes=True),
         Stage("clip", 1, Plain(), ("pairs",), _clip, pinned=True),
         Stage("curation", 1, Plain(), ("pairs", "captions", "clip"), _curation),

@@ -15,22 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.build import build
+from pipeline.build import STAGES, build
 from pipeline.config import load_config
-from pipeline.data.codec import stage as codec
-from pipeline.data.curation import stage as curation
-from pipeline.data.curation import thresholds
-from pipeline.data.embeddings import stage as embeddings
-from pipeline.data.neighbours import stage as neighbour_index
-from pipeline.data.pairs import stage as pairs
-from pipeline.data.source import stage as source
 from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
-from pipeline.evaluate import stage as evaluation
 from pipeline.graph.plan import plan
-from pipeline.sampling import bundle, samples
+from pipeline.graph.stages import Stage
 from pipeline.store import open_store
-from pipeline.training.recipes import TrainingRecipe
 
 ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).with_name("golden.json")
@@ -61,23 +52,19 @@ PLUMBING = {
 
 # Where each stage's source begins. A preset needs no digest: its values are recipe values, and those are in the keys.
 TRAINING = ("pipeline.training.worker", "pipeline.training.recipes")
+LISTS = ("pipeline.data.source.drawings.listing",)
+
+
+def name_of(stage: Stage) -> str:
+    """The name of a stage; of a training that of its task, which stages share."""
+    return stage.recipe.task if stage.kind == "training" else stage.name
+
+
 MODULES = {
-    "source": ("pipeline.data.source.stage", "pipeline.data.source.drawings.listing"),
-    "captions": ("pipeline.data.source.stage", "pipeline.data.source.drawings.listing"),
-    "pairs": ("pipeline.data.pairs.stage",),
-    "clip": ("pipeline.training.tasks.clip", *TRAINING),
-    "embeddings": ("pipeline.data.embeddings.stage",),
-    "thresholds": ("pipeline.data.curation.thresholds",),
-    "curation": ("pipeline.data.curation.stage",),
-    "index": ("pipeline.data.neighbours.stage",),
-    "codec": ("pipeline.data.codec.stage",),
-    "ar_prior": ("pipeline.training.tasks.ar_prior", *TRAINING),
-    "diffusion_prior": ("pipeline.training.tasks.diffusion_prior", *TRAINING),
-    "decoder": ("pipeline.training.tasks.decoder", *TRAINING),
-    "upsampler": ("pipeline.training.tasks.upsampler", *TRAINING),
-    "bundle": ("pipeline.sampling.bundle",),
-    "samples": ("pipeline.sampling.samples",),
-    "evaluation": ("pipeline.evaluate.stage",),
+    name_of(stage): (f"pipeline.training.tasks.{stage.recipe.task}", *TRAINING)
+    if stage.kind == "training"
+    else (stage.run.__module__, *LISTS * (stage.kind == "source"))
+    for stage in STAGES
 }
 
 
@@ -99,18 +86,7 @@ def golden_keys() -> dict[str, dict[str, str]]:
 
 def versions() -> dict[str, int]:
     """The version of each stage, as the graph counts it."""
-    own = {"source": source, "captions": source, "pairs": pairs, "embeddings": embeddings}
-    own |= {
-        "curation": curation,
-        "thresholds": thresholds,
-        "index": neighbour_index,
-        "codec": codec,
-        "bundle": bundle,
-        "samples": samples,
-        "evaluation": evaluation,
-    }
-    trained = {recipe.task: recipe.version for recipe in TrainingRecipe.__subclasses__()}
-    return {name: module.VERSION for name, module in own.items()} | trained
+    return {name_of(stage): stage.version for stage in STAGES}
 
 
 def source_digests(root: Path = ROOT) -> dict[str, str]:

@@ -2,13 +2,13 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
 
-from pipeline.build import build
-from pipeline.config import PRESETS, TRAININGS, load_config, make_config, preset_config
+from pipeline.build import STAGES, build
+from pipeline.config import PRESETS, TRAININGS, Config, config_type, load_config, make_config, preset_config
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +30,16 @@ def test_a_configuration_needs_a_project_a_store_and_a_list() -> None:
             make_config({k: v for k, v in LEAST.items() if k != name})
     with pytest.raises(UserError, match=r"^source\.paths: missing"):
         make_config({**LEAST, "source": {}})
+
+
+def test_config_writes_out_the_sections_that_the_stages_declare() -> None:
+    """For type checkers; all else of a stage stands in its declaration alone."""
+    declared = {stage.section or stage.name: stage.recipe for stage in STAGES}
+    written = {name: kind for name, kind in get_type_hints(Config).items() if name in declared}
+    assert list(written.items()) == list(declared.items())
+    assert get_type_hints(config_type()).keys() == get_type_hints(Config).keys()
+    settings = get_type_hints(get_type_hints(config_type())["run"])
+    assert [stage.name for stage in STAGES if stage.name in settings] == [s.name for s in STAGES if s.settings]
 
 
 def test_the_api_takes_plain_values_and_leaves_them_as_they_were() -> None:

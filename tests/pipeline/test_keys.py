@@ -134,7 +134,7 @@ def test_code_changes_only_with_its_version() -> None:
     for stage, pinned in GOLDEN["stages"].items():
         assert now[stage] >= pinned["version"], f"{stage}: its version went down"
         assert (now[stage], digests[stage]) == (pinned["version"], pinned["digest"]), (
-            f"{stage}: code that it runs has changed. If results differ, raise the stage's VERSION; then, or if they "
+            f"{stage}: code that it runs has changed. If results differ, raise its version; then, or if they "
             "are the same, record it with python -m tests.pipeline.golden"
         )
 

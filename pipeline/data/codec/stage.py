@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from typing import Any
 
+from pipeline.data.codec.recipe import CodecRecipe
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
-from pipeline.graph.stages import Context
+from pipeline.graph.stages import Context, Stage
 from pipeline.progress import counted
+from pipeline.settings import ShardSettings
 
-VERSION = 3
 REASONS_SAID = 2  # of the rows that curation rejected
 
 
@@ -40,3 +42,23 @@ def _why(ctx: Context) -> str:
     lost = Counter(ctx.inputs["curation"].ledger.lost).most_common(REASONS_SAID)
     said = " and ".join(f"{counted(rows, 'row')} for {reason}" for reason, rows in lost)
     return f", which rejected {said}" if said else ""
+
+
+def _fits(stage: Stage, config: Any) -> None:
+    codes = config.ar_prior.model.buckets
+    if "ar_prior" in config.bundle.models and codes != stage.recipe.buckets:
+        raise UserError(f"codec.buckets: {stage.recipe.buckets} is not ar_prior.model.buckets {codes}")
+
+
+CODEC = Stage(
+    "codec",
+    version=3,
+    recipe=CodecRecipe,
+    inputs=("embeddings", "curation"),
+    run=run_codec,
+    settings=ShardSettings,
+    fits=_fits,
+    pinned=True,
+    passes=True,
+    row_seconds=2e-4,
+)

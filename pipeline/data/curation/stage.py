@@ -18,15 +18,17 @@ from pipeline.data.embeddings.scores import score_column
 from pipeline.data.neighbours.blocks import OneThread, as_input
 from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.data.source.rows import read_captions
+from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_table
 from pipeline.graph.shards import map_shards, run_shards
-from pipeline.graph.stages import Context, shard_key
+from pipeline.graph.stages import Context, Stage, shard_key
 from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
+from pipeline.settings import ShardSettings
 from pipeline.store import Store
 from pipeline.store.records import put_blob
 
-VERSION = 3
+READS = ("pairs", "captions", "embeddings")  # of which a shard has one each
 Cosine = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -133,15 +135,14 @@ class Cull:
 
 def run_curation(ctx: Context) -> Artifact:
     """Judges every shard, then removes rows that are too near to others."""
-    names = ("pairs", "captions", "embeddings")
-    shards = {name: {s.number: s for s in read_shards(ctx.store, ctx.inputs[name])} for name in names}
+    shards = {name: {s.number: s for s in read_shards(ctx.store, ctx.inputs[name])} for name in READS}
     recipe, whole = ctx.recipe, {}
     if frozen := ctx.inputs.get("thresholds"):
         recipe = replace(recipe, min_similarity=max(recipe.min_similarity, frozen.metrics["min_similarity"]))
         whole = {"thresholds": frozen.key}
     tasks = []
-    for number, pairs in sorted(shards["pairs"].items()):
-        inputs = {"pairs": pairs, "captions": shards["captions"][number], "embeddings": shards["embeddings"][number]}
+    for number in sorted(shards["pairs"]):
+        inputs = {name: of_stage[number] for name, of_stage in shards.items()}
         tasks.append(ShardTask(number, shard_key(ctx, {n: s.key for n, s in inputs.items()} | whole), inputs))
     rows = sum(s.kept for s in shards["pairs"].values())
     judge = partial(Judge, ctx.store, recipe)
@@ -168,3 +169,28 @@ def _culls(ctx: Context, judged: Sequence[Shard], embeddings: Mapping[int, Shard
         inputs = {"judged": shard, "near": ShardRow(shard.number, found, 0, 0, {"near": found}, {})}
         tasks.append(ShardTask(shard.number, shard_key(ctx, {n: s.key for n, s in inputs.items()}), inputs))
     return tasks
+
+
+def _inputs(_: Stage, config: Any) -> tuple[str, ...]:
+    return (*READS, "thresholds") if config.thresholds.similarity else READS
+
+
+def _fits(stage: Stage, config: Any) -> None:
+    for bound in ("min_score", "max_score"):
+        for name in getattr(stage.recipe, bound):
+            if name not in config.embeddings.heads:
+                raise UserError(f"curation.{bound}.{name}: embeddings.heads has no {name}; name its file there")
+
+
+CURATION = Stage(
+    "curation",
+    version=3,
+    recipe=CurationRecipe,
+    inputs=READS,
+    needs=_inputs,
+    run=run_curation,
+    settings=ShardSettings,
+    fits=_fits,
+    passes=True,
+    row_seconds=2e-4,
+)

@@ -15,13 +15,13 @@ from safetensors.numpy import load, save
 
 from pipeline.data.neighbours.blocks import cut_blocks, is_a, pass_task, run_pass
 from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards, read_table
-from pipeline.graph.stages import Context
+from pipeline.graph.stages import Context, Stage
 from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
+from pipeline.settings import ShardSettings
 from pipeline.store import Store
 from pipeline.store.records import read_blob
 
-VERSION = 1
 BLOCK_ROWS = 1 << 18
 BINS = 1 << 16  # of similarities from -1 to 1: a change is a new version
 
@@ -87,3 +87,16 @@ def run_thresholds(ctx: Context) -> Artifact:
     metrics = {"min_similarity": lowest(counts, ctx.recipe.similarity)}
     artifact = ctx.publishable(ledger=Ledger(kept=int(counts.sum())), metrics=metrics)
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)
+
+
+THRESHOLDS = Stage(
+    "thresholds",
+    version=1,
+    recipe=ThresholdsRecipe,
+    inputs=("pairs", "embeddings"),
+    run=run_thresholds,
+    settings=ShardSettings,
+    pinned=True,
+    passes=True,
+    row_seconds=1e-4,
+)

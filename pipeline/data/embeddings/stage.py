@@ -16,12 +16,10 @@ from pipeline.data.embeddings.parts import parts_for
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.graph.shards import map_shards
-from pipeline.graph.stages import Context, shard_key
+from pipeline.graph.stages import Context, Stage, shard_key
 from pipeline.graph.workers import ShardTask, Streamed
 from pipeline.parse import ContentFile
 from pipeline.settings import EmbeddingsSettings
-
-VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -84,3 +82,14 @@ def _check(settings: EmbeddingsSettings) -> None:
         raise UserError(
             f"run.embeddings.decoder_nodes: names nodes for decoders, and decoders is {settings.decoders}; say how many"
         )
+
+
+EMBEDDINGS = Stage(
+    "embeddings",
+    version=5,
+    recipe=EmbeddingsRecipe,
+    inputs=("pairs", "captions", "clip"),
+    run=run_embeddings,
+    settings=EmbeddingsSettings,
+    passes=True,
+)

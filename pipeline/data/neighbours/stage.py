@@ -13,9 +13,8 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.stages import Context
-
-VERSION = 1
+from pipeline.graph.stages import Context, Stage
+from pipeline.settings import ShardSettings
 
 
 @dataclass(frozen=True)
@@ -35,3 +34,15 @@ def run_index(ctx: Context) -> Artifact:
     from pipeline.data.neighbours.indices import make_indices
 
     return make_indices(ctx)
+
+
+INDEX = Stage(
+    "index",
+    version=1,
+    recipe=IndexRecipe,
+    inputs=("embeddings", "curation"),
+    run=run_index,
+    settings=ShardSettings,
+    passes=True,
+    row_seconds=5e-5,
+)

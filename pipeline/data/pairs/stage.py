@@ -11,15 +11,15 @@ from functools import partial
 
 from pipeline.data.fetch.rules import read_deny_lists
 from pipeline.data.pairs.earlier import earlier_shards
+from pipeline.data.pairs.recipe import PairsRecipe
 from pipeline.data.source.drawings.world import HOST
 from pipeline.data.source.lists import path_policy
 from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.graph.shards import map_shards
-from pipeline.graph.stages import Context, shard_key
+from pipeline.graph.stages import Context, Stage, shard_key
 from pipeline.graph.workers import ShardTask
+from pipeline.settings import PairsSettings
 from pipeline.store.content import put_content
-
-VERSION = 7
 
 
 def run_pairs(ctx: Context) -> Artifact:
@@ -46,3 +46,15 @@ def run_pairs(ctx: Context) -> Artifact:
             settings = replace(settings, hosts=settings.hosts | {HOST: stack.enter_context(serving())})
         rows = ctx.inputs["source"].ledger.rows
         return map_shards(ctx, tasks, partial(Packer, ctx.store, ctx.recipe, settings, may), "rows", rows)
+
+
+PAIRS = Stage(
+    "pairs",
+    version=7,
+    recipe=PairsRecipe,
+    inputs=("source",),
+    run=run_pairs,
+    settings=PairsSettings,
+    given=lambda config: config.source,  # for paths that rows may name
+    row_seconds=0.02,
+)

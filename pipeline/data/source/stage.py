@@ -37,7 +37,7 @@ from pipeline.graph.artifacts import (
     write_table,
 )
 from pipeline.graph.damage import create_record, read_record, set_aside
-from pipeline.graph.stages import Context
+from pipeline.graph.stages import Context, Stage
 from pipeline.ledger import Ledger, StoredLedger
 from pipeline.progress import counted, say_once
 from pipeline.store import Store
@@ -338,3 +338,7 @@ def _publish(ctx: Context, blob: str, key: str) -> Artifact:
     ]
     table, ledger = write_shard_table(ctx.store, shards)
     return publish_artifact(ctx.store, ctx.publishable(shard_table=table, ledger=ledger), seconds=0.0)
+
+
+SOURCE = Stage("source", VERSION, SourceRecipe, (), run_source, "source", row_seconds=32e-6)
+CAPTIONS = Stage("captions", VERSION, SourceRecipe, (), run_captions, "source", section="source", row_seconds=1e-6)

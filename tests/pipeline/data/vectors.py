@@ -2,13 +2,13 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.data.curation.rejected import Rejected
-from pipeline.data.curation.stage import VERSION, CurationRecipe, run_curation
+from pipeline.data.curation.stage import CURATION, CurationRecipe, run_curation
 from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.graph.artifacts import (
     Artifact,
@@ -87,7 +87,7 @@ def context(store: Store, stage: Stage, inputs: dict[str, Artifact], workers: in
 def curate(store: Store, inputs: dict[str, Artifact], workers: int = 0, **recipe: float | None) -> Artifact:
     """Curation of published rows."""
     names = ("pairs", "captions", "embeddings", *({"thresholds"} & inputs.keys()))
-    stage = Stage("curation", VERSION, CurationRecipe(**recipe), names, run_curation)  # type: ignore[arg-type]
+    stage = replace(CURATION, recipe=CurationRecipe(**recipe), inputs=names)  # type: ignore[arg-type]
     return run_curation(context(store, stage, inputs, workers))
 
 

@@ -40,6 +40,7 @@ class Recipe:
     samples: int = 1
     decay: int = 0
     lanes: int = 8
+    splitting = ()  # of the source
 
 
 @dataclass

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data.source.recipe import SourceRecipe
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import differences, flatten
 from pipeline.graph.kinds import PlannedStage
@@ -31,13 +32,14 @@ def _never(_: object) -> Artifact:
     raise AssertionError("a plan runs nothing")
 
 
-def _graph(**recipes: Recipe) -> dict[str, Stage]:
+def _graph(test: float = 0.02, **recipes: Recipe) -> dict[str, Stage]:
     inputs: dict[str, tuple[str, ...]] = {"source": (), "captions": (), "pairs": ("source",)}
     inputs |= {"clip": ("pairs", "captions"), "embeddings": ("pairs", "captions", "clip"), "codec": ("embeddings",)}
     inputs |= {"decoder": ("pairs", "embeddings"), "ar_prior": ("embeddings", "codec")}
     kinds: dict[str, Kind] = {"source": "source", "captions": "source", "decoder": "training"}
+    lists = dict.fromkeys(("source", "captions"), SourceRecipe(("a.csv",), test=test))
     return {
-        n: Stage(n, 1, recipes.get(n, Recipe()), i, _never, kinds.get(n, "data"), pinned=n in ("clip", "codec"))
+        n: Stage(n, 1, {**lists, **recipes}.get(n, Recipe()), i, _never, kinds.get(n, "data"), n in ("clip", "codec"))
         for n, i in inputs.items()
     }
 
@@ -116,16 +118,10 @@ def test_new_data_keeps_the_pinned_clip_and_codec(store: Store) -> None:
 
 
 def test_what_learned_from_rows_that_are_held_out_now_stays_pinned_no_longer(store: Store) -> None:
-    def split(share: float) -> dict[str, Stage]:
-        return {
-            name: replace(stage, splitting=(share,)) if stage.kind == "source" else stage
-            for name, stage in _graph().items()
-        }
-
-    _make(store, plan(split(0.02), SOURCE, "p", store, {}))
+    _make(store, plan(_graph(test=0.02), SOURCE, "p", store, {}))
     more = {"source": "s2", "captions": "c2"}
-    assert _states(plan(split(0.02), more, "p", store, {}))["clip"] == "pinned"
-    assert {"clip", "codec"} <= _stale(plan(split(0.2), more, "p", store, {}))
+    assert _states(plan(_graph(test=0.02), more, "p", store, {}))["clip"] == "pinned"
+    assert {"clip", "codec"} <= _stale(plan(_graph(test=0.2), more, "p", store, {}))
 
 
 def test_a_changed_clip_is_stale_in_spite_of_its_pin_and_takes_the_codec_along(store: Store) -> None:

@@ -13,7 +13,7 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, artifact_path
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
-from pipeline.sampling.bundle import VERSION, run_bundle
+from pipeline.sampling.bundle import BUNDLE, run_bundle
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, materialise, put_blob
 from tests.chain import ROOT
@@ -88,7 +88,7 @@ def test_previews_stay_behind(place: Path) -> None:
     names = ("model.safetensors", "config.json", "metrics.jsonl", "preview.png", "previews/000000000640.png")
     blobs = {name: put_blob(store, name.encode()) for name in names}
     inputs = {name: Artifact(name, f"{name}-key", {}, {}, Ledger(), blobs) for name in config.bundle.inputs}
-    ctx = Context(store, "bundle", VERSION, "k", config.bundle, None, inputs, given=config.source)
+    ctx = Context(store, "bundle", BUNDLE.version, "k", config.bundle, None, inputs, given=config.source)
     made = run_bundle(ctx).blobs
     kept = {f"{part}/{name}" for part in inputs for name in names[:3]}
     assert made.keys() == kept | {"sampling.json", "README.md"}

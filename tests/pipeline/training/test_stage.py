@@ -103,7 +103,7 @@ def test_an_upsampler_needs_no_captions(shared_world: World) -> None:
 def test_clip_trains_before_there_is_a_curation(shared_world: World, tmp_path: Path) -> None:
     recipe = ClipRecipe(samples=64, batch=16, lanes=8, model=CLIP_MODEL)
     inputs = ("pairs", "captions")
-    artifact = stage.run_clip(shared_world.context("clip", recipe, inputs=inputs))
+    artifact = stage.train(shared_world.context("clip", recipe, inputs=inputs))
     assert set(artifact.blobs) == {"open_clip_config.json", "open_clip_model.safetensors", "metrics.jsonl"}
     kept = sum(shard.counts["train/0"] for shard in read_shards(shared_world.store, shared_world.inputs["pairs"]))
     assert artifact.ledger.rejected["no_caption"] > 0
@@ -113,11 +113,11 @@ def test_clip_trains_before_there_is_a_curation(shared_world: World, tmp_path: P
     assert clip.embed_dim == 16
     assert 2 < clip.model.token_embedding.weight.any(1).sum() < 100  # only tokens of captions say anything
     taken = ClipRecipe(weights=f"local-dir:{tmp_path}")  # and what stands in a folder can be taken as it is
-    other = stage.run_clip(shared_world.context("clip", taken, inputs=inputs))
+    other = stage.train(shared_world.context("clip", taken, inputs=inputs))
     assert other.blobs["open_clip_model.safetensors"] == artifact.blobs["open_clip_model.safetensors"]
     assert "samples_seen" not in other.metrics  # by which tables tell that nothing was trained
     with pytest.raises(UserError, match=r"clip\.weights: .*open_clip_config\.json"):
-        stage.run_clip(shared_world.context("clip", ClipRecipe(weights="local-dir:/nowhere"), inputs=inputs))
+        stage.train(shared_world.context("clip", ClipRecipe(weights="local-dir:/nowhere"), inputs=inputs))
 
 
 def test_the_ar_prior_uses_the_codec(shared_world: World) -> None:
@@ -317,7 +317,7 @@ RESNET = replace(CLIP_MODEL, tower="resnet", layers=(1, 1, 1, 1), width=2)
 def test_a_clip_compares_its_whole_batch(shared_world: World, settings: TrainingSettings, message: str) -> None:
     recipe = ClipRecipe(samples=64, batch=16, lanes=8, model=CLIP_MODEL if settings.sharded else RESNET)
     with pytest.raises(UserError, match=message):
-        stage.run_clip(shared_world.context("clip", recipe, settings, inputs=("pairs", "captions")))
+        stage.train(shared_world.context("clip", recipe, settings, inputs=("pairs", "captions")))
 
 
 def test_no_rows_are_explained(shared_world: World) -> None:

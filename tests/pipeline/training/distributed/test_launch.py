@@ -50,7 +50,7 @@ def test_ray_workers_train_what_this_process_trains(ray: Any, world: World, capl
         ctx = world.context("clip", recipe, settings, inputs=("pairs", "captions"))
         world.store.delete([entry.path for entry in world.store.list("checkpoints/")])
         with caplog.at_level(logging.INFO):
-            artifact = stage.run_clip(ctx)
+            artifact = stage.train(ctx)
         assert artifact.environment["workers"] == str(max(1, workers))
         made.append((world, artifact))
     losses = [line["loss"] for line in lines(*made[0]) if "loss" in line]
