@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import yaml
 from pydantic import Field, PositiveFloat
@@ -73,6 +73,10 @@ class Run:
     ray: RaySettings = field(default_factory=RaySettings)
     kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
     prices: Prices = field(default_factory=Prices)
+
+    if TYPE_CHECKING:  # the settings of each stage, by its name
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def _as_at_the_start() -> None:
     log.setLevel(logging.NOTSET)
     root.setLevel(logging.WARNING)
     if "ray" in sys.modules:  # it keeps the first token that it has been given, and tests know several clusters
-        from ray._raylet import AuthenticationTokenLoader
+        from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
         AuthenticationTokenLoader.instance().reset_cache()
 

@@ -67,9 +67,9 @@ def written(rows: list[list[str]]) -> str:
 def request_table() -> str:
     """Returns the table of the fields of requests that have a meaning."""
     rows = [["field", "of", "default", "meaning"], ["---"] * 4]
-    names = dict.fromkeys(name for kind in ENDPOINTS for name in kind.model_fields)
+    names = dict.fromkeys(name for kind in ENDPOINTS for name in kind.model_fields)  # type: ignore[attr-defined]
     for name in names:
-        found = {kind: kind.model_fields[name] for kind in ENDPOINTS if name in kind.model_fields}
+        found = {kind: kind.model_fields[name] for kind in ENDPOINTS if name in kind.model_fields}  # type: ignore[attr-defined]
         found = {kind: field for kind, field in found.items() if field.annotation is not type(None)}
         kind, field = next(iter(found.items()))
         of = "all" if len(found) == len(ENDPOINTS) else ", ".join(ENDPOINTS[kind] for kind in found)

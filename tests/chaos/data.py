@@ -148,7 +148,7 @@ def run_slice(chosen: Slice, draw: random.Random, reference: Reference, folder: 
     store = prepare(reference, folder, chosen.stage)
     config = reference.config(folder, chosen.stage)
     began = time.monotonic()
-    with cluster(nodes=2, cpus=2) if chosen.fault == "kill node" else nullcontext(({}, [])) as (environment, nodes):
+    with cluster(nodes=2, cpus=2) if chosen.fault == "kill node" else nullcontext(({}, [])) as (environment, nodes):  # type: ignore[attr-defined]
         process = start("run", config, "--until", chosen.stage, env=environment)
 
         def due() -> bool:

@@ -112,7 +112,7 @@ def test_ray_takes_the_scorer_from_the_heads_environment(monkeypatch: pytest.Mon
     assert environment["RAY_enable_autoscaler_v2"] == "0"  # the second autoscaler asks for no scorer
     name = "RAY_AUTOSCALER_UTILIZATION_SCORER"
     monkeypatch.setenv(name, environment[name])
-    scheduler = ResourceDemandScheduler(None, TYPES, CONFIG["max_workers"], "head", 1.0)  # type: ignore[arg-type]
+    scheduler = ResourceDemandScheduler(None, TYPES, CONFIG["max_workers"], "head", 1.0)
     assert scheduler.utilization_scorer is spot.score
 
 

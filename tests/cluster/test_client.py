@@ -189,7 +189,7 @@ def test_ctrl_c_while_the_event_loop_is_built_leaves_no_traceback(
 
     def interrupted(self: asyncio.SelectorEventLoop, *words: object) -> None:
         signal.raise_signal(signal.SIGINT)
-        build(self, *words)  # type: ignore[arg-type]
+        build(self, *words)
 
     monkeypatch.setattr(asyncio.SelectorEventLoop, "__init__", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -50,7 +50,7 @@ def _job(project: Project) -> Job:
 
 
 def _submit(cluster: FakeCluster, project: Project, package: Package) -> str:
-    return attach_or_submit(cluster, project.store, _job(project), package, {}, print)  # type: ignore[arg-type]
+    return attach_or_submit(cluster, project.store, _job(project), package, {}, print)
 
 
 def test_twice_is_once_until_it_has_ended(

@@ -48,8 +48,8 @@ def _states(output: str) -> dict[str, str]:
 def test_it_ends_with_a_picture_and_a_report(chain: Chain) -> None:
     with Image.open(chain.folder / "out/samples/0000.png") as picture:
         assert picture.size == (1024, 1024)
-        assert picture.text["caption"] == "a red heart"
-        assert json.loads(picture.text["settings"])["decoder_steps"] == 2
+        assert picture.text["caption"] == "a red heart"  # type: ignore[attr-defined]
+        assert json.loads(picture.text["settings"])["decoder_steps"] == 2  # type: ignore[attr-defined]
     assert "samples" in (chain.folder / "out/report.html").read_text()
     assert all(f"\n{stage} " in chain.output for stage in ("pairs", "clip", "decoder", "samples", "evaluation"))
     assert re.search(

@@ -7,6 +7,7 @@ import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
@@ -27,9 +28,10 @@ from tests.faults import (
 )
 from tests.pipeline.data.bench import picture, write_tar
 
-IN_PROCESS = MICRO["run"] | RUN  # type: ignore[operator]
+IN_PROCESS = MICRO["run"] | RUN
 
-Log, Output = pytest.LogCaptureFixture, pytest.CaptureFixture[str]
+Log: TypeAlias = pytest.LogCaptureFixture
+Output: TypeAlias = pytest.CaptureFixture[str]
 WAYS = {
     "truncate": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
     "overwrite": lambda file: file.write_bytes(bytes(len(file.read_bytes()))),

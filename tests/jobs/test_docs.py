@@ -272,7 +272,7 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
         "preset": "nano",
         "bundle": {"models": models, "sampling": sampling},
         **dict.fromkeys(("clip", "ar_prior", "diffusion_prior", "decoder"), short),
-        "run": {**MICRO["run"], "output": f"out/{config['project']}"},  # type: ignore[dict-item]
+        "run": {**MICRO["run"], "output": f"out/{config['project']}"},
     }
 
 

@@ -289,7 +289,7 @@ def test_images_are_taken_as_pairs_would_store_them(folder: Path) -> None:
     turned.save(folder / "turned.jpg", exif=exif)
     found = open_image(folder / "turned.jpg")
     assert found.size == (1024, 1536)
-    assert found.getpixel((500, 10))[2] > 200  # type: ignore[index]
+    assert found.getpixel((500, 10))[2] > 200
     out = io.BytesIO()
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(out, "PNG")
     (folder / "clear.png").write_bytes(out.getvalue())

@@ -42,9 +42,9 @@ def write(tmp_path: Path) -> Write:
     def configure(text: str = "url,caption\nhttp://closed.test/a.png,a\n", **changes: object) -> Path:
         (tmp_path / "list.csv").write_text(text)
         values = MICRO | {"store": str(tmp_path / "store")} | changes
-        source = {"paths": [str(tmp_path / "list.csv")]} | values["source"]  # type: ignore[operator]
+        source = {"paths": [str(tmp_path / "list.csv")]} | values["source"]
         pairs = {"workers": 0, "retries": 0, "hosts": {"closed.test": "127.0.0.1:1"}}
-        run = {**MICRO["run"], "output": str(tmp_path / "out"), "pairs": pairs}  # type: ignore[dict-item]
+        run = {**MICRO["run"], "output": str(tmp_path / "out"), "pairs": pairs}
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump({**values, "source": source, "run": run}))
         return path

@@ -49,8 +49,8 @@ def test_its_links_and_commands_lead_somewhere() -> None:
 def shown(code: str, names: dict[str, Any]) -> Any:
     """Run a cell; the value of its last line, if that is one."""
     body = ast.parse(code).body
-    last = body.pop() if isinstance(body[-1], ast.Expr) else None
-    exec(compile(ast.Module(body, []), "cell", "exec"), names)
+    last = body[-1] if isinstance(body[-1], ast.Expr) else None
+    exec(compile(ast.Module(body[:-1] if last else body, []), "cell", "exec"), names)
     return None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), names)
 
 

@@ -261,7 +261,7 @@ def test_pairs_are_read_in_many_ways(project: unclip.Project, tmp_path: Path) ->
     assert found[0].image.size == (found[0].width, found[0].height)
     table = project.artifact("embeddings").table()
     row = table["key"].to_pylist().index(found[3].key)
-    assert found[3].image_embedding.tolist() == table["image_embedding"][row].as_py()  # type: ignore[union-attr]
+    assert found[3].image_embedding.tolist() == table["image_embedding"][row].as_py()
     assert list(project.pairs("test")) == []
     assert "data" not in repr(found[0])
     refuses({lambda: project.pairs("tests"): "split 'tests'"})

@@ -140,13 +140,13 @@ def test_three_months_one_of_them_bad_and_the_release_moves_twice(
     monthly.month("january")
     store, first = monthly.store, monthly.made("bundle")
     pairs, embedded = shard_paths(store, "pairs"), shard_paths(store, "embeddings")
-    assert read_releases(store, "monthly").current.bundle == first.key  # type: ignore[union-attr]
+    assert read_releases(store, "monthly").current.bundle == first.key
     begin = yaml.safe_load(monthly.said["unclip release weights monthly.yaml"])
     assert begin.keys() == {"diffusion_prior", "decoder"}
 
     monthly.month("february", **begin)
     (bad,) = keys(store)["bundle"] - {first.key}
-    assert read_releases(store, "monthly").current.bundle == first.key  # type: ignore[union-attr]
+    assert read_releases(store, "monthly").current.bundle == first.key
     # What was there is not fetched or embedded again: 144 rows are 4 shards.
     assert len(shard_paths(store, "pairs") - pairs) == len(shard_paths(store, "embeddings") - embedded) == 4
     assert pairs < shard_paths(store, "pairs")

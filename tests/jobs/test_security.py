@@ -61,7 +61,7 @@ class Team:
         run: dict[str, object] = {stage: {"workers": 1} for stage in ("embeddings", "curation", "codec", "decoder")}
         run |= {"pairs": {"workers": 2, "headers": {"http://drawings.test": "IMAGES_HEADERS"}}, "clip": {"threads": 1}}
         self.lists = [write_list(folder / "list.csv", 0, 60), _foreign(folder / "foreign")]
-        self.config = write_config(folder, self.url, pictures, self.lists, run=MICRO["run"] | run)  # type: ignore[operator]
+        self.config = write_config(folder, self.url, pictures, self.lists, run=MICRO["run"] | run)
         self.made = self._run_and_keep_logs()
 
     def _run_and_keep_logs(self) -> Finished:
@@ -135,7 +135,7 @@ def test_a_writer_makes_everything(team: Team) -> None:
 
 def test_a_folder_and_no_worker_of_ray_give_the_same(team: Team, pictures: str, tmp_path: Path) -> None:
     """Neither the store nor workers may change a key, or a byte of the data."""
-    run = MICRO["run"] | {"clip": {"threads": 1}}  # type: ignore[operator]
+    run = MICRO["run"] | {"clip": {"threads": 1}}
     config = write_config(tmp_path, str(tmp_path / "store"), pictures, team.lists, run=run)
     done(here("run", config, "--until", "codec"))
     assert {v.stage: {v.key} for v in open_project(str(config), ()).plan()} == keys(team.store("reader"))

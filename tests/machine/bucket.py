@@ -133,7 +133,7 @@ def _client() -> Any:
         retries = {"mode": "standard", "total_max_attempts": TRIES}
         session = boto3.session.Session("key", "secret", region_name="us-east-1")
         style = {"addressing_style": "path"}
-        config = Config(retries=retries, s3=style)  # type: ignore[arg-type]
+        config = Config(retries=retries, s3=style)
         _made.append(session.client("s3", config=config, endpoint_url="http://bucket.test"))
     return _made[0]
 

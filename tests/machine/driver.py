@@ -61,7 +61,7 @@ class History:
     def aged(self, entry: Entry) -> Entry:
         """Returns an entry whose time, where it tells one, is that of the machine's clock."""
         told = {"modified": self.when.get(entry.path, self.clock.seconds)} if hasattr(entry, "modified") else {}
-        return replace(entry, **told)  # type: ignore[arg-type]
+        return replace(entry, **told)
 
     def removed(self, paths: Sequence[str]) -> None:
         for path in paths:

@@ -242,7 +242,7 @@ class House:
         verdicts = project.plan()
         asked: Any = store, name, project.graph, verdicts
         if all(verdict.state != "stale" for verdict in verdicts):
-            remember_again(*asked, project.journal.forgettings, list(project.graph), project.scan.segments)
+            remember_again(*asked, project.journal.forgettings, list(project.graph), project.scan.segments)  # type: ignore[call-arg]
             return project.finished(verdicts)
         remember(*asked, forgettings=project.journal.forgettings, segments=project.scan.segments)
         config, wanted, nothing = project.config, set(project.graph), lambda *_: None
@@ -262,7 +262,7 @@ class House:
         arguments = SimpleNamespace(config=(store, name), overrides=(), json=False, **words)
         commands = {"retry": jobs.data._retry, "forget": jobs.data._forget, "gc": jobs.data._collect}
         with project.healing():
-            return commands[action](project, arguments)  # type: ignore[arg-type]
+            return commands[action](project, arguments)
 
     def pin(self, store: StepStore, name: str, command: str, key: str | None = None) -> int:
         arguments: Any = SimpleNamespace(

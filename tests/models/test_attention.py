@@ -22,7 +22,8 @@ def equals_fused_attention_in_fp64(dtype: torch.dtype, tolerance: float, keys: i
         ]
         ours = [part.detach().to(dtype).requires_grad_() for part in exact]
         expected = F.scaled_dot_product_attention(*exact, attn_mask=mask, is_causal=causal)
-        result = attend(*ours, mask, causal)
+        query, key, value = ours
+        result = attend(query, key, value, mask, causal)
         assert result.dtype == dtype
         torch.testing.assert_close(result.double(), expected, rtol=0, atol=tolerance)
         upstream = torch.randn(result.shape, generator=g)

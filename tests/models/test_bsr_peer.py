@@ -96,7 +96,7 @@ def drawn_here(strength: Strength) -> dict[str, np.ndarray]:
 
     def record(side: int, angle: torch.Tensor, drawn: torch.Tensor, shift: object = 0.0) -> torch.Tensor:
         variances.append(drawn)
-        return gaussian_kernels(side, angle, drawn, shift)  # type: ignore[arg-type]
+        return gaussian_kernels(side, angle, drawn, shift)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "gaussian_kernels", record)

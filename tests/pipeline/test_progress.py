@@ -159,7 +159,7 @@ def test_a_line_is_said_now_and_then_and_asked_for_only_then(clock: Clock, kind:
     with ProgressLine(30.0, stream) as line:
         for i in range(10):
             clock.now += 10
-            line.show(lambda i=i: asked.append(i) or f"at {i}")  # type: ignore[misc]
+            line.show(lambda i=i: asked.append(i) or f"at {i}")
     assert len(asked) == lines
     assert stream.getvalue().count("at ") == lines
     assert stream.getvalue().endswith("\r\033[K" if kind is Terminal else "  at 8\n")

@@ -82,7 +82,7 @@ def test_nothing_writes_around_the_gate() -> None:
 def test_a_line_that_is_rewritten_in_place_still_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     terminal = Terminal()
-    with ProgressLine(stream=Printable(terminal)) as line:  # type: ignore[arg-type]
+    with ProgressLine(stream=Printable(terminal)) as line:
         line.shown -= 10
         line.show(lambda: f"pairs: following {HOSTILE}")
     assert terminal.getvalue() == f"\r\x1b[K  pairs: following {printable(HOSTILE)}\r\x1b[K"

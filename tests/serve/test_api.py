@@ -42,7 +42,7 @@ def test_the_same_request_gets_the_same_images_with_their_recipe(client: openai.
         assert (image.info["caption"], image.info["seed"]) == ("a red fox", str(7 + number))
         settings = json.loads(image.info["settings"])
         assert (settings["decoder_guidance"], settings["prior"], settings["size"]) == (2.0, "ar", 64)
-        assert -1 <= one.score <= 1  # type: ignore[attr-defined]
+        assert -1 <= one.score <= 1
 
 
 def test_nulls_are_taken_everywhere(served: str) -> None:
@@ -136,7 +136,7 @@ def test_a_mistake_is_said_as_openai_says_it(
     with pytest.raises(openai.APIStatusError, match=says) as caught:
         client.images.generate(**asked)
     assert caught.value.status_code == status
-    assert caught.value.body["type"] == "invalid_request_error"  # type: ignore[index]
+    assert caught.value.body["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_the_model_is_listed_and_found_by_each_of_its_names(client: openai.OpenA
     for name in ("tiny fox", "dall-e-3", "gpt-image-1.5", model.unclip["bundle"][:8]):  # type: ignore[attr-defined]
         assert client.models.retrieve(name) == model
     made = client.images.generate(prompt="a red fox", model="tiny fox", **SMALL)
-    assert made.warnings == []  # type: ignore[attr-defined]
+    assert made.warnings == []
 
 
 def png(image: Image.Image) -> bytes:
@@ -287,7 +287,7 @@ def test_two_images_are_blended_and_more_refused(client: openai.OpenAI) -> None:
         (files[:2], {"mask": files[0]}, "draws over one image, and 2 were sent: send one"),
     ):
         with pytest.raises(openai.BadRequestError, match=says):
-            client.images.edit(image=sent, prompt="a cat", **SMALL, **more)  # type: ignore[arg-type]
+            client.images.edit(image=sent, prompt="a cat", **SMALL, **more)
 
 
 def test_a_photograph_of_48_megapixels_is_taken(client: openai.OpenAI) -> None:

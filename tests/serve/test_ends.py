@@ -93,7 +93,7 @@ def test_where_every_replica_hangs_clients_are_told_and_the_next_ones_draw(bundl
         assert time.monotonic() - began < 10  # four pings of a second
         until(lambda: not {*hung} & {*replicas(process)})
         until(lambda: httpx.get(f"{url}/ready").status_code == 200)
-        assert ask(url, 9, 2).status_code == 200  # type: ignore[union-attr]
+        assert ask(url, 9, 2).status_code == 200
 
 
 STUCK = """
@@ -132,7 +132,7 @@ def test_a_server_of_one_user_is_one_process(bundle: Path) -> None:
     with server(bundle) as (url, process):
         assert httpx.get(f"{url}/ready").status_code == 200
         status = Path(f"/proc/{process.pid}/status").read_text()
-        peak = int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024  # type: ignore[index]
+        peak = int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
         seconds = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
         print(f"{peak / 1e9:.2f} GB, {seconds:.1f} s of a processor")
@@ -155,7 +155,7 @@ def test_a_drawing_that_hangs_is_said_within_seconds_and_may_go_on(bundle: Path)
         assert (httpx.get(f"{url}/health").status_code, process.poll()) == (200, None)
         go_on.touch()
         until(lambda: httpx.get(f"{url}/ready").status_code == 200)
-        assert ask(url, 9, 50).status_code == 200  # type: ignore[union-attr]
+        assert ask(url, 9, 50).status_code == 200
 
 
 def test_a_process_whose_drawing_hangs_tells_its_clients_and_ends(bundle: Path) -> None:
@@ -193,7 +193,7 @@ def test_what_was_accepted_is_answered_before_the_end_and_new_requests_are_told_
         until(lambda: httpx.get(f"{url}/ready").status_code == 503)
         assert_an_error_of_openais(ask(url, 9, 2))
         assert httpx.get(f"{url}/health").status_code == 200
-        assert [answer.result().status_code for answer in asked] == [200] * 8  # type: ignore[union-attr]
+        assert [answer.result().status_code for answer in asked] == [200] * 8
         process.communicate(timeout=60)
         assert process.returncode == 0
 
@@ -243,7 +243,7 @@ def test_half_headers_are_closed_and_keep_nobody_out(bundle: Path) -> None:
         for _i in range(UNFINISHED + 200):
             half.append(open_ones.enter_context(socket.create_connection(where, timeout=60)))
             half[-1].sendall(b"POST /v1/images/generations HTTP/1.1\r\nX-")
-        assert ask(url, 0, 2).status_code == 200  # type: ignore[union-attr]
+        assert ask(url, 0, 2).status_code == 200
         assert sum(closed(one) for one in half) >= 200  # the oldest of too many
         began = time.monotonic()
         slow = half[-1]

@@ -49,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     config = {"project": "served", "preset": "nano", "store": store.url, "source": {"paths": [str(folder / "a.csv")]}}
     (folder / "a.csv").write_text("url,caption\n")
     (folder / "served.yaml").write_text(yaml.safe_dump(config))
-    standing = Server("", None, store)  # type: ignore[arg-type]
+    standing = Server("", None, store)
     standing.promote(first.key)
     words = ("port=0", "replicas=2", "idle_replicas=2", "follow_s=1", "queue=200", "results_mb=8", "batch=8")
     process = start("serve", f"release:{folder / 'served.yaml'}", *words)
@@ -72,7 +72,7 @@ def second_bundle(store: Store, folder: Path) -> str:
 
 
 def later(seconds: float, do: object, *arguments: object) -> None:
-    threading.Timer(seconds, do, arguments).start()  # type: ignore[arg-type]
+    threading.Timer(seconds, do, arguments).start()
 
 
 def kill_replicas(server: Server) -> None:

@@ -74,7 +74,7 @@ async def test_requests_that_wait_for_an_equal_one_hold_so_many_bytes_of_images(
     replica.go.set()
     ends = await asyncio.gather(*tasks, return_exceptions=True)
     (refused,) = [end for end in ends if not isinstance(end, list)]  # two of them wait behind the first
-    assert (refused.status, refused.code, refused.retry_after > 0) == (429, "queue_full", True)
+    assert (refused.status, refused.code, refused.retry_after > 0) == (429, "queue_full", True)  # type: ignore[attr-defined]
     assert (one.behind, len(replica.works)) == (0, 2)
 
 

@@ -39,7 +39,8 @@ def batch(side: int) -> dict[str, Tensor]:
 
 def codec() -> Codec:
     shapes = [(DIM,), (CODES, DIM), (CODES,), (CODES, 1023), (CODES, 1024), (1023,)]
-    return Codec(*(zeros(*shape, dtype=torch.float64) for shape in shapes), zeros(1024, dtype=torch.int64))
+    tables: list[Any] = [zeros(*shape, dtype=torch.float64) for shape in shapes]
+    return Codec(*tables, zeros(1024, dtype=torch.int64))  # type: ignore[call-arg]
 
 
 def build(make: Callable[[], Any]) -> Any:

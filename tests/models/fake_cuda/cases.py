@@ -360,7 +360,7 @@ def run(names: list[str]) -> dict[str, Any]:
     for steps_of in {config("nano", stage).steps for stage in ("decoder", "diffusion_prior", "upsampler_256")}:
         for schedule in ("cosine", "linear"):
             make_schedule(schedule, steps_of)  # a table of real values, which outlives a case
-    samplers.grid_steps = dpm_solver.grid_steps = steps  # type: ignore[assignment]
+    samplers.grid_steps = dpm_solver.grid_steps = steps
     found: dict[str, Any] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for name in names:

@@ -73,9 +73,9 @@ def attend(
 def pretend() -> None:
     """Makes torch believe in the device, where it asks its own build and not the library."""
     torch.set_num_threads(1)
-    torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # type: ignore[assignment]
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
-    torch.nn.functional.scaled_dot_product_attention = attend  # type: ignore[assignment]
-    Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign, assignment]
+    torch.nn.functional.scaled_dot_product_attention = attend
+    Tensor.pin_memory = lambda self, *_: self
     # Without a kernel of its own for a device, torch takes it to pieces.
     LIBRARY.impl("silu_backward", lambda gradient, _: torch.empty_like(gradient), "CUDA")

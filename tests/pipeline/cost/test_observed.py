@@ -62,7 +62,7 @@ def test_a_second_run_that_says_nothing_of_growth_is_a_rate() -> None:
 def publish(store: Store, stage: str, times: dict[str, float], **fields: object) -> None:
     key = next(v.key for v in plan(GRAPH, SOURCE, "nano", store, {}) if v.stage == stage)
     artifact = Artifact(stage, key, {}, flatten(GRAPH[stage].recipe), Ledger(kept=100), times=times)
-    publish_artifact(store, replace(artifact, **fields), times.get("seconds", 10.0))  # type: ignore[arg-type]
+    publish_artifact(store, replace(artifact, **fields), times.get("seconds", 10.0))
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
         if host in NAMES:
             kinds = [(socket.AF_INET6 if ":" in a else socket.AF_INET, a) for a in NAMES[host]]
             return [(kind, socket.SOCK_STREAM, 6, "", (address, port)) for kind, address in kinds]
-        return resolve(host, port, *rest, **options)  # type: ignore[arg-type]
+        return resolve(host, port, *rest, **options)
 
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", resolving)

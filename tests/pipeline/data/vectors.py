@@ -87,7 +87,7 @@ def context(store: Store, stage: Stage, inputs: dict[str, Artifact], workers: in
 def curate(store: Store, inputs: dict[str, Artifact], workers: int = 0, **recipe: float | None) -> Artifact:
     """Curation of published rows."""
     names = ("pairs", "captions", "embeddings", *({"thresholds"} & inputs.keys()))
-    stage = replace(CURATION, recipe=CurationRecipe(**recipe), inputs=names)  # type: ignore[arg-type]
+    stage = replace(CURATION, recipe=CurationRecipe(**recipe), inputs=names)
     return run_curation(context(store, stage, inputs, workers))
 
 

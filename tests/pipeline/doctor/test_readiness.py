@@ -50,7 +50,7 @@ def test_faults_are_one_line_that_names_some_of_the_nodes(monkeypatch: pytest.Mo
     monkeypatch.setattr(readiness, "ask_nodes", lambda *_: [(ClusterNode("n0", 1, 0), Answer(versions()))])
     readiness.check_ready(config, open_store("s3://bucket/a"), ["pairs"])
     monkeypatch.delattr(readiness, "start_ray")  # nothing on Ray: it is not asked
-    here = replace(config, run=replace(config.run, decoder=TrainingSettings(workers=0)))
+    here = replace(config, run=replace(config.run, decoder=TrainingSettings(workers=0)))  # type: ignore[call-arg]
     readiness.check_ready(here, open_store("s3://bucket/a"), ["source", "decoder", "samples"])
 
 

@@ -237,9 +237,9 @@ def test_a_judge_finds_captions_of_what_was_drawn_and_not_of_what_ignores_them()
 def test_the_table_in_plain_text() -> None:
     known = {"rows": 9, "split": "test"}
     figures = [
-        Figure("It draws.", "decoder", "top", "top", 0.82, 0.125, (0.5, 0.9), True, trained=0.9, **known),  # type: ignore[arg-type]
-        Figure("It draws.", "decoder", "pot", "pot", 0.4, 0.2, (0.1, 0.3), False, **known),  # type: ignore[arg-type]
-        Figure("It listens.", "ar_prior", "condition", "caption", 1.5, 1.25, (0.2, math.nan), True, note="n", **known),  # type: ignore[arg-type]
+        Figure("It draws.", "decoder", "top", "top", 0.82, 0.125, (0.5, 0.9), True, trained=0.9, **known),
+        Figure("It draws.", "decoder", "pot", "pot", 0.4, 0.2, (0.1, 0.3), False, **known),
+        Figure("It listens.", "ar_prior", "condition", "caption", 1.5, 1.25, (0.2, math.nan), True, note="n", **known),
         Figure("It listens.", "decoder", "condition", "decoder", note="few rows"),
         Figure("It enlarges.", "upsampler_256", "psnr", "PSNR", note="2 rows"),
     ]

@@ -78,7 +78,7 @@ def unclip(priors: tuple[str, ...] = ("ar", "diffusion")) -> UnCLIP:
             sampling=replace(SAMPLING, prior=priors[-1]),
         )
 
-    return seeded(build, 0)  # type: ignore[type-var,arg-type]
+    return seeded(build, 0)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class House:
         return publish_artifact(self.store, ctx.publishable(ledger=Ledger(), blobs=blobs), 0.0)
 
     def graph(self) -> Graph:
-        kinds: dict[str, Kind] = {"source": "source", **dict.fromkeys(TRAININGS, "training")}  # type: ignore[dict-item]
+        kinds: dict[str, Kind] = {"source": "source", **dict.fromkeys(TRAININGS, "training")}
         return {
             n: Stage(n, 1, Recipe(), i, self.run, kinds.get(n, "data"), check=self.checks.get(n))
             for n, i in INPUTS.items()

@@ -85,7 +85,7 @@ def running(base: Path, then: str, *, start: str = START) -> Iterator[tuple["sub
         environment.pop(name, None)
     command = [sys.executable, "-c", start + then]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes) as process:
         try:
             line = process.stdout.readline()
             assert line, process.stderr.read()
@@ -175,7 +175,7 @@ def test_a_cluster_whose_head_is_killed_is_told_in_one_line(base: Path) -> None:
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(
         [sys.executable, "-c", HEAD], env=environment | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, text=True, **pipes
-    ) as process:  # type: ignore[call-overload]
+    ) as process:
         line = next(line for line in process.stderr if line.startswith("the head of the Ray cluster at "))
         process.communicate()
     assert "does not answer (" in line

@@ -50,7 +50,7 @@ class Team:
 
     def move(self, action: str, bundle: Artifact, sign: bool = True) -> Move:
         seen = read_releases(self.store, "p")
-        move = Move(action, bundle.key, "e" * 64, 1.0, files=files_of(bundle))  # type: ignore[arg-type]
+        move = Move(action, bundle.key, "e" * 64, 1.0, files=files_of(bundle))
         move = signed("p", seen, move, self.key) if sign else move
         move_release(self.store, "p", seen, move)
         return move

@@ -26,7 +26,7 @@ def test_text_becomes_one_short_line_that_templates_escape() -> None:
     ],
 )
 def test_numbers(value: object, shown: str) -> None:
-    assert number(value) == shown  # type: ignore[arg-type]
+    assert number(value) == shown
 
 
 def test_plain_values() -> None:

@@ -188,7 +188,7 @@ def test_of_many_shards_few_are_read(store: FolderStore, made: dict[str, Artifac
         table, ledger = write_shard_table(store, shards)
         many[stage] = replace(made[stage], shard_table=table, ledger=ledger)
     counting = Counting(store)
-    data_section(ReportInput(counting, many))  # type: ignore[arg-type]
+    data_section(ReportInput(counting, many))
     assert len(counting.reads) < 60
 
 

@@ -147,7 +147,7 @@ FORGED: list[tuple[type[Record], dict[str, Any]]] = [
     (CheckpointRecord, _with(CHECKPOINT, "blobs", {"model": "../../x"})),
     (CheckpointRecord, _with(CHECKPOINT, "journal", "lines", 0, "preview", "../../x")),
     (RunRecord, _with(RUN, "project", "../x")),
-    (RunRecord, _with(RUN, "stages", {"../x": RUN["stages"]["clip"]})),  # type: ignore[index]
+    (RunRecord, _with(RUN, "stages", {"../x": RUN["stages"]["clip"]})),
     *((RunRecord, _with(RUN, "stages", "clip", name, "../x")) for name in ("key", "trajectory", "trunk")),
     (RunRecord, _with(RUN, "stages", "clip", "inputs", {"pairs": "../x"})),
     (RunRecord, _with(RUN, "package", "../../x.zip")),
@@ -239,7 +239,7 @@ def test_what_is_not_a_table_at_all_is_damaged(store: Store) -> None:
     forged = Artifact("pairs", "k", {}, {}, Ledger(), shard_table=put_blob(store, b"not Parquet"))
     for read in (read_shards, ShardList):
         with pytest.raises(CorruptObject, match="is not a list of shards"):
-            read(store, forged)  # type: ignore[operator]
+            read(store, forged)
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", *(json.dumps({"key": name}).encode() for name in (*AWAY, 7))])

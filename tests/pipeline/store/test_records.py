@@ -66,8 +66,8 @@ def test_ledger_balances() -> None:
     assert a.rows == 5
     b = a + Ledger(3, {"timeout": 1}, {"unreachable": 4})
     assert b.rows == 13
-    assert parse_object(json.dumps(b.as_json()).encode(), StoredLedger) == b  # type: ignore[arg-type]
+    assert parse_object(json.dumps(b.as_json()).encode(), StoredLedger) == b
     with pytest.raises(ValueError, match="balance"):
-        parse_object(json.dumps(b.as_json() | {"rows": 12}).encode(), StoredLedger)  # type: ignore[arg-type]
+        parse_object(json.dumps(b.as_json() | {"rows": 12}).encode(), StoredLedger)
     with pytest.raises(ValueError, match="unknown reason"):
         Ledger(0, {"because": 1})

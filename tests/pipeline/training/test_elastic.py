@@ -84,7 +84,7 @@ def test_four_workers_become_two_and_then_three(
 
 def test_a_machine_that_is_to_be_taken_away_costs_no_step(cluster: Any, world: World, tmp_path: Path) -> None:
     """Its last steps are saved when the notice comes, though no checkpoint is due for hours."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2
 
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=MEMORY) for _ in range(2)]

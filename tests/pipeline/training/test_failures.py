@@ -84,7 +84,7 @@ def test_too_little_memory_halves_the_micro_batch(
 def test_a_loss_that_needs_its_rows_together_is_told_of_fewer_workers(world: World) -> None:
     ctx = world.context("clip", RECIPE, replace(SETTINGS, workers=8, min_workers=2))
     with pytest.raises(UserError, match=r"or raise run\.clip\.min_workers: fewer workers have more"):
-        halved(ctx, SimpleNamespace(splittable=False), "64 rows at once", 64)  # type: ignore[arg-type]
+        halved(ctx, SimpleNamespace(splittable=False), "64 rows at once", 64)
 
 
 @pytest.mark.parametrize(

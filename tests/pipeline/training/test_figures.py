@@ -79,7 +79,7 @@ def test_clip_is_validated_in_fp32_under_autocast() -> None:
     found = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            found.append(ClipTask.validate(ClipTask.__new__(ClipTask), model, [(batch, Draw([(0, 64)]))]))  # type: ignore[arg-type]
+            found.append(ClipTask.validate(ClipTask.__new__(ClipTask), model, [(batch, Draw([(0, 64)]))]))
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 

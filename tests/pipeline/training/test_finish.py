@@ -86,7 +86,7 @@ def measured_by_publishing(shared: World, recipe: DiffusionPriorRecipe, folder: 
     seen: list[Examples] = []
     task = DiffusionPriorTask(recipe.model, EMBED_DIM)
     measure = task.finish
-    task.finish = lambda model, rows: seen.append(rows) or measure(model, rows)  # type: ignore[method-assign,func-returns-value]
+    task.finish = lambda model, rows: seen.append(rows) or measure(model, rows)
     ctx = shared.context("diffusion_prior", recipe, KEEPING)
     feed = Feed(ctx.store, ctx.inputs, task, recipe, 0, workers)
     Publisher(ctx, task, feed, ProcessGroup(size=workers), Speed(0.0, 1.0)).save(task.model(0), folder)

@@ -89,7 +89,7 @@ def made(stage: str, days: float, *inputs: str, **fields: object) -> Artifact:
     times = {"finished": NOW - days * 86_400, "seconds": 200.0}
     values = {"inputs": {i: i * 8 for i in inputs}, "recipe": {}, "ledger": Ledger(), "times": times}
     values |= {"version": 7, **fields}
-    return Artifact(stage, stage * 8, **values)  # type: ignore[arg-type]
+    return Artifact(stage, stage * 8, **values)
 
 
 SOURCE, PAIRS, CLIP = made("source", 30), made("pairs", 20, "source"), made("clip", 10, "pairs", "source")

@@ -105,8 +105,7 @@ def test_any_number_of_workers_gives_the_same_bits(bench: Bench, monkeypatch: py
     made = {}
     try:
         for workers in (0, 1, 3):
-            config = replace(bench.config, run=replace(bench.config.run, ray=RaySettings(cpus=4)))
-            ctx = replace(bench.context("codec"), settings=ShardSettings(workers), config=config)
+            ctx = replace(bench.context("codec"), settings=ShardSettings(workers), ray=RaySettings(cpus=4))
             ctx = replace(ctx, key=f"{workers}-workers", version=1000 + workers)
             made[workers] = run_codec(ctx)
     finally:

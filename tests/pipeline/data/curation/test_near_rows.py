@@ -206,7 +206,7 @@ def test_the_driver_names_no_pair_of_a_block_and_a_group(store: Store, monkeypat
     original = near_rows.run_pass
 
     def noting(ctx: Context, worker: object, tasks: list[ShardTask], *rest: str) -> list[Shard]:
-        made = original(ctx, worker, tasks, *rest)  # type: ignore[arg-type]
+        made = original(ctx, worker, tasks, *rest)
         held[type(worker).__name__] = (max(len(t.inputs) for t in tasks), max(len(s.blobs) for s in made))
         return made
 
@@ -224,7 +224,7 @@ def test_a_million_equal_pictures_would_be_compared_once(monkeypatch: pytest.Mon
     original = neighbours._near_pairs
 
     def counting(*arguments: object) -> object:
-        for block in original(*arguments):  # type: ignore[arg-type]
+        for block in original(*arguments):
             searches.append(block)
             yield block
 

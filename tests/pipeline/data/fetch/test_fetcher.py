@@ -69,7 +69,7 @@ def site() -> Iterator[str]:
 def fetcher(reach: PathPolicy = NOTHING, **changes: object) -> Fetcher:
     settings = {"threads": 4, "timeout_s": 5.0, "retries": 0, "allow": ("127.0.0.1",), **changes}
     allow = settings.pop("allow")
-    return Fetcher(PairsSettings(**settings), MAX_BYTES, reach=reach, allow=allow)  # type: ignore[arg-type]
+    return Fetcher(PairsSettings(**settings), MAX_BYTES, reach=reach, allow=allow)
 
 
 def one(reference: str, reach: PathPolicy = NOTHING, **changes: object) -> Fetched:
@@ -205,7 +205,7 @@ def test_a_result_that_nobody_takes_stops_the_fetch(site: str) -> None:
     results = fetcher(threads=2).fetch([f"{site}/number/{i}" for i in range(100)])
     next(results)
     SITE.hits()
-    results.close()
+    results.close()  # type: ignore[attr-defined]
     assert SITE.hits().total() <= 4
 
 

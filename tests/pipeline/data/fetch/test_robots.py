@@ -176,7 +176,7 @@ def test_what_the_lack_of_a_robots_txt_means(answer: bytes | str, reason: str | 
 def test_it_is_asked_for_anew_after_a_day_and_after_a_failure_in_five_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, answers, asked = [0.0], ["http_5xx", b"User-agent: *\nDisallow: /", b""], []
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    robots = Robots(lambda url: asked.append(url) or answers[len(asked) - 1])  # type: ignore[return-value]
+    robots = Robots(lambda url: asked.append(url) or answers[len(asked) - 1])
     found = []
     for clock[0] in (1.0, 300.0, 302.0, 86_000.0, 86_703.0):
         try:
@@ -269,7 +269,7 @@ def test_comparing_a_url_with_the_rules_of_a_site_takes_no_time() -> None:
 def reasons(pages: Pages, *urls: str, **changes: object) -> list[str | None]:
     with serving(pages) as address:
         hosts = {"a.test": address, "b.test": address}
-        settings = PairsSettings(**{"hosts": hosts, "retries": 0, "timeout_s": 5.0, **changes})  # type: ignore[arg-type]
+        settings = PairsSettings(**{"hosts": hosts, "retries": 0, "timeout_s": 5.0, **changes})
         return [fetched.reason for fetched in Fetcher(settings, 10_000).fetch(urls)]
 
 

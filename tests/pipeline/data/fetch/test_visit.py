@@ -74,7 +74,7 @@ def server(
 
 def fetch(address: str, paths: list[str], names: str = "a.test", **changes: object) -> list[Fetched]:
     hosts = dict.fromkeys(names.split(), address)
-    settings = PairsSettings(**{"threads": 8, "timeout_s": 5.0, "retries": 0, "hosts": hosts, **changes})  # type: ignore[arg-type]
+    settings = PairsSettings(**{"threads": 8, "timeout_s": 5.0, "retries": 0, "hosts": hosts, **changes})
     return list(Fetcher(settings, 10_000).fetch([path if ":" in path else f"http://a.test{path}" for path in paths]))
 
 

@@ -110,7 +110,7 @@ def two_nodes(before: Callable[[int], None], rank: int) -> None:
     def placed(group: ProcessGroup, *given: Any) -> None:
         place(replace(group, node=nodes[rank]), *given)
 
-    ProcessGroup.place = placed  # type: ignore[method-assign, assignment]
+    ProcessGroup.place = placed
     before(rank)
 
 

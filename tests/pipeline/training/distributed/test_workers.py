@@ -38,7 +38,7 @@ def noting(folder: Path, rank: int) -> None:
         return loss(self, model, batch, draw)
 
     checkpoints_module.read_blob = read
-    DiffusionPriorTask.loss = noted  # type: ignore[method-assign]
+    DiffusionPriorTask.loss = noted
 
 
 def lines(file: Path) -> list[str]:
@@ -57,7 +57,7 @@ def noting_and_hungry(folder: Path, rank: int) -> None:
             torch.empty(1 << 50, dtype=torch.uint8)
         return losses
 
-    DiffusionPriorTask.loss = hungry  # type: ignore[method-assign]
+    DiffusionPriorTask.loss = hungry
 
 
 def test_the_first_worker_reads_a_checkpoint_and_all_compute_as_many_rows_as_fit(world: World, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def out_of_memory_later(rank: int) -> None:
             torch.empty(1 << 50, dtype=torch.uint8)
         return loss(self, model, batch, draw)
 
-    DiffusionPriorTask.loss = hungry  # type: ignore[method-assign]
+    DiffusionPriorTask.loss = hungry
 
 
 @pytest.mark.timeout(180)

@@ -48,11 +48,11 @@ def test_numbers_that_lie_ready_are_those_of_the_draw() -> None:
 
 
 def task(corruption: str) -> UpsamplerTask:
-    return UpsamplerTask(replace(CONFIG, corruption=corruption))  # type: ignore[arg-type]
+    return UpsamplerTask(replace(CONFIG, corruption=corruption))
 
 
 def take(world: World, made: object, steps: int, rank: int = 0, size: int = 1) -> list[LocalBatch]:
-    feed = Feed(world.store, world.inputs, made, RECIPE, rank, size)  # type: ignore[arg-type]
+    feed = Feed(world.store, world.inputs, made, RECIPE, rank, size)
     with closing(feed.batches(0)) as batches:
         return list(islice(batches, steps))
 
@@ -122,7 +122,7 @@ def test_one_thread_computes_on_one_thread() -> None:
         for first in (use_one_thread, lambda: None):
 
             def work(first: object = first) -> None:
-                first()  # type: ignore[operator]
+                first()
                 torch.ones(4).sum()
                 found.append(torch.get_num_threads())
 
