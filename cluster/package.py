@@ -14,6 +14,7 @@ import sysconfig
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
             notes.append(f"{local} ({setting}) does not travel: {machines} must have it there")
     for tracker in config.run.trackers:
         files |= _module(tracker.partition(":")[0])
+    files |= _plugins()
     files[PROJECT_FILE] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
     package = Package(files, tuple(weights), tuple(notes))
     check_size(package)
@@ -205,6 +207,18 @@ def _module(name: str) -> dict[str, Path | bytes]:
     if origin.name == "__init__.py":
         return dict(_files(origin.parents[1], [origin.parent.name], "*.py"))
     return {origin.name: origin}
+
+
+def _plugins() -> dict[str, Path | bytes]:
+    """Returns the modules of plug-ins, as ``_module`` does, and the metadata by which the job finds them."""
+    files: dict[str, Path | bytes] = {}
+    for package in distributions():
+        for point in package.entry_points:
+            if point.group.startswith("unclip.") and (modules := _module(point.module)):
+                folder = f"{package.name}-{package.version}.dist-info"
+                about = {name: package.read_text(name) or "" for name in ("METADATA", "entry_points.txt")}
+                files |= modules | {f"{folder}/{name}": text.encode() for name, text in about.items()}
+    return files
 
 
 def _travels(path: str, config: Config) -> bool:

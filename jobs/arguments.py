@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from pipeline.errors import UserError, did_you_mean
 from pipeline.progress import read_count
@@ -106,3 +106,17 @@ def count(text: str) -> int:
     if number is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, such as 100, 10k or 1e6")
     return number
+
+
+class Command(NamedTuple):
+    """Declares a command.
+
+    Attributes:
+        text: What it does, without a capital or a full stop.
+        add: Function that adds the command's words to its parser.
+        main: Function that runs it and returns the exit code; None for ``main`` of the module in ``jobs`` of its name.
+    """
+
+    text: str
+    add: Callable[[Parser], None]
+    main: Callable[[argparse.Namespace], int] | None = None

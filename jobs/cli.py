@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(words: Sequence[str]) -> int:
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
-    parser = command_line()
+    parser = command_line(words)
     arguments = parser.parse_args(words)
     if arguments.command is None:
         parser.print_help()
@@ -41,11 +41,11 @@ def _command(words: Sequence[str]) -> int:
         logging.getLogger("unclip").setLevel(logging.WARNING)
     # What modules make stays: to search all of it for garbage takes a sixth of a run that has nothing to do.
     gc.disable()
-    command = importlib.import_module(f"jobs.{name}")
+    command = arguments.main or importlib.import_module(f"jobs.{name}").main
     if not gc.get_freeze_count():
         gc.freeze()
     gc.enable()
-    return command.main(arguments)
+    return command(arguments)
 
 
 def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

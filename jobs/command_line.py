@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.arguments import Parser, count
+from jobs.arguments import Command, Parser, count
 from jobs.output import say
 
 OVERRIDES = "a value in place of the file's, such as decoder.samples=100k or preset=small"
@@ -29,10 +29,15 @@ SPLITS = ("train", "validation", "test")
 EXPORTS = ("pairs", "clip-retrieval", "embeddings")
 FORMATS = ("bundle", "diffusers")
 SHELLS = ("bash", "zsh", "fish", "tcsh")
+GROUP = "unclip.commands"  # of entry points, each named as its command
 
 
-def command_line() -> Parser:
-    """Returns the parser of ``unclip``. What it returns has the command's name in ``command``."""
+def command_line(words: Sequence[str] = ()) -> Parser:
+    """Returns the parser of ``unclip``, whose result has the command's name in ``command``, and maybe its ``main``.
+
+    Commands of installed packages are left out, and not imported, where ``words`` begin with one of ours. Raises
+    UserError for one that cannot be used.
+    """
     parser = Parser(
         prog="unclip",
         usage="unclip COMMAND ...",
@@ -41,9 +46,22 @@ def command_line() -> Parser:
     )
     parser.add_argument("-V", "--version", nargs=0, action=_Version, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="unclip")
-    for name, (text, add) in COMMANDS.items():
-        add(_below(commands, name, text))
+    for name, command in (COMMANDS if words and words[0] in COMMANDS else COMMANDS | _installed()).items():
+        below = _below(commands, name, command.text)
+        below.set_defaults(main=command.main)
+        command.add(below)
     return parser
+
+
+def _installed() -> dict[str, Command]:
+    from pipeline.plugins import broken, plugins  # imports importlib.metadata, as _Version does
+
+    for name, command in plugins(GROUP).items():
+        if not isinstance(command, Command) or command.main is None:
+            raise broken(GROUP, name, "it is not a unclip.commands.Command with a main")
+        if name in COMMANDS:
+            raise broken(GROUP, name, "its name is taken")
+    return plugins(GROUP)
 
 
 class _Version(argparse.Action):
@@ -69,7 +87,8 @@ def leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]
             yield from leaves(one)
 
 
-def _config(parser: Parser, nargs: str | None = None) -> None:
+def takes_config(parser: Parser, nargs: str | None = None) -> None:
+    """Adds ``config``, a project's file, and ``overrides``, values in place of the file's."""
     parser.add_argument("config", nargs=nargs, metavar="CONFIG", help="a project's YAML file")
     _set(parser, "KEY=VALUE", OVERRIDES)
 
@@ -115,12 +134,12 @@ def _init(parser: Parser) -> None:
 
 
 def _doctor(parser: Parser) -> None:
-    _config(parser, "?")
+    takes_config(parser, "?")
     _json(parser)
 
 
 def _run(parser: Parser) -> None:
-    _config(parser)
+    takes_config(parser)
     _stages(parser)
     how = parser.add_mutually_exclusive_group()
     _verbose(how)
@@ -131,7 +150,7 @@ def _run(parser: Parser) -> None:
 
 
 def _plan(parser: Parser) -> None:
-    _config(parser)
+    takes_config(parser)
     text = "measure first, on this machine, with few rows and samples"
     parser.add_argument("--probe", action="store_true", help=text)
     text = "plan for a list of that size, such as 650M, as if nothing were made"
@@ -147,7 +166,7 @@ def _plan(parser: Parser) -> None:
 
 
 def _submit(parser: Parser) -> None:
-    _config(parser)
+    takes_config(parser)
     text = (
         "local: two nodes on this machine; the address of a cluster's dashboard, such as http://HOST:8265; or kuberay: "
         "print a RayJob for kubectl, and start nothing"
@@ -249,7 +268,7 @@ def _export(parser: Parser) -> None:
 
 
 def _show(parser: Parser) -> None:
-    _config(parser, "?")
+    takes_config(parser, "?")
     text = "key of an artefact, whose lineage is shown; its first 12 characters are enough"
     parser.add_argument("key", nargs="?", metavar="KEY", help=text)
     text = "show all projects of this store, in place of a configuration"
@@ -258,7 +277,7 @@ def _show(parser: Parser) -> None:
 
 
 def _report(parser: Parser) -> None:
-    _config(parser)
+    takes_config(parser)
     text = "where to write it; report.html in run.output by default"
     parser.add_argument("-o", "--output", metavar="FILE", help=text)
     text = "show only the images with this licence, as your list names it; may be given again"
@@ -275,7 +294,7 @@ def _actions(parser: Parser, texts: Mapping[str, str]) -> dict[str, Parser]:
     commands = parser.add_subparsers(dest="action", metavar="COMMAND", required=True)
     found = {name: _below(commands, name, text) for name, text in texts.items()}
     for one in found.values():
-        _config(one)
+        takes_config(one)
     return found
 
 
@@ -344,7 +363,7 @@ def _release(parser: Parser) -> None:
 
 
 def _unpin(parser: Parser) -> None:
-    _config(parser)
+    takes_config(parser)
     parser.add_argument("stage", metavar="STAGE", help="clip, codec or thresholds")
     parser.add_argument("--dry-run", action="store_true", help="say what would become stale, and change nothing")
 
@@ -360,21 +379,21 @@ def _completion(parser: Parser) -> None:
 
 
 COMMANDS = {
-    "init": ("write a commented configuration for image-caption pairs of your own", _init),
-    "doctor": ("check machine, packages, store, list, CLIP and Ray before a run", _doctor),
-    "run": ("make everything that a configuration asks for, where it is stale", _run),
-    "plan": ("show what a run would make, why, and about what it costs", _plan),
-    "submit": ("run a configuration on a cluster and follow it", _submit),
-    "sample": ("draw images for captions", _sample),
-    "generate": ("draw images for a list of prompts, on many workers", _generate),
-    "serve": ("draw from a page, and from any client of OpenAI's image API", _serve),
-    "edit": ("vary, interpolate, change or decompose images of your own", _edit),
-    "export": ("write a bundle as a folder to share, or for diffusers", _export),
-    "show": ("show runs, what is being made and where, or the lineage of an artefact", _show),
-    "report": ("write the report again, for example with images of some licences only", _report),
-    "data": ("search and export images, retry failed rows, forget rows, collect garbage", _data),
-    "release": ("promote a bundle that is not worse, roll back, compare", _release),
-    "pin": ("keep this CLIP, codec or thresholds when data is added", _pin),
-    "unpin": ("lift a pin", _unpin),
-    "completion": ("print the completion script of a shell", _completion),
+    "init": Command("write a commented configuration for image-caption pairs of your own", _init),
+    "doctor": Command("check machine, packages, store, list, CLIP and Ray before a run", _doctor),
+    "run": Command("make everything that a configuration asks for, where it is stale", _run),
+    "plan": Command("show what a run would make, why, and about what it costs", _plan),
+    "submit": Command("run a configuration on a cluster and follow it", _submit),
+    "sample": Command("draw images for captions", _sample),
+    "generate": Command("draw images for a list of prompts, on many workers", _generate),
+    "serve": Command("draw from a page, and from any client of OpenAI's image API", _serve),
+    "edit": Command("vary, interpolate, change or decompose images of your own", _edit),
+    "export": Command("write a bundle as a folder to share, or for diffusers", _export),
+    "show": Command("show runs, what is being made and where, or the lineage of an artefact", _show),
+    "report": Command("write the report again, for example with images of some licences only", _report),
+    "data": Command("search and export images, retry failed rows, forget rows, collect garbage", _data),
+    "release": Command("promote a bundle that is not worse, roll back, compare", _release),
+    "pin": Command("keep this CLIP, codec or thresholds when data is added", _pin),
+    "unpin": Command("lift a pin", _unpin),
+    "completion": Command("print the completion script of a shell", _completion),
 }

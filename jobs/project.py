@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.build import STAGES, build
+from pipeline.build import build
 from pipeline.config import Config, load_config, make_config, read_values, resolved_values, sections
 from pipeline.data.source.journal import ListJournal, read_journal
 from pipeline.data.source.stage import Scan, scan
@@ -182,10 +182,10 @@ def open_as_run(source: str | Path, overrides: Sequence[str] = ()) -> Project:
 
 
 def open_project(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), stages: tuple[Stage, ...] = STAGES
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), more: Iterable[Stage] = ()
 ) -> Project:
     """Loads a configuration, from a file or from its values, and reads its list. Raises UserError."""
-    config = load_config(source, overrides, stages)
+    config = load_config(source, overrides, more)
     return project_of(config, open_store(config.store))
 
 

@@ -5,6 +5,8 @@ Imports neither Ray nor torch.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from dataclasses import is_dataclass
 from typing import Any
 
 from pipeline.data.codec.stage import CODEC
@@ -14,8 +16,10 @@ from pipeline.data.embeddings.stage import EMBEDDINGS
 from pipeline.data.neighbours.stage import INDEX
 from pipeline.data.pairs.stage import PAIRS
 from pipeline.data.source.stage import CAPTIONS, SOURCE
+from pipeline.errors import UserError, did_you_mean
 from pipeline.evaluate.stage import EVALUATION
-from pipeline.graph.stages import Graph
+from pipeline.graph.stages import Graph, Stage
+from pipeline.plugins import broken, plugins
 from pipeline.sampling.bundle import BUNDLE
 from pipeline.sampling.samples import SAMPLES
 from pipeline.training.stage import AR_PRIOR, CLIP, DECODER, DIFFUSION_PRIOR, UPSAMPLER_256, UPSAMPLER_1024
@@ -40,6 +44,40 @@ STAGES = (
     EVALUATION,
 )
 """In an order in which every one comes after its inputs."""
+GROUP = "unclip.stages"  # of entry points, each named as its stage
+
+
+def all_stages(more: Iterable[Stage] = ()) -> tuple[Stage, ...]:
+    """Returns the pipeline's stages, those of installed packages, and ``more``, each after its inputs.
+
+    Raises UserError for a stage that cannot be used.
+    """
+    found = {stage.name: stage for stage in STAGES}
+    rest = [*plugins(GROUP).items(), *((stage.name, stage) for stage in more)]
+    while rest:
+        name, stage = next((each for each in rest if not _wrong(*each, found)), rest[0])
+        if why := _wrong(name, stage, found):
+            raise broken(GROUP, name, why) if stage is plugins(GROUP).get(name) else UserError(f"stage {name}: {why}")
+        rest.remove((name, stage))
+        found[name] = stage
+    return tuple(found.values())
+
+
+def _wrong(name: str, stage: Any, others: Collection[str]) -> str:
+    """Returns why a stage cannot be used beside others; "" where it can."""
+    if not isinstance(stage, Stage):
+        return "it is not a unclip.stages.Stage"
+    if stage.name != name:
+        return f"it declares the stage {stage.name}, and both need one name"
+    if name in others:
+        return "its name is taken"
+    if not (isinstance(stage.recipe, type) and is_dataclass(stage.recipe)):
+        return "its recipe is not a dataclass"
+    if stage.kind == "source":
+        return "the source is one stage, and lists are added as unclip.sources"
+    if missing := next((each for each in stage.inputs if each not in others), ""):
+        return f"it reads {missing}, which no stage makes{did_you_mean(missing, others)}"
+    return ""
 
 
 def build(config: Any) -> Graph:

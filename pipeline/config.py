@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import yaml
 from pydantic import Field, PositiveFloat
 
-from pipeline.build import STAGES
+from pipeline.build import STAGES, all_stages
 from pipeline.data.codec.recipe import CodecRecipe
 from pipeline.data.curation.stage import CurationRecipe
 from pipeline.data.curation.thresholds import ThresholdsRecipe
@@ -120,21 +120,23 @@ class Config:
     run: Run = field(default_factory=Run)
 
 
+SECTIONS = (*(each.name for each in fields(Config)), "preset", "scale")
 TRAININGS = tuple(stage.name for stage in STAGES if stage.kind == "training")
 
 
 @cache
 def config_type(stages: tuple[Stage, ...] = STAGES) -> type[Config]:
-    """Returns the class of configurations with a recipe, and settings under ``run``, for each of some stages."""
+    """Returns the class of configurations with a recipe, and settings under ``run``, for each of some stages.
+
+    Raises UserError for a stage that is named as something else there.
+    """
+    added = [(stage.name, stage.recipe, field(default_factory=stage.recipe)) for stage in stages if stage not in STAGES]
+    for name, *_ in added:
+        if name in SECTIONS or name in {each.name for each in fields(Run)}:
+            raise UserError(f"stage {name}: the configuration has something else of this name; take another one")
     settings = [(each.name, each.settings, field(default_factory=each.settings)) for each in stages if each.settings]
     run = make_dataclass("Run", settings, bases=(Run,), frozen=True, namespace={"__doc__": Run.__doc__})
-    known = {each.name for each in fields(Config)}
-    own = [
-        (each.name, each.recipe, field(default_factory=each.recipe))
-        for each in stages
-        if sections([each])[0] not in known
-    ]
-    whole = [*own, ("run", run, field(default_factory=run))]
+    whole = [*added, ("run", run, field(default_factory=run))]
     namespace = {"__doc__": Config.__doc__, "stages": stages}
     return make_dataclass("Config", whole, bases=(Config,), frozen=True, namespace=namespace)
 
@@ -145,7 +147,7 @@ def sections(stages: Iterable[Stage]) -> tuple[str, ...]:
 
 
 def load_config(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), stages: tuple[Stage, ...] = STAGES
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), more: Iterable[Stage] = ()
 ) -> Config:
     """Reads a YAML file, or takes its values, and applies ``key.key=value`` overrides. Raises UserError.
 
@@ -154,7 +156,7 @@ def load_config(
     values = source if isinstance(source, Mapping) else read_values(source)
     for override in overrides:
         values = overlay(values, _override(override), emptying=True)
-    config = make_config(values, stages)
+    config = make_config(values, all_stages(more))
     return replace(config, run=replace(config.run, output=os.path.expanduser(config.run.output)))
 
 
@@ -249,9 +251,12 @@ def _override(text: str) -> dict[str, Any]:
     return nested
 
 
-def make_config(values: Mapping[str, Any], stages: tuple[Stage, ...] = STAGES) -> Config:
-    """Returns the configuration of plain values, after the values of presets are filled in. Raises UserError."""
-    values = dict(values)
+def make_config(values: Mapping[str, Any], stages: tuple[Stage, ...] = ()) -> Config:
+    """Returns the configuration of plain values, after the values of presets are filled in. Raises UserError.
+
+    ``stages``: all that it has recipes for, by default the pipeline's and those of installed packages.
+    """
+    values, stages = dict(values), stages or all_stages()
     common, scale = values.pop("preset", "paper"), values.pop("scale", 1)
     for stage in (stage for stage in stages if stage.kind != "source"):  # a preset has no list
         given = values.get(stage.name)

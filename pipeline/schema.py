@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from pipeline.build import all_stages
 from pipeline.config import PRESETS, config_type, sections
+from pipeline.graph.stages import Stage
 from pipeline.parse import adapter
 
 FILE = Path(__file__).with_suffix(".json")  # as tests/reference.py writes it
@@ -40,9 +42,9 @@ def descriptions(kind: type) -> dict[str, str]:
     return found
 
 
-def schema() -> dict[str, Any]:
-    """Returns the JSON schema of a configuration."""
-    whole: Any = config_type()
+def schema(stages: tuple[Stage, ...] = ()) -> dict[str, Any]:
+    """Returns the JSON schema of configurations with ``stages``, by default with those of installed packages, too."""
+    whole: Any = config_type(stages or all_stages())
     definitions = adapter(whole).json_schema()["$defs"]
     for kind in dataclasses_in(whole):
         definitions[kind.__name__]["description"] = inspect.cleandoc(kind.__doc__ or "").partition("\n")[0]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from pipeline.build import STAGES
 from pipeline.config import Config, config_type
 from pipeline.schema import FILE, dataclasses_in, descriptions, schema
 from pipeline.training.recipes import TrainingRecipe
@@ -110,7 +111,7 @@ def page(text: str) -> str:
 
 def schema_text() -> str:
     """Returns the content of pipeline/schema.json."""
-    return json.dumps(schema(), indent=1, sort_keys=True) + "\n"
+    return json.dumps(schema(STAGES), indent=1, sort_keys=True) + "\n"
 
 
 def main() -> int:

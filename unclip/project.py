@@ -12,7 +12,6 @@ from jobs.plan import RunPlan, plan_run
 from jobs.project import Project as Opened
 from jobs.project import last_run_differs, open_project
 from jobs.run import RunResult, Tell, run
-from pipeline.build import STAGES
 from pipeline.data.curation.reading import PairReader
 from pipeline.graph.stages import Stage
 from unclip.artifact import Artifact
@@ -28,15 +27,14 @@ def open(source: str | Path | Mapping[str, Any], *overrides: str, stages: Iterab
     Args:
         source: A YAML file, or its values as a mapping.
         overrides: Values in place of the file's, such as "decoder.samples=100000".
-        stages: More stages; their inputs are among those of the pipeline, or before them in this list. Each has its
-            section in the configuration, and one under ``run`` for its settings.
+        stages: Stages besides those of the pipeline and of installed packages; see docs/extend.md.
 
     Raises:
         UserError: for a mistake in the configuration, a list that cannot be read, and a store that cannot be reached.
 
     Warns where the last run had other values than these: what it made is then not this project's.
     """
-    opened = open_project(source, overrides, (*STAGES, *stages))
+    opened = open_project(source, overrides, stages)
     if differs := last_run_differs(opened.config, overrides):
         warnings.warn(
             f"{opened.config.project}: its last run differed in {differs}, so what that made is not found here; "

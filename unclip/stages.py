@@ -7,6 +7,7 @@ from pipeline.graph.shards import map_shards
 from pipeline.graph.stages import Context, Stage, shard_key
 from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
+from pipeline.schema import schema
 from pipeline.settings import ShardSettings
 from pipeline.store import Store
 
@@ -25,6 +26,7 @@ __all__ = [
     "read_pair_pixels",
     "read_shards",
     "read_table",
+    "schema",
     "shard_key",
     "write_table",
 ]
