@@ -11,11 +11,10 @@ from urllib.parse import urlsplit
 
 from cluster.client import Cluster, JobInfo, check_answers, normal
 from cluster.job import Job, number_of
-from cluster.local import find, locked, start
+from cluster.local import find, locked
 from cluster.package import Package, package_path, send_weights, write_zip
 from pipeline.errors import UserError
 from pipeline.progress import counted
-from pipeline.settings import RaySettings
 from pipeline.store import Store, local_folder
 
 LOCAL, KUBERAY = "local", "kuberay"  # of --to; all else is an address
@@ -33,13 +32,7 @@ def running(to: str, folder: Path) -> Iterator[Cluster | None]:
         yield Cluster(to)
         return
     with locked(folder):
-        found = find(folder)
-        yield Cluster(*found) if found else None
-
-
-def started(folder: Path, settings: RaySettings) -> Cluster:
-    """Starts the local cluster of ``folder``, of two nodes, and returns it. Call it in ``running``."""
-    return Cluster(*start(folder, settings))
+        yield find(folder)
 
 
 def check_reach(store: Store, environment: Mapping[str, str], to: str) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from cluster.client import Cluster
 from cluster.job import Job, make_job, plain
+from cluster.local import end_idle, start
 from cluster.package import Package, make_package
 from cluster.pods import pod, settled
 from cluster.rayjob import render
-from cluster.submission import KUBERAY, LOCAL, attach_or_submit, check_reach, put_package, running, started, stop
+from cluster.submission import KUBERAY, LOCAL, attach_or_submit, check_reach, put_package, running, stop
 from jobs.interrupt import exit_code
 from jobs.output import say, warn
 from jobs.plan import RunPlan, plan_run
@@ -50,6 +51,8 @@ def main(arguments: argparse.Namespace) -> int:
         tell("nothing to do")
         confirm(plan)
         tell(places(project, plan.wanted))
+        if arguments.to == LOCAL:
+            end_idle(_folder(project.config))
         return 0
     remember_config(project.config)
     job = make_job(project.config, project.store.url, plan.keys, os.environ, only, until, yes)
@@ -85,12 +88,15 @@ def _run(plan: RunPlan, job: Job, to: str, detach: bool) -> int:
     with running(to, _folder(project.config)) as found:
         if not found:
             say("starting a cluster of two nodes on this machine")
-        cluster = found or started(_folder(project.config), project.config.run.ray)
+        cluster = found or start(_folder(project.config), project.config.run.ray)
         submission_id = attach_or_submit(cluster, project.store, job, package, _about(project.config), say)
     if detach:
         say(f"{submission_id} runs there: the same command without --detach follows it, --stop stops it")
         return 0
-    if (code := follow(cluster, submission_id)) == 0:
+    code = follow(cluster, submission_id)
+    if here:
+        end_idle(_folder(project.config))
+    if code == 0:
         bring(project)
         say(places(project, plan.wanted))
     return code
@@ -136,6 +142,8 @@ def _stop(config: Config, to: str) -> int:
         ended = stop(cluster, _about(config)) if cluster else []
     for seen in ended:
         say(f"{seen.id} was stopped ({seen.status.lower()}); what it has made stays made")
+    if to == LOCAL:
+        end_idle(_folder(config))
     if not ended:
         say(f"nothing of {config.project} runs there")
     return 0

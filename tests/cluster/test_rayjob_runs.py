@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from cluster.job import Job
-from cluster.local import AGENT_PORTS, free_ports
+from cluster.local import free_ports
 from cluster.rayjob import render
 from pipeline.config import load_config
 from pipeline.data.source.drawings.server import serving
@@ -42,7 +42,8 @@ def started(node: Node, where: Sequence[str], names: Sequence[str], environment:
     words = [
         BIN / "ray", "start", "--block", *where, f"--num-cpus={min(node.cpus, 1)}", f"--num-gpus={node.gpus}",
         f"--node-ip-address={HOST}", f"--object-store-memory={min(node.object_store, 200 << 20)}",
-        *([f"--labels={labels}"] if labels else []), *(f"--{name}={port}" for name, port in ports.items()),
+        "--dashboard-agent-listen-port=0", *(f"--{name}={port}" for name, port in ports.items()),
+        *([f"--labels={labels}"] if labels else []),
     ]  # fmt: skip
     process = subprocess.Popen(
         words, env={**environment, **node.environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -72,13 +73,13 @@ def cluster(nodes: Sequence[Node], secret: Mapping[str, str], home: Path) -> Ite
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         stack.callback(kill_all, token["RAY_AUTH_TOKEN"])
         where = ["--head", f"--dashboard-host={HOST}", f"--temp-dir={scratch}/head"]
-        ports = stack.enter_context(started(head, where, (*HEAD, *AGENT_PORTS), submitter | secret))
+        ports = stack.enter_context(started(head, where, HEAD, submitter | secret))
         address = f"http://{HOST}:{ports['dashboard-port']}"
         wait_for(address, token["RAY_AUTH_TOKEN"])
         for worker in workers:
             # A folder of its own, for its agent unpacks the package over what is there: the driver works in that.
             at = [f"--address={HOST}:{ports['port']}", f"--temp-dir={scratch}/{worker.group}"]
-            stack.enter_context(started(worker, at, AGENT_PORTS, submitter | secret))
+            stack.enter_context(started(worker, at, (), submitter | secret))
         yield address, submitter
 
 

@@ -1,6 +1,5 @@
 """Serving on clusters of several nodes, by real processes on this machine."""
 
-import json
 import os
 import signal
 import socket
@@ -12,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cluster.local import locked
+from cluster.local import end, locked
 from cluster.local import start as start_cluster
 from pipeline.settings import RaySettings
 from tests.chain import done, unclip
@@ -30,11 +29,11 @@ def dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a cluster of two nodes, which wants a token."""
     folder = tmp_path / "cluster"
     with locked(folder):
-        to, token = start_cluster(folder, RaySettings(cpus=2))
-    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-    keeper = json.loads((folder / "state.json").read_text())["keeper"]
-    yield to
-    os.kill(keeper, signal.SIGTERM)
+        cluster = start_cluster(folder, RaySettings(cpus=2))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", (folder / "token").read_text())
+    yield cluster.address
+    with locked(folder):
+        end(folder)
 
 
 def test_a_job_serves_on_a_cluster_without_its_submitter_until_it_is_stopped(bundle: Path, dashboard: str) -> None:
