@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import importlib
 import logging
 import os
@@ -39,12 +38,7 @@ def _command(words: Sequence[str]) -> int:
     ProgressLine.quiet = getattr(arguments, "quiet", False)
     if ProgressLine.quiet:
         logging.getLogger("unclip").setLevel(logging.WARNING)
-    # What modules make stays: to search all of it for garbage takes a sixth of a run that has nothing to do.
-    gc.disable()
     command = arguments.main or importlib.import_module(f"jobs.{name}").main
-    if not gc.get_freeze_count():
-        gc.freeze()
-    gc.enable()
     return command(arguments)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -237,7 +238,8 @@ class Guard:
 
     def _check_origin(self, scope: Scope) -> None:
         """Raises ApiError for a page of another address, which could make a browser draw behind its user's back."""
-        host, origin = _header(scope, b"host"), _header(scope, b"origin")
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
         if not self.tokens and _hostname(host) not in LOOPBACK:
             raise ApiError(403, "forbidden_host", f"The host {host!r} is not this machine: use 127.0.0.1")
         if origin and origin.partition("://")[2] != host and origin not in self.settings.origins:
@@ -247,7 +249,7 @@ class Guard:
         """Returns whose token a request has. Raises ApiError where it has none."""
         if not self.tokens:
             return ""
-        kind, _, token = _header(scope, b"authorization").partition(" ")
+        kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
         name = self.tokens.get(hashlib.sha256(token.strip().encode()).hexdigest())
         if kind.lower() != "bearer" or name is None:
             raise ApiError(401, "invalid_api_key", "Send one of the server's tokens: Authorization: Bearer TOKEN")
@@ -260,10 +262,11 @@ class Guard:
 
         Raises ApiError for one that is too large or too slow, and where too much is held already.
         """
-        form = _header(scope, b"content-type").startswith("multipart/form-data")
+        headers = Headers(scope=scope)
+        form = headers.get("content-type", "").startswith("multipart/form-data")
         most, size = FORM_BYTES if form else JSON_BYTES, 0
         too_large = ApiError(413, "too_large", f"The body has more than {most >> 10} KiB: send less")
-        length = _header(scope, b"content-length")
+        length = headers.get("content-length", "")
         if length.isdigit() and int(length) > most:
             raise too_large
         body = SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115 - it lives as long as what is returned
@@ -311,7 +314,3 @@ def _hostname(host: str) -> str | None:
         return urlsplit(f"//{host}").hostname
     except ValueError:
         return None
-
-
-def _header(scope: Scope, name: bytes) -> str:
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")

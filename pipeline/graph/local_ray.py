@@ -116,7 +116,7 @@ def start_local_ray(ray: Any, **options: Any) -> None:
             f"Ray did not start ({why}), most often because this machine is too busy: run the same command again, or "
             f"give Ray fewer cores by run.ray.cpus; {ray_logs()} say more"
         ) from e
-    node = ray._private.worker._global_node
+    node = ray._private.worker._global_node  # Ray has no public name for its processes
     for name, what in WATCHED.items():
         for started in node.all_processes.get(name, ()):
             watch = (ray, node, started.process, what)
@@ -128,6 +128,11 @@ def ray_logs() -> str:
     for folder in _folders.values():
         folder.keep = True
     return "Ray's logs" + "".join(f" in {folder.logs}" for folder in _folders.values())
+
+
+def local_logs() -> Path | None:
+    """Returns the folder of the logs of the Ray that this process has started, None if it has started none."""
+    return next((folder.logs for folder in _folders.values()), None)
 
 
 def _watch(ray: Any, node: Any, process: subprocess.Popen[bytes], what: str) -> None:

@@ -137,6 +137,9 @@ def _counting_deaths(stage: str, task: ShardTask, step: str = "") -> Iterator[No
     behind such a shard, too, and do not say which one it was.
     """
     import ray
+
+    # The key-value store of the head, for which Ray has no public name: an actor would count in one more process, and
+    # forget with the node that it is on.
     from ray.experimental import internal_kv
 
     name = f"unclip {ray.get_runtime_context().get_job_id()} {stage} {task.key}{step}"

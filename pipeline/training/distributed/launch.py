@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import DistError
 
 from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
+from pipeline.graph.local_ray import local_logs
 from pipeline.graph.ray import start_ray, uses_ray, wait_for_room
 from pipeline.graph.resources import cores
 from pipeline.settings import RaySettings, TrainingSettings
@@ -169,9 +169,9 @@ def _logged(pid: int, address: str) -> list[str]:
     found = []
     for suffix in ("out", "err"):
         with suppress(Exception):  # of many kinds: a machine that is lost has no log, nor has a log that cannot be read
-            if address == ray.util.get_node_ip_address():  # the Ray of one machine has no Jobs server to ask
-                node: Any = ray._private.worker._global_node
-                [file] = Path(node.get_logs_dir_path()).glob(f"worker-*-{pid}.{suffix}")
+            here = local_logs() if address == ray.util.get_node_ip_address() else None
+            if here:  # the Ray of one machine has no Jobs server to ask
+                [file] = here.glob(f"worker-*-{pid}.{suffix}")
                 text = file.read_text(errors="replace")
             else:
                 text = "".join(get_log(node_ip=address, pid=pid, suffix=suffix, tail=LOG_LINES, timeout=LOG_S))
