@@ -22,7 +22,6 @@ from pipeline.graph.execute import make_context
 from pipeline.graph.pointer import Move, Releases, move_release, read_releases
 from pipeline.graph.stages import stage_key
 from pipeline.release.compare import (
-    OTHER_CLIP,
     Change,
     Measured,
     changes,
@@ -30,6 +29,7 @@ from pipeline.release.compare import (
     find_comparable,
     load_measured,
     obstacles,
+    same_clip,
 )
 from pipeline.release.diff import data_changes, find_bundle, recipes_changed, stages_behind
 from pipeline.release.gates import failing, unjudged
@@ -161,10 +161,9 @@ def _against(asked: ReleaseProject, bundle: str, new: Measured) -> tuple[Measure
     advice = f"unclip release evaluate {asked.path} measures the release as this configuration measures"
     if not found:
         return None, f"{bundle[:12]} has no evaluation in {asked.store.url}; {advice}"
-    differs = obstacles(found[0], new)
-    if OTHER_CLIP in differs:
+    if not same_clip(found[0].bundle, new.bundle):
         advice = "figures by one CLIP cannot be compared with those by another"
-    return None, f"{', '.join(differs)}; {advice}"
+    return None, f"{', '.join(obstacles(found[0], new))}; {advice}"
 
 
 def _rollback(asked: ReleaseProject, arguments: argparse.Namespace) -> int:

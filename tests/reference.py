@@ -1,4 +1,4 @@
-"""The tables of configuration.md and serve.md, and pipeline/schema.json: ``python -m tests.reference`` writes them.
+"""Writes tables of configuration.md, serve.md, evaluate.md, and pipeline/schema.json: ``python -m tests.reference``.
 
 A table follows a remark such as ``<!-- fields of RaySettings -->``. After one of several classes it has a column of
 defaults for each, and the fields that all of them have.
@@ -13,13 +13,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pipeline.build import STAGES
 from pipeline.config import Config, config_type
+from pipeline.evaluate.run import OURS
 from pipeline.schema import FILE, dataclasses_in, descriptions, schema
 from pipeline.training.recipes import TrainingRecipe
 from serve.requests import IGNORED, REFUSED, Edit, Generation, Interpolation, Variation
 from serve.settings import ServeSettings
 
 PAGE = Path(__file__).parents[1] / "docs/configuration.md"
-PAGES = (PAGE, PAGE.with_name("serve.md"))
+PAGES = (PAGE, PAGE.with_name("serve.md"), PAGE.with_name("evaluate.md"))
 TABLE = re.compile(r"^<!-- fields of ([\w, ]+) -->\n\n((?:\|.*\n)*)", re.MULTILINE)
 KINDS = {kind.__name__: kind for kind in dataclasses_in(config_type())}
 ENDPOINTS = {Generation: "generations", Edit: "edits", Variation: "variations", Interpolation: "interpolations"}
@@ -92,7 +93,16 @@ def unused_table() -> str:
     return written(rows)
 
 
-REQUESTS = {"requests": request_table, "other models": unused_table}
+def metric_table() -> str:
+    """Returns the table of our metrics."""
+    rows = [["metric", "claim", "better", "models", "needs"], ["---"] * 5]
+    for metric in OURS:
+        text = metric.text.replace("{model}", "...")
+        rows.append([f"`{metric.name}`", text, metric.better, ", ".join(metric.models), ", ".join(metric.needs)])
+    return written(rows)
+
+
+REQUESTS = {"requests": request_table, "other models": unused_table, "metrics": metric_table}
 
 
 def meaning(text: str, kind: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -15,13 +14,14 @@ from models.cascade import UnCLIP
 from models.decoder import decoder_loss
 from models.diffusion_prior import DiffusionPrior, diffusion_prior_loss
 from models.draw import Draw, derive_seed
+from models.sampling_config import MODELS, PRIORS, UPSAMPLERS
 from models.upsampler import Upsampler, training_low, upsampler_loss
 from pipeline.evaluate.figure import Figure
-from pipeline.evaluate.metrics import paired
+from pipeline.evaluate.metric import Metric
 from pipeline.evaluate.rows import SplitRows
+from pipeline.evaluate.subject import Subject
 from pipeline.training.task import Batch
 
-LINE = "Every model uses its condition: with another row's, its loss is higher"
 CAPTION = ("tokens", "text_embedding")
 DRAWS = 4  # timesteps a row; of an upsampler half as many, with a crop each
 BATCH = 32
@@ -68,18 +68,34 @@ def losses(
     return Losses(totals[0], totals[1])
 
 
-def condition_figure(model: str, condition: str, rows: SplitRows, found: Losses, seed: int) -> Figure:
+def measure_condition(subject: Subject, rows: SplitRows) -> list[Figure]:
     """Returns whether the loss with another row's condition is above that with the own one.
 
     Its values are not kept: losses of two bundles may be of different things, such as codes of two codecs.
     """
-    pair = found.other, found.own
-    figure = paired(LINE, model, "condition", f"{model}'s {condition}", *pair, rows.groups, rows.split, seed)
-    return replace(figure, values=None, groups=None)
+    unclip, model, seed = subject.unclip, subject.model, subject.recipe.seed
+    if model in UPSAMPLERS:
+        condition, found = "small image", upsampler_losses(getattr(unclip, model), rows, seed)
+    elif model in PRIORS.values():
+        condition, found = "caption", prior_losses(unclip, model, rows, seed)
+    else:
+        condition, found = "embedding and caption", decoder_losses(unclip, rows, seed)
+    says = f"{model}'s {condition}"
+    return [subject.compare(rows, found.other, found.own, says=says, keep=False)]
 
 
-def prior_condition(unclip: UnCLIP, model: str, rows: SplitRows, seed: int) -> Figure:
-    """Returns whether a prior, "ar_prior" or "diffusion_prior", reads its caption.
+CONDITION = Metric(
+    "condition",
+    "Every model uses its condition: with another row's, its loss is higher",
+    MODELS,
+    ("rows",),
+    measure_condition,
+    together=True,
+)
+
+
+def prior_losses(unclip: UnCLIP, model: str, rows: SplitRows, seed: int) -> Losses:
+    """Returns the losses of a prior, "ar_prior" or "diffusion_prior", by its caption.
 
     The AR prior's loss is in nats a code, and its dot-product token that of the row itself also beside another row's
     caption: the caption alone is what changes.
@@ -95,8 +111,7 @@ def prior_condition(unclip: UnCLIP, model: str, rows: SplitRows, seed: int) -> F
         dot = unclip.codec.encode_dot((batch["image_embedding"].double() * batch["text_embedding"].double()).sum(-1))
         batch = batch | {"codes": unclip.codec.encode(batch["image_embedding"]), "dot": dot}
         loss, draws = partial(_nats, unclip.ar_prior), 1
-    found = losses(loss, batch, CAPTION, rows.other, seed, draws)
-    return condition_figure(model, "caption", rows, found, seed)
+    return losses(loss, batch, CAPTION, rows.other, seed, draws)
 
 
 def _diffusion_loss(model: DiffusionPrior, batch: Batch, draw: Draw) -> Tensor:
@@ -109,19 +124,17 @@ def _nats(model: ARPrior, batch: Batch, draw: Draw) -> Tensor:
     return -log_likelihood(model, *arguments).double().mean(1)
 
 
-def decoder_condition(unclip: UnCLIP, rows: SplitRows, seed: int) -> Figure:
-    """Returns whether the decoder reads its condition, embedding and caption together."""
-    conditions = ("image_embedding", "tokens")
+def decoder_losses(unclip: UnCLIP, rows: SplitRows, seed: int) -> Losses:
+    """Returns the losses of the decoder by its condition, embedding and caption together."""
 
     def loss(batch: Batch, draw: Draw) -> Tensor:
         return decoder_loss(unclip.decoder, batch, draw).total
 
-    found = losses(loss, rows.batch, conditions, rows.other, seed, DRAWS)
-    return condition_figure("decoder", "embedding and caption", rows, found, seed)
+    return losses(loss, rows.batch, ("image_embedding", "tokens"), rows.other, seed, DRAWS)
 
 
-def upsampler_condition(name: str, model: Upsampler, rows: SplitRows, seed: int) -> Figure:
-    """Returns whether an upsampler reads its small image, on crops as in training."""
+def upsampler_losses(model: Upsampler, rows: SplitRows, seed: int) -> Losses:
+    """Returns the losses of an upsampler by its small image, on crops as in training."""
 
     def with_low(batch: Batch, draw: Draw) -> Batch:
         return batch | {"low": training_low(model.config, batch, draw)}
@@ -130,5 +143,4 @@ def upsampler_condition(name: str, model: Upsampler, rows: SplitRows, seed: int)
         return upsampler_loss(model, batch, draw).total
 
     images = {"image": rows.batch["image"]}
-    found = losses(loss, images, ("low",), rows.other, seed, DRAWS // 2, prepare=with_low)
-    return condition_figure(name, "small image", rows, found, seed)
+    return losses(loss, images, ("low",), rows.other, seed, DRAWS // 2, prepare=with_low)

@@ -9,11 +9,11 @@ from typing import Any
 
 Json = Mapping[str, Any]  # of one figure
 NAMES = {
-    "decoder": "The decoder, from images' own embeddings,",
-    "ar_prior": "The AR prior",
-    "diffusion_prior": "The diffusion prior",
-    "upsampler_256": "The upsampler to 256 px",
-    "upsampler_1024": "The upsampler to 1024 px",
+    "decoder": "the decoder, from images' own embeddings,",
+    "ar_prior": "the AR prior",
+    "diffusion_prior": "the diffusion prior",
+    "upsampler_256": "the upsampler to 256 px",
+    "upsampler_1024": "the upsampler to 1024 px",
 }
 
 
@@ -22,24 +22,26 @@ class Figure:
     """Compares a value of one model with a baseline, on rows of one split.
 
     Attributes:
-        line: Claim that the figure belongs to, a sentence; figures of one line are one line of the table.
+        claim: Name of the claim that the figure belongs to; figures of one claim are one line of the table.
+        text: Sentence of that claim.
         model: Model that is measured.
         name: Name of the figure, one of its model's.
-        says: Name of the figure within its line, such as "top" or "one ridge solve".
+        says: Name of the figure within its claim, such as "top" or "one ridge solve".
         value: Mean over the rows.
         baseline: The same without the model, or without what it claims to use.
         interval: 95% interval of value - baseline.
-        holds: Outcome: True where the figure is as its line claims; None if it was not measured.
+        holds: Outcome: True where the figure is as its claim says; None if it was not measured.
         rows: Number of rows.
         split: Their split.
         note: Reason why it was not measured, or a remark that a reader needs.
         trained: The same value of rows that the models were trained on; None where it was not measured.
-        claim: Side of the baseline on which the value should be, "above" or "below".
+        better: Side of the baseline on which the value should be, "above" or "below".
         values: Values of the rows, to six digits: bundles are compared row by row. None where they cannot be.
         groups: Group of each row of ``values``, as a number.
     """
 
-    line: str
+    claim: str
+    text: str
     model: str
     name: str
     says: str
@@ -51,7 +53,7 @@ class Figure:
     split: str = ""
     note: str = ""
     trained: float | None = None
-    claim: str | None = None
+    better: str = "above"
     values: tuple[float, ...] | None = None
     groups: tuple[int, ...] | None = None
 
@@ -69,17 +71,17 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def lines(figures: Sequence[Json]) -> dict[str, list[Json]]:
-    """Returns the figures of each line, in order of their first."""
+def by_claim(figures: Sequence[Json]) -> list[list[Json]]:
+    """Returns the figures of each claim, in order of their first."""
     found: dict[str, list[Json]] = {}
     for figure in figures:
-        found.setdefault(figure["line"], []).append(figure)
-    return found
+        found.setdefault(figure["claim"], []).append(figure)
+    return list(found.values())
 
 
-def holds(of_line: Sequence[Json]) -> bool | None:
-    """Returns whether a line holds: all its figures that were measured do; None where none was."""
-    known = [figure["holds"] for figure in of_line if figure["holds"] is not None]
+def holds(of_claim: Sequence[Json]) -> bool | None:
+    """Returns whether a claim holds: all its figures that were measured do; None where none was."""
+    known = [figure["holds"] for figure in of_claim if figure["holds"] is not None]
     return all(known) if known else None
 
 
@@ -110,7 +112,7 @@ def difference(value: float | None, baseline: float | None, interval: Sequence[f
 
 def count(figures: Sequence[Json]) -> str:
     """Returns for example '14 of 15 claims hold on held-out rows, 1 not measured', or why nothing was measured."""
-    known = [holds(of_line) for of_line in lines(figures).values()]
+    known = [holds(of_claim) for of_claim in by_claim(figures)]
     if not measured(figures):
         return f"Nothing was measured: {'; '.join(dict.fromkeys(figure['note'] for figure in figures))}"
     missing = f", {known.count(None)} not measured" if None in known else ""
@@ -120,9 +122,9 @@ def count(figures: Sequence[Json]) -> str:
 def as_text(figures: Sequence[Json]) -> str:
     """Returns the table as plain text; one line where nothing was measured."""
     out = [f"Does it learn? {count(figures)}"]
-    for line, of_line in lines(figures).items() if measured(figures) else ():
-        mark = {True: "yes", False: "NO"}.get(holds(of_line), "-")  # type: ignore[arg-type]
-        out += [f"  {mark:4}{line}", f"        {'; '.join(map(_said, of_line))}"]
+    for of_claim in by_claim(figures) if measured(figures) else ():
+        mark = {True: "yes", False: "NO", None: "-"}[holds(of_claim)]
+        out += [f"  {mark:4}{of_claim[0]['text']}", f"        {'; '.join(map(_said, of_claim))}"]
     return "\n".join(out)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from PIL import Image
@@ -15,9 +13,11 @@ from models.draw import derive_seed
 from models.view import view
 from pipeline.errors import UserError
 from pipeline.evaluate.figure import Figure
-from pipeline.evaluate.metrics import paired, ranks
+from pipeline.evaluate.metric import DRAWERS, Metric
 from pipeline.evaluate.priors import first_places
 from pipeline.evaluate.rows import SplitRows, Tick
+from pipeline.evaluate.statistics import ranks
+from pipeline.evaluate.subject import Subject
 
 BATCH = 16  # images that are drawn or looked at at once
 
@@ -62,26 +62,30 @@ def load_judge(weights: str | None, device: torch.device) -> Clip | None:
     return clip.to(device)
 
 
-def judged(judge: Clip, drawn: Mapping[str, Tensor], rows: SplitRows, seed: int) -> list[Figure]:
-    """Returns a line on images uint8 [n, s, s, 3] of ``rows``, by model: does the judge find their captions?
-
-    It is how often the own caption is among the first of all captions, by the judge's cosine. The baseline is the share
-    by chance.
-    """
-    first = first_places(len(rows))
-    line = f"A second CLIP finds the caption of a drawn image among the first {first} of {len(rows):,}"
-    tokens = judge.tokenize(rows.captions).to(judge.mean.device)
-    texts = torch.cat([judge.encode_text(part).cpu() for part in tokens.split(BATCH)])
-    chance = torch.full((len(rows),), first / len(rows))
-    figures = []
-    for model, images in drawn.items():
-        found = (ranks(embed(judge, images), texts) <= first).double()
-        figures.append(paired(line, model, "judged", model, found, chance, rows.groups, rows.split, seed))
-    return figures
-
-
 def embed(clip: Clip, images: Tensor) -> Tensor:
     """Returns CLIP's embeddings of images uint8 [n, s, s, 3], by way of the view: fp32 [n, d] on the CPU."""
     views = [view(Image.fromarray(image.numpy()), clip.image_size) for image in images]
     pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(clip.mean.device)
     return torch.cat([clip.encode_image(part) for part in pixels.split(BATCH)]).cpu()
+
+
+def measure_judged(subject: Subject, judge: Clip, drawn: Tensor, rows: SplitRows) -> list[Figure]:
+    """Returns how often the judge finds the caption of an image ``drawn`` for one of ``rows``, uint8 [n, s, s, 3].
+
+    It is found if it is among the first of all captions, by the judge's cosine. The baseline is the share by chance.
+    """
+    first = first_places(len(rows))
+    tokens = judge.tokenize(rows.captions).to(judge.mean.device)
+    texts = torch.cat([judge.encode_text(part).cpu() for part in tokens.split(BATCH)])
+    found = (ranks(embed(judge, drawn), texts) <= first).double()
+    return [subject.compare(rows, found, torch.full((len(rows),), first / len(rows)))]
+
+
+JUDGED = Metric(
+    "judged",
+    "A second CLIP finds the caption of a drawn image more often than by chance",
+    DRAWERS,
+    ("judge", "drawn", "images"),
+    measure_judged,
+    together=True,
+)

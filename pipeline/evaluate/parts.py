@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from models.sampling_config import BASE
 from pipeline.data.source.drawings.world import PARTS, Drawing, draw, drawing_of
-from pipeline.evaluate.figure import NAMES, Figure
-from pipeline.evaluate.metrics import paired
+from pipeline.evaluate.figure import Figure
+from pipeline.evaluate.metric import DRAWERS, Metric
 from pipeline.evaluate.rows import SplitRows, Tick
+from pipeline.evaluate.subject import Subject
 from pipeline.held_out import FEWEST
 from pipeline.progress import counted
 
-# Parts that share a line: what fills an image, what is set on or around it, and what is small.
+# Parts that share a claim: what fills an image, what is set on or around it, and what is small.
 GROUPS = (("body", "plant", "colour", "ground"), ("top", "pot", "ring"), ("eyes", "mouth", "surface", "moon"))
 MOST = 0.5  # a part that is wrong as often as right is not drawn, however far above chance that is
 
@@ -98,26 +99,34 @@ def right(found: Sequence[Shown]) -> tuple[Tensor, Tensor]:
     return hits, torch.stack(chance)
 
 
-def part_figures(found: Found, trained: Found, rows: SplitRows, seed: int) -> list[Figure]:
-    """Returns a line for each model and group of parts: images of ``rows`` show what their captions say.
+def measure_parts(
+    subject: Subject, known: tuple[Found, Found], rows: SplitRows, group: Sequence[str]
+) -> Iterator[Figure]:
+    """Yields for each part of a group whether images of ``rows`` show what their captions say.
 
     A figure is the share of images that are nearest to their truth, among drawings that differ from it in one part. It
-    holds if that is more than half, and above chance. Beside it stands the same of ``trained`` rows.
+    holds if that is more than half, and above chance. ``known`` is what the images of ``rows`` show, and those of
+    training rows, whose share stands beside it.
     """
-    figures = []
-    for model in dict.fromkeys(model for model, _ in found):
-        for group in GROUPS:
-            parts = [part for part in group if (model, part) in found]
-            named = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
-            line = f"{NAMES[model]} draws the {named} that captions name"
-            for part in parts:
-                ours, known = found[model, part], trained.get((model, part))
-                if len(ours) < FEWEST:
-                    note = f"{counted(len(ours), f'{rows.split} row')}, and a figure needs {FEWEST}; add pairs"
-                    figures.append(Figure(line, model, part, part, note=note, split=rows.split))
-                    continue
-                groups = [rows.groups[one.row] for one in ours]
-                figure = paired(line, model, part, part, *right(ours), groups, rows.split, seed, at_least=MOST)
-                share = float(right(known)[0].mean()) if known else None
-                figures.append(replace(figure, trained=share))
-    return figures
+    found, trained = known
+    for part in group:
+        ours, theirs = found.get((subject.model, part), []), trained.get((subject.model, part))
+        if 0 < len(ours) < FEWEST:
+            note = f"{counted(len(ours), f'{rows.split} row')}, and a figure needs {FEWEST}; add pairs"
+            yield subject.figure(part, part, note=note, split=rows.split)
+        elif ours:
+            groups = [rows.groups[one.row] for one in ours]
+            share = float(right(theirs)[0].mean()) if theirs else None
+            yield subject.compare(rows, *right(ours), part, part, groups=groups, at_least=MOST, trained=share)
+
+
+PARTS_DRAWN = tuple(
+    Metric(
+        f"parts_{group[0]}",
+        f"{{model}} draws the {', '.join(group[:-1])} and {group[-1]} that captions name",
+        DRAWERS,
+        ("parts", "images"),
+        partial(measure_parts, group=group),
+    )
+    for group in GROUPS
+)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,17 @@ from models.cascade import UnCLIP
 from models.draw import derive_seed
 from models.sampling_config import PRIORS
 from pipeline.evaluate.condition import CAPTION
-from pipeline.evaluate.figure import NAMES, Figure
-from pipeline.evaluate.metrics import cosine, paired, ranks
+from pipeline.evaluate.figure import Figure
+from pipeline.evaluate.metric import Metric
 from pipeline.evaluate.rows import SplitRows, Tick
+from pipeline.evaluate.statistics import cosine, ranks
+from pipeline.evaluate.subject import Subject
 from pipeline.training.task import Batch
 from pipeline.training.tasks.starts import ridge
 
 FIRST = 10  # places among which the right image is looked for; of fewer than 100 rows a tenth of them
 SEQUENCES = 256  # sampled at once
+Baselines = dict[str, tuple[str, Tensor]]
 
 
 def first_places(rows: int) -> int:
@@ -44,7 +47,7 @@ def sample_embeddings(unclip: UnCLIP, prior: str, rows: SplitRows, count: int, s
     return torch.cat(parts).unflatten(0, (count, len(rows)))
 
 
-def baselines(text: Tensor, training: Batch) -> dict[str, tuple[str, Tensor]]:
+def baselines(text: Tensor, training: Batch) -> Baselines:
     """Returns what can be said of the image embeddings of captions without a trained model.
 
     Args:
@@ -64,38 +67,51 @@ def baselines(text: Tensor, training: Batch) -> dict[str, tuple[str, Tensor]]:
     }
 
 
-def nearer(model: str) -> str:
-    """Returns what is claimed of a prior's embeddings."""
-    return f"{NAMES[model]} comes nearer to the right image's embedding than baselines without weights"
+def measure_cosine(subject: Subject, samples: Tensor, rows: SplitRows, known: Baselines) -> list[Figure]:
+    """Returns whether the mean of ``samples`` [k, n, d] is nearer to the right image, by its cosine, than baselines."""
+    return [figure for figure, _ in _beside(subject, samples, rows, known, cosine)]
 
 
-def prior_figures(model: str, samples: Tensor, rows: SplitRows, training: Batch, seed: int) -> list[Figure]:
-    """Returns two lines on ``samples`` [k, n, d] of a prior: is their mean nearer to the right image than baselines?
+def measure_found(subject: Subject, samples: Tensor, rows: SplitRows, known: Baselines) -> list[Figure]:
+    """Returns how often the right image embedding is among the first of all ``rows``, seen from the mean of samples.
 
-    How often the right image embedding is among the first of all ``rows``, and the cosine to it. The values, which are
-    the same beside each baseline, are kept once. Beside a baseline that finds all but a few, none can do better.
+    Beside a baseline that finds all but a few, none can do better.
     """
-    mean = F.normalize(samples.double().mean(0).cpu(), dim=1)
-    image = rows.batch["image_embedding"].double().cpu()
-    first, who = first_places(len(rows)), NAMES[model]
-    among = f"among the first {first} of {len(rows):,}"
-    by_rank = f"{who} finds the right image {among} more often than baselines without weights"
-    by_cosine = nearer(model)
-    known = baselines(rows.batch["text_embedding"], training)
-    figures = []
-    for line, short in ((by_rank, "found"), (by_cosine, "cosine")):
+    first, figures = first_places(len(rows)), []
 
-        def measure(query: Tensor, short: str = short) -> Tensor:
-            return (ranks(query, image) <= first).double() if short == "found" else cosine(query, image)
+    def found(query: Tensor, image: Tensor) -> Tensor:
+        return (ranks(query, image) <= first).double()
 
-        for name, (says, query) in known.items():
-            compare = partial(
-                paired, line, model, f"{short}_{name}", says, groups=rows.groups, split=rows.split, seed=seed
-            )
-            value, baseline = measure(mean), measure(query)
-            figure = compare(value, baseline)
-            if short == "found" and not compare(torch.ones_like(baseline), baseline).holds:
-                missed = f"{float((1 - baseline).sum()):.0f} of {len(rows):,}"
-                figure = replace(figure, holds=None, note=f"it misses {missed}, too few to do better")
-            figures.append(figure if name == "text" else replace(figure, values=None, groups=None))
+    for figure, baseline in _beside(subject, samples, rows, known, found):
+        if not subject.compare(rows, torch.ones_like(baseline), baseline).holds:
+            missed = f"{float((1 - baseline).sum()):.0f} of {len(rows):,}"
+            figure = replace(figure, holds=None, note=f"it misses {missed}, too few to do better")
+        figures.append(figure)
     return figures
+
+
+def _beside(
+    subject: Subject, samples: Tensor, rows: SplitRows, known: Baselines, measure: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[tuple[Figure, Tensor]]:
+    """Yields a figure for each baseline, with the baseline's values; those of the samples are kept once."""
+    image = rows.batch["image_embedding"].double().cpu()
+    value = measure(F.normalize(samples.double().mean(0).cpu(), dim=1), image)
+    for name, (says, query) in known.items():
+        baseline = measure(query, image)
+        named = f"{subject.metric.name}_{name}"
+        yield subject.compare(rows, value, baseline, named, says, keep=name == "text"), baseline
+
+
+FOUND, COSINE = (
+    Metric(
+        name,
+        f"{{model}} {claim} baselines without weights",
+        tuple(PRIORS.values()),
+        ("samples", "rows", "baselines"),
+        measure,
+    )
+    for name, claim, measure in (
+        ("found", "finds the right image more often than", measure_found),
+        ("cosine", "comes nearer to the right image's embedding than", measure_cosine),
+    )
+)

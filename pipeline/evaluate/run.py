@@ -10,9 +10,8 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,182 +21,235 @@ from models.cascade import UnCLIP
 from models.clip import Clip
 from models.sampling_config import BASE, PRIORS, UPSAMPLERS
 from pipeline.errors import UserError
-from pipeline.evaluate import condition, parts, priors, upsamplers
-from pipeline.evaluate.figure import Figure, count, without_values
-from pipeline.evaluate.images import beside, draw_images, judged, load_judge
+from pipeline.evaluate.condition import CONDITION
+from pipeline.evaluate.figure import Figure, without_values
+from pipeline.evaluate.images import JUDGED, beside, draw_images, load_judge
+from pipeline.evaluate.metric import DRAWERS, GROUP, Metric, Need, metrics_of_users, names_with_versions
+from pipeline.evaluate.parts import PARTS_DRAWN, Found, read_parts, truths
+from pipeline.evaluate.priors import COSINE, FOUND, Baselines, baselines, sample_embeddings
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import SplitRows, Tick, held_out, training_rows
+from pipeline.evaluate.subject import Missing, Subject
+from pipeline.evaluate.upsamplers import PSNR
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import flatten
 from pipeline.graph.stages import Context
 from pipeline.held_out import HELD_OUT_SPLITS, too_few
 from pipeline.ledger import Ledger
+from pipeline.plugins import broken
 from pipeline.progress import Progress
 from pipeline.sampling.drawing import drawing_device, read_bundle
 from pipeline.store.records import digest, materialise, put_blob
 from pipeline.training.between_steps import preview_png
 from pipeline.training.device import OutOfMemory, memory_for
-from pipeline.training.task import Batch
 from pipeline.training.tasks.starts import starting_rows
 
+BY_STAGE = {stage: name for name, stage in PRIORS.items()}
+EACH = ("rows", "drawn", "samples")  # needs that are another thing for another model
+OURS = (*PARTS_DRAWN, JUDGED, FOUND, COSINE, PSNR, CONDITION)
+DRAWN: Need = "drawn"
 SHOWN = 8  # captions in the image of the report
 STRIP = "held-out.png"
+
+
+def metrics() -> tuple[Metric, ...]:
+    """Returns all metrics in the order of the table, those of users last. Raises UserError."""
+    users = metrics_of_users()
+    if taken := {metric.name for metric in OURS} & {metric.name for metric in users}:
+        raise broken(GROUP, min(taken), "its name is taken")
+    return (*OURS, *users)
 
 
 def evaluate(ctx: Context) -> Artifact:
     """Measures every model of the bundle, in this process and on all cores.
 
-    Raises CorruptObject, and UserError for a judge that cannot be loaded.
+    Raises CorruptObject, and UserError for a judge that cannot be loaded and for a user's metric that fails.
     """
     began = time.monotonic()
     device = drawing_device()
+    chosen, planned = metrics(), getattr(ctx.recipe, "metrics", ())
+    if (here := names_with_versions(chosen[len(OURS) :])) != planned:
+        raise UserError(
+            f"evaluation: planned with the metrics {', '.join(planned) or 'none'} of users, and here are "
+            f"{', '.join(here) or 'none'}; install the same packages everywhere"
+        )
     judge = load_judge(ctx.recipe.judge, device)
     with tempfile.TemporaryDirectory() as folder:
         materialise(ctx.store, ctx.inputs["bundle"].blobs, folder)
         unclip = read_bundle(folder, device)
     evaluation = Evaluation(ctx, unclip, device, judge)
-    found: list[Figure] = []
-    steps = evaluation.steps()
-    with torch.no_grad(), Progress("evaluation", len(steps), "parts") as progress:
-        for title, measure in steps.items():
+    steps = [(metric, model) for metric in chosen for model in evaluation.have(metric.models)]
+    found: dict[tuple[str, str], Figure] = {}
+    with torch.no_grad(), Progress("evaluation", len(steps), "measurements") as progress:
+        for metric, model in steps:
+            title = f"{metric.name} of {model}"
+            evaluation.tick = lambda note, title=title: progress.advance(0, f"{title}: {note}")  # type: ignore[misc]
             try:
                 with memory_for(title):
-                    found += measure(lambda note, title=title: progress.advance(0, f"{title}: {note}"))  # type: ignore[misc]
+                    figures = evaluation.measure(metric, model)
             except OutOfMemory as e:
                 raise UserError(f"evaluation: {title} did not fit into memory; lower its rows in evaluation") from e
+            for figure in figures:
+                if found.setdefault((figure.model, figure.name), figure) is not figure:
+                    why = f"its figure {figure.model}.{figure.name} has the name of another metric's"
+                    raise broken(GROUP, metric.name, why)
             progress.advance(1, title)
-    # Conditions are measured model by model, and are one line at the end.
-    figures = [figure.as_json() for figure in sorted(found, key=lambda figure: figure.line == condition.LINE)]
+        strip = evaluation.strip()
+    figures_found = [figure.as_json() for figure in found.values()]
     document = {
         "version": ctx.version,
-        "figures": figures,
+        "figures": figures_found,
         "rows": evaluation.keys,
         "few": evaluation.few,
         "recipe": flatten(ctx.recipe),
         "sampling": dataclasses.asdict(unclip.sampling),
     }
     blobs = {"evaluation.json": put_blob(ctx.store, (json.dumps(document, indent=1) + "\n").encode())}
-    if evaluation.strip is not None:
-        blobs[STRIP] = put_blob(ctx.store, preview_png(evaluation.strip))
-    metrics = {"holds": count(figures), "figures": without_values(figures), "shown": evaluation.shown}
-    rows = 0 if isinstance(evaluation.rows, str) else len(evaluation.rows)
-    environment = {"device": str(device)}
-    artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=rows), metrics=metrics, environment=environment)
+    if strip is not None:
+        blobs[STRIP] = put_blob(ctx.store, preview_png(strip))
+    artifact = ctx.publishable(
+        blobs=blobs,
+        ledger=Ledger(kept=len(evaluation.keys.get("priors", {}).get("keys", ()))),
+        metrics={"figures": without_values(figures_found), "shown": evaluation.shown},
+        environment={"device": str(device)},
+    )
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)
 
 
 @dataclass
 class Evaluation:
-    """Measures a bundle's models step by step; figures are returned, the rest is left in attributes.
+    """Makes what metrics need, each thing when it is first asked for, and once. All of it may raise Missing.
 
     Attributes:
-        judge: A second CLIP that looks at the drawn images.
-        strip: The image of the report, uint8 [3, h, w], if there is one: real images above those drawn for them.
-        shown: Caption of each of its columns, and license of the real image; the models that drew the rows below.
+        clip: A second CLIP that looks at the drawn images.
+        tick: Called with a line of progress.
+        shown: Caption of each column of the report's image, and license of the real image; the models that drew the
+            rows below it.
         keys: Keys of all rows that were measured, with their split, by what they are for.
         few: Number of rows where they are too few, by what they are for.
+        made: What was made so far, or why it cannot be, by need and model.
     """
 
     ctx: Context
     unclip: UnCLIP
     device: torch.device
-    judge: Clip | None = None
-    strip: Tensor | None = None
+    clip: Clip | None = None
+    tick: Tick = print
     shown: dict[str, list[Any]] = field(default_factory=dict)
     keys: dict[str, dict[str, Any]] = field(default_factory=dict)
     few: dict[str, int] = field(default_factory=dict)
-
-    def steps(self) -> dict[str, Callable[[Tick], list[Figure]]]:
-        """Returns what is to be measured, by title."""
-        chosen: dict[str, Callable[[Tick], list[Figure]]] = {"images": self.images}
-        chosen |= {stage: partial(self.prior, name) for name, stage in self.priors.items()}
-        return chosen | {n: partial(self.upsampler, n) for n in UPSAMPLERS if getattr(self.unclip, n) is not None}
+    made: dict[tuple[Need, str], Any] = field(default_factory=dict)
 
     @property
     def recipe(self) -> EvaluationRecipe:
         return self.ctx.recipe
 
-    @property
-    def priors(self) -> dict[str, str]:
-        """Returns the priors that the bundle has: stage by the name that sampling goes by."""
-        return {name: stage for name, stage in PRIORS.items() if getattr(self.unclip, stage) is not None}
+    def have(self, models: Iterable[str]) -> list[str]:
+        """Returns those of ``models`` that the bundle has."""
+        return [model for model in models if getattr(self.unclip, model) is not None]
 
-    @cached_property
-    def rows(self) -> SplitRows | str:
-        """Returns rows without images, for the priors, or why there are none."""
-        return self._held_out("priors", self.recipe.rows, 0)
+    def measure(self, metric: Metric, model: str) -> list[Figure]:
+        """Returns the figures of one model; one that says why, if there is not what they need. Raises UserError."""
+        subject = Subject(metric, model, self.unclip, self.recipe, self.tick)
+        try:
+            needed = [self.need(name, model) for name in metric.needs]
+        except Missing as why:
+            return [subject.figure(note=str(why))] if str(why) else []
+        try:
+            figures = list(metric.measure(subject, *needed))
+            if other := next((each for each in figures if not isinstance(each, Figure)), None):
+                raise TypeError(f"it returns {other!r}, no Figure")
+        except Exception as e:
+            if metric in OURS:
+                raise
+            failure = f"it fails for {model}: {type(e).__name__}: {' '.join(str(e).split())}"
+            raise broken(GROUP, metric.name, failure) from e
+        return figures
 
-    @cached_property
-    def training(self) -> Batch:
-        return starting_rows(self.ctx, ("text_embedding", "image_embedding"))
+    def need(self, name: Need, model: str = "") -> Any:
+        """Returns what the method of this name makes for a model, which only the needs of EACH depend on."""
+        key = name, model if name in EACH else ""
+        if key not in self.made:
+            try:
+                self.made[key] = getattr(self, name)(model)
+            except Missing as e:
+                self.made[key] = e
+        if isinstance(self.made[key], Missing):
+            raise self.made[key]
+        return self.made[key]
 
-    def _held_out(self, what: str, rows: int, side: int) -> SplitRows | str:
-        found = held_out(self.ctx.store, self.ctx.inputs, rows, side)
+    def rows(self, model: str) -> SplitRows:
+        """Returns held-out rows, with images of the side that the model makes; of a prior without images."""
+        what, most, side = "images", self.recipe.image_rows, BASE
+        if model in UPSAMPLERS:
+            what, most, side = model, self.recipe.upsampler_rows, getattr(self.unclip, model).config.image_size
+        elif model in PRIORS.values():
+            what, most, side = "priors", self.recipe.rows, 0
+        found = held_out(self.ctx.store, self.ctx.inputs, most, side)
         if isinstance(found, int):
             self.keys[what] = {"split": None, "keys": []}
             self.few[what] = found
-            # Where there are too few rows at all, that is why, not how few of them have a large image.
-            general = self.rows if side else ""
-            large = f" with an image of {side} px" if side else ""
-            return general if isinstance(general, str) and general else too_few(found, HELD_OUT_SPLITS[0], large)
+            if side:  # where there are too few rows at all, that is why, not how few of them have a large image
+                self.need("rows", "ar_prior")
+            raise Missing(too_few(found, HELD_OUT_SPLITS[0], f" with an image of {side} px" if side else ""))
         self.keys[what] = {"split": found.split, "keys": found.keys, "captions": digest(found.captions)}
         return found.to(self.device)
 
-    def images(self, tick: Tick) -> list[Figure]:
-        """Returns what images of 64 px show, and whether the decoder uses its condition; keeps some to be shown."""
-        rows = self._held_out("images", self.recipe.image_rows, BASE)
-        if isinstance(rows, str):
-            return [_absent(condition.LINE, "decoder", "condition", rows)]
-        figures = [condition.decoder_condition(self.unclip, rows, self.recipe.seed)]
-        truths = parts.truths(rows.urls)
-        drawn = self._drawn(rows if any(truths) or self.judge else rows.first(SHOWN), tick)
-        if any(truths):
-            trained = training_rows(self.ctx.store, self.ctx.inputs, len(rows)).to(self.device)
-            known = parts.read_parts(self._drawn(trained, tick), parts.truths(trained.urls), tick)
-            figures += parts.part_figures(parts.read_parts(drawn, truths, tick), known, rows, self.recipe.seed)
-        elif self.judge:
-            figures += judged(self.judge, drawn, rows, self.recipe.seed)
-        real = rows.batch["image"].permute(0, 2, 3, 1).cpu()
-        self.strip = beside(*(line[:SHOWN] for line in (real, *drawn.values())))
-        self.shown = {
-            "captions": rows.captions[:SHOWN], "licenses": rows.licenses[:SHOWN], "models": list(drawn),
-        }  # fmt: skip
-        return figures
+    def images(self, model: str) -> SplitRows:
+        """Returns held-out rows with images of 64 px, which all of DRAWERS draw."""
+        return self.need("rows", "decoder")
 
-    def _drawn(self, rows: SplitRows, tick: Tick) -> dict[str, Tensor]:
-        """Returns an image a row by each prior, and by the decoder from the images' own embeddings."""
-        asked = {**{stage: name for name, stage in self.priors.items()}, "decoder": None}
-        return {model: draw_images(self.unclip, rows, prior, self.recipe.seed, tick) for model, prior in asked.items()}
+    def drawn(self, model: str) -> Tensor:
+        """Returns an image for each of ``images``, uint8 [n, 64, 64, 3]: by a prior and the decoder, or it alone."""
+        return self._draw(self.need("images"), model)
 
-    def prior(self, prior: str, tick: Tick) -> list[Figure]:
-        """Returns whether one prior comes nearer to images than baselines without weights, and uses its caption."""
-        stage, rows, recipe = PRIORS[prior], self.rows, self.recipe
-        if isinstance(rows, str):
-            return [
-                _absent(priors.nearer(stage), stage, "found", rows),
-                _absent(condition.LINE, stage, "condition", rows),
-            ]
-        samples = priors.sample_embeddings(self.unclip, prior, rows, recipe.samples, recipe.seed, tick)
-        return [
-            *priors.prior_figures(stage, samples, rows, self.training, recipe.seed),
-            condition.prior_condition(self.unclip, stage, rows, recipe.seed),
-        ]
+    def _draw(self, rows: SplitRows, model: str) -> Tensor:
+        return draw_images(self.unclip, rows, BY_STAGE.get(model), self.recipe.seed, self.tick)
 
-    def upsampler(self, name: str, tick: Tick) -> list[Figure]:
-        """Returns whether one upsampler beats bicubic interpolation, and uses its small image."""
-        model, recipe = getattr(self.unclip, name), self.recipe
-        rows = self._held_out(name, recipe.upsampler_rows, model.config.image_size)
-        if isinstance(rows, str):
-            return [
-                _absent(upsamplers.line(name), name, "psnr", rows), _absent(condition.LINE, name, "condition", rows)
-            ]  # fmt: skip
-        sampling, count = self.unclip.sampling, recipe.samples
-        return [
-            upsamplers.upsampler_figure(name, model, rows, sampling, count, recipe.seed, tick),
-            condition.upsampler_condition(name, model, rows, recipe.seed),
-        ]
+    def parts(self, model: str) -> tuple[Found, Found]:
+        """Returns what all models drew, of ``images`` and of training rows, where its truth can be drawn."""
+        rows = self._where_truths(True)
+        trained = training_rows(self.ctx.store, self.ctx.inputs, len(rows)).to(self.device)
+        models = self.have(DRAWERS)
+        theirs = {each: self._draw(trained, each) for each in models}
+        ours = {each: self.need("drawn", each) for each in models}
+        found = read_parts(ours, truths(rows.urls), self.tick)
+        return found, read_parts(theirs, truths(trained.urls), self.tick)
 
+    def judge(self, model: str) -> Clip:
+        """Returns the second CLIP, where a truth cannot be drawn."""
+        self._where_truths(False)
+        if self.clip is None:
+            raise Missing
+        return self.clip
 
-def _absent(line: str, model: str, name: str, why: str) -> Figure:
-    """Returns a figure that could not be measured, and why."""
-    return Figure(line, model, name, model, note=why)
+    def _where_truths(self, there: bool) -> SplitRows:
+        """Returns ``images`` if their truths can be drawn, or cannot; says nothing where there are no images."""
+        try:
+            rows = self.need("images")
+        except Missing:
+            raise Missing from None
+        if any(truths(rows.urls)) != there:
+            raise Missing
+        return rows
+
+    def samples(self, model: str) -> Tensor:
+        """Returns image embeddings that a prior samples for ``rows``, [samples, n, d]."""
+        rows, recipe = self.need("rows", model), self.recipe
+        return sample_embeddings(self.unclip, BY_STAGE[model], rows, recipe.samples, recipe.seed, self.tick)
+
+    def baselines(self, model: str) -> Baselines:
+        """Returns what can be said of ``rows`` of priors without a trained model."""
+        training = starting_rows(self.ctx, ("text_embedding", "image_embedding"))
+        return baselines(self.need("rows", model).batch["text_embedding"], training)
+
+    def strip(self) -> Tensor | None:
+        """Returns the image of the report, uint8 [3, h, w], if there are rows: drawn images below real ones."""
+        try:
+            rows = self.need("images").first(SHOWN)
+        except Missing:
+            return None
+        models = self.have(DRAWERS)
+        drawn = [self.made[k] if (k := (DRAWN, model)) in self.made else self._draw(rows, model) for model in models]
+        self.shown = {"captions": rows.captions, "licenses": rows.licenses, "models": models}
+        return beside(rows.batch["image"].permute(0, 2, 3, 1).cpu(), *(images[:SHOWN] for images in drawn))

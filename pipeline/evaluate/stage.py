@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+from pipeline.evaluate.metric import with_metrics
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.ray import on_a_gpu
@@ -16,9 +20,18 @@ def run_evaluation(ctx: Context) -> Artifact:
     return on_a_gpu(evaluate, ctx)
 
 
-EVALUATION = Stage(
+class EvaluationStage(Stage):
+    """Adds the metrics of installed packages to the recipe, and so to the key."""
+
+    def bound(self, config: Any) -> Stage:
+        """Returns the stage of a configuration. Raises UserError for a package whose metric cannot be used."""
+        stage = super().bound(config)
+        return replace(stage, recipe=with_metrics(stage.recipe))
+
+
+EVALUATION = EvaluationStage(
     "evaluation",
-    version=13,
+    version=14,
     recipe=EvaluationRecipe,
     inputs=(*LEARN, "source", "bundle"),
     # The decoder's text tower is CLIP's where the decoder reads it.

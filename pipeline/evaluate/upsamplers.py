@@ -12,20 +12,16 @@ from models.draw import Draw, derive_seed
 from models.pixels import from_uint8, resize
 from models.precision import autocast
 from models.reverse import Reverse, ignore
-from models.sampling_config import SamplingConfig
+from models.sampling_config import UPSAMPLERS, SamplingConfig
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise
-from pipeline.evaluate.figure import NAMES, Figure
+from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.images import BATCH
-from pipeline.evaluate.metrics import paired
+from pipeline.evaluate.metric import Metric
 from pipeline.evaluate.rows import SplitRows, Tick
+from pipeline.evaluate.subject import Subject
 
 RANGE = 2.0  # of pixels, from -1 to 1
 MOST_DB = 100.0
-
-
-def line(name: str) -> str:
-    """Returns what is claimed of an upsampler."""
-    return f"{NAMES[name]} comes nearer to the original than bicubic interpolation"
 
 
 def psnr(image: Tensor, reference: Tensor) -> Tensor:
@@ -84,15 +80,24 @@ def upsample(
     return Upsampled(torch.cat(means), torch.cat(enlarged))
 
 
-def upsampler_figure(
-    name: str, model: Upsampler, rows: SplitRows, sampling: SamplingConfig, count: int, seed: int, tick: Tick
-) -> Figure:
-    """Returns whether the mean of ``count`` samples is nearer to the original than bicubic interpolation, by PSNR.
+def measure_psnr(subject: Subject, rows: SplitRows) -> list[Figure]:
+    """Returns whether the mean of samples is nearer to the original than bicubic interpolation, by PSNR.
 
     Of each image the busiest crop of the side that training sees counts; both begin with the same small image. The mean
     is what a model knows: a sample that invents plausible detail loses to its own blur.
     """
+    name, recipe = subject.model, subject.recipe
+    model = getattr(subject.unclip, name)
     crops = [busiest_crop(part, model.config.crop_size) for part in rows.batch["image"].split(BATCH)]
     original = from_uint8(torch.cat(crops))
-    mean, bicubic = (psnr(x, original) for x in upsample(name, model, original, sampling, count, seed, tick))
-    return paired(line(name), name, "psnr", "PSNR in dB", mean, bicubic, rows.groups, rows.split, seed)
+    made = upsample(name, model, original, subject.unclip.sampling, recipe.samples, recipe.seed, subject.tick)
+    return [subject.compare(rows, psnr(made.mean, original), psnr(made.bicubic, original), says="PSNR in dB")]
+
+
+PSNR = Metric(
+    "psnr",
+    "{model} comes nearer to the original than bicubic interpolation",
+    tuple(UPSAMPLERS),
+    ("rows",),
+    measure_psnr,
+)

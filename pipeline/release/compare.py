@@ -20,7 +20,6 @@ from pipeline.store.records import read_blob
 
 log = logging.getLogger("unclip")
 Figures = dict[tuple[str, str], Mapping[str, Any]]
-OTHER_CLIP = "another CLIP"
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Change:
         difference: Mean over rows of the second minus the first.
         interval: 95% interval of the difference, over groups of rows.
         rows: Number of rows that both have.
-        claim: Side of its baseline on which the figure should be, "above" or "below".
+        better: Side of its baseline on which the figure should be, "above" or "below".
     """
 
     model: str
@@ -59,13 +58,13 @@ class Change:
     difference: float
     interval: tuple[float, float]
     rows: int
-    claim: str
+    better: str
 
     @property
     def gain(self) -> tuple[float, float]:
         """Returns the interval of what was gained, above 0 for better."""
         low, high = self.interval
-        return (low, high) if self.claim == "above" else (-high, -low)
+        return (low, high) if self.better == "above" else (-high, -low)
 
     @property
     def verdict(self) -> str:
@@ -103,14 +102,19 @@ def find_comparable(found: Iterable[Measured], new: Measured) -> Measured | None
     return next((old for old in found if not obstacles(old, new)), None)
 
 
+def same_clip(old: Artifact, new: Artifact) -> bool:
+    """Returns whether two bundles were trained by one CLIP; figures by two cannot be compared."""
+    return old.inputs.get("clip") == new.inputs.get("clip")
+
+
 def obstacles(old: Measured, new: Measured) -> list[str]:
     """Returns why figures of two evaluations cannot be compared: another way to measure, or other rows."""
     then, now = old.document, new.document
     why = []
     if then["version"] != now["version"]:
         why.append(f"version {then['version']} -> {now['version']} of the evaluation")
-    if old.bundle.inputs.get("clip") != new.bundle.inputs.get("clip"):
-        why.append(OTHER_CLIP)
+    if not same_clip(old.bundle, new.bundle):
+        why.append("another CLIP")
     why += [f"evaluation.{change}" for change in recipe_changes(then["recipe"], now["recipe"])]
     for part in sorted(then["rows"].keys() & now["rows"].keys()):
         before, after = then["rows"][part], now["rows"][part]
@@ -125,7 +129,7 @@ def changes(old: Measured, new: Measured) -> list[Change]:
     """Returns every figure that both have row by row, in the order of the new evaluation."""
     import torch
 
-    from pipeline.evaluate.metrics import interval
+    from pipeline.evaluate.statistics import interval
 
     then, found = old.figures, []
     for (model, name), figure in new.figures.items():
@@ -136,5 +140,5 @@ def changes(old: Measured, new: Measured) -> list[Change]:
         difference = rows[1] - rows[0]
         mean, around = float(difference.mean()), interval(difference, figure["groups"], seed=0)
         means = float(rows[0].mean()), float(rows[1].mean())
-        found.append(Change(model, name, *means, mean, (around.low, around.high), len(difference), figure["claim"]))
+        found.append(Change(model, name, *means, mean, (around.low, around.high), len(difference), figure["better"]))
     return found

@@ -14,7 +14,7 @@ from pipeline.graph.pointer import read_releases
 from pipeline.release import compare
 from pipeline.release.diff import data_changes, recipes_changed, stages_behind
 from pipeline.report.evaluation import STATES
-from pipeline.report.html import attempt, note, template
+from pipeline.report.html import Section, attempt, note, template
 from pipeline.report.inputs import Other, ReportInput
 from pipeline.report.samples import asked_for, sample_image, sample_names
 from pipeline.store import Store
@@ -36,7 +36,8 @@ def against_section(given: ReportInput, project: str) -> Markup:
         attempt("The figures of both", _figures, given, other),
         attempt("What differs in data and recipes", _differences, given, other),
     ]
-    return AGAINST.against(other.name, other.bundle.key[:12], given.artifacts["bundle"].key[:12], parts)
+    keys = other.bundle.key[:12], given.artifacts["bundle"].key[:12]
+    return Section.of(AGAINST.against, "against", f"Against {other.name}", parts, other.name, *keys)
 
 
 def find_other(given: ReportInput, project: str) -> Other | None:
@@ -100,7 +101,7 @@ def _figures(given: ReportInput, other: Other) -> Markup:
     for change, figure in found:
         state = (*STATES[KINDS.get(change.verdict)][:2], change.verdict or "no more than chance")
         numbers = short(change.now), short(change.then), difference(change.now, change.then, change.interval)
-        rows[bool(change.verdict)].append((state, figure["line"], figure["says"], *numbers))
+        rows[bool(change.verdict)].append((state, figure["text"], figure["says"], *numbers))
     return AGAINST.figures(rows[True], rows[False])
 
 

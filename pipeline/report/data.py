@@ -16,7 +16,7 @@ from pipeline.ledger import REASONS
 from pipeline.progress import counted
 from pipeline.report.charts import bars, histogram
 from pipeline.report.duplicates import duplicates
-from pipeline.report.html import PARTS, attempt, note, number, template
+from pipeline.report.html import PARTS, Section, attempt, note, number, template
 from pipeline.report.inputs import ReportInput
 from pipeline.report.rows import (
     LISTED,
@@ -45,12 +45,11 @@ def data_section(given: ReportInput) -> Markup:
         similar = (
             [attempt("The histogram of similarity", _similarity, given)] if "embeddings" in given.artifacts else []
         )
-        first = attempt("What the first shards hold", _first_shards, given, similar)
-        parts += [first, *(chart for chart in similar if chart not in first)]
+        parts.append(attempt("What the first shards hold", _first_shards, given, similar, otherwise=similar))
     near = {"pairs", "curation"} <= given.artifacts.keys()
     folds = [attempt("The near-duplicates", duplicates, given)] if near else []
     parts.append(DATA.more([*folds, attempt("The work of the stages", _work, given)]))
-    return DATA.data(parts)
+    return Section.of(DATA.data, "data", "Data", parts)
 
 
 def _funnel(given: ReportInput) -> Markup:

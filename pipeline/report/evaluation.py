@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 from PIL import Image
 
-from pipeline.evaluate.figure import difference, holds, lines, measured, short
+from pipeline.evaluate.figure import NAMES, by_claim, count, difference, holds, measured, short
 from pipeline.progress import counted
-from pipeline.report.html import PARTS, attempt, note, number, template, text
+from pipeline.report.html import PARTS, Section, attempt, note, number, template, text
 from pipeline.report.inputs import ReportInput
 
 FIGURES = "evaluation.json"
 STRIP = "held-out.png"
 TITLE = "Held-out captions"
-DRAWN = {
-    "decoder": "the decoder from the image's own embedding",
-    "ar_prior": "AR prior and decoder from the caption",
-    "diffusion_prior": "diffusion prior and decoder from the caption",
-}
 STATES = {True: ("good", "✓", "holds"), False: ("bad", "✗", "does not hold"), None: ("rest", "·", "not measured")}
 BY_CHANCE = 0.025  # of the figures of models without an effect: what a 95% interval leaves on the side that is claimed
 EVALUATION = template("evaluation.html")
@@ -32,22 +27,22 @@ def evaluation_section(given: ReportInput) -> Markup:
     if "evaluation" not in given.artifacts:
         return Markup()
     artifact = given.artifacts["evaluation"]
-    parts = [attempt("The table of the evaluation", claims, artifact.metrics)]
+    parts = [attempt("The table of the evaluation", lambda: claims(artifact.metrics["figures"]))]
     if STRIP in artifact.blobs:
         parts.append(attempt(f"{STRIP} of the evaluation", _strip, given))
-    return EVALUATION.evaluation(parts)
+    return Section.of(EVALUATION.evaluation, "evaluation", "Does it learn?", parts)
 
 
-def claims(metrics: Mapping[str, Any]) -> Markup:
+def claims(figures: Sequence[Mapping[str, Any]]) -> Markup:
     """Shows a line for each claim, those that fail first, with its figures; their intervals are to be unfolded."""
-    if not measured(metrics["figures"]):
-        return note(f"{metrics['holds']}.")
+    if not measured(figures):
+        return note(f"{count(figures)}.")
     found = [
-        (line, STATES[holds(of_line)], [shown_figure(figure) for figure in of_line])
-        for line, of_line in lines(metrics["figures"]).items()
+        (of_claim[0]["text"], STATES[holds(of_claim)], [shown_figure(figure) for figure in of_claim])
+        for of_claim in by_claim(figures)
     ]
     found.sort(key=lambda claim: claim[1] != STATES[False])
-    known = sum(figure["holds"] is not None for figure in metrics["figures"])
+    known = sum(figure["holds"] is not None for figure in figures)
     return EVALUATION.claims(found, counted(known, "figure"), short(known * BY_CHANCE))
 
 
@@ -63,7 +58,8 @@ def _strip(given: ReportInput) -> Markup:
     """Shows what was drawn for the first held-out captions; of other people's images only those that may be shown."""
     artifact = given.artifacts["evaluation"]
     shown = artifact.metrics["shown"]
-    said = f"From above: {'; '.join(['the real image', *(DRAWN.get(model, model) for model in shown['models'])])}."
+    drawn = (NAMES.get(model, model).rstrip(",") for model in shown["models"])
+    said = f"From above: {'; '.join(['the real image', *drawn])}."
     grid = Image.open(io.BytesIO(given.read(artifact.blobs[STRIP]))).convert("RGB")
     side = grid.width // len(shown["captions"])
     cells = []

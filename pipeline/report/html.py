@@ -69,16 +69,31 @@ def note(message: str) -> Markup:
     return PARTS.note(message)
 
 
-def attempt(what: str, make: Callable[..., Markup], *arguments: Any) -> Markup:
+class Section(Markup):
+    """A section of the page; the contents link to its ``id`` by its ``heading``."""
+
+    id: str
+    heading: str
+
+    @classmethod
+    def of(cls, macro: Callable[..., Markup], id: str, heading: str, *arguments: Any) -> Section:
+        """Returns what a macro makes of them all."""
+        section = cls(macro(id, heading, *arguments))
+        section.id, section.heading = id, heading
+        return section
+
+
+def attempt(what: str, make: Callable[..., Markup], *arguments: Any, otherwise: Sequence[Markup] = ()) -> Markup:
     """Returns what ``make`` returns for ``arguments``, or one line that says why ``what`` is not shown.
 
-    Catches every exception: a report must never stop a run, whatever it meets in a store.
+    After that line stands what is shown ``otherwise``. Catches every exception: a report must never stop a run,
+    whatever it meets in a store.
     """
     try:
         return make(*arguments)
     except Exception as e:
         log.info("report: %s cannot be shown", what, exc_info=True)
-        return note(f"{what} cannot be shown: {e or type(e).__name__}")
+        return note(f"{what} cannot be shown: {e or type(e).__name__}") + Markup().join(otherwise)
 
 
 def _cleaned(value: Any) -> Any:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import direct
 from pipeline.progress import duration
-from pipeline.report.html import PARTS, attempt, number, template
+from pipeline.report.html import PARTS, Section, attempt, number, template
 
 BOX, TALL, ACROSS, DOWN = 124, 52, 12, 34  # SVG units: width and height of a box, the space between boxes
 LINEAGE = template("lineage.html")
@@ -30,7 +30,8 @@ def lineage_section(artifacts: Mapping[str, Artifact]) -> Markup:
     if not artifacts:
         return Markup()
     drawing = attempt("The drawing of the lineage", draw_lineage, artifacts)
-    return LINEAGE.lineage([attempt("The table of stages", _stages, artifacts), PARTS.folded("The graph", drawing)])
+    parts = [attempt("The table of stages", _stages, artifacts), PARTS.folded("The graph", drawing)]
+    return Section.of(LINEAGE.lineage, "lineage", "Lineage and cost", parts)
 
 
 def direct_inputs(artifacts: Mapping[str, Artifact]) -> dict[str, list[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from pipeline.report.against import against_section
 from pipeline.report.data import data_section
 from pipeline.report.document import document
 from pipeline.report.evaluation import evaluation_section
-from pipeline.report.html import ENVIRONMENT, PARTS, attempt, facts
+from pipeline.report.html import ENVIRONMENT, PARTS, Section, attempt, facts
 from pipeline.report.images import Album
 from pipeline.report.inputs import Other, ReportInput
 from pipeline.report.lineage import lineage_section
@@ -32,7 +31,6 @@ from pipeline.store.crash import crash_point
 
 # Of an unfinished page. axe-core objects to any refresh, but a page without script has no other way to reload.
 REFRESH_S = 30
-SECTION = re.compile(r'<section id="([\w-]+)">\n<h2><a [^>]+>([^<]+)')  # as the template writes it: for the contents
 
 
 def write_report(
@@ -92,32 +90,29 @@ def render(given: ReportInput, config: Config, graph: Graph, running: Sequence[A
     shown = attempt("The summary", head, config, graph, artifacts, running)
     compared = attempt("The comparison with another bundle", against_section, given, config.project)
     learns = attempt("The evaluation", evaluation_section, given)
-    sections = Markup().join(
-        (
-            attempt("The samples", samples_section, given),
-            *((compared, learns) if given.other else (learns, compared)),
-            attempt("The data", data_section, given),
-            attempt("The codec", codec_section, given),
-            attempt("The trainings", training_section, given, trained, running),
-            attempt("The lineage", lineage_section, artifacts),
-            attempt("Environment and settings", _environment_section, config, [artifacts[name] for name in in_order]),
-        )
+    sections = (
+        attempt("The samples", samples_section, given),
+        *((compared, learns) if given.other else (learns, compared)),
+        attempt("The data", data_section, given),
+        attempt("The codec", codec_section, given),
+        attempt("The trainings", training_section, given, trained, running),
+        attempt("The lineage", lineage_section, artifacts),
+        attempt("Environment and settings", _environment_section, config, [artifacts[name] for name in in_order]),
     )
     refresh = REFRESH_S if any(s.kind == "result" and s.name not in artifacts for s in graph.values()) else None
+    contents = [section for section in sections if isinstance(section, Section)]
     page = ENVIRONMENT.get_template("page.html")
-    contents = [(section, Markup(title)) for section, title in SECTION.findall(sections)]  # escaped already
     return page.render(project=config.project, refresh=refresh, head=shown, sections=sections, contents=contents)
 
 
 def _environment_section(config: Config, artifacts: Sequence[Artifact]) -> Markup:
     settings = [attempt(f"The settings of {made.stage}", _settings, made.stage, made.recipe) for made in artifacts]
     settings.append(attempt("The run settings", lambda: _settings("run", flatten(config.run))))
-    return HEAD.environment(
-        [
-            attempt("The environment", lambda: PARTS.folded("Packages and devices", facts(_environment(artifacts)))),
-            PARTS.folded("Settings of every stage", Markup().join(settings)),
-        ]
-    )
+    parts = [
+        attempt("The environment", lambda: PARTS.folded("Packages and devices", facts(_environment(artifacts)))),
+        PARTS.folded("Settings of every stage", Markup().join(settings)),
+    ]
+    return Section.of(HEAD.environment, "environment", "Environment and settings", parts)
 
 
 def _settings(name: str, values: Mapping[str, Any]) -> Markup:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from pipeline.graph.artifacts import Artifact
-from pipeline.report.html import attempt, facts, template, text
+from pipeline.report.html import Section, attempt, facts, template, text
 from pipeline.report.inputs import ReportInput
 
 SHOWN = 12
@@ -24,7 +24,7 @@ def samples_section(given: ReportInput) -> Markup:
     names = sample_names(artifact)
     cells = [attempt(f"Sample {name}", _sample, given, artifact, name) for name in names[:SHOWN]]
     settings = attempt("The settings of the samples", _settings, given, artifact, names[:SHOWN])
-    return SAMPLES.samples([SAMPLES.grid(cells, len(names) - SHOWN), settings])
+    return Section.of(SAMPLES.samples, "samples", "Samples", [SAMPLES.grid(cells, len(names) - SHOWN), settings])
 
 
 def sample_names(samples: Artifact) -> list[str]:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from models.sampling_config import PRIORS
 from pipeline.config import Config
-from pipeline.evaluate.figure import count, holds, lines, measured
+from pipeline.evaluate.figure import by_claim, count, holds
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Graph
 from pipeline.progress import counted, duration
@@ -58,11 +58,9 @@ def verdict(graph: Graph, artifacts: Mapping[str, Artifact], running: Sequence[A
         return "; ".join([done, *(trained or [f"next is {todo[0]}"])]) + "."
     if "evaluation" not in artifacts:
         return f"{done}; nothing of them measures quality."
-    metrics = artifacts["evaluation"].metrics
-    if not measured(metrics["figures"]):
-        return f"{metrics['holds']}."
-    failing = list(dict.fromkeys(figure["model"] for figure in metrics["figures"] if figure["holds"] is False))
-    held = count(metrics["figures"])
+    figures = artifacts["evaluation"].metrics["figures"]
+    held = count(figures)
+    failing = list(dict.fromkeys(figure["model"] for figure in figures if figure["holds"] is False))
     if not failing:
         return f"{held}."
     unused = ", which drew none of these images" if failing == [_other_prior(artifacts)] else ""
@@ -102,7 +100,7 @@ def _images(artifacts: Mapping[str, Artifact]) -> Tile:
 
 
 def _quality(artifacts: Mapping[str, Artifact]) -> Tile:
-    found = [holds(of_line) for of_line in lines(artifacts["evaluation"].metrics["figures"]).values()]
+    found = [holds(of_claim) for of_claim in by_claim(artifacts["evaluation"].metrics["figures"])]
     held, fails, unknown = (found.count(value) for value in (True, False, None))
     said = ", ".join(f"{n} {what}" for n, what in ((fails, "do not hold"), (unknown, "not measured")) if n)
     parts = (("good", held), ("bad", fails), ("rest", unknown))

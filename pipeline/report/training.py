@@ -17,7 +17,7 @@ from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import FEWEST, too_few
 from pipeline.progress import duration
 from pipeline.report.charts import Point, bars, line_chart
-from pipeline.report.html import PARTS, attempt, facts, note, number, template
+from pipeline.report.html import PARTS, Section, attempt, facts, note, number, template
 from pipeline.report.inputs import ReportInput
 
 PREVIEWS_SHOWN = 4
@@ -70,7 +70,7 @@ def codec_section(given: ReportInput) -> Markup:
     rest = {name: value for name, value in metrics.items() if name not in ("explained_variance_ratio", "warnings")}
     chart = attempt("The spectrum", _spectrum, metrics)
     numbers = attempt("The codec's metrics", facts, rest)
-    return TRAINING.codec([*warnings, PARTS.beside([chart, numbers])])
+    return Section.of(TRAINING.codec, "codec", "Codec", [*warnings, PARTS.beside([chart, numbers])])
 
 
 def _spectrum(metrics: Mapping[str, Any]) -> Markup:
@@ -84,7 +84,7 @@ def training_section(given: ReportInput, trained: Sequence[Artifact], running: S
     """Shows every trained model in order, below the ``running`` trainings; empty before the first."""
     parts = [_training(given, artifact, training_so_far(artifact)) for artifact in running]
     parts += [_training(given, artifact) for artifact in trained]
-    return TRAINING.training(parts) if parts else Markup()
+    return Section.of(TRAINING.training, "training", "Training", parts) if parts else Markup()
 
 
 def training_so_far(running: Artifact) -> str:

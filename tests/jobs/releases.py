@@ -39,7 +39,8 @@ class Made:
         verdicts = project.plan()
         keys = {verdict.stage: verdict.key for verdict in verdicts}
         values = np.random.default_rng(0).normal(0.5, 0.2, ROWS) + gain
-        figure = {"model": "decoder", "name": "top", "says": "top", "claim": "above", "line": "It draws."}
+        figure = {"model": "decoder", "name": "top", "says": "top", "better": "above", "claim": "draws"}
+        figure["text"] = "It draws."
         figure |= {"note": FEW if holds is None else "", "values": None if holds is None else list(values)}
         figure |= {"holds": holds, "groups": list(range(ROWS))}
         for stage in (project.graph[verdict.stage] for verdict in verdicts if verdict.state == "stale"):

@@ -100,6 +100,7 @@ TESTED = {
     "python examples/train_prior.py configs/nano.yaml": "here",
     "python examples/add_stage.py configs/nano.yaml": "here",
     "python examples/add_command.py configs/nano.yaml": "here",
+    "python examples/add_metric.py images/3.png": "here",
     "python examples/another_decoder.py configs/nano.yaml": "here",
     "unclip release promote configs/nano.yaml --key release.key": SIGNED,
     'unclip release rollback configs/nano.yaml --key release.key --reason "it drew cats"': SIGNED,

@@ -123,7 +123,7 @@ def test_the_evaluation_has_a_line_a_claim_and_what_was_drawn(shown: Shown) -> N
     strip = shown.page.locator("#evaluation .strips")
     heights = strip.locator("img").evaluate_all("images => images.map(i => i.naturalHeight)")
     assert heights == [4 * 64] * 8  # real, either prior, and decoder
-    assert "AR prior and decoder from the caption; diffusion prior and decoder" in shown.page.inner_text("#evaluation")
+    assert "the real image; the AR prior; the diffusion prior; the decoder" in shown.page.inner_text("#evaluation")
 
 
 def test_it_can_be_read_without_script_on_a_narrow_screen_and_on_paper(browser: Browser, folder: Path) -> None:

@@ -17,12 +17,18 @@ from models.image_configs import UpsamplerConfig
 from models.pixels import from_uint8, resize
 from models.sampling_config import SamplingConfig
 from models.upsampler import Upsampler
-from pipeline.evaluate import condition, figure, images, upsamplers
-from pipeline.evaluate.condition import Losses, condition_figure, losses
+from pipeline.evaluate import figure, upsamplers
+from pipeline.evaluate.condition import CONDITION, Losses, losses
 from pipeline.evaluate.figure import Figure
-from pipeline.evaluate.metrics import ONE_GROUP, derangement, interval, paired
+from pipeline.evaluate.images import JUDGED
+from pipeline.evaluate.statistics import derangement, interval
+from pipeline.evaluate.subject import ONE_GROUP, Subject
+from pipeline.evaluate.upsamplers import PSNR
 from tests.models.mutations import fails_under
-from tests.pipeline.evaluate.made_up import normal, rows
+from tests.pipeline.evaluate.made_up import normal, rows, subject
+
+ANY = subject(JUDGED, "decoder")
+BELOW = subject(replace(JUDGED, better="below"), "decoder")
 
 # --- intervals --------------------------------------------------------------------------------------------------------
 
@@ -50,31 +56,30 @@ def test_rows_of_one_group_are_drawn_one_by_one_and_it_is_said() -> None:
     x = normal(30, seed=1)
     alone, together = interval(x, range(30), 0), interval(x, ["g"] * 30, 0)
     assert together == (alone.low, alone.high, True)
-    found = paired("l", "m", "n", "says", x, torch.zeros(30), ["g"] * 30, "test", 0)
+    found = ANY.compare(rows(30, groups=1), x, torch.zeros(30))
     assert (found.holds, found.note) == (False, ONE_GROUP)
 
 
-@fails_under((paired, "interval(value - baseline, groups", "interval(value - baseline, range(len(value))"))
+@fails_under((Subject.compare, "interval(value - baseline, groups", "interval(value - baseline, range(len(value))"))
 def test_claims_hold_by_chance_one_time_in_forty_however_many_rows_a_group_has() -> None:
     """Values of rows without an effect, alike within groups of four: one by one they would hold 16 times in 100."""
-    groups = [i // 4 for i in range(120)]
-    held = 0
+    alike, held = rows(120, groups=30), 0
     for seed in range(300):
         values = normal(30, seed=seed).repeat_interleave(4) + 0.2 * normal(120, seed=1000 + seed)
-        held += paired("l", "m", "n", "says", values, torch.zeros(120), groups, "test", seed).holds is True
+        held += ANY.compare(alike, values, torch.zeros(120)).holds is True
     assert 0.005 < held / 300 < 0.06
 
 
 def test_a_figure_holds_on_the_side_that_it_claims_and_above_the_least() -> None:
-    x, zero = normal(50).abs(), torch.zeros(50)
-    above = paired("l", "m", "n", "says", x, zero, range(50), "test", 0)
+    x, zero, single = normal(50).abs(), torch.zeros(50), rows(50)
+    above = ANY.compare(single, x, zero)
     assert above.holds
     assert above.values is not None
     assert sum(above.values) / 50 == pytest.approx(above.value, rel=1e-5)
-    assert not paired("l", "m", "n", "says", x, zero, range(50), "test", 0, "below").holds
-    assert paired("l", "m", "n", "says", -x, zero, range(50), "test", 0, "below").holds
-    assert not paired("l", "m", "n", "says", x, zero, range(50), "test", 0, at_least=float(x.mean()) + 0.01).holds
-    assert not paired("l", "m", "n", "says", x + 1, x + 1 - 1e-6, range(50), "test", 0).holds  # by rounding alone
+    assert not BELOW.compare(single, x, zero).holds
+    assert BELOW.compare(single, -x, zero).holds
+    assert not ANY.compare(single, x, zero, at_least=float(x.mean()) + 0.01).holds
+    assert not ANY.compare(single, x + 1, x + 1 - 1e-6).holds  # by rounding alone
 
 
 def test_of_equal_derangements_the_nearest_to_half_is_taken() -> None:
@@ -92,6 +97,11 @@ def test_of_equal_derangements_the_nearest_to_half_is_taken() -> None:
         derangement(["x"])
 
 
+def of_losses(n: int, found: Losses) -> bool | None:
+    """Returns whether the condition's claim holds by losses of n rows."""
+    return subject(CONDITION, "decoder").compare(rows(n), found.other, found.own, keep=False).holds
+
+
 # --- conditions -------------------------------------------------------------------------------------------------------
 
 
@@ -103,7 +113,7 @@ def test_a_model_that_ignores_its_condition_fails() -> None:
 
     found = losses(loss, {"x": x, "c": x}, ("c",), derangement(range(70)), seed=0, draws=3)
     assert torch.equal(found.own, found.other)
-    assert condition_figure("m", "c", rows(70), found, 0).holds is False
+    assert of_losses(70, found) is False
 
 
 def test_a_model_that_uses_its_condition_loses_what_it_must_without() -> None:
@@ -114,9 +124,9 @@ def test_a_model_that_uses_its_condition_loses_what_it_must_without() -> None:
 
     found = losses(loss, {"x": x, "c": x}, ("c",), other, seed=0, draws=2)
     assert torch.allclose((found.other - found.own).float(), (x - x[other]).square().sum(1), atol=1e-4)
-    assert condition_figure("m", "c", rows(70), found, 0).holds
+    assert of_losses(70, found)
     noisy = Losses(torch.zeros(4), torch.tensor([1.0, -3.0, 3.0, 2.0]))  # a positive mean alone is not enough
-    assert condition_figure("m", "c", rows(4), noisy, 0).holds is False
+    assert of_losses(4, noisy) is False
 
 
 def test_conditions_may_depend_on_the_draw() -> None:
@@ -172,15 +182,18 @@ def test_an_upsampler_must_beat_bicubic_interpolation() -> None:
     blurred = cast(Upsampler, Knows(None))
     for answer, holds in ((None, False), (original, True), (original.flip(0), False)):
         model = blurred if answer is None else cast(Upsampler, Knows(answer))
-        found = upsamplers.upsampler_figure("upsampler_256", model, rows(4, image=image), FIVE, 3, 0, lambda _: None)
+        by = subject(PSNR, "upsampler_256", 3, upsampler_256=model, sampling=FIVE)
+        (found,) = PSNR.measure(by, rows(4, image=image))
         assert found.holds is holds
 
 
 def test_an_upsampler_that_ignores_the_small_image_fails() -> None:
     image = (normal(6, 3, 64, 64) * 60 + 128).clamp(0, 255).to(torch.uint8)
-    deaf = cast(Upsampler, Knows(torch.zeros(1, 3, 16, 16)))
-    assert condition.upsampler_condition("u", deaf, rows(6, image=image), 0).holds is False
-    assert condition.upsampler_condition("u", cast(Upsampler, Knows(None)), rows(6, image=image), 0).holds
+    for answer, holds in ((torch.zeros(1, 3, 16, 16), False), (None, True)):
+        by = subject(CONDITION, "upsampler_256", upsampler_256=Knows(answer))
+        (found,) = CONDITION.measure(by, rows(6, image=image))
+        assert found.holds is holds
+        assert found.values is None  # losses of two bundles may be of different things
 
 
 def test_the_busiest_crop_has_the_detail() -> None:
@@ -223,7 +236,13 @@ COLOURS = (normal(30, 3, seed=4) * 60 + 128).clamp(0, 255).to(torch.uint8)
 def test_a_judge_finds_captions_of_what_was_drawn_and_not_of_what_ignores_them() -> None:
     drawn = {"ar_prior": COLOURS, "diffusion_prior": COLOURS.roll(15, 0), "decoder": COLOURS[:1].expand(30, 3)}
     squares = {model: colours[:, None, None].expand(30, 8, 8, 3) for model, colours in drawn.items()}
-    found = images.judged(cast(Clip, Judge()), squares, rows(30), 0)
+    judge = cast(Clip, Judge())
+    found = [
+        figure
+        for model, of_model in squares.items()
+        for figure in JUDGED.measure(subject(JUDGED, model), judge, of_model, rows(30))
+    ]
+    assert len({figure.claim for figure in found}) == 1
     assert {figure.model: figure.holds for figure in found} == {
         "ar_prior": True, "diffusion_prior": False, "decoder": False,
     }  # fmt: skip
@@ -237,11 +256,13 @@ def test_a_judge_finds_captions_of_what_was_drawn_and_not_of_what_ignores_them()
 def test_the_table_in_plain_text() -> None:
     known = {"rows": 9, "split": "test"}
     figures = [
-        Figure("It draws.", "decoder", "top", "top", 0.82, 0.125, (0.5, 0.9), True, trained=0.9, **known),
-        Figure("It draws.", "decoder", "pot", "pot", 0.4, 0.2, (0.1, 0.3), False, **known),
-        Figure("It listens.", "ar_prior", "condition", "caption", 1.5, 1.25, (0.2, math.nan), True, note="n", **known),
-        Figure("It listens.", "decoder", "condition", "decoder", note="few rows"),
-        Figure("It enlarges.", "upsampler_256", "psnr", "PSNR", note="2 rows"),
+        Figure("draws", "It draws.", "decoder", "top", "top", 0.82, 0.125, (0.5, 0.9), True, trained=0.9, **known),
+        Figure("draws", "It draws.", "decoder", "pot", "pot", 0.4, 0.2, (0.1, 0.3), False, **known),
+        Figure(
+            "listens", "It listens.", "ar_prior", "x", "caption", 1.5, 1.25, (0.2, math.nan), True, note="n", **known
+        ),
+        Figure("listens", "It listens.", "decoder", "condition", "decoder", note="few rows"),
+        Figure("enlarges", "It enlarges.", "upsampler_256", "psnr", "PSNR", note="2 rows"),
     ]
     found = [each.as_json() for each in figures]
     assert figure.as_text(found).splitlines() == [
@@ -258,5 +279,7 @@ def test_the_table_in_plain_text() -> None:
 
 
 def test_a_table_of_nothing_is_one_line_with_each_reason_once() -> None:
-    none = [replace(Figure("l", "decoder", "x", "x"), note=why).as_json() for why in ("1 pair", "1 pair", "no image")]
+    none = [
+        replace(Figure("c", "l", "decoder", "x", "x"), note=why).as_json() for why in ("1 pair", "1 pair", "no image")
+    ]
     assert figure.as_text(none) == "Does it learn? Nothing was measured: 1 pair; no image"

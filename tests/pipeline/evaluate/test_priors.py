@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.evaluate.figure import Figure
-from pipeline.evaluate.metrics import ranks
-from pipeline.evaluate.priors import baselines, first_places, prior_figures
-from tests.pipeline.evaluate.made_up import normal, rows
+from pipeline.evaluate.priors import COSINE, FOUND, baselines, first_places
+from pipeline.evaluate.statistics import ranks
+from tests.pipeline.evaluate.made_up import normal, rows, subject
 
 D, TRAINING, N = 16, 1500, 200
 MAP, TURN, GAP = normal(D, D, seed=1) / 4, normal(D, D, seed=2) / 2, normal(D, seed=3)
@@ -29,16 +29,17 @@ KNOWN = dict(zip(("text_embedding", "image_embedding"), world(TRAINING, 10)[:2],
 TEXT, IMAGE, KNOWABLE = world(N, 20)
 
 
-def measured(prior: Tensor) -> dict[str, Figure]:
-    chosen = rows(N, text_embedding=TEXT, image_embedding=IMAGE)
-    return {figure.name: figure for figure in prior_figures("ar_prior", prior.expand(3, -1, -1), chosen, KNOWN, seed=0)}
+def measured(prior: Tensor, image: Tensor = IMAGE) -> dict[str, Figure]:
+    given = prior.expand(3, -1, -1), rows(N, text_embedding=TEXT, image_embedding=image), baselines(TEXT, KNOWN)
+    figures = (figure for metric in (FOUND, COSINE) for figure in metric.measure(subject(metric, "ar_prior"), *given))
+    return {figure.name: figure for figure in figures}
 
 
 def test_a_prior_that_knows_what_can_be_known_holds() -> None:
     figures = measured(KNOWABLE)
     assert all(figure.holds for figure in figures.values())
     assert [name for name, figure in figures.items() if figure.values] == ["found_text", "cosine_text"]
-    assert len({figure.line for figure in figures.values()}) == 2
+    assert {figure.claim for figure in figures.values()} == {"found.ar_prior", "cosine.ar_prior"}
 
 
 @pytest.mark.parametrize(
@@ -62,9 +63,7 @@ def test_a_prior_without_weights_fails_both_lines(cheat: Callable[[], Tensor], f
 
 
 def test_where_a_baseline_finds_all_but_a_few_nothing_is_claimed_of_finding() -> None:
-    chosen = rows(N, text_embedding=TEXT, image_embedding=TEXT)
-    figures = prior_figures("ar_prior", TEXT.expand(3, -1, -1), chosen, KNOWN, seed=0)
-    by_name = {figure.name: figure for figure in figures}
+    by_name = measured(TEXT, TEXT)
     assert by_name["found_text"].holds is None
     assert by_name["found_text"].note == "it misses 0 of 200, too few to do better"
     assert by_name["cosine_text"].holds is False

@@ -24,7 +24,7 @@ from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from models.sampling_config import SamplingConfig
 from models.upsampler import Upsampler
 from pipeline.data.source.drawings.world import Drawing
-from pipeline.evaluate.figure import as_text, lines
+from pipeline.evaluate.figure import as_text, by_claim
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import SplitRows, held_out, training_rows
 from pipeline.evaluate.stage import run_evaluation
@@ -135,7 +135,7 @@ def test_it_measures_every_model_against_the_drawn_truth_and_repeats_to_the_byte
     assert all(len(figure["interval"]) == 2 for figure in found.values())
     assert {f["split"] for f in document["figures"]} == {"test"}
     assert all((figure["trained"] is not None) == (name in drawn) for name, figure in found.items())
-    assert len(lines(document["figures"])) == 3 * 3 + 2 * 2 + 1 + 1  # with an upsampler to 1024 px 16
+    assert len(by_claim(document["figures"])) == 3 * 3 + 2 * 2 + 1 + 1  # with an upsampler to 1024 px 16
     test_rows = {key for key, example in case.world.examples.items() if example.split == "test"}
     assert all(set(part["keys"]) <= test_rows for part in document["rows"].values())
     assert {name: len(part["keys"]) for name, part in document["rows"].items()} == {
@@ -165,7 +165,7 @@ def test_other_peoples_images_keep_the_claims_that_need_no_truth(tmp_path: Path)
     assert set(first.blobs) == {"evaluation.json", "held-out.png"}
     names = {(f["model"], f["name"]) for f in first.metrics["figures"]}
     assert ("decoder", "condition") in names
-    assert len(lines(first.metrics["figures"])) == 2 + 1 + 1
+    assert len(by_claim(first.metrics["figures"])) == 2 + 1 + 1
     notes = {(f["model"], f["name"]): f["note"] for f in first.metrics["figures"] if f["holds"] is None}
     notes = {of: note for of, note in notes.items() if "too few to do better" not in note}
     why = "0 test pairs with an image of 256 px, and a figure needs 8; set source.test to 0.2 or add pairs"

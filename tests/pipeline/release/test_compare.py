@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.ledger import Ledger
-from pipeline.release.compare import OTHER_CLIP, Measured, changes, find_comparable, obstacles
+from pipeline.release.compare import Measured, changes, find_comparable, obstacles
 from pipeline.release.gates import failing, unjudged
 from pipeline.settings import ReleaseGates
 from tests.models.mutations import fails_under
@@ -20,12 +20,12 @@ ROWS = {"decoder": {"split": "test", "keys": [f"{i:012d}" for i in range(N)], "c
 
 
 def figure(
-    model: str, name: str, values: Any = None, claim: str = "above", holds: bool | None = True, groups: int = N
+    model: str, name: str, values: Any = None, better: str = "above", holds: bool | None = True, groups: int = N
 ) -> dict[str, Any]:
     """Returns a figure with these values of rows, of which as many are alike as there are fewer ``groups``."""
     values = None if values is None else [float(v) for v in values]
     return {
-        "model": model, "name": name, "claim": claim, "holds": holds, "values": values, "note": "", "line": "It draws.",
+        "model": model, "name": name, "better": better, "holds": holds, "values": values, "note": "", "claim": "draws",
         "groups": [i * groups // N for i in range(N)],
     }  # fmt: skip
 
@@ -66,7 +66,7 @@ def test_equal_measurements_are_comparable() -> None:
         ({"version": 3}, "version 3 -> 4 of the evaluation"),
         ({"recipe": {"rows": 8, "seed": 0}}, "evaluation.rows 8 -> 40"),
         ({"recipe": {"rows": N, "seed": 1}}, "evaluation.seed 1 -> 0"),
-        ({"clip": "other"}, OTHER_CLIP),
+        ({"clip": "other"}, "another CLIP"),
         (
             {"rows": {"decoder": ROWS["decoder"] | {"keys": ["x", *ROWS["decoder"]["keys"][1:]]}}},
             "rows of decoder: 40 -> 40, 39 of them shared",
@@ -111,15 +111,15 @@ def test_the_interval_is_that_of_the_mean_difference_over_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("claim", "shift", "verdict"),
+    ("better", "shift", "verdict"),
     [
         ("above", 1.0, "better"), ("above", -1.0, "worse"), ("below", 1.0, "worse"), ("below", -1.0, "better"),
         ("above", 0.0, ""),
     ],
 )  # fmt: skip
-def test_a_verdict_follows_the_direction_that_the_figure_claims(claim: str, shift: float, verdict: str) -> None:
+def test_a_verdict_follows_the_direction_in_which_the_figure_is_better(better: str, shift: float, verdict: str) -> None:
     base, noise = draws(0), draws(2, 0, 0.1) - draws(2, 0, 0.1).mean()
-    old, new = (evaluation(figure("m", "x", v, claim)) for v in (base, base + noise + shift))
+    old, new = (evaluation(figure("m", "x", v, better)) for v in (base, base + noise + shift))
     (change,) = changes(old, new)
     assert change.verdict == verdict
     assert bool(gate(old, new)) == (verdict == "worse")

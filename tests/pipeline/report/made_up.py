@@ -22,7 +22,7 @@ from pipeline.config import load_config
 from pipeline.data.curation.rejected import Rejected, rejected_table
 from pipeline.data.pairs.row_index import index_table
 from pipeline.data.source.stage import row_key
-from pipeline.evaluate.figure import Figure, count, without_values
+from pipeline.evaluate.figure import Figure, without_values
 from pipeline.graph.artifacts import (
     Artifact,
     Shard,
@@ -254,15 +254,15 @@ def _samples(store: Store, caption: str | None) -> Artifact:
 def _evaluation(store: Store, caption: str | None) -> Artifact:
     common: dict[str, Any] = {"rows": 8, "split": "test"}
     figures = [
-        Figure("It draws.", "ar_prior", "top", "top", 0.82, 0.12, (0.5, 0.9), True, trained=0.9, **common),
-        Figure("It draws.", "ar_prior", "pot", "pot", 0.4, 0.2, (-0.1, 0.3), False, trained=0.5, **common),
-        Figure("It listens.", "decoder", "condition", "decoder", 0.52, 0.5, (0.01, 0.03), True, **common),
-        Figure("It enlarges.", "upsampler_256", "psnr", "PSNR in dB", note=caption or "too few rows"),
+        Figure("draws", "It draws.", "ar_prior", "top", "top", 0.82, 0.12, (0.5, 0.9), True, trained=0.9, **common),
+        Figure("draws", "It draws.", "ar_prior", "pot", "pot", 0.4, 0.2, (-0.1, 0.3), False, trained=0.5, **common),
+        Figure("listens", "It listens.", "decoder", "condition", "decoder", 0.52, 0.5, (0.01, 0.03), True, **common),
+        Figure("enlarges", "It enlarges.", "upsampler_256", "psnr", "PSNR in dB", note=caption or "too few rows"),
     ]
     found = [figure.as_json() for figure in figures]
     captions = [caption or f"a {colour} circle on white" for colour in COLOURS]
     blobs = {"held-out.png": put_blob(store, _grid(64, 0.1))}
     blobs["evaluation.json"] = put_blob(store, json.dumps({"figures": found}).encode())
     shown = {"captions": captions, "licenses": ["CC-BY-4.0"] * 4 + [None] * 4, "models": ["ar_prior", "decoder"]}
-    metrics = {"holds": count(found), "figures": without_values(found), "shown": shown}
+    metrics = {"figures": without_values(found), "shown": shown}
     return _publish(store, "evaluation", 9.0, ledger=Ledger(kept=8), blobs=blobs, metrics=metrics, recipe={"rows": 8})

@@ -20,7 +20,7 @@ from tests.pipeline.report.made_up import config, graph
 ROWS = 16
 
 
-def bundle_of(store: Store, made: dict[str, Artifact], name: str, gain: float, claim: str) -> dict[str, Artifact]:
+def bundle_of(store: Store, made: dict[str, Artifact], name: str, gain: float, better: str) -> dict[str, Artifact]:
     """Publishes a bundle, its samples and its evaluation, whose one figure with values is ``gain`` higher."""
     decoder = publish_artifact(
         store, replace(made["decoder"], key=digest(f"{name} decoder"), recipe={"gain": gain}), 1.0
@@ -30,7 +30,7 @@ def bundle_of(store: Store, made: dict[str, Artifact], name: str, gain: float, c
     bundle = publish_artifact(store, replace(made["bundle"], key=digest(name), inputs=inputs), 1.0)
     values = tuple(np.random.default_rng(0).normal(0.5, 0.2, ROWS) + gain)
     figure = Figure(
-        "It draws.", "decoder", "top", "top", claim=claim, values=values, groups=tuple(range(ROWS))
+        "draws", "It draws.", "decoder", "top", "top", better=better, values=values, groups=tuple(range(ROWS))
     ).as_json()
     measured: dict[str, Any] = {"version": 1, "recipe": {}, "rows": {}, "figures": [figure]}
     blobs = {**made["evaluation"].blobs, "evaluation.json": put_blob(store, json.dumps(measured).encode())}
@@ -42,15 +42,15 @@ def bundle_of(store: Store, made: dict[str, Artifact], name: str, gain: float, c
 
 
 @pytest.mark.parametrize(
-    ("claim", "gain", "verdict"),
+    ("better", "gain", "verdict"),
     [("above", 0.1, "better"), ("above", -0.1, "worse"), ("below", 0.1, "worse"), ("above", 0, "")],
 )
 def test_figures_differ_to_the_better_or_the_worse(
-    store: FolderStore, made: dict[str, Artifact], tmp_path: Path, claim: str, gain: float, verdict: str
+    store: FolderStore, made: dict[str, Artifact], tmp_path: Path, better: str, gain: float, verdict: str
 ) -> None:
     elsewhere = FolderStore(str(tmp_path))
-    theirs = bundle_of(elsewhere, made, "old", 0.0, claim)
-    ours = bundle_of(store, made, f"new {claim} {gain}", gain, claim)
+    theirs = bundle_of(elsewhere, made, "old", 0.0, better)
+    ours = bundle_of(store, made, f"new {better} {gain}", gain, better)
     given = ReportInput(store, ours, other=Other("tom's & co.yaml", elsewhere, theirs["bundle"]))
     page = render(given, config(), graph())
     title = "Against tom&#39;s &amp; co.yaml"

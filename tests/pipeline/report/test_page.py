@@ -103,9 +103,8 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     # Three lines, and in the table of all numbers three lines and four figures.
     assert (page.count(">✓<"), page.count(">✗<"), page.count(">·<")) == (1 + 1 + 2, 1 + 1 + 1, 1 + 1 + 1)
     assert "+0.2 (-0.1 to 0.3)" in page
-    assert "From above: the real image; AR prior and decoder from the caption; the decoder from the image" in page
+    assert "From above: the real image; the AR prior; the decoder, from images&#39; own embeddings." in page
     assert page.count('alt="Held-out captions: ') == 8
-    assert page.count("diffusion prior and decoder from the caption") == 0  # this one has no diffusion prior
     assert "243 a second, 41% of what matrix products reach there</summary>" in page
     assert "<td>time: forward</td><td><bdi>98.0%</bdi></td>" in page
     assert "319 components asked for, 95 kept" in page

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.data.pairs.row_index import index_table
-from pipeline.evaluate.figure import Figure, count
+from pipeline.evaluate.figure import Figure
 from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, read_shards, write_shard_table, write_table
 from pipeline.ledger import Ledger
 from pipeline.report.data import data_section, spread
@@ -44,13 +44,12 @@ def test_losses_by_timestep_are_those_of_the_latest_look_that_has_any() -> None:
 
 
 def test_why_nothing_was_measured_is_escaped(store: FolderStore) -> None:
-    figures = [Figure("It <b>draws</b>.", "decoder", "top", "<i>", note="<script>alert(1)</script>").as_json()]
-    metrics = {"holds": count(figures), "figures": figures}
-    made = Artifact("evaluation", "k", {}, {}, Ledger(), metrics=metrics)
+    figures = [Figure("draws", "It <b>draws</b>.", "decoder", "top", "<i>", note="<script>alert(1)</script>").as_json()]
+    made = Artifact("evaluation", "k", {}, {}, Ledger(), metrics={"figures": figures})
     page = evaluation_section(ReportInput(store, {"evaluation": made}))
     assert "Nothing was measured: &lt;script&gt;alert(1)&lt;/script&gt;." in page
-    one = Figure("It holds.", "decoder", "top", "<i>", 1.0, 0.5, (0.1, 0.9), holds=True).as_json()
-    made = replace(made, metrics=metrics | {"figures": [*figures, one]})
+    one = Figure("holds", "It holds.", "decoder", "top", "<i>", 1.0, 0.5, (0.1, 0.9), holds=True).as_json()
+    made = replace(made, metrics={"figures": [*figures, one]})
     more = evaluation_section(ReportInput(store, {"evaluation": made}))
     assert "&lt;script&gt;" in more
     assert not any(tag in page + more for tag in ("<script", "<i>", "<b>draws"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluate.figure import Figure, count
+from pipeline.evaluate.figure import Figure
 from pipeline.graph.artifacts import Artifact
 from pipeline.report.document import document
 from pipeline.report.evaluation import claims
@@ -17,14 +17,14 @@ from pipeline.store import FolderStore
 from tests.pipeline.report.made_up import config, graph
 
 
-def figure(holds: bool | None, line: str = "It draws.", **more: Any) -> dict[str, Any]:
+def figure(holds: bool | None, text: str = "It draws.", **more: Any) -> dict[str, Any]:
     known = {"model": "decoder", "name": "x", "says": "x"} | more
     values = {"value": 0.5, "baseline": 0.4, "rows": 8} if holds is not None else {}
-    return Figure(line, **known | values, holds=holds).as_json()
+    return Figure(text, text, **known | values, holds=holds).as_json()
 
 
 def judged(made: dict[str, Artifact], *figures: dict[str, Any]) -> dict[str, Artifact]:
-    metrics = {**made["evaluation"].metrics, "figures": list(figures), "holds": count(figures)}
+    metrics = {**made["evaluation"].metrics, "figures": list(figures)}
     return made | {"evaluation": replace(made["evaluation"], metrics=metrics)}
 
 
@@ -53,7 +53,7 @@ def test_the_sentence_says_that_a_failing_prior_drew_nothing(made: dict[str, Art
 def test_claims_that_fail_come_first_and_a_figure_says_why_it_is_missing() -> None:
     figures = [figure(True, "one"), figure(True, "two"), figure(False, "two", says="part")]
     figures += [figure(None, "three", note="few rows"), figure(True, "four") | {"value": None}]
-    page = claims({"figures": figures})
+    page = claims(figures)
     places = [page.index(f"<b>{word}</b>") for word in ("two", "one", "three", "four")]
     assert places == sorted(places)
     assert '<span class="bad">part 0.5</span> / 0.4' in page
@@ -62,7 +62,7 @@ def test_claims_that_fail_come_first_and_a_figure_says_why_it_is_missing() -> No
 
 def test_the_report_says_how_many_figures_would_hold_by_chance() -> None:
     figures = [figure(i % 2 == 0, f"line {i}") for i in range(34)]
-    page = claims({"figures": [*figures, figure(None, "three", note="few rows")]})
+    page = claims([*figures, figure(None, "three", note="few rows")])
     assert "Without any\neffect about 0.85 of 34 figures would be beyond chance." in page
 
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from math import nan
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.evaluate.figure import Figure
-
 RESAMPLES = 1000
 TIE = 1e-9  # cosines of equal rows differ by rounding
-EQUAL = 1e-4  # of the baseline: so much rounding alone makes, of a model that returns what it is compared with
-ONE_GROUP = "its interval is over rows, as all are of one group"
 
 
 class Interval(NamedTuple):
@@ -46,31 +42,6 @@ def interval(x: Tensor, groups: Sequence[Hashable], seed: int) -> Interval:
     total, rows = sums[:, drawn].sum(2)
     low, high = torch.quantile(total / rows, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(low, high, by_rows)
-
-
-def paired(
-    line: str, model: str, name: str, says: str, value: Tensor, baseline: Tensor, groups: Sequence[Hashable],
-    split: str, seed: int, claim: Literal["above", "below"] = "above", at_least: float = -torch.inf, **more: Any,
-) -> Figure:  # fmt: skip
-    """Returns a figure that compares ``value`` [n] with ``baseline`` [n], row by row.
-
-    It holds if the whole interval of the mean difference is on the side of 0 that ``claim`` names, by more than
-    rounding, and the mean value above ``at_least``. ``groups`` are those of the rows; ``more`` are further fields of
-    ``Figure``.
-    """
-    value, baseline = value.double().cpu(), baseline.double().cpu()
-    found = interval(value - baseline, groups, seed)
-    least = EQUAL * float(baseline.mean().abs())
-    beyond = found.low > least if claim == "above" else found.high < -least
-    known: dict[str, Any] = {
-        "interval": (found.low, found.high),
-        "holds": beyond and float(value.mean()) > at_least,
-        "note": ONE_GROUP if found.by_rows else "",
-        "values": tuple(float(f"{v:.6g}") for v in value.tolist()),
-        "groups": tuple(numbered(groups).tolist()),
-    }
-    means = float(value.mean()), float(baseline.mean())
-    return Figure(line, model, name, says, *means, rows=len(value), split=split, claim=claim, **known | more)
 
 
 def numbered(labels: Sequence[Hashable]) -> Tensor:
