@@ -121,7 +121,7 @@ def test_other_measurements_are_refused_and_the_release_is_measured_again(
         blobs = {"evaluation.json": put_blob(made.store, json.dumps(document).encode())}
         return publish_artifact(made.store, ctx.publishable(blobs=blobs, ledger=Ledger()), 0.0)
 
-    monkeypatch.setattr("pipeline.evaluate.stage.run_evaluation", run)
+    monkeypatch.setattr("pipeline.evaluate.run.evaluate", run)
     for _ in range(2):  # again there is nothing to do
         assert "is measured on the rows of" in made.release("evaluate", *changed)
     assert asked == [(first, 9)]
