@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
-import os
 import sysconfig
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,13 +23,12 @@ from cluster.job import PROJECT_FILE
 from models.clip_weights import ClipWeights
 from pipeline.config import Config, plain_values
 from pipeline.data.source.journal import FORGOTTEN, ListJournal, reference_marks
-from pipeline.data.source.lists import read_rows
-from pipeline.data.source.remote import is_remote
-from pipeline.data.source.rows import ROWS_SUFFIX, ListRow, write_rows
-from pipeline.data.source.tables import table_kind
+from pipeline.data.source.lists import read_rows, source_at
+from pipeline.data.source.rows import ROWS_SUFFIX, write_rows
+from pipeline.data.source.source import ListRow, Source
 from pipeline.doctor.clip_weights import named_weights
 from pipeline.errors import UserError
-from pipeline.local import PathPolicy
+from pipeline.local import PathPolicy, names_file
 from pipeline.parse import ContentFile
 from pipeline.store import Store
 from pipeline.store.content import put_content
@@ -46,7 +44,6 @@ DATA = {
 PACKAGES = "packages"  # their folder in a store
 LARGEST = 100 << 20  # bytes; as much as Ray keeps of a package, for which this is its own limit too
 NAMED = 5  # of the largest files, in a message
-ELSEWHERE = ("file:", "tar:", "embedding:", "/")  # references to files, which every machine must have at the same place
 
 
 @dataclass(frozen=True)
@@ -111,17 +108,19 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
     values["source"]["roots"] = PathPolicy.of((), config.source.roots).named
     paths = values["source"]["paths"]
     for i, path in enumerate(paths):
-        if path.startswith("drawings:") or is_remote(path):
+        source = source_at(path)
+        if source.everywhere:
             continue
-        file = Path(os.path.expanduser(path)).absolute()
-        if not here and _travels(path, config):
+        file = source.file
+        if not (here and file.exists()) and _travels(source, config):
             paths[i] = f"lists/{i}/{file.stem}{ROWS_SUFFIX}"
             files[paths[i]] = _as_read(path, config, journal.forgotten)
             continue
-        paths[i] = str(file)
+        if file.exists():
+            paths[i] = str(file)
         if not here:
             notes.append(
-                f"{path} does not travel: every machine must find it, and the files that it names, at {file}; "
+                f"{path} does not travel: every machine must find it, and the files that it names, at {paths[i]}; "
                 "images on S3 or the web need no such place"
             )
     for setting, value in named_weights(config, ("clip", "evaluation")):
@@ -221,11 +220,11 @@ def _plugins() -> dict[str, Path | bytes]:
     return files
 
 
-def _travels(path: str, config: Config) -> bool:
-    """Says whether a list can travel: it is a file, and its images are not files beside it."""
-    if table_kind(path) is None or not Path(os.path.expanduser(path)).is_file():
+def _travels(source: Source, config: Config) -> bool:
+    """Returns whether a list can travel: a file, whose rows name no files."""
+    if source.file.is_dir():
         return False
-    return not any(row.url.startswith(ELSEWHERE) and not row.reject for row in read_rows(path, config.source))
+    return not any(names_file(row.url) and not row.reject for row in read_rows(source.path, config.source))
 
 
 def _as_read(path: str, config: Config, forgotten: frozenset[str]) -> bytes:

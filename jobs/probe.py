@@ -25,11 +25,9 @@ import pyarrow.parquet as pq
 from jobs.project import Project
 from pipeline.config import Config
 from pipeline.cost.observed import Observations, observe
-from pipeline.data.source.drawings.server import serving
-from pipeline.data.source.drawings.world import HOST
 from pipeline.data.source.journal import reference_marks
-from pipeline.data.source.lists import path_policy, read_rows
-from pipeline.data.source.rows import ListRow
+from pipeline.data.source.lists import path_policy, read_rows, serving_lists
+from pipeline.data.source.source import ListRow
 from pipeline.evaluate.recipe import ROWS
 from pipeline.held_out import FEWEST
 from pipeline.progress import counted, duration
@@ -55,7 +53,8 @@ def probe(project: Project, path: str, overrides: Sequence[str], tell: Callable[
     trainings = [stage.name for stage in project.graph.values() if stage.kind == "training"]
     with tempfile.TemporaryDirectory(prefix="unclip-probe-") as name, ExitStack() as stack:
         folder = Path(name)
-        changes = _serving(project, stack)
+        hosts = stack.enter_context(serving_lists(project.config.source.paths, project.graph["pairs"].settings.hosts))
+        changes = [f"run.pairs.hosts={json.dumps(dict(hosts))}"]  # else each list's own server starts in both runs
         for number, shards in enumerate(SHARDS, 1):
             rows, cut = _write_list(project, folder / f"{number}.parquet", shards)
             samples = {stage: _samples(project.config, stage, found) for stage in trainings}
@@ -69,14 +68,6 @@ def probe(project: Project, path: str, overrides: Sequence[str], tell: Callable[
                 found.setdefault(stage, []).extend(seen)
     tell(f"probed in {duration(time.monotonic() - began)}")
     return found
-
-
-def _serving(project: Project, stack: ExitStack) -> list[str]:
-    """Returns overrides for drawings, which come from a server that otherwise their own list starts."""
-    drawings = any(path.startswith("drawings:") for path in project.config.source.paths)
-    if not drawings or HOST in project.graph["pairs"].settings.hosts:
-        return []
-    return [f"run.pairs.hosts={json.dumps({HOST: stack.enter_context(serving())})}"]
 
 
 def _write_list(project: Project, file: Path, shards: int) -> tuple[int, int]:

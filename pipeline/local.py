@@ -25,7 +25,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 MAX_REFERENCE = 8 << 10  # characters; no server takes a longer URL, and each rule of a robots.txt is compared with it
-IN_PLACE = ("tar://", "embedding://")  # members of tars and rows of embeddings, used where they lie
+MEMBER, EMBEDDING = "tar://", "embedding://"  # a member of a tar and a row of embeddings, used where they lie
 
 
 class Outside(OSError):
@@ -76,7 +76,7 @@ class PathPolicy:
             parts, path = urlsplit(reference), local_path(reference)
         except ValueError:  # the fetch counts it
             return None
-        if reference.startswith(IN_PLACE):
+        if reference.startswith((MEMBER, EMBEDDING)):
             named = _is_below(os.fsdecode(unquote_to_bytes(parts.path)), self._rooted)
         elif path is not None:
             named = _is_below(path, self._everything)
@@ -116,6 +116,26 @@ class PathPolicy:
 
 
 NOTHING = PathPolicy()
+
+
+def on_web(reference: str) -> bool:
+    """Returns whether a reference names what every machine finds: on a web server or on S3."""
+    return reference.startswith(("http://", "https://", "s3://"))
+
+
+def names_file(reference: str) -> bool:
+    """Returns whether a reference names a file, or a part of one, which machines must have at the same place."""
+    return reference.startswith(("/", "file:", MEMBER, EMBEDDING))
+
+
+def is_member(reference: str) -> bool:
+    """Returns whether a reference names a member of a tar (see pipeline.data.source.tars)."""
+    return reference.startswith(MEMBER)
+
+
+def is_embedding(reference: str) -> bool:
+    """Returns whether a reference names an embedding without an image (see pipeline.data.source.imported)."""
+    return reference.startswith(EMBEDDING)
 
 
 def _is_below(path: str, places: Sequence[str]) -> bool:

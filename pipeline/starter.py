@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ import yaml
 from models.sampling_config import MODELS, PRIORS, largest_side
 from pipeline.config import Config, preset_config
 from pipeline.data.pairs.preview import ListPreview
-from pipeline.data.source.imported import is_embeddings
+from pipeline.data.source.lists import lists_there
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.held_out import FEWEST
@@ -190,7 +189,7 @@ def _values(folder: Path, recipe: Any) -> dict[str, Any]:
 
 def embedded(source: SourceRecipe) -> list[str]:
     """Returns the paths of a source that are folders of embeddings, which have no images."""
-    return [path for path in source.paths if is_embeddings(Path(os.path.expanduser(path)))]
+    return [found.path for found in lists_there(source.paths) if found.embedded]
 
 
 def existing_clip(gpu: bool, source: SourceRecipe, seen: ListPreview | None) -> bool:

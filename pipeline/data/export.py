@@ -24,6 +24,7 @@ from pipeline.data.source.imported import imported_url
 from pipeline.data.source.rows import read_captions
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
+from pipeline.local import on_web
 from pipeline.progress import Progress
 from pipeline.store import Store, local_folder
 from pipeline.store.parallel import ordered_map
@@ -133,7 +134,7 @@ def _reference(url: str) -> str:
     Of an imported embedding it is that of its image.
     """
     url = imported_url(url) or url
-    return shown(url) if url.startswith(("http://", "https://", "s3://")) else url.rpartition("/")[2]
+    return shown(url) if on_web(url) else url.rpartition("/")[2]
 
 
 def write_webdataset(store: Store, target: Store, part: ExportedShard) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from models.sampling_config import MODELS, PRIORS, UPSAMPLERS, SamplingConfig, check_sampling, largest_side
+from pipeline.data.source.lists import lists_there
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, is_preview, publish_artifact
 from pipeline.graph.stages import Context, Stage
@@ -84,8 +85,7 @@ def _card(ctx: Context) -> str:
         lines.append(f"| {name} | {part.key[:12]} | {part.recipe.get('samples', '')} |")
     # Without folders of this machine: a bundle travels.
     lines += ["", f"Trained on: {', '.join(Path(path).name for path in ctx.given.paths)}."]
-    if any(path.startswith("drawings:") for path in ctx.given.paths):
-        lines.append("Images: the styles Critters, Sprouts and Planets by DiceBear (CC0 1.0).")
+    lines += dict.fromkeys(found.credits for found in lists_there(ctx.given.paths) if found.credits)
     return "\n".join(lines) + "\n"
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from models.prior_configs import VOCABULARY
 from models.sampling_config import BASE, UPSAMPLERS
-from pipeline.data.source.imported import is_embeddings
+from pipeline.data.source.lists import lists_there
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context, Stage
@@ -59,9 +57,11 @@ def _fits_tokens(stage: Stage, config: Any) -> None:
 
 
 def _clip_fits(stage: Stage, config: Any) -> None:
-    for path in () if stage.recipe.pretrained else config.source.paths:
-        if is_embeddings(Path(os.path.expanduser(path))):
-            raise UserError(f"source {path}: imported embeddings teach no CLIP; name in clip.weights what made them")
+    for found in () if stage.recipe.pretrained else lists_there(config.source.paths):
+        if found.embedded:
+            raise UserError(
+                f"source {found.path}: imported embeddings teach no CLIP; name in clip.weights what made them"
+            )
 
 
 def _decoder_fits(stage: Stage, config: Any) -> None:

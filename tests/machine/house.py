@@ -28,7 +28,7 @@ from pipeline.config import Run
 from pipeline.data.source import stage as source_stage
 from pipeline.data.source.journal import read_journal
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.data.source.rows import ListRow
+from pipeline.data.source.source import ListRow
 from pipeline.data.source.stage import run_captions, run_source, scan
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import artifacts, runs

@@ -14,12 +14,13 @@ import pyarrow as pa
 from pipeline.data.embeddings.scores import Head, load_heads, score_column
 from pipeline.data.pairs.decoding import read_pair_pixels
 from pipeline.data.pairs.row_index import Place, read_images
-from pipeline.data.source.imported import SCHEME, read_imported
+from pipeline.data.source.imported import read_imported
 from pipeline.data.source.rows import read_captions
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import read_table, write_table
 from pipeline.graph.workers import ShardOutput, ShardTask, Timed
 from pipeline.ledger import Ledger
+from pipeline.local import is_embedding
 from pipeline.parse import ContentFile
 from pipeline.progress import Steps
 from pipeline.store import Store
@@ -77,7 +78,7 @@ class ImageParts:
         """Returns the rows of one part, their views, and the seconds of "read" and "decode"."""
         steps = Steps()
         with steps("read"):
-            pictured = [row for row in kept_rows(self.store, task) if not _is_imported(row)]
+            pictured = [row for row in kept_rows(self.store, task) if not is_embedding(row["url"])]
             rows = pictured[part * self.rows : (part + 1) * self.rows]
             images = task.inputs["pairs"].blobs.get("images")
             views = np.zeros((len(rows), self.size, self.size, 3), np.uint8)
@@ -105,9 +106,9 @@ class ImageParts:
         with steps("read"):
             rows = kept_rows(self.store, task)
             captioned = captions_of(self.store, task, rows)
-        came = np.array([_is_imported(row) for row in rows], bool)
+        came = np.array([is_embedding(row["url"]) for row in rows], bool)
         image, text = np.zeros((2, len(rows), self.dim), np.float32)
-        image[came], text[came] = self._imported([row for row in rows if _is_imported(row)])
+        image[came], text[came] = self._imported([row for row in rows if is_embedding(row["url"])])
         image[~came] = np.concatenate([part["image"] for part in made])
         text[~came] = made[0]["text"]
         offsets = np.cumsum([0, *(len(captions) - 1 for captions in captioned)], dtype=np.int32)
@@ -170,19 +171,15 @@ def kept_rows(store: Store, task: ShardTask) -> list[IndexRow]:
 def captions_of(store: Store, task: ShardTask, rows: Sequence[IndexRow]) -> list[list[str]]:
     """Returns the captions of rows that are embedded, one or more each; one where embeddings are imported."""
     texts = read_captions(store, task.inputs["captions"])
-    return [texts[row["key"]][: 1 if _is_imported(row) else EMBEDDED_CAPTIONS] or [""] for row in rows]
+    return [texts[row["key"]][: 1 if is_embedding(row["url"]) else EMBEDDED_CAPTIONS] or [""] for row in rows]
 
 
 def captions_to_encode(store: Store, task: ShardTask) -> tuple[list[str], list[str]]:
     """Returns the first captions of the rows of a shard that have an image, and the other captions of all rows."""
     rows = kept_rows(store, task)
     captioned = captions_of(store, task, rows)
-    first = [captions[0] for row, captions in zip(rows, captioned, strict=True) if not _is_imported(row)]
+    first = [captions[0] for row, captions in zip(rows, captioned, strict=True) if not is_embedding(row["url"])]
     return first, [caption for captions in captioned for caption in captions[1:]]
-
-
-def _is_imported(row: IndexRow) -> bool:
-    return row["url"].startswith(SCHEME)
 
 
 def _column(embeddings: np.ndarray) -> pa.Array:

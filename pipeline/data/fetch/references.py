@@ -8,7 +8,7 @@ import string
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from pipeline.data.fetch.opener import Refused, normal_url
-from pipeline.local import local_path
+from pipeline.local import is_embedding, local_path
 
 # Most references are in the form to compare already; no dot segments, no escapes, nothing that a parser has to split.
 _PLAIN = re.compile(
@@ -59,7 +59,7 @@ def shown(reference: str) -> str:
 
     That is what stands before an @, and the values of parameters that sign a URL or say who asks.
     """
-    if reference.startswith("embedding://"):  # behind the # stands the image's URL, escaped
+    if is_embedding(reference):  # behind the # stands the image's URL, escaped
         place, behind, url = reference.partition("#")
         return place + behind + shown(unquote(url))
     return _PARAMETER.sub(_masked, without_password(reference))

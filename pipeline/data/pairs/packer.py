@@ -23,13 +23,13 @@ from pipeline.data.pairs.earlier import EarlierRow, take_over
 from pipeline.data.pairs.recipe import PairsRecipe
 from pipeline.data.pairs.row_index import OPT_OUTS, index_counts, index_table, opt_out_table
 from pipeline.data.pairs.unfinished import Unfinished
-from pipeline.data.source.imported import SCHEME, imported_url, read_imported
+from pipeline.data.source.imported import imported_url, read_imported
 from pipeline.data.source.stage import row_key
 from pipeline.data.source.tars import tar_place
 from pipeline.graph.artifacts import read_table, write_table
 from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger, status_of
-from pipeline.local import PathPolicy, read_local, reason_of
+from pipeline.local import PathPolicy, is_embedding, is_member, read_local, reason_of
 from pipeline.progress import Steps
 from pipeline.settings import PairsSettings
 from pipeline.store import Store
@@ -85,12 +85,12 @@ class Packer:
             known = take_over(self.store, refs, task.inputs["earlier source"], earlier, spool)
         decoder = ShardDecoder(self.decoder, self.overdrawn)
         copied = set()  # members of tars that are not used where they lie
-        for i in (i for i in wanted if refs[i]["url"].startswith("tar://")):
+        for i in (i for i in wanted if is_member(refs[i]["url"])):
             if i in known and known[i].image is None:
                 rows[i] |= _taken_over(known[i])
             elif i in known or not self._use_in_place(rows[i], refs[i], decoder):
                 copied.add(i)
-        imported = [i for i in wanted if refs[i]["url"].startswith(SCHEME)]
+        imported = [i for i in wanted if is_embedding(refs[i]["url"])]
         for i, found in zip(imported, read_imported([refs[i]["url"] for i in imported], self.reach), strict=True):
             if isinstance(found, str):
                 _reject(rows[i], found)
@@ -98,7 +98,7 @@ class Packer:
                 _reject(rows[i], "denied", Evidence(entry, time.time()))
             else:  # no image, and so no size
                 rows[i]["sha256"] = hashlib.sha256(found.tobytes()).hexdigest()
-        own = [i for i in wanted if i in copied or not refs[i]["url"].startswith(("tar://", SCHEME))]
+        own = [i for i in wanted if i in copied or not (is_member(refs[i]["url"]) or is_embedding(refs[i]["url"]))]
         with Unfinished(digest([self.store.url, task.key, repr(self.settings)])) as unfinished:
             ended = unfinished.ended
             left = [i for i in own if i not in known and rows[i]["key"] not in ended]
@@ -131,8 +131,8 @@ class Packer:
         ``wanted`` has rows with their references.
         """
         urls = [ref["url"] for _, ref in wanted]
-        fetched = self.fetcher.fetch([url for url in urls if not url.startswith("tar://")])
-        found = (self._member(tar_place(url)) if url.startswith("tar://") else next(fetched) for url in urls)
+        fetched = self.fetcher.fetch([url for url in urls if not is_member(url)])
+        found = (self._member(tar_place(url)) if is_member(url) else next(fetched) for url in urls)
         answers = steps.each("fetch", found)
         # Two, so that there is always one to be decoded next, while images are put into the tar and others come.
         return ordered_map(partial(self._judge, decoder, steps), zip(wanted, answers, strict=True), threads=2)
@@ -218,7 +218,7 @@ def _origin(url: str) -> str:
     """Returns the host or bucket that a reference names, or else the folder or tar that it leads to."""
     _, _, place = url.partition("://")
     host = place.partition("/")[0]
-    return host.lower() or (place.partition("?")[0] if url.startswith("tar:") else place.rpartition("/")[0])
+    return host.lower() or (place.partition("?")[0] if is_member(url) else place.rpartition("/")[0])
 
 
 def _reject(row: dict[str, Any], reason: str | None, evidence: Evidence | None = None) -> None:

@@ -13,14 +13,13 @@ from typing import NamedTuple
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS
-from pipeline.data.source.imported import SCHEME
-from pipeline.data.source.lists import no_rows, path_policy, read_rows, stated_sides, unread
+from pipeline.data.source.lists import no_rows, path_policy, read_rows, source_at, unread
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.data.source.rows import ListRow
+from pipeline.data.source.source import ListRow
 from pipeline.data.source.stage import hash_share
 from pipeline.data.source.tars import tar_place
 from pipeline.errors import UserError
-from pipeline.local import PathPolicy, local_path, read_local, reason_of
+from pipeline.local import PathPolicy, is_embedding, is_member, local_path, on_web, read_local, reason_of
 
 MOST_ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
 # Of the rows behind those: what a configuration says of more does not depend on their number.
@@ -115,7 +114,7 @@ def preview(recipe: SourceRecipe) -> ListPreview:
     unopened = tuple((shown(url), size) for url, size in measured if isinstance(size, str))
     left = tuple(filter(None, (unread(path, recipe) for path in recipe.paths)))
     framed = framed_rows([row.captions for row in found])
-    listed = () if opened else chain.from_iterable(stated_sides(path, recipe) for path in recipe.paths)
+    listed = () if opened else chain.from_iterable(source_at(path).stated_sides(recipe) for path in recipe.paths)
     sides = opened or tuple(islice(listed, MOST_ROWS))
     more, stated = counted > 0, not opened
     return ListPreview(
@@ -133,7 +132,7 @@ def behind_embeddings(folder: Path, recipe: SourceRecipe) -> tuple[str, str]:
     found = ""
     try:
         for row in islice(read_rows(metadata, recipe), MEASURED):
-            if row.url.startswith(("http://", "https://", "s3://")):
+            if on_web(row.url):
                 return str(folder / "metadata"), ""
             path = local_path(row.url) or ""
             # clip-retrieval writes paths as it was given them: relative ones count from where it ran.
@@ -171,7 +170,7 @@ def _frames(caption: str) -> list[tuple[bool, str]]:
 
 def _measured(rows: list[ListRow], may: PathPolicy) -> Iterator[tuple[str, tuple[int, int] | str]]:
     """Yields references of the first images that lie here, each with width and height, or why it cannot be opened."""
-    for row in islice((row for row in rows if not row.url.startswith(("http", "s3:", SCHEME))), MEASURED):
+    for row in islice((row for row in rows if not (on_web(row.url) or is_embedding(row.url))), MEASURED):
         try:
             yield row.url, shared_decoder().measure(_read(row.url, may), MAX_PIXELS)
         except OSError as e:
@@ -182,7 +181,7 @@ def _measured(rows: list[ListRow], may: PathPolicy) -> Iterator[tuple[str, tuple
 
 def _read(url: str, may: PathPolicy) -> bytes:
     """Returns the bytes of an image in a file or in a tar. Raises OSError or ValueError."""
-    if url.startswith("tar://"):
+    if is_member(url):
         if (place := tar_place(url)) is None:
             raise ValueError("not a member of a tar")
         return read_local(place["tar"], MAX_BYTES, may, place["offset"], place["size"])

@@ -5,15 +5,13 @@ Captions stay apart, so that new captions never fetch an image again.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
 from pipeline.data.fetch.rules import read_deny_lists
 from pipeline.data.pairs.earlier import earlier_shards
 from pipeline.data.pairs.recipe import PairsRecipe
-from pipeline.data.source.drawings.world import HOST
-from pipeline.data.source.lists import path_policy
+from pipeline.data.source.lists import path_policy, serving_lists
 from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.graph.shards import map_shards
 from pipeline.graph.stages import Context, Stage, shard_key
@@ -38,12 +36,8 @@ def run_pairs(ctx: Context) -> Artifact:
         if file := getattr(ctx.recipe, name):
             put_content(ctx.store, file, f"pairs.{name}")
     read_deny_lists(ctx.store, *ctx.recipe.deny_lists)  # a mistake in one is found before anything is asked for
-    with ExitStack() as stack:
-        settings = ctx.settings
-        if any(path.startswith("drawings:") for path in ctx.given.paths) and HOST not in settings.hosts:
-            from pipeline.data.source.drawings.server import serving
-
-            settings = replace(settings, hosts=settings.hosts | {HOST: stack.enter_context(serving())})
+    with serving_lists(ctx.given.paths, ctx.settings.hosts) as hosts:
+        settings = replace(ctx.settings, hosts=hosts)
         rows = ctx.inputs["source"].ledger.rows
         return map_shards(ctx, tasks, partial(Packer, ctx.store, ctx.recipe, settings, may), "rows", rows)
 

@@ -25,15 +25,15 @@ from pathlib import Path
 from types import NoneType, TracebackType
 from typing import IO, Any, BinaryIO
 
-from pipeline.data.source.columns import MAX_CAPTION, MAX_CAPTIONS, Flaw, bounded_captions
+from pipeline.data.source.columns import MAX_CAPTION, MAX_CAPTIONS, Flaw, bounded_row
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
-from pipeline.local import MAX_REFERENCE, PathPolicy, open_local
+from pipeline.local import PathPolicy, open_local
 from pipeline.progress import say_once
 from pipeline.sandbox import bare_environment, give_up_rights, limit_memory, limit_time, memory_mapped, receive, send
 
 READERS = {  # each yields rows: lists of texts, lists of texts and Nones, or a Flaw
-    "text": "pipeline.data.source.tables:text_rows",
+    "text": "pipeline.data.source.text:text_rows",
     "parquet": "pipeline.data.source.parquet:parquet_rows",
     "count": "pipeline.data.source.parquet:parquet_count",
     "npy": "pipeline.data.source.imported:npy_header",
@@ -286,7 +286,8 @@ class _Batches:
         """Takes a row. Raises Spent, and then the row is left out."""
         characters = _characters(row)
         if not isinstance(row, Flaw) and characters > MAX_CAPTION:
-            row = self._bounded(row)
+            row, cut = bounded_row(row)
+            self.cut += cut
             characters = MAX_CAPTIONS  # at most: what is cut off took time, too
         self._budget.take(characters)
         if isinstance(row, Flaw):
@@ -305,21 +306,6 @@ class _Batches:
             # A half of a character becomes the escape that JSON has for it.
             send(self._pipe, "rows", batch.encode("utf-8", "backslashreplace"))
         self._rows, self._flaws, self._characters = [], [], 0
-
-    def _bounded(self, row: Sequence[Any]) -> Sequence[Any] | Flaw:
-        """Returns a row with its captions, the second value, cut; a Flaw where another value is too long."""
-        kept = list(row)
-        for place, value in enumerate(row):
-            if place == 1 and value:
-                captions, cut = bounded_captions(value if isinstance(value, list) else [value])
-                kept[1] = captions if isinstance(value, list) else captions[0]
-                self.cut += cut
-            elif value and len(value) > MAX_REFERENCE:
-                what = f"its reference has {len(value):,} characters; {MAX_REFERENCE:,} at most are read"
-                if place == 0:
-                    return Flaw("unsupported_reference", what)
-                return Flaw("malformed_row", what.replace("reference", f"value {place + 1}"))
-        return kept
 
 
 class _Saying(logging.Handler):

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.local import MAX_REFERENCE
 from pipeline.progress import say_once
 
 SEPARATORS = (";", "\t", "|")  # of other programs' CSV
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")  # of tables
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 LIMIT = 1 << 20  # characters of a row of a CSV or TSV file, of a value in Parquet, of a file of captions
 MOST_SHOWN = 100  # columns, and characters of each, in a message
@@ -43,6 +45,12 @@ class Flaw:
 
     reason: str
     what: str
+
+
+def table_kind(name: str) -> str | None:
+    """Returns which of SUFFIXES a name ends with, without ``.gz``, or None for what is not a table."""
+    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), None)
+    return suffix and suffix.removesuffix(".gz")
 
 
 def columns_of(path: Path, names: Sequence[str], wanted: Sequence[str], needed: int) -> list[str | None]:
@@ -101,3 +109,18 @@ def bounded_captions(texts: Iterable[str | None]) -> tuple[list[str], int]:
             left -= len(short)
             kept.append(short)
     return kept, cut
+
+
+def bounded_row(row: Sequence[Any]) -> tuple[Sequence[Any] | Flaw, int]:
+    """Returns a row with its captions, the second value, cut, and how many were; a Flaw for another long value."""
+    kept, all_cut = list(row), 0
+    for place, value in enumerate(row):
+        if place == 1 and value:
+            captions, all_cut = bounded_captions(value if isinstance(value, list) else [value])
+            kept[1] = captions if isinstance(value, list) else captions[0]
+        elif value and len(value) > MAX_REFERENCE:
+            what = f"its reference has {len(value):,} characters; {MAX_REFERENCE:,} at most are read"
+            if place == 0:
+                return Flaw("unsupported_reference", what), all_cut
+            return Flaw("malformed_row", what.replace("reference", f"value {place + 1}")), all_cut
+    return kept, all_cut

@@ -1,19 +1,24 @@
-"""Looks through folders: of images with texts or metadata beside them, of webdataset tars, or of tables."""
+"""Reads folders: of images with texts or metadata beside them, and of embeddings."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from pipeline.data.source.columns import IMAGES
+from pipeline.data.source.child import ListReader
+from pipeline.data.source.columns import IMAGES, Flaw
+from pipeline.data.source.imported import embedding_reference, metadata_parts
+from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.rows import SIDECARS
-from pipeline.data.source.tables import table_kind
-from pipeline.data.source.tars import is_tar
-from pipeline.errors import UserError
-from pipeline.progress import counted
+from pipeline.data.source.source import METADATA, FileSource, ListRow, suffix_of, walk
+from pipeline.data.source.tables import file_beside, link_refusal, listed_rows, named_file
+from pipeline.local import PathPolicy
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of a Hugging Face imagefolder
 SPLITS = {  # the words that Hugging Face's datasets know
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -21,52 +26,80 @@ SPLITS = {  # the words that Hugging Face's datasets know
 }
 
 
-def walk(folder: Path) -> Iterator[tuple[Path, Path | None]]:
-    """Yields the files below a folder in order, hidden ones left out, each with the metadata that speaks for it.
+class ImageFolder(FileSource):
+    """A folder of images with texts beside them, or with metadata as in a Hugging Face imagefolder."""
 
-    That is the METADATA of its own folder, or else of the nearest one above it. What lies in a folder without
-    permission is left out (see unread_files). Raises UserError for one that cannot be listed for another reason.
-    """
-    nearest: dict[str, Path | None] = {}
-    for root, folders, names in os.walk(folder, onerror=_check_listed):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        own = next((Path(root, name) for name in METADATA if name in names), nearest.get(os.path.dirname(root)))
-        nearest[root] = own
-        yield from ((Path(root, name), own) for name in sorted(names) if not name.startswith("."))
+    kind, suffixes = "folder", IMAGES
+
+    @classmethod
+    def matches(cls, path: str) -> bool:
+        return os.path.isdir(os.path.expanduser(path)) and super().matches(path)
+
+    def files(self) -> Iterable[Path]:
+        for file, metadata in walk(self.file):
+            if self.holds(file) or file == metadata or file.suffix.lower()[1:] in SIDECARS:
+                yield file
+
+    def rows(self, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
+        """Yields the rows of metadata, and those of images that no metadata speak for."""
+        splits, may = folder_splits(self.file), self.policy(recipe)
+        for file, metadata in walk(self.file):
+            if reader.spent:
+                return
+            if file == metadata:
+                for row in _metadata_rows(file, recipe, may, reader):
+                    place = os.path.relpath(named_file(row.url) or self.file, self.file).split(os.sep)[0]
+                    yield replace(row, split=row.split or splits.get(place, ""))
+            elif metadata is None and self.holds(file):
+                row = _sidecar_row(file, may, reader)
+                yield replace(row, reject=row.reject or link_refusal(str(file), may))
+
+    def caption_place(self, recipe: SourceRecipe) -> str:
+        image, metadata = next(found for found in walk(self.file) if self.holds(found[0]))
+        if metadata is not None:
+            return super().caption_place(recipe)
+        return (
+            f"put a line of text into {image.with_suffix('.txt')} for {image.name}, and so on, or write "
+            f'{{"file_name": "{image.name}", "text": "..."}} and so on into {image.with_name(METADATA[0])}'
+        )
+
+    def left_out(self, recipe: SourceRecipe) -> Iterator[tuple[str, Path]]:
+        files, may = list(walk(self.file)), self.policy(recipe)
+        images = {file.with_suffix("") for file, _ in files if self.holds(file)}
+        with ListReader() as reader:
+            rows = (_metadata_rows(file, recipe, may, reader) for file, metadata in files if file == metadata)
+            named = {named_file(row.url) for row in chain.from_iterable(rows)}
+        for file, metadata in files:
+            if self.holds(file):
+                if metadata is not None and str(file) not in named:
+                    yield f"image that {metadata.name} does not name", file
+            elif file != metadata and file.suffix.lower()[1:] not in SIDECARS:
+                yield suffix_of(file), file
+            elif file != metadata and file.with_suffix("") not in images:
+                yield f"{suffix_of(file)} without an image", file
 
 
-def _check_listed(error: OSError) -> None:
-    if not isinstance(error, PermissionError):
-        raise UserError(
-            f"source {error.filename}: cannot be listed ({error.strerror}); look at its disk or its server, then run "
-            "the same command again"
-        ) from error
+class Embeddings(FileSource):
+    """A folder in clip-retrieval's layout (see imported.py)."""
 
+    kind, embedded = "embeddings", True
 
-def is_image(file: Path) -> bool:
-    """Returns whether a file has the name of an image."""
-    return file.name.lower().endswith(IMAGES)
+    @classmethod
+    def matches(cls, path: str) -> bool:
+        return all(Path(os.path.expanduser(path), name).is_dir() for name in ("img_emb", "metadata"))
 
+    def files(self) -> Iterable[Path]:
+        return sorted(self.file.glob("*/*"))
 
-def folder_kind(folder: Path) -> str:
-    """Returns "folder" for one that has images, else "tars" or "tables" for one that has these."""
-    kinds = set()
-    for file, _ in walk(folder):
-        if is_image(file):
-            return "folder"
-        kinds.add("tars" if is_tar(file.name) else "tables" if table_kind(file.name) else "")
-    return next((kind for kind in ("tars", "tables") if kind in kinds), "folder")
+    def rows(self, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
+        """Yields a row for each embedding, split as its image would be; the list's hash is that image's."""
+        for part, metadata in metadata_parts(self.file, self.policy(recipe), reader):
+            for i, row in enumerate(listed_rows(metadata, recipe, reader)):
+                url = "" if row.reject else embedding_reference(self.file, part, i, row.url)
+                yield replace(row, url=url, group=row.group or row.url, sha256="")
 
-
-def read_files(folder: Path, kind: str) -> Iterator[Path]:
-    """Yields the files of which the rows of a folder are made."""
-    for file, metadata in walk(folder):
-        if kind == "folder":
-            used = is_image(file) or file == metadata or file.suffix.lower()[1:] in SIDECARS
-        else:
-            used = is_tar(file.name) if kind == "tars" else table_kind(file.name) is not None
-        if used:
-            yield file
+    def unread(self, recipe: SourceRecipe) -> str:
+        return ""
 
 
 def folder_splits(folder: Path) -> dict[str, str]:
@@ -79,44 +112,24 @@ def folder_splits(folder: Path) -> dict[str, str]:
     return {name: split for name, split in found.items() if split != "train" or whole}
 
 
-def unread_files(folder: Path, kind: str, named: frozenset[str]) -> str:
-    """Returns how many files of a folder, and links to folders, are not read, by kind and with one of each.
+def _metadata_rows(table: Path, recipe: SourceRecipe, may: PathPolicy, reader: ListReader) -> Iterator[ListRow]:
+    column = "file_name" if recipe.image_column == "url" else recipe.image_column
+    return listed_rows(table, replace(recipe, image_column=column), reader, may)
 
-    Returns "" if there are none.
 
-    Args:
-        folder: Folder that is a list.
-        kind: Kind of the folder, as ``folder_kind`` returns it.
-        named: Paths of the images that metadata name.
+def _sidecar_row(image: Path, may: PathPolicy, reader: ListReader) -> ListRow:
+    """Returns the row of an image with the captions of the first of SIDECARS beside it that is not empty.
+
+    One that is irregular, or a link to what the list may not name, counts as missing.
     """
-    files = list(walk(folder))
-    images = {file.with_suffix("") for file, _ in files if is_image(file)}
-    tars = tuple(str(file.with_suffix("")) for file, _ in files if kind == "tars" and is_tar(file.name))
-    found: dict[str, list[Path]] = {}
-
-    def closed(error: OSError) -> None:
-        found.setdefault("folder without permission", []).append(Path(error.filename))
-
-    for root, folders, _ in os.walk(folder, onerror=closed):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if links := [Path(root, name) for name in folders if Path(root, name).is_symlink()]:
-            found.setdefault("link to a folder", []).extend(links)
-    for file, metadata in files:
-        suffix = file.suffix.lower()
-        if kind == "folder" and is_image(file):
-            what = "" if metadata is None or str(file) in named else f"image that {metadata.name} does not name"
-        elif kind == "folder" and suffix[1:] in SIDECARS and file != metadata:
-            what = "" if file.with_suffix("") in images else f"{suffix} without an image"
-        elif kind == "folder":
-            what = "" if file == metadata else suffix or "without a suffix"
-        elif kind == "tars":  # img2dataset writes 00000.parquet and 00000_stats.json beside 00000.tar
-            what = "" if is_tar(file.name) or str(file).startswith(tars) else suffix or "without a suffix"
-        else:
-            what = "" if table_kind(file.name) else suffix or "without a suffix"
-        if what:
-            found.setdefault(what, []).append(file)
-    if not found:
-        return ""
-    kinds = [f"{len(of):,} {what} (such as {os.path.relpath(of[0], folder)})" for what, of in sorted(found.items())]
-    total = sum(map(len, found.values()))
-    return f"{counted(total, 'file')} in {folder} {'are' if total > 1 else 'is'} not read: {', '.join(kinds)}"
+    url = file_beside(image.parent, image.name)
+    for extension in SIDECARS:
+        for case in (str.lower, str.upper):
+            found: list[list[Any] | Flaw] = []
+            with suppress(OSError):
+                found = list(reader.rows("sidecar", image.with_suffix(f".{case(extension)}"), 2, extension, within=may))
+            for values in found[:1]:
+                if isinstance(values, Flaw):
+                    return ListRow(url, (), reject=values.reason, flaw=values.what)
+                return ListRow(url, tuple(filter(None, values[1] or ())))
+    return ListRow(url, ())

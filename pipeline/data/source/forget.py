@@ -11,7 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.data.source.journal import reference_mark, reference_marks
-from pipeline.data.source.rows import ListRow, write_rows, written_rows
+from pipeline.data.source.rows import write_rows, written_rows
+from pipeline.data.source.source import ListRow
 from pipeline.data.source.stage import SourceShard, row_key, shard_of
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table

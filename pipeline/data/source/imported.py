@@ -19,16 +19,10 @@ import numpy as np
 from pipeline.data.source.child import Budget, ListReader
 from pipeline.data.source.columns import Flaw
 from pipeline.errors import UserError
-from pipeline.local import Outside, PathPolicy, open_local, reason_of
+from pipeline.local import EMBEDDING, Outside, PathPolicy, is_embedding, open_local, reason_of
 
-SCHEME = "embedding://"
 NAMES = ("img_emb", "text_emb")
 KINDS = ("float16", "float32")
-
-
-def is_embeddings(folder: Path) -> bool:
-    """Returns whether a folder has clip-retrieval's layout."""
-    return all((folder / name).is_dir() for name in ("img_emb", "metadata"))
 
 
 def metadata_parts(folder: Path, reach: PathPolicy, reader: ListReader) -> list[tuple[str, Path]]:
@@ -65,12 +59,12 @@ def metadata_parts(folder: Path, reach: PathPolicy, reader: ListReader) -> list[
 
 def embedding_reference(folder: Path, part: str, row: int, url: str) -> str:
     """Returns a row of a part as an image reference; ``url`` is the image's, "" where its metadata name none."""
-    return f"{SCHEME}{quote(os.fsencode(folder))}?part={part}&row={row}" + (f"#{quote(url, safe='')}" if url else "")
+    return f"{EMBEDDING}{quote(os.fsencode(folder))}?part={part}&row={row}" + (f"#{quote(url, safe='')}" if url else "")
 
 
 def imported_url(reference: str) -> str:
     """Returns the URL of the image of which an embedding was made, "" of other references."""
-    return unquote(reference.partition("#")[2]) if reference.startswith(SCHEME) else ""
+    return unquote(reference.partition("#")[2]) if is_embedding(reference) else ""
 
 
 def read_imported(references: Sequence[str], within: PathPolicy | None = None) -> list[np.ndarray | str]:

@@ -13,23 +13,27 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from pipeline.data.fetch.opener import Guard, Refused, ask, failures_as_reasons, normal_url
 from pipeline.data.fetch.references import shown
 from pipeline.data.fetch.rules import user_agent
-from pipeline.data.source.tables import SUFFIXES, table_kind
+from pipeline.data.source.child import ListReader
+from pipeline.data.source.columns import SUFFIXES, table_kind
+from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.source import ListRow
+from pipeline.data.source.tables import TableFiles, listed_rows
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
+from pipeline.local import on_web
 from pipeline.progress import say_once
 from pipeline.store import Entry, Store, open_store
 
-SCHEMES = ("s3://", "http://", "https://")
 PART_BYTES = 64 << 20
 TIMEOUT_S = 60.0  # without a byte
 MOST_S = 6 * 3600.0  # for a whole list
@@ -39,9 +43,31 @@ BY_HAND = "download it and name the file"
 HOPS = 5  # redirects, at most
 
 
-def is_remote(path: str) -> bool:
-    """Returns whether a list lies on S3 or on a web server."""
-    return path.startswith(SCHEMES)
+class RemoteTable(TableFiles):
+    """A table on S3 or on a web server."""
+
+    everywhere = True
+
+    @classmethod
+    def matches(cls, path: str) -> bool:
+        return on_web(path)
+
+    @property
+    def own(self) -> str:
+        return os.path.dirname(self.path) if self.path.startswith("s3://") else ""
+
+    def files(self) -> Iterable[Path]:
+        return (fetched(self.path),)
+
+    def fingerprint(self) -> Any:
+        return ["remote", self.path, remote_version(self.path)]
+
+    def rows(self, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
+        copy = fetched(self.path)
+        try:
+            yield from listed_rows(copy, recipe, reader, self.policy(recipe), partial(remote_beside, self.path))
+        except UserError as e:
+            raise UserError(str(e).replace(str(copy), self.path)) from None
 
 
 def check_remote(path: str) -> None:
@@ -56,7 +82,8 @@ def check_remote(path: str) -> None:
 
 
 def remote_version(path: str) -> str:
-    """Returns what changes whenever a list does. Raises UserError if it cannot be reached."""
+    """Returns what changes whenever a list does. Raises UserError as check_remote does, or if it cannot be reached."""
+    check_remote(path)
     if path.startswith("s3://"):
         return _object(path)[2].version
     with _asked(path) as answer:

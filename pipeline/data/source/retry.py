@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pipeline.data.source.journal import reference_mark
 from pipeline.data.source.recipe import FIRST_RETRY
-from pipeline.data.source.rows import ListRow, write_rows
+from pipeline.data.source.rows import write_rows
+from pipeline.data.source.source import ListRow
 from pipeline.data.source.stage import SourceShard, segment_of
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.local import PathPolicy

@@ -1,9 +1,9 @@
-"""The rows of a list, their captions, and files of rows as they were read."""
+"""The captions beside an image, and files of rows as they were read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 
 from pipeline.data.source.child import Budget, ListReader
 from pipeline.data.source.columns import KNOWN, LIMIT, Flaw
-from pipeline.data.source.tables import parsed_object
+from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.source import FileSource, ListRow, flawed
+from pipeline.data.source.text import parsed_object
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import ShardRow, read_table
 from pipeline.ledger import REASONS
@@ -22,28 +24,6 @@ from pipeline.store import Store
 SIDECARS = ("txt", "caption", "json")  # extensions of what holds the captions of an image, the first that is there
 CAPTIONS = ("caption", *KNOWN["caption"])  # where a sidecar in JSON has them, the first that is there
 ROWS_SUFFIX = ".rows"  # ends the name of a file of rows as they were read (see write_rows)
-
-
-@dataclass(frozen=True)
-class ListRow:
-    """Holds one row of a list.
-
-    Attributes:
-        url: An http(s), s3 or file reference, a member of a tar (see tar_reference), or an embedding (see
-            pipeline.data.source.imported).
-        reject: The reason if the list may not name it, or if the row cannot be read.
-        flaw: Fault of a row that cannot be read, and where it is.
-    """
-
-    url: str
-    captions: tuple[str, ...]
-    group: str = ""
-    split: str = ""
-    sha256: str = ""
-    license: str = ""
-    attribution: str = ""
-    reject: str | None = None
-    flaw: str = ""
 
 
 def sidecar_row(url: str, sidecars: Mapping[str, tuple[bytes, str]]) -> ListRow:
@@ -104,22 +84,29 @@ def write_rows(file: IO[bytes], rows: Iterable[ListRow]) -> int:
     return count
 
 
-def packaged_rows(path: Path, reader: ListReader) -> Iterator[ListRow]:
-    """Yields the rows of a package's file, which may be a stranger's. Raises UserError for any other file."""
-    names = [field.name for field in fields(ListRow)]
-    try:
-        for found in reader.rows("parquet", path, len(names), names, len(names)):
-            if isinstance(found, Flaw):
-                yield ListRow("", (), reject=found.reason, flaw=found.what)
-                continue
-            row: dict[str, Any] = dict(zip(names, found, strict=True))
-            captions = row["captions"] if isinstance(row["captions"], list) else [row["captions"]]
-            row = {name: value if isinstance(value, str) else "" for name, value in row.items()}
-            reject = row["reject"] if row["reject"] in REASONS else None
-            yield ListRow(**row | {"captions": tuple(filter(None, captions)), "reject": reject})
-    except UserError as e:
-        said = str(e).removeprefix(f"source {path}: ")
-        raise UserError(f"source {path}: not a file of rows as a package holds them ({said}); name the list") from None
+class PackagedRows(FileSource):
+    """Holds rows as a job's package takes them along."""
+
+    kind, suffixes = "rows", (ROWS_SUFFIX,)
+
+    def rows(self, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
+        """Yields the rows of the file, which may be a stranger's. Raises UserError for any other file."""
+        names, may = [field.name for field in fields(ListRow)], self.policy(recipe)
+        try:
+            for found in reader.rows("parquet", self.file, len(names), names, len(names)):
+                if isinstance(found, Flaw):
+                    yield flawed(found)
+                    continue
+                row: dict[str, Any] = dict(zip(names, found, strict=True))
+                captions = row["captions"] if isinstance(row["captions"], list) else [row["captions"]]
+                row = {name: value if isinstance(value, str) else "" for name, value in row.items()}
+                reject = row["reject"] if row["reject"] in REASONS else may.refusal(row["url"])
+                yield ListRow(**row | {"captions": tuple(filter(None, captions)), "reject": reject})
+        except UserError as e:
+            said = str(e).removeprefix(f"source {self.file}: ")
+            raise UserError(
+                f"source {self.file}: not a file of rows as a package holds them ({said}); name the list"
+            ) from None
 
 
 def written_rows(file: pa.NativeFile) -> Iterator[ListRow]:

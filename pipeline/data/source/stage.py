@@ -26,7 +26,8 @@ from pipeline.data.source.duplicates import HASH, SeenReferences, warn_of_captio
 from pipeline.data.source.journal import EMPTY, ListJournal, read_journal, reference_marks
 from pipeline.data.source.lists import fingerprint, no_rows, read_rows, unread
 from pipeline.data.source.recipe import FIRST_RETRY, SourceRecipe
-from pipeline.data.source.rows import ListRow, written_rows
+from pipeline.data.source.rows import written_rows
+from pipeline.data.source.source import ListRow
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import (
     SEGMENTS,
@@ -200,7 +201,7 @@ class _Cutter:
         self, name: str, segment: int, what: str, rows: Callable[[], Iterator[ListRow]], seen: SeenReferences
     ) -> Segment:
         """Reads rows twice: for their references and, once it is known which are duplicates, for shards."""
-        judged = seen.judge(self.references(rows()))
+        judged = seen.judge(self.references(islice(rows(), SEGMENT_SHARDS * self.recipe.shard_rows + 1)))
         shards: list[SourceShard] = []
         rest, place = rows(), 0
         again, unread, flaw = 0, 0, ""

@@ -1,46 +1,46 @@
-"""Reads tables of rows: CSV, TSV, JSONL and Parquet. What cannot be read costs its own row, and says why.
-
-``table_rows`` does so in a child process; what it runs there is below, but for Parquet, which has a file of its own.
-
-A CSV or TSV file is read by its physical lines, each of which is one row, an empty line, or a part of a quoted value
-that spans lines. A quotation mark that is not closed as it should be therefore never swallows the rows behind it. In a
-JSONL file each line is an object. Files of text may be compressed with gzip.
-"""
+"""Reads tables of rows: CSV, TSV, JSONL and Parquet, in a child process (see text.py and parquet.py)."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import math
+import os
 import re
-import zlib
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+from urllib.parse import quote
 
-from pipeline.data.source.child import Budget, ListReader
-from pipeline.data.source.columns import IMAGES, LIMIT, Flaw, columns_of, text_of
+from pipeline.data.fetch.references import without_password
+from pipeline.data.source.child import ListReader
+from pipeline.data.source.columns import IMAGES, MAX_CAPTIONS, SIZES, SUFFIXES, Flaw, table_kind
+from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.rows import one_line_each
+from pipeline.data.source.source import FileSource, ListRow, flawed
 from pipeline.errors import UserError
-from pipeline.progress import counted
+from pipeline.local import PathPolicy, local_path, reason_of
 
-_HEAD = 1 << 20  # bytes by which the encoding of a file is judged
-HEAD_LINES = 100  # of a JSONL file, which say what its columns of references and captions are called
-SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
-# What looking ahead for the end of a quoted value may cost: this many times what was read, and each line a bit more.
-AHEAD, AHEAD_LINE = 4, 32
-QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
-
-csv.field_size_limit(LIMIT)
+# What a table says where it has no value, as pyarrow and pandas read it. In a column of groups it is a group.
+NO_VALUE = frozenset(("#N/A", "#NA", "-NaN", "-nan", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null"))
+PLACED = re.compile(r"/|[A-Za-z][A-Za-z0-9+.-]*:")  # an absolute path, or a URL
 
 
-def table_kind(name: str) -> str | None:
-    """Returns which of SUFFIXES a name ends with, without ``.gz``, or None for what is not a table."""
-    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), None)
-    return suffix and suffix.removesuffix(".gz")
+class TableFiles(FileSource):
+    """A table, or a folder of tables."""
+
+    kind, suffixes = "tables", SUFFIXES
+
+    def rows(self, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
+        for file in self.files():
+            yield from listed_rows(file, recipe, reader, self.policy(recipe))
+
+    def stated_sides(self, recipe: SourceRecipe) -> Iterator[int]:
+        for file in self.files():
+            with suppress(UserError):  # such columns of another type: only this asks for them
+                for row in table_rows(file, (recipe.image_column, recipe.caption_column), SIZES):
+                    if not isinstance(row, Flaw) and (side := _short_side(row[2:])) > 0:
+                        yield side
 
 
 def table_rows(
@@ -70,244 +70,116 @@ def table_rows(
     yield from reader.rows(kind, path, len(wanted), wanted, len(needed))
 
 
-# --- CSV, TSV and JSONL -----------------------------------------------------------------------------------------------
+def listed_rows(
+    file: Path,
+    recipe: SourceRecipe,
+    reader: ListReader,
+    may: PathPolicy | None = None,
+    beside: Callable[[str], str] | None = None,
+) -> Iterator[ListRow]:
+    """Yields the rows of a table as those of a list; ``may`` and ``beside`` are those of ``listed_row``.
+
+    Without ``may`` none are merged.
+    """
+    optional = (recipe.split_column, recipe.hash_column, "license", "attribution", recipe.group_column)
+    found = table_rows(file, (recipe.image_column, recipe.caption_column), optional, reader)
+    beside = beside or partial(file_beside, file.parent)
+    rows = (listed_row(str(file), number, values, may, beside) for number, values in enumerate(found, 1))
+    return merged(rows) if may else rows
 
 
-def text_rows(
-    opened: BinaryIO, path: Path, budget: Budget, wanted: Sequence[str], needed: int
-) -> Iterator[list[Any] | Flaw]:
-    """Yields the rows of a CSV, TSV or JSONL file as ``table_rows`` does."""
-    kind = table_kind(path.name)
-    with _unpacked(opened, path, budget) as file:
-        head = file.read(_HEAD)
-        _check_encoding(path, head)
-        file.seek(0)
-        # Bytes that are not UTF-8 become lone surrogates, which only their own row is asked for.
-        end = "\n" if b"\n" in head else "\r"
-        text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=end)
-        lines = _Lines(path, text, "\t" if kind == ".tsv" else ",", end)
-        yield from lines.objects(head, wanted, needed) if kind == ".jsonl" else lines.rows(wanted, needed)
+def listed_row(
+    path: str, number: int, values: Sequence[Any] | Flaw, may: PathPolicy | None, beside: Callable[[str], str]
+) -> ListRow:
+    """Returns the row of a list that a row of a table is.
+
+    Args:
+        path: Path of the list.
+        number: Number of the row in it.
+        values: Image, captions, split, sha256, license, attribution and group; None where there is none.
+        may: What the list may name; without it references stay as they are.
+        beside: Makes a reference of the relative path of an image.
+
+    Raises:
+        UserError: for a split of another name.
+    """
+    if isinstance(values, Flaw):
+        return flawed(values)
+    url, captions, *fields, group = values
+    texts = captions if isinstance(captions, list) else [captions]
+    url, split, sha256, license, attribution = ("" if v is None or v in NO_VALUE else v for v in (url, *fields))
+    if split not in ("", "train", "validation", "test"):
+        raise UserError(f"source {path}: row {number:,}: split {split!r} is not train, validation or test")
+    reference = without_password(url.strip())
+    captions = one_line_each(text for text in texts if text not in NO_VALUE)
+    refusal = None
+    if may is not None:
+        if reference.lower().endswith(IMAGES) and not PLACED.match(reference):
+            reference = beside(reference)
+        refusal = may.refusal(reference)
+        if refusal is None and reference.startswith(("/", "file:")):
+            refusal = link_refusal(reference, may)
+    # Images may be grouped by the column of their references, or by that of the pages that they stand in.
+    grouped = without_password(group) if group else ""
+    return ListRow(reference, captions, grouped, split, sha256, license, attribution, refusal)
 
 
-@contextmanager
-def _unpacked(file: BinaryIO, path: Path, budget: Budget) -> Iterator[BinaryIO]:
-    """Opens a file of text, which gzip may have compressed."""
-    if not path.name.lower().endswith(".gz"):
-        yield file
-        return
+def file_beside(folder: Path, path: str) -> str:
+    """Returns the reference of a file by its path relative to a folder."""
+    return f"file://{quote(os.fsencode(folder / path))}"
+
+
+def named_file(reference: str) -> str:
+    """Returns the file that a row names; "" where it names none, or nothing that can be read as a reference."""
     try:
-        with gzip.GzipFile(fileobj=file) as unpacked:
-            yield io.BufferedReader(_Counted(unpacked, budget), 1 << 16)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise UserError(f"source {path}: cannot be unpacked ({e}); compress it again, or name it unpacked") from None
+        return local_path(reference) or ""
+    except ValueError:
+        return ""
 
 
-class _Counted(io.RawIOBase):
-    """Counts what is unpacked."""
-
-    def __init__(self, file: gzip.GzipFile, budget: Budget):
-        super().__init__()
-        self._file, self._budget = file, budget
-        self.seek = file.seek  # type: ignore[method-assign]
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        size = self._file.readinto(buffer)
-        self._budget.unpack(size)
-        return size
-
-
-def _check_encoding(path: Path, head: bytes) -> None:
-    """Refuses a file that was not written as UTF-8. It is not guessed what else it is: a wrong guess mangles text."""
-    remedy = f"save it as UTF-8, for instance with: iconv -f ENCODING -t UTF-8 {path.name} > utf8{path.suffix}"
-    if not head:
-        raise UserError(f"source {path}: the file is empty; it needs a first line that names the columns")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"source {path}: byte 1 begins the mark of UTF-16; {remedy}, where ENCODING is UTF-16")
-    lines = head.split(b"\n")
-    if b"\0" in lines[0]:
-        raise UserError(f"source {path}: line 1 holds a NUL, as UTF-16 does, and binary files do; {remedy}")
-    whole = lines if len(head) < _HEAD else lines[:-1] or lines
-    wrong = [(number, place) for number, line in enumerate(whole, 1) if (place := _not_utf8(line)) is not None]
-    # A few such lines cost their rows; more than one in ten, and the file is in another encoding.
-    if 10 * len(wrong) > len(whole):
-        number, place = wrong[0]
-        raise UserError(
-            f"source {path}: not UTF-8: byte {place + 1} of line {number} is 0x{whole[number - 1][place]:02x}, "
-            f"and {len(wrong):,} of the first {len(whole):,} lines hold such bytes; {remedy}, where ENCODING is "
-            "WINDOWS-1252 if a Western European Excel wrote it"
-        )
-
-
-def _not_utf8(line: bytes) -> int | None:
+def link_refusal(reference: str, may: PathPolicy) -> str | None:
+    """Returns why a link to a file is refused. The fetch would refuse it, too, but keys count what is read here."""
     try:
-        line.decode()
-    except UnicodeDecodeError as e:
-        return e.start
+        if os.path.islink(file := named_file(reference)):
+            may.resolve(file)
+    except OSError as e:
+        return reason_of(e)
     return None
 
 
-class _Lines:
-    """Finds the rows in the physical lines of a file."""
+def merged(rows: Iterator[ListRow]) -> Iterator[ListRow]:
+    """Yields rows with the captions of those that follow and name the same image, as in lists with a row a caption.
 
-    def __init__(self, path: Path, file: io.TextIOWrapper, delimiter: str, end: str):
-        self._path, self._file, self._delimiter, self._end = path, file, delimiter, end
-        self._ahead: deque[str] = deque()
-        self._number = 0  # of the last line that was taken
-        self._columns = 0
-        self._image = 0  # place of the column of references
-        self._read = self._ahead_in_vain = 0  # characters, of all lines and of those that were taken for nothing
-
-    def rows(self, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
-        header = self._record(self._take())
-        if header is None:
-            raise UserError(f"source {self._path}: line 1, which names the columns, has a stray quotation mark")
-        found = columns_of(self._path, header, wanted, needed)
-        places = [None if name is None else header.index(name) for name in found]
-        self._columns, self._image = len(header), places[0] or 0
-        while line := self._take():
-            if not line.strip("\r\n"):
-                continue
-            number = self._number
-            if len(line) > LIMIT:
-                yield Flaw("malformed_row", f"line {number} has over {LIMIT:,} characters")
-                continue
-            cells = self._record(line) if '"' in line else line.rstrip("\r\n").split(self._delimiter)
-            if self._delimiter == "\t" and (cells is None or len(cells) != self._columns):
-                cells = [_unquoted(cell) for cell in line.rstrip("\r\n").split("\t")]
-            if cells is None:
-                yield Flaw("malformed_row", f"line {number} has a stray quotation mark")
-            elif len(cells) != self._columns:
-                names = counted(self._columns, "column")
-                said = f"line {number} has {counted(len(cells), 'value')}, where line 1 names {names}"
-                yield Flaw("malformed_row", said)
-            else:
-                values = ["" if place is None else cells[place] for place in places]
-                yield _lone_surrogate(wanted, values, number) or [value or None for value in values]
-
-    def objects(self, head: bytes, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
-        """Yields the rows of lines that are JSON objects. Those of ``head`` say what the needed columns are called."""
-        read = [parsed_object(line) for line in head.splitlines()[:HEAD_LINES]]
-        first = [row for row in read if isinstance(row, dict)]
-        if not first:
-            raise UserError(f"source {self._path}: line 1 {read[0]}; write a JSON object a line")
-        names = list(dict.fromkeys(name for row in first for name in row))
-        found = [*columns_of(self._path, names, wanted[:needed], needed), *wanted[needed:]]
-        while line := self._take():
-            if not line.strip():
-                continue
-            row = parsed_object(line) if len(line) <= LIMIT else f"has over {LIMIT:,} characters"
-            if isinstance(row, str):
-                yield Flaw("malformed_row", f"line {self._number} {row}")
-                continue
-            try:
-                yield [_member(row.get(name or ""), several=place == 1) for place, name in enumerate(found)]
-            except UnicodeEncodeError:
-                yield Flaw("not_utf8", f"line {self._number} holds a byte that is not UTF-8, or half a character")
-            except ValueError as e:
-                yield Flaw("malformed_row", f"line {self._number} {e}")
-
-    def _take(self) -> str:
-        """Returns the next line, "" at the end; of one that is too long no more than shows that it is."""
-        if self._ahead:
-            line = self._ahead.popleft()
-        else:
-            line = rest = self._file.readline(LIMIT + 1)
-            while len(line) > LIMIT and rest and not rest.endswith(self._end):
-                rest = self._file.readline(LIMIT)
-            self._read += len(line) + AHEAD_LINE
-        self._number += bool(line)
-        return line
-
-    def _record(self, first: str) -> list[str] | None:
-        """Returns the cells of the row that begins with a line, by the strict rules of quoting.
-
-        Returns None if the row breaks them, and then no other line is taken. Where most such rows are broken, none may
-        span lines, for each would be looked at from every line before it.
-        """
-        behind: list[str] = []
-
-        def lines() -> Iterator[str]:
-            yield first
-            size = len(first)
-            while self._ahead_in_vain <= AHEAD * self._read and (line := self._take()):
-                behind.append(line)
-                size += len(line)
-                if size > LIMIT or self._is_row(line):
-                    return
-                yield line
-
-        try:
-            cells = next(csv.reader(lines(), delimiter=self._delimiter, strict=True))
-        except csv.Error:
-            cells = None
-        if behind and (cells is None or self._columns not in (0, len(cells))):
-            self._ahead.extendleft(reversed(behind))
-            self._number -= len(behind)
-            self._ahead_in_vain += sum(map(len, behind)) + AHEAD_LINE * len(behind)
-            return None
-        return cells
-
-    def _is_row(self, line: str) -> bool:
-        """Returns whether a line inside of a quoted value is by itself a row with a reference.
-
-        Then the quotation mark before it was a stray one. A mark in the line may end the value, so only what stands
-        before it counts as a reference.
-        """
-        before, mark, _ = line.partition('"')
-        if mark and before.count(self._delimiter) <= self._image:
-            return False
-        try:
-            cells = next(csv.reader([line], delimiter=self._delimiter, strict=True), [])
-        except csv.Error:
-            return False
-        if not self._columns or len(cells) != self._columns:
-            return False
-        reference = cells[self._image].strip()
-        return "://" in reference or reference.startswith("/") or reference.lower().endswith(IMAGES)
+    Rows that differ in more than their captions stay rows of their own, and those that stand elsewhere; both are
+    duplicates.
+    """
+    first: ListRow | None = None
+    captions: dict[str, None] = {}
+    room = merged = 0
+    for row in rows:
+        if first and row.url and row.url == first.url and not row.reject and _beyond(row) == _beyond(first):
+            merged += 1
+            for caption in row.captions:
+                if len(caption) <= room and caption not in captions:
+                    captions[caption] = None
+                    room -= len(caption)
+            continue
+        if first:
+            yield replace(first, captions=tuple(captions)) if merged else first
+        first, captions, merged = row, dict.fromkeys(row.captions), 0
+        room = MAX_CAPTIONS - sum(map(len, row.captions))
+    if first:
+        yield replace(first, captions=tuple(captions)) if merged else first
 
 
-def parsed_object(line: str | bytes) -> dict[str, Any] | str:
-    """Returns the JSON object of a line, or what is wrong with it."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return "is not JSON"
-    return found if isinstance(found, dict) else "is not a JSON object"
+def _beyond(row: ListRow) -> tuple[str, ...]:
+    """Returns what a row says besides its image and its captions."""
+    return row.group, row.split, row.sha256, row.license, row.attribution
 
 
-def _member(value: Any, several: bool) -> Any:
-    """Returns a value of a JSON object as text, or as a list of texts. Raises ValueError for any other."""
-    if isinstance(value, list) and several:
-        return [_member(each, several=False) for each in value]
-    if isinstance(value, list | dict):
-        raise ValueError("has a list or an object where a text belongs")
-    if isinstance(value, float) and math.isnan(value):  # as pandas writes what is missing
-        return None
-    text = text_of(value) or None
-    (text or "").encode()
-    return text
-
-
-def _unquoted(cell: str) -> str:
-    """Returns a cell of a TSV file, whose quotation marks stand for themselves unless both ends have one."""
-    found = QUOTED.fullmatch(cell)
-    return found[1].replace('""', '"') if found else cell
-
-
-def _lone_surrogate(wanted: Sequence[str], values: Sequence[str], number: int) -> Flaw | None:
-    """Returns the flaw of a row that holds bytes which are not UTF-8, in a column that is used."""
-    if "".join(values).isascii():
-        return None
-    for column, value in zip(wanted, values, strict=True):
-        try:
-            value.encode()
-        except UnicodeEncodeError as e:
-            byte = ord(value[e.start]) - 0xDC00
-            return Flaw("not_utf8", f"line {number}, column {column} holds byte 0x{byte:02x}, which is not UTF-8")
-    return None
+def _short_side(sizes: list[Any]) -> int:
+    """Returns the shorter side of the first of some widths and heights, 0 if there are none."""
+    for width, height in zip(sizes[::2], sizes[1::2], strict=True):
+        with suppress(TypeError, ValueError, OverflowError):
+            return int(min(float(width), float(height)))
+    return 0

@@ -12,8 +12,11 @@ from urllib.parse import parse_qs, quote, unquote_to_bytes, urlsplit
 
 from pipeline.data.source.child import Budget, ListReader
 from pipeline.data.source.columns import IMAGES, LIMIT, Flaw
-from pipeline.data.source.rows import SIDECARS, ListRow, sidecar_row
+from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.rows import SIDECARS, sidecar_row
+from pipeline.data.source.source import FileSource, ListRow, file_fingerprint, flawed
 from pipeline.errors import UserError
+from pipeline.local import MEMBER
 
 HEADER = 64 << 10  # bytes, at most: names, and what tar keeps of a file beside it
 HEADER_SHARE, LINK = 16, 16  # one byte of the budget for that many squared of a header; times a text that is linked
@@ -27,7 +30,7 @@ def is_tar(path: str) -> bool:
 
 def tar_reference(tar: str, member: str, offset: int, size: int) -> str:
     """Returns the reference of a member of an existing tar, to be used where it lies."""
-    return f"tar://{quote(os.fsencode(tar))}?offset={offset}&size={size}#{quote(member, errors='surrogateescape')}"
+    return f"{MEMBER}{quote(os.fsencode(tar))}?offset={offset}&size={size}#{quote(member, errors='surrogateescape')}"
 
 
 def tar_place(reference: str) -> dict[str, Any] | None:
@@ -42,17 +45,38 @@ def tar_place(reference: str) -> dict[str, Any] | None:
     return {"tar": path, "offset": offset, "size": size} if is_tar(path) and offset >= 0 and size >= 0 else None
 
 
-def tar_rows(path: Path, reader: ListReader) -> Iterator[ListRow]:
-    """Yields the samples of a tar: members that share a name up to the first dot, as in webdataset; no hidden ones.
+class TarFiles(FileSource):
+    """A webdataset tar, or a folder of them."""
 
-    One that has no member with the name of an image is a row without a reference.
-    """
-    for row in reader.rows("tar", path, 4):
-        if isinstance(row, Flaw):
-            yield ListRow("", (), reject=row.reason, flaw=row.what)
-        else:
-            url, captions, reject, flaw = row
-            yield ListRow(url or "", tuple(filter(None, captions or ())), reject=reject, flaw=flaw or "")
+    kind, suffixes = "tars", (".tar",)
+
+    @property
+    def own(self) -> str:
+        return str(self.file)
+
+    def fingerprint(self) -> Any:
+        return super().fingerprint() if self.file.is_dir() else ["tar", *file_fingerprint(self.file)]
+
+    def rows(self, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
+        """Yields the samples: members that share a name up to the first dot, as in webdataset; no hidden ones.
+
+        One that has no member with the name of an image is a row without a reference.
+        """
+        for file in self.files():
+            for row in reader.rows("tar", file, 4):
+                if isinstance(row, Flaw):
+                    yield flawed(row)
+                else:
+                    url, captions, reject, flaw = row
+                    yield ListRow(url or "", tuple(filter(None, captions or ())), reject=reject, flaw=flaw or "")
+
+    def caption_place(self, recipe: SourceRecipe) -> str:
+        return "in a tar, 000.txt, 000.caption or the caption in 000.json belongs to 000.jpg"
+
+    def left_out(self, recipe: SourceRecipe) -> Iterator[tuple[str, Path]]:
+        # img2dataset writes 00000.parquet and 00000_stats.json beside 00000.tar
+        tars = tuple(str(file.with_suffix("")) for file in self.files())
+        return (found for found in super().left_out(recipe) if not str(found[1]).startswith(tars))
 
 
 # --- in the child process of pipeline.data.source.child ---------------------------------------------------------------

@@ -17,7 +17,7 @@ from datasets import data_files
 from pipeline.data.source.folders import SPLITS
 from pipeline.data.source.lists import read_rows, unread
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.data.source.rows import ListRow
+from pipeline.data.source.source import ListRow
 from pipeline.data.source.stage import scan
 from pipeline.data.source.tars import tar_place
 from pipeline.errors import UserError

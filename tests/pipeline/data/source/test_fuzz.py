@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from pipeline.data.source.child import Budget, ListReader
 from pipeline.data.source.imported import _open
-from pipeline.data.source.rows import ListRow, write_rows
-from pipeline.data.source.tables import text_rows
+from pipeline.data.source.rows import write_rows
+from pipeline.data.source.source import ListRow
+from pipeline.data.source.text import text_rows
 from pipeline.errors import UserError
 
 SIZE = 100_000  # bytes of a repeated text, for which a reader of quadratic time takes a minute

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from pipeline.data.source import parquet
 from pipeline.data.source.child import Budget
 from pipeline.data.source.columns import MAX_CAPTIONS, Flaw
-from pipeline.data.source.lists import NO_VALUE, read_rows
+from pipeline.data.source.lists import read_rows
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.stage import scan
-from pipeline.data.source.tables import text_rows
+from pipeline.data.source.tables import NO_VALUE
+from pipeline.data.source.text import text_rows
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
 from pipeline.ledger import REASONS
