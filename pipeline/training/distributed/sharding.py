@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
 
@@ -82,7 +81,8 @@ def first_row(tensor: Tensor) -> int:
     """Returns the place of this worker's first row among all rows."""
     if not isinstance(tensor, DTensor):
         return 0
-    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1][0]
+    mesh = tensor.device_mesh
+    return rows_of(mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1), len(tensor)).start
 
 
 def rows_of(worker: int, workers: int, rows: int) -> range:
