@@ -10,7 +10,8 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,21 +81,26 @@ def evaluate(ctx: Context) -> Artifact:
     evaluation = Evaluation(ctx, unclip, device, judge)
     steps = [(metric, model) for metric in chosen for model in evaluation.have(metric.models)]
     found: dict[tuple[str, str], Figure] = {}
-    with torch.no_grad(), Progress("evaluation", len(steps), "measurements") as progress:
-        for metric, model in steps:
-            title = f"{metric.name} of {model}"
-            evaluation.tick = lambda note, title=title: progress.advance(0, f"{title}: {note}")  # type: ignore[misc]
+    with torch.no_grad(), Progress("evaluation", len(steps) + 1, "steps") as progress:
+
+        @contextmanager
+        def step(title: str) -> Iterator[None]:
+            evaluation.tick = lambda note: progress.advance(0, f"{title}: {note}")
             try:
                 with memory_for(title):
-                    figures = evaluation.measure(metric, model)
+                    yield
             except OutOfMemory as e:
                 raise UserError(f"evaluation: {title} did not fit into memory; lower its rows in evaluation") from e
-            for figure in figures:
-                if found.setdefault((figure.model, figure.name), figure) is not figure:
-                    why = f"its figure {figure.model}.{figure.name} has the name of another metric's"
-                    raise broken(GROUP, metric.name, why)
             progress.advance(1, title)
-        strip = evaluation.strip()
+
+        for metric, model in steps:
+            with step(f"{metric.name} of {model}"):
+                for figure in evaluation.measure(metric, model):
+                    if found.setdefault((figure.model, figure.name), figure) is not figure:
+                        why = f"its figure {figure.model}.{figure.name} has the name of another metric's"
+                        raise broken(GROUP, metric.name, why)
+        with step("images of the report"):
+            strip = evaluation.strip()
     figures_found = [figure.as_json() for figure in found.values()]
     document = {
         "version": ctx.version,
@@ -127,7 +133,7 @@ class Evaluation:
             rows below it.
         keys: Keys of all rows that were measured, with their split, by what they are for.
         few: Number of rows where they are too few, by what they are for.
-        made: What was made so far, or why it cannot be, by need and model.
+        made: Things made so far, or why they cannot be made, by need and model.
     """
 
     ctx: Context
