@@ -21,16 +21,12 @@ class Drawings(Source):
     prefixes, everywhere, host = ("drawings:",), True, HOST
     credits = "Images: the styles Critters, Sprouts and Planets by DiceBear (CC0 1.0)."
 
-    @property
-    def subset(self) -> str:
-        """Returns the name of the subset."""
-        return self.path.removeprefix(*self.prefixes)
-
     def fingerprint(self) -> Any:
-        return ["drawings", self.subset, drawings_fingerprint()]
+        return [*self.path.split(":", 1), drawings_fingerprint()]
 
     def rows(self, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
-        found = flawed_rows() if self.subset == "flawed" else drawing_rows(self.subset)
+        _, subset = self.path.split(":", 1)
+        found = flawed_rows() if subset == "flawed" else drawing_rows(subset)
         for url, captions, group, split, *rights in found:
             yield ListRow(url, tuple(filter(None, captions)), group, split, "", *rights)
 
