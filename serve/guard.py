@@ -127,6 +127,8 @@ class Traffic:
         self.draining = True
 
 
+# Of our own: FastAPI asks for a bearer token after it has read the body, and CORS headers stop no request. Starlette's
+# limit of a body knows neither its kind, nor its time, nor that of all bodies together.
 class Guard:
     """Lets requests through to ``app`` that come from somebody who may ask, and whose body is small and arrives."""
 
