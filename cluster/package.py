@@ -123,7 +123,7 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
                 f"{path} does not travel: every machine must find it, and the files that it names, at {paths[i]}; "
                 "images on S3 or the web need no such place"
             )
-    for setting, value in named_weights(config, ("clip", "evaluation")):
+    for setting, value in named_weights(config, [stage.name for stage in config.stages]):
         named = ClipWeights.parse(value)
         local = named.folder or (named.tag if Path(named.tag).is_file() else "")
         if local and not Path(local).is_absolute():

@@ -63,7 +63,14 @@ def run(ctx: Context) -> Artifact:
     return map_shards(ctx, tasks, partial(Measure, ctx.store, ctx.recipe), rows=sum(shard.kept for shard in shards))
 
 
-BRIGHTNESS = Stage("brightness", 1, BrightnessRecipe, ("pairs",), run, settings=ShardSettings)
+def show(store: Store, made: Artifact) -> dict[str, float]:
+    """Returns what the report says: numbers or text by name, and images as the bytes of a file."""
+    tables = [read_table(store, shard.blobs["brightness"]) for shard in read_shards(store, made)]
+    values = [value for table in tables for value in table["brightness"].to_pylist()]
+    return {"darkest": min(values), "mean": sum(values) / len(values), "brightest": max(values)}
+
+
+BRIGHTNESS = Stage("brightness", 1, BrightnessRecipe, ("pairs",), run, settings=ShardSettings, show=show)
 
 if __name__ == "__main__":
     project = unclip.open(*(sys.argv[1:2] or ["configs/nano.yaml"]), "run.brightness.workers=0", stages=[BRIGHTNESS])

@@ -28,8 +28,6 @@ from pipeline.cost.observed import Observations, observe
 from pipeline.data.source.journal import reference_marks
 from pipeline.data.source.lists import path_policy, read_rows, serving_lists
 from pipeline.data.source.source import ListRow
-from pipeline.evaluate.recipe import ROWS
-from pipeline.held_out import FEWEST
 from pipeline.progress import counted, duration
 from pipeline.store import open_store
 
@@ -38,9 +36,6 @@ SHARDS = (2, 6)  # of each run
 WORKERS = 2  # of a data stage, at most: a worker's rate is what counts
 STEPS = 2  # of each training, the first time
 TRAINING_SECONDS = 6.0  # of each training, the second time
-FEW = dict.fromkeys(ROWS, FEWEST) | {"samples": 2}  # of the evaluation
-TWICE = 2  # times as many, the second time
-MORE = 4  # times as many captions, the second time
 
 
 def probe(project: Project, path: str, overrides: Sequence[str], tell: Callable[[str], None]) -> Observations:
@@ -122,7 +117,6 @@ def _amounts(
         "scale": 1,
         "run.output": str(folder / "out"),
         "run.trackers": [],
-        "samples.captions": (list(config.samples.captions) * MORE)[: MORE if again else 1],
     }
     for stage in samples:
         settings = getattr(config.run, stage)
@@ -132,8 +126,8 @@ def _amounts(
         if node.kind == "data" and hasattr(config.run, node.name):
             asked = getattr(config.run, node.name).workers
             own[f"run.{node.name}.workers"] = WORKERS if asked == "auto" else min(WORKERS, asked)
-    for name, few in FEW.items():
-        own[f"evaluation.{name}"] = min(getattr(config.evaluation, name), few * (TWICE if again else 1))
+        if node.few:
+            own |= {f"{node.name}.{name}": value for name, value in node.few(node.recipe, again).items()}
     return [f"{name}={json.dumps(value)}" for name, value in own.items()]
 
 

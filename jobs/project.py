@@ -22,8 +22,7 @@ from pipeline.graph.keys import flatten
 from pipeline.graph.plan import Verdict, plan
 from pipeline.graph.runs import last_run
 from pipeline.graph.stages import Graph, Stage, ordered
-from pipeline.held_out import short_splits
-from pipeline.progress import counted, say_once
+from pipeline.progress import say_once
 from pipeline.store import Store, open_store
 from pipeline.store.records import digest
 from pipeline.training.trackers import find_tracker
@@ -51,7 +50,7 @@ class Project:
     @property
     def rows(self) -> int:
         """Returns how many rows of the list name an image and a caption."""
-        return sum(shard.ledger.kept for shard in self.scan.shards)
+        return self.scan.rows
 
     @property
     def held_out(self) -> float:
@@ -60,14 +59,9 @@ class Project:
 
     def warnings(self, stages: Collection[str]) -> Iterator[str]:
         """Yields what will be missed of the list by some of these stages, before anything has learned from it."""
-        if "evaluation" in stages:
-            yield from short_splits(self.scan.held_out)
-        most = self.config.curation.max_caption
-        if "curation" in stages and (long := self.scan.captions_above(most)):
-            yield (
-                f"{long:,} of {counted(self.rows, 'pair')} have a first caption of more than {most:,} characters: CLIP "
-                "trains on them, and curation then rejects them; raise curation.max_caption or shorten them"
-            )
+        for stage in self.graph.values():
+            if stage.warn and stage.name in stages:
+                yield from stage.warn(stage, self.scan)
 
     def check_trackers(self) -> None:
         """Raises UserError for a tracker that cannot be imported, before anything is trained."""

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
-from pipeline.cost.observed import Observation, Observations, pace, passes_of, shape
+from pipeline.cost.observed import Observation, Observations, pace, shape
 from pipeline.errors import UserError
 from pipeline.graph.keys import flatten
 from pipeline.graph.resources import DECODERS, Machine, Resources, WorkerGroup, cores, team_of
@@ -33,7 +33,6 @@ CLUSTERED_ROWS = 8e6  # up to which near rows are looked for in clusters of one 
 DECODE_SECONDS = 0.004  # of one core, to read a stored image and shrink it to CLIP's view
 START_SECONDS = {"data": 6.0, "training": 5.0, "gpus": 60.0}
 FETCH_WEIGHTS_SECONDS = 60.0
-BYTES_A_PIXEL = 0.25  # of a stored image, as wide as it is high
 REFERENCE_BYTES = 300  # of a row in each data stage, besides what it makes
 SAVED_BYTES = 1e9  # of a checkpoint that a worker writes in a second
 COPIED_BYTES = 20e9  # that a GPU copies in a second, while it does nothing else
@@ -291,7 +290,7 @@ def amount(stage: str, ask: PlanInput) -> float:
     if kind == "training":
         return 1 if ask.fetches(stage) else ask.graph[stage].recipe.samples
     if kind == "result":
-        return _operations(passes_of(stage, ask.recipes, ask.held_out * ask.rows), ask)
+        return _operations(ask.graph[stage].passes_of(ask.recipes, ask.held_out * ask.rows), ask)
     return 0 if kind == "bundle" else _rows_counted(stage, ask.rows, ask)
 
 
@@ -375,10 +374,10 @@ def decoders_a_gpu(ask: PlanInput) -> int:
     return max(1, min(round(cores_a_gpu(ask)), DECODERS, ask.rows))
 
 
-def image_bytes(ask: PlanInput) -> float:
-    """Returns the bytes of a stored image: as observed, else as is assumed."""
-    found = [one.disk / one.amount for one in ask.observations("pairs") if one.disk]
-    return found[-1] if found else BYTES_A_PIXEL * ask.config.pairs.image_size**2
+def row_bytes(stage: str, ask: PlanInput) -> float:
+    """Returns the bytes that are assumed to be stored for a row, besides references."""
+    node = ask.graph[stage]
+    return node.row_bytes(node.recipe, ask.rows, clip_size(ask.config.clip).dim) if node.row_bytes else 0.0
 
 
 def _disk(stage: str, ask: PlanInput) -> float:
@@ -391,7 +390,4 @@ def _disk(stage: str, ask: PlanInput) -> float:
         return 0.0
     if seen := [one for one in ask.observations(stage) if one.disk]:
         return ask.rows * seen[-1].disk / seen[-1].amount
-    embedding = 2 * clip_size(ask.config.clip).dim  # float16
-    index = embedding if ask.rows <= ask.config.index.flat_rows else embedding / 16 + 8  # of many, a code and a number
-    own = {"pairs": image_bytes(ask), "embeddings": 2 * embedding, "index": index}
-    return ask.rows * (own.get(stage, 0.0) + REFERENCE_BYTES)
+    return ask.rows * (row_bytes(stage, ask) + REFERENCE_BYTES)

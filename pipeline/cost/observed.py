@@ -9,18 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.prior_configs import ASKED
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.keys import flatten
 from pipeline.graph.runs import last_run
-from pipeline.graph.stages import Graph
-from pipeline.held_out import FEWEST
+from pipeline.graph.stages import Graph, Recipes
 from pipeline.local import open_local
 from pipeline.store import Store
 
 SHAPING = re.compile(r"model\.(?!.*drop).+|weights|image_size|encode_format")  # fields on which a stage's speed depends
-Recipes = Mapping[str, Mapping[str, Any]]  # flattened, by stage
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def _observed(artifact: Artifact, graph: Graph, recipes: Recipes, rows: int, hel
     elif graph[stage].kind == "training":  # weights that were fetched
         amount, work = 1.0, 0.0
     elif graph[stage].kind == "result":
-        passes = passes_of(stage, recipes, held_out * rows)
+        passes = graph[stage].passes_of(recipes, held_out * rows)
         if not any(passes.values()):  # an evaluation of too few rows says nothing of one that measures
             return None
     if not amount:
@@ -147,47 +144,6 @@ def shape(stage: str, graph: Graph, recipes: Recipes) -> dict[str, Any]:
 
 def _shaping(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if SHAPING.fullmatch(name)}
-
-
-def passes_of(stage: str, recipes: Recipes, there: float) -> dict[str, float]:
-    """Returns how many passes of its training each network of a bundle does for samples or an evaluation.
-
-    The AR prior draws all codes in one pass. The diffusion prior reads a caption once and computes few positions a
-    step. Upsamplers are evaluated on crops, as they are trained, but draw whole images.
-
-    Args:
-        stage: The stage that draws.
-        recipes: Flattened recipes by stage.
-        there: Rows that an evaluation may look at.
-    """
-    sampling = {name.removeprefix("sampling."): value for name, value in recipes["bundle"].items()}
-    asked, models = recipes[stage], sampling["models"]
-    if not {"captions", "image_rows"} & asked.keys():  # a stage of somebody's own
-        return {}
-
-    def passes(name: str) -> float:
-        """Returns the passes of one row through a network."""
-        steps = float(sampling.get(f"{name.removeprefix('diffusion_')}_steps", 1))
-        if name == "diffusion_prior":
-            steps = 1 + steps * ASKED / (recipes[name]["model.text_context"] + 1 + ASKED)
-        return steps * (2 if sampling.get(f"{'prior' if name.endswith('prior') else name}_guidance") else 1)
-
-    if "captions" in asked:
-        counts = {f"{sampling['prior']}_prior": float(sampling["candidates"]), "decoder": 1.0}
-        larger = [name for name in models if f"{name}_steps" in sampling and name not in counts]
-        drawn = [name for name in larger if int(name.rpartition("_")[2]) <= sampling["size"]]
-        counts |= {name: recipes[name]["model.crop"] ** -2 for name in drawn}
-        return {name: len(asked["captions"]) * count * passes(name) for name, count in counts.items()}
-
-    def some(name: str) -> int:
-        return found if (found := min(asked[name], round(there))) >= FEWEST else 0
-
-    priors = [name for name in models if name.endswith("prior")]
-    captions = 2 * some("image_rows")  # as many of training rows
-    samples = some("rows") * asked["samples"] + captions * sampling["candidates"]
-    counts = {"decoder": captions * (1 + len(priors)), **dict.fromkeys(priors, samples)}
-    counts |= {n: some("upsampler_rows") * asked["samples"] for n in models if n not in counts}
-    return {name: count * passes(name) for name, count in counts.items()}
 
 
 def pace(points: Sequence[tuple[float, Observation]], amount: float, workers: int) -> tuple[float, float]:

@@ -14,9 +14,9 @@ from pipeline.cost.estimate import (
     decode_seconds,
     decoders_a_gpu,
     encode_seconds,
-    image_bytes,
     model_size,
     rate,
+    row_bytes,
     save,
 )
 from pipeline.graph.resources import amount_of
@@ -114,8 +114,8 @@ def remarks(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
     guessed = by_basis.get("guess", ())
     if rows := {name: ask.graph[name].row_seconds for name in guessed if ask.graph[name].row_seconds}:
         yield f"assumed: microseconds of a core for a row: {', '.join(f'{n} {1e6 * s:.0f}' for n, s in rows.items())}"
-    if "pairs" in guessed:
-        yield f"assumed: {size(image_bytes(ask))} for a stored image"
+    if held := {name: row_bytes(name, ask) for name in guessed if ask.graph[name].row_bytes}:
+        yield f"assumed: bytes of a row in the store: {', '.join(f'{name} {size(one)}' for name, one in held.items())}"
     if any(ask.graph[stage].kind in ("training", "result") for stage in guessed):
         yield f"assumed: {assumed.CORE_FLOPS / 1e9:.0f} GFLOP/s a core; a probe or a run measures it"
 

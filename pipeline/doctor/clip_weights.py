@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from models.clip_weights import ClipWeights
+from models.clip_weights import PATTERN, ClipWeights
 from pipeline.config import Config
 from pipeline.doctor.finding import Finding
 from pipeline.errors import UserError, did_you_mean
@@ -16,16 +17,15 @@ from pipeline.errors import UserError, did_you_mean
 ANSWER_S = 10.0  # for a server to say that it has a file
 
 
-def named_weights(config: Config, stages: Iterable[str]) -> Iterator[tuple[str, str]]:
+def named_weights(config: Config, stages: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yields the setting and the value of each CLIP that somebody else has trained and that these stages load."""
-    stages = set(stages)
-    if "clip" in stages and config.clip.pretrained:
-        yield "clip.weights", config.clip.weights
-    if "evaluation" in stages and config.evaluation.judge is not None:
-        yield "evaluation.judge", config.evaluation.judge
+    for stage in (stage.bound(config) for stage in config.stages if stage.name in stages):
+        for name in stage.clips:
+            if re.fullmatch(PATTERN, value := getattr(stage.recipe, name) or ""):
+                yield f"{stage.name}.{name}", value
 
 
-def check_clips(config: Config, stages: Iterable[str]) -> Iterator[Finding]:
+def check_clips(config: Config, stages: Collection[str]) -> Iterator[Finding]:
     """Yields where each CLIP is that these stages load, or that it is nowhere."""
     for setting, weights in named_weights(config, stages):
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from pipeline.config import Config
 from pipeline.doctor.clip_weights import find_weights, named_weights
@@ -24,13 +24,9 @@ def check_ready(config: Config, store: Store, stages: Collection[str]) -> None:
     """
     for setting, weights in named_weights(config, stages):
         find_weights(setting, weights)
-    if "samples" in stages:
-        from models.tokens import check_captions
-
-        try:
-            check_captions(config.samples.captions)
-        except ValueError as e:
-            raise UserError(f"samples.captions: {e}") from None
+    for stage in config.stages:
+        if stage.ready and stage.name in stages:
+            stage.ready(stage.bound(config))
     wanted = on_ray(config, stages)
     if not wanted:
         return
@@ -51,9 +47,8 @@ def _listed(texts: list[str]) -> str:
     return ", ".join(texts[:NAMED]) + (f", and {more} more of that kind" if more > 0 else "")
 
 
-def on_ray(config: Config, stages: Iterable[str]) -> dict[str, Settings]:
+def on_ray(config: Config, stages: Collection[str]) -> dict[str, Settings]:
     """Returns the settings of those stages that work on Ray, by stage."""
-    settings = {stage: getattr(config.run, stage, None) for stage in stages}
-    if config.clip.pretrained:
-        settings.pop("clip", None)  # nothing is trained
-    return {stage: own for stage, own in settings.items() if own is not None and uses_ray(own, config.run.ray)}
+    found = [stage.bound(config) for stage in config.stages if stage.settings and stage.name in stages]
+    at_work = [stage for stage in found if not getattr(stage.recipe, "pretrained", False)]  # which is not trained
+    return {stage.name: stage.settings for stage in at_work if uses_ray(stage.settings, config.run.ray)}

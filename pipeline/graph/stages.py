@@ -15,6 +15,7 @@ from pipeline.store import Store
 from pipeline.store.records import digest
 
 Node = TypeVar("Node")
+Recipes = Mapping[str, Mapping[str, Any]]  # flattened, by stage
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,21 @@ class Stage:
         needs: Function of the stage, with its recipe, and of the configuration that returns the inputs.
         section: Section of the configuration that holds the recipe, if it is another stage's.
         fits: Function of the same two that raises UserError for other sections that the recipe does not fit.
-        row_seconds: Seconds of one core that a row takes, for estimates before anything was measured.
         given: Function of the configuration that returns what the stage reads while it runs, outside its key.
+        clips: Fields of the recipe that may name a CLIP of somebody else's.
+        ready: Function of the stage that raises UserError for its recipe before anything is made; it may import torch.
         check: Raises UserError, as soon as all inputs are there, for what the stage cannot be made of.
+        warn: Function of the stage and of the scanned list that yields what will be missed.
+        show: Function of the store and of the artefact that returns the stage's section of the report: numbers, text
+            and images, as encoded bytes, by name.
+        counts_list: The ledger counts all rows of the list that earlier stages kept.
+        row_seconds: Seconds of one core that a row takes, for estimates before anything was measured.
+        row_bytes: Function of the recipe, the number of rows and the dimension of an embedding that returns the bytes
+            that are stored for a row, likewise.
+        passes_of: Function of all recipes and of the number of held-out rows that returns the forward passes of each
+            network that the stage draws with, by the stage that trained it.
+        few: Function of the recipe that returns fields for a probe of little work, or where its second argument is
+            true, of somewhat more.
     """
 
     name: str
@@ -103,9 +116,17 @@ class Stage:
     needs: Callable[[Stage, Any], tuple[str, ...]] | None = None
     section: str = ""
     fits: Callable[[Stage, Any], None] | None = None
-    row_seconds: float = 0.0
     given: Any = None
+    clips: tuple[str, ...] = ()
+    ready: Callable[[Stage], None] | None = None
     check: Callable[[Context], None] | None = None
+    warn: Callable[[Stage, Any], Iterator[str]] | None = None
+    show: Callable[[Store, Artifact], Mapping[str, Any]] | None = None
+    counts_list: bool = False
+    row_seconds: float = 0.0
+    row_bytes: Callable[[Any, int, int], float] | None = None
+    passes_of: Callable[[Recipes, float], dict[str, float]] = lambda recipes, held_out: {}
+    few: Callable[[Any, bool], dict[str, Any]] | None = None
 
     def bound(self, config: Any) -> Stage:
         """Returns the stage with the recipe, inputs and settings that a configuration has for it."""

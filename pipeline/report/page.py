@@ -14,7 +14,7 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.keys import flatten
-from pipeline.graph.stages import Graph
+from pipeline.graph.stages import Graph, Stage
 from pipeline.report.against import against_section
 from pipeline.report.data import data_section
 from pipeline.report.document import document
@@ -31,6 +31,7 @@ from pipeline.store.crash import crash_point
 
 # Of an unfinished page. axe-core objects to any refresh, but a page without script has no other way to reload.
 REFRESH_S = 30
+SHOWN_SIDE = 512  # pixels
 
 
 def write_report(
@@ -96,6 +97,7 @@ def render(given: ReportInput, config: Config, graph: Graph, running: Sequence[A
         attempt("The data", data_section, given),
         attempt("The codec", codec_section, given),
         attempt("The trainings", training_section, given, trained, running),
+        *(attempt(f"The section of {name}", _own_section, given, graph[name]) for name in in_order),
         attempt("The lineage", lineage_section, artifacts),
         attempt("Environment and settings", _environment_section, config, [artifacts[name] for name in in_order]),
     )
@@ -103,6 +105,20 @@ def render(given: ReportInput, config: Config, graph: Graph, running: Sequence[A
     contents = [section for section in sections if isinstance(section, Section)]
     page = ENVIRONMENT.get_template("page.html")
     return page.render(project=config.project, refresh=refresh, head=shown, sections=sections, contents=contents)
+
+
+def _own_section(given: ReportInput, stage: Stage) -> Markup:
+    """Shows what a stage declares for it; of images nothing where licences decide, as theirs are not known."""
+    shown = stage.show(given.store, given.artifacts[stage.name]) if stage.show else {}
+    images = {name: data for name, data in shown.items() if isinstance(data, bytes)}
+    rest = {name: value for name, value in shown.items() if name not in images}
+    figures = [
+        PARTS.figure(attempt(name, given.album.image, data, SHOWN_SIDE, name), name)
+        for name, data in images.items()
+        if given.album.licenses is None
+    ]
+    parts = [facts(rest), PARTS.beside(figures)]
+    return Section.of(PARTS.own, f"stage-{stage.name}", stage.name, parts) if shown else Markup()
 
 
 def _environment_section(config: Config, artifacts: Sequence[Artifact]) -> Markup:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from pipeline.build import STAGES
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.image import IN_PLACE_PIXELS, Storing
 from pipeline.data.pairs.row_index import Place, read_images
@@ -17,7 +18,7 @@ from pipeline.ledger import REASONS
 from pipeline.report.html import attempt
 from pipeline.report.inputs import ReportInput
 
-LISTED = ("source", "pairs", "curation")  # stages that all rows of the list pass, in order
+LISTED = tuple(stage.name for stage in STAGES if stage.counts_list)
 SHARDS_READ = 3
 THUMBNAIL = Storing(160, "png", 1, "keep_ratio_largest")
 

@@ -9,11 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from models.prior_configs import ASKED
 from models.sampling_config import MODELS, PRIORS, UPSAMPLERS, SamplingConfig, check_sampling, largest_side
 from pipeline.data.source.lists import lists_there
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, is_preview, publish_artifact
-from pipeline.graph.stages import Context, Stage
+from pipeline.graph.stages import Context, Recipes, Stage
 from pipeline.ledger import Ledger
 from pipeline.store.records import put_blob
 
@@ -87,6 +88,20 @@ def _card(ctx: Context) -> str:
     lines += ["", f"Trained on: {', '.join(Path(path).name for path in ctx.given.paths)}."]
     lines += dict.fromkeys(found.credits for found in lists_there(ctx.given.paths) if found.credits)
     return "\n".join(lines) + "\n"
+
+
+def passes_of_a_row(name: str, recipes: Recipes) -> float:
+    """Returns the forward passes, as in its training, that a network takes to draw for one row.
+
+    The AR prior draws all codes in one pass. The diffusion prior reads a caption once and computes few positions a
+    step.
+    """
+    sampling = recipes["bundle"]
+    steps = float(sampling.get(f"sampling.{name.removeprefix('diffusion_')}_steps", 1))
+    if name == "diffusion_prior":
+        steps = 1 + steps * ASKED / (recipes[name]["model.text_context"] + 1 + ASKED)
+    guidance = f"sampling.{'prior' if name in PRIORS.values() else name}_guidance"
+    return steps * (2 if sampling.get(guidance) else 1)
 
 
 def _fits(stage: Stage, config: Any) -> None:

@@ -82,7 +82,7 @@ def _upsampler_fits(stage: Stage, config: Any) -> None:
         )
 
 
-CLIP = training("clip", ClipRecipe, ("pairs", "captions"), pinned=True, fits=_clip_fits)
+CLIP = training("clip", ClipRecipe, ("pairs", "captions"), pinned=True, clips=("weights",), fits=_clip_fits)
 AR_PRIOR = training(
     "ar_prior",
     ARPriorRecipe,

@@ -6,7 +6,7 @@ It judges every row by itself, shard by shard, and then removes rows that are to
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
@@ -24,6 +24,7 @@ from pipeline.graph.shards import map_shards, run_shards
 from pipeline.graph.stages import Context, Stage, shard_key
 from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
+from pipeline.progress import counted
 from pipeline.settings import ShardSettings
 from pipeline.store import Store
 from pipeline.store.records import put_blob
@@ -182,6 +183,15 @@ def _fits(stage: Stage, config: Any) -> None:
                 raise UserError(f"curation.{bound}.{name}: embeddings.heads has no {name}; name its file there")
 
 
+def _warn(stage: Stage, found: Any) -> Iterator[str]:
+    most = stage.recipe.max_caption
+    if long := found.captions_above(most):
+        yield (
+            f"{long:,} of {counted(found.rows, 'pair')} have a first caption of more than {most:,} characters: CLIP "
+            "trains on them, and curation then rejects them; raise curation.max_caption or shorten them"
+        )
+
+
 CURATION = Stage(
     "curation",
     version=3,
@@ -192,5 +202,7 @@ CURATION = Stage(
     settings=ShardSettings,
     fits=_fits,
     passes=True,
+    warn=_warn,
+    counts_list=True,
     row_seconds=2e-4,
 )

@@ -92,4 +92,5 @@ EMBEDDINGS = Stage(
     run=run_embeddings,
     settings=EmbeddingsSettings,
     passes=True,
+    row_bytes=lambda recipe, rows, dim: 4 * dim,  # two in float16
 )

@@ -19,6 +19,8 @@ from pipeline.graph.workers import ShardTask
 from pipeline.settings import PairsSettings
 from pipeline.store.content import put_content
 
+BYTES_A_PIXEL = 0.25  # of a stored image, as wide as it is high
+
 
 def run_pairs(ctx: Context) -> Artifact:
     """Fetches and packs every source shard. Drawings are served from this machine while the stage runs."""
@@ -50,5 +52,7 @@ PAIRS = Stage(
     run=run_pairs,
     settings=PairsSettings,
     given=lambda config: config.source,  # for paths that rows may name
+    counts_list=True,
     row_seconds=0.02,
+    row_bytes=lambda recipe, *_: BYTES_A_PIXEL * recipe.image_size**2,
 )

@@ -99,6 +99,11 @@ class Scan:
         return sum(n for s in self.shards for length, n in s.lengths.items() if int(length) - LENGTHS >= most)
 
     @property
+    def rows(self) -> int:
+        """Returns how many rows name an image and a caption."""
+        return sum(shard.ledger.kept for shard in self.shards)
+
+    @property
     def held_out(self) -> Mapping[str, int]:
         """Returns how many rows of the list are held out, by split, before any is fetched."""
         return sum((Counter(shard.held_out) for shard in self.shards), Counter[str]())
@@ -341,5 +346,5 @@ def _publish(ctx: Context, blob: str, key: str) -> Artifact:
     return publish_artifact(ctx.store, ctx.publishable(shard_table=table, ledger=ledger), seconds=0.0)
 
 
-SOURCE = Stage("source", VERSION, SourceRecipe, (), run_source, "source", row_seconds=32e-6)
+SOURCE = Stage("source", VERSION, SourceRecipe, (), run_source, "source", counts_list=True, row_seconds=32e-6)
 CAPTIONS = Stage("captions", VERSION, SourceRecipe, (), run_captions, "source", section="source", row_seconds=1e-6)

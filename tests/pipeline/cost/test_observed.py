@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from models.sampling_config import MODELS
 from pipeline.build import build
 from pipeline.config import load_config
-from pipeline.cost.observed import Observation, Recipes, observe, pace, passes_of, read_profile, shape
+from pipeline.cost.observed import Observation, observe, pace, read_profile, shape
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import flatten
 from pipeline.graph.plan import plan
 from pipeline.graph.runs import remember
+from pipeline.graph.stages import Recipes
 from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store
 
@@ -115,15 +116,15 @@ def test_a_model_that_is_left_out_now_was_part_of_what_was_measured(store: Store
 
 
 def test_a_result_of_somebodys_own_has_no_passes() -> None:
-    assert passes_of("gallery", recipes() | {"gallery": {"columns": 4}}, 100) == {}
+    assert GRAPH["index"].passes_of(recipes(), 100) == {}
 
 
 def test_passes_of_a_caption() -> None:
     prior = 1 + 16 * 3 / 36  # a caption once, and three of 36 positions a step
     upsamplers = {"upsampler_256": 16 * 8, "upsampler_1024": 16 * 4}
-    assert passes_of("samples", recipes(), 0) == {"diffusion_prior": 2 * prior, "decoder": 2 * 16, **upsamplers}
+    assert GRAPH["samples"].passes_of(recipes(), 0) == {"diffusion_prior": 2 * prior, "decoder": 2 * 16, **upsamplers}
     small = recipes("bundle.sampling.size=64", "bundle.sampling.prior=ar")
-    assert passes_of("samples", small, 0) == {"ar_prior": 2, "decoder": 32}
+    assert GRAPH["samples"].passes_of(small, 0) == {"ar_prior": 2, "decoder": 32}
 
 
 def test_another_model_is_another_stage_and_dropout_is_not() -> None:

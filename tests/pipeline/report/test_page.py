@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Graph
 from pipeline.report import page as report
+from pipeline.report.images import Album
 from pipeline.report.inputs import ReportInput
 from pipeline.report.page import write_report
 from pipeline.store import FolderStore
@@ -232,3 +233,20 @@ def test_a_report_that_cannot_be_written_is_explained(store: FolderStore, tmp_pa
     with pytest.raises(UserError, match="cannot be written"):
         write_report(store, config(), graph(), {}, tmp_path / "report.html")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "report.html", "report.json"]
+
+
+def test_a_section_that_a_stage_declares_is_escaped_and_never_stops_the_page(
+    store: FolderStore, made: dict[str, Artifact]
+) -> None:
+    def page(show: Any, licenses: tuple[str, ...] | None = None) -> str:
+        stages = {name: replace(each, show=show if name == "index" else None) for name, each in graph().items()}
+        whole = report.render(ReportInput(store, made, Album(licenses=licenses)), config(), stages)
+        return whole.partition('<section id="stage-index">')[2].partition("</section>")[0] or whole
+
+    shown = {"<b>rows</b>": 7, "a <i>strip</i>": encoded(Image.new("RGB", (8, 8)))}
+    section = page(lambda *_: shown)
+    assert "&lt;b&gt;rows&lt;/b&gt;" in section
+    assert section.count("<img ") == 1
+    assert not any(tag in section for tag in ("<b>", "<i>"))
+    assert page(lambda *_: shown, ("CC0-1.0",)).count("<img ") == 0
+    assert "The section of index cannot be shown: division by zero" in page(lambda *_: 1 / 0)
