@@ -320,4 +320,4 @@ def test_files_that_lists_name_are_opened_in_one_place() -> None:
     opens = re.compile(r"(?<![\w.])(?<!def )open\(|\bread_bytes\(|\bread_text\(|\bnp\.load\(")
     data = Path(ROOT, "pipeline/data")
     found = {str(file.relative_to(data)) for file in data.rglob("*.py") if opens.search(file.read_text())}
-    assert found == {"codec/fit.py", "source/lists.py", "source/drawings/world.py", "source/remote.py"}
+    assert found == {"codec/fit.py", "source/drawings/world.py", "source/remote.py", "source/source.py"}
