@@ -12,12 +12,11 @@ from pathlib import Path
 
 from jobs.command_line import PLACES
 from jobs.project import load_as_run, open_as_run
-from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, ancestors, load_artifact
-from pipeline.graph.execute import heal
-from pipeline.graph.pointer import read_releases
+from pipeline.errors import UserError
+from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.ledger import Ledger
 from pipeline.local import PathPolicy, open_local, read_local
+from pipeline.release.pointer import read_releases
 from pipeline.release.signing import files_of, find_release
 from pipeline.store import Store, local_folder, open_store
 from pipeline.store.names import is_digest, is_part
@@ -63,17 +62,9 @@ class Bundle:
         return folder
 
     def copy(self, folder: Path) -> None:
-        """Writes its files from the store into a folder.
-
-        Raises UserError for one that is damaged, after it and the records that name it are set aside.
-        """
+        """Writes its files from the store into a folder. Raises CorruptObject."""
         assert self.store is not None
-        try:
-            materialise(self.store, self.blobs, folder)
-        except CorruptObject as e:
-            if (made := load_artifact(self.store, "bundle", self.key)) is not None:
-                heal(self.store, e, {str(i): behind for i, behind in enumerate(ancestors(self.store, made))})
-            raise UserError(f"{e}; run its configuration again, which makes it again") from e
+        materialise(self.store, self.blobs, folder)
 
     def stored(self) -> tuple[Store, Artifact]:
         """Returns the store that holds it and its artefact; a bundle of a folder is put into a store of the output."""

@@ -6,6 +6,7 @@ import errno
 import importlib
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from pipeline.terminal import printable_streams
 
 # Of a place that cannot be read or written.
 UNFIT = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS)
+
+MADE = ("blobs/", "shards/", "artifacts/", "checkpoints/", "runs/")  # begin the paths of what a run can make again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +68,7 @@ def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
         warn(f"error: {e}")
         return 2
     except CorruptObject as e:
-        warn(f"error: {e}; check the disk or the bucket")
+        warn(f"error: {e.path} {e.why}: {_way_out(e.path, argv)}")
         return 2
     except KeyboardInterrupt as e:
         say_interrupted()
@@ -84,6 +87,16 @@ def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
             warn(f"error: {e.filename}: {e.strerror}; name a place that can be read and written")
             return 2
         raise
+
+
+def _way_out(path: str, argv: Sequence[str]) -> str:
+    """Returns what to do about a damaged object that a command has met."""
+    if not path.startswith(MADE):
+        return "it is a file of yours: restore it, or list it again as a new source"
+    named = (word.removeprefix("release:") for word in argv if word.endswith((".yaml", ".yml")))
+    store = [word for word in argv if word.startswith("store=")]
+    words = shlex.join(["unclip", "data", "check", next(named, "CONFIG"), path, *store, "--repair"])
+    return f"{words} sets it aside, and the next run makes it again"
 
 
 if __name__ == "__main__":

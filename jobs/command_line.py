@@ -306,32 +306,33 @@ def _data(parser: Parser) -> None:
             "retry": "retry rows whose fetch ended with given reasons",
             "forget": "drop images and their captions from everything made from now on",
             "gc": "delete what no pin, recent run or running stage needs",
+            "check": "verify all that the project needs, and set aside what is damaged",
             "export": "write curated pairs and embeddings for other tools",
         },
     )
-    search, retry, forget, gc, export = actions.values()
+    search, retry, forget, gc, check, export = actions.values()
     what = search.add_mutually_exclusive_group(required=True)
     what.add_argument("caption", nargs="?", metavar="CAPTION", help="text to search with")
     what.add_argument("--image", metavar="FILE", help="an image to search with, in place of a caption")
     search.add_argument("--count", type=count, default=10, help="number of results (10)")
     search.add_argument("--split", choices=SPLITS, help="search this split only (all)")
-    text = "such as timeout,http_4xx (all deferred)"
-    retry.add_argument("--reason", metavar="REASONS", help=text)
-    text = "row keys, references (URLs), or sha256 of stored images"
-    forget.add_argument("what", nargs="*", default=[], metavar="WHAT", help=text)
+    retry.add_argument("--reason", metavar="REASONS", help="such as timeout,http_4xx (all deferred)")
+    forget.add_argument("what", nargs="*", metavar="WHAT", help="row keys, references (URLs), sha256 of stored images")
     forget.add_argument("--file", metavar="FILE", help="a text file with one of them a line; - for standard input")
-    where = "a folder, or s3://BUCKET/PREFIX"
-    export.add_argument("-o", "--to", required=True, metavar="FOLDER", help=where)
+    export.add_argument("-o", "--to", required=True, metavar="FOLDER", help="a folder, or s3://BUCKET/PREFIX")
     export.add_argument("--only", choices=EXPORTS, action="append", default=[], help="write this alone (all three)")
     export.add_argument("--split", choices=SPLITS, action="append", default=[], help="rows of this split only (all)")
     _quiet(export)
     gc.add_argument("--yes", action="store_true", help="delete; without it, only say what would be")
-    text = "keep all that a run of the last days needs (30)"
-    gc.add_argument("--keep-days", type=float, default=30.0, metavar="DAYS", help=text)
-    text = "from the first finding to the deletion (24)"
-    gc.add_argument("--grace-hours", type=float, default=24.0, metavar="HOURS", help=text)
-    for one in (search, gc):
+    check.add_argument("names", nargs="*", default=[], metavar="OBJECT", help="paths of objects (all that is needed)")
+    check.add_argument("--repair", action="store_true", help="set it aside; without it, only say what would be")
+    _quiet(check)
+    for one, verb in ((gc, "keep"), (check, "verify")):
+        text = f"{verb} all that a run of the last days needs (30)"
+        one.add_argument("--keep-days", type=float, default=30.0, metavar="DAYS", help=text)
         _json(one)
+    gc.add_argument("--grace-hours", type=float, default=24.0, metavar="HOURS", help="from finding to deletion (24)")
+    _json(search)
 
 
 def _release(parser: Parser) -> None:
@@ -391,7 +392,7 @@ COMMANDS = {
     "export": Command("write a bundle as a folder to share, or for diffusers", _export),
     "show": Command("show runs, what is being made and where, or the lineage of an artefact", _show),
     "report": Command("write the report again, for example with images of some licences only", _report),
-    "data": Command("search and export images, retry failed rows, forget rows, collect garbage", _data),
+    "data": Command("search and export images, retry failed rows, forget rows, check, collect garbage", _data),
     "release": Command("promote a bundle that is not worse, roll back, compare", _release),
     "pin": Command("keep this CLIP, codec or thresholds when data is added", _pin),
     "unpin": Command("lift a pin", _unpin),

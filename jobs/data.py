@@ -1,4 +1,4 @@
-"""``unclip data search | export | retry | forget | gc CONFIG ...``: searches, exports and changes data."""
+"""``unclip data search | export | retry | forget | gc | check CONFIG ...``: searches, exports, changes, checks data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import replace
 
 from jobs.output import print_json, say
 from jobs.plan import changes
-from jobs.project import Project, open_as_run
+from jobs.project import Project, load_as_run, open_as_run
+from pipeline.build import build
+from pipeline.config import Config
 from pipeline.data.export import STAGES, export_pairs
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import SPLITS
@@ -20,10 +22,12 @@ from pipeline.data.source.recipe import FIRST_RETRY
 from pipeline.data.source.retry import FINAL, gather
 from pipeline.data.source.stage import LAST_SEGMENT, SourceShard, scan
 from pipeline.errors import UserError, did_you_mean
+from pipeline.graph.stages import ordered
 from pipeline.ledger import DEFERRED, REASONS
 from pipeline.local import read_local
 from pipeline.progress import counted, duration
-from pipeline.store import open_store
+from pipeline.store import Store, open_store
+from pipeline.upkeep.check import repair_store, verify_store
 from pipeline.upkeep.collect import collect
 
 MOST_TOLD = 20  # objects that cannot be read, which are told one by one
@@ -32,10 +36,11 @@ FILE_BYTES = 256 << 20  # of a list of what to forget
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    runs = {"search": _search, "retry": _retry, "forget": _forget, "gc": _collect, "export": _export}
-    project = open_as_run(arguments.config, arguments.overrides)
-    with project.healing():
-        return runs[arguments.action](project, arguments)
+    if arguments.action in ("gc", "check"):  # which say what is damaged, also where the list cannot be opened
+        config = load_as_run(arguments.config, arguments.overrides)
+        return {"gc": _collect, "check": _check}[arguments.action](config, open_store(config.store), arguments)
+    runs = {"search": _search, "retry": _retry, "forget": _forget, "export": _export}
+    return runs[arguments.action](open_as_run(arguments.config, arguments.overrides), arguments)
 
 
 def _search(project: Project, arguments: argparse.Namespace) -> int:
@@ -130,12 +135,12 @@ def _forgetting(project: Project, journal: ListJournal, marks: Iterable[str]) ->
     return replace(changed, retries=tuple(without(project.store, blob, changed.forgotten) for blob in changed.retries))
 
 
-def _collect(project: Project, arguments: argparse.Namespace) -> int:
+def _collect(_: Config, store: Store, arguments: argparse.Namespace) -> int:
     for name, value in (("--keep-days", arguments.keep_days), ("--grace-hours", arguments.grace_hours)):
         if not value >= 0:
             raise UserError(f"{name} {value:g} is below 0")
     keep_s, grace_s = arguments.keep_days * 86_400, arguments.grace_hours * 3600
-    found = collect(project.store, keep_s, grace_s, project.store.now(), arguments.yes)
+    found = collect(store, keep_s, grace_s, store.now(), arguments.yes)
     if arguments.json:
         print_json(vars(found))
         return 1 if found.unreadable else 0
@@ -152,12 +157,41 @@ def _collect(project: Project, arguments: argparse.Namespace) -> int:
     if not found.unreadable:
         return 0
     for path, why in sorted(found.unreadable.items())[:MOST_TOLD]:
-        say(f"{project.store.url}/{path} {why}")
+        say(f"{store.url}/{path} {why}")
     say(
         f"{counted(len(found.unreadable), 'object')} could not be read; what that may name is kept: see to it as "
         "said above, then run unclip data gc again"
     )
     return 1
+
+
+def _check(config: Config, store: Store, arguments: argparse.Namespace) -> int:
+    """Prints each damaged object with what names it and what is made again, and a table. Returns 1 where any stays."""
+    names = [name.removeprefix(f"{store.url}/") for name in arguments.names]
+    verify = repair_store if arguments.repair else verify_store
+    found = verify(store, config.project, arguments.keep_days * 86_400, names)
+    bad = [damage for damage in found.damage if damage.stays or not arguments.repair]
+    if arguments.json:
+        print_json({"records": found.records, "blobs": len(found.blobs), "size": found.size, "damage": found.damage})
+        return 1 if bad else 0
+    for damage in found.damage[:MOST_TOLD]:
+        by = f", and {counted(len(damage.records), 'record')} that name it" if damage.records else ""
+        end = damage.stays or f"{'set aside' if arguments.repair else 'to be set aside'}{by}"
+        say(f"{store.url}/{damage.path} {damage.why}: {end}")
+    blobs = sum(damage.path.startswith("blobs/") for damage in found.damage)
+    say(f"{'':10}{'sound':>12}{'MiB':>12}{'damaged':>10}")
+    say(f"{'records':10}{found.records:>12,}{'':12}{len(found.damage) - blobs:>10,}")
+    say(f"{'blobs':10}{len(found.blobs):>12,}{found.size / 2**20:>12,.1f}{blobs:>10,}")
+    lost = {stage for damage in found.damage if not damage.stays for stage in damage.stages}
+    if lost:
+        behind = set(lost)
+        for stage in ordered(build(config)):
+            behind |= {stage.name} if behind.intersection(stage.inputs) else set()
+        kept = f"; {', '.join(sorted(behind - lost))} stay, which were made from it" if behind - lost else ""
+        say(f"the next run makes again what is lost of {', '.join(sorted(lost))}{kept}")
+    if found.damage and not arguments.repair:
+        say(f"nothing is changed without --repair: unclip data check {arguments.config} --repair")
+    return 1 if bad else 0
 
 
 def _listed(project: Project) -> list[SourceShard]:

@@ -9,8 +9,7 @@ from dataclasses import replace
 from jobs.bundles import find_bundle
 from jobs.output import say
 from jobs.sample import check_seed, sampling_option
-from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.execute import heal
+from pipeline.errors import UserError
 from pipeline.graph.ray import find_machine, this_machine
 from pipeline.graph.resources import team_of
 from pipeline.parse import parse
@@ -18,7 +17,6 @@ from pipeline.progress import counted, duration
 from pipeline.sampling.prompts import find_column, read_prompts
 from pipeline.settings import GenerationSettings, RaySettings
 
-HEALINGS = 3  # damaged objects, until somebody has to look
 log = logging.getLogger("unclip")
 
 
@@ -31,23 +29,14 @@ def main(arguments: argparse.Namespace) -> int:
         say(f"prompts: column {column} of {arguments.prompts}")
     store, bundle = found.stored()
 
-    from pipeline.sampling.generation import ROWS, STAGE, GenerationRecipe, export, generate
+    from pipeline.sampling.generation import ROWS, GenerationRecipe, export, generate
 
     options = dict(sampling_option(text) for text in arguments.overrides)
     recipe = parse(GenerationRecipe, {"options": options, "batch": arguments.batch}, "--")
     settings, ray = _workers(arguments)
-    for _ in range(HEALINGS):
-        made = None
-        try:
-            parts = read_prompts(arguments.prompts, arguments.seed, ROWS, column)
-            made = generate(store, bundle, parts, recipe, settings, ray, to)
-            tars = list(export(store, made, to))
-            break
-        except CorruptObject as e:
-            damage = e
-            heal(store, e, {"bundle": bundle} | ({} if made is None else {STAGE: made}))
-    else:
-        raise UserError(f"{damage}; if it belongs to the bundle, run its configuration again, and then this")
+    parts = read_prompts(arguments.prompts, arguments.seed, ROWS, column)
+    made = generate(store, bundle, parts, recipe, settings, ray, to)
+    tars = list(export(store, made, to))
     lost = "".join(f", {counted(n, 'prompt')} {reason}" for reason, n in made.ledger.rejected.items())
     say(f"{counted(made.ledger.kept, 'image')}{lost}, {duration(made.times['seconds'])}")
     say(f"{counted(len(tars), 'tar')}, each with a table of seeds and scores: {to}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -15,9 +15,8 @@ from pipeline.build import build
 from pipeline.config import Config, load_config, make_config, read_values, resolved_values, sections
 from pipeline.data.source.journal import ListJournal, read_journal
 from pipeline.data.source.stage import Scan, scan
-from pipeline.errors import CorruptObject, UserError, did_you_mean
+from pipeline.errors import UserError, did_you_mean
 from pipeline.graph.artifacts import Artifact, load_artifact
-from pipeline.graph.execute import heal
 from pipeline.graph.keys import flatten
 from pipeline.graph.plan import Verdict, plan
 from pipeline.graph.runs import last_run
@@ -89,18 +88,6 @@ class Project:
         plan = self.plan() if verdicts is None else verdicts
         found = {verdict.stage: load_artifact(self.store, verdict.stage, verdict.key) for verdict in plan}
         return {stage: artifact for stage, artifact in found.items() if artifact is not None}
-
-    @contextmanager
-    def healing(self, more: Mapping[str, Artifact] = MappingProxyType({})) -> Iterator[None]:
-        """Sets aside what is found to be damaged, of its artefacts or ``more``, so that the next run makes it again.
-
-        Raises UserError that says so, or that it is not ours to make again.
-        """
-        try:
-            yield
-        except CorruptObject as e:
-            heal(self.store, e, {**self.finished(), **more}, self.graph)
-            raise UserError(f"{e}; it is set aside: unclip run, with its configuration, makes it again") from None
 
     def wanted(self, only: str | None, until: str | None) -> set[str]:
         """Returns the stages that ``--only`` or ``--until`` ask for. Raises UserError for an unknown one."""

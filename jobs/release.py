@@ -19,7 +19,6 @@ from pipeline.errors import UserError
 from pipeline.evaluate.figure import difference, short
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.execute import make_context
-from pipeline.graph.pointer import Move, Releases, move_release, read_releases
 from pipeline.graph.stages import stage_key
 from pipeline.release.compare import (
     Change,
@@ -33,6 +32,7 @@ from pipeline.release.compare import (
 )
 from pipeline.release.diff import data_changes, find_bundle, recipes_changed, stages_behind
 from pipeline.release.gates import failing, unjudged
+from pipeline.release.pointer import Move, Releases, move_release, read_releases
 from pipeline.release.signing import (
     Untrusted,
     check_signed,
@@ -263,8 +263,7 @@ def _evaluate(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
     inputs = {name: bundle if name == "bundle" else inputs[name] for name in stage.inputs}
     key = stage_key(stage, {name: made.key for name, made in inputs.items()})
     if load_artifact(asked.store, stage.name, key) is None:
-        with project.healing({"bundle": bundle}):
-            stage.run(make_context(stage, key, inputs, asked.store, asked.config))
+        stage.run(make_context(stage, key, inputs, asked.store, asked.config))
     say(f"{asked.name}: the release {bundle.key[:12]} is measured on the rows of {asked.path}")
     return 0
 

@@ -12,8 +12,8 @@ from jobs.output import say, warn
 from jobs.project import Project, open_as_run
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
-from pipeline.graph.pointer import read_releases
 from pipeline.release.diff import find_bundle as find_in_store
+from pipeline.release.pointer import read_releases
 from pipeline.report.images import Album
 from pipeline.report.inputs import Other
 from pipeline.report.page import write_report

@@ -16,7 +16,7 @@ from jobs.output import events_to, say
 from jobs.plan import RunPlan, plan_run
 from jobs.project import Project, open_project, remember_config
 from pipeline.doctor.readiness import check_ready
-from pipeline.errors import CorruptObject, UserError
+from pipeline.errors import UserError
 from pipeline.evaluate.figure import as_text
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.execute import execute, make_context
@@ -25,8 +25,6 @@ from pipeline.progress import counted, duration
 from pipeline.store import check_conditions
 from pipeline.store.records import materialise
 from pipeline.training.trackers import tell_result
-
-HEALINGS = 5  # damaged objects that one run makes again before it gives up
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,13 +156,8 @@ def _execute(plan: RunPlan, tell: Tell) -> dict[str, Artifact]:
 
         write_report(project.store, project.config, project.graph, artifacts, project.report, running)
 
-    for _ in range(HEALINGS + 1):
-        try:
-            told = project.store, project.config, plan.seconds, on_stage, report
-            return execute(project.graph, project.plan(), plan.wanted, *told)
-        except CorruptObject as e:  # it is set aside already
-            damage = e
-    raise UserError(f"{damage}, after {HEALINGS} others in this run; check the disk or the bucket, then run again")
+    told = project.store, project.config, plan.seconds, on_stage, report
+    return execute(project.graph, project.plan(), plan.wanted, *told)
 
 
 def _place(project: Project, stage: str, made: Artifact) -> None:
@@ -180,20 +173,13 @@ def _place(project: Project, stage: str, made: Artifact) -> None:
 
 
 def _place_made(project: Project, made: Mapping[str, Artifact]) -> None:
-    """Writes images and where the bundle is, as far as they are made: there may be those of another configuration.
-
-    Raises UserError for an image that is damaged, after it is set aside.
-    """
-    with project.healing(made):
-        for stage, artifact in made.items():
-            _place(project, stage, artifact)
+    """Writes images and where the bundle is, as far as they are made: there may be those of another configuration."""
+    for stage, artifact in made.items():
+        _place(project, stage, artifact)
 
 
 def bring(project: Project) -> None:
-    """Writes images, where the bundle is, and then the report, which names them.
-
-    Raises UserError for an image that is damaged, after it is set aside.
-    """
+    """Writes images, where the bundle is, and then the report, which names them."""
     from pipeline.report.page import write_report
 
     made = project.finished()

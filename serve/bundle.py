@@ -10,8 +10,8 @@ from models.sampling_config import UPSAMPLERS
 from pipeline.data.embeddings.scores import Head, load_heads
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
-from pipeline.graph.pointer import read_releases
 from pipeline.parse import ContentFile
+from pipeline.release.pointer import read_releases
 from pipeline.release.signing import find_release
 from pipeline.sampling.drawing import open_bundle
 from pipeline.store import open_store

@@ -43,9 +43,9 @@ async def neighbours(
     """Returns the training images nearest to an image, nearest first."""
     gateway = request.app.state.gateway
     bundle = (await gateway.described())["bundle"]
-    training = await asyncio.to_thread(training_set_of, gateway.served, bundle, gateway.settings.licenses)
     opened = await read_image(image, "image")
     try:
+        training = await asyncio.to_thread(training_set_of, gateway.served, bundle, gateway.settings.licenses)
         found = await asyncio.get_running_loop().run_in_executor(SEARCHING, training.nearest, opened, count)
     except CorruptObject as e:  # since it was looked up, such as by data forget and data gc
         training_set_of.cache_clear()

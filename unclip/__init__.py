@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jobs.plan import RunPlan as RunPlan
     from jobs.run import RunResult as RunResult
     from jobs.run import StageDone as StageDone
+    from pipeline.errors import CorruptObject as CorruptObject
     from pipeline.errors import UserError as UserError
     from unclip.artifact import Artifact as Artifact
     from unclip.model import Model as Model
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "Artifact": "unclip.artifact",
+    "CorruptObject": "pipeline.errors",
     "Model": "unclip.model",
     "Pairs": "unclip.pairs",
     "Project": "unclip.project",

@@ -35,7 +35,8 @@ def load(path: str | Path | None = None, device: str = "auto") -> Model:
         device: "cpu", "cuda", or "auto", which is a GPU where there is one.
 
     Raises:
-        UserError: No bundle is finished, it is damaged, or the device does not exist.
+        UserError: No bundle is finished, or the device does not exist.
+        CorruptObject: A file of the bundle is damaged in its store.
     """
     folder = find_bundle(None if path is None else str(path)).folder
     return Model(read_bundle(folder, choose_device(device)))

@@ -19,13 +19,12 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from pipeline.errors import CorruptObject
-from pipeline.graph.damage import create_record, read_record
 from pipeline.graph.kinds import Artifact, Shard, artifact_path, shard_path
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.names import Digest, FileName, Part
-from pipeline.store.records import Count, blob_path, put_blob, read_blob, said, whoami
+from pipeline.store.records import Count, blob_path, create_record, put_blob, read_blob, read_record, said, whoami
 
 StageKey = tuple[str, str]  # a stage and a key
 NOTE = "note."  # begins the names of blobs that a shard's record names and an artefact's table does not

@@ -1,4 +1,4 @@
-"""Runs what the plan calls stale, trainings side by side where there is room, and sets aside what is damaged."""
+"""Runs what the plan calls stale, trainings side by side where there is room."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from dataclasses import replace
 from functools import partial
 from queue import Empty, Queue
 from threading import Lock, Thread
-from types import MappingProxyType
 from typing import Any
 
-from pipeline.errors import CorruptObject, Superseded, UserError
-from pipeline.graph.artifacts import SEGMENTS, Artifact, artifact_path, load_artifact, read_shards, shard_path
-from pipeline.graph.damage import set_aside
+from pipeline.errors import Superseded, UserError
+from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact
 from pipeline.graph.plan import Verdict, pin_path
 from pipeline.graph.ray import room_beside, uses_ray
 from pipeline.graph.stages import Context, Graph, Stage, ordered, seconds_to_end, stage_key, trajectory_key, trunk_key
@@ -24,11 +22,8 @@ from pipeline.progress import above_lines, under_way
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.leases import Lease, lead_or_wait
-from pipeline.store.names import is_digest
-from pipeline.store.records import blob_path
 
 log = logging.getLogger("unclip")
-NO_GRAPH: Graph = MappingProxyType({})
 LOOK_S = 30.0  # between two looks for room beside the trainings that run
 OnStage = Callable[[str, Artifact], None]
 OnLook = Callable[[Sequence[Artifact], Mapping[str, Artifact]], None]
@@ -62,16 +57,13 @@ def execute(
             pipeline.training.follow) and with all artefacts so far.
 
     Raises:
-        CorruptObject: After having set aside damaged objects and the records that name them: plan again and call again.
+        CorruptObject: A stored object is damaged.
     """
     run = _Run({verdict.stage: verdict for verdict in verdicts}, store, config, on_stage, on_look)
     left = seconds_to_end(graph, seconds)
     run.make(sorted((stage for stage in ordered(graph) if stage.name in wanted), key=lambda stage: -left[stage.name]))
-    damage = {failure.path: failure for failure in run.failures if isinstance(failure, CorruptObject)}
-    for each in damage.values():
-        heal(store, each, run.artifacts, graph)
-    for failure in (*damage.values(), *run.failures):
-        raise failure
+    if run.failures:
+        raise run.failures[0]
     return {name: run.artifacts[name] for name in graph if name in run.artifacts}
 
 
@@ -95,11 +87,11 @@ class _Run:
             for stage in list(todo):
                 if set(stage.inputs) <= self.artifacts.keys():
                     todo.remove(stage)
-                    made = load_artifact(self._store, stage.name, self._verdicts[stage.name].key)
-                    if made is not None:
-                        self._keep(stage, made)
-                    elif refused := self._refused(stage):
-                        self._end(stage, refused)
+                    found = self._found(stage)
+                    if isinstance(found, Artifact):
+                        self._keep(stage, found)
+                    elif found is not None:
+                        self._end(stage, found)
                     else:
                         stale.append(stage)
             if self.failures and not self._beside and not (together and any(map(self._on_ray, stale))):
@@ -122,11 +114,13 @@ class _Run:
             del self._beside[stage.name]
             self._end(stage, made_or_failed)
 
-    def _refused(self, stage: Stage) -> Exception | None:
-        """Returns why a stage cannot be made of its inputs, before hours go into others; None if it can."""
+    def _found(self, stage: Stage) -> Artifact | Exception | None:
+        """Returns a stage's artefact, or why it cannot be made of its inputs, before hours go into others, or None."""
+        key = self._verdicts[stage.name].key
         try:
+            if made := load_artifact(self._store, stage.name, key):
+                return made
             if stage.check is not None:
-                key = self._verdicts[stage.name].key
                 stage.check(make_context(stage, key, self.artifacts, self._store, self._config))
         except Exception as e:
             return e
@@ -134,7 +128,7 @@ class _Run:
 
     def _next(self, stale: Sequence[Stage]) -> Sequence[Stage]:
         """Returns which of some stages, all of whose inputs are there, begin now: one, or trainings at once."""
-        if not stale or any(isinstance(failure, CorruptObject) for failure in self.failures):
+        if not stale:
             return []
         here = [stage for stage in stale if not self._on_ray(stage)]
         if here or len(stale) + len(self._beside) <= 1:
@@ -262,43 +256,3 @@ def _pin(store: Store, lineage: str, key: str) -> None:
     """Pins a lineage to the first artefact made, unless another process was first."""
     crash_point("pin.before_swap", pin_path(lineage))
     store.swap(pin_path(lineage), None, json.dumps({"key": key}).encode())
-
-
-def heal(store: Store, damage: CorruptObject, artifacts: Mapping[str, Artifact], graph: Graph = NO_GRAPH) -> None:
-    """Sets aside a damaged blob and every record that names it, so that the next plan makes it again.
-
-    Raises UserError if the object is not ours to make again, or if a pin, a release or a list names it.
-    """
-    blob = damage.path.rpartition("/")[2]
-    if not is_digest(blob) or damage.path != blob_path(blob):
-        raise UserError(f"{damage}; it is a file of yours: restore it, or list it again as a new source")
-    doomed = [damage.path]
-    for artifact in artifacts.values():
-        named = blob == artifact.shard_table or blob in artifact.blobs.values()
-        if artifact.shard_table is not None and not named:
-            try:
-                shards = [s for s in read_shards(store, artifact) if blob in s.blobs.values()]
-            except CorruptObject as e:  # damaged too: without its list this artefact has to be made again as well
-                log.warning("%s; it is set aside too", e)
-                doomed.append(e.path)
-                named = True
-            else:
-                doomed += [shard_path(artifact.stage, s.key) for s in shards]
-                named = bool(shards)
-        if named:
-            doomed.append(artifact_path(artifact.stage, artifact.key))
-    # Shards that no artefact lists are left over from an interrupted run.
-    passes = (f"shards/{stage.name}/" for stage in graph.values() if stage.passes)
-    for prefix in (SEGMENTS,) if len(doomed) > 1 else (SEGMENTS, *passes):
-        doomed += [entry.path for entry in store.list(prefix) if _says(store, entry.path, blob)]
-    set_aside(store, doomed)
-    records = sum(not path.startswith("blobs/") for path in doomed)
-    log.warning("%s; it is set aside with %d records that name it, and its work done again", damage, records)
-
-
-def _says(store: Store, path: str, blob: str) -> bool:
-    """Returns whether a record names a blob; one that has gone, since another run heals too, names none."""
-    try:
-        return blob.encode() in store.read(path)
-    except FileNotFoundError:
-        return False

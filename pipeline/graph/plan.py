@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import load_artifact
-from pipeline.graph.damage import pinned_key
 from pipeline.graph.keys import flatten, recipe_changes
-from pipeline.graph.kinds import PlannedStage
+from pipeline.graph.kinds import Pin, PlannedStage
 from pipeline.graph.stages import Graph, Stage, ordered, stage_key
 from pipeline.store import Store
-from pipeline.store.records import digest
+from pipeline.store.records import digest, read_plain
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,15 @@ def pin_path(lineage: str) -> str:
     return f"locks/{lineage}.json"
 
 
-def read_pin(store: Store, lineage: str) -> str | None:
-    """Returns the key that a lineage is pinned to, or None. Raises UserError if the pin is damaged."""
+def read_pin(store: Store, path: str) -> str | None:
+    """Returns the key that the pin at a path names, or None without a pin. Raises UserError if it is damaged."""
     try:
-        return pinned_key(store, pin_path(lineage))
-    except FileNotFoundError:
-        return None
+        pin = read_plain(store, path, Pin)
+    except CorruptObject:
+        raise UserError(
+            f"{store.url}/{path} is damaged, and nobody can tell what it pins: delete it, and pin again"
+        ) from None
+    return pin.key if pin else None
 
 
 def plan(
@@ -64,7 +67,7 @@ def plan(
             lineage = stage_key(stage, lineages)
         pin = None
         if stage.pinned:
-            pin = supposed[lineage] if lineage in supposed else read_pin(store, lineage)
+            pin = supposed[lineage] if lineage in supposed else read_pin(store, pin_path(lineage))
         keys[stage.name] = pin or own
         # What comes after a pinned stage counts it with its real key, so a new CLIP starts new lineages.
         lineages[stage.name] = keys[stage.name] if stage.pinned else lineage

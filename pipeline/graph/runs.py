@@ -12,14 +12,13 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
-from pipeline.graph.damage import create_record, read_record
 from pipeline.graph.keys import flatten, trajectory
 from pipeline.graph.kinds import RUN_NAME, PlannedStage, RunRecord
 from pipeline.graph.plan import Verdict
 from pipeline.graph.stages import Context, Graph
 from pipeline.store import Store
 from pipeline.store.base import Entry
-from pipeline.store.records import whoami
+from pipeline.store.records import create_record, peek_record, whoami
 
 OURS = ("unclip", "cli")  # programs whose words are recorded
 AGAIN_S = 86_400  # after which a run that finds everything made is recorded again
@@ -155,5 +154,5 @@ def last_made(ctx: Context, inputs: Sequence[str], besides: Sequence[str] = ()) 
 def _runs(store: Store, project: str) -> Iterator[tuple[Entry, RunRecord]]:
     """Yields the runs of a project that can be read, the last one first."""
     for entry in reversed(run_entries(store, project)):
-        if run := read_record(store, entry.path, RunRecord):
+        if run := peek_record(store, entry.path, RunRecord):  # it only explains, so a damaged one stops nobody
             yield entry, run

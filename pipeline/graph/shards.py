@@ -71,8 +71,9 @@ def run_shards(
 ) -> tuple[list[Shard], int]:
     """Makes every shard without a record. With ``ctx.settings.workers`` 0 the worker runs in this process, without Ray.
 
-    A listing decides what is made first. Existing records are read last; a corrupt one is made again. What the workers
-    took is added to ``ctx.work``: summed over the passes of a stage, with the most workers and rows of a pass.
+    A listing decides what is made first. Existing records are read last; one that has gone meanwhile is made again.
+    What the workers took is added to ``ctx.work``: summed over the passes of a stage, with the most workers and rows of
+    a pass.
 
     Args:
         ctx: Context of the stage.

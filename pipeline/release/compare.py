@@ -11,9 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, made_with
-from pipeline.graph.damage import set_aside
+from pipeline.errors import CorruptObject
+from pipeline.graph.artifacts import Artifact, load_artifact, made_with
 from pipeline.graph.keys import recipe_changes
 from pipeline.store import Store
 from pipeline.store.records import read_blob
@@ -73,21 +72,14 @@ class Change:
 
 
 def load_measured(store: Store, evaluation: Artifact) -> Measured | None:
-    """Returns an evaluation with what it measured, or None if one of them has gone.
-
-    A damaged evaluation is set aside with a warning, so that the next run makes it again, unless a release names it.
-    """
+    """Returns an evaluation with what it measured; None if the bundle has gone or, with a warning, if it is damaged."""
     bundle = load_artifact(store, "bundle", evaluation.inputs["bundle"])
     if bundle is None:
         return None
     try:
         return Measured(evaluation, bundle, json.loads(read_blob(store, evaluation.blobs["evaluation.json"])))
-    except CorruptObject as e:
+    except CorruptObject as e:  # else nobody could promote another bundle than the one that it measures
         log.warning("%s; the evaluation that names it is not compared with", e)
-        try:
-            set_aside(store, [e.path, artifact_path(evaluation.stage, evaluation.key)])
-        except UserError as why:
-            log.warning("%s", why)
         return None
 
 

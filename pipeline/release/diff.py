@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ancestors, keys_of, load_artifact
 from pipeline.graph.keys import recipe_changes
-from pipeline.graph.pointer import Releases
+from pipeline.release.pointer import Releases
 from pipeline.store import Store
 
 Stages = dict[str, Artifact]

@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives.serialization import (
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.pointer import Move, Releases
 from pipeline.local import read_local
 from pipeline.release.diff import find_bundle
+from pipeline.release.pointer import Move, Releases
 from pipeline.store import Store
 from pipeline.store.records import canonical, digest
 

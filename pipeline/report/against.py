@@ -10,9 +10,9 @@ from markupsafe import Markup
 
 from pipeline.evaluate.figure import difference, short
 from pipeline.graph.artifacts import load_artifact, made_with
-from pipeline.graph.pointer import read_releases
 from pipeline.release import compare
 from pipeline.release.diff import data_changes, recipes_changed, stages_behind
+from pipeline.release.pointer import read_releases
 from pipeline.report.evaluation import STATES
 from pipeline.report.html import Section, attempt, note, template
 from pipeline.report.inputs import Other, ReportInput

@@ -3,7 +3,7 @@
 A record carries its format and its own checksum, and is an instance of a subclass of Record: its fields are its schema.
 The checksum tells damage, not who wrote it: anyone who can write to a store can write a record that is well sealed. So
 every read names the kind of record that it expects, and anything else there is a damaged object. An object that looks
-damaged is read again, past caches, before it is treated as damaged (see pipeline.graph.damage).
+damaged is read again, past caches, before it is reported as damaged. Reads change nothing: pipeline.upkeep.repair does.
 """
 
 from __future__ import annotations
@@ -74,13 +74,17 @@ def blob_path(sha256: str) -> str:
 
 
 def put_blob(store: Store, data: bytes | Path, move: bool = False) -> str:
-    """Stores a blob under the sha256 of its bytes, which it returns. See ``Store.create``."""
+    """Stores a blob under the sha256 of its bytes, which it returns. See ``Store.create``.
+
+    Raises CorruptObject where it is there already and damaged.
+    """
     if isinstance(data, Path):
         with open(data, "rb") as f:
             name = hashlib.file_digest(f, "sha256").hexdigest()
     else:
         name = hashlib.sha256(data).hexdigest()
-    store.create(blob_path(name), data, move)
+    if not store.create(blob_path(name), data, move):
+        check_blob(store, name)  # no record may name what an earlier try has left damaged
     crash_point("blob.created", name)
     return name
 
@@ -121,6 +125,23 @@ def _read_blob(store: Store, sha256: str, threads: int) -> bytes:
     return data
 
 
+def check_blob(store: Store, sha256: str) -> int:
+    """Returns the bytes of a blob, whose content is checked a part at a time. Raises CorruptObject as ``read_blob``."""
+    path = blob_path(sha256)
+
+    def check(store: Store) -> int:
+        entry, found = store.stat(path), hashlib.sha256()
+        if entry is None:
+            raise CorruptObject(path, "is missing")
+        for start in range(0, entry.size, PART_BYTES):
+            found.update(store.read(path, start, start + PART_BYTES))
+        if found.hexdigest() != sha256:
+            raise CorruptObject(path, "has other bytes than its name says")
+        return entry.size
+
+    return read_twice(store, check)
+
+
 def materialise(store: Store, blobs: Mapping[str, str], folder: str | Path, replace: bool = False) -> None:
     """Writes the named blobs as files under ``folder``.
 
@@ -144,15 +165,27 @@ def materialise(store: Store, blobs: Mapping[str, str], folder: str | Path, repl
                 raise
 
 
-def open_record(store: Store, path: str, kind: type[R]) -> R | None:
+def create_record(store: Store, path: str, record: R) -> R:
+    """Creates a record, or adopts the one that somebody else created first. Returns the one that stands.
+
+    Raises ValueError for one that no reader would take, and as ``read_record`` where the one that stands is damaged.
+    """
+    while not store.create(path, seal(record, path)):
+        standing = read_record(store, path, type(record))
+        if standing is not None:  # else it was deleted meanwhile
+            return standing
+    return record
+
+
+def read_record(store: Store, path: str, kind: type[R]) -> R | None:
     """Returns a record of this kind, or None if it does not exist.
 
     Raises CorruptObject for a record that cannot be trusted, and OtherFormat.
     """
-    return read_twice(store, lambda store: _open_record(store, path, kind))
+    return read_twice(store, lambda store: _read_record(store, path, kind))
 
 
-def _open_record(store: Store, path: str, kind: type[R]) -> R | None:
+def _read_record(store: Store, path: str, kind: type[R]) -> R | None:
     try:
         data = store.read(path)
     except FileNotFoundError:
@@ -216,12 +249,9 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def peek_record(store: Store, path: str, kind: type[R]) -> R | None:
-    """Returns a record of this kind, or None if there is none to be trusted.
-
-    A damaged record stays as it is: for read-only callers.
-    """
+    """Returns a record of this kind, or None if there is none to be trusted: for callers that can do without it."""
     try:
-        return open_record(store, path, kind)
+        return read_record(store, path, kind)
     except CorruptObject:
         return None
 

@@ -25,11 +25,10 @@ from torch import Tensor
 
 from models.tensors import save_tensors
 from pipeline.errors import CorruptObject, Superseded
-from pipeline.graph.damage import create_record
 from pipeline.graph.stages import Context, trajectory_key, trunk_key
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
-from pipeline.store.records import blob_path, open_record, peek_record, put_blob, read_blob
+from pipeline.store.records import blob_path, create_record, peek_record, put_blob, read_blob, read_record
 from pipeline.training.distributed.sharding import first_row, is_saved, is_sharded, local, rows_of
 from pipeline.training.records import CheckpointRecord, SavedJournal
 from pipeline.training.state import MetricsJournal, TrainState, forms, parts, put_back
@@ -145,7 +144,7 @@ class Checkpoints:
             if _samples(path) > at_most:
                 continue
             try:
-                record = open_record(self.store, path, CheckpointRecord)
+                record = read_record(self.store, path, CheckpointRecord)
                 if record is None:
                     continue
                 saved = {part: self._read(record.blobs, part, like) for part, like in forms(state).items()}

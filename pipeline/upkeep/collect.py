@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.records import parse_object
-from pipeline.upkeep.reachable import Live, mark_blobs
+from pipeline.upkeep.reachable import Live, mark_blobs, told
 from pipeline.upkeep.roots import find_live
 
 log = logging.getLogger("unclip")
@@ -92,7 +92,7 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
                 sizes[entry.path] = entry.size
             else:
                 tombstones[entry.path] = since
-    found.unreadable = live.unreadable
+    found.unreadable = {path: told(path, e) for path, e in live.unreadable.items()}
     if not delete:
         return found
     if _names(store, DECIDING) - known:  # a run has begun or finished something meanwhile, or somebody pinned
@@ -100,7 +100,7 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
     for path, _ in sorted(_names(store, NAMING_BLOBS) - known):
         live.paths.add(path)
         mark_blobs(store, path, live)
-    found.unreadable = live.unreadable
+    found.unreadable = {path: told(path, e) for path, e in live.unreadable.items()}
     due = [path for path in due if path not in live]
     packed = gzip.compress(_as_json(tombstones), mtime=0)
     if not store.swap(TOMBSTONES, standing.version if standing else None, packed):

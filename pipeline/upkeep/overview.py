@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, StageKey, artifact_path
-from pipeline.graph.damage import pinned_key
 from pipeline.graph.kinds import ARTIFACT_NAME, RUN_NAME, PlannedStage, RunRecord
-from pipeline.graph.pointer import Move, read_releases, released_projects
+from pipeline.graph.plan import read_pin
 from pipeline.graph.runs import run_entries
+from pipeline.release.pointer import Move, read_releases, released_projects
 from pipeline.store import Store
 from pipeline.store.base import Entry
 from pipeline.store.leases import Holder, lease_path, read_lease
@@ -187,14 +187,7 @@ def _holder(store: Store, path: str) -> Holder | None:
 
 def _pinned(store: Store) -> frozenset[str]:
     paths = [entry.path for entry in store.list("locks/") if re.fullmatch(r"locks/[0-9a-f]{64}\.json", entry.path)]
-
-    def pinned(path: str) -> str:
-        try:
-            return pinned_key(store, path)
-        except FileNotFoundError:  # the pin is lifted meanwhile
-            return ""
-
-    return frozenset(ordered_map(pinned, paths[:MOST])) - {""}
+    return frozenset(key for key in ordered_map(lambda path: read_pin(store, path), paths[:MOST]) if key)
 
 
 def _released(store: Store, name: StageKey) -> list[str]:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pipeline.data.source.journal import EMPTY, ListJournal
+from pipeline.data.source.journal import FOLDER as LIST
 from pipeline.data.source.stage import Segment, segment_path
 from pipeline.errors import CorruptObject, OtherFormat
 from pipeline.graph.artifacts import (
@@ -25,16 +26,15 @@ from pipeline.graph.artifacts import (
     read_shards,
     shard_path,
 )
-from pipeline.graph.damage import LIST
 from pipeline.graph.kinds import ARTIFACT_NAME, Pin, PlannedStage, RunRecord
-from pipeline.graph.pointer import FOLDER as RELEASES
-from pipeline.graph.pointer import Pointer
+from pipeline.release.pointer import FOLDER as RELEASES
+from pipeline.release.pointer import Pointer
 from pipeline.store import Store
 from pipeline.store.leases import read_lease
 from pipeline.store.names import is_part
 from pipeline.store.parallel import ordered_map
-from pipeline.store.records import R, blob_path, digest, open_record, read_plain
-from pipeline.upkeep.reachable import Live, mark_blobs, read_or_tell, record_kind, told
+from pipeline.store.records import R, blob_path, digest, read_plain, read_record
+from pipeline.upkeep.reachable import Live, mark_blobs, read_or_tell, record_kind
 
 SILENT_S = 3 * 86_400.0  # without a sign of life of a lease's holder, after which it is dead, wherever it was
 Clean = frozenset[StageKey] | None  # artefacts without forgotten rows; None where no row was forgotten
@@ -58,23 +58,24 @@ class _Project:
         return frozenset((stage, asked.key) for stages in later for stage, asked in stages.items())
 
 
-def find_live(store: Store, keep_s: float, now: float) -> Live:
-    """Returns what is needed. Reads every artefact record, and the shard table of every artefact that is needed.
+def find_live(store: Store, keep_s: float, now: float, project: str | None = None) -> Live:
+    """Returns what is needed, of all runs or of a ``project``'s, beside what pins, releases and lists name.
 
-    A run is needed for ``keep_s`` seconds, longer while one of its stages is being made, and in any case if it is its
-    project's last. Runs that were planned before rows were forgotten are not needed, once there is a later run.
+    Reads every artefact record, and the shard table of every artefact that is needed. A run is needed for ``keep_s``
+    seconds, longer while one of its stages is being made, and in any case if it is its project's last. Runs that were
+    planned before rows were forgotten are not needed, once there is a later run.
 
     Raises:
         OtherFormat: if there are records of runs of another format, and no others.
     """
-    return _Search(store, keep_s, now).find()
+    return _Search(store, keep_s, now, project).find()
 
 
 class _Search:
     """Looks at a store once."""
 
-    def __init__(self, store: Store, keep_s: float, now: float):
-        self.store, self.keep_s, self.now = store, keep_s, now
+    def __init__(self, store: Store, keep_s: float, now: float, only: str | None):
+        self.store, self.keep_s, self.now, self.only = store, keep_s, now, only
         self.live = Live()
         self.pinned: set[str] = set()  # keys
         self.lost_pins: set[str] = set()  # lineages
@@ -103,7 +104,7 @@ class _Search:
                 if name in run.wanted:
                     begun[name].add(asked.key)
                 # Files that a recipe names count by content there; workers may still read their blobs.
-                live.paths.update(map(blob_path, re.findall(r"\b[0-9a-f]{64}\b", str(asked.recipe))))
+                live.given.update(map(blob_path, re.findall(r"\b[0-9a-f]{64}\b", str(asked.recipe))))
                 if asked.trajectory and asked.trunk:
                     trainings.add(_training(name, asked.recipe, asked.inputs))
                     live.prefixes |= {f"checkpoints/{asked.trajectory}/", f"checkpoints/{asked.trunk}/"}
@@ -138,10 +139,10 @@ class _Search:
         """Returns an artefact, None if it is missing or cannot be read. An unreadable one that is needed stays."""
         path = artifact_path(stage, key)
         try:
-            return open_record(self.store, path, Artifact)
+            return read_record(self.store, path, Artifact)
         except (CorruptObject, OtherFormat) as e:
             if needed:
-                self.live.unreadable[path] = told(path, e)
+                self.live.unreadable[path] = e
                 self.live.unknown = True  # it may name any blob
         return None
 
@@ -161,7 +162,7 @@ class _Search:
                 elif pin := read_plain(self.store, path, Pin):
                     self.pinned.add(pin.key)
             except CorruptObject as e:
-                self.live.unreadable[path] = told(path, e)
+                self.live.unreadable[path] = e
                 if project is not None:
                     project.forgettings = -1
                     self.live.unknown = True  # it may name any blob as rows to be tried again
@@ -181,7 +182,7 @@ class _Search:
         if not any(project.runs for project in self.projects.values()):
             for path in (path for path in self.live.unreadable if path.startswith("runs/")):
                 with suppress(CorruptObject):
-                    open_record(
+                    read_record(
                         self.store, path, RunRecord
                     )  # the whole store is of another format, and nothing is known of it
         for project in self.projects.values():
@@ -280,7 +281,9 @@ class _Search:
         held = set(self._held())
         self.live.paths.update(path for path in held if path.count("/") > 1)  # of checkpoints, which no run names
         needed = []
-        for project in self.projects.values():
+        for name, project in self.projects.items():
+            if self.only not in (None, name):
+                continue
             # No run can be planned with a forgetting that is still to come.
             counted = {path: min(run.forgettings, project.forgettings) for path, run in project.runs.items()}
             last = max(project.runs, key=lambda path: (counted[path], path), default=None)
@@ -304,7 +307,7 @@ class _Search:
                 if read_lease(self.store, entry.path) is not None:
                     yield entry.path
             except CorruptObject as e:
-                self.live.unreadable[entry.path] = told(entry.path, e)
+                self.live.unreadable[entry.path] = e
                 yield entry.path
 
     def _mark_artifact(self, artifact: Artifact) -> None:
@@ -315,7 +318,9 @@ class _Search:
             return
         try:
             shards = read_shards(self.store, artifact)
-        except CorruptObject:  # the next run makes it again
+        except CorruptObject as e:
+            if self.store.stat(e.path):
+                self.live.unreadable[e.path] = e
             return
         self.shards.update(shard.key for shard in shards)
         paths.update(blob_path(blob) for shard in shards for blob in shard.blobs.values())

@@ -9,10 +9,10 @@ from typing import Any
 
 from pipeline.graph.artifacts import Artifact, StageKey
 from pipeline.graph.kinds import PlannedStage
-from pipeline.graph.pointer import Move
 from pipeline.graph.stages import direct
 from pipeline.ledger import Ledger
 from pipeline.progress import counted, duration
+from pipeline.release.pointer import Move
 from pipeline.store.leases import Holder
 from pipeline.store.records import who
 from pipeline.upkeep.overview import Lineage, Overview, PastRun

@@ -13,9 +13,9 @@ from jobs.project import open_project
 from models.sampling_config import MODELS
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import flatten
-from pipeline.graph.pointer import Releases, read_releases
 from pipeline.held_out import too_few
 from pipeline.ledger import Ledger
+from pipeline.release.pointer import Releases, read_releases
 from pipeline.store import Store
 from pipeline.store.records import put_blob
 

@@ -72,7 +72,7 @@ def test_what_is_not_a_bundle_is_named(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("sample", "a red heart", "--from"), ("export", "--to", "shared")])
-def test_what_of_a_bundle_is_damaged_is_set_aside_so_that_a_run_makes_it_again(
+def test_a_damaged_bundle_is_one_line_that_names_the_command(
     words: tuple[str, ...], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = find_bundle(str(run))
@@ -80,6 +80,6 @@ def test_what_of_a_bundle_is_damaged_is_set_aside_so_that_a_run_makes_it_again(
     assert store is not None
     Path(store.url, blob_path(bundle.blobs["decoder/model.safetensors"])).write_bytes(b"rot")
     assert main([*words, str(run)]) == 2
-    assert "makes it again" in capsys.readouterr().err
-    assert load_artifact(store, "bundle", bundle.key) is None
+    assert "sets it aside, and the next run makes it again" in capsys.readouterr().err
+    assert load_artifact(store, "bundle", bundle.key) is not None
     assert not Path("shared").exists()

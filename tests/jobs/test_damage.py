@@ -1,9 +1,10 @@
-"""Damaged objects are named in one line, set aside, and made again; a full disk ends a run with one line."""
+"""Damaged objects are named in one line, set aside by a command and made again; a full disk ends a run with a line."""
 
 import errno
-import logging
+import json
 import os
 import re
+import shlex
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,6 @@ from tests.pipeline.data.bench import picture, write_tar
 
 IN_PROCESS = MICRO["run"] | RUN
 
-Log: TypeAlias = pytest.LogCaptureFixture
 Output: TypeAlias = pytest.CaptureFixture[str]
 WAYS = {
     "truncate": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
@@ -39,8 +39,15 @@ WAYS = {
 }
 
 
-def _warnings(caplog: Log) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "unclip" and r.levelno >= logging.WARNING]
+def _repaired(command: list[str], path: str, capsys: Output) -> None:
+    """Runs a command that meets a damaged object, then what its error names, then the command again."""
+    assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {path} "), error
+    way_out = re.search(r": unclip (data check .*) sets it aside, and the next run makes it again$", error)
+    assert way_out, error
+    assert main(shlex.split(way_out[1])) == 0
+    assert "set aside" in capsys.readouterr().out
 
 
 def _blob(store: Store, stage: str, name: str) -> str:
@@ -71,7 +78,7 @@ VICTIMS: dict[str, tuple[Callable[[Store], str], str, str]] = {
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
-def test_what_is_damaged_is_made_again(victim: str, undisturbed: Undisturbed, tmp_path: Path, caplog: Log) -> None:
+def test_what_is_damaged_is_made_again(victim: str, undisturbed: Undisturbed, tmp_path: Path, capsys: Output) -> None:
     store = copy(undisturbed.data, tmp_path)
     find, way, forgotten = VICTIMS[victim]
     path = find(store)
@@ -79,36 +86,42 @@ def test_what_is_damaged_is_made_again(victim: str, undisturbed: Undisturbed, tm
         forget(store, forgotten, shards=victim != "shard record")
     WAYS[way](Path(store.url, path))
     damaged = store.read(path) if way != "delete" else None
-    assert main(["run", str(undisturbed.config(tmp_path)), "--until", "codec"]) == 0
-    (warning,) = _warnings(caplog)
-    assert path in warning
-    assert "set aside" in warning
+    command = ["run", str(undisturbed.config(tmp_path)), "--until", "codec"]
+    _repaired(command, path, capsys)
+    assert main(command) == 0
     assert [store.read(entry.path) for entry in store.list(f"damaged/{path}.")] == ([damaged] if damaged else [])
     assert_each_shard_once(store, undisturbed.data)
     _assert_healed(store, undisturbed.data)
 
 
-def test_several_damaged_objects_in_one_run(undisturbed: Undisturbed, tmp_path: Path, caplog: Log) -> None:
-    store = copy(undisturbed.data, tmp_path)
+def test_several_damaged_objects_are_found_at_once(undisturbed: Undisturbed, tmp_path: Path, capsys: Output) -> None:
+    store, config = copy(undisturbed.data, tmp_path), str(undisturbed.config(tmp_path))
     paths = [VICTIMS[victim][0](store) for victim in ("shard table", "captions", "embeddings", "references")]
-    for stage in ("curation", "codec"):
-        forget(store, stage)
     for path in paths:
         _overwrite(store, path)
-    assert main(["run", str(undisturbed.config(tmp_path)), "--until", "codec"]) == 0
-    found = [path for path in paths if any(path in warning for warning in _warnings(caplog))]
-    assert found == paths[:3]  # nobody has to look at the references: the pairs that came of them stand
-    assert keys(store) == keys(undisturbed.data)
-    assert data_blobs(store) == data_blobs(undisturbed.data)
+    before = {entry.path: entry.version for entry in store.list("")}
+    assert main(["data", "check", config, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [damage["path"] for damage in found["damage"]] == sorted(paths)
+    assert {entry.path: entry.version for entry in store.list("")} == before
+    assert main(["data", "check", config]) == 1
+    said = capsys.readouterr().out
+    assert all(f"{store.url}/{path} has other bytes than its name says: to be set aside" in said for path in paths)
+    assert "\nthe next run makes again what is lost of captions, embeddings, pairs, source; " in said
+    assert f"nothing is changed without --repair: unclip data check {config} --repair" in said
+    assert main(["data", "check", config, "--repair"]) == 0
+    assert main(["run", config, "--until", "codec"]) == 0
+    assert main(["data", "check", config]) == 0
+    _assert_healed(store, undisturbed.data)
 
 
-def test_damaged_pictures_are_found_by_a_training(undisturbed: Undisturbed, tmp_path: Path, caplog: Log) -> None:
+def test_damaged_pictures_are_found_by_a_training(undisturbed: Undisturbed, tmp_path: Path, capsys: Output) -> None:
     store = copy(undisturbed.data, tmp_path)
     path = _blob(store, "pairs", "images")
     _overwrite(store, path)
-    assert main(["run", str(undisturbed.config(tmp_path)), "--until", "decoder"]) == 0
-    (warning,) = _warnings(caplog)
-    assert path in warning
+    command = ["run", str(undisturbed.config(tmp_path)), "--until", "decoder"]
+    _repaired(command, path, capsys)
+    assert main(command) == 0
     _assert_healed(store, undisturbed.trained)
 
 
@@ -142,7 +155,7 @@ def test_a_changed_picture_in_a_tar_of_the_users(tmp_path: Path, pictures: str, 
     assert main(["run", str(config), "--until", "embeddings"]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert errors == [
-        f"error: {tar}: the image of row 000000000003 has other bytes than the index says; it is a file of yours: "
+        f"error: {tar} has another image of row 000000000003 than the index says: it is a file of yours: "
         "restore it, or list it again as a new source"
     ]
     changed[member.offset_data + member.size - 20] ^= 255
@@ -203,9 +216,7 @@ def test_damaged_pictures_are_found_by_an_export(undisturbed: Undisturbed, tmp_p
     store, config = copy(undisturbed.data, tmp_path), str(undisturbed.config(tmp_path))
     path = _blob(store, "pairs", "images")
     _overwrite(store, path)
-    assert main(["data", "export", config, "--to", str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert re.fullmatch(f"error: .*{path}.*it is set aside: unclip run, with its configuration, makes it again", line)
+    _repaired(["data", "export", config, "--to", str(tmp_path / "out")], path, capsys)
     assert main(["run", config, "--until", "codec"]) == 0
     _assert_healed(store, undisturbed.data)
     assert main(["data", "export", config, "--to", str(tmp_path / "again")]) == 0

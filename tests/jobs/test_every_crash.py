@@ -279,9 +279,10 @@ def test_while_damage_is_set_aside(fetched: Callable[[], Path], tmp_path: Path) 
     stores = [open_at(config.parent / "store") for config in (calm, killed)]
     path = blob_path(read_shards(stores[1], artifact(stores[1], "pairs"))[0].blobs["index"])
     Path(stores[1].url, path).write_bytes(b"rot")
-    assert forked(unclip, "run", calm, "--until", "embeddings") == 0
     point = "damage.before_delete"
-    assert killed_everywhere((point,), tmp_path / "kills", unclip, "run", killed, "--until", "embeddings") == {point}
+    assert killed_everywhere((point,), tmp_path / "kills", unclip, "data", "check", killed, "--repair") == {point}
+    for config in (calm, killed):
+        assert forked(unclip, "run", config, "--until", "embeddings") == 0
     assert len(list(stores[1].list(f"damaged/{path}."))) == 1
     for stage in ("pairs", "embeddings"):
         assert contents(stores[0], stage) == contents(stores[1], stage)

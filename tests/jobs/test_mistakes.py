@@ -117,7 +117,15 @@ def test_sample_without_a_bundle(tmp_path: Path) -> None:
 
 def test_a_damaged_blob_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def damaged(_: object) -> int:
-        raise CorruptObject("blobs/ab/abc", "is missing")
+        raise CorruptObject(blob, "is missing")
 
-    assert guard(damaged, []) == 2
-    assert capsys.readouterr().err == "error: blobs/ab/abc: is missing; check the disk or the bucket\n"
+    blob = f"blobs/ab/ab{'c' * 62}"
+    for words, config in (
+        (["sample", "a cat"], "CONFIG"),
+        (["run", "my.yaml", "store=s3://b/c"], "my.yaml"),
+        (["sample", "--from", "release:my.yaml"], "my.yaml"),
+    ):
+        assert guard(damaged, words) == 2
+        store = " store=s3://b/c" if "run" in words else ""
+        way_out = f"unclip data check {config} {blob}{store} --repair sets it aside, and the next run makes it again"
+        assert capsys.readouterr().err == f"error: {blob} is missing: {way_out}\n"

@@ -11,12 +11,13 @@ from jobs.project import open_project
 from models.sampling_config import MODELS
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
 from pipeline.graph.keys import flatten
-from pipeline.graph.pointer import release_path
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
+from pipeline.release.pointer import release_path
 from pipeline.report.against import against_section
 from pipeline.report.inputs import ReportInput
 from pipeline.store.records import blob_path, put_blob
+from pipeline.upkeep.check import repair_store
 from tests.jobs.releases import DATA, FEW, LATER, OTHER, Made
 
 
@@ -214,6 +215,7 @@ def test_a_damaged_evaluation_is_made_again(made: Made) -> None:
     (found,) = jobs.release.evaluations(made.store, bundle)
     made.store.delete([blob_path(found.evaluation.blobs["evaluation.json"])])
     assert jobs.release.evaluations(made.store, bundle) == []
+    repair_store(made.store, "p", 0, [blob_path(found.evaluation.blobs["evaluation.json"])])
     assert load_artifact(made.store, "evaluation", found.evaluation.key) is None
 
 

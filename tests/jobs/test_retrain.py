@@ -15,9 +15,9 @@ import yaml
 from jobs.project import open_project
 from pipeline.data.source.drawings.listing import drawing_rows
 from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
-from pipeline.graph.pointer import read_releases
 from pipeline.parse import overlay
 from pipeline.release.compare import evaluations
+from pipeline.release.pointer import read_releases
 from pipeline.store import Store
 from tests.chain import ROOT, keys, open_at, shard_paths, unclip
 from tests.seaweed import Server

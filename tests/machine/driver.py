@@ -12,7 +12,7 @@ from typing import Any
 
 from greenlet import getcurrent, greenlet
 
-from pipeline.errors import UserError
+from pipeline.errors import CorruptObject, UserError
 from pipeline.store.base import Entry
 
 ONCE = ("blobs/", "artifacts/", "shards/", "checkpoints/", "runs/")  # never overwritten
@@ -208,9 +208,11 @@ class Driver:
 
 
 def outcome(ended: Any) -> str:
-    """Returns how a command ended, in a word: killed, value, refused (a UserError), or what it should not be."""
+    """Returns how a command ended: killed, value, refused (a UserError), damaged, or what it should not be."""
     if isinstance(ended, Killed):
         return "killed"
+    if isinstance(ended, CorruptObject):
+        return "damaged"
     if isinstance(ended, UserError):
         return "refused" if "\n" not in str(ended) else f"a message of several lines: {ended}"
     return f"{type(ended).__name__}: {ended}" if isinstance(ended, Exception) else "value"

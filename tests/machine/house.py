@@ -23,15 +23,14 @@ import jobs.data
 import jobs.pin
 import jobs.release
 from jobs.project import Project
-from jobs.run import HEALINGS
 from pipeline.config import Run
 from pipeline.data.source import stage as source_stage
 from pipeline.data.source.journal import read_journal
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.source import ListRow
 from pipeline.data.source.stage import run_captions, run_source, scan
-from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import artifacts, runs
+from pipeline.graph import execute as execution
 from pipeline.graph.artifacts import (
     Artifact,
     Shard,
@@ -45,11 +44,11 @@ from pipeline.graph.artifacts import (
     write_table,
 )
 from pipeline.graph.execute import execute
-from pipeline.graph.pointer import read_releases
 from pipeline.graph.runs import remember, remember_again
 from pipeline.graph.stages import Context, Graph, Stage, shard_key, trajectory_key
 from pipeline.ledger import Ledger
 from pipeline.local import PathPolicy
+from pipeline.release.pointer import read_releases
 from pipeline.settings import ReleaseGates, TrainingSettings
 from pipeline.store import leases
 from pipeline.store.records import digest, put_blob, read_blob
@@ -202,7 +201,7 @@ class House:
         count = iter(range(10**9))
         tokens = SimpleNamespace(token_hex=lambda n=8: f"{next(count):0{2 * n}x}")
         with ExitStack() as stack:
-            for module in (leases, runs, jobs.release):
+            for module in (leases, runs, jobs.release, execution):
                 if hasattr(module, "time"):
                     stack.enter_context(mock.patch.object(module, "time", self.clock))
             for module in (leases, runs):
@@ -211,6 +210,7 @@ class House:
             stack.enter_context(mock.patch.object(source_stage, "fingerprint", lambda path: self.lists[path].rows[:]))
             stack.enter_context(mock.patch.object(source_stage, "unread", return_value=""))
             stack.enter_context(mock.patch.object(jobs.data, "path_policy", return_value=PathPolicy()))
+            stack.enter_context(mock.patch.object(jobs.data, "build", lambda config: graph(config.source)))
             stack.enter_context(mock.patch("time.sleep"))
             # What takes most of the time, and nothing that the machine asks about depends on it.
             stack.enter_context(mock.patch.object(artifacts, "environment", dict))
@@ -224,13 +224,17 @@ class House:
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             yield
 
-    def project(self, store: StepStore, name: str) -> Project:
-        """Returns a project as ``open_project`` does."""
+    def config(self, store: StepStore, name: str) -> Any:
+        """Returns what stands for a project's configuration."""
         source = SourceRecipe((name,), shard_rows=SHARD_ROWS)
         gates = ReleaseGates()
-        config: Any = SimpleNamespace(project=name, source=source, store=store, run=Run(lease_s=LEASE_S), release=gates)
-        journal = read_journal(store, name)
-        return Project(config, store, graph(source), scan(source, store, write=False, journal=journal), journal)
+        return SimpleNamespace(project=name, source=source, store=store, run=Run(lease_s=LEASE_S), release=gates)
+
+    def project(self, store: StepStore, name: str) -> Project:
+        """Returns a project as ``open_project`` does."""
+        config, journal = self.config(store, name), read_journal(store, name)
+        found = scan(config.source, store, write=False, journal=journal)
+        return Project(config, store, graph(config.source), found, journal)
 
     def _again(self, config: Any, store: Any = ()) -> Project:
         """Opens the project of a command line, whose configuration is a store and a name here."""
@@ -246,23 +250,19 @@ class House:
             return project.finished(verdicts)
         remember(*asked, forgettings=project.journal.forgettings, segments=project.scan.segments)
         config, wanted, nothing = project.config, set(project.graph), lambda *_: None
-        for _ in range(HEALINGS + 1):
-            try:
-                return execute(project.graph, project.plan(), wanted, store, config, {}, nothing, nothing)
-            except CorruptObject as e:
-                damage = e
-        raise UserError(f"{damage}, after {HEALINGS} others")
+        return execute(project.graph, project.plan(), wanted, store, config, {}, nothing, nothing)
 
     def plan(self, store: StepStore, name: str) -> Any:
         return self.project(store, name).plan()
 
     def data(self, store: StepStore, name: str, action: str, **words: Any) -> int:
         """Runs ``unclip data ACTION``."""
-        project = self.project(store, name)
-        arguments = SimpleNamespace(config=(store, name), overrides=(), json=False, **words)
-        commands = {"retry": jobs.data._retry, "forget": jobs.data._forget, "gc": jobs.data._collect}
-        with project.healing():
-            return commands[action](project, arguments)
+        arguments: Any = SimpleNamespace(config=(store, name), overrides=(), json=False, **words)
+        if action in ("gc", "check"):
+            run = {"gc": jobs.data._collect, "check": jobs.data._check}[action]
+            return run(self.config(store, name), store, arguments)
+        commands = {"retry": jobs.data._retry, "forget": jobs.data._forget}
+        return commands[action](self.project(store, name), arguments)
 
     def pin(self, store: StepStore, name: str, command: str, key: str | None = None) -> int:
         arguments: Any = SimpleNamespace(
@@ -271,7 +271,7 @@ class House:
         return jobs.pin.main(arguments)
 
     def release(self, store: StepStore, name: str, command: str) -> int:
-        config: Any = self.project(store, name).config
+        config = self.config(store, name)
         asked = jobs.release.ReleaseProject(name, config, store, read_releases(store, name))
         arguments: Any = SimpleNamespace(force="the machine says so", reason="", key=None, json=False)
         return jobs.release.RUNS[command](asked, arguments)

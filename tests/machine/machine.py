@@ -1,4 +1,4 @@
-"""The machine: rules that let drivers go on, kill them, and write as a stranger does, and what must always hold."""
+"""The machine: rules that let drivers go on, kill them, damage objects and write as a stranger, and what must hold."""
 
 from __future__ import annotations
 
@@ -8,32 +8,39 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, ClassVar
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from pipeline.data.source.journal import read_journal, reference_mark
+from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact, read_shards
 from pipeline.ledger import Ledger
 from pipeline.store import open_store
-from pipeline.store.records import blob_path
+from pipeline.upkeep.repair import stands_on
 from tests.machine import stranger
 from tests.machine.bucket import Bucket
+from tests.machine.disk import Disk
 from tests.machine.driver import Clock, Driver, History, StepStore, files, outcome
+from tests.machine.holders import find_holders, is_sound
 from tests.machine.house import House
 
 PROJECTS = ("p", "q")
 DRIVERS = ("a", "b")
-COMMANDS = ("run", "run", "run", "plan", "retry", "forget", "gc", "gc", "pin", "unpin", "promote", "rollback", "list")
+COMMANDS = (
+    "run", "run", "run", "plan", "retry", "forget", "gc", "gc", "check", "pin", "unpin", "promote", "rollback", "list"
+)  # fmt: skip
 DECISIONS = ("promote", "forget", "retry")  # which are swapped, so that two at once must not undo each other
 FAULTY = 0.03  # of the requests to a bucket
 GRACE_HOURS = 1.0
 DEAD_S = 4 * 86_400.0  # without a sign of life, after which no lease keeps anything
 
 
-class Machine(RuleBasedStateMachine):
+class Machine(Disk):
     """Two drivers on one store in a folder."""
 
     strangers: ClassVar[bool] = False
@@ -47,9 +54,7 @@ class Machine(RuleBasedStateMachine):
         self.drivers = {name: Driver(name, self.clock) for name in DRIVERS}
         self.watcher = Driver("watcher", self.clock)
         self.clock.pause = self._pause
-        self.foreign: dict[str, bytes] = {}  # what the stranger wrote, as far as it stands
         self.tainted = False  # whether a stranger's record may have been taken for work that was done
-        self.kept: dict[str, set[str]] = {}  # what a holder (a pin, a release) named while it was whole
         self.moves: dict[str, list[Any]] = {name: [] for name in PROJECTS}
         self.decided: dict[str, tuple[set[str], int]] = {name: (set(), 0) for name in PROJECTS}
         self.asked_to_forget: dict[str, set[str]] = {name: set() for name in PROJECTS}
@@ -164,7 +169,9 @@ class Machine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 50))
     def race(self, number: int) -> None:
         """Somebody publishes, with other bytes, what is published already: nothing of that stays."""
-        paths = sorted(path for path in self.raw() if path.startswith("artifacts/") and path not in self.foreign)
+        objects = self.raw()
+        paths = sorted(path for path in objects.keys() - self.foreign.keys() if path.startswith("artifacts/"))
+        paths = [path for path in paths if not self.is_damaged(path, objects)]
         if not paths or self.tainted:
             return
         path = paths[number % len(paths)]
@@ -200,6 +207,8 @@ class Machine(RuleBasedStateMachine):
             return decide
         if command == "gc":
             return lambda: house.data(store, project, "gc", yes=row != 7, keep_days=days, grace_hours=GRACE_HOURS)
+        if command == "check":
+            return lambda: house.data(store, project, "check", names=(), repair=row % 4 > 0, keep_days=30.0)
         return {
             "run": lambda: self._made(house.run(store, project)),
             "plan": lambda: house.plan(store, project),
@@ -214,7 +223,9 @@ class Machine(RuleBasedStateMachine):
         for stage, made in artifacts.items():
             path = artifact_path(stage, made.key)
             standing = objects.get(path)
-            if standing is not None and path not in self.foreign and not self.tainted:
+            if standing is None or path in self.foreign or self.is_damaged(path, objects):
+                continue
+            if not self.tainted:
                 assert json.loads(standing)["blobs"] == dict(made.blobs), f"{path}: a racer has not adopted what stands"
 
     # --- what holds ---------------------------------------------------------------------------------------------------
@@ -231,7 +242,7 @@ class Machine(RuleBasedStateMachine):
         for driver in (*self.drivers.values(), self.watcher):
             for what, ended in driver.ended:
                 how = outcome(ended)
-                if how not in ("value", "refused", "killed"):
+                if how not in ("value", "refused", "killed", *(["damaged"] if self.spoiled or self.strangers else [])):
                     raise AssertionError(f"{what} ended with {how}") from ended
             driver.ended.clear()
 
@@ -241,12 +252,12 @@ class Machine(RuleBasedStateMachine):
                 assert hashlib.sha256(objects[path]).hexdigest() == digest, f"{path} was overwritten"
 
     def nothing_released_or_pinned_is_lost(self, objects: dict[str, bytes]) -> None:
-        holders = self._holders(objects)
+        holders = find_holders(objects, PROJECTS, self.foreign)
         for holder, named in holders.items():
-            whole = {path for path in named if path in objects and self._is_sound(path, objects[path])}
-            lost = self.kept.get(holder, set()) - whole
-            assert not lost, f"{holder} has lost {sorted(lost)}"
-            self.kept[holder] = self.kept.get(holder, set()) | whole
+            before = self.kept.get(holder, set())  # its record may be damaged now
+            whole = {path for path in named | before if path in objects and is_sound(path, objects[path])}
+            assert before <= whole, f"{holder} has lost {sorted(before - whole)}"
+            self.kept[holder] = whole
         self.kept = {holder: paths for holder, paths in self.kept.items() if holder in holders}
 
     def no_decision_is_undone(self, objects: dict[str, bytes]) -> None:
@@ -263,32 +274,6 @@ class Machine(RuleBasedStateMachine):
                 assert marks <= set(said["forgotten"]), f"{journal} remembers again what was forgotten"
                 assert retries <= len(said["retries"]), f"{journal} has lost rows that are to be tried again"
                 self.decided[project] = set(said["forgotten"]), len(said["retries"])
-
-    def _is_sound(self, path: str, data: bytes) -> bool:
-        return not path.startswith("blobs/") or stranger.is_blob_of(path, data)
-
-    def _holders(self, objects: dict[str, bytes]) -> dict[str, set[str]]:
-        """Returns what each pin and each standing promotion names, read without the code that is tested."""
-        found: dict[str, set[str]] = {}
-        for project in PROJECTS:
-            path = f"releases/{project}.json"
-            if path in objects and path not in self.foreign:
-                stack: list[dict[str, Any]] = []
-                for move in json.loads(objects[path])["moves"]:
-                    stack.append(move) if move["action"] == "promote" else stack.pop()
-                for place, move in enumerate(stack):
-                    named = _named(objects, "bundle", move["bundle"])
-                    evaluation = _named(objects, "evaluation", move["evaluation"], ("evaluation.json",))
-                    found[f"{path} {place} {move['at']}"] = named | evaluation
-        for path, data in objects.items():
-            if (
-                path.startswith("locks/")
-                and path.endswith(".json")
-                and "list-" not in path
-                and path not in self.foreign
-            ):
-                found[f"{path} {data.decode()}"] = _named(objects, "clip", json.loads(data)["key"])
-        return found
 
     def teardown(self) -> None:
         try:
@@ -313,8 +298,9 @@ class Machine(RuleBasedStateMachine):
                     self.inner.create(path, self.history.sound[path])
         self.foreign = {}
         self.clock.seconds += DEAD_S
+        self._repair()
         for project in PROJECTS:
-            self._do("run", project)
+            self._run(project)
             if not self.tainted:
                 self._ledger_balances(project)
         for _ in range(2):
@@ -327,14 +313,37 @@ class Machine(RuleBasedStateMachine):
             stale = [v for v in self._do("plan", project) if v.state == "stale"]
             assert not stale, f"{project}: gc has deleted what the last run needs: {stale}"
 
-    def _do(self, command: str, project: str, row: int = 0) -> Any:
-        """Runs a command alone; it must end with a value, unless a stranger's work is among what it uses."""
-        self.watcher.start(f"{command} {project}, in peace", self._command(self.watcher, command, project, row))
+    def _repair(self) -> None:
+        """Sets aside what is damaged. A sound copy is put in the place of what pins, releases and lists need."""
+        for project in PROJECTS:
+            self._do("check", project, row=1)
+        for _ in range(2):  # a record first, which says what else is needed
+            self.restore(stands_on(self.store(self.watcher)))
+        for project in PROJECTS:
+            found = self._do("check", project, row=0)
+            assert found == 0 or self.tainted, f"{project}: is damaged after a repair"
+
+    def _run(self, project: str) -> None:
+        """Runs in peace. What no run has asked for yet may still be damaged: the error says what to repair."""
+        for _ in range(len(self.spoiled) + 1):
+            damage = self._do("run", project, well=("value", "damaged") if self.spoiled else ("value",))
+            if not isinstance(damage, CorruptObject):
+                return
+            words = {"names": [damage.path], "repair": True, "keep_days": 30.0}
+            self._alone("repair", partial(self.house.data, self.store(self.watcher), project, "check", **words))
+        assert self.tainted, f"{project}: still damaged: {damage}"
+
+    def _do(self, command: str, project: str, row: int = 0, well: Sequence[str] = ("value",)) -> Any:
+        """Runs a command alone; it must end ``well``, unless a stranger's work is among what it uses."""
+        return self._alone(f"{command} {project}", self._command(self.watcher, command, project, row), well)
+
+    def _alone(self, what: str, command: Callable[[], Any], well: Sequence[str] = ("value",)) -> Any:
+        self.watcher.start(f"{what}, in peace", command)
         self.watcher.finish()
-        what, ended = self.watcher.ended[-1]
+        _, ended = self.watcher.ended[-1]
         self.holds()
         how = outcome(ended)
-        assert how == "value" or self.tainted, f"{what} ended with {how}: {ended}"
+        assert how in well or self.tainted, f"{what} ended with {how}: {ended}"
         return ended
 
     def _ledger_balances(self, project: str) -> None:
@@ -382,12 +391,3 @@ class StrangerBucketMachine(StrangerMachine):
     """A stranger and a bucket whose answers are lost, late or errors."""
 
     in_bucket = True
-
-
-def _named(objects: dict[str, bytes], stage: str, key: str, only: tuple[str, ...] = ()) -> set[str]:
-    path = artifact_path(stage, key)
-    try:
-        blobs = json.loads(objects[path])["blobs"]
-        return {path} | {blob_path(blob) for name, blob in blobs.items() if not only or name in only}
-    except Exception:  # it is gone, or a stranger's: what was named before is remembered
-        return {path}

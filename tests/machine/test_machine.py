@@ -132,6 +132,11 @@ def gc_ignores_pins_and_releases(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(FolderStore, "list", list_most)
 
 
+def a_repair_ignores_pins_and_releases(patch: pytest.MonkeyPatch) -> None:
+    for module in ("check", "repair"):
+        patch.setattr(f"pipeline.upkeep.{module}.stands_on", lambda _: {})
+
+
 def a_record_is_overwritten(patch: pytest.MonkeyPatch) -> None:
     create = FolderStore.create
 
@@ -165,6 +170,7 @@ def nobody_looks_at_shapes(patch: pytest.MonkeyPatch) -> None:
     ("mutant", "machine", "number"),
     [
         (gc_ignores_pins_and_releases, Machine, 0),
+        (a_repair_ignores_pins_and_releases, Machine, 0),
         (a_record_is_overwritten, Machine, 0),
         (gc_does_not_count_what_was_forgotten, Machine, 0),
         (nobody_looks_at_shapes, StrangerMachine, 0),

@@ -19,7 +19,7 @@ import torch
 from jobs.serve import read_settings
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
-from pipeline.graph.pointer import Move, move_release, read_releases
+from pipeline.release.pointer import Move, move_release, read_releases
 from pipeline.release.signing import files_of, public_line, read_private_key, signed
 from serve import bundle, model_runner, processes
 from serve.app import GatewayDeployment

@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from pipeline.graph.artifacts import Artifact, publish_artifact
-from pipeline.graph.pointer import Move, move_release, read_releases
 from pipeline.ledger import Ledger
+from pipeline.release.pointer import Move, move_release, read_releases
 from pipeline.store import Store
 from pipeline.store.records import put_blob
 from tests.faults import Running, start

@@ -50,12 +50,12 @@ class EarlierRow:
 def earlier_shards(ctx: Context) -> dict[int, dict[str, ShardRow]]:
     """Returns, by number, the shards of source and pairs that the last run with the same recipe made.
 
-    Addresses that it did not allow may be allowed now. Returns none if their table is gone or damaged.
+    Addresses that it did not allow may be allowed now. Returns none if they are gone or damaged.
     """
-    made = last_made(ctx, ("source",), besides=("allow",))
-    if made is None:
-        return {}
     try:
+        made = last_made(ctx, ("source",), besides=("allow",))
+        if made is None:
+            return {}
         source = {shard.number: shard for shard in read_shards(ctx.store, made["source"])}
         return {
             pairs.number: {"earlier source": source[pairs.number], "earlier pairs": pairs}

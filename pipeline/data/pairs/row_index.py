@@ -103,7 +103,7 @@ def _checked(group: Sequence[Place], store: Store) -> dict[Place, bytes]:
     for place, data in zip(group, _read(store, group), strict=True):
         if hashlib.sha256(data).hexdigest() != place.sha256:
             path = place.tar or blob_path(place.images or "")
-            raise CorruptObject(path, f"the image of row {place.key} has other bytes than the index says")
+            raise CorruptObject(path, f"has another image of row {place.key} than the index says")
         found[place] = data
     return found
 

@@ -23,6 +23,7 @@ from pipeline.store.names import Digest
 from pipeline.store.records import Count, read_plain
 
 FORGOTTEN = "forgotten:"
+FOLDER = "locks/list-"  # begins the path of a journal
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def reference_marks(url: str) -> frozenset[str]:
 
 def journal_path(project: str) -> str:
     """Returns where the journal of a project lies."""
-    return f"locks/list-{project}.json"
+    return f"{FOLDER}{project}.json"
 
 
 def read_journal(store: Store, project: str) -> ListJournal:

@@ -28,7 +28,7 @@ from pipeline.data.source.lists import fingerprint, no_rows, read_rows, unread
 from pipeline.data.source.recipe import FIRST_RETRY, SourceRecipe
 from pipeline.data.source.rows import written_rows
 from pipeline.data.source.source import ListRow
-from pipeline.errors import CorruptObject, UserError
+from pipeline.errors import UserError
 from pipeline.graph.artifacts import (
     SEGMENTS,
     Artifact,
@@ -37,13 +37,12 @@ from pipeline.graph.artifacts import (
     write_shard_table,
     write_table,
 )
-from pipeline.graph.damage import create_record, read_record, set_aside
 from pipeline.graph.stages import Context, Stage
 from pipeline.ledger import Ledger, StoredLedger
 from pipeline.progress import counted, say_once
 from pipeline.store import Store
 from pipeline.store.names import Digest
-from pipeline.store.records import Count, Record, digest, put_blob, read_blob
+from pipeline.store.records import Count, Record, create_record, digest, put_blob, read_blob, read_record
 
 VERSION = 1
 LAYOUT = 10  # of the records of segments, which no key counts
@@ -138,6 +137,7 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal =
 
     Raises:
         UserError: for a list that is missing, unreadable or empty, or lacks a column.
+        CorruptObject: for a damaged segment.
     """
     shards: list[SourceShard] = []
     columns = [recipe.image_column, recipe.caption_column, recipe.group_column, recipe.split_column, recipe.hash_column]
@@ -145,26 +145,26 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal =
     names: list[str] = []
     cutter = _Cutter(recipe, journal.forgotten, store, write)
     seen = SeenReferences()
-    unseen: list[tuple[str, str, Segment]] = []
+    unseen: list[str] = []  # blobs
     for index, path in enumerate(recipe.paths):
         name = digest(["segment", LAYOUT, names[-1] if names else "", fingerprint(path), columns, *cut])
         names.append(name)
-        segment = _stored(store, name)
+        segment = read_record(store, segment_path(name), Segment)
         if segment is None:
-            for earlier in unseen:
-                _see(seen, *earlier, cutter)
+            for blob in unseen:
+                seen.add(np.frombuffer(read_blob(store, blob), HASH))
             unseen = []
             say_once(unread(path, recipe))
             segment = cutter.cut(name, index, f"source {path}", partial(read_rows, path, recipe), seen)
             if not segment.shards:
                 raise no_rows(path, recipe)
         else:
-            unseen.append((name, path, segment))
+            unseen += segment.hashes
         shards += segment.shards
     for index, blob in enumerate(journal.retries, FIRST_RETRY):
         name = digest(["retry", LAYOUT, index, blob, *cut])
         names.append(name)
-        segment = _stored(store, name)
+        segment = read_record(store, segment_path(name), Segment)
         if segment is None:
             retried = partial(written_rows, pa.BufferReader(read_blob(store, blob)))
             # Not compared with the list: there they failed.
@@ -176,21 +176,6 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal =
 def segment_path(name: str) -> str:
     """Returns the path of a segment's record."""
     return f"{SEGMENTS}{name}.json"
-
-
-def _stored(store: Store, name: str) -> Segment | None:
-    return read_record(store, segment_path(name), Segment)
-
-
-def _see(seen: SeenReferences, name: str, path: str, segment: Segment, cutter: _Cutter) -> None:
-    """Counts the references of a stored segment as seen."""
-    try:
-        for blob in segment.hashes:
-            seen.add(np.frombuffer(read_blob(cutter.store, blob), HASH))
-    except CorruptObject as e:
-        set_aside(cutter.store, [segment_path(name), e.path])
-        log.warning("%s; it is set aside, and %s read again", e, path)
-        seen.judge(cutter.references(read_rows(path, cutter.recipe)))
 
 
 @dataclass(frozen=True)

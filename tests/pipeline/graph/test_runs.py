@@ -11,14 +11,13 @@ from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
-from pipeline.graph.damage import create_record, read_record
 from pipeline.graph.keys import flatten
 from pipeline.graph.kinds import RunRecord
 from pipeline.graph.plan import plan
 from pipeline.graph.runs import AGAIN_S, last_run, remember, remember_again, run_entries, run_number
 from pipeline.ledger import Ledger
 from pipeline.store import Store
-from pipeline.store.records import put_blob
+from pipeline.store.records import create_record, put_blob, read_record
 from pipeline.upkeep.collect import collect
 from pipeline.upkeep.overview import overview
 from tests.aged import aged

@@ -5,7 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.graph.pointer import Move, Pointer, Releases, move_release, read_releases, release_path, released_projects
+from pipeline.release.pointer import (
+    Move,
+    Pointer,
+    Releases,
+    move_release,
+    read_releases,
+    release_path,
+    released_projects,
+)
 from pipeline.store import Store
 from pipeline.store.records import seal
 

@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
-from pipeline.graph.pointer import Move, Pointer, Releases, move_release, read_releases, release_path
 from pipeline.ledger import Ledger
+from pipeline.release.pointer import Move, Pointer, Releases, move_release, read_releases, release_path
 from pipeline.release.signing import (
     Untrusted,
     check_signed,

@@ -13,13 +13,13 @@ from PIL import Image
 
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards
-from pipeline.graph.execute import heal
 from pipeline.ledger import Ledger
-from pipeline.sampling.generation import STAGE, GenerationRecipe, export, generate
+from pipeline.sampling.generation import GenerationRecipe, export, generate
 from pipeline.sampling.prompts import read_prompts
 from pipeline.settings import GenerationSettings, RaySettings
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, put_blob
+from pipeline.upkeep.check import repair_store
 from tests.models.test_cascade import make
 
 PROMPTS = ["a red fox", "a blue house", "the sea", "a tree", "a cat under a tree"]
@@ -93,14 +93,14 @@ def test_what_is_made_is_not_made_again(bundle: tuple[Store, Artifact], tmp_path
 
 
 def test_a_damaged_shard_is_made_again(bundle: tuple[Store, Artifact], tmp_path: Path) -> None:
-    store, about = bundle
+    store = bundle[0]
     made = run(bundle, text(tmp_path, PROMPTS), seed=90)
     whole = images(store, made, tmp_path / "whole")
     blob = read_shards(store, made)[1].blobs["images"]
     store.delete([blob_path(blob)])
     with pytest.raises(CorruptObject) as damage:
         list(export(store, made, tmp_path / "again"))
-    heal(store, damage.value, {STAGE: made, "bundle": about})
+    repair_store(store, "p", 0, [damage.value.path])
     assert images(store, run(bundle, text(tmp_path, PROMPTS), seed=90), tmp_path / "again") == whole
 
 

@@ -25,12 +25,12 @@ from pipeline.graph.artifacts import (
 )
 from pipeline.graph.kinds import RunRecord
 from pipeline.graph.plan import pin_path, read_pin
-from pipeline.graph.pointer import Pointer, read_releases, release_path
 from pipeline.graph.runs import last_run
 from pipeline.ledger import Ledger
+from pipeline.release.pointer import Pointer, read_releases, release_path
 from pipeline.store import Store, open_store
 from pipeline.store.names import is_blob_or_record, is_file_name, is_part
-from pipeline.store.records import FORMAT, Record, blob_path, canonical, digest, open_record, put_blob, read_blob, seal
+from pipeline.store.records import FORMAT, Record, blob_path, canonical, digest, put_blob, read_blob, read_record, seal
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.records import CheckpointRecord
 
@@ -158,11 +158,11 @@ FORGED: list[tuple[type[Record], dict[str, Any]]] = [
 @pytest.mark.parametrize("kind", SOUND)
 def test_a_record_of_each_kind_passes_the_gate(kind: type[Record], store: Store) -> None:
     forge(store, PATHS[kind], SOUND[kind] | {"a field of a newer version": 1})
-    found = open_record(store, PATHS[kind], kind)
+    found = read_record(store, PATHS[kind], kind)
     assert found
     store.delete([PATHS[kind]])
     assert store.create(PATHS[kind], seal(found, PATHS[kind]))
-    assert open_record(store, PATHS[kind], kind) == found
+    assert read_record(store, PATHS[kind], kind) == found
 
 
 @pytest.mark.parametrize(("kind", "body"), FORGED)
@@ -170,7 +170,7 @@ def test_a_forged_record_is_damaged(kind: type[Record], body: dict[str, Any], tm
     store = open_store(str(tmp_path / "store"))
     forge(store, PATHS[kind], body)
     with pytest.raises(CorruptObject, match="is not a record that belongs there") as caught:
-        open_record(store, PATHS[kind], kind)
+        read_record(store, PATHS[kind], kind)
     assert caught.value.path == PATHS[kind]
 
 
@@ -184,13 +184,14 @@ def test_no_forged_record_is_made(store: Store) -> None:
         seal(made, artifact_path("bundle", "another"))
 
 
-def test_readers_of_each_kind_pass_a_forged_record_over(store: Store) -> None:
+def test_readers_of_each_kind_refuse_a_forged_record_or_pass_it_over(store: Store) -> None:
     forge(store, artifact_path("bundle", "k"), _with(ARTIFACT, "blobs", {"../../x": BLOB}))
     forge(store, shard_path("pairs", "k"), _with(SHARD, "blobs", {"index": "../../x"}))
     forge(store, "checkpoints/t/000000000008-0001.json", _with(CHECKPOINT, "blobs", {"model": "../../x"}))
     forge(store, "runs/p/00000001-00000000.json", _with(RUN, "stages", "clip", "key", "../x"))
-    assert load_artifact(store, "bundle", "k") is None
-    assert read_shard(store, "pairs", "k") is None
+    for read in (lambda: load_artifact(store, "bundle", "k"), lambda: read_shard(store, "pairs", "k")):
+        with pytest.raises(CorruptObject, match="is not a record that belongs there"):
+            read()
     assert Checkpoints(store, "t", 1).journal(100) is None
     assert last_run(store, "p") == {}
     forge(store, release_path("p"), _with(RELEASE, "moves", 0, "bundle", "../x"))
@@ -204,7 +205,8 @@ def test_inputs_of_a_record_lead_to_artefacts_only(store: Store) -> None:
     made = publish_artifact(store, Artifact("bundle", "b", {"clip": "c"}, {}, Ledger()), 1.0)
     assert [artifact.stage for artifact in ancestors(store, made)] == ["bundle", "clip"]
     forge(store, artifact_path("bundle", "k"), _with(ARTIFACT, "inputs", {"..": "../../x"}))
-    assert load_artifact(store, "bundle", "k") is None
+    with pytest.raises(CorruptObject, match="is not a record that belongs there"):
+        load_artifact(store, "bundle", "k")
     with pytest.raises(UserError, match="leads out of the store"):
         list(ancestors(store, Artifact("bundle", "k", {"..": "../../x"}, {}, Ledger())))
 
@@ -246,4 +248,4 @@ def test_what_is_not_a_table_at_all_is_damaged(store: Store) -> None:
 def test_a_forged_pin_is_refused(data: bytes, store: Store) -> None:
     store.swap(pin_path("lineage"), None, data)
     with pytest.raises(UserError, match=r"locks/lineage.json is damaged"):
-        read_pin(store, "lineage")
+        read_pin(store, pin_path("lineage"))

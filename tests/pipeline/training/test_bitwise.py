@@ -13,10 +13,9 @@ import pytest
 from models.image_configs import UpsamplerConfig
 from models.prior_configs import ARPriorConfig
 from pipeline.graph.artifacts import load_artifact
-from pipeline.graph.damage import read_record
 from pipeline.graph.stages import Context, trajectory_key
 from pipeline.settings import TrainingSettings
-from pipeline.store.records import read_blob
+from pipeline.store.records import read_blob, read_record
 from pipeline.training.recipes import ARPriorRecipe, DecoderRecipe, UpsamplerRecipe
 from pipeline.training.records import CheckpointRecord
 from tests.pipeline.training.conftest import World, make_world, with_codec

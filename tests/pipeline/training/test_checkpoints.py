@@ -8,9 +8,8 @@ import torch
 
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.errors import Superseded
-from pipeline.graph.damage import read_record
 from pipeline.store import Store
-from pipeline.store.records import blob_path
+from pipeline.store.records import blob_path, read_record
 from pipeline.training.checkpoints import Checkpoints, last_attempt, snapshot, take_attempt
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.recipes import DiffusionPriorRecipe
@@ -18,8 +17,8 @@ from pipeline.training.records import CheckpointRecord
 from pipeline.training.state import TrainState, begin, parts
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from tests.flips import flip_first_reads
-from tests.pipeline.graph.test_damage import released
 from tests.pipeline.store.test_names import CHECKPOINT, forge
+from tests.pipeline.upkeep.test_check import released
 
 RECIPE = DiffusionPriorRecipe(
     samples=64, batch=16, lanes=8, optimizer="muon", model=DiffusionPriorConfig(width=8, depth=1, heads=1)

@@ -11,9 +11,8 @@ from safetensors.torch import load
 from models.diffusion_prior import diffusion_prior_gamma
 from models.folder import load_model
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.damage import read_record
 from pipeline.graph.stages import trajectory_key
-from pipeline.store.records import materialise, read_blob
+from pipeline.store.records import materialise, read_blob, read_record
 from pipeline.training import stage
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import CorruptObject
-from pipeline.graph.damage import read_record
 from pipeline.graph.stages import trajectory_key
 from pipeline.settings import SPARED
-from pipeline.store.records import put_blob, read_blob
+from pipeline.store.records import put_blob, read_blob, read_record
 from pipeline.training import checkpoints as module
 from pipeline.training import stage
 from pipeline.training.checkpoints import BranchedCheckpoints, Checkpoints, snapshot

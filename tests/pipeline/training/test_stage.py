@@ -17,11 +17,10 @@ from models.image_configs import UpsamplerConfig
 from models.prior_configs import ARPriorConfig
 from pipeline.errors import Superseded, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
-from pipeline.graph.damage import read_record
 from pipeline.graph.stages import trajectory_key, trunk_key
 from pipeline.ledger import Ledger
 from pipeline.settings import TrainingSettings
-from pipeline.store.records import materialise, read_blob
+from pipeline.store.records import materialise, read_blob, read_record
 from pipeline.training import stage
 from pipeline.training.checkpoints import Checkpoints, course, last_attempt, take_attempt
 from pipeline.training.distributed.process_group import ProcessGroup

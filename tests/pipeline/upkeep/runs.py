@@ -15,16 +15,15 @@ from pipeline.graph.artifacts import (
     read_shards,
     write_shard_table,
 )
-from pipeline.graph.damage import create_record
 from pipeline.graph.keys import flatten, trajectory
 from pipeline.graph.plan import plan
-from pipeline.graph.pointer import Move, move_release, read_releases
 from pipeline.graph.runs import remember, run_entries
 from pipeline.graph.stages import Graph, Stage
 from pipeline.ledger import Ledger
+from pipeline.release.pointer import Move, move_release, read_releases
 from pipeline.store import Store
 from pipeline.store.base import Entry
-from pipeline.store.records import blob_path, put_blob, read_blob
+from pipeline.store.records import blob_path, create_record, put_blob, read_blob
 from pipeline.training.recipes import ClipRecipe
 from pipeline.training.records import CheckpointRecord, SavedJournal
 from pipeline.upkeep.collect import TOMBSTONES, Collection, collect

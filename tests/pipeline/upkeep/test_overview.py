@@ -13,10 +13,10 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact, shard_path
 from pipeline.graph.keys import defaults, differences, flatten
 from pipeline.graph.plan import pin_path, plan
-from pipeline.graph.pointer import Move, Releases, move_release, release_path
 from pipeline.graph.runs import remember
 from pipeline.graph.stages import direct
 from pipeline.ledger import Ledger
+from pipeline.release.pointer import Move, Releases, move_release, release_path
 from pipeline.store import Store, open_store
 from pipeline.store.leases import lead_or_wait, lease_path
 from pipeline.upkeep.overview import find_artifact, lineage, overview

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.kinds import PlannedStage
-from pipeline.graph.pointer import Move
 from pipeline.ledger import Ledger
+from pipeline.release.pointer import Move
 from pipeline.store.leases import Holder
 from pipeline.upkeep.overview import Lineage, Overview, PastRun
 from pipeline.upkeep.show import show_lineage, show_overview

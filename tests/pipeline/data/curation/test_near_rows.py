@@ -10,17 +10,16 @@ import pytest
 
 from pipeline.data.curation import near_passes, near_rows
 from pipeline.data.curation.rejected import Rejected
-from pipeline.data.curation.stage import run_curation
 from pipeline.data.neighbours import clusters as neighbours
 from pipeline.data.pairs.row_index import index_counts
 from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import Artifact, Shard, artifact_path, read_shards, read_table
-from pipeline.graph.execute import heal
-from pipeline.graph.stages import Context, Stage
+from pipeline.graph.stages import Context
 from pipeline.graph.workers import ShardTask
 from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path
+from pipeline.upkeep.check import repair_store
 from tests.pipeline.data.vectors import SHARD_ROWS, Listed, curate, planted, publish, rejected, unit
 
 BOUND = 0.8
@@ -168,7 +167,7 @@ def test_a_kill_changes_nothing(store: Store, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.usefixtures("small")
 def test_what_a_pass_has_left_and_is_lost_is_made_again(store: Store) -> None:
-    inputs, passes = publish(store, listed(6, 200)), Stage("curation", 1, None, (), run_curation, passes=True)
+    inputs = publish(store, listed(6, 200))
     bounds = {"near_duplicate": BOUND, "near_held_out": BOUND}
     expected = curate(store, inputs, **bounds)
     records = {entry.path: json.loads(store.read(entry.path))["blobs"] for entry in store.list("shards/curation/")}
@@ -178,7 +177,7 @@ def test_what_a_pass_has_left_and_is_lost_is_made_again(store: Store) -> None:
         store.delete([blob_path(found[name]), artifact_path("curation", expected.key), *needed])
         with pytest.raises(CorruptObject, match="is missing") as damage:
             curate(store, inputs, **bounds)
-        heal(store, damage.value, {}, {"curation": passes})
+        repair_store(store, "p", 0, [damage.value.path])
         assert blobs(store, curate(store, inputs, **bounds)) == blobs(store, expected)
 
 

@@ -207,7 +207,7 @@ def test_a_tar_that_changed_or_went_is_named(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[rows[0]["offset"] + 100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CorruptObject, match=r"a\.tar.*row 000000000000 has other bytes"):
+    with pytest.raises(CorruptObject, match=r"a\.tar.*has another image of row 000000000000"):
         read_images(bench.store, [Place.of(row, None) for row in rows])
     path.unlink()
     with pytest.raises(CorruptObject, match=r"a\.tar: cannot be read"):

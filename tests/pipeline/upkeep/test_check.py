@@ -1,17 +1,14 @@
-"""What looks damaged is read again before it is believed, and set aside, unless a pin, a release or a list names it."""
+"""A check finds what is damaged; a repair sets it aside, unless a pin, a release or a list names it."""
 
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.build import build
-from pipeline.config import load_config
 from pipeline.data.curation.near_passes import pack, read_piece
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.journal import change_journal, journal_path
@@ -24,25 +21,21 @@ from pipeline.graph.artifacts import (
     artifact_path,
     load_artifact,
     publish_artifact,
+    read_shards,
     shard_path,
     write_shard_table,
 )
-from pipeline.graph.damage import create_record, read_record, set_aside, stands_on
-from pipeline.graph.execute import heal
-from pipeline.graph.plan import pin_path, read_pin
-from pipeline.graph.pointer import Move, Releases, move_release, read_releases, release_path
+from pipeline.graph.plan import pin_path, plan, read_pin
+from pipeline.graph.runs import remember
 from pipeline.ledger import Ledger
+from pipeline.release.pointer import Move, Releases, move_release, read_releases, release_path
 from pipeline.store import Store, open_store
-from pipeline.store.records import blob_path, peek_record, put_blob, read_blob
+from pipeline.store.records import blob_path, create_record, peek_record, put_blob, read_blob, read_record
+from pipeline.upkeep.check import Damage, repair_store, verify_store
 from pipeline.upkeep.collect import collect
-from tests.chain import ROOT
+from pipeline.upkeep.repair import set_aside, stands_on
 from tests.flips import flip_first_reads
-from tests.pipeline.upkeep.runs import lift_when_listed
-
-GRAPH = build(load_config(ROOT / "configs/nano.yaml"))
-
-NOW = 1_800_000_000.0
-DAY = 86_400.0
+from tests.pipeline.upkeep.runs import DAY, NOW, forget, lift_when_listed, release, rows, run, sweep, two_stages
 
 
 def spoil(store: Store, path: str) -> bytes:
@@ -68,7 +61,7 @@ def _pictures(store: Store) -> bytes:
 
 def _pin(store: Store) -> str | None:
     store.swap(pin_path("lineage"), None, json.dumps({"key": "k"}).encode())
-    return read_pin(store, "lineage")
+    return read_pin(store, pin_path("lineage"))
 
 
 def _release(store: Store) -> tuple[Move, ...]:
@@ -97,13 +90,10 @@ def test_one_read_that_went_wrong_costs_nothing(
     found: Any,
     store: Store,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
     flipped = flip_first_reads(monkeypatch, store)
     assert read(store) == found
     assert flipped
-    assert not caplog.records
-    assert not list(store.list("damaged/"))
 
 
 def test_the_second_look_goes_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,17 +120,20 @@ def test_the_second_look_takes_other_connections(s3: Any) -> None:
     assert fresh._client._endpoint.http_session is not store._client._endpoint.http_session
 
 
-def test_what_is_damaged_lies_aside_until_it_is_garbage(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def mend(store: Store, *names: str) -> Sequence[Damage]:
+    """Checks what the project p needs, or these objects, and sets aside what is damaged. Returns what stays."""
+    return [damage for damage in repair_store(store, "p", 30 * DAY, names).damage if damage.stays]
+
+
+def test_what_is_damaged_lies_aside_until_it_is_garbage(store: Store) -> None:
     path = artifact_path("pairs", "k")
-    publish_artifact(store, Artifact("pairs", "k", {}, {}, Ledger()), 1.0)
-    damaged = [spoil(store, path)]
-    with caplog.at_level(logging.WARNING):
-        assert read_record(store, path, Artifact) is None
-    (warning,) = caplog.records
-    assert f"{path} is corrupt; it is set aside in damaged/" in warning.getMessage()
-    assert read_record(store, path, Artifact) is None
-    publish_artifact(store, Artifact("pairs", "k", {}, {}, Ledger(kept=1)), 1.0)
-    damaged.append(spoil(store, path))
+    damaged = []
+    for kept in (0, 1):
+        publish_artifact(store, Artifact("pairs", "k", {}, {}, Ledger(kept=kept)), 1.0)
+        damaged.append(spoil(store, path))
+        with pytest.raises(CorruptObject, match=f"^{path}: is corrupt$"):
+            load_artifact(store, "pairs", "k")
+        assert not mend(store, path)
     assert load_artifact(store, "pairs", "k") is None
     aside = [entry.path for entry in store.list("")]
     assert all(each.startswith(f"damaged/{path}.") for each in aside)
@@ -151,6 +144,71 @@ def test_what_is_damaged_lies_aside_until_it_is_garbage(store: Store, caplog: py
     assert not list(store.list("damaged/"))
 
 
+def _made(store: Store, keys: dict[str, str]) -> tuple[Artifact, Artifact]:
+    pairs, clip = (load_artifact(store, stage, keys[stage]) for stage in ("pairs", "clip"))
+    assert pairs is not None
+    assert clip is not None
+    return pairs, clip
+
+
+def test_all_that_a_project_needs_is_checked(store: Store) -> None:
+    pairs, clip = _made(store, run(store, 0))
+    first, second = read_shards(store, pairs)
+    index = blob_path(second.blobs["index"])
+    (state,) = (entry.path for entry in store.list("checkpoints/"))
+    saved = json.loads(store.read(state))["blobs"]["model"]
+    sound = verify_store(store, "p", 30 * DAY)
+    assert (sound.damage, sound.blobs) == ([], sorted(entry.path for entry in store.list("blobs/")))
+    damaged = {
+        index: {shard_path("pairs", second.key), artifact_path("pairs", pairs.key)},
+        shard_path("pairs", first.key): set(),
+        blob_path(clip.blobs["model"]): {artifact_path("clip", clip.key)},
+        blob_path(saved): {state},
+    }
+    for path in damaged:
+        spoil(store, path)
+    store.delete([blob_path(clip.blobs["model"])])
+    before = contents(store)
+    found = verify_store(store, "p", 30 * DAY)
+    assert {damage.path: {*damage.records} for damage in found.damage} == damaged
+    assert {damage.why for damage in found.damage} == {"is missing", "is corrupt", "has other bytes than its name says"}
+    assert {stage for damage in found.damage for stage in damage.stages} == {"pairs", "clip"}
+    assert contents(store) == before
+    assert repair_store(store, "p", 30 * DAY).damage == found.damage
+    gone = before.keys() - contents(store).keys()
+    assert gone == {path for path, records in damaged.items() for path in (path, *records)} & before.keys()
+    run(store, 0)
+    assert not verify_store(store, "p", 30 * DAY).damage
+
+
+def test_neither_what_was_forgotten_nor_what_another_project_needs_is_missed(store: Store) -> None:
+    old = run(store, 0)
+    release(store, old, project="p")
+    forget(store, "p")
+    run(store, 1, forgettings=1)
+    assert rows(store, old)
+    sweep(store)
+    assert not verify_store(store, "p", 30 * DAY).damage
+    graph = two_stages(2)
+    verdicts = plan(graph, {}, "q", store, {})
+    remember(store, "q", graph, verdicts)
+    path = artifact_path(verdicts[0].stage, verdicts[0].key)
+    store.create(path, b"{")
+    assert not verify_store(store, "p", 30 * DAY).damage
+    assert [damage.path for damage in verify_store(store, "q", 30 * DAY).damage] == [path]
+
+
+def test_a_table_that_is_no_list_of_shards_is_set_aside(store: Store) -> None:
+    """Its name is that of its bytes, which a stranger may have written."""
+    keys = run(store, 0, made=())
+    table = put_blob(store, b"no table")
+    publish_artifact(store, Artifact("pairs", keys["pairs"], {"source": "s"}, {}, Ledger(), shard_table=table), 1.0)
+    (damage,) = verify_store(store, "p", 30 * DAY).damage
+    assert damage.why.startswith("is not a list of shards (")
+    assert not mend(store, blob_path(table))
+    assert load_artifact(store, "pairs", keys["pairs"]) is None
+
+
 def test_setting_aside_again_after_a_kill_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     path = blob_path(put_blob(store, b"1"))
 
@@ -159,7 +217,7 @@ def test_setting_aside_again_after_a_kill_changes_nothing(store: Store, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.graph.damage.crash_point", killed)
+        patch.setattr("pipeline.upkeep.repair.crash_point", killed)
         with pytest.raises(KeyboardInterrupt):
             set_aside(store, [path])
     assert len(contents(store)) == 2
@@ -170,7 +228,18 @@ def test_setting_aside_again_after_a_kill_changes_nothing(store: Store, monkeypa
 
 @pytest.mark.parametrize(
     "path",
-    ["../precious.txt", "blobs/../../precious.txt", "locks/pin.json", "releases/p.json", "damaged/x", "leases/k.json"],
+    [
+        "../precious.txt",
+        "blobs/../../precious.txt",
+        "blobs/..",
+        "/precious.txt",
+        "list.tar",
+        "blobs/aa/" + "b" * 64,
+        "locks/pin.json",
+        "releases/p.json",
+        "damaged/x",
+        "leases/k.json",
+    ],
 )
 def test_nothing_but_blobs_and_records_is_set_aside(path: str, tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
@@ -178,20 +247,10 @@ def test_nothing_but_blobs_and_records_is_set_aside(path: str, tmp_path: Path) -
     for inside in ("locks/pin.json", "releases/p.json", "damaged/x", "leases/k.json"):
         store.create(inside, b"1")
     before = contents(store)
-    with pytest.raises(UserError, match="neither a blob nor a record"):
-        set_aside(store, [path])
+    for attempt in (set_aside, lambda store, paths: mend(store, *paths)):
+        with pytest.raises(UserError, match="neither a blob nor a record"):
+            attempt(store, [path])
     assert contents(store) == before
-    assert (tmp_path / "precious.txt").exists()
-
-
-@pytest.mark.parametrize(
-    "path", ["blobs/../../precious.txt", "blobs/..", "/precious.txt", "blobs/aa/" + "b" * 64, "list.tar"]
-)
-def test_healing_what_is_not_a_blob_deletes_nothing(path: str, tmp_path: Path) -> None:
-    store = open_store(str(tmp_path / "store"))
-    (tmp_path / "precious.txt").write_text("precious")
-    with pytest.raises(UserError, match="it is a file of yours"):
-        heal(store, CorruptObject(path, "has other bytes"), {}, GRAPH)
     assert (tmp_path / "precious.txt").exists()
 
 
@@ -214,49 +273,40 @@ def released(store: Store) -> dict[str, Artifact]:
     return {"pairs": pairs, "decoder": decoder, "bundle": bundle, "evaluation": evaluation}
 
 
-RELEASED = r"because the release of p names it: put a sound copy in its place; if there is none, "
+STAYS = "it stays, because {} names it: put a sound copy in its place; if there is none, {}, and run again"
 BEHIND = {
     "blob of a model": lambda made: blob_path(made["decoder"].blobs["model.safetensors"]),
     "blob of the bundle": lambda made: blob_path(made["bundle"].blobs["README.md"]),
     "blob of the evaluation": lambda made: blob_path(made["evaluation"].blobs["model.safetensors"]),
+    "record of a model": lambda _: artifact_path("decoder", "decoder-key"),
+    "record of the bundle": lambda _: artifact_path("bundle", "bundle-key"),
+    "record of the evaluation": lambda _: artifact_path("evaluation", "evaluation-key"),
 }
 
 
 @pytest.mark.parametrize("way", ["spoil", "delete"])
 @pytest.mark.parametrize("victim", list(BEHIND))
-def test_a_blob_behind_a_release_stays(victim: str, way: str, store: Store) -> None:
+def test_what_is_behind_a_release_stays(victim: str, way: str, store: Store) -> None:
     made = released(store)
     path = BEHIND[victim](made)
-    if way == "spoil":
-        spoil(store, path)
-    else:
+    spoil(store, path)
+    if way == "delete" and "blob" in victim:
         store.delete([path])
     before = contents(store)
-    with pytest.raises(CorruptObject) as caught:
-        read_blob(store, path.rpartition("/")[2])
-    with pytest.raises(UserError, match=f"{path} is damaged or missing.*{RELEASED}roll it back, or delete releases/p"):
-        heal(store, caught.value, made, GRAPH)
+    way_out = "roll it back, or delete releases/p.json" if "blob" in victim else "delete it"
+    (damage,) = mend(store, path)
+    assert (damage.path, damage.stays) == (path, STAYS.format("the release of p", way_out))
     assert contents(store) == before
     store.delete([release_path("p")])
-    heal(store, caught.value, made, GRAPH)
+    assert not mend(store, path)
     assert path not in contents(store)
-
-
-@pytest.mark.parametrize("stage", ["decoder", "bundle", "evaluation"])
-def test_a_record_behind_a_release_stays(stage: str, store: Store) -> None:
-    made = released(store)
-    spoil(store, artifact_path(stage, made[stage].key))
-    before = contents(store)
-    with pytest.raises(UserError, match=f"{made[stage].key}.json is damaged.*{RELEASED}delete it, and run again"):
-        load_artifact(store, stage, made[stage].key)
-    assert contents(store) == before
 
 
 def test_data_behind_a_release_are_made_again(store: Store) -> None:
     made = released(store)
     path = blob_path(made["pairs"].blobs["a"])
     spoil(store, path)
-    heal(store, CorruptObject(path, "has other bytes"), {"pairs": made["pairs"]}, GRAPH)
+    assert not mend(store, path)
     assert load_artifact(store, "pairs", "pairs-key") is None
     assert load_artifact(store, "decoder", "decoder-key") is not None
 
@@ -269,16 +319,8 @@ def test_what_was_rolled_back_is_nobodys_release(store: Store) -> None:
     assert not stands_on(store)
     path = BEHIND["blob of a model"](made)
     spoil(store, path)
-    heal(store, CorruptObject(path, "has other bytes"), made, GRAPH)
+    assert not mend(store, path)
     assert load_artifact(store, "bundle", "bundle-key") is None
-
-
-def _meet(store: Store, path: str, made: Artifact) -> None:
-    """Does what a run does where this object of an artefact is damaged."""
-    if path.startswith("artifacts/"):
-        load_artifact(store, made.stage, made.key)
-    else:
-        heal(store, CorruptObject(path, "has other bytes"), {made.stage: made}, GRAPH)
 
 
 @pytest.mark.parametrize("victim", ["blob", "record"])
@@ -288,22 +330,25 @@ def test_what_a_pin_names_stays(victim: str, store: Store) -> None:
     path = blob_path(clip.blobs["model.safetensors"]) if victim == "blob" else artifact_path("clip", clip.key)
     spoil(store, path)
     before = contents(store)
-    way_out = "delete it and artifacts/clip/clip-key.json" if victim == "blob" else "delete it, and run again"
-    with pytest.raises(UserError, match=f"{path} is damaged.*because the pin locks/lineage.json names it.*{way_out}"):
-        _meet(store, path, clip)
+    way_out = "delete it and artifacts/clip/clip-key.json" if victim == "blob" else "delete it"
+    (damage,) = mend(store, path)
+    assert damage.stays == STAYS.format("the pin locks/lineage.json", way_out)
     assert contents(store) == before
     store.delete([pin_path("lineage")])
-    _meet(store, path, clip)
+    assert not mend(store, path)
     assert load_artifact(store, "clip", clip.key) is None
 
 
-def test_what_another_run_deletes_while_one_heals_is_passed_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_process_deletes_during_a_repair_is_passed_over(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A pin, and a record that names the damaged blob."""
     blob = put_blob(store, b"rows")
     create_record(store, f"{SEGMENTS}one.json", Segment([], [blob]))
     store.swap(pin_path("lineage"), None, json.dumps({"key": "k"}).encode())
+    spoil(store, blob_path(blob))
     lift_when_listed(monkeypatch, store, SEGMENTS, "locks/")
-    heal(store, CorruptObject(blob_path(blob), "has other bytes"), {}, GRAPH)
+    assert not mend(store, blob_path(blob))
     assert not [path for path in contents(store) if not path.startswith("damaged/")]
 
 
@@ -312,20 +357,19 @@ def test_rows_that_a_list_tries_again_stay(store: Store) -> None:
     change_journal(store, "p", lambda journal: type(journal)(retries=(blob,)))
     spoil(store, blob_path(blob))
     before = contents(store)
-    with pytest.raises(
-        UserError, match=f"because the list of p names it.*take it out of .* in {journal_path('p')}, and"
-    ):
-        heal(store, CorruptObject(blob_path(blob), "has other bytes"), {}, GRAPH)
+    for names in ((), (blob_path(blob),)):
+        (damage,) = mend(store, *names)
+        assert damage.stays == STAYS.format("the list of p", f"take it out of the retries in {journal_path('p')}")
     assert contents(store) == before
 
 
-def test_a_damaged_pin_or_pointer_stops_healing(store: Store) -> None:
+@pytest.mark.parametrize("protector", [pin_path("lineage"), release_path("p"), journal_path("q")])
+def test_with_a_damaged_pin_pointer_or_journal_nothing_is_set_aside(protector: str, store: Store) -> None:
     """What it protects cannot be known."""
     path = blob_path(put_blob(store, b"1"))
-    for protector in (pin_path("lineage"), release_path("p")):
-        store.swap(protector, None, b"{")
-        before = contents(store)
-        with pytest.raises(UserError, match=protector):
-            set_aside(store, [path])
-        assert contents(store) == before
-        store.delete([protector])
+    spoil(store, path)
+    store.swap(protector, None, b"{")
+    before = contents(store)
+    with pytest.raises(UserError, match=protector):
+        mend(store, path)
+    assert contents(store) == before

@@ -13,7 +13,7 @@ from typing import Literal
 from pipeline.errors import CorruptObject, UserError
 from pipeline.store import Store
 from pipeline.store.names import Part
-from pipeline.store.records import Record, Seconds, open_record, seal
+from pipeline.store.records import Record, Seconds, read_record, seal
 
 FOLDER = "releases/"
 
@@ -114,7 +114,7 @@ def read_releases(store: Store, project: str) -> Releases:
     if standing is None:
         return Releases()
     try:
-        pointer = open_record(store, path, Pointer)
+        pointer = read_record(store, path, Pointer)
     except CorruptObject as e:
         raise UserError(
             f"{store.url}/{path} {e.why}, and nothing can make it again: restore it, or delete it and promote again"

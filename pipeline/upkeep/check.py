@@ -1,0 +1,137 @@
+"""Verifies what a project needs: its records, and the bytes of its blobs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.errors import CorruptObject, OtherFormat, UserError
+from pipeline.progress import Progress
+from pipeline.store import Store
+from pipeline.store.names import is_blob_or_record
+from pipeline.store.parallel import ordered_map
+from pipeline.store.records import check_blob
+from pipeline.upkeep.reachable import Live, read_or_tell, record_kind, remedy
+from pipeline.upkeep.repair import find_namers, set_aside, stands_on
+from pipeline.upkeep.roots import find_live
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Describes a damaged or missing object.
+
+    Attributes:
+        path: Path in the store.
+        why: What is wrong with it.
+        records: Paths of the records that name it.
+        stays: Reason why it cannot be set aside, and what to do; "" where it can.
+    """
+
+    path: str
+    why: str
+    records: Sequence[str] = ()
+    stays: str = ""
+
+    @property
+    def stages(self) -> set[str]:
+        """Returns the stages of which the next run makes something again, once it is set aside."""
+        paths = (self.path, *self.records)
+        return {path.split("/")[1] for path in paths if path.startswith(("artifacts/", "shards/"))}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Says what was verified, and what of it is damaged.
+
+    Attributes:
+        records: Number of sound records.
+        blobs: Paths of sound blobs.
+        size: Bytes of these blobs.
+        damage: Objects that are damaged or missing.
+    """
+
+    records: int
+    blobs: Sequence[str]
+    size: int
+    damage: Sequence[Damage]
+
+
+def verify_store(
+    store: Store, project: str, keep_s: float, names: Collection[str] = (), sound: Collection[str] = ()
+) -> Checked:
+    """Verifies what a project's runs of the last ``keep_s`` seconds need, and the store's pins, releases and lists.
+
+    Records are read first, then blobs, but for those known to be ``sound``. With ``names`` (paths) only those are
+    verified. Changes nothing. Raises UserError for a name that is neither a blob's nor a record's, and as ``stands_on``
+    if something is damaged.
+    """
+    live = _named(store, names) if names else find_live(store, keep_s, store.now(), project)
+    found = dict(live.unreadable)
+    blobs = sorted(path for path in live.paths if path.startswith("blobs/") and path not in sound)
+    sizes: list[int] = []
+    with Progress("data check", len(blobs), "blobs") as progress:
+
+        def note() -> str:
+            return f"{sum(sizes) / 2**20 / progress.seconds:,.1f} MiB/s, {len(found):,} damaged"
+
+        for path, size in ordered_map(lambda path: (path, _verify(store, path)), blobs):
+            if isinstance(size, CorruptObject):
+                found.setdefault(path, size)
+            else:
+                sizes.append(size)
+            progress.advance(1, note)
+    suspects = {path for path in {*found, *names} if path.startswith("blobs/")}
+    named, tables = find_namers(store, suspects) if suspects else ({}, {})
+    found |= {path: e for path, e in tables.items() if path in names}
+    standing = stands_on(store) if found else {}
+    damage = []
+    for path, why in sorted(found.items()):
+        by = tuple(named.get(path, ()))
+        stays = next((standing[one] for one in (path, *by) if one in standing), "")
+        if isinstance(why, OtherFormat):  # another version can read it
+            stays = "it stays"
+        elif not is_blob_or_record(path):
+            stays = remedy(path)
+        damage.append(Damage(path, why.why, by, stays))
+    records = sum(not path.startswith("blobs/") for path in live.paths - found.keys())
+    return Checked(records, [path for path in blobs if path not in found], sum(sizes), damage)
+
+
+def repair_store(store: Store, project: str, keep_s: float, names: Collection[str] = ()) -> Checked:
+    """Verifies, and sets aside what is damaged with the records that name it. Raises UserError like both.
+
+    What the next run needs in their place, such as other shards of a stage whose artefact is gone, is checked too.
+    """
+    found = verify_store(store, project, keep_s, names)
+    gone, doomed = list[Damage](), _doomed(found)
+    while doomed:
+        set_aside(store, doomed)
+        gone += [damage for damage in found.damage if not damage.stays]
+        if names:
+            return replace(found, damage=[*gone, *(damage for damage in found.damage if damage.stays)])
+        more = verify_store(store, project, keep_s, (), {*found.blobs})
+        found = replace(more, blobs=[*found.blobs, *more.blobs], size=found.size + more.size)
+        doomed = _doomed(found) - doomed
+    return replace(found, damage=[*gone, *found.damage])
+
+
+def _doomed(found: Checked) -> set[str]:
+    return {path for damage in found.damage if not damage.stays for path in (damage.path, *damage.records)}
+
+
+def _named(store: Store, names: Collection[str]) -> Live:
+    live = Live(paths={*names})
+    for path in names:
+        if not is_blob_or_record(path):
+            raise UserError(f"{path!r} is neither a blob nor a record of a store, which alone can be made again")
+        if not path.startswith("blobs/"):
+            read_or_tell(store, path, record_kind(path), live)
+    return live
+
+
+def _verify(store: Store, path: str) -> int | CorruptObject:
+    """Returns the bytes of a blob, or what is wrong with it."""
+    try:
+        return check_blob(store, path.rpartition("/")[2])
+    except CorruptObject as e:
+        return e
