@@ -97,7 +97,7 @@ def listed_row(
         path: Path of the list.
         number: Number of the row in it.
         values: Image, captions, split, sha256, license, attribution and group; None where there is none.
-        may: What the list may name; without it references stay as they are.
+        may: Policy of the list; without it references stay as they are.
         beside: Makes a reference of the relative path of an image.
 
     Raises:
