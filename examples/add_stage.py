@@ -74,6 +74,7 @@ BRIGHTNESS = Stage("brightness", 1, BrightnessRecipe, ("pairs",), run, settings=
 
 if __name__ == "__main__":
     project = unclip.open(*(sys.argv[1:2] or ["configs/nano.yaml"]), "run.brightness.workers=0", stages=[BRIGHTNESS])
+    project.run(until="captions")
     project.run(until="brightness")
     table = project.artifact("brightness").table().sort_by("brightness")
     captions = {pair.key: pair.caption for pair in project.pairs(curated=False)}

@@ -112,7 +112,7 @@ class Command(NamedTuple):
     """Declares a command.
 
     Attributes:
-        text: What it does, without a capital or a full stop.
+        text: Sentence that says what it does, without a capital or a full stop.
         add: Function that adds the command's words to its parser.
         main: Function that runs it and returns the exit code; None for ``main`` of the module in ``jobs`` of its name.
     """

@@ -25,7 +25,9 @@ from pipeline.graph.artifacts import load_artifact, read_shards, read_table
 from pipeline.plugins import plugins
 from pipeline.store import Store, open_store
 from tests.chain import ROOT, Finished, done, unclip, write_config, write_list
+from tests.plugin import install
 
+GROUP = "unclip.sources"
 HOSTILE = [
     ("file:///etc/passwd", "not its own", "forbidden_reference"),
     ("../secret.png", "not its own either", "forbidden_reference"),
@@ -36,21 +38,12 @@ HOSTILE = [
 ]
 
 
-def install(folder: Path, name: str, code: str, value: str) -> None:
-    """Installs a module with one source, as pip would."""
-    folder.mkdir(exist_ok=True)
-    (folder / f"{value.partition(':')[0]}.py").write_text(code)
-    info = folder / f"{name}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[unclip.sources]\n{name} = {value}\n")
-
-
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
     """A folder in which the source of the example is installed."""
-    install(tmp_path / "site", "sqlite", (ROOT / "examples/add_source.py").read_text(), "add_source:Sqlite")
-    return tmp_path / "site"
+    return install(
+        tmp_path / "site", GROUP, "sqlite", "add_source:Sqlite", (ROOT / "examples/add_source.py").read_text()
+    )
 
 
 @pytest.fixture
@@ -146,14 +139,14 @@ def test_a_broken_one_is_named_in_one_sentence(tmp_path: Path, code: str, said: 
         "    def fingerprint(self): return 1\n"
         "    def rows(self, recipe, reader): return iter(())\n"
     )
-    install(tmp_path / "site", "broken", base + code, "odd:Odd")
+    install(tmp_path / "site", GROUP, "broken", "odd:Odd", base + code)
     config = tmp_path / "odd.yaml"
     config.write_text(f"project: odd\npreset: nano\nstore: {tmp_path}/store\nsource: {{paths: ['odd:list']}}\n")
     found = with_it(tmp_path / "site", "plan", config)
     assert found.returncode == 2
     (line,) = found.stderr.strip().splitlines()
     assert f"source broken (odd:Odd) cannot be used: {said}" in line
-    assert line.endswith("; correct or uninstall broken")
+    assert line.endswith("; correct or uninstall odd-of-mine")
 
 
 def test_lists_of_our_own_kinds_need_no_plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +158,7 @@ def test_lists_of_our_own_kinds_need_no_plug_in(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.usefixtures("here")
 def test_kinds_are_asked_in_a_stated_order(installed: Path) -> None:
-    install(installed, "another", "from add_source import Sqlite\nclass Later(Sqlite): pass\n", "later:Later")
+    install(installed, GROUP, "another", "later:Later", "from add_source import Sqlite\nclass Later(Sqlite): pass\n")
     plugins.cache_clear()
     names = [kind.__name__ for kind in lists.sources()]
     assert names == [*(kind.__name__ for kind in BUILT_IN), "Later", "Sqlite"]  # by the names of the entry points
