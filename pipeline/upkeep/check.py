@@ -22,7 +22,7 @@ class Damage:
 
     Attributes:
         path: Path in the store.
-        why: What is wrong with it.
+        why: Fault that was found.
         records: Paths of the records that name it.
         stays: Reason why it cannot be set aside, and what to do; "" where it can.
     """

@@ -34,7 +34,7 @@ class Live:
         paths: Paths of objects.
         given: Paths of blobs that recipes name, which may lie in files of the user's in place of the store.
         prefixes: Beginnings of paths under which everything stays because a stage is not finished.
-        unreadable: What is wrong with each object that cannot be read and stays, by its path.
+        unreadable: Fault of each object that cannot be read and stays, by its path.
         unknown: Unreadable objects may name any blob. Blobs that nothing names stay then, unless they are ``disowned``.
         disowned: Blobs that garbage names.
     """

@@ -55,8 +55,8 @@ class Source(ABC):
     Attributes:
         path: Path of the list, as ``source.paths`` names it.
         prefixes: Beginnings of the paths of the kind.
-        everywhere: Whether every machine finds the list by its path.
-        embedded: Whether rows are embeddings without images, on which no CLIP can be trained.
+        everywhere: True where every machine finds the list by its path.
+        embedded: True where rows are embeddings without images, on which no CLIP can be trained.
         host: Host for which ``serving`` answers while images are fetched; "" for none.
         credits: Sentence for the card of models that were trained on the list.
     """
