@@ -117,7 +117,10 @@ def end_idle(folder: Path) -> None:
 
 def end(folder: Path) -> None:
     """Ends the cluster with all that it left. Call it ``locked``."""
-    while processes := _processes(folder):
+    empty = 0
+    while empty < 3:  # a process has no environment while it becomes another program, so one look may miss it
+        processes = _processes(folder)
+        empty = 0 if processes else empty + 1
         for pid in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
