@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, NoReturn
@@ -31,7 +32,8 @@ class Parser(argparse.ArgumentParser):
         if self._subparsers:
             self._takes_next(args[0] if args and args[0].startswith("-") else "--help")
             return super().parse_known_args(args, namespace)
-        found, unknown = super().parse_known_args(self._options_first(args), namespace)
+        words = sys.argv[1:] if args is None else args
+        found, unknown = super().parse_known_args(self._options_first(words), namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found, []

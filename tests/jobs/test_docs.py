@@ -34,6 +34,7 @@ SUBMITTED = "tests/cluster/test_local.py, to clusters on loopback"
 SIGNED = "tests/jobs/test_signed_release.py, with made-up artefacts"
 SERVED = "tests/serve, with models of random weights"
 CHECKED = "tests/test_benchmarks.py, on a CPU; there is no GPU here"
+REPAIRED = "unclip run my-project.yaml || { unclip data check my-project.yaml --repair && unclip run my-project.yaml; }"
 # Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
 TESTED = {
     "unclip serve out/nano": SERVED,
@@ -54,6 +55,9 @@ TESTED = {
     "unclip data retry my-project.yaml": "here",
     "unclip data retry --reason timeout,http_5xx my-project.yaml": "here",
     "unclip data forget my-project.yaml 000000000003 http://example.org/a.jpg": "here",
+    "unclip data check my-project.yaml": "here",
+    "unclip data check my-project.yaml --repair": "here",
+    REPAIRED: "tests/jobs/test_damage.py, one command after another",
     "unclip data gc my-project.yaml": "here",
     "unclip data gc my-project.yaml --yes": "here",
     "unclip run laion.yaml --until diffusion_prior": "here",
@@ -201,6 +205,7 @@ def test_every_command_of_the_documents_is_one_that_is_run() -> None:
         "unclip data retry",
         "unclip data forget",
         "unclip data gc",
+        "unclip data check --repair",
         "unclip release promote",
         "unclip release diff",
         "unclip release evaluate",

@@ -120,6 +120,6 @@ def test_a_forged_bundle_writes_nothing(absolute: bool, place: Path) -> None:
     forge(store, artifact_path("bundle", "k"), {**ARTIFACT, "inputs": {}, "blobs": {name: evil}})
     remember_bundle(output, store.url, "k")
     before = _outside(place)
-    with pytest.raises(UserError, match="its bundle is not in"):
+    with pytest.raises(CorruptObject, match="is not a record that belongs there"):
         find_bundle(str(output))
     assert _outside(place) == before
