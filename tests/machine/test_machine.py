@@ -173,7 +173,7 @@ def nobody_looks_at_shapes(patch: pytest.MonkeyPatch) -> None:
         (a_repair_ignores_pins_and_releases, Machine, 0),
         (a_record_is_overwritten, Machine, 0),
         (gc_does_not_count_what_was_forgotten, Machine, 0),
-        (nobody_looks_at_shapes, StrangerMachine, 0),
+        (nobody_looks_at_shapes, StrangerMachine, 3),
     ],
 )
 def test_a_store_that_breaks_a_rule_is_noticed(
