@@ -152,12 +152,16 @@ def _ray_start(folder: Path, *words: str) -> bool:
 
 def _processes(folder: Path) -> list[int]:
     """Returns the processes of the cluster, also those that have left the group of their parent."""
-    mark, found = f"{MARK}={folder}".encode(), []
-    for file in Path("/proc").glob("[0-9]*/environ"):
+    mark, found, parents = f"{MARK}={folder}".encode(), set(), {}
+    for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or belongs to another user
-            if mark in file.read_bytes().split(b"\0"):
-                found.append(int(file.parent.name))
-    return found
+            parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            if mark in (place / "environ").read_bytes().split(b"\0"):
+                found.add(int(place.name))
+    # The title that Ray's agents give themselves lies over their environment: what ours have started is ours, too.
+    while more := {process for process, parent in parents.items() if parent in found} - found:
+        found |= more
+    return list(found)
 
 
 def free_ports(*names: str) -> dict[str, int]:

@@ -105,7 +105,7 @@ def test_it_survives_its_submitter_and_the_keys_are_the_laptops(
     assert keys(open_at(url)) == {stage: planned[stage] for stage in ("source", "pairs")}
     assert "pairs" in (tmp_path / "out/report.html").read_text()
 
-    assert not _processes(folder)  # it ended with its last job
+    assert [process.words for process in _processes(folder)] == []  # it ended with its last job
     assert not (folder / "state.json").exists()
 
     with locked(folder):
