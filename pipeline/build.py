@@ -66,7 +66,7 @@ def all_stages(more: Iterable[Stage] = ()) -> tuple[Stage, ...]:
 def _wrong(name: str, stage: Any, others: Collection[str]) -> str:
     """Returns why a stage cannot be used beside others; "" where it can."""
     if not isinstance(stage, Stage):
-        return "it is not a unclip.stages.Stage"
+        return "it is not an unclip.stages.Stage"
     if stage.name != name:
         return f"it declares the stage {stage.name}, and both need one name"
     if name in others:

@@ -149,7 +149,7 @@ class Recipe:
     ("code", "message"),
     [
         ("import nowhere_at_all", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
-        ("MINE = 7", "it is not a unclip.stages.Stage"),
+        ("MINE = 7", "it is not an unclip.stages.Stage"),
         ('MINE = Stage("other", 1, Recipe, (), print)', "it declares the stage other, and both need one name"),
         ('MINE = Stage("mine", 1, Recipe(), (), print)', "its recipe is not a dataclass"),
         ('MINE = Stage("mine", 1, Recipe, ("pears",), print)', "it reads pears, which no stage makes; did you mean pa"),

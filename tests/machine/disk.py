@@ -17,9 +17,9 @@ class Disk(RuleBasedStateMachine):
     Attributes:
         inner: Store itself.
         raw: Function that returns all objects, read without the code that is tested.
-        spoiled: What was damaged: bytes before, and after; None for a lost object.
-        foreign: What a stranger wrote, as far as it stands.
-        kept: What each holder (a pin, a release) named while it was whole.
+        spoiled: Damage by path: bytes before, and after; None for a lost object.
+        foreign: Objects that a stranger wrote, as far as they stand.
+        kept: Objects that each holder (a pin, a release) named while it was whole.
     """
 
     inner: Any

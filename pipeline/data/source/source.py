@@ -205,7 +205,7 @@ def file_fingerprint(file: Path) -> list[Any]:
 def walk(folder: Path) -> Iterator[tuple[Path, Path | None]]:
     """Yields the files below a folder in order, hidden ones left out, each with the metadata that speaks for it.
 
-    That is the METADATA of its own folder, or else of the nearest one above it. What lies in a folder without
+    Metadata are the METADATA of its own folder, or else of the nearest one above it. What lies in a folder without
     permission is left out (see unread_files). Raises UserError for one that cannot be listed for another reason.
     """
     nearest: dict[str, Path | None] = {}
