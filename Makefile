@@ -1,5 +1,5 @@
-# Every target builds its own environment in .venv with whichever of python3.11 and python3.12 exists.
-PYTHON := $(shell command -v python3.11 || command -v python3.12)
+# Every target builds its own environment in .venv with the first of these that exists.
+PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3.13)
 BIN := .venv/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs embeddings streaming near_duplicates \
@@ -19,7 +19,7 @@ help:
 
 ifeq ($(PYTHON),)
 .venv/ready:
-	@echo "Python 3.11 or 3.12 is needed and neither is on PATH. On Debian or Ubuntu: apt-get install python3.11-venv; elsewhere: uv python install 3.11"
+	@echo "Python 3.11, 3.12 or 3.13 is needed and none is on PATH. On Debian or Ubuntu: apt-get install python3.11-venv; elsewhere: uv python install 3.11"
 	@exit 1
 else
 # Without warnings: the first words that a user reads would be the build tool's remarks on editable installations.

@@ -120,18 +120,19 @@ def count(figures: Sequence[Json]) -> str:
 
 
 def as_text(figures: Sequence[Json]) -> str:
-    """Returns the table as plain text; one line where nothing was measured."""
+    """Returns the claims as plain text, a line each; one line in all where nothing was measured.
+
+    The line of a claim that does not hold names the figures that fail, each with its baseline; the report has the rest.
+    """
     out = [f"Does it learn? {count(figures)}"]
     for of_claim in by_claim(figures) if measured(figures) else ():
-        mark = {True: "yes", False: "NO", None: "-"}[holds(of_claim)]
-        out += [f"  {mark:4}{of_claim[0]['text']}", f"        {'; '.join(map(_said, of_claim))}"]
+        held = holds(of_claim)
+        mark = {True: "yes", False: "NO", None: "-"}[held]
+        out.append(f"  {mark:4}{of_claim[0]['text']}{'' if held else ': ' + _why_not(of_claim)}")
     return "\n".join(out)
 
 
-def _said(figure: Json) -> str:
-    if figure["holds"] is None:
-        return f"{figure['says']} not measured: {figure['note']}"
-    trained = "" if figure["trained"] is None else f", trained {short(figure['trained'])}"
-    failing = "" if figure["holds"] else "NO "
-    note = f", {figure['note']}" if figure["note"] else ""
-    return f"{failing}{figure['says']} {short(figure['value'])} ({short(figure['baseline'])}{trained}{note})"
+def _why_not(of_claim: Sequence[Json]) -> str:
+    failing = [figure for figure in of_claim if figure["holds"] is False]
+    figures = [f"{figure['says']} {short(figure['value'])} ({short(figure['baseline'])})" for figure in failing]
+    return "; ".join(figures or dict.fromkeys(figure["note"] for figure in of_claim))

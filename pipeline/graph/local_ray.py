@@ -130,9 +130,9 @@ def ray_logs() -> str:
     return "Ray's logs" + "".join(f" in {folder.logs}" for folder in _folders.values())
 
 
-def local_logs() -> Path | None:
-    """Returns the folder of the logs of the Ray that this process has started, None if it has started none."""
-    return next((folder.logs for folder in _folders.values()), None)
+def local_logs() -> list[Path]:
+    """Returns the folders of the logs of each Ray that this process has started."""
+    return [folder.logs for folder in _folders.values()]
 
 
 def _watch(ray: Any, node: Any, process: subprocess.Popen[bytes], what: str) -> None:

@@ -56,8 +56,8 @@ def test_it_ends_with_a_picture_and_a_report(chain: Chain) -> None:
         r"^Does it learn\? \d+ of \d+ claims hold on held-out rows, \d+ not measured", chain.output, re.MULTILINE
     )
     large = "2 test pairs with an image of 1024 px, and a figure needs 8; set source.test to 0.2 or add pairs"
-    assert f"upsampler_1024 not measured: {large}\n" in chain.output
-    assert "Every model uses its condition: with another row's, its loss is higher\n" in chain.output
+    assert f"bicubic interpolation: {large}\n" in chain.output
+    assert "Every model uses its condition: with another row's, its loss is higher" in chain.output
     assert 'id="evaluation"' in (chain.folder / "out/report.html").read_text()
 
 

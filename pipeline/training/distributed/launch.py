@@ -30,7 +30,11 @@ from pipeline.training.distributed.process_group import CHECK_EVERY, ProcessGrou
 REPORT_EVERY_S = 30.0  # a report waits up to two seconds for the controller's next poll
 LISTEN_EVERY_S = 5.0  # all workers wait for each other when they ask whether a machine is to be taken away
 LOGS, LOG_LINES, LOG_S = 4, 1000, 10  # of how many lost workers a log is read, its lines, how long it is asked for
-DIED = re.compile(r"\bpid: (\d+)\b.*?\bip: (\S+)", re.DOTALL)  # in Ray's words on an actor
+# Ray's text on a dead actor names its process; where Ray Train's poll finds the connection lost before Ray knows of the
+# death, only Ray Train's own text on the worker does.
+DIED = re.compile(
+    r"\bpid: (?P<pid>\d+)\b.*?\bip: (?P<ip>\S+)|\bnode_ip='(?P<node_ip>[^']+)',\s+pid=(?P<node_pid>\d+)", re.DOTALL
+)
 LONGEST_REASON = 400  # characters
 NCCL_ERROR = re.compile(r"NCCL WARN|NCCL error|Watchdog caught|\bnccl\w*Error\b")
 EXPECTED = (UserError, Unreachable, Superseded, CorruptObject, OutOfMemory)
@@ -151,9 +155,10 @@ def _last_words(failures: Sequence[Exception]) -> str:
 
     NCCL ends a process that it finds an error in, so that only the log of the worker has it.
     """
-    dead = [found for failure in failures for found in DIED.findall(str(failure))]
-    for pid, address in dead[:LOGS]:
-        if said := _logged(int(pid), address):
+    found = [match for failure in failures for match in DIED.finditer(str(failure))]
+    dead = dict.fromkeys((int(m["pid"] or m["node_pid"]), m["ip"] or m["node_ip"]) for m in found)
+    for pid, address in list(dead)[:LOGS]:
+        if said := _logged(pid, address):
             return said[0][:LONGEST_REASON]
     raised = [" ".join(str(failure).split()) for failure in failures if _hung_up(failure)]
     # That the other side has gone is what follows from the first error, on another worker.
@@ -169,10 +174,10 @@ def _logged(pid: int, address: str) -> list[str]:
     found = []
     for suffix in ("out", "err"):
         with suppress(Exception):  # of many kinds: a machine that is lost has no log, nor has a log that cannot be read
-            here = local_logs() if address == ray.util.get_node_ip_address() else None
+            here = local_logs() if address == ray.util.get_node_ip_address() else []
             if here:  # the Ray of one machine has no Jobs server to ask
-                [file] = here.glob(f"worker-*-{pid}.{suffix}")
-                text = file.read_text(errors="replace")
+                files = [file for folder in here for file in folder.glob(f"worker-*-{pid}.{suffix}")]
+                text = "\n".join(file.read_text(errors="replace") for file in files)
             else:
                 text = "".join(get_log(node_ip=address, pid=pid, suffix=suffix, tail=LOG_LINES, timeout=LOG_S))
             found += [" ".join(line.split()) for line in text.splitlines() if NCCL_ERROR.search(line)]

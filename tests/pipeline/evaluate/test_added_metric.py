@@ -65,7 +65,7 @@ def test_its_claim_stands_beside_ours_everywhere(case: Case, folder: Path) -> No
     ctx = case.context(with_metrics(RECIPE))
     assert ctx.key != case.context().key
     made = run_evaluation(ctx)
-    assert f"{SENTENCE}\n        " in as_text(made.metrics["figures"])
+    assert f" {SENTENCE}" in as_text(made.metrics["figures"])
     section = evaluation_section(ReportInput(case.world.store, {"evaluation": made}))
     assert SENTENCE.replace("'", "&#39;") in section
     document = case.document(made)

@@ -267,12 +267,9 @@ def test_the_table_in_plain_text() -> None:
     found = [each.as_json() for each in figures]
     assert figure.as_text(found).splitlines() == [
         "Does it learn? 1 of 2 claims hold on held-out rows, 1 not measured",
-        "  NO  It draws.",
-        "        top 0.82 (0.125, trained 0.9); NO pot 0.4 (0.2)",
+        "  NO  It draws.: pot 0.4 (0.2)",
         "  yes It listens.",
-        "        caption 1.5 (1.25, n); decoder not measured: few rows",
-        "  -   It enlarges.",
-        "        PSNR not measured: 2 rows",
+        "  -   It enlarges.: 2 rows",
     ]
     assert found[2]["interval"] == [0.2, None]
     assert figure.difference(0.5, 0.4, (0.05, 0.2)) == "+0.1 (0.05 to 0.2)"

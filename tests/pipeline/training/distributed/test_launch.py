@@ -125,7 +125,18 @@ def test_of_a_worker_that_nccl_has_ended_the_log_is_read(ray: Any) -> None:
     assert f"'memory': {64 << 20}" in str(lost.value)
 
 
-def test_of_a_worker_of_another_machine_ray_is_asked_for_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The actor died.\n\tpid: 71\n\tnamespace: n\n\tip: 10.0.0.3\nIts process has died.",
+        # Ray Train's poll was answered before Ray knew of the death.
+        "A worker health check failed.\nWorker info: Worker(\n  actor=Actor(W, 1),\n  metadata=ActorMetadata(\n"
+        "    hostname='h',\n    node_id='n',\n    node_ip='10.0.0.3',\n    pid=71,\n  ),\n)\n"
+        "The actor 1 is unavailable: RPC Error message: Socket closed.",
+    ],
+    ids=["died", "unavailable"],
+)
+def test_of_a_worker_of_another_machine_ray_is_asked_for_the_log(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     asked = []
 
     def get_log(**words: Any) -> Iterator[str]:
@@ -134,8 +145,7 @@ def test_of_a_worker_of_another_machine_ray_is_asked_for_the_log(monkeypatch: py
         yield " WorkNCCL(SeqNum=7)\nterminate called\n"
 
     monkeypatch.setattr("ray.util.state.get_log", get_log)
-    died = RayError("The actor died.\n\tpid: 71\n\tnamespace: n\n\tip: 10.0.0.3\nIts process has died.")
-    found = _cause([died, DistBackendError("NCCL error in: a.cpp:7, remote process exited")])
+    found = _cause([RayError(text), DistBackendError("NCCL error in: a.cpp:7, remote process exited")])
     assert str(found).endswith("([rank3]: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7))")
     assert set(asked) == {("10.0.0.3", 71)}
 
