@@ -26,10 +26,11 @@ from pipeline.graph.plan import Verdict
 from pipeline.graph.stages import Stage, stage_key
 from pipeline.settings import TrainingSettings
 from pipeline.store import open_store
-from pipeline.training import attempts, stage
+from pipeline.training import stage
+from pipeline.training import train as training
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.recipes import DiffusionPriorRecipe
-from pipeline.training.worker import Training
+from pipeline.training.train import Worker
 
 DATA = ("pairs", "captions", "embeddings", "curation")
 TRAININGS = tuple(f"prior_{i}" for i in range(4))
@@ -37,7 +38,7 @@ MEMORY = 100 << 20
 
 
 @dataclass(frozen=True)
-class Waiting(Training):
+class Waiting(Worker):
     """A training that begins with a wait of some seconds."""
 
     seconds: float = 0.0
@@ -94,7 +95,7 @@ def main() -> None:
     chosen = options.parse_args()
     begin(__doc__, chosen)
     seconds = 1.0 if chosen.quick else chosen.seconds
-    attempts.Training = partial(Waiting, seconds=seconds)  # type: ignore[misc,assignment]
+    training.Worker = partial(Waiting, seconds=seconds)  # type: ignore[misc,assignment]
     model = preset_config("nano").diffusion_prior.model
     model = replace(model, text_encoder=type(model)().text_encoder)
     made: dict[str, dict[str, Any]] = {}

@@ -29,16 +29,16 @@ from pipeline.config import preset_config
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store import open_store
-from pipeline.training.checkpoints import course
+from pipeline.training.checkpoints import open_checkpoints
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
-from pipeline.training.loop import fit
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe, TrainingRecipe
 from pipeline.training.saver import Saver
 from pipeline.training.state import TrainState
 from pipeline.training.state import begin as begin_training
 from pipeline.training.task import Task, task_of
 from pipeline.training.timing import shares_of
+from pipeline.training.train import fit
 
 BATCH, SHARDS = 16, 2
 STAGES = ("diffusion_prior", "decoder")
@@ -119,7 +119,11 @@ def measure(ctx: Context, rounds: int, seconds: float) -> dict[str, float]:
     task, recipe = task_of(ctx), ctx.recipe
     feed = Feed(ctx.store, ctx.inputs, task, recipe)
     ours = Ours(
-        ctx, task, feed, begin_training(task, recipe, ProcessGroup()), Saver(course(ctx, begin=True), ProcessGroup())
+        ctx,
+        task,
+        feed,
+        begin_training(task, recipe, ProcessGroup()),
+        Saver(open_checkpoints(ctx, begin=True), ProcessGroup()),
     )
     cases: dict[str, Callable[[int], float]] = {
         "bare": Bare(recipe, task, feed, ours.state).run,

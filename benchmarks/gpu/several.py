@@ -17,8 +17,8 @@ import torch.multiprocessing as mp
 from benchmarks.gpu.bench import Bench, Outcome, Repeated, Skipped, make_rows, make_task, of_rows
 from pipeline.settings import TrainingSettings
 from pipeline.training.distributed.process_group import ProcessGroup
-from pipeline.training.loop import fit
 from pipeline.training.state import begin
+from pipeline.training.train import fit
 
 STEPS = 4
 SAME = 1e-5  # of losses in fp32

@@ -27,10 +27,11 @@ from pipeline.settings import TrainingSettings
 from pipeline.training.compiling import compile_layers
 from pipeline.training.device import OutOfMemory
 from pipeline.training.distributed.process_group import ProcessGroup
-from pipeline.training.loop import fit
+from pipeline.training.journal import MetricsJournal
 from pipeline.training.recipes import TrainingRecipe
-from pipeline.training.state import MetricsJournal, TrainState, begin
+from pipeline.training.state import TrainState, begin
 from pipeline.training.timing import PHASES, matmul_peak
+from pipeline.training.train import fit
 
 QUIET = (
     512  # from this step on the journal has a line every eighth step, and every fifteenth is timed: 9 to 12 are neither

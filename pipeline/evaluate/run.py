@@ -41,8 +41,8 @@ from pipeline.plugins import broken
 from pipeline.progress import Progress
 from pipeline.sampling.drawing import drawing_device, read_bundle
 from pipeline.store.records import digest, materialise, put_blob
-from pipeline.training.between_steps import preview_png
 from pipeline.training.device import OutOfMemory, memory_for
+from pipeline.training.results import preview_png
 from pipeline.training.tasks.starts import starting_rows
 
 BY_STAGE = {stage: name for name, stage in PRIORS.items()}

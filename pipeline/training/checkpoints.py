@@ -30,8 +30,9 @@ from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.records import blob_path, create_record, peek_record, put_blob, read_blob, read_record
 from pipeline.training.distributed.sharding import first_row, is_saved, is_sharded, local, rows_of
+from pipeline.training.journal import MetricsJournal
 from pipeline.training.records import CheckpointRecord, SavedJournal
-from pipeline.training.state import MetricsJournal, TrainState, forms, parts, put_back
+from pipeline.training.state import TrainState, forms, parts, put_back
 
 READERS = 16  # of a blob at once
 PartBlob = tuple[str, str]  # a part and its blob
@@ -318,12 +319,17 @@ class BranchedCheckpoints:
         """Returns what Checkpoints.journal returns."""
         return self.branch.journal(at_most) or self.trunk.journal(min(at_most, self.fork))
 
+    def check(self) -> None:
+        """Raises Superseded if a later attempt has begun."""
+        self.trunk.check()
+        self.branch.check()
+
     def restore(self, state: TrainState, at_most: int) -> bool:
         """Restores as Checkpoints.restore does."""
         return self.branch.restore(state, at_most) or self.trunk.restore(state, min(at_most, self.fork))
 
 
-def course(ctx: Context, begin: bool) -> BranchedCheckpoints:
+def open_checkpoints(ctx: Context, begin: bool) -> BranchedCheckpoints:
     """Returns the checkpoints of a training: to ``begin`` a new attempt that writes, or to read."""
     keep = ctx.settings.keep_checkpoints
     keys = dict.fromkeys([trunk_key(ctx), trajectory_key(ctx)])

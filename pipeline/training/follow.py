@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
-from pipeline.graph.artifacts import Artifact
+from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 from pipeline.store.records import put_blob
-from pipeline.training.checkpoints import course
+from pipeline.training.checkpoints import open_checkpoints
+from pipeline.training.trackers import Trackers
 
 log = logging.getLogger("unclip")
 
@@ -36,8 +37,14 @@ def following(stage: str, total: int, newest: Callable[[], int], every_s: float 
 
 
 @contextmanager
-def showing(ctx: Context, show: Callable[[Artifact], None], every_s: float = 5.0) -> Iterator[None]:
-    """Calls ``show`` with ``so_far(ctx)`` when a checkpoint brings something new, for as long as the context lasts."""
+def showing(ctx: Context, every_s: float = 5.0) -> Iterator[None]:
+    """Calls ``ctx.show`` with ``so_far(ctx)`` at each new checkpoint, for as long as the context lasts.
+
+    Trackers get the same, and at the end the artefact. Where there is no ``ctx.show``, nobody follows.
+    """
+    if (show := ctx.show) is None:
+        yield
+        return
 
     def follow(stop: threading.Event) -> None:
         shown: Mapping[str, str] = {}
@@ -47,6 +54,7 @@ def showing(ctx: Context, show: Callable[[Artifact], None], every_s: float = 5.0
                 running = so_far(ctx)
                 if running is not None and running.blobs != shown:
                     show(running)
+                    trackers.tell(running)
                     shown = running.blobs
                 failed = False
             except Exception as e:  # such as a store that is away for a minute, which the training outlives
@@ -54,8 +62,11 @@ def showing(ctx: Context, show: Callable[[Artifact], None], every_s: float = 5.0
                     log.warning("%s: report and trackers do not show it for now: %s", ctx.stage, e)
                 failed = True
 
-    with _meanwhile(follow, f"{ctx.stage}: report and trackers do not show it any more while it runs"):
-        yield
+    with closing(Trackers(ctx)) as trackers:
+        with _meanwhile(follow, f"{ctx.stage}: report and trackers do not show it any more while it runs"):
+            yield
+        if made := load_artifact(ctx.store, ctx.stage, ctx.key):
+            trackers.tell(made)
 
 
 def so_far(ctx: Context) -> Artifact | None:
@@ -63,7 +74,7 @@ def so_far(ctx: Context) -> Artifact | None:
 
     It is not in the store. None before the first checkpoint. Metrics have "samples_seen".
     """
-    found = course(ctx, begin=False).journal(ctx.recipe.whole_samples)
+    found = open_checkpoints(ctx, begin=False).journal(ctx.recipe.whole_samples)
     if found is None:
         return None
     samples, journal = found

@@ -1,20 +1,24 @@
-"""How many rows fit into the memory of a device at once."""
+"""How many rows a worker computes at once: as many as fit into the memory of its device."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 
 from models.draw import Draw
 from models.precision import autocast
+from pipeline.errors import UserError
+from pipeline.graph.stages import Context
+from pipeline.settings import TrainingSettings
 from pipeline.training.device import OutOfMemory, memory_for
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.optimizer import kinds
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.state import TrainState
-from pipeline.training.task import Batch
+from pipeline.training.task import Batch, Task
 
 log = logging.getLogger("unclip")
 
@@ -22,6 +26,17 @@ log = logging.getLogger("unclip")
 def refuses(device: torch.device) -> bool:
     """Returns whether a device says that memory is short when it is asked for; a CPU's is given, and is short later."""
     return device.type != "cpu"
+
+
+def micro_batch(ctx: Context, task: Task, feed: Feed, rows: int, group: ProcessGroup, state: TrainState) -> int:
+    """Returns the rows to compute at once: the setting, or as many of ``rows``, the largest share, as fit into memory.
+
+    The setting's 0 stays for a loss that needs its batch, on a CPU, and where a model is sharded: it computes only with
+    all workers, who would wait in a trial for one that failed.
+    """
+    if ctx.settings.micro_batch or not task.splittable or group.sharded or not refuses(group.device):
+        return ctx.settings.micro_batch
+    return fitting_rows(ctx.stage, feed, ctx.recipe, rows, group, state)
 
 
 def fitting_rows(
@@ -76,3 +91,23 @@ def _try(row: Batch, rows: int, recipe: TrainingRecipe, group: ProcessGroup, sta
         losses = state.objective(batch, Draw([(0, rows)], device))
     losses.total.sum().backward()
     del moments  # held until here
+
+
+def halved(ctx: Context, task: Task, what: str, rows: int) -> TrainingSettings:
+    """Returns settings with half the micro-batch, after ``what`` did not fit into memory (see OutOfMemory).
+
+    Raises UserError where that cannot help.
+    """
+    if rows <= 1 or not task.splittable:
+        what = "one row" if rows == 1 else f"{rows} rows, which this loss needs together," if rows else what
+        advice = "take a smaller model or a larger machine"
+        if rows > 1 and ctx.settings.min_workers:
+            advice += f", or raise run.{ctx.stage}.min_workers: fewer workers have more rows each"
+        raise UserError(f"{ctx.stage}: {what} did not fit into memory; {advice}")
+    half = -(-rows // 2)
+    log.warning(
+        "%s: %d rows at once did not fit into memory; going on from the last checkpoint with %d. "
+        "run.%s.micro_batch=%d begins so",
+        *(ctx.stage, rows, half, ctx.stage, half),
+    )
+    return replace(ctx.settings, micro_batch=half)

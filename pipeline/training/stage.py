@@ -34,10 +34,14 @@ def check_first(ctx: Context) -> None:
 
 
 def train(ctx: Context) -> Artifact:
-    """Trains until the recipe's stop, or takes the CLIP that the recipe names; see pipeline.training.attempts."""
-    from pipeline.training.attempts import take_clip, train_and_show
+    """Trains until the recipe's stop, or takes the CLIP that the recipe names."""
+    if ctx.recipe.pretrained:
+        from pipeline.training.tasks.clip import take_clip
 
-    return take_clip(ctx) if ctx.recipe.pretrained else train_and_show(ctx)
+        return take_clip(ctx)
+    from pipeline.training.train import train_model
+
+    return train_model(ctx)
 
 
 def training(name: str, recipe: type[TrainingRecipe], inputs: tuple[str, ...], **more: Any) -> Stage:

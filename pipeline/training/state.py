@@ -1,74 +1,34 @@
-"""The state of a training: weights, their average, the optimiser's moments, and the journal so far."""
+"""The state of a training: weights, their average, the optimiser's moments, and the journal so far.
+
+How it begins, what a step does to its average and learning rate, and how a checkpoint takes it apart and puts it back.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from models.draw import derive_seed
 from models.precision import computes_in
+from pipeline.errors import UserError
+from pipeline.parse import ContentFile
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.distributed.sharding import local, recompute
+from pipeline.training.journal import MetricsJournal
 from pipeline.training.optimizer import kinds, make_optimizer
 from pipeline.training.recipes import TrainingRecipe
-from pipeline.training.records import SavedJournal
-from pipeline.training.task import Objective, Task
+from pipeline.training.task import Finishes, Objective, Task
 
 MEMORY = 0.1
 """The half-life of the averaged weights is at most this part of the samples seen."""
-
-
-@dataclass
-class MetricsJournal:
-    """Holds a training's metrics as JSON lines, without times, so that equal trainings have equal journals.
-
-    The next training line is the mean of ``sums`` over ``steps``. Sums stay on the device, so adding does not wait.
-    """
-
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    sums: dict[str, Tensor | float] = field(default_factory=dict)
-    steps: int = 0
-
-    def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """Adds one step's values, each fp64 []."""
-        self.steps += 1
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def flush(self, samples: int) -> None:
-        """Adds a line with the mean since the last line."""
-        self.lines.append({"samples": samples, **{name: float(s) / self.steps for name, s in self.sums.items()}})
-        self.sums, self.steps = {}, 0
-
-    def saved(self) -> SavedJournal:
-        """Returns the fields as a checkpoint's record holds them."""
-        return SavedJournal(self.lines, {name: float(s) for name, s in self.sums.items()}, self.steps)
-
-    @staticmethod
-    def of(saved: SavedJournal) -> MetricsJournal:
-        """Returns the journal that a checkpoint's record holds."""
-        return MetricsJournal(list(saved.lines), dict(saved.sums), saved.steps)
-
-    def latest(self) -> dict[str, Any]:
-        """Returns the latest value of every metric."""
-        merged = {name: value for line in self.lines for name, value in line.items()}
-        return {name: value for name, value in merged.items() if name not in ("samples", "preview")}
-
-    def previews(self) -> dict[str, str]:
-        """Returns the blobs of previews by their names in an artefact; "preview.png" is the last."""
-        found = {f"previews/{line['samples']:012d}.png": line["preview"] for line in self.lines if "preview" in line}
-        return found | ({"preview.png": list(found.values())[-1]} if found else {})
-
-    def text(self) -> bytes:
-        """Returns the lines as the bytes of a file."""
-        return "".join(json.dumps(line, sort_keys=True) + "\n" for line in self.lines).encode()
+SHOWN_NAMES = 3  # of a kind, in a message
 
 
 @dataclass
@@ -134,6 +94,45 @@ def begin(
     group.place(ema)
     optimizer = make_optimizer(model, recipe, half)
     return TrainState(objective, ema, optimizer, failed=torch.zeros((), device=next(model.parameters()).device))
+
+
+def load_weights(stage: str, file: ContentFile, data: bytes, task: Task, model: nn.Module) -> None:
+    """Gives ``model`` the weights of a file, except those that its task measures when it is finished, and frozen ones.
+
+    What is frozen in a model is of this run's CLIP, which need not be the file's. ``data`` are the file's bytes.
+    Raises UserError if names or shapes are not those of the model.
+    """
+    where = f"{stage}.init_from: {file.path or file[:12]}"
+    measured = task.measured if isinstance(task, Finishes) else ()
+    try:
+        tensors = {name: tensor for name, tensor in load(data).items() if name not in measured}
+    except SafetensorError as e:
+        raise UserError(f"{where} is not a safetensors file ({e})") from e
+    wanted = model.state_dict()
+    if tensors.keys() != wanted.keys():  # a CLIP is stored without its wrapper
+        inner = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        tensors = inner if inner.keys() == wanted.keys() else tensors
+    if problems := _differences(tensors, wanted):
+        raise UserError(f"{where} does not fit {stage}.model: {'; '.join(problems)}")
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    model.load_state_dict(tensors | {name: wanted[name] for name in frozen})
+
+
+def _differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    shapes = [
+        f"{name} is {list(found[name].shape)} and should be {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    kinds = {"missing": [n for n in wanted if n not in found], "unknown": [n for n in found if n not in wanted]}
+    said = [f"{what}: {_some(names)}" for what, names in kinds.items() if names]
+    return [_some(shapes), *said] if shapes else said
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN_NAMES]) + (
+        f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
+    )
 
 
 def learning_rate(recipe: TrainingRecipe, samples: int) -> float:

@@ -14,16 +14,14 @@ from models.draw import derive_seed
 from pipeline.local import open_local
 from pipeline.progress import Progress
 from pipeline.settings import TrainingSettings
-from pipeline.training.between_steps import loss_note
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import LocalBatch
 from pipeline.training.feed.order import Order
-from pipeline.training.loop import fit
 from pipeline.training.recipes import TrainingRecipe
-from pipeline.training.state import TrainState, begin
+from pipeline.training.results import first_rows
+from pipeline.training.state import TrainState, begin, load_weights
 from pipeline.training.task import Batch, Finishes, Task
-from pipeline.training.warm_start import load_weights
-from pipeline.training.worker import first_rows
+from pipeline.training.train import fit
 
 
 class TensorFeed:
@@ -77,7 +75,7 @@ def train_on(
 
         def between(state: TrainState) -> None:
             if line:
-                line.advance(state.samples - line.done, partial(loss_note, state))
+                line.advance(state.samples - line.done, state.journal.loss_note)
 
         fit(name, feed, recipe, TrainingSettings(), group, state, between)
     model = state.ema

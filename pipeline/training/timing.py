@@ -83,8 +83,10 @@ class Speed:
 NOT_MEASURED = Speed(0.0, 1.0)
 
 
-def measure_speed(task: Task, model: nn.Module, feed: Feed, precision: str, group: ProcessGroup) -> Speed:
-    """Returns the Speed of a training. ``model``, in evaluation mode and on any device, does not change."""
+def measure_speed(task: Task, state: TrainState, feed: Feed, precision: str, group: ProcessGroup) -> Speed:
+    """Returns the Speed of a training, whose state does not change. Rank 0 calls it alone."""
+    # A sharded model computes only with all workers: another one is counted in its place.
+    model = task.model(0).eval() if group.sharded else state.ema
     flops, device = 0, next(model.parameters()).device
     for local in feed.validation(1, 1):
         batch = {name: column.to(device) for name, column in local.batch.items()}

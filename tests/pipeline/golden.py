@@ -46,12 +46,13 @@ PLUMBING = {
     "pipeline.store.leases": "saves duplicate work",
     "pipeline.graph.ray": "starts Ray",
     "pipeline.training.distributed.launch": "starts workers",
+    "pipeline.training.follow": "shows results",
     "pipeline.training.checkpoints": "saves and restores a state exactly",
     "models.folder": "layout of model folders, which has a format of its own; it imports every model",
 }
 
 # Where each stage's source begins. A preset needs no digest: its values are recipe values, and those are in the keys.
-TRAINING = ("pipeline.training.worker", "pipeline.training.recipes")
+TRAINING = ("pipeline.training.train", "pipeline.training.recipes")
 LISTS = ("pipeline.data.source.drawings.listing",)
 
 

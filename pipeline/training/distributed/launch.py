@@ -20,7 +20,7 @@ import torch
 from torch.distributed import DistError
 
 from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
-from pipeline.graph.local_ray import local_logs
+from pipeline.graph.local_ray import local_logs, ray_logs
 from pipeline.graph.ray import start_ray, uses_ray, wait_for_room
 from pipeline.graph.resources import cores
 from pipeline.settings import RaySettings, TrainingSettings
@@ -148,6 +148,16 @@ def _cause(failures: Sequence[Exception]) -> Exception:
         reason = _last_words(failures)
         return WorkerLost("a worker died or could not start" + (f" ({reason})" if reason else ""))
     return others[0]
+
+
+def gave_up(stage: str, e: Exception, lost: int) -> UserError:
+    """Returns the error for ``lost`` failed starts without a new checkpoint."""
+    what = f"{stage}: {e} {lost} times without a new checkpoint"
+    if isinstance(e, UserError):
+        return UserError(what)
+    return UserError(
+        f"{what}; look for the cause in {ray_logs()} (often too little memory: set micro_batch), then run again"
+    )
 
 
 def _last_words(failures: Sequence[Exception]) -> str:

@@ -134,11 +134,6 @@ class ProcessGroup:
         for sending in [dist.broadcast(tensor, 0, async_op=True) for tensor in tensors]:
             sending.wait()
 
-    def wait(self) -> None:
-        """Waits until all workers are here."""
-        if self.size > 1:
-            dist.barrier()
-
     def collect(self, items: list[T], group: Any = None) -> list[T]:
         """Returns the items of all workers, by rising rank. ``group``: see ``side_group``."""
         if self.size == 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -13,7 +15,11 @@ from models.clip_loss import Gather, alone, clip_loss
 from models.draw import Draw
 from models.losses import Losses
 from models.prior_configs import ClipConfig
+from pipeline.errors import UserError
+from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.stages import Context
+from pipeline.ledger import Ledger
+from pipeline.store.records import put_blob
 from pipeline.training.task import Batch, Examples
 
 
@@ -61,3 +67,18 @@ class ClipTask:
 def make(ctx: Context) -> ClipTask:
     """Returns the task of a training stage."""
     return ClipTask(ctx.recipe.model)
+
+
+def take_clip(ctx: Context) -> Artifact:
+    """Publishes a CLIP that somebody else has trained, in open_clip's local-dir layout."""
+    began = time.monotonic()
+    try:
+        clip = Clip.named(ctx.recipe.weights)
+    except (FileNotFoundError, ValueError) as e:
+        raise UserError(f"clip.weights: {e}") from e
+    with tempfile.TemporaryDirectory() as folder:
+        clip.save(folder)
+        blobs = {file.name: put_blob(ctx.store, file, move=True) for file in sorted(Path(folder).iterdir())}
+    metrics = {"embed_dim": clip.embed_dim, "image_size": clip.image_size}
+    artifact = ctx.publishable(ledger=Ledger(), blobs=blobs, metrics=metrics)
+    return publish_artifact(ctx.store, artifact, time.monotonic() - began)

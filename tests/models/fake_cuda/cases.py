@@ -29,10 +29,10 @@ from pipeline.config import preset_config
 from pipeline.settings import TrainingSettings
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import LocalBatch
-from pipeline.training.loop import fit
 from pipeline.training.optimizer import make_optimizer
 from pipeline.training.state import TrainState
 from pipeline.training.task import Objective
+from pipeline.training.train import fit
 from tests.models.fake_cuda.build import (
     CODES,
     CUDA,

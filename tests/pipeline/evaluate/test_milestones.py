@@ -12,8 +12,8 @@ from pipeline.release.compare import Measured, changes, load_measured, obstacles
 from pipeline.release.gates import failing
 from pipeline.settings import ReleaseGates, TrainingSettings
 from pipeline.training.recipes import DiffusionPriorRecipe
+from pipeline.training.results import at_stop
 from pipeline.training.stage import train
-from pipeline.training.worker import at_stop
 from tests.pipeline.evaluate.test_stage import RECIPE, Case, few_threads, make_case  # noqa: F401  # a fixture of its own
 
 EARLY = 64

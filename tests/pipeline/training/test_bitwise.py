@@ -53,7 +53,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from pipeline.training import stage
-from pipeline.training.between_steps import BetweenSteps
+from pipeline.training.train import BetweenSteps
 from tests.pipeline.training.test_bitwise import BATCH, context
 
 name, folder, step = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])

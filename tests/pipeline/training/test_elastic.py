@@ -14,7 +14,7 @@ import pytest
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.training import stage
-from pipeline.training.checkpoints import course
+from pipeline.training.checkpoints import open_checkpoints
 from tests.pipeline.training.conftest import World, make_world
 from tests.pipeline.training.distributed.test_launch import CLIP
 from tests.pipeline.training.trainings import assert_equal_trainings
@@ -48,7 +48,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def wait_for(ctx: Context, samples: int, seconds: float = 120.0, passed: Sequence[int] = ()) -> int:
     """Waits for a checkpoint of at least ``samples``, and of none of ``passed``; returns the samples of the newest."""
-    own, end = course(ctx, begin=False), time.monotonic() + seconds
+    own, end = open_checkpoints(ctx, begin=False), time.monotonic() + seconds
     while ((newest := own.newest(1 << 40)) < samples or newest in passed) and time.monotonic() < end:
         time.sleep(0.1)
     return newest

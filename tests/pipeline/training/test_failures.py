@@ -14,7 +14,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.store.records import read_blob
 from pipeline.training import stage
-from pipeline.training.attempts import halved
+from pipeline.training.memory import halved
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.timing import NOT_MEASURED
@@ -91,15 +91,15 @@ def test_a_loss_that_needs_its_rows_together_is_told_of_fewer_workers(world: Wor
     ("hungry", "words"),
     [
         ("pipeline.training.tasks.diffusion_prior.DiffusionPriorTask.loss", "one row"),
-        ("pipeline.training.between_steps.BetweenSteps.validate", "a validation pass, a milestone or a checkpoint"),
-        ("pipeline.training.worker.begin", "the model, with its average, its optimiser"),
+        ("pipeline.training.results.Results.validate", "a validation pass, a milestone or a checkpoint"),
+        ("pipeline.training.train.begin", "the model, with its average, its optimiser"),
     ],
 )
 def test_memory_for_less_than_a_step_or_for_one_row_is_a_mistake(
     world: World, monkeypatch: pytest.MonkeyPatch, hungry: str, words: str
 ) -> None:
-    monkeypatch.setattr("pipeline.training.worker.measure_speed", lambda *_: NOT_MEASURED)
-    monkeypatch.setattr("pipeline.training.between_steps.BetweenSteps.validate", lambda *_: None)
+    monkeypatch.setattr("pipeline.training.train.measure_speed", lambda *_: NOT_MEASURED)
+    monkeypatch.setattr("pipeline.training.results.Results.validate", lambda *_: None)
     monkeypatch.setattr(hungry, lambda *_: torch.empty(1 << 50, dtype=torch.uint8))
     with pytest.raises(UserError, match=f"{words}.* did not fit into memory; take a smaller model"):
         stage.train(world.context("diffusion_prior", RECIPE, SETTINGS))

@@ -18,10 +18,10 @@ from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.records import CheckpointRecord
+from pipeline.training.results import Results, first_rows
 from pipeline.training.task import Examples
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.timing import Speed
-from pipeline.training.worker import Publisher, first_rows
 from tests.pipeline.training.conftest import EMBED_DIM, World
 from tests.pipeline.training.trainings import MODEL, SETTINGS
 
@@ -88,7 +88,7 @@ def measured_by_publishing(shared: World, recipe: DiffusionPriorRecipe, folder: 
     task.finish = lambda model, rows: seen.append(rows) or measure(model, rows)
     ctx = shared.context("diffusion_prior", recipe, KEEPING)
     feed = Feed(ctx.store, ctx.inputs, task, recipe, 0, workers)
-    Publisher(ctx, task, feed, ProcessGroup(size=workers), Speed(0.0, 1.0)).save(task.model(0), folder)
+    Results(ctx, task, feed, ProcessGroup(size=workers), Speed(0.0, 1.0)).save(task.model(0), folder)
     return seen[0]
 
 

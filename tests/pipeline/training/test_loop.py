@@ -22,13 +22,13 @@ from pipeline.settings import TrainingSettings
 from pipeline.training.device import OutOfMemory, memory_for
 from pipeline.training.distributed.process_group import CHECK_EVERY, ProcessGroup
 from pipeline.training.feed.feed import Feed, LocalBatch
-from pipeline.training.loop import backward, fit, line_due
 from pipeline.training.memory import fitting_rows
 from pipeline.training.optimizer import make_optimizer
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.state import TrainState, begin, ema_half_life, learning_rate, update_ema
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.timing import StepTimer
+from pipeline.training.train import backward, fit, line_due
 from tests.models.mutations import fails_under
 from tests.pipeline.training import conftest
 from tests.pipeline.training.conftest import EMBED_DIM

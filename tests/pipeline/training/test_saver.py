@@ -43,7 +43,7 @@ def test_steps_go_on_while_the_store_takes_its_time(world: World, monkeypatch: p
         return rate(recipe, samples)
 
     monkeypatch.setattr(Checkpoints, "publish", slow)
-    monkeypatch.setattr("pipeline.training.loop.learning_rate", noted)
+    monkeypatch.setattr("pipeline.training.train.learning_rate", noted)
     settings = replace(SETTINGS, checkpoint_every_s=1e-9, keep_checkpoints=9)
     ctx = world.context("diffusion_prior", recipe, settings)
     stage.train(ctx)

@@ -22,13 +22,14 @@ from pipeline.ledger import Ledger
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import materialise, read_blob, read_record
 from pipeline.training import stage
-from pipeline.training.checkpoints import Checkpoints, course, last_attempt, take_attempt
+from pipeline.training.checkpoints import Checkpoints, last_attempt, open_checkpoints, take_attempt
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.tables import Tables
 from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
+from pipeline.training.results import Results
 from pipeline.training.state import begin
 from pipeline.training.task import task_of
-from pipeline.training.worker import Publisher, Training
+from pipeline.training.train import Worker
 from tests.pipeline.training.conftest import World, make_world, with_codec
 from tests.pipeline.training.trainings import CLIP_MODEL, DECODER, MODEL, SETTINGS, assert_close, lines, made, weights
 
@@ -226,7 +227,7 @@ def test_an_end_within_a_batch_is_found_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Publisher, "__call__", killed)
+        patched.setattr(Results, "publish", killed)
         with pytest.raises(KeyboardInterrupt):
             stage.train(ctx)
     with caplog.at_level(logging.INFO):
@@ -338,10 +339,10 @@ def test_workers_begin_where_all_of_them_can(world: World, reached: int) -> None
     settings = replace(SETTINGS, keep_checkpoints=9)
     ctx = world.context("diffusion_prior", replace(RECIPE, samples=48), settings)
     stage.train(ctx)
-    training, task = Training(ctx, course(ctx, begin=False)), task_of(ctx)
-    state = training._state(task, Beside())
+    worker, task = Worker(ctx, open_checkpoints(ctx, begin=False)), task_of(ctx)
+    state = worker.restored(task, Beside())
     assert state.samples == reached
     expected = begin(task, ctx.recipe, ProcessGroup())
-    training.course.restore(expected, reached)
+    worker.checkpoints.restore(expected, reached)
     found, wanted = state.model.state_dict(), expected.model.state_dict()
     assert all(found[name].equal(wanted[name]) for name in wanted)

@@ -18,9 +18,9 @@ from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
-from pipeline.training.checkpoints import BranchedCheckpoints, course
+from pipeline.training.checkpoints import BranchedCheckpoints, open_checkpoints
 from pipeline.training.distributed.process_group import ProcessGroup
-from pipeline.training.worker import Training
+from pipeline.training.train import Worker
 from tests.pipeline.training.conftest import EMBED_DIM, World
 
 SETTINGS = TrainingSettings(threads=1, device="cpu", checkpoint_every_s=0.0)
@@ -73,7 +73,7 @@ def _work(rank: int, ctx: Context, own: BranchedCheckpoints, meeting: Path, befo
     before(rank)
     settings = ctx.settings
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=settings.workers)
-    Training(ctx, own)(ProcessGroup(rank, settings.workers, sharded=settings.sharded, offload=settings.offload))
+    Worker(ctx, own)(ProcessGroup(rank, settings.workers, sharded=settings.sharded, offload=settings.offload))
     dist.destroy_process_group()
 
 
@@ -89,7 +89,7 @@ def train_together(ctx: Context, folder: Path, before: Callable[[int], None] = a
 
     Each calls ``before`` with its rank first. Without ``join`` returns the processes as torch.multiprocessing does.
     """
-    own = course(ctx, begin=True)
+    own = open_checkpoints(ctx, begin=True)
     meeting = folder / f"meeting-{own.branch.attempt}"
     given, workers = (ctx, own, meeting, before), ctx.settings.workers
     return multiprocessing.start_processes(_work, given, workers, join, start_method="forkserver")

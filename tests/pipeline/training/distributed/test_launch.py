@@ -17,7 +17,7 @@ from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
 from pipeline.graph.ray import start_ray
 from pipeline.settings import RaySettings
 from pipeline.training import stage
-from pipeline.training.checkpoints import course
+from pipeline.training.checkpoints import open_checkpoints
 from pipeline.training.distributed.launch import Relayed, Watcher, WorkerLost, _cause, launch
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.recipes import ClipRecipe
@@ -169,13 +169,13 @@ def test_a_training_goes_on_after_lost_workers_and_stores(
         raise error
 
     slept: list[float] = []
-    monkeypatch.setattr("pipeline.training.attempts.time", SimpleNamespace(sleep=slept.append))
-    monkeypatch.setattr("pipeline.training.attempts.launch", fragile)
+    monkeypatch.setattr("pipeline.training.train.sleep", slept.append)
+    monkeypatch.setattr("pipeline.training.train.launch", fragile)
     ctx = world.context("diffusion_prior", replace(RECIPE, samples=32))
     assert stage.train(ctx).key == ctx.key
     assert slept == ([10.0, 20.0] if isinstance(error, Unreachable) else [0.0, 0.0])  # a store takes its time
     assert [name[-4:] for name in calls] == ["0001", "0002", "0003"]
-    monkeypatch.setattr("pipeline.training.attempts.launch", hopeless)
+    monkeypatch.setattr("pipeline.training.train.launch", hopeless)
     with pytest.raises(UserError, match=f"{error} 4 times without a new checkpoint.*{advice}"):
         stage.train(world.context("diffusion_prior", replace(RECIPE, samples=48, seed=1)))
 
@@ -187,11 +187,11 @@ def test_a_driver_that_was_overtaken_begins_no_attempt(world: World, monkeypatch
 
     def overtaken(work: Any, stage: str, name: str, *others: Any) -> None:
         calls.append(name)
-        course(ctx, begin=True)  # another driver's
+        open_checkpoints(ctx, begin=True)  # another driver's
         raise Unreachable("gone")
 
-    monkeypatch.setattr("pipeline.training.attempts.time", SimpleNamespace(sleep=lambda seconds: None))
-    monkeypatch.setattr("pipeline.training.attempts.launch", overtaken)
+    monkeypatch.setattr("pipeline.training.train.sleep", lambda seconds: None)
+    monkeypatch.setattr("pipeline.training.train.launch", overtaken)
     with pytest.raises(Superseded, match="attempt 1 of this training stops: attempt 2 has begun"):
         stage.train(ctx)
     assert len(calls) == 1
@@ -224,10 +224,10 @@ def test_a_training_that_comes_further_below_a_damaged_checkpoint_goes_on(
             launch(work, stage, name, *others)
             return
         samples = 32 if len(calls) == 1 else len(calls)
-        world.store.create(f"{work.course.trunk.folder}{samples:012d}-{len(calls):04d}.json", b"{}")
+        world.store.create(f"{work.checkpoints.trunk.folder}{samples:012d}-{len(calls):04d}.json", b"{}")
         raise WorkerLost("a worker died")
 
-    monkeypatch.setattr("pipeline.training.attempts.launch", fragile)
+    monkeypatch.setattr("pipeline.training.train.launch", fragile)
     ctx = world.context("diffusion_prior", replace(RECIPE, samples=32))
     assert stage.train(ctx).key == ctx.key
     assert len(calls) == 7

@@ -34,12 +34,12 @@ from pipeline.training.distributed.sharding import (
     shard_module,
 )  # fmt: skip
 from pipeline.training.feed.feed import Feed
-from pipeline.training.loop import backward
 from pipeline.training.recipes import DecoderRecipe
 from pipeline.training.records import CheckpointRecord
 from pipeline.training.state import begin
 from pipeline.training.tasks.decoder import DecoderTask
 from pipeline.training.timing import StepTimer
+from pipeline.training.train import backward
 from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
 from tests.pipeline.training.distributed.test_workers import RECIPE, lines, noting
 from tests.pipeline.training.trainings import DECODER, SETTINGS, assert_equal_trainings, made, train_together

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.training import checkpoints as checkpoints_module
-from pipeline.training import stage, worker
+from pipeline.training import memory, stage
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from tests.pipeline.training.conftest import World, make_world
@@ -48,7 +48,7 @@ def lines(file: Path) -> list[str]:
 def noting_and_hungry(folder: Path, rank: int) -> None:
     """The second worker has no memory for more than three rows, and is told so as a GPU tells it."""
     noting(folder, rank)
-    worker.refuses = lambda device: True
+    memory.refuses = lambda device: True
     loss = DiffusionPriorTask.loss
 
     def hungry(self: Any, model: Any, batch: Any, draw: Any) -> Any:
