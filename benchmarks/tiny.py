@@ -56,7 +56,6 @@ class Training:
         self.model = Decoder(recipe.model, embed_dim)
         self.ema = deepcopy(self.model).requires_grad_(False)
         self.optimizer = make_optimizer(self.model, recipe)
-        self.optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
         self.steps = 0
         rows, side, end = recipe.batch, recipe.model.image_size, recipe.model.vocabulary - 1
         tokens = torch.zeros(rows, 77, dtype=torch.int64)

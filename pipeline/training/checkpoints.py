@@ -80,7 +80,7 @@ def snapshot(state: TrainState, first: bool = True) -> Snapshot:
         tensors[part] = {name: _copied(local(tensor)) for name, tensor in own.items()}
         starts[part] = {name: first_row(tensor) for name, tensor in own.items() if is_sharded(tensor)}
     journal = deepcopy(state.journal.saved())
-    device = state.failed.device
+    device = next(state.model.parameters()).device
     wait = torch.cuda.current_stream(device).record_event().synchronize if device.type == "cuda" else (lambda: None)
     return Snapshot(state.samples, state.seconds, dict(state.phase_seconds), journal, tensors, starts, wait)
 

@@ -49,6 +49,7 @@ def compiles(stage: str, wanted: Compile, speed: Speed, samples: int, group: Pro
         log.warning("%s: trains without compiling: %s", stage, lacking)
         return False
     # What nobody asked for must not end a training: torch warns and computes such a layer as it is.
+    # PyTorch's guides name this switch, and the one below, by their modules: there are no others.
     torch._dynamo.config.suppress_errors = wanted == "auto"
     log.info("%s: compiles its layers before the first step, which takes minutes", stage)
     return True

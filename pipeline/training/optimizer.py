@@ -14,7 +14,7 @@ from models.ar_prior import SmoothEmbedding
 from pipeline.training.distributed.sharding import first_row, full_tensor, local
 from pipeline.training.recipes import TrainingRecipe
 
-NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 VECTORS = ("position", "positional_embedding", "padding")
 """Names of parameters that hold a vector for each place of a sequence, in our networks and in open_clip's."""
 BLOCKS = {"qkv": 3, "in_proj_weight": 3, "context_kv": 2}
@@ -59,20 +59,19 @@ class Muon(AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Takes a step; nothing changes once ``found_inf``, a tensor that AdamW reads on the device, is 1."""
+        """Takes a step."""
         *others, ours = groups = self.param_groups
         self.param_groups = others
         try:
             super().step()
         finally:
             self.param_groups = groups
-        failed: Tensor = self.found_inf  # type: ignore[attr-defined]
-        rate = ours["lr"] * (1.0 - failed)
+        rate = torch.tensor(ours["lr"])  # in fp32, as the weights are
         alike: dict[tuple[torch.Size, int], list[Tensor]] = defaultdict(list)
         for matrix in ours["params"]:
             alike[matrix.shape, self.matrices[id(matrix)]].append(matrix)
         for matrices in (part for same in alike.values() for part in batched(same)):
-            directions = [self._direction(matrix, matrix.grad, failed) for matrix in matrices]  # type: ignore[arg-type]
+            directions = [self._direction(matrix, matrix.grad) for matrix in matrices]  # type: ignore[arg-type]
             wholes = torch.stack([full_tensor(direction).flatten(1) for direction in directions])
             updates = wholes.view(len(wholes) * self.matrices[id(matrices[0])], -1, wholes.shape[2])
             updates = orthogonalized(updates, self.dtype).float() * (-RMS * max(updates.shape[1:]) ** 0.5 * rate)
@@ -83,13 +82,12 @@ class Muon(AdamW):
                 rows.mul_(1.0 - rate * ours["weight_decay"])
                 rows.add_(update[first : first + len(rows)].view(rows.shape))
 
-    def _direction(self, matrix: Tensor, gradient: Tensor, failed: Tensor) -> Tensor:
+    def _direction(self, matrix: Tensor, gradient: Tensor) -> Tensor:
         """Returns Nesterov's momentum after this step's gradient."""
         state = self.state[matrix]
         if not state:
             state["exp_avg"] = torch.zeros_like(matrix, requires_grad=False)
         momentum = state["exp_avg"]
-        gradient = torch.where(failed.bool(), momentum, gradient)
         momentum.lerp_(gradient, 1.0 - MOMENTUM)
         return gradient.lerp(momentum, MOMENTUM)
 

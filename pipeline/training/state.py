@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models.draw import derive_seed
 from models.precision import computes_in
@@ -43,8 +44,7 @@ class TrainState:
         seconds: Seconds of the training so far.
         phase_seconds: Seconds by phase (see pipeline.training.timing).
         journal: The metrics so far.
-        failed: fp32 [] on the device. The first gradient or loss that is not finite sets it to 1, and from then on the
-            optimiser changes nothing.
+        failed: Flag, [] of bool: a loss or a gradient was not finite, so that nothing of the state is to be kept.
     """
 
     objective: Objective
@@ -54,11 +54,7 @@ class TrainState:
     seconds: float = 0.0
     phase_seconds: dict[str, float] = field(default_factory=dict)
     journal: MetricsJournal = field(default_factory=MetricsJournal)
-    failed: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    def __post_init__(self) -> None:
-        # The fused AdamW reads it on the device, so a step does not wait to learn whether it may be taken.
-        self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]
+    failed: Tensor = field(default_factory=lambda: torch.tensor(False))
 
     @property
     def model(self) -> nn.Module:
@@ -92,8 +88,7 @@ def begin(
     half = all(group.collect([computes_in(group.device, recipe.precision) == "bf16"]))
     group.place(objective, half)
     group.place(ema)
-    optimizer = make_optimizer(model, recipe, half)
-    return TrainState(objective, ema, optimizer, failed=torch.zeros((), device=next(model.parameters()).device))
+    return TrainState(objective, ema, make_optimizer(model, recipe, half))
 
 
 def load_weights(stage: str, file: ContentFile, data: bytes, task: Task, model: nn.Module) -> None:
@@ -167,7 +162,7 @@ def update_ema(ema: nn.Module, model: nn.Module, samples: int, half_life: float)
     decay = 0.5 ** (samples / half_life) if half_life else 0.0
     pairs = zip(ema.parameters(), model.parameters(), strict=True)
     averaged, current = zip(*[(local(a), local(p.detach())) for a, p in pairs if p.requires_grad], strict=True)
-    torch._foreach_lerp_(averaged, current, 1.0 - decay)
+    get_ema_multi_avg_fn(decay)(averaged, current, None)
     for average, value in zip(ema.buffers(), model.buffers(), strict=True):
         average.copy_(value)
 

@@ -189,33 +189,37 @@ def fit(
 
     ``between`` is called before every step and after the last. No step waits for the device: losses and gradients are
     checked at every line of the journal, and after as many steps as ``group.report_steps`` says; until then
-    ``state.failed`` keeps a step that is not finite, and all after it, from changing anything.
+    ``state.failed`` says that a step was not finite, and nothing after it is to be kept.
 
     Raises:
-        UserError: A loss or a gradient is NaN or Inf: the training diverged, and stops before that step changed it.
+        UserError: A loss or a gradient is NaN or Inf: the training diverged.
         OutOfMemory: A step, or what is done between steps, does not fit.
     """
     objective = group.wrap(state.objective)
     state.model.train()
     timer = StepTimer(state.phase_seconds, group.device)
-    unchecked: list[Step] = []
+    unchecked: list[Step] = []  # steps whose losses nobody has looked at yet
     with closing(feed.batches(state.samples)) as batches:
         while True:
+            # Between two steps the state is whole, so that it can be validated, published and saved.
             with memory_for("a validation pass, a milestone or a checkpoint"):
                 between(state)
             if state.samples >= recipe.samples:
                 return state
+            # Threads made the batch beside the last step: where this waits, the feed is too slow for the device.
             timer.start(state.samples // recipe.batch)
             batch = next(batches)
             timer("wait")
             rows = min(settings.micro_batch or len(batch.keys), len(batch.keys))
             with memory_for(f"{rows} rows at once", rows):
                 losses, values = backward(objective, batch, recipe, rows, group, timer)
-                # An infinite bound clips nothing, and the norm is known all the same.
+                # An infinite bound clips nothing, and the journal has the norm all the same.
                 norm = full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm or float("inf")))
+                # A flag on the device: to read it here would wait for the step.
                 finite = (norm + values["loss"]).isfinite()
-                state.failed.copy_(torch.where(finite, state.failed, 1.0))
+                state.failed = state.failed | ~finite
                 unchecked.append(Step(state.samples, batch.keys, losses, finite))
+                # The rate depends on the samples seen alone, so a resumed training has it without a scheduler's state.
                 state.samples += recipe.batch
                 for parameters in state.optimizer.param_groups:
                     parameters["lr"] = learning_rate(recipe, state.samples)
@@ -223,10 +227,12 @@ def fit(
                 # DDP's gradients are parts of what is sent: new ones would lie in memory beside it.
                 state.optimizer.zero_grad(set_to_none=group.sharded or group.size == 1)
                 timer("optimiser")
+                # The average, and not the model, is what is validated and published.
                 update_ema(state.ema, state.model, recipe.batch, ema_half_life(recipe, state.samples))
                 timer("ema")
             state.journal.add(values | {"gradient_norm": norm.double()})
             line = line_due(state.samples // recipe.batch)
+            # All workers come here after the same steps: what they say to each other below has to match.
             if line or state.samples >= recipe.samples or len(unchecked) >= group.report_steps():
                 check_finite(stage, unchecked, group)
                 unchecked.clear()

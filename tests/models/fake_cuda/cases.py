@@ -219,7 +219,7 @@ def fitting(watch: Watch) -> None:
     model, ema = decoder(text_encoder="glide", context_width=0), decoder(text_encoder="glide", context_width=0)
     task: Any = SimpleNamespace(loss=decoder_loss)
     optimizer = make_optimizer(model, recipe, half=True)
-    state = TrainState(Objective(task, model), ema.requires_grad_(False), optimizer, failed=zeros())
+    state = TrainState(Objective(task, model), ema.requires_grad_(False), optimizer)
     first = 513  # the journal has a line every eighth step there, and none of the next is timed
     state.samples = first * ROWS
     host = {name: column.cpu() for name, column in batch(64).items()}

@@ -1,6 +1,7 @@
 """What a training does about numbers that are none, and about too little memory."""
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,11 +15,15 @@ import torch
 from pipeline.errors import UserError
 from pipeline.store.records import read_blob
 from pipeline.training import stage
+from pipeline.training.checkpoints import open_checkpoints
+from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.memory import halved
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.timing import NOT_MEASURED
+from pipeline.training.train import BetweenSteps
 from tests.pipeline.training.conftest import EMBED_DIM, World, rewritten
+from tests.pipeline.training.test_checkpoints import make_state
 from tests.pipeline.training.trainings import MODEL, SETTINGS
 
 RECIPE = DiffusionPriorRecipe(samples=320, batch=16, lanes=8, window=5, precision="fp32", ema_half_life=64, model=MODEL)
@@ -53,8 +58,31 @@ def ended_ray() -> Iterator[None]:
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_row_that_spoils_a_step_is_named(world: World, workers: int) -> None:
     ctx = with_a_nan(world).context("diffusion_prior", RECIPE, replace(SETTINGS, workers=workers))
-    with pytest.raises(UserError, match=f"the loss of rows {POISONED} is not finite after sample .*; lower learning_"):
+    named = rf"the loss of rows {POISONED} is not finite after sample (\d+); lower learning_"
+    with pytest.raises(UserError, match=named) as caught:
         stage.train(ctx)
+    (samples,) = re.findall(named, str(caught.value))
+    assert open_checkpoints(ctx, begin=False).newest(RECIPE.samples) == int(samples)
+
+
+def test_nothing_of_a_step_that_failed_is_shown_or_saved(world: World) -> None:
+    """Where all of it is due: a validation pass, a milestone and a checkpoint."""
+    done: list[str] = []
+    results: Any = SimpleNamespace(
+        ctx=world.context("diffusion_prior", RECIPE, replace(SETTINGS, milestones=(16,))),
+        group=ProcessGroup(),
+        averaged=lambda state: state.ema,
+        validate=lambda *_: done.append("validated"),
+        publish=lambda *_: done.append("published"),
+    )
+    saver: Any = SimpleNamespace(due=lambda *_, **__: True, save=lambda state: done.append("saved"))
+    state = make_state(steps=1)
+    state.failed = torch.tensor(True)
+    BetweenSteps(results, saver, None)(state)
+    assert done == []
+    state.failed = torch.tensor(False)
+    BetweenSteps(results, saver, None)(state)
+    assert done == ["validated", "published", "saved"]
 
 
 def test_too_little_memory_halves_the_micro_batch(
