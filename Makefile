@@ -5,15 +5,17 @@ PIP_FLAGS ?= --quiet --disable-pip-version-check
 BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs embeddings streaming near_duplicates \
   training_loop checkpoints reading generation side_by_side tiny
 
-.PHONY: help test test-browser test-slow chaos check bench gpu-check lock format peek demo studio clean
+.PHONY: help unit test test-browser test-slow mutants chaos check bench gpu-check lock format peek demo studio clean
 
 help:
 	@echo "make peek    the whole chain at nano size: images over HTTP to a 1024 px image, in minutes"
 	@echo "make demo    a world of drawings at tiny size; MINUTES=10 or 60 trains less or more than 20"
 	@echo "make studio  a page to draw on with the demo's bundle, or with peek's where there is none"
-	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
+	@echo "make unit    the tests of functions and classes, in minutes      make check    format, lint, types"
+	@echo "make test    these and all that start servers, clusters and commands      make test-slow    the slow ones"
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
 	@echo "make chaos   real faults: N=50 slices of SEED=1, a minute each, OF=data or training; goes on where it stopped"
+	@echo "make mutants    faults that no test notices, in FILE=models/diffusion/process.py"
 	@echo "make gpu-check    does a GPU compute what a CPU does, and how fast? 8 minutes; ARGS='--preset karlo --gpus 8'"
 	@echo "make bench   what the stages cost against peers and bounds, in about an hour on an idle machine"
 
@@ -34,6 +36,9 @@ else
 	@touch .venv/ready
 endif
 
+unit: .venv/ready
+	$(BIN)/python -m pytest -m "not integration and not slow and not browser" -n 2 --dist loadfile
+
 # A process that crashes ends the tests: the rest of its files would be waited for without end.
 test: .venv/ready
 	$(BIN)/python -m pytest -m "not slow and not browser" -n 4 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 15
@@ -43,6 +48,11 @@ test-browser: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
+
+FILE ?= models/diffusion/process.py
+
+mutants: .venv/ready
+	$(BIN)/python -m tests.mutants $(FILE)
 
 # Slices that are done are not done again; out/chaos holds what they found.
 N ?= 50

@@ -23,6 +23,8 @@ hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("seeded")
 # What starts the tests in the background may ignore Ctrl-C, and then so would every command that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# What is written outlives its process without it, and no machine is switched off: tests need not wait for their disk.
+os.fsync = lambda handle: None
 # One place for what the libraries read at import; nothing in a test may look for an account or a cluster outside it.
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -34,6 +36,19 @@ for name in ("RAY_ADDRESS", "AWS_PROFILE", "AWS_ENDPOINT_URL", "UNCLIP_CRASH"):
     os.environ.pop(name, None)
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
+
+
+# Folders whose tests start commands, servers and clusters, or look at a whole chain; and fixtures that do.
+INTEGRATION = {"cluster", "jobs", "machine", "serve"}
+STARTING = {"cluster", "ray", "s3", "two_cores"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what make unit leaves out. Tests that start such by themselves have the mark already."""
+    for item in items:
+        folder, *_ = item.path.relative_to(Path(__file__).parent).parts
+        if folder in INTEGRATION or STARTING & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.integration)
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +90,7 @@ def browser() -> Iterator[Any]:
         yield browser
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.integration)])
 def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Store]:
     """Makes empty stores, in a folder or on S3."""
     count = itertools.count()

@@ -4,13 +4,11 @@ from copy import deepcopy
 
 import torch
 
-from models.nn.casting import _cast, call_in
+from models.nn.casting import call_in
 from models.nn.unet import ResBlock
-from tests.models.mutations import fails_under
 from tests.models.test_unet import normal, randomised
 
 
-@fails_under((_cast, "torch._foreach_copy_(out, tensors)", "torch._foreach_zero_(out)"))
 def test_a_block_computes_and_learns_as_one_with_half_weights() -> None:
     block = randomised(ResBlock(32, 32, 32, dropout=0.0))
     half = deepcopy(block).bfloat16()

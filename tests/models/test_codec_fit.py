@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from models.codec_fit import Buckets, FittedCodec, fit_buckets, fit_codec
-from tests.models.mutations import fails_under
 from tests.models.test_codec import rows
 
 
@@ -22,10 +21,6 @@ def buckets_of(values: Tensor | list[float], buckets: int) -> tuple[Buckets, np.
     return fitted, np.digitize(column, fitted.edges)
 
 
-@fails_under(
-    (fit_codec, "rows @ axes - pca.mean_ @ axes", "rows @ axes"),
-    (fit_codec, "(variance[:k] / total).tolist()", "(variance[:k] / variance.sum() / 2).tolist()"),
-)
 def test_it_equals_eigenvectors_and_sorted_columns() -> None:
     """The exact codec: eigenvectors of the covariance, edges in the middle of the two rows that they part."""
     z = rows(n=5000).double()

@@ -5,14 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.decoder import Decoder, Layout, decoder_denoise, decoder_loss
+from models.decoder import Decoder, decoder_denoise, decoder_loss
 from models.diffusion.process import error_weight
 from models.diffusion.schedules import make_schedule
 from models.draw import Draw
 from models.image_configs import DecoderConfig
 from models.nn.text_encoder import TextEncoder
 from models.prior_configs import TextTower
-from tests.models.mutations import fails_under
 
 CONFIG = DecoderConfig(
     image_size=8, channels=32, depth=1, multipliers=(1, 2), head_channels=16, attention_resolutions=(4,), dropout=0.0,
@@ -55,11 +54,6 @@ def forward(model: Decoder, batch: dict[str, Tensor], keep_image: bool = True, k
         return model(x_t, t, image, tokens, keep & keep_image, keep & keep_text)
 
 
-@fails_under(
-    (Decoder.condition, "self.image_to_time(z)", "self.image_to_time(image_embedding)"),
-    (Decoder.condition, "self.image_to_tokens(z)", "self.image_to_tokens(image_embedding)"),
-    (Decoder.condition, "self.layout(z, words)", "self.layout(image_embedding, words)"),
-)
 def test_both_conditions_matter_unless_they_are_dropped() -> None:
     """An embedding has three ways into the network, and a dropped one takes none."""
     model, batch = make(layout_channels=3), make_batch(2)
@@ -276,10 +270,6 @@ def test_a_layout_says_what_is_where() -> None:
     torch.testing.assert_close(layout, expected, atol=1e-4, rtol=1e-4)
 
 
-@fails_under(
-    (Decoder.condition, "* keep_text[:, None] if", "if"),
-    (Layout.forward, "features + self.words(words)", "features"),
-)
 def test_a_layout_with_clips_own_text_tower_reads_the_words_of_captions_that_are_not_dropped() -> None:
     model, batch = make(layout_channels=3, text_encoder="frozen").eval(), make_batch(2)
     keep = torch.ones(2, dtype=torch.bool)
@@ -293,7 +283,6 @@ def test_a_layout_with_clips_own_text_tower_reads_the_words_of_captions_that_are
     torch.testing.assert_close(dropped[0], dropped[1])
 
 
-@fails_under((TextEncoder.forward, "states[:, -1]", "states[:, 0]"))
 def test_glides_caption_vector_is_the_last_positions() -> None:
     """Not the first's, which all positions of a network that is not causal could serve as well."""
     torch.manual_seed(0)

@@ -20,7 +20,6 @@ from models.sampling_config import STEPS as STEPS_OPTION
 from models.sampling_config import SamplingConfig
 from models.tokens import tokenize
 from models.upsampler import Upsampler
-from tests.models.mutations import fails_under
 from tests.models.test_cascade import CAPTIONS, DIM, make
 from tests.models.test_diffusion_dpm_solver import ring
 
@@ -115,16 +114,6 @@ def test_the_cascade_visits_the_timesteps_of_its_grid(
     assert visited[id(getattr(unclip, stage))] == grid(1000, steps).tolist()
 
 
-@fails_under(
-    (sampling_grid, "steps == UNEVEN", "False"),
-    (sampling_grid, "stage == UNEVEN_MODEL and", ""),
-    (sampling_grid, "steps < FEW and ", ""),
-    (sampling_grid, " and not needs_last", ""),
-    (sampling_grid, " and not inverted", ""),
-    (sampling_grid, "redraws or ", ""),
-    (sampling_grid, "isinstance(model, Decoder) and ", ""),
-    (sampling_grid, '== "x0"', '!= "eps"'),
-)
 def test_few_steps_end_early_but_for_a_network_of_the_last_timestep() -> None:
     made = make()
     last = Upsampler(replace(made.upsampler_256.config, last_unet=True))

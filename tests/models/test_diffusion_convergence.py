@@ -18,7 +18,6 @@ from models.diffusion.samplers import ancestral, ddim
 from models.diffusion.schedules import Schedule
 from models.draw import Draw
 from tests.models.closed_form import Gaussian, anisotropic, even_log_snr, uneven
-from tests.models.mutations import fails_under
 
 SCHEDULE = even_log_snr(769)
 Sampler = Callable[[Gaussian, Tensor, Tensor, Draw], Tensor]
@@ -80,10 +79,6 @@ def test_a_sampler_converges_at_its_order(name: str, make_grid: Callable[[Schedu
     assert log2(errors[0] / errors[1]) == pytest.approx(2 if name == "dpm" else 1, abs=0.15)
 
 
-@fails_under(
-    (dpm_solver, "h / (2 * h_before)", "h / (2 * h)"),
-    (dpm_solver, "x0, h\n", "x0, h_before if i > 1 else h\n"),
-)
 def test_dpm_solver_is_of_second_order_sample_by_sample_on_an_uneven_grid() -> None:
     """Against the exact solution of the probability-flow ODE."""
     data = anisotropic(SCHEDULE)

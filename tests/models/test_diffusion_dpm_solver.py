@@ -8,7 +8,6 @@ from models.diffusion.process import Prediction, predict
 from models.diffusion.samplers import ddim
 from models.diffusion.schedules import Schedule, fast27_grid, log_snr_grid, make_schedule, strided_grid
 from tests.models.closed_form import Mixture
-from tests.models.mutations import fails_under
 
 SCHEDULE = make_schedule("cosine", 1000)
 GRIDS = [strided_grid(1000, 25), fast27_grid(1000), log_snr_grid(SCHEDULE, 20), strided_grid(1000, 4)]
@@ -47,7 +46,6 @@ def peer(grid: Tensor) -> DPMSolverMultistepScheduler:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=len)
-@fails_under(*FAULTS)
 def test_every_step_equals_that_of_diffusers_in_float32(grid: Tensor) -> None:
     """With their own choice of where a step is of lower order."""
     scheduler, expected = peer(grid), start(torch.float32)

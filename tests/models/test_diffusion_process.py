@@ -15,7 +15,6 @@ from models.diffusion.process import (
     hybrid_loss,
     learned_log_variance,
     log_variance_range,
-    normal_kl,
     posterior_mean,
     posterior_variance,
     predict,
@@ -25,7 +24,6 @@ from models.diffusion.process import (
     variational_bound,
 )
 from models.diffusion.schedules import make_schedule
-from tests.models.mutations import fails_under
 
 SCHEDULE = make_schedule("cosine", 1000)
 TIMES = torch.tensor([0, 1, 2, 50, 500, 900, 998])
@@ -36,11 +34,6 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "theirs"), [("cosine", "squaredcos_cap_v2"), ("linear", "linear")])
-@fails_under(
-    (q_sample, "(1 - alpha_bar).sqrt()", "alpha_bar.sqrt()"),
-    (q_sample, "per_row(alpha_bar.sqrt(), x0)", "per_row(alpha_bar, x0)"),
-    (q_sample, "* noise", "* -noise"),
-)
 def test_q_sample_equals_diffusers_at_every_timestep(name: str, theirs: str) -> None:
     t, g = torch.arange(1000), torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 1000, 8, generator=g).unbind()
@@ -49,13 +42,6 @@ def test_q_sample_equals_diffusers_at_every_timestep(name: str, theirs: str) -> 
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
-@fails_under(
-    (predict, "(x_t - sigma * output) / signal", "(x_t - sigma * output)"),
-    (predict, "/ signal, output", "/ signal, -output"),
-    (predict, "signal * x_t - sigma * output", "signal * x_t + sigma * output"),
-    (predict, "sigma * x_t + signal * output", "sigma * x_t"),
-    (predict, "(x_t - signal * output) / sigma", "(x_t - output) / sigma"),
-)
 def test_a_perfect_prediction_gives_back_data_and_noise() -> None:
     x0, noise = rows(5).double(), rows(5, seed=1).double()
     alpha_bar = SCHEDULE.at(TIMES)
@@ -67,7 +53,6 @@ def test_a_perfect_prediction_gives_back_data_and_noise() -> None:
         assert prediction.variance_fraction is None
 
 
-@fails_under((regression_target, "* noise - ", "* noise + "), (regression_target, "(1 - alpha_bar)", "alpha_bar"))
 def test_the_v_target_equals_diffusers() -> None:
     x0, noise = rows(3, 4, 4), rows(3, 4, 4, seed=1)
     expected = DDPMScheduler(beta_schedule="squaredcos_cap_v2").get_velocity(x0, noise, TIMES)
@@ -75,14 +60,6 @@ def test_the_v_target_equals_diffusers() -> None:
 
 
 @pytest.mark.parametrize("max_snr", [0.5, 20.0])
-@fails_under(
-    (error_weight, "(1 + bounded) / (1 + snr)", "bounded / (1 + snr)"),
-    (error_weight, "bounded / snr if", "bounded if"),
-    (error_weight, "snr.clamp(max=max_snr)\n", "snr\n"),
-    (error_weight, "MOST_SNR if max_snr is None else max_snr", "MOST_SNR"),
-    (error_weight, "max=MOST_SNR", "max=25.0"),
-    (error_weight, "snr = alpha_bar /", "snr = 1 /"),
-)
 def test_weights_equal_their_closed_forms(max_snr: float) -> None:
     alpha_bar = make_schedule("cosine", 1000).at(torch.arange(1000))
     snr = [a / (1 - a) for a in alpha_bar.tolist()]
@@ -112,11 +89,6 @@ def test_a_bounded_error_is_the_error_of_x0_with_a_bounded_weight() -> None:
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
-@fails_under(
-    (predict, ".clamp(min=clip)", ".clamp(min=0.1)"),
-    (predict, "x0.abs()", "x0"),
-    (predict, "clip / reach", "clip * reach"),
-)
 def test_dynamic_thresholding_equals_diffusers_and_the_papers_formula(kind: str) -> None:
     alpha_bar = SCHEDULE.at(TIMES)
     scale = torch.linspace(0.2, 2, len(TIMES))[:, None, None, None]  # rows within the range, and rows beyond it
@@ -150,14 +122,6 @@ def test_an_unknown_kind_is_named() -> None:
         regression_target("score", x, x, alpha_bar)
 
 
-@fails_under(
-    (posterior_mean, "previous.sqrt() * (1 - ratio)", "previous.sqrt() * ratio"),
-    (posterior_mean, "ratio.sqrt() * (1 - previous)", "ratio.sqrt() * (1 - alpha_bar)"),
-    (posterior_mean, "of_x0 = previous.sqrt()", "of_x0 = alpha_bar.sqrt()"),
-    (posterior_variance, "* (1 - previous)", ""),
-    (posterior_variance, "(1 - alpha_bar / previous)", "(1 - alpha_bar)"),
-    (posterior_variance, "/ (1 - alpha_bar)", ""),
-)
 def test_the_posterior_is_bayes_rule() -> None:
     """q(x_s given x_t, x0) from the product of the two Gaussians q(x_s given x0) and q(x_t given x_s)."""
     t, s = torch.tensor([1, 50, 500, 999]), torch.tensor([0, 20, 499, 700])
@@ -171,11 +135,6 @@ def test_the_posterior_is_bayes_rule() -> None:
 
 
 @pytest.mark.parametrize(("t", "s"), [(1, 0), (5, 3), (500, 499), (700, 300), (998, 0)])
-@fails_under(
-    (learned_log_variance, "(1 - fraction)", "fraction"),
-    (learned_log_variance, "per_row(high, fraction)", "per_row(low, fraction)"),
-    (log_variance_range, "1 - level / level_previous", "level / level_previous"),
-)
 def test_the_learned_variance_equals_diffusers(t: int, s: int) -> None:
     scheduler = UnCLIPScheduler(variance_type="learned_range")
     scheduler.alphas_cumprod = SCHEDULE.alpha_bar  # its own are float32, too coarse for 1 - alpha_bar near the data
@@ -210,21 +169,6 @@ def bound_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x0, noise, q_sample(x0, noise, SCHEDULE.at(TIMES)), SCHEDULE.at(TIMES)
 
 
-@fails_under(
-    (normal_kl, "- 1 +", "+"),
-    (normal_kl, "torch.exp(-other_log_variance)", "torch.exp(-log_variance)"),
-    (normal_kl, "torch.exp(-gap)", "torch.exp(gap)"),
-    (variational_bound, "/ log(2)", ""),
-    (variational_bound, "posterior_mean(x0,", "posterior_mean(x_t,"),
-    (variational_bound, "normal_kl(true_mean, per_row(low, x_t), mean, log_variance)",
-     "normal_kl(mean, log_variance, true_mean, per_row(low, x_t))"),
-    (variational_bound, "torch.where(t == 0, nll, bound)", "bound"),
-    (variational_bound, "torch.where(t == 0, nll, bound)", "torch.where(t <= 1, nll, bound)"),
-    (discretized_gaussian_nll, "x - mean - 1 / 255", "x - mean"),
-    (discretized_gaussian_nll, "-0.5 * log_variance", "-log_variance"),
-    (discretized_gaussian_nll, "x > 0.999", "x > 2"),
-    (discretized_gaussian_nll, "x < -0.999", "x < -2"),
-)  # fmt: skip
 def test_the_bound_equals_torch_distributions() -> None:
     """At every step but the last a KL divergence, at the last the probability of the 8-bit values."""
     x0, _, x_t, level = bound_inputs()
@@ -251,7 +195,6 @@ def test_the_bound_needs_a_variance() -> None:
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
-@fails_under((hybrid_loss, "mean.detach()", "mean"), (squared_error, "(output - regr", "(output + regr"))
 def test_the_bound_trains_the_variance_only(kind: str) -> None:
     x0, noise, _, level = bound_inputs()
     output = (0.1 * rows(6, 4, 4, seed=2)).double().requires_grad_()
@@ -266,7 +209,6 @@ def test_the_bound_trains_the_variance_only(kind: str) -> None:
     torch.testing.assert_close(mse, weight * error)
 
 
-@fails_under((hybrid_loss, "schedule.steps / 1000", "1 / 1000"), (hybrid_loss, "schedule.steps / 1000", "1.0"))
 def test_the_bound_weighs_a_thousandth_of_its_sum_over_the_steps() -> None:
     schedule = make_schedule("cosine", 40)
     x0, noise = torch.randn(2, 40, 3, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()

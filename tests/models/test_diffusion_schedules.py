@@ -17,7 +17,6 @@ from models.diffusion.schedules import (
     strided_grid,
     trailing_grid,
 )
-from tests.models.mutations import fails_under
 
 
 def betas(schedule: Schedule) -> torch.Tensor:
@@ -33,24 +32,12 @@ def test_a_schedule_is_kept_on_the_cpu_whatever_the_default_device_is() -> None:
 
 
 @pytest.mark.parametrize("steps", [10, 100, 1000])
-@fails_under(
-    (make_schedule, "+ 0.008", "+ 0.009"),
-    (make_schedule, "/ 1.008", "/ 1.0"),
-    (make_schedule, ") ** 2", ")"),
-    (make_schedule, "level[1:] / level[:-1]", "level[:-1] * level[1:]"),
-    (make_schedule, "max=0.999", "max=0.99"),
-)
 def test_cosine_betas_equal_those_of_diffusers(steps: int) -> None:
     torch.testing.assert_close(
         betas(make_schedule("cosine", steps)).float(), betas_for_alpha_bar(steps), atol=1e-6, rtol=0
     )
 
 
-@fails_under(
-    (make_schedule, "1e-4, 0.02", "2e-4, 0.02"),
-    (make_schedule, "1e-4, 0.02", "1e-4, 0.021"),
-    (make_schedule, "* 1000 / steps", "* 1001 / steps"),
-)
 def test_linear_betas_equal_those_of_diffusers() -> None:
     theirs = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear").betas
     torch.testing.assert_close(betas(make_schedule("linear", 1000)).float(), theirs, atol=1e-6, rtol=0)
@@ -79,11 +66,6 @@ def test_an_unknown_schedule_is_named() -> None:
 
 
 @pytest.mark.parametrize("steps", [1000, 100])
-@fails_under(
-    (strided_grid, "(steps - 1) / (count - 1)", "steps / count"),
-    (strided_grid, ".round()", ""),
-    (strided_grid, ".flip(0)", ""),
-)
 def test_strided_grids_equal_those_of_diffusers(steps: int) -> None:
     scheduler = UnCLIPScheduler(num_train_timesteps=steps)
     for count in (7, 15, 25, 27, 50, 64, *range(2, steps + 1, 7), *(250,) * (steps >= 250)):
@@ -92,7 +74,6 @@ def test_strided_grids_equal_those_of_diffusers(steps: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [1000, 100])
-@fails_under((trailing_grid, "steps / count)", "(steps - 1) / (count - 1))"), (trailing_grid, ".round()", ""))
 def test_trailing_grids_equal_those_of_diffusers(steps: int) -> None:
     scheduler = DDIMScheduler(num_train_timesteps=steps, timestep_spacing="trailing")
     for count in (*range(2, 16), 25, 50, steps):

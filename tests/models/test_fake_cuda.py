@@ -12,9 +12,12 @@ import torch
 
 from tests.models.fake_cuda.cases import COMPILED, FAULTS, FIT, LARGE, SAMPLERS, STEPS
 
-pytestmark = pytest.mark.skipif(
-    torch.version.cuda is not None or shutil.which("g++") is None, reason="needs a CPU build of torch, and g++"
-)
+pytestmark = [
+    pytest.mark.integration,  # with a compiler, which takes a minute
+    pytest.mark.skipif(
+        torch.version.cuda is not None or shutil.which("g++") is None, reason="needs a CPU build of torch, and g++"
+    ),
+]
 QUICK = (*STEPS, *SAMPLERS, FIT, *FAULTS)
 # What still asks the device at every step. Entries go, and none is added.
 ASKS = {

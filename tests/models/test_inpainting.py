@@ -10,7 +10,6 @@ from models.diffusion.schedules import make_schedule, strided_grid
 from models.draw import Draw
 from models.inpainting import RESAMPLINGS, Kept, repaint
 from models.view import view
-from tests.models.mutations import fails_under
 from tests.models.test_cascade import make
 
 SIDE = 256
@@ -59,10 +58,6 @@ def test_what_is_drawn_agrees_with_what_is_kept() -> None:
     assert drawn.mean((1, 2, 3)).sub(0.6).abs().max() < 0.15
 
 
-@fails_under(
-    (repaint, "(1 - ratio).sqrt()", "(1 - level).sqrt()"),
-    (repaint, "per_row(ratio.sqrt(), x) * x", "per_row(level.sqrt(), x) * x"),
-)
 def test_a_step_is_taken_again_from_the_noise_of_its_level() -> None:
     """The data are one white image: x at level a is sqrt(a) in the mean, with variance 1 - a, whenever it is seen."""
     schedule, seen = make_schedule("cosine", 1000), []

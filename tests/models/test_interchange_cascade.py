@@ -22,7 +22,6 @@ from models.prior_configs import ClipConfig
 from models.sampling_config import SamplingConfig
 from models.tokens import tokenize
 from tests.models.karlo import DIM, assert_same
-from tests.models.mutations import fails_under
 from tests.models.test_unet import normal
 
 CAPTIONS, SEEDS = ["a portrait of an old monk", ""], [3, 4]
@@ -50,10 +49,6 @@ def test_it_samples_as_karlo_does_unless_told_otherwise(unclip: UnCLIP, karlo_fo
     assert import_unclip(karlo_folder, clip(), other).sampling == other
 
 
-@fails_under(
-    (UnCLIP, "model.image_embedding(run(model, denoise, noise, draw))", "run(model, denoise, noise, draw)"),
-    (diffusion_prior_denoise, "condition), x_t, t, guidance", "condition), x_t, t, 2.0"),
-)
 def test_the_prior_in_the_cascade_is_karlos(unclip: UnCLIP, karlo_folder: Path) -> None:
     """Against the imported prior and a sampler by hand, and diffusers' own post-processing."""
     tokens = tokenize(CAPTIONS)

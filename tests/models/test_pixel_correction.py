@@ -1,7 +1,6 @@
 import torch
 
 from models.nn.pixel_correction import PixelCorrection
-from tests.models.mutations import fails_under
 
 
 def test_it_crosses_the_borders_of_patches() -> None:
@@ -16,10 +15,6 @@ def test_it_crosses_the_borders_of_patches() -> None:
     assert not torch.equal(correction(output, -seen, embedding), correction(output, seen, embedding))
 
 
-@fails_under(
-    (PixelCorrection.forward, "conv_middle(F.silu(hidden)), second", "conv_middle(F.silu(hidden)), first"),
-    (PixelCorrection.forward, "dim=1)), first", "dim=1)), second"),
-)
 def test_the_timestep_modulates_what_is_between_the_convolutions_twice() -> None:
     for half in (slice(0, 10), slice(10, 20)):
         torch.manual_seed(0)

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from models.nn.transformer import Block, Cache, CaptionEmbedding, Transformer, is_padding, quick_gelu
-from tests.models.mutations import fails_under
 
 
 def make(causal: bool) -> Transformer:
@@ -12,11 +11,6 @@ def make(causal: bool) -> Transformer:
     return Transformer(32, 2, 4, causal=causal).double().eval()
 
 
-@fails_under(
-    (Block, "mask & earlier", "mask | earlier"),
-    (Block, ".tril(seen - new)", ".triu(seen - new)"),
-    (Block, "keys, values, mask, causal=", "keys, values, None, causal="),
-)
 def test_a_masked_block_equals_pytorchs_own_attention() -> None:
     torch.manual_seed(0)
     block = Block(32, 4, causal=True, dropout=0.0, joining_std=0.02).double()
@@ -31,7 +25,6 @@ def test_a_masked_block_equals_pytorchs_own_attention() -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
-@fails_under((quick_gelu, "torch.sigmoid(1.702 * x)", "torch.sigmoid(1.7 * x)"))
 def test_quick_gelu_is_open_clips() -> None:
     x = torch.linspace(-8, 8, 101, dtype=torch.float64)
     torch.testing.assert_close(quick_gelu(x), open_clip.transformer.QuickGELU()(x), rtol=0, atol=1e-15)
@@ -50,11 +43,6 @@ def test_hidden_positions_do_not_matter_to_the_others(causal: bool) -> None:
     assert (difference > 0).tolist() == [i == 3 for i in range(9)]
 
 
-@fails_under(
-    (Block._queries_keys_values, "weight[:width]", "weight[width:2 * width]"),
-    (Block._queries_keys_values, "x[:, -1:]", "x[:, :1]"),
-    (Block.forward, "x[:, -1:]", "x[:, :1]"),
-)
 def test_the_last_position_alone_is_the_same_without_the_others() -> None:
     torch.manual_seed(1)
     x = torch.randn(3, 9, 32, dtype=torch.float64)

@@ -22,9 +22,8 @@ from pipeline.evaluate.condition import CONDITION, Losses, losses
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.images import JUDGED
 from pipeline.evaluate.statistics import derangement, interval
-from pipeline.evaluate.subject import ONE_GROUP, Subject
+from pipeline.evaluate.subject import ONE_GROUP
 from pipeline.evaluate.upsamplers import PSNR
-from tests.models.mutations import fails_under
 from tests.pipeline.evaluate.made_up import normal, rows, subject
 
 ANY = subject(JUDGED, "decoder")
@@ -50,7 +49,6 @@ def test_copies_of_rows_in_groups_add_no_certainty() -> None:
     assert apart.high - apart.low == pytest.approx((once.high - once.low) / 3**0.5, rel=0.1)
 
 
-@fails_under((interval, "if by_rows:", "if False:"))
 def test_rows_of_one_group_are_drawn_one_by_one_and_it_is_said() -> None:
     """Drawn as a group they would leave an interval without width, which is on one side of 0 whatever was measured."""
     x = normal(30, seed=1)
@@ -60,7 +58,6 @@ def test_rows_of_one_group_are_drawn_one_by_one_and_it_is_said() -> None:
     assert (found.holds, found.note) == (False, ONE_GROUP)
 
 
-@fails_under((Subject.compare, "interval(value - baseline, groups", "interval(value - baseline, range(len(value))"))
 def test_claims_hold_by_chance_one_time_in_forty_however_many_rows_a_group_has() -> None:
     """Values of rows without an effect, alike within groups of four: one by one they would hold 16 times in 100."""
     alike, held = rows(120, groups=30), 0

@@ -16,6 +16,8 @@ from pipeline.graph import local_ray
 from pipeline.graph.local_ray import PREFIX, PrivateFolder, start_local_ray
 from tests.chain import ROOT
 
+pytestmark = pytest.mark.integration
+
 NOBODY = 65534
 START = """
 import json, os, sys, time
@@ -44,7 +46,7 @@ token = os.environ["RAY_AUTH_TOKEN"]
 answers = []
 for metadata in ([], [("authorization", "Bearer wrong" + token)], [("authorization", "Bearer " + token)]):
     try:
-        ask(b"", metadata=metadata, timeout=20)
+        ask(b"", metadata=metadata, timeout=60)
         answers.append("OK")
     except grpc.RpcError as e:
         answers.append(e.code().name)
@@ -124,7 +126,7 @@ def test_it_listens_on_loopback_with_a_token_no_other_user_enters_its_folders_an
             intruder = subprocess.run([sys.executable, "-c", INTRUDE, str(folder)], capture_output=True, text=True)
             assert intruder.stdout == "[]\n", intruder.stdout + intruder.stderr
         process.stdin.close()
-        assert process.wait(60) == 0, process.stderr.read()
+        assert process.wait(240) == 0, process.stderr.read()
     assert list(base.iterdir()) == []
 
 
@@ -137,7 +139,7 @@ def test_a_process_of_ray_that_is_killed_ends_the_command_with_one_line(base: Pa
     with running(base, then) as (process, told):
         (pid,) = told["processes"][name]
         os.kill(pid, signal.SIGKILL)
-        assert process.wait(60) == 1
+        assert process.wait(240) == 1
         (line,) = process.stderr.read().splitlines()
         said = process.stdout.read()
     # On a busy machine Ray may have told of its raylet first, and of nothing else.

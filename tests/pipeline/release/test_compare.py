@@ -12,7 +12,6 @@ from pipeline.ledger import Ledger
 from pipeline.release.compare import Measured, changes, find_comparable, obstacles
 from pipeline.release.gates import failing, unjudged
 from pipeline.settings import ReleaseGates
-from tests.models.mutations import fails_under
 
 N = 40
 DEFAULT = ReleaseGates()
@@ -133,7 +132,6 @@ def test_equal_bundles_fail_a_gate_about_as_often_as_a_95_percent_interval_says(
     assert 0 <= failed <= 14  # 2.5% of 200 is 5; binomial, and the bootstrap of 40 rows is a little narrow
 
 
-@fails_under((changes, 'interval(difference, figure["groups"]', "interval(difference, range(len(difference))"))
 def test_rows_of_one_group_count_as_one() -> None:
     """Equal bundles, whose rows are alike in groups of eight: one by one they would differ in half of the cases."""
     worse = 0

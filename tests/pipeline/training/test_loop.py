@@ -25,11 +25,10 @@ from pipeline.training.feed.feed import Feed, LocalBatch
 from pipeline.training.memory import fitting_rows
 from pipeline.training.optimizer import make_optimizer
 from pipeline.training.recipes import DiffusionPriorRecipe
-from pipeline.training.state import TrainState, begin, ema_half_life, learning_rate, update_ema
+from pipeline.training.state import TrainState, begin, learning_rate, update_ema
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.timing import StepTimer
 from pipeline.training.train import backward, fit, line_due
-from tests.models.mutations import fails_under
 from tests.pipeline.training import conftest
 from tests.pipeline.training.conftest import EMBED_DIM
 from tests.pipeline.training.trainings import MODEL
@@ -120,10 +119,6 @@ def test_weights_are_averaged_with_at_most_a_tenth_of_the_samples_as_half_life(
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 50])
-@fails_under(
-    (ema_half_life, "min(recipe.ema_half_life, MEMORY * (samples - recipe.batch))", "recipe.ema_half_life"),
-    (fit, "ema_half_life(recipe, state.samples)", "recipe.ema_half_life"),
-)
 def test_the_average_forgets_the_random_start_at_any_length(share: LocalBatch, steps: int) -> None:
     """Even where the half-life is five times as long as the training, as with a lower ``samples`` or ``scale``."""
     recipe = replace(RECIPE, samples=16 * steps, ema_half_life=5 * 16 * steps, learning_rate=1e-6)
