@@ -1,5 +1,6 @@
 """The documents hold what the code holds, and the commands in them run."""
 
+import argparse
 import dataclasses
 import json
 import re
@@ -16,8 +17,9 @@ from unittest import mock
 import pytest
 import yaml
 
-from jobs.command_line import COMMANDS
+from jobs.command_line import command_line
 from pipeline.config import Config, Run
+from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.schema import FILE
 from tests.chain import MICRO, ROOT, here, unclip
@@ -27,123 +29,66 @@ from tests.pipeline.golden import golden_keys
 from tests.reference import KINDS, PAGE, PAGES, TABLE, fields, page, schema_text
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-EDITED = "tests/jobs/test_edit.py, as it stands, with models of random weights"
-RETRAINED = "tests/jobs/test_retrain.py, in the order of docs/retrain.md and with what they print"
-RAYJOB = "tests/cluster/test_submit_kuberay.py and test_rayjob_runs.py; there is no Kubernetes here"
-SUBMITTED = "tests/cluster/test_local.py, to clusters on loopback"
-SIGNED = "tests/jobs/test_signed_release.py, with made-up artefacts"
-SERVED = "tests/serve, with models of random weights"
-CHECKED = "tests/test_benchmarks.py, on a CPU; there is no GPU here"
-REPAIRED = "unclip run my-project.yaml || { unclip data check my-project.yaml --repair && unclip run my-project.yaml; }"
-# Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
-TESTED = {
-    "unclip serve out/nano": SERVED,
-    "unclip serve release:...": "tests/serve/test_app.py, with releases of random weights",
-    "unclip serve release:my-project.yaml --to kuberay replicas=4 > service.yaml": "tests/cluster/test_rayservice.py",
-    "unclip serve release:my-project.yaml --to http://HEAD:8265 replicas=4": "tests/serve/test_clusters.py",
-    "unclip serve out/demo 'licenses=[CC0-1.0]'": "tests/serve/test_neighbours.py, that setting alone",
-    "unclip init laion s3://BUCKET/part-0.parquet": "tests/pipeline/data/source/test_remote.py, from SeaweedFS",
-    "unclip init my-project pairs.csv": "here",
-    "unclip init birds images": "here",
-    "unclip init scans 00000.tar 00001.tar": "here",
-    "unclip doctor my-project.yaml": "here",
-    "unclip run my-project.yaml --until pairs": "here",
-    "unclip run my-project.yaml": "here",
-    'unclip sample "a red heart" --from my-project.yaml': "here",
-    "unclip report my-project.yaml": "here",
-    "unclip run my-project.yaml --events FILE": "tests/jobs/test_for_programs.py",
-    "unclip data retry my-project.yaml": "here",
-    "unclip data retry --reason timeout,http_5xx my-project.yaml": "here",
-    "unclip data forget my-project.yaml 000000000003 http://example.org/a.jpg": "here",
-    "unclip data check my-project.yaml": "here",
-    "unclip data check my-project.yaml --repair": "here",
-    REPAIRED: "tests/jobs/test_damage.py, one command after another",
-    "unclip data gc my-project.yaml": "here",
-    "unclip data gc my-project.yaml --yes": "here",
-    "unclip run laion.yaml --until diffusion_prior": "here",
-    "unclip plan configs/nano.yaml": "here",
-    "unclip help": "here",
-    "unclip completion bash > unclip.bash": "tests/jobs/test_command_line.py, with a shell that completes",
-    "unclip plan my-project.yaml": "here",
-    "unclip plan my-project.yaml --gpus 1xH100": "here",
-    "unclip run photos.yaml preset=nano": "tests/jobs/test_as_run.py, with a recipe's value",
-    "unclip report photos.yaml": "tests/jobs/test_as_run.py",
-    "unclip plan configs/paper.yaml --pairs 650M --gpus 64xH100 clip.weights=train \\": "tests/jobs/test_plan.py",
-    "unclip run configs/nano.yaml": "here",
-    "unclip show configs/nano.yaml": "here",
-    "unclip run configs/nano.yaml --only evaluation evaluation.seed=1": "here",
-    "unclip plan configs/nano.yaml decoder.model.dropout=0.1": "here",
-    "unclip plan configs/nano.yaml decoder.model.dropout=0.1 run.pairs.threads=32": "here",
-    "unclip run configs/nano.yaml decoder.model.dropout=0.1": "here",
-    'unclip sample "a square yellow monster with horns, one eye and a grin, on blue"': "here",
-    'unclip sample "a cactus in a pink bowl" "a banded blue planet" --seed 7 --set prior=ar': "here",
-    "unclip generate prompts.txt --from out/nano --to images-made --workers 2": "here",
-    "unclip edit variations cat.png": EDITED,
-    "unclip edit interpolate cat.png house.png --count 24 --animate": EDITED,
-    'unclip edit textdiff cat.png "a cat" "an angry cat" --most 0.4': EDITED,
-    "unclip edit reconstruct cat.png": EDITED,
-    "unclip edit components cat.png": EDITED,
-    'unclip edit priors "a red house" --image house.png': EDITED,
-    "unclip init my-flags flags.csv --from out/demo": "tests/jobs/test_chain.py, from micro models",
-    'unclip data search configs/nano.yaml "a square yellow monster" --count 5': "here",
-    "unclip data search configs/nano.yaml --image images/3.png --split train": "here",
-    "unclip data export configs/nano.yaml --to exported": "here",
-    "unclip export configs/nano.yaml --to shared": "here",
-    "unclip export configs/nano.yaml --to for-diffusers --format diffusers": "here",
-    "unclip export for-diffusers --to back": "here",
-    "unclip report configs/nano.yaml --license CC0-1.0 --output to-show.html": "here",
-    "unclip report configs/nano.yaml decoder.model.dropout=0.1 --against configs/nano.yaml --output a-b.html": "here",
-    "unclip release promote configs/nano.yaml": "here",
-    "unclip release diff configs/nano.yaml --set decoder.model.dropout=0.1": "here",
-    'unclip release promote configs/nano.yaml --set decoder.model.dropout=0.1 --force "better hearts"': "here",
-    "unclip release list configs/nano.yaml": "here",
-    'unclip release rollback configs/nano.yaml --reason "it drew cats"': "here",
-    "unclip release evaluate configs/nano.yaml": "here",
-    "python examples/sample.py": "here",
-    "python examples/read_embeddings.py configs/nano.yaml": "here",
-    "python examples/train_prior.py configs/nano.yaml": "here",
-    "python examples/add_stage.py configs/nano.yaml": "here",
-    "python examples/add_command.py configs/nano.yaml": "here",
-    "python examples/add_metric.py images/3.png": "here",
-    "python examples/another_decoder.py configs/nano.yaml": "here",
-    "unclip release promote configs/nano.yaml --key release.key": SIGNED,
-    'unclip release rollback configs/nano.yaml --key release.key --reason "it drew cats"': SIGNED,
-    "unclip release take configs/nano.yaml out/released": "here",
-    'unclip sample "a red heart" --from out/released': "here",
-    "unclip release weights configs/nano.yaml": "here",
-    "unclip pin configs/nano.yaml clip": "here",
-    "unclip unpin configs/nano.yaml clip": "here",
-    "unclip plan monthly.yaml": RETRAINED,
-    "unclip run monthly.yaml": RETRAINED,
-    "unclip run monthly.yaml --yes": RETRAINED,
-    "unclip run monthly.yaml clip.samples=9600 --until embeddings --yes": RETRAINED,
-    "unclip release promote monthly.yaml": RETRAINED,
-    "unclip release weights monthly.yaml": RETRAINED,
-    "unclip release list monthly.yaml": RETRAINED,
-    "unclip data forget monthly.yaml --file february.txt": RETRAINED,
-    "unclip pin monthly.yaml clip --key KEY --dry-run": RETRAINED,
-    "make peek": "a release check: the command it holds is run by tests/jobs/test_chain.py at micro size",
-    'unclip sample "a bell-shaped lime monster with a crown, three eyes and a frown, on magenta"': "here",
-    "unclip run configs/demo.yaml": "tests/jobs/test_report_in_a_browser.py, with nano models",
-    "make demo": "a release check: as make peek, with configs/demo.yaml",
-    "make studio": SERVED,
-    "make test": "continuous integration",
-    "make check": "continuous integration",
-    "make test-slow": "a release check",
-    "make bench": "a release check: tests/test_benchmarks.py runs every script of it at small sizes",
-    "make gpu-check": CHECKED,
-    "unclip plan my-project.yaml --profile out/gpu-check.json": "tests/pipeline/cost/test_observed.py reads one",
-    "unclip submit my-project.yaml --to local": SUBMITTED,
-    "unclip submit my-project.yaml --to http://HEAD:8265": SUBMITTED,
-    "unclip submit my-project.yaml --to WHERE --stop": SUBMITTED,
-    "unclip submit my-project.yaml --to kuberay > job.yaml": RAYJOB,
-    "unclip submit my-project.yaml --to http://localhost:8265": SUBMITTED,
-    "ray job submit": "tests/cluster/test_rayjob_runs.py, as KubeRay does",
-}
-
-
-EXAMPLES = [command for command in TESTED if command.startswith("python ")]
-OF_RAY = ("doctor", "generate")  # they start a Ray, and run in a process of their own
+# The commands of the documents that run here as they stand, in this order. Others need a cluster, a GPU or minutes.
+RUN = [
+    "unclip init my-project pairs.csv",
+    "unclip init birds images",
+    "unclip init scans 00000.tar 00001.tar",
+    "unclip run my-project.yaml --until pairs",
+    "unclip run my-project.yaml",
+    'unclip sample "a red heart" --from my-project.yaml',
+    "unclip report my-project.yaml",
+    "unclip data retry my-project.yaml",
+    "unclip data retry --reason timeout,http_5xx my-project.yaml",
+    "unclip data forget my-project.yaml 000000000003 http://example.org/a.jpg",
+    "unclip data check my-project.yaml",
+    "unclip data check my-project.yaml --repair",
+    "unclip data gc my-project.yaml",
+    "unclip data gc my-project.yaml --yes",
+    "unclip run laion.yaml --until diffusion_prior",
+    "unclip plan configs/nano.yaml",
+    "unclip help",
+    "unclip plan my-project.yaml",
+    "unclip plan my-project.yaml --gpus 1xH100",
+    "unclip run configs/nano.yaml",
+    "unclip show configs/nano.yaml",
+    "unclip run configs/nano.yaml --only evaluation evaluation.seed=1",
+    "unclip plan configs/nano.yaml decoder.model.dropout=0.1",
+    "unclip plan configs/nano.yaml decoder.model.dropout=0.1 run.pairs.threads=32",
+    "unclip run configs/nano.yaml decoder.model.dropout=0.1",
+    'unclip sample "a square yellow monster with horns, one eye and a grin, on blue"',
+    'unclip sample "a cactus in a pink bowl" "a banded blue planet" --seed 7 --set prior=ar',
+    "unclip generate prompts.txt --from out/nano --to images-made --workers 2",
+    'unclip data search configs/nano.yaml "a square yellow monster" --count 5',
+    "unclip data search configs/nano.yaml --image images/3.png --split train",
+    "unclip data export configs/nano.yaml --to exported",
+    "unclip export configs/nano.yaml --to shared",
+    "unclip export configs/nano.yaml --to for-diffusers --format diffusers",
+    "unclip export for-diffusers --to back",
+    "unclip report configs/nano.yaml --license CC0-1.0 --output to-show.html",
+    "unclip report configs/nano.yaml decoder.model.dropout=0.1 --against configs/nano.yaml --output a-b.html",
+    "unclip release promote configs/nano.yaml",
+    "unclip release diff configs/nano.yaml --set decoder.model.dropout=0.1",
+    'unclip release promote configs/nano.yaml --set decoder.model.dropout=0.1 --force "better hearts"',
+    "unclip release list configs/nano.yaml",
+    'unclip release rollback configs/nano.yaml --reason "it drew cats"',
+    "unclip release evaluate configs/nano.yaml",
+    "python examples/sample.py",
+    "python examples/read_embeddings.py configs/nano.yaml",
+    "python examples/train_prior.py configs/nano.yaml",
+    "python examples/add_stage.py configs/nano.yaml",
+    "python examples/add_command.py configs/nano.yaml",
+    "python examples/add_metric.py images/3.png",
+    "python examples/another_decoder.py configs/nano.yaml",
+    "unclip release take configs/nano.yaml out/released",
+    'unclip sample "a red heart" --from out/released',
+    "unclip release weights configs/nano.yaml",
+    "unclip pin configs/nano.yaml clip",
+    "unclip unpin configs/nano.yaml clip",
+    'unclip sample "a bell-shaped lime monster with a crown, three eyes and a frown, on magenta"',
+]
+EXAMPLES = [command for command in RUN if command.startswith("python ")]
+OF_RAY = ("generate",)  # it starts a Ray, and runs in a process of its own
 
 
 def tables(text: str) -> Iterator[dict[str, str]]:
@@ -187,35 +132,53 @@ def test_every_reason_is_explained() -> None:
     assert rows == REASONS
 
 
-def commands(text: str) -> Iterator[str]:
-    """Commands on indented lines and between backticks, without remarks; a continued line counts by its first."""
-    for line in re.findall(
-        r"^    ((?:unclip|make|ray job submit|python examples/)(?!  ).*)$", text, flags=re.MULTILINE
-    ):
-        yield re.sub(r"\s+#.*", "", line).strip()
-    yield from re.findall(r"`((?:unclip|make) [^`]+)`", text)
+def commands(text: str) -> Iterator[tuple[str, bool]]:
+    """Commands on indented lines, of which several may stand on one and one on several, and between backticks."""
+    text = text.replace("\\\n", " ")
+    for line in re.findall(r"^    ((?:unclip|make|python examples/)(?!  ).*)$", text, flags=re.MULTILINE):
+        for part in re.split(r"\|\||&&|[{};]", line.partition(" #")[0]):
+            if part.strip():
+                yield part.partition(">")[0].strip(), True
+    for command in re.findall(r"`((?:unclip|make) [^`]+)`", text):
+        yield command, False
 
 
-def test_every_command_of_the_documents_is_one_that_is_run() -> None:
-    known = {f"unclip {name}" for name in COMMANDS} | {
-        "unclip plan CONFIG",
-        "unclip run --help",
-        "unclip help run",
-        "unclip plan --probe",
-        "unclip data retry",
-        "unclip data forget",
-        "unclip data gc",
-        "unclip data check --repair",
-        "unclip release promote",
-        "unclip release diff",
-        "unclip release evaluate",
-    }
+def test_every_command_of_the_documents_is_one_that_is_taken() -> None:
+    """Those on lines of their own with all their words, those within a sentence by their names."""
     for document in DOCUMENTS:
-        for command in commands(document.read_text()):
-            named = "ray job submit" if command.startswith("ray job submit") else command
-            assert named in TESTED or named in known, f"{document.name}: {command}: no test runs this"
+        check_commands(document, document.read_text())
+
+
+def check_commands(document: Path, text: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
-    assert all(f"\n{name[5:]}:" in makefile for name in TESTED if name.startswith("make "))
+    for command, whole in commands(text):
+        program, *words = shlex.split(command, comments=True)
+        if program == "make":
+            assert f"\n{words[0]}:" in makefile, f"{document.name}: {command}"
+        elif program == "unclip":
+            taken(words, whole, f"{document.name}: {command}")
+
+
+def taken(words: list[str], whole: bool, where: str) -> None:
+    """Fails unless the command line takes these words, or knows the command that they begin with."""
+    parser = command_line(words)
+    if whole and not {"help", "--help"} & set(words):
+        try:
+            parser.parse_args(words)
+        except (SystemExit, UserError) as e:
+            pytest.fail(f"{where}: {e}")
+        return
+    for word in words:
+        below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        if not below or word in ("help", "--help"):
+            break
+        assert word in below[0].choices, where
+        parser = below[0].choices[word]
+
+
+def test_every_command_that_runs_here_is_in_a_document() -> None:
+    texts = "\n".join(document.read_text() for document in DOCUMENTS)
+    assert [command for command in RUN if command not in texts] == []
 
 
 def anchors(text: str) -> set[str]:
@@ -283,7 +246,7 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("command", [text for text in TESTED if TESTED[text] == "here" and text not in EXAMPLES])
+@pytest.mark.parametrize("command", [command for command in RUN if command not in EXAMPLES])
 def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
     words = shlex.split(command)[1:]
     if command.startswith("unclip run my-project.yaml"):

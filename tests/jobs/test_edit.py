@@ -86,7 +86,7 @@ def differ(a: np.ndarray, b: np.ndarray) -> int:
 
 def test_the_commands_of_the_page_run_as_they_stand(edit: Edit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.edit.SIZE", 64)  # what they leave open
-    all_commands = commands((ROOT / "docs/edit.md").read_text())
+    all_commands = [command for command, _ in commands((ROOT / "docs/edit.md").read_text())]
     lines = [shlex.split(command)[2:] for command in all_commands if command.startswith("unclip edit")]
     assert {words[0] for words in lines} == EDITS.keys()
     for words in lines:

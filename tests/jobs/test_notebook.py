@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 
 from jobs.bundles import remember_bundle
-from jobs.command_line import COMMANDS
 from models.sampling_config import SamplingConfig
 from tests.chain import ROOT
-from tests.jobs.test_docs import TESTED, check_links, commands
+from tests.jobs.test_docs import check_commands, check_links
 from tests.pipeline.sampling.test_generation import publish_bundle
 
 NOTEBOOK = ROOT / "docs/notebook.ipynb"
@@ -42,8 +41,7 @@ def test_it_is_a_notebook_without_outputs() -> None:
 def test_its_links_and_commands_lead_somewhere() -> None:
     for text in of_type("markdown").values():
         check_links(NOTEBOOK, text)
-        for command in commands(text):
-            assert command in TESTED or command.removeprefix("unclip ") in COMMANDS
+        check_commands(NOTEBOOK, text)
 
 
 def shown(code: str, names: dict[str, Any]) -> Any:
