@@ -192,13 +192,18 @@ def prints(tree: ast.AST) -> int:
     return sum(getattr(call, "id", getattr(call, "attr", "")) in ("print", "redirect_stdout") for call in calls)
 
 
+def import_graph() -> dict[str, set[str]]:
+    """Returns our modules that each of our modules imports, at its top, in a function, or for types alone."""
+    trees = {module_name(file): ast.parse(file.read_text()) for file in tracked(*SOURCE)}
+    return {name: imports(tree, set(trees)) - {name} for name, tree in trees.items()}
+
+
 def measure() -> dict[str, float]:
     """Returns the figures of the source by name."""
     files = tracked(*SOURCE)
     texts = {file: file.read_text() for file in files}
     trees = {file: ast.parse(text) for file, text in texts.items()}
-    known = {module_name(file) for file in files}
-    imported = {module_name(file): imports(tree, known) - {module_name(file)} for file, tree in trees.items()}
+    imported = import_graph()
     rooms: dict[str, set[str]] = {}
     for name, others in imported.items():
         rooms.setdefault(room(name), set()).update({room(other) for other in others} - {room(name), "pipeline"})

@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
 from pipeline.store import Store
 from pipeline.store.records import digest
-from tests.chain import MICRO, ROOT, Finished, done, open_at, unclip, write_config, write_list
+from tests.chain import MICRO, ROOT, Finished, done, here, open_at, write_config, write_list
 
 Running = subprocess.Popen[str]
 STEPS = 6  # of the decoder, with a checkpoint after each
@@ -58,9 +58,9 @@ class Undisturbed:
 def run_undisturbed(folder: Path, pictures: str) -> None:
     reference = Undisturbed(folder, pictures)
     write_list(reference.list, 30, 60)
-    done(unclip("run", reference.config(folder, str(folder / "data")), "--until", "codec"))
+    done(here("run", reference.config(folder, str(folder / "data")), "--until", "codec"))
     shutil.copytree(folder / "data", folder / "trained")
-    done(unclip("run", reference.config(folder, str(folder / "trained")), "--until", "decoder"))
+    done(here("run", reference.config(folder, str(folder / "trained")), "--until", "decoder"))
 
 
 def copy(store: Store, folder: Path) -> Store:
@@ -125,7 +125,7 @@ def start(*words: object, env: Mapping[str, str] | None = None) -> Running:
     )
 
 
-def finish(process: Running, timeout: float = 120) -> Finished:
+def finish(process: Running, timeout: float = 600) -> Finished:
     """Wait for a command and take its output; one that hangs is killed and fails the test."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -136,7 +136,7 @@ def finish(process: Running, timeout: float = 120) -> Finished:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def wait_until(event: Callable[[], object], process: Running, timeout: float = 120) -> None:
+def wait_until(event: Callable[[], object], process: Running, timeout: float = 600) -> None:
     """Wait for ``event`` while the process lives."""
     deadline = time.monotonic() + timeout
     while not event():

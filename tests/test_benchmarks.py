@@ -26,7 +26,8 @@ assert RELEASE
 SLOW = RELEASE[1].replace("\\\n", "").split()  # what make bench runs: up to half a minute each
 
 
-@pytest.mark.parametrize("name", ["house", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["house", *SLOW])
 def test_the_last_line_is_the_ratios(name: str) -> None:
     ratios = json.loads(ran(f"benchmarks.{name}", "--quick", "--rounds", "1").splitlines()[-1])
     assert ratios
@@ -42,6 +43,7 @@ def ran(module: str, *words: object) -> str:
     return run.stdout
 
 
+@pytest.mark.slow  # of a profile, see pipeline/cost/test_observed; of a part that fails, below
 def test_the_check_of_a_gpu_runs_on_a_cpu_and_writes_a_profile(tmp_path: Path) -> None:
     """At nano's sizes; a plan of nano takes the rates of all six models from it."""
     file = tmp_path / "check.json"

@@ -85,13 +85,13 @@ def _planned(config: Path, *overrides: str) -> dict[str, set[str]]:
 
 @pytest.mark.timeout(900)
 def test_it_survives_its_submitter_and_the_keys_are_the_laptops(
-    folder: Path, s3: Server, pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, s3: Server, pictures: str, tmp_path: Path
 ) -> None:
     url = f"{s3.url}/submit-{os.getpid()}"
     rows = write_list(tmp_path / "list.csv", 0, 60)
     config = write_config(tmp_path, url, pictures, [rows])
     planned = _planned(config)
-    words = (config, "run.pairs.workers=2", "--to", "local", "--until", "pairs")
+    words = (config, "run.pairs.workers=1", "--to", "local", "--until", "pairs")
     log = tmp_path / "first.log"
     submitter = _start(log, *words)
     _wait("a submission", lambda: "is submitted to" in log.read_text() or submitter.poll() is not None)
@@ -108,19 +108,26 @@ def test_it_survives_its_submitter_and_the_keys_are_the_laptops(
     assert [process.words for process in _processes(folder)] == []  # it ended with its last job
     assert not (folder / "state.json").exists()
 
+
+@pytest.mark.slow  # with a cluster that is none: test_submit; of a token that is wrong: test_client
+@pytest.mark.timeout(900)
+def test_a_job_that_fails_is_left_or_is_stopped_is_said_with_its_exit_code(
+    folder: Path, s3: Server, pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{s3.url}/ended-{os.getpid()}"
+    config = write_config(tmp_path, url, pictures, [write_list(tmp_path / "list.csv", 0, 60)])
     with locked(folder):
         address = start(folder, RaySettings(cpus=2)).address
     token = (folder / "token").read_text()
     assert (folder / "token").stat().st_mode & 0o777 == 0o600
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
     other = ("source.shard_rows=30", "run.pairs.headers={'http://drawings.test': NO_SUCH_VARIABLE}")
-    failed = unclip("submit", *words[:1], *other, "--to", address, "--until", "pairs")
+    failed = unclip("submit", config, *other, "--to", address, "--until", "pairs")
     assert failed.returncode == 2, failed.stdout + failed.stderr
     assert "NO_SUCH_VARIABLE" in failed.stdout
     assert "failed (exit code 2); submit it again to go on where it was" in failed.stderr
     assert s3.environment["AWS_SECRET_ACCESS_KEY"] not in failed.stdout + str(_details(address, token))
-    made = _planned(config, *other[:1])
-    assert keys(open_at(url))["source"] == planned["source"] | made["source"]
+    assert keys(open_at(url))["source"] == _planned(config, *other[:1])["source"]
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         hosts = f"run.pairs.hosts={{drawings.test: '127.0.0.1:{silent.getsockname()[1]}'}}"

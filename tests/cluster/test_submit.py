@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from cluster.package import Package
 from cluster.submission import attach_or_submit
 from jobs.plan import plan_run
 from jobs.project import Project, open_project
+from jobs.submit import follow
 from pipeline.errors import UserError
 from tests.chain import done, here, write_config, write_list
 from tests.jobs.test_mistakes import refused
@@ -24,8 +26,21 @@ class FakeCluster:
 
     address = "http://head:8265"
 
-    def __init__(self) -> None:
-        self.seen: list[JobInfo] = []
+    def __init__(self, *seen: JobInfo) -> None:
+        self.seen = list(seen)
+
+    def jobs(self) -> list[JobInfo]:
+        return self.seen
+
+    def follow(self, submission_id: str, write: Callable[[str], object]) -> JobInfo:
+        write("what it said\n")
+        if self.seen[-1].live:
+            raise KeyboardInterrupt
+        return self.seen[-1]
+
+    def stop(self, submission_id: str) -> JobInfo:
+        self.end("STOPPED")
+        return self.seen[-1]
 
     def attempts(self, job: Job) -> list[JobInfo]:
         return [seen for seen in self.seen if number_of(job.id, seen.id) is not None]
@@ -112,6 +127,35 @@ def test_what_is_fresh_is_not_submitted(tmp_path: Path) -> None:
     done(here("run", config, "--until", "captions"))
     submitted = done(here("submit", config, "--to", "http://127.0.0.1:9", "--until", "captions"))
     assert "nothing to do" in submitted
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "exit_code", "said"),
+    [
+        ("SUCCEEDED", 0, 0, ""),
+        ("FAILED", 2, 2, "job failed (exit code 2); submit it again to go on where it was\n"),
+        ("FAILED", None, 1, "job failed (no node); submit it again to go on where it was\n"),
+        ("STOPPED", None, 1, "job was stopped; submit it again to go on where it was\n"),
+        ("RUNNING", None, 130, "\njob goes on: the same command attaches to it, --stop stops it\n"),
+    ],
+)
+def test_how_a_job_ends_is_said_with_what_to_do(
+    status: str, code: int | None, exit_code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that runs is left by Ctrl-C."""
+    assert follow(FakeCluster(JobInfo("job", status, "no node", code, {})), "job") == exit_code
+    assert capsys.readouterr() == ("what it said\n", said)
+
+
+def test_only_jobs_of_the_project_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(tmp_path, str(tmp_path / "store"), "http://127.0.0.1:9", [tmp_path / "no-list.csv"])
+    about = {"project": "micro", "store": str(tmp_path / "store")}
+    cluster = FakeCluster(JobInfo("other", "RUNNING", "", None, {"project": "other"}))
+    monkeypatch.setattr("jobs.submit.running", lambda to, folder: nullcontext(cluster))
+    words = ("submit", config, "--to", cluster.address, "--stop")
+    assert "nothing of micro runs there" in done(here(*words))
+    cluster.seen.append(JobInfo("mine", "RUNNING", "", None, about))
+    assert done(here(*words)) == "mine was stopped (stopped); what it has made stays made\n"
 
 
 def test_stop_where_nothing_runs(tmp_path: Path) -> None:

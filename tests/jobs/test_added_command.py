@@ -1,36 +1,31 @@
 """A command is one file in an installed package, found by the command line: that of ``examples/add_command.py``."""
 
-import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.chain import ROOT, Finished, done, unclip, write_config, write_list
-from tests.plugin import install
+from tests.chain import ROOT, done, write_config, write_list
+from tests.plugin import install, run_with
 
 EXAMPLE = (ROOT / "examples/add_command.py").read_text()
 
 
-def with_it(site: Path, *words: object) -> Finished:
-    return unclip(*words, env={"PYTHONPATH": f"{ROOT}{os.pathsep}{site}"})
-
-
 def test_it_is_found_helped_and_run(tmp_path: Path, pictures: str) -> None:
     site = install(tmp_path / "site", "unclip.commands", "contact-sheet", "add_command:CONTACT_SHEET", EXAMPLE)
-    assert "\n    contact-sheet\n                 show curated pairs" in done(with_it(site, "--help"))
-    assert "contact-sheet CONFIG [KEY=VALUE ...]" in done(with_it(site, "contact-sheet", "--help"))
-    assert "contact-sheet" in done(with_it(site, "completion", "bash"))
-    mistake = with_it(site, "contact-shet", "a.yaml")
+    assert "\n    contact-sheet\n                 show curated pairs" in done(run_with(site, "--help"))
+    assert "contact-sheet CONFIG [KEY=VALUE ...]" in done(run_with(site, "contact-sheet", "--help"))
+    assert "contact-sheet" in done(run_with(site, "completion", "bash"))
+    mistake = run_with(site, "contact-shet", "a.yaml")
     assert mistake.returncode == 2
     assert "unknown command contact-shet; did you mean contact-sheet?" in mistake.stderr
     config = write_config(tmp_path, str(tmp_path / "store"), pictures, [write_list(tmp_path / "list.csv", 0, 20)])
     file = tmp_path / "sheet.png"
-    early = with_it(site, "contact-sheet", config, "-o", file)
+    early = run_with(site, "contact-sheet", config, "-o", file)
     assert early.returncode == 2
     assert early.stderr.startswith("error: micro: not made for the current list and recipes: pairs")
-    done(with_it(site, "run", config, "--until", "curation"))
-    assert done(with_it(site, "contact-sheet", config, "-o", file, "--pairs", "8")) == f"8 pairs: {file}\n"
+    done(run_with(site, "run", config, "--until", "curation"))
+    assert done(run_with(site, "contact-sheet", config, "-o", file, "--pairs", "8")) == f"8 pairs: {file}\n"
     assert Image.open(file).size == (6 * 192, 2 * 208)
 
 
@@ -44,7 +39,7 @@ def test_it_is_found_helped_and_run(tmp_path: Path, pictures: str) -> None:
 )
 def test_a_broken_one_is_named_and_leaves_our_commands_alone(tmp_path: Path, name: str, code: str, why: str) -> None:
     site = install(tmp_path, "unclip.commands", name, "a_broken_command:MINE", code)
-    said = with_it(site, "--help")
+    said = run_with(site, "--help")
     sentence = f"command {name} (a_broken_command:MINE) cannot be used: {why}; correct or uninstall a_broken_command"
     assert (said.returncode, said.stderr) == (2, f"error: {sentence}-of-mine\n")
-    assert done(with_it(site, "plan", "--help"))
+    assert done(run_with(site, "plan", "--help"))

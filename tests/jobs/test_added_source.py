@@ -4,7 +4,6 @@ The source is that of ``examples/add_source.py``.
 """
 
 import json
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,8 +23,8 @@ from pipeline.data.source.stage import scan
 from pipeline.graph.artifacts import load_artifact, read_shards, read_table
 from pipeline.plugins import plugins
 from pipeline.store import Store, open_store
-from tests.chain import ROOT, Finished, done, unclip, write_config, write_list
-from tests.plugin import install
+from tests.chain import ROOT, done, here, write_config, write_list
+from tests.plugin import install, run_with
 
 GROUP = "unclip.sources"
 HOSTILE = [
@@ -47,16 +46,12 @@ def installed(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def here(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def installed_here(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Installs it for this process."""
     monkeypatch.syspath_prepend(installed)
     plugins.cache_clear()
     yield
     plugins.cache_clear()
-
-
-def with_it(installed: Path, *words: object) -> Finished:
-    return unclip(*words, env={"PYTHONPATH": os.pathsep.join([str(ROOT), str(installed)])})
 
 
 def database(file: Path, rows: list[tuple[str | None, str]]) -> str:
@@ -74,35 +69,35 @@ def pairs_of(store: Store, stage: str, blob: str) -> list[dict]:
 
 
 def test_pairs_of_a_database_are_fetched_and_what_it_may_not_say_is_refused(
-    installed: Path, tmp_path: Path, pictures: str
+    installed: Path, tmp_path: Path, pictures: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     listed = list(read_rows(str(write_list(tmp_path / "list.csv", 0, 10)), SourceRecipe(("list.csv",))))
     rows = [(row.url, row.captions[0]) for row in listed]
     rows[0] = rows[0][0], "a monster " * 1000
     path = database(tmp_path / "pairs.db", rows + [row[:2] for row in HOSTILE])
     config = write_config(tmp_path, str(tmp_path / "store"), pictures, [path])
-    said = with_it(installed, "run", config, "--until", "pairs")
-    assert f"source {path}: 1 caption cut to" in done(said) + said.stderr
+    done(run_with(installed, "run", config, "--until", "pairs"))
+    assert f"source {path}: 1 caption cut to" in caplog.text
 
     store = open_store(str(tmp_path / "store"))
     index = pairs_of(store, "pairs", "index")
     assert [row["url"] for row in index[:10]] == [row.url for row in listed]
     assert {row["status"] for row in index[:10]} == {"kept"}
     assert [row["reason"] for row in index[10:]] == [reason for *_, reason in HOSTILE]
-    done(with_it(installed, "run", config, "--only", "captions"))
+    done(run_with(installed, "run", config, "--only", "captions"))
     captions = [row["captions"] for row in pairs_of(store, "captions", "captions")]
     assert captions[:2] == [[("a monster " * 1000)[:MAX_CAPTION].strip()], [rows[1][1]]]
 
-    assert "nothing to do" in done(with_it(installed, "run", config, "--until", "pairs"))
+    assert "nothing to do" in done(run_with(installed, "run", config, "--until", "pairs"))
     with closing(sqlite3.connect(tmp_path / "pairs.db")) as opened, opened:
         opened.execute("DELETE FROM pairs WHERE url IS NULL")
-    assert "nothing to do" not in done(with_it(installed, "run", config, "--until", "pairs"))
-    without = unclip("plan", config)
+    assert "nothing to do" not in done(run_with(installed, "run", config, "--until", "pairs"))
+    without = here("plan", config)
     assert without.returncode == 2
     assert f"source {path}: no such file or folder" in without.stderr
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("installed_here")
 def test_its_rows_travel_so_that_a_cluster_needs_no_plug_in(store: Store, tmp_path: Path) -> None:
     """The keys are the same there."""
     path = database(tmp_path / "pairs.db", [("http://h.test/1.png", "one"), ("http://h.test/2.png", "two")])
@@ -142,7 +137,7 @@ def test_a_broken_one_is_named_in_one_sentence(tmp_path: Path, code: str, said: 
     install(tmp_path / "site", GROUP, "broken", "odd:Odd", base + code)
     config = tmp_path / "odd.yaml"
     config.write_text(f"project: odd\npreset: nano\nstore: {tmp_path}/store\nsource: {{paths: ['odd:list']}}\n")
-    found = with_it(tmp_path / "site", "plan", config)
+    found = run_with(tmp_path / "site", "plan", config)
     assert found.returncode == 2
     (line,) = found.stderr.strip().splitlines()
     assert f"source broken (odd:Odd) cannot be used: {said}" in line
@@ -156,7 +151,7 @@ def test_lists_of_our_own_kinds_need_no_plug_in(tmp_path: Path, monkeypatch: pyt
     assert len(list(read_rows(str(file), SourceRecipe((str(file),))))) == 3
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("installed_here")
 def test_kinds_are_asked_in_a_stated_order(installed: Path) -> None:
     install(installed, GROUP, "another", "later:Later", "from add_source import Sqlite\nclass Later(Sqlite): pass\n")
     plugins.cache_clear()

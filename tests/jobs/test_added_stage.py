@@ -26,7 +26,7 @@ from pipeline.schema import schema
 from pipeline.store import open_store
 from pipeline.store.records import blob_path
 from tests.chain import ROOT, Finished, done, unclip, write_config, write_list
-from tests.plugin import install
+from tests.plugin import install, run_with
 from tests.seaweed import Server
 
 GROUP = "unclip.stages"
@@ -62,7 +62,7 @@ def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
 
 
 def with_it(site: Path, *words: object, **changed: str) -> Finished:
-    """Runs a command where the package is installed."""
+    """Runs a command in a process of its own, where the package is installed."""
     return unclip(*words, env={"PYTHONPATH": f"{ROOT}{os.pathsep}{site}"} | changed)
 
 
@@ -79,7 +79,7 @@ def test_it_is_probed_checked_and_goes_into_a_rayjob(site: Path, config: Path, s
 
 def test_every_command_finds_it(site: Path, config: Path) -> None:
     until = ("--until", "brightness")
-    said = done(with_it(site, "run", config, *until))
+    said = done(run_with(site, "run", config, *until))
     assert "\n  brightness " in said  # in the plan
     assert "\nbrightness " in said  # in the table at the end
     values = yaml.safe_load(config.read_text())
@@ -92,14 +92,14 @@ def test_every_command_finds_it(site: Path, config: Path) -> None:
     shards = list(read_shards(store, made))
     assert made.ledger.kept == sum(read_table(store, shard.blobs["brightness"]).num_rows for shard in shards) > 0
 
-    assert "nothing to do" in done(with_it(site, "run", config, *until))
-    assert key[:12] in done(with_it(site, "show", config, key[:12]))
+    assert "nothing to do" in done(run_with(site, "run", config, *until))
+    assert key[:12] in done(run_with(site, "show", config, key[:12]))
     page = (Path(values["run"]["output"]) / "report.html").read_text()
     assert "<td>darkest</td>" in page.partition('<section id="stage-brightness">')[2]
 
     (Path(values["store"]) / blob_path(shards[0].blobs["brightness"])).unlink()
-    assert "again what is lost of brightness" in done(with_it(site, "data", "check", config, "--repair"))
-    assert "brightness done" in done(with_it(site, "run", config, *until))
+    assert "again what is lost of brightness" in done(run_with(site, "data", "check", config, "--repair"))
+    assert "brightness done" in done(run_with(site, "run", config, *until))
 
 
 def test_a_job_takes_it_along(site: Path, config: Path, path: Callable[[Path], None], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class Chain:
         self.list = write_list(folder / "list.csv", 0, 60)
         self.store = folder / "store"
         self.config = write_config(folder, str(self.store), pictures, [self.list])
-        self.output = done(unclip("run", self.config))
+        self.output = done(here("run", self.config))
 
 
 @pytest.fixture(scope="module")

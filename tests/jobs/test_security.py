@@ -58,8 +58,8 @@ class Team:
         self.server, self.folder = server, folder
         self.url = f"s3://{BUCKET}/{PREFIX}"
         self.ray = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # paths of sockets in it must stay short
-        run: dict[str, object] = {stage: {"workers": 1} for stage in ("embeddings", "curation", "codec", "decoder")}
-        run |= {"pairs": {"workers": 2, "headers": {"http://drawings.test": "IMAGES_HEADERS"}}, "clip": {"threads": 1}}
+        run: dict[str, object] = {stage: {"workers": 1} for stage in ("embeddings", "decoder")}
+        run |= {"pairs": {"workers": 1, "headers": {"http://drawings.test": "IMAGES_HEADERS"}}, "clip": {"threads": 1}}
         self.lists = [write_list(folder / "list.csv", 0, 60), _foreign(folder / "foreign")]
         self.config = write_config(folder, self.url, pictures, self.lists, run=MICRO["run"] | run)
         self.made = self._run_and_keep_logs()

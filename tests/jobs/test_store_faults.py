@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chain import done, keys, open_at, unclip
+from tests.chain import done, here, keys, open_at, unclip
 from tests.fault_proxy import at_random, failing
 from tests.faults import Undisturbed, artifact, assert_sound
 from tests.seaweed import Server
@@ -13,14 +13,16 @@ from tests.seaweed import Server
 
 # With a worker of Ray, the shards of pairs are written by another process than the rest.
 @pytest.mark.parametrize(
-    ("until", "workers"), [("pairs", 1), pytest.param("codec", 0, marks=pytest.mark.slow, id="slow")]
+    ("until", "workers"),
+    [("pairs", 0), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("pairs", 1), ("codec", 0)))],
 )
 def test_faults_change_nothing(until: str, workers: int, s3: Server, undisturbed: Undisturbed, tmp_path: Path) -> None:
     url = f"{s3.url}/faults-{secrets.token_hex(4)}"
     config = undisturbed.config(tmp_path, url, pairs={"workers": workers})
     with failing(s3.endpoint) as proxy:
         proxy.choose = at_random(seed=workers, chance=0.1)
-        done(unclip("run", config, "--until", until, env={"AWS_ENDPOINT_URL": proxy.endpoint}))
+        run = unclip if workers else here
+        done(run("run", config, "--until", until, env={"AWS_ENDPOINT_URL": proxy.endpoint}))
     assert len(proxy.faults()) > 3
     ours, theirs = open_at(url), undisturbed.data
     assert_sound(ours)

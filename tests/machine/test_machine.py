@@ -166,6 +166,7 @@ def nobody_looks_at_shapes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(records, "parse_object", trusting)
 
 
+@pytest.mark.slow  # of a swap that compares nothing, see above
 @pytest.mark.parametrize(
     ("mutant", "machine", "number"),
     [

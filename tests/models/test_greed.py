@@ -1,6 +1,7 @@
 """Configurations of networks far larger than the weights beside them: refused before anything is built."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -71,8 +72,11 @@ from models.clip import Clip
 from models.folder import load_model
 
 loads = vars(interchange) | {"clip": Clip.from_folder, "model": load_model}
+seen = set()
 for name, small, folder in json.load(sys.stdin):
-    loads[name](small)  # what libraries take
+    if (name, small) not in seen:
+        loads[name](small)  # what libraries take
+        seen.add((name, small))
 
     def refused():
         try:
@@ -103,9 +107,11 @@ def test_a_configuration_takes_no_more_than_the_weights_beside_it(karlo_folder: 
     export_prior(DiffusionPrior(DiffusionPriorConfig(width=32, depth=1, heads=2), karlo.DIM), tmp_path / "exported")
     asked = []
     for number, (load, small, changes, _) in enumerate(GREEDY):
-        folder = Path(shutil.copytree(tmp_path / small, tmp_path / str(number)))
+        folder = Path(shutil.copytree(tmp_path / small, tmp_path / str(number), copy_function=os.link))
         for file, change in changes.items():
-            (folder / file).write_text(json.dumps(merged(json.loads((folder / file).read_text()), change)))
+            document = json.loads((folder / file).read_text())
+            (folder / file).unlink()  # the link, and not what it shares with the other folders
+            (folder / file).write_text(json.dumps(merged(document, change)))
         asked.append((load, str(tmp_path / small), str(folder)))
     done = subprocess.run(
         [sys.executable, "-c", LOAD], input=json.dumps(asked), capture_output=True, text=True, timeout=300,

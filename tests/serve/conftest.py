@@ -13,11 +13,11 @@ from tests.models.test_cascade import make
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Runs a test that is a coroutine, for a minute at most."""
+    """Runs a test that is a coroutine, for some minutes at most."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     given = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
-    asyncio.run(asyncio.wait_for(pyfuncitem.obj(**given), 60))
+    asyncio.run(asyncio.wait_for(pyfuncitem.obj(**given), 300))
     return True
 
 
@@ -50,7 +50,7 @@ def serving(*words: object) -> Iterator[str]:
     finally:
         process.terminate()
         try:
-            process.communicate(timeout=60)
+            process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -64,4 +64,4 @@ def address(process: Running) -> str:
         said.append(line)
         if line.startswith("the studio is at http://"):
             return line.partition(" at ")[2].split("/,")[0]
-    raise AssertionError(f"not ready: {said} {process.communicate(timeout=60)}")
+    raise AssertionError(f"not ready: {said} {process.communicate(timeout=300)}")

@@ -130,7 +130,7 @@ def load(url: str, seconds: float, clients: int, hostiles: int, steps: int = 8, 
     return seen
 
 
-def until(event: Callable[[], object], timeout: float = 60) -> None:
+def until(event: Callable[[], object], timeout: float = 300) -> None:
     """Waits until something is the case."""
     deadline = time.monotonic() + timeout
     while not event():

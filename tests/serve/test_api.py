@@ -47,7 +47,7 @@ def test_the_same_request_gets_the_same_images_with_their_recipe(client: openai.
 
 def test_nulls_are_taken_everywhere(served: str) -> None:
     asked = {"prompt": "a red fox", "size": "64x64", "n": None, "response_format": None, "stream": None, "seed": 3}
-    answer = httpx.post(f"{served}/v1/images/generations", json={**asked, "partial_images": None}, timeout=60)
+    answer = httpx.post(f"{served}/v1/images/generations", json={**asked, "partial_images": None}, timeout=300)
     assert answer.status_code == 200, answer.text
 
 
@@ -159,7 +159,7 @@ def test_a_body_or_path_that_is_none_is_said_in_our_words(
     served: str, method: str, path: str, sent: dict[str, Any], status: int, param: str | None, says: str
 ) -> None:
     headers = {"Content-Type": "application/json"} if "content" in sent else {}
-    answer = httpx.request(method, f"{served}/v1/{path}", headers=headers, timeout=60, **sent)
+    answer = httpx.request(method, f"{served}/v1/{path}", headers=headers, timeout=300, **sent)
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["param"]) == (status, "invalid_request_error", param)
     assert says in error["message"]
@@ -300,12 +300,12 @@ def test_a_photograph_of_48_megapixels_is_taken(client: openai.OpenAI) -> None:
 def test_an_interpolation_ends_at_both_images(client: openai.OpenAI, served: str) -> None:
     files = {"first": png(noise(1)), "second": png(noise(2))}
     fields = {"n": "4", "size": "64x64", "seed": "1", "steps": "8"}
-    answer = httpx.post(f"{served}/v1/images/interpolations", files=files, data=fields, timeout=60)
+    answer = httpx.post(f"{served}/v1/images/interpolations", files=files, data=fields, timeout=300)
     assert answer.status_code == 200, answer.text
     made = [opened(one["b64_json"]) for one in answer.json()["data"]]
     assert len(made) == 4
     assert min(differences(made)) > 0
-    again = httpx.post(f"{served}/v1/images/interpolations", files=files, data=fields, timeout=60)
+    again = httpx.post(f"{served}/v1/images/interpolations", files=files, data=fields, timeout=300)
     assert again.json()["data"] == answer.json()["data"]
 
 
@@ -333,7 +333,7 @@ def test_the_commands_of_the_page_run_as_they_stand(served: str, tmp_path: Path)
     mask.paste((0, 0, 0, 0), (32, 0, 64, 64))
     mask.save(tmp_path / "mask.png")
     script = "set -euo pipefail\n" + script.replace("http://127.0.0.1:8000", served)
-    ended = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     made = {file.name: Image.open(file).size for file in tmp_path.glob("*.png") if file.name != "mask.png"}
     assert made == dict.fromkeys(("monster.png", "other.png", "edited.png", "turned.png"), (64, 64))

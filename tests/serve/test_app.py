@@ -69,7 +69,7 @@ def test_a_setting_that_is_given_twice_is_refused() -> None:
         read_settings(["port=9", "port=10"])
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_a_process_cannot_load_is_one_line(tmp_path: Path, replicas: int) -> None:
     publish_bundle(tmp_path)
     head = f"prompt_head={tmp_path / 'typo.safetensors'}"

@@ -221,7 +221,7 @@ def send(server: str, request: str) -> httpx.Response:
         data = data.replace(b"\n", b"\r\n") + b"\r\n"
         data = re.sub(rb"\{\w+\}", lambda name: PLACES[name[0]], data)
     headers = {"Content-Type": kind.partition(": ")[2], "Authorization": "Bearer none"}
-    return httpx.post(server + first.split()[1], content=data, headers=headers, timeout=60)
+    return httpx.post(server + first.split()[1], content=data, headers=headers, timeout=300)
 
 
 def read_as_open_webui(answer: dict[str, Any]) -> list[bytes]:

@@ -48,8 +48,9 @@ def context(world: World, steps: int, seed: int) -> Context:
     return world.context("decoder", recipe, TrainingSettings(threads=1, device="cpu", checkpoint_every_s=1e9))
 
 
-def test_every_look_is_saved_and_shown(shared_world: World) -> None:
-    ctx = context(shared_world, steps=66, seed=1)
+def test_every_look_is_saved_and_shown(shared_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.training.between_steps.FIRST_VALIDATION", 4)
+    ctx = context(shared_world, steps=6, seed=1)
     assert so_far(ctx) is None
     shown: list[Artifact] = []
     with showing(replace(ctx, show=shown.append), every_s=0.01):
@@ -57,8 +58,8 @@ def test_every_look_is_saved_and_shown(shared_world: World) -> None:
         while not shown or shown[-1].metrics["samples_seen"] < ctx.recipe.samples:
             time.sleep(0.01)
     saved = [e.path for e in ctx.store.list(f"checkpoints/{trajectory_key(ctx)}/0")]
-    assert [int(path.rpartition("/")[2][:12]) for path in saved] == [64 * 16, 66 * 16]
-    assert [artifact.metrics["samples_seen"] for artifact in shown[-2:]] == [64 * 16, 66 * 16][-len(shown) :]
+    assert [int(path.rpartition("/")[2][:12]) for path in saved] == [4 * 16, 6 * 16]
+    assert [artifact.metrics["samples_seen"] for artifact in shown[-2:]] == [4 * 16, 6 * 16][-len(shown) :]
     running = so_far(ctx)
     assert replace(running, times={}) == replace(shown[-1], times={})  # their times differ
     assert running.blobs == {name: b for name, b in made.blobs.items() if name.endswith((".png", ".jsonl"))}

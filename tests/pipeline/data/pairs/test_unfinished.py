@@ -1,11 +1,9 @@
 """A shard whose worker dies is gone on with: servers are not asked again, and its bytes are those of one that lived."""
 
 import hashlib
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,21 +14,21 @@ from pipeline.data.pairs.unfinished import KEEP_S, Unfinished
 from pipeline.store.records import read_blob
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
 
-DYING = """
-import json, os, signal, sys
-from pathlib import Path
-from pipeline.data.pairs.unfinished import Unfinished
-from tests.pipeline.data.bench import Bench
+multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
 
-settings, store, source, rows = json.loads(sys.argv[1])
-add = Unfinished.add
-def dying(self, row, picture, extension):
-    add(self, row, picture, extension)
-    if row["key"].endswith(f"{rows - 1:04d}"):
-        os.kill(os.getpid(), signal.SIGKILL)
-Unfinished.add = dying
-Bench(Path(store), [source], run={"pairs": settings}).make("source", "pairs")
-"""
+
+def make_and_die(settings: dict[str, Any], store: Path, source: str, rows: int, temporary: str) -> None:
+    """Makes pairs in a process of its own, until some rows are there."""
+    os.environ["TMPDIR"] = temporary
+    add = Unfinished.add
+
+    def dying(self: Unfinished, row: dict[str, Any], image: bytes, extension: str) -> None:
+        add(self, row, image, extension)
+        if row["key"].endswith(f"{rows - 1:04d}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Unfinished.add = dying
+    Bench(store, [source], run={"pairs": settings}).make("source", "pairs")
 
 
 @pytest.fixture(autouse=True)
@@ -78,15 +76,15 @@ def test_a_shard_goes_on_where_its_worker_died(
     """Killed before, between and behind the rows that are not stored."""
     pages, (source, expected) = all_pages(), whole
     with serving(pages) as address:
-        store = str(tmp_path / "store")
-        argument = json.dumps([fetching(address), store, source, rows])
-        died = subprocess.run(
-            [sys.executable, "-c", DYING, argument], cwd=Path(__file__).parents[4], capture_output=True
-        )
-        assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+        store = tmp_path / "store"
+        words = (fetching(address), store, source, rows, str(own_temporary_folder))
+        process = multiprocessing.get_context("forkserver").Process(target=make_and_die, args=words)
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         for i in range(rows - 1):
             pages[f"/{i}.png"] = Page(b"<html>asked again")
-        bench = Bench(Path(store), [source], run={"pairs": fetching(address)})
+        bench = Bench(store, [source], run={"pairs": fetching(address)})
         bench.make("source", "pairs")
     reasons = [None, None, "opted_out", None, None, "not_an_image", "http_4xx", None]
     assert [row["reason"] for row in bench.rows("pairs")] == reasons

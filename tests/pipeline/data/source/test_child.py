@@ -297,6 +297,7 @@ print(json.dumps([memory(resource.RUSAGE_SELF) - start + memory(resource.RUSAGE_
 """
 
 
+@pytest.mark.slow  # of single ones, see above, test_tables and test_fuzz
 def test_a_megabyte_of_a_hostile_list_costs_seconds_and_megabytes(tmp_path: Path) -> None:
     paths = hostile(tmp_path)
     ran = subprocess.run([sys.executable, "-c", DRIVER, *paths], cwd=ROOT, capture_output=True, text=True, check=True)

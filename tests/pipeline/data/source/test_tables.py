@@ -30,7 +30,7 @@ from tests.pipeline.data.hostile_lists import List, csv_text, hostile_lists
 REFERENCES = [f"http://h/{i}.jpg" for i in range(30)]
 LISTS = {each.name: each for each in hostile_lists(REFERENCES)}
 # Each example starts a child process; tests/pipeline/data/source/test_fuzz.py has more, with one child.
-QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=10)
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def take(feed: Feed, steps: int, samples: int = 0) -> list[LocalBatch]:
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=SIZES, lanes=st.integers(1, 6), per_lane=st.integers(1, 3), size=st.integers(1, 6), seed=st.integers(0, 9))
 def test_no_shape_hangs(tmp_path: Path, sizes: list[int], lanes: int, per_lane: int, size: int, seed: int) -> None:
     """Shards of one row, data sets smaller than a batch, unequal shares: every worker gets every step, within a minute,
