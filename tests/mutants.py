@@ -116,7 +116,7 @@ def faulty(module: ModuleType, mutant: Mutant) -> Iterator[None]:
         forget()
 
 
-def tests_of(file: str) -> list[str]:
+def files_of_tests(file: str) -> list[str]:
     """Returns the test files that are named after a module: test_STEM.py, test_FOLDER_STEM.py."""
     module = Path(file)
     names = {f"test_{module.stem}.py", f"test_{module.parent.name}_{module.stem}.py"}
@@ -148,7 +148,7 @@ def _pass(tests: list[str]) -> bool:
 
 def main(words: list[str]) -> int:
     file, *tests = words
-    left, of = survivors(file, tests or tests_of(file))
+    left, of = survivors(file, tests or files_of_tests(file))
     for each in left:
         print(f"{file}:{each.line}: {each.function}: {each.change}")
     print(f"{file}: {of - len(left)} of {of} faults are noticed")

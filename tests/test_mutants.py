@@ -9,7 +9,7 @@ import torch
 
 from models.diffusion import process
 from models.diffusion.process import q_sample
-from tests.mutants import ROOT, faulty, mutants, tests_of
+from tests.mutants import ROOT, faulty, files_of_tests, mutants
 
 LEVEL = torch.tensor([0.25])
 
@@ -53,5 +53,5 @@ def test_nine_of_ten_faults_in_the_mathematics_are_noticed(file: str) -> None:
     command = [sys.executable, "-m", "tests.mutants", file]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     noticed, of = (int(word) for word in said.splitlines()[-1].split()[1::2][:2])
-    assert tests_of(file)
+    assert files_of_tests(file)
     assert noticed >= 0.9 * of, said

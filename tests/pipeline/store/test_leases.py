@@ -47,7 +47,7 @@ def test_one_leads_and_the_other_waits_for_its_record(store: Store) -> None:
         time.sleep(3 * LEASE_S)  # the lease is renewed meanwhile, so nobody takes over
         assert not seen
         done.set()
-        waiter.join(20)
+        waiter.join(120)
     assert seen == [None]
 
 
@@ -80,7 +80,7 @@ def test_a_leader_that_stands_still_is_replaced_and_does_not_take_back(store: St
         time.sleep(3 * LEASE_S)
         assert not seen
         done.set()
-        old.join(20)
+        old.join(120)
     assert seen == [None]
 
 

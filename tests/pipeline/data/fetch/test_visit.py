@@ -42,7 +42,7 @@ def server(
     ``together``: each host answers pictures in groups of so many requests at once; a group that is not complete fails.
     """
     log = Log()
-    groups: dict[str, threading.Barrier] = defaultdict(lambda: threading.Barrier(together, timeout=20))
+    groups: dict[str, threading.Barrier] = defaultdict(lambda: threading.Barrier(together, timeout=60))
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -19,7 +19,7 @@ multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
 
 def make_and_die(settings: dict[str, Any], store: Path, source: str, rows: int, temporary: str) -> None:
     """Makes pairs in a process of its own, until some rows are there."""
-    os.environ["TMPDIR"] = temporary
+    tempfile.tempdir = temporary
     add = Unfinished.add
 
     def dying(self: Unfinished, row: dict[str, Any], image: bytes, extension: str) -> None:
