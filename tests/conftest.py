@@ -38,16 +38,18 @@ os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
 
 
-# Folders whose tests start commands, servers and clusters, or look at a whole chain; and fixtures that do.
+# Folders whose tests start commands, servers and clusters, or look at a whole chain.
 INTEGRATION = {"cluster", "jobs", "machine", "serve"}
-STARTING = {"cluster", "ray", "s3", "two_cores"}
+# Fixtures that start such, and names in a test's module that start processes which read lists, open images or train.
+STARTING = {"cluster", "ray", "s3", "two_cores", "Bench", "ImageDecoder", "ListReader", "read_rows", "train_together"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what make unit leaves out. Tests that start such by themselves have the mark already."""
     for item in items:
         folder, *_ = item.path.relative_to(Path(__file__).parent).parts
-        if folder in INTEGRATION or STARTING & set(getattr(item, "fixturenames", ())):
+        names = {*getattr(item, "fixturenames", ()), *vars(getattr(item, "module", None) or object)}
+        if folder in INTEGRATION or STARTING & names:
             item.add_marker(pytest.mark.integration)
 
 

@@ -6,8 +6,6 @@ import pytest
 
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
 
-pytestmark = pytest.mark.integration
-
 TRAINED = ("clip", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 ROWS = 26
 SMALL = {"batch": 8, "samples": 16, "lanes": 4, "warmup_steps": 0}

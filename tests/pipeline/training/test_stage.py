@@ -166,6 +166,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return results(world)
 
 
+@pytest.mark.integration
 def test_killed_at_every_point_and_started_again_the_bytes_are_the_same(
     tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:

@@ -175,7 +175,6 @@ def test_rows_without_a_picture_are_absent_and_the_order_is_the_lists(bench: Ben
     assert bench.made["embeddings"].ledger.rows == bench.made["pairs"].ledger.kept
 
 
-@pytest.mark.integration
 def test_neither_workers_nor_parts_nor_the_order_of_shards_change_a_byte(
     bench: Bench, listed: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

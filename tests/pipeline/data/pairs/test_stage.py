@@ -16,8 +16,6 @@ from pipeline.store.records import read_blob
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list, write_listed, write_tar
 from tests.pipeline.data.odd import png
 
-pytestmark = pytest.mark.integration
-
 HOST = "http://pictures.test"
 MAX_BYTES = 100_000
 

@@ -30,7 +30,7 @@ WANTED = ["url", "caption", "split", "group"]
 fuzzed = settings(
     derandomize=True,
     deadline=None,
-    max_examples=40,
+    max_examples=15,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
