@@ -19,7 +19,7 @@ from pipeline.store import Store, open_store
 from tests.seaweed import Server, serving
 
 # The same examples every time, and no clock: a busy machine fails no test.
-hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("seeded")
 # What starts the tests in the background may ignore Ctrl-C, and then so would every command that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
