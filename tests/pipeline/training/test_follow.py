@@ -49,7 +49,7 @@ def context(world: World, steps: int, seed: int) -> Context:
 
 
 def test_every_look_is_saved_and_shown(shared_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.training.between_steps.FIRST_VALIDATION", 4)
+    monkeypatch.setattr("pipeline.training.train.FIRST_VALIDATION", 4)
     ctx = context(shared_world, steps=6, seed=1)
     assert so_far(ctx) is None
     shown: list[Artifact] = []
