@@ -129,6 +129,7 @@ def _init(parser: Parser) -> None:
     parser.add_argument(
         "--caption-column", default="caption", metavar="COLUMN", help="column of captions (default caption)"
     )
+    parser.add_argument("--encoding", default="", help="encoding of text that is not UTF-8, such as cp1252")
     text = f"fine-tune: go on from the bundle of {PLACES}"
     parser.add_argument("--from", dest="origin", metavar="WHERE", help=text)
 

@@ -22,6 +22,7 @@ from pipeline.progress import counted
 from pipeline.starter import CLIP_PAIRS, embedded, existing_clip, models_for, sizes_seen, starter
 
 NAMED = 3  # images that cannot be opened
+OPTIONS = {"source.image_column": "--image-column and --caption-column", "source.encoding": "--encoding"}
 ENOUGH = 1000  # pairs, below which models memorise images
 
 
@@ -34,12 +35,12 @@ def main(arguments: argparse.Namespace) -> int:
     path = Path(f"{arguments.name}.yaml")
     if path.exists():
         raise UserError(f"{path} is there already and stays as it is; remove it, or choose another name")
-    columns = {"image_column": arguments.image_column, "caption_column": arguments.caption_column}
-    source = SourceRecipe(tuple(arguments.sources or ["pairs.csv"]), **columns)
+    reading = {name: getattr(arguments, name) for name in ("image_column", "caption_column", "encoding")}
+    source = SourceRecipe(tuple(arguments.sources or ["pairs.csv"]), **reading)
     lists = [behind_embeddings(Path(os.path.expanduser(folder)), source) for folder in embedded(source)]
     fetched = all(metadata for metadata, _ in lists) and len(lists) == len(source.paths)
     if fetched:
-        source = SourceRecipe(tuple(metadata for metadata, _ in lists), **columns)
+        source = SourceRecipe(tuple(metadata for metadata, _ in lists), **reading)
     seen = _look(source) if arguments.sources else None
     origin = Path(os.path.abspath(find_bundle(arguments.origin).folder)) if arguments.origin else None
     gpu = _has_gpu()
@@ -91,8 +92,9 @@ def _look(source: SourceRecipe) -> ListPreview:
     try:
         return preview(source)
     except UserError as e:
-        if "source.image_column" in str(e):  # there is no configuration yet in which that could be set
-            raise UserError(f"{e}, here with --image-column and --caption-column") from None
+        for field, options in OPTIONS.items():  # there is no configuration yet in which that could be set
+            if field in str(e):
+                raise UserError(f"{e}, here with {options}") from None
         raise
 
 

@@ -63,7 +63,7 @@ source:
   # Columns of a table, or else the one such as URL, file_name, TEXT or prompt; group, split and sha256 are read too.
   image_column: {image_column}
   caption_column: {caption_column}
-  # Held out of training, by a hash of the row's group or else reference, so that the models can be judged.
+{reading}  # Held out of training, by a hash of the row's group or else reference, so that the models can be judged.
   validation: {validation}
   test: {test}
 
@@ -143,6 +143,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: ListPreview | N
             paths=_indented(lists),
             image_column=_scalar(source.image_column),
             caption_column=_scalar(source.caption_column),
+            reading="".join(f"  {name}: {_scalar(value)}\n" for name, value in _reading(source).items()),
             measured=sizes_seen(seen),
             models=", ".join(models),
             size=size,
@@ -155,6 +156,11 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: ListPreview | N
         )
         + tuned
     )
+
+
+def _reading(source: SourceRecipe) -> dict[str, str]:
+    """Returns how the lists are read besides their columns, where it is not as usual."""
+    return {name: value for name in ("encoding",) if (value := getattr(source, name))}
 
 
 def _fine_tuning(bundle: Path, preset: str) -> dict[str, dict[str, Any]]:

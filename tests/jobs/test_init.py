@@ -166,6 +166,20 @@ def test_other_columns(capsys: Output) -> None:
     assert main(["plan", "mine.yaml"]) == 0
 
 
+def test_what_a_german_excel_saves_is_read(capsys: Output) -> None:
+    """Its CSV in UTF-8, its CSV of Windows, and its text in Unicode."""
+    text = "Bild;Beschreibung\r\nhttp://closed.test/a.png;ein Mädchen, das läuft\r\n"
+    Path("utf8.csv").write_bytes(text.encode("utf-8-sig"))
+    Path("old.csv").write_bytes(text.encode("cp1252"))
+    Path("unicode.txt").write_bytes(text.replace(";", "\t").encode("utf-16"))
+    columns = ("--image-column", "Bild", "--caption-column", "Beschreibung")
+    for name in ("utf8.csv", "old.csv", "unicode.txt"):
+        config = made(name[:-4], name, "--encoding", "cp1252", *columns)
+        assert config.samples.captions == ("ein Mädchen, das läuft",)
+        assert main(["plan", f"{name[:-4]}.yaml"]) == 0
+        assert "1 pair in 1 shard" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -173,7 +187,8 @@ def test_other_columns(capsys: Output) -> None:
         (["mine", "tars/{00..10}.tar"], "; patterns are not expanded: name the folder"),
         (["mine", "links.csv"], "has link, TEXT. Set source.image_column or source.caption_column, here with --image"),
         (["mine", "two.csv"], "no column caption; prompt and text could be meant"),
-        (["mine", "bare.tsv"], "it has http://closed.test/a.png, a cat; line 1 has to name the columns"),
+        (["mine", "bare.tsv"], "line 1 has to name the columns, and it is a row (http://closed.test/a.png<tab>a cat)"),
+        (["mine", "old.csv"], "'Mädchen' in cp1252, 'M\u0434dchen' in cp1251"),
         (["taken", "pairs.csv"], "taken.yaml is there already and stays as it is"),
     ],
 )
@@ -182,6 +197,7 @@ def test_mistakes_are_one_line_and_write_nothing(words: list[str], says: str, he
     (here / "links.csv").write_text("link,TEXT\nhttp://closed.test/a.png,a cat\n")
     (here / "two.csv").write_text("url,prompt,text\nhttp://closed.test/a.png,a cat,a dog\n")
     (here / "bare.tsv").write_text("http://closed.test/a.png\ta cat\n")
+    (here / "old.csv").write_bytes("url;caption\nhttp://closed.test/a.png;Mädchen\n".encode("cp1252"))
     (here / "taken.yaml").write_text("mine\n")
     before = sorted(here.iterdir())
     refused("init", *words, says=says, cwd=here)

@@ -43,7 +43,9 @@ plan mine.yaml store=list.csv                     | store list.csv: is a file; n
 plan mine.yaml run.trackers=tensorboard           | run.trackers: expected a list, got ~; write [tensorboard]
 plan mine.yaml source.paths=[gone.csv]            | gone.csv: no such file or folder in
 plan mine.yaml source.paths=list.csv              | source.paths: expected a list, got 'list.csv'
-plan mine.yaml source.paths=[semi.csv]            | semi.csv: its columns are separated by ';' ~save it with commas
+plan mine.yaml source.paths=[rows.csv]            | ~write a line above it, such as url;caption
+plan mine.yaml source.paths=[old.csv]             | not UTF-8: ~'Mädchen' in cp1252, ~set source.encoding
+plan mine.yaml source.encoding=windows            | encoding: 'windows' is unknown; write such as cp1252
 plan mine.yaml source.paths=[bare.csv]            | bare.csv: no column caption; it has url
 plan mine.yaml source.paths=[header.csv]          | header.csv: no rows
 plan mine.yaml clip.weights=ViT-B-32              | use train, open_clip:NAME:TAG or local-dir:FOLDER
@@ -119,7 +121,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     row = "http://closed.test/a.png"
     texts = {
         "list.csv": f"url,caption\n{row},a\n",
-        "semi.csv": f"url;caption\n{row};a\n",
+        "rows.csv": "numbers/000.jpg;a dog, number 0\n",
         "bare.csv": f"url\n{row}\n",
         "header.csv": "url,caption\n",
         "tab.yaml": "project: p\n\tstore: s\n",
@@ -132,6 +134,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
+    (folder / "old.csv").write_bytes(f"url;caption\n{row};ein Mädchen\n".encode("cp1252"))
     values = {**MICRO, "store": "store", "source": {"paths": ["list.csv"]}}
     (folder / "mine.yaml").write_text(yaml.safe_dump(values))
     return folder

@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.local import MAX_REFERENCE
 from pipeline.progress import say_once
 
-SEPARATORS = (";", "\t", "|")  # of other programs' CSV
+DELIMITERS = (",", ";", "\t", "|")  # of values in a line, as programs write them
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")  # of tables
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 LIMIT = 1 << 20  # characters of a row of a CSV or TSV file, of a value in Parquet, of a file of captions
@@ -35,6 +35,7 @@ KNOWN = {
     ),
     "caption": ("text", "prompt", "description", "alt_text", "alt"),
 }
+FURTHER = {"url": ("image_name",), "caption": ("comment", "raw")}  # of Flickr30k; taken where no other is there
 # Widths and heights in pixels, as img2dataset states them of what it fetched and of what it stored, and LAION.
 SIZES = ("original_width", "original_height", "width", "height", "WIDTH", "HEIGHT")
 
@@ -65,29 +66,25 @@ def columns_of(path: Path, names: Sequence[str], wanted: Sequence[str], needed: 
     return found
 
 
+def meant(names: Sequence[str], column: str) -> list[str]:
+    """Returns the columns that can mean ``column`` by their names, best only: one if it is clear which."""
+    if column in names:
+        return [column]
+    for known in ([column], KNOWN[column], FURTHER[column]) if column in KNOWN else ():
+        if found := list(dict.fromkeys(name for name in names if name.lower() in known)):
+            return found
+    return []
+
+
 def _known(path: Path, names: Sequence[str], column: str) -> str:
     """Returns the one column that means ``column`` by its name, and says so. Raises UserError without one."""
-    for known in ([column], KNOWN[column]) if column in KNOWN else ():
-        found = list(dict.fromkeys(name for name in names if name.lower() in known))
-        if len(found) == 1:
-            say_once(f"{path.name}: {found[0]} is taken for the column {column}")
-            return found[0]
-        if found:
-            break
-    else:
-        found = []
+    found = meant(names, column)
+    if len(found) == 1:
+        say_once(f"{path.name}: {found[0]} is taken for the column {column}")
+        return found[0]
     some = [name[:MOST_SHOWN] for name in names[:MOST_SHOWN]] + ["..."] * (len(names) > MOST_SHOWN)
     which = f"{' and '.join(found)} could be meant" if found else f"it has {', '.join(some)}"
-    heads = "; line 1 has to name the columns" if any("://" in name for name in names) else ""
-    alone = names[0] if len(names) == 1 and ".csv" in path.name.lower() else ""
-    if mark := next((mark for mark in SEPARATORS if mark in alone), ""):
-        raise UserError(
-            f"source {path}: its columns are separated by {mark!r} and not by commas; save it with commas, or as .tsv "
-            "with tabs"
-        )
-    raise UserError(
-        f"source {path}: no column {column}; {which}{heads}. Set source.image_column or source.caption_column"
-    )
+    raise UserError(f"source {path}: no column {column}; {which}. Set source.image_column or source.caption_column")
 
 
 def text_of(value: Any) -> str | None:

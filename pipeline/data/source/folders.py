@@ -51,7 +51,7 @@ class ImageFolder(FileSource):
                     place = os.path.relpath(named_file(row.url) or self.file, self.file).split(os.sep)[0]
                     yield replace(row, split=row.split or splits.get(place, ""))
             elif metadata is None and self.holds(file):
-                row = _sidecar_row(file, may, reader)
+                row = _sidecar_row(file, may, reader, recipe.encoding)
                 yield replace(row, reject=row.reject or link_refusal(str(file), may))
 
     def caption_place(self, recipe: SourceRecipe) -> str:
@@ -117,7 +117,7 @@ def _metadata_rows(table: Path, recipe: SourceRecipe, may: PathPolicy, reader: L
     return listed_rows(table, replace(recipe, image_column=column), reader, may)
 
 
-def _sidecar_row(image: Path, may: PathPolicy, reader: ListReader) -> ListRow:
+def _sidecar_row(image: Path, may: PathPolicy, reader: ListReader, encoding: str) -> ListRow:
     """Returns the row of an image with the captions of the first of SIDECARS beside it that is not empty.
 
     One that is irregular, or a link to what the list may not name, counts as missing.
@@ -127,7 +127,8 @@ def _sidecar_row(image: Path, may: PathPolicy, reader: ListReader) -> ListRow:
         for case in (str.lower, str.upper):
             found: list[list[Any] | Flaw] = []
             with suppress(OSError):
-                found = list(reader.rows("sidecar", image.with_suffix(f".{case(extension)}"), 2, extension, within=may))
+                file = image.with_suffix(f".{case(extension)}")
+                found = list(reader.rows("sidecar", file, 2, extension, encoding, within=may))
             for values in found[:1]:
                 if isinstance(values, Flaw):
                     return ListRow(url, (), reject=values.reason, flaw=values.what)

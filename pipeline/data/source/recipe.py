@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat
 
+from pipeline.data.source.encoding import check_encoding
 from pipeline.local import PathPolicy
 
 FIRST_RETRY = 500  # the segment of the first rows that are tried again; those before are the list's own
@@ -26,6 +27,8 @@ class SourceRecipe:
         group_column: Rows of a group share a split, but for those whose split the list names; optional in the list.
         split_column: ``train``, ``validation`` or ``test``; optional in the list.
         hash_column: The sha256 that the fetched bytes must have; optional in the list.
+        encoding: Encoding of text that is neither UTF-8 nor marked as UTF-16, such as ``cp1252`` of a Western
+            European Excel.
         shard_rows: Rows a shard: what one worker does at a time, and what an interruption may cost.
         validation: Share held out, by a hash of the group or else of the reference, where the list has no split.
         test: The same for the test split, which no training and no codec ever reads.
@@ -42,6 +45,7 @@ class SourceRecipe:
     group_column: str = "group"
     split_column: str = "split"
     hash_column: str = "sha256"
+    encoding: str = ""
     shard_rows: Annotated[int, Field(ge=1, le=10_000)] = 1000
     validation: NonNegativeFloat = 0.02
     test: NonNegativeFloat = 0.02
@@ -50,6 +54,8 @@ class SourceRecipe:
     def __post_init__(self) -> None:
         if self.validation + self.test >= 1:
             raise ValueError("validation and test: these shares leave no rows to train on; lower one of them")
+        if self.encoding:
+            check_encoding(self.encoding)
         PathPolicy.of((), self.roots)
 
     @property

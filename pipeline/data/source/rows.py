@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.source.child import Budget, ListReader
 from pipeline.data.source.columns import KNOWN, LIMIT, Flaw
+from pipeline.data.source.encoding import decoded
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.source import FileSource, ListRow, flawed
 from pipeline.data.source.text import parsed_object
@@ -26,13 +27,14 @@ CAPTIONS = ("caption", *KNOWN["caption"])  # where a sidecar in JSON has them, t
 ROWS_SUFFIX = ".rows"  # ends the name of a file of rows as they were read (see write_rows)
 
 
-def sidecar_row(url: str, sidecars: Mapping[str, tuple[bytes, str]]) -> ListRow:
+def sidecar_row(url: str, sidecars: Mapping[str, tuple[bytes, str]], encoding: str) -> ListRow:
     """Returns a row with the captions of what lies beside its image.
 
     Args:
         url: Reference of the image.
         sidecars: First bytes, one more than LIMIT at most, and name of each by its extension. Of the first of
             SIDECARS that is there each line is a caption, or of JSON the value of the first of CAPTIONS.
+        encoding: Encoding of text that is not UTF-8.
     """
     extension = next((extension for extension in SIDECARS if extension in sidecars), None)
     if extension is None:
@@ -42,9 +44,10 @@ def sidecar_row(url: str, sidecars: Mapping[str, tuple[bytes, str]]) -> ListRow:
     if len(data) > LIMIT:
         return ListRow(url, (), reject="malformed_row", flaw=f"{where} has over {LIMIT:,} bytes")
     try:
-        text = data.decode("utf-8-sig")
+        text = decoded(data, encoding)
     except UnicodeDecodeError as e:
-        flaw = f"byte {e.start + 1} of {where} is 0x{data[e.start]:02x}, which is not UTF-8"
+        said = f"0x{data[e.start]:02x}, which is not {encoding or 'UTF-8'}"
+        flaw = f"byte {e.start + 1} of {where} is {said}; source.encoding names another encoding"
         return ListRow(url, (), reject="not_utf8", flaw=flaw)
     if extension != "json":
         return ListRow(url, one_line_each(text.splitlines()))
@@ -65,10 +68,10 @@ def one_line_each(lines: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(text for line in lines if line and (text := " ".join(line.split())))
 
 
-def sidecar(file: BinaryIO, path: Path, budget: Budget, extension: str) -> Iterator[list[Any] | Flaw]:
+def sidecar(file: BinaryIO, path: Path, budget: Budget, extension: str, encoding: str) -> Iterator[list[Any] | Flaw]:
     """Yields the captions in a file beside an image as a row, in the child process of a list; none if it is empty."""
     if data := file.read(LIMIT + 1):
-        row = sidecar_row("", {extension: (data, str(path))})
+        row = sidecar_row("", {extension: (data, str(path))}, encoding)
         yield Flaw(row.reject, row.flaw) if row.reject else [None, list(row.captions)]
 
 

@@ -35,16 +35,22 @@ class TableFiles(FileSource):
         for file in self.files():
             yield from listed_rows(file, recipe, reader, self.policy(recipe))
 
+    @classmethod
+    def matches(cls, path: str) -> bool:
+        # In folders a .txt holds the captions of an image; one that is named is a table, as Flickr8k's.
+        return super().matches(path) or (path.lower().endswith(".txt") and os.path.isfile(os.path.expanduser(path)))
+
     def stated_sides(self, recipe: SourceRecipe) -> Iterator[int]:
+        columns = (recipe.image_column, recipe.caption_column)
         for file in self.files():
             with suppress(UserError):  # such columns of another type: only this asks for them
-                for row in table_rows(file, (recipe.image_column, recipe.caption_column), SIZES):
+                for row in table_rows(file, columns, SIZES, encoding=recipe.encoding):
                     if not isinstance(row, Flaw) and (side := _short_side(row[2:])) > 0:
                         yield side
 
 
 def table_rows(
-    path: Path, needed: Sequence[str], optional: Sequence[str], reader: ListReader | None = None
+    path: Path, needed: Sequence[str], optional: Sequence[str], reader: ListReader | None = None, encoding: str = ""
 ) -> Iterator[list[Any] | Flaw]:
     """Yields for each row its values in ``needed`` and ``optional`` columns.
 
@@ -57,17 +63,21 @@ def table_rows(
             default and is absent, the one column of a name in KNOWN is taken.
         optional: Other columns.
         reader: The reader of the list that has the file; without it the file is a list.
+        encoding: Encoding of text that is not UTF-8.
 
     Raises:
-        UserError: for a file that cannot be read, is not UTF-8, lacks a column, or has one twice or of another type.
+        UserError: for a file that cannot be read, is in an unknown encoding, lacks a column, or has one twice or of
+            another type.
     """
     if reader is None:
         with ListReader() as own:
-            yield from table_rows(path, needed, optional, own)
+            yield from table_rows(path, needed, optional, own, encoding)
         return
     wanted = [*needed, *optional]
-    kind = "parquet" if table_kind(path.name) == ".parquet" else "text"
-    yield from reader.rows(kind, path, len(wanted), wanted, len(needed))
+    if table_kind(path.name) == ".parquet":
+        yield from reader.rows("parquet", path, len(wanted), wanted, len(needed))
+    else:
+        yield from reader.rows("text", path, len(wanted), wanted, len(needed), encoding)
 
 
 def listed_rows(
@@ -82,7 +92,7 @@ def listed_rows(
     Without ``may`` none are merged.
     """
     optional = (recipe.split_column, recipe.hash_column, "license", "attribution", recipe.group_column)
-    found = table_rows(file, (recipe.image_column, recipe.caption_column), optional, reader)
+    found = table_rows(file, (recipe.image_column, recipe.caption_column), optional, reader, recipe.encoding)
     beside = beside or partial(file_beside, file.parent)
     rows = (listed_row(str(file), number, values, may, beside) for number, values in enumerate(found, 1))
     return merged(rows) if may else rows

@@ -3,8 +3,9 @@
 It runs in the child process of pipeline.data.source.child.
 
 A CSV or TSV file is read by its physical lines, each of which is one row, an empty line, or a part of a quoted value
-that spans lines. A quotation mark that is not closed as it should be therefore never swallows the rows behind it. In a
-JSONL file each line is an object. Files of text may be compressed with gzip.
+that spans lines. A quotation mark that is not closed as it should be therefore never swallows the rows behind it. Its
+delimiter is the one by which its first line names the columns. In a JSONL file each line is an object. Files of text
+may be compressed with gzip.
 """
 
 from __future__ import annotations
@@ -18,16 +19,27 @@ import re
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.data.source.child import Budget
-from pipeline.data.source.columns import IMAGES, LIMIT, Flaw, columns_of, table_kind, text_of
+from pipeline.data.source.columns import (
+    DELIMITERS,
+    IMAGES,
+    LIMIT,
+    MOST_SHOWN,
+    Flaw,
+    columns_of,
+    meant,
+    table_kind,
+    text_of,
+)
+from pipeline.data.source.encoding import HEAD, LONE, encoding_of
 from pipeline.errors import UserError
-from pipeline.progress import counted
+from pipeline.progress import counted, say_once
 
-_HEAD = 1 << 20  # bytes by which the encoding of a file is judged
 HEAD_LINES = 100  # of a JSONL file, which say what its columns of references and captions are called
 # What looking ahead for the end of a quoted value may cost: this many times what was read, and each line a bit more.
 AHEAD, AHEAD_LINE = 4, 32
@@ -37,19 +49,23 @@ csv.field_size_limit(LIMIT)
 
 
 def text_rows(
-    opened: BinaryIO, path: Path, budget: Budget, wanted: Sequence[str], needed: int
+    opened: BinaryIO, path: Path, budget: Budget, wanted: Sequence[str], needed: int, encoding: str = ""
 ) -> Iterator[list[Any] | Flaw]:
     """Yields the rows of a CSV, TSV or JSONL file as ``table_rows`` does."""
     kind = table_kind(path.name)
     with _unpacked(opened, path, budget) as file:
-        head = file.read(_HEAD)
-        _check_encoding(path, head)
+        head = file.read(HEAD)
+        if not head:
+            raise UserError(f"source {path}: the file is empty; it needs a first line that names the columns")
+        encoding = encoding_of(path, head, encoding)
         file.seek(0)
-        # Bytes that are not UTF-8 become lone surrogates, which only their own row is asked for.
-        end = "\n" if b"\n" in head else "\r"
-        text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=end)
-        lines = _Lines(path, text, "\t" if kind == ".tsv" else ",", end)
-        yield from lines.objects(head, wanted, needed) if kind == ".jsonl" else lines.rows(wanted, needed)
+        first = head.decode(encoding, LONE)
+        end = "\n" if "\n" in first else "\r"
+        lines = _Lines(path, io.TextIOWrapper(file, encoding, LONE, newline=end), end)
+        if kind == ".jsonl":
+            yield from lines.objects(first, wanted, needed)
+        else:
+            yield from lines.rows(wanted, needed, "\t" if kind == ".tsv" else ",")
 
 
 @contextmanager
@@ -85,52 +101,31 @@ class _Counted(io.RawIOBase):
         return size
 
 
-def _check_encoding(path: Path, head: bytes) -> None:
-    """Refuses a file that was not written as UTF-8. It is not guessed what else it is: a wrong guess mangles text."""
-    remedy = f"save it as UTF-8, for instance with: iconv -f ENCODING -t UTF-8 {path.name} > utf8{path.suffix}"
-    if not head:
-        raise UserError(f"source {path}: the file is empty; it needs a first line that names the columns")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"source {path}: byte 1 begins the mark of UTF-16; {remedy}, where ENCODING is UTF-16")
-    lines = head.split(b"\n")
-    if b"\0" in lines[0]:
-        raise UserError(f"source {path}: line 1 holds a NUL, as UTF-16 does, and binary files do; {remedy}")
-    whole = lines if len(head) < _HEAD else lines[:-1] or lines
-    wrong = [(number, place) for number, line in enumerate(whole, 1) if (place := _not_utf8(line)) is not None]
-    # A few such lines cost their rows; more than one in ten, and the file is in another encoding.
-    if 10 * len(wrong) > len(whole):
-        number, place = wrong[0]
-        raise UserError(
-            f"source {path}: not UTF-8: byte {place + 1} of line {number} is 0x{whole[number - 1][place]:02x}, "
-            f"and {len(wrong):,} of the first {len(whole):,} lines hold such bytes; {remedy}, where ENCODING is "
-            "WINDOWS-1252 if a Western European Excel wrote it"
-        )
-
-
-def _not_utf8(line: bytes) -> int | None:
-    try:
-        line.decode()
-    except UnicodeDecodeError as e:
-        return e.start
-    return None
-
-
 class _Lines:
     """Finds the rows in the physical lines of a file."""
 
-    def __init__(self, path: Path, file: io.TextIOWrapper, delimiter: str, end: str):
-        self._path, self._file, self._delimiter, self._end = path, file, delimiter, end
+    def __init__(self, path: Path, file: io.TextIOWrapper, end: str):
+        self._path, self._file, self._end = path, file, end
+        self._encoding = "UTF-8" if file.encoding.startswith("utf-8") else file.encoding
+        self._delimiter = ""
         self._ahead: deque[str] = deque()
         self._number = 0  # of the last line that was taken
         self._columns = 0
         self._image = 0  # place of the column of references
         self._read = self._ahead_in_vain = 0  # characters, of all lines and of those that were taken for nothing
 
-    def rows(self, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
-        header = self._record(self._take())
+    def rows(self, wanted: Sequence[str], needed: int, usual: str) -> Iterator[list[Any] | Flaw]:
+        """Yields the rows of lines; their delimiter is ``usual`` unless the first line tells another."""
+        first = self._take()
+        self._delimiter = _delimiter(first, wanted[:needed], usual)
+        header = self._record(first)
         if header is None:
             raise UserError(f"source {self._path}: line 1, which names the columns, has a stray quotation mark")
+        header = _trimmed(header, wanted)
+        self._check_header(header, wanted[:needed])
         found = columns_of(self._path, header, wanted, needed)
+        if self._delimiter != usual:
+            say_once(f"{self._path.name}: {self._delimiter!r} is taken for the delimiter of its columns")
         places = [None if name is None else header.index(name) for name in found]
         self._columns, self._image = len(header), places[0] or 0
         while line := self._take():
@@ -151,9 +146,25 @@ class _Lines:
                 yield Flaw("malformed_row", said)
             else:
                 values = ["" if place is None else cells[place] for place in places]
-                yield _lone_surrogate(wanted, values, number) or [value or None for value in values]
+                yield self._lone_surrogate(wanted, values, number) or [value or None for value in values]
 
-    def objects(self, head: bytes, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
+    def _check_header(self, header: Sequence[str], needed: Sequence[str]) -> None:
+        """Raises UserError for a row in place of the names of columns, with the line that is missing."""
+        images = [place for place, name in enumerate(header) if _names_image(name)]
+        if not images or all(meant(header, column) for column in needed):
+            return
+        others = [place for place in range(len(header)) if place != images[0]]
+        longest = max(others, key=lambda place: len(header[place]), default=-1)
+        names = {images[0]: needed[0], longest: needed[-1]}
+        mark = "<tab>" if self._delimiter == "\t" else self._delimiter
+        line = mark.join(names.get(place, f"column{place + 1}") for place in range(len(header)))
+        row = mark.join(header)[:MOST_SHOWN]
+        raise UserError(
+            f"source {self._path}: line 1 has to name the columns, and it is a row ({row}); write a line above it, "
+            f"such as {line[:MOST_SHOWN]}"
+        )
+
+    def objects(self, head: str, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
         """Yields the rows of lines that are JSON objects. Those of ``head`` say what the needed columns are called."""
         read = [parsed_object(line) for line in head.splitlines()[:HEAD_LINES]]
         first = [row for row in read if isinstance(row, dict)]
@@ -171,7 +182,8 @@ class _Lines:
             try:
                 yield [_member(row.get(name or ""), several=place == 1) for place, name in enumerate(found)]
             except UnicodeEncodeError:
-                yield Flaw("not_utf8", f"line {self._number} holds a byte that is not UTF-8, or half a character")
+                said = f"a byte that is not {self._encoding}, or half a character"
+                yield Flaw("not_utf8", f"line {self._number} holds {said}")
             except ValueError as e:
                 yield Flaw("malformed_row", f"line {self._number} {e}")
 
@@ -231,8 +243,42 @@ class _Lines:
             return False
         if not self._columns or len(cells) != self._columns:
             return False
-        reference = cells[self._image].strip()
-        return "://" in reference or reference.startswith("/") or reference.lower().endswith(IMAGES)
+        return _names_image(cells[self._image].strip())
+
+    def _lone_surrogate(self, wanted: Sequence[str], values: Sequence[str], number: int) -> Flaw | None:
+        """Returns the flaw of a row that holds bytes which cannot be decoded, in a column that is used."""
+        if "".join(values).isascii():
+            return None
+        for column, value in zip(wanted, values, strict=True):
+            try:
+                value.encode()
+            except UnicodeEncodeError as e:
+                byte = f"0x{ord(value[e.start]) - 0xDC00:02x}"
+                said = f"line {number}, column {column} holds byte {byte}, which is not {self._encoding}"
+                return Flaw("not_utf8", said)
+        return None
+
+
+def _names_image(value: str) -> bool:
+    """Returns whether a value looks like a reference."""
+    return "://" in value or value.startswith("/") or value.lower().endswith(IMAGES)
+
+
+def _trimmed(header: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Returns the names of columns without the spaces around them, unless they are wanted so."""
+    return [name if name in wanted else name.strip() for name in header]
+
+
+def _delimiter(line: str, needed: Sequence[str], usual: str) -> str:
+    """Returns the delimiter by which a first line names the needed columns, or else has a reference, or is cut."""
+    headers: dict[str, list[str]] = {}
+    for mark in (usual, *DELIMITERS):
+        with suppress(csv.Error):
+            headers[mark] = _trimmed(next(csv.reader([line], delimiter=mark), []), needed)
+    named = (mark for mark, names in headers.items() if all(meant(names, column) for column in needed))
+    rows = (mark for mark, names in headers.items() if len(names) > 1 and any(map(_names_image, names)))
+    cut = (mark for mark, names in headers.items() if len(names) > 1)
+    return next(chain(named, rows, cut), usual)
 
 
 def parsed_object(line: str | bytes) -> dict[str, Any] | str:
@@ -261,16 +307,3 @@ def _unquoted(cell: str) -> str:
     """Returns a cell of a TSV file, whose quotation marks stand for themselves unless both ends have one."""
     found = QUOTED.fullmatch(cell)
     return found[1].replace('""', '"') if found else cell
-
-
-def _lone_surrogate(wanted: Sequence[str], values: Sequence[str], number: int) -> Flaw | None:
-    """Returns the flaw of a row that holds bytes which are not UTF-8, in a column that is used."""
-    if "".join(values).isascii():
-        return None
-    for column, value in zip(wanted, values, strict=True):
-        try:
-            value.encode()
-        except UnicodeEncodeError as e:
-            byte = ord(value[e.start]) - 0xDC00
-            return Flaw("not_utf8", f"line {number}, column {column} holds byte 0x{byte:02x}, which is not UTF-8")
-    return None

@@ -101,6 +101,28 @@ def test_a_flaw_names_its_line_and_column(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "cp1251", "shift_jis"])
+def test_the_delimiter_and_the_encoding_of_a_table_are_told(tmp_path: Path, mark: str, codec: str) -> None:
+    said = "ёлка, a|b;c" if codec == "cp1251" else "犬, a|b;c" if codec == "shift_jis" else "Größe, a|b;c"
+    text = csv_text([("image_name", " comment"), ("http://h/0", said), ("http://h/1", "two\nlines")], delimiter=mark)
+    encoding = codec if codec in ("cp1251", "shift_jis") else ""
+    found = rows_of(tmp_path / "results.csv", text.encode(codec), encoding=encoding)
+    assert found == [("http://h/0", (said,)), ("http://h/1", ("two lines",))]
+
+
+def test_an_encoding_that_is_named_is_for_files_that_do_not_tell_theirs(tmp_path: Path) -> None:
+    rows = "".join(f"http://h/{i},caf\xe9 {i}\n" if i == 7 else f"http://h/{i},{i}\n" for i in range(30))
+    text = f"url,caption\n{rows}"
+    for codec in ("utf-8", "cp1252"):
+        assert rows_of(tmp_path / "a.csv", text.encode(codec), encoding="cp1252")[7] == ("http://h/7", ("café 7",))
+    (flaw,) = [r.flaw for r in read_rows(str(tmp_path / "a.csv"), SourceRecipe(("a.csv",))) if r.reject]
+    assert flaw == "line 9, column caption holds byte 0xe9, which is not UTF-8"
+    assert len(rows_of(tmp_path / "a.csv", text.encode("utf-16-le")[:-1], encoding="utf-16-le")) == 29
+    *_, cut = read_rows(str(tmp_path / "a.csv"), SourceRecipe(("a.csv",), encoding="utf-16-le"))
+    assert (cut.reject, cut.flaw) == ("not_utf8", "line 31, column caption holds byte 0x0a, which is not utf-16-le")
+
+
 TEXT = st.text(st.characters(blacklist_categories=("Cs",)), max_size=30)
 QUOTING = st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
 
