@@ -15,7 +15,7 @@ REASONS = {
     "not_utf8": "a value of the list, or a file of captions, that is not UTF-8",
     "no_reference": "the row names no image",
     "no_caption": "no caption, or only white space",
-    "duplicate_url": "an earlier row of the list names the same image; the captions of this one are not used",
+    "duplicate_url": "an earlier row names the same image, and has the captions of this one where a list has many such",
     "budget_spent": "the rest of a list that has spent its budget; or an image slower than its allowance once its "
     "host or its shard has spent its decoding time",
     "forgotten": "the row is to be forgotten (unclip data forget)",

@@ -12,12 +12,13 @@ from typing import Any
 from pipeline.data.source.child import ListReader
 from pipeline.data.source.columns import MAX_CAPTION, MAX_CAPTIONS, SUFFIXES, Flaw, bounded_row
 from pipeline.data.source.drawings.source import Drawings
+from pipeline.data.source.duplicates import merged
 from pipeline.data.source.folders import Embeddings, ImageFolder
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.remote import RemoteTable
 from pipeline.data.source.rows import PackagedRows
 from pipeline.data.source.source import ListRow, Source, flawed
-from pipeline.data.source.tables import TableFiles, file_beside, listed_row, merged
+from pipeline.data.source.tables import TableFiles, file_beside, listed_row
 from pipeline.data.source.tars import TarFiles
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.fetch.references import comparable
-from pipeline.data.source.duplicates import HASH, SeenReferences, warn_of_captions
+from pipeline.data.source.duplicates import HASH, LaterCaptions, SeenReferences, has_many, warn_of_captions
 from pipeline.data.source.journal import EMPTY, ListJournal, read_journal, reference_marks
 from pipeline.data.source.lists import fingerprint, no_rows, read_rows, unread
 from pipeline.data.source.recipe import FIRST_RETRY, SourceRecipe
@@ -45,7 +45,7 @@ from pipeline.store.names import Digest
 from pipeline.store.records import Count, Record, create_record, digest, put_blob, read_blob, read_record
 
 VERSION = 1
-LAYOUT = 10  # of the records of segments, which no key counts
+LAYOUT = 11  # of the records of segments, which no key counts
 SEGMENT_SHARDS = 100_000  # shard numbers a segment may use: number = segment * SEGMENT_SHARDS + place
 HASHES_A_BLOB = 1 << 20
 LENGTHS = 100  # characters between two counts of the lengths of captions
@@ -191,27 +191,32 @@ class _Cutter:
     def cut(
         self, name: str, segment: int, what: str, rows: Callable[[], Iterator[ListRow]], seen: SeenReferences
     ) -> Segment:
-        """Reads rows twice: for their references and, once it is known which are duplicates, for shards."""
+        """Reads rows twice: for their references and, once it is known which are duplicates, for shards.
+
+        Where there are many duplicates, once in between for their captions.
+        """
         judged = seen.judge(self.references(islice(rows(), SEGMENT_SHARDS * self.recipe.shard_rows + 1)))
+        many = has_many(int(judged.duplicate.sum()), len(judged.duplicate))
+        later = LaterCaptions(zip(rows(), judged.duplicate.tolist(), strict=False) if many else ())
         shards: list[SourceShard] = []
         rest, place = rows(), 0
-        again, unread, flaw = 0, 0, ""
+        unread, flaw = 0, ""
         while block := list(islice(rest, self.recipe.shard_rows)):
             if len(shards) == SEGMENT_SHARDS:
                 raise UserError(f"source: over {SEGMENT_SHARDS:,} shards in one segment; raise source.shard_rows")
             flags = judged.duplicate[place : place + len(block)].tolist()
             if len(flags) < len(block):
                 break
+            block = [row if again else later.join(row) for row, again in zip(block, flags, strict=True)]
             shards.append(self._shard(segment * SEGMENT_SHARDS + len(shards), block, flags))
             place += len(block)
-            again += sum(flag and has_caption(row.captions) for flag, row in zip(flags, block, strict=True))
             unread += sum(bool(row.flaw) for row in block)
             flaw = flaw or next((row.flaw for row in block if row.flaw), "")
         if block or place < len(judged.duplicate):
             raise UserError(f"{what}: changed while it was read; run again")
         if unread:
             log.warning("%s: %s cannot be read and will be left out; the first: %s", what, counted(unread, "row"), flaw)
-        warn_of_captions(what, again, place)
+        warn_of_captions(what, later.left, place)
         hashes = []
         if self.write and shards:
             if segment < FIRST_RETRY:

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from urllib.parse import quote
 
 from pipeline.data.fetch.references import without_password
 from pipeline.data.source.child import ListReader
-from pipeline.data.source.columns import IMAGES, MAX_CAPTIONS, SIZES, SUFFIXES, Flaw, table_kind
+from pipeline.data.source.columns import IMAGES, SIZES, SUFFIXES, Flaw, table_kind
+from pipeline.data.source.duplicates import merged
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.rows import one_line_each
 from pipeline.data.source.source import FileSource, ListRow, flawed
@@ -155,36 +155,6 @@ def link_refusal(reference: str, may: PathPolicy) -> str | None:
     except OSError as e:
         return reason_of(e)
     return None
-
-
-def merged(rows: Iterator[ListRow]) -> Iterator[ListRow]:
-    """Yields rows with the captions of those that follow and name the same image, as in lists with a row a caption.
-
-    Rows that differ in more than their captions stay rows of their own, and those that stand elsewhere; both are
-    duplicates.
-    """
-    first: ListRow | None = None
-    captions: dict[str, None] = {}
-    room = merged = 0
-    for row in rows:
-        if first and row.url and row.url == first.url and not row.reject and _beyond(row) == _beyond(first):
-            merged += 1
-            for caption in row.captions:
-                if len(caption) <= room and caption not in captions:
-                    captions[caption] = None
-                    room -= len(caption)
-            continue
-        if first:
-            yield replace(first, captions=tuple(captions)) if merged else first
-        first, captions, merged = row, dict.fromkeys(row.captions), 0
-        room = MAX_CAPTIONS - sum(map(len, row.captions))
-    if first:
-        yield replace(first, captions=tuple(captions)) if merged else first
-
-
-def _beyond(row: ListRow) -> tuple[str, ...]:
-    """Returns what a row says besides its image and its captions."""
-    return row.group, row.split, row.sha256, row.license, row.attribution
 
 
 def _short_side(sizes: list[Any]) -> int:

@@ -96,7 +96,7 @@ def test_first_shards_agree_with_curation(store: FolderStore, made: dict[str, Ar
 def test_reasons_are_counted_once_and_explained(store: FolderStore, made: dict[str, Artifact]) -> None:
     page = data_section(ReportInput(store, made))
     assert page.count("<td>duplicate_url ") == 1  # the index of pairs holds these rows again
-    assert "an earlier row of the list names the same image" in page
+    assert "an earlier row names the same image" in page
     assert "low_similarity" in page
     assert "<figcaption>low_similarity <bdi>a " in page
     assert "https://example.com/0/9.png" in page

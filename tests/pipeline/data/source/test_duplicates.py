@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.fetch.references import comparable
+from pipeline.data.source import duplicates
 from pipeline.data.source import stage as source
 from pipeline.data.source.duplicates import SeenReferences, hashes_of
 from pipeline.data.source.journal import ListJournal, reference_mark
@@ -216,6 +217,37 @@ def test_another_spelling_of_a_url_is_a_duplicate(tmp_path: Path) -> None:
     found = scan(SourceRecipe(tuple(_write(tmp_path, [urls]))), open_store(str(tmp_path / "store")), write=True)
     store = open_store(str(tmp_path / "store"))
     assert _rejects(store, found) == [None, "duplicate_url", None, "duplicate_url"]
+
+
+def test_captions_of_a_shuffled_list_join_the_first_row_of_their_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As COCO's annotations stand: five captions an image, in any order. References are cut as before."""
+    rows = [(f"http://h/{i}.jpg", f"caption {j} of {i}") for j in range(5) for i in range(20)]
+    path = write_list(tmp_path / "a.csv", [*rows, ("https://h/7.jpg", "of another spelling")])
+    store = open_store(str(tmp_path / "store"))
+    (shard,) = scan(SourceRecipe((path,)), store, write=True).shards
+    assert (shard.ledger.kept, shard.ledger.rejected) == (20, {"duplicate_url": 81})
+    captions = read_table(store, shard.captions)["captions"].to_pylist()
+    assert captions[3] == [f"caption {j} of 3" for j in range(5)]
+    assert captions[7] == [*(f"caption {j} of 7" for j in range(5)), "of another spelling"]
+    assert captions[27] == ["caption 1 of 7"]  # as the list has it; the row is rejected
+    assert "left out" not in caplog.text
+    monkeypatch.setattr(duplicates, "MOST_LATER", 500)
+    other = open_store(str(tmp_path / "other"))
+    (shard,) = scan(SourceRecipe((path,)), other, write=True).shards
+    assert len(read_table(other, shard.captions)["captions"].to_pylist()[19]) == 2
+    assert "rows with an image that an earlier row names, whose captions are left out" in caplog.text
+
+
+def test_captions_of_few_duplicates_stay_out_so_that_appending_changes_no_shard(tmp_path: Path) -> None:
+    rows = [(f"http://h/{i}.jpg", f"picture {i}") for i in range(300)]
+    keys = []
+    for more in ((), (("http://h/3.jpg", "another"),)):
+        path = write_list(tmp_path / "a.csv", [*rows, *more])
+        shards = scan(SourceRecipe((path,), shard_rows=100), open_store(str(tmp_path / "store")), write=False).shards
+        keys.append([shard.caption_key for shard in shards[:3]])
+    assert keys[0] == keys[1]
 
 
 def test_a_list_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,7 @@ def test_a_tar_is_read_to_its_end_or_refused(tmp_path: Path, folder_store: Store
 def test_captions_that_are_not_utf_8_cost_their_row(tmp_path: Path, folder_store: Store) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    texts = {"a": "café".encode("utf-8-sig"), "b": "café".encode("latin-1"), "c": "a cat".encode("utf-16")}
+    texts = {"a": "café".encode("utf-8-sig"), "b": "café".encode("latin-1"), "c": "a cat".encode("utf-16")[:-1]}
     texts["d"] = b"x" * ((1 << 20) + 1)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, text in texts.items():
@@ -197,7 +197,6 @@ def test_rows_that_cannot_be_read_are_said_once_and_no_duplicates(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "url\tcaption\nhttp://h/1\tx\n", "save it with commas, or as .tsv with tabs"),
         ("a.tar", "not a tar", "not a readable tar"),
         ("a.csv", "url,caption,split\nhttp://h/1,x,dev\n", "split 'dev' is not train, validation or test"),
     ],
@@ -212,13 +211,12 @@ def test_bad_lists_are_one_clear_line(
     assert list(folder_store.list("")) == []
 
 
-@pytest.mark.parametrize(("images", "warned"), [(209, False), (208, True)])
-def test_captions_of_rows_that_name_an_image_again_are_missed(
+@pytest.mark.parametrize(("images", "warned"), [(220, False), (219, True)])
+def test_captions_of_rows_that_name_an_image_of_an_earlier_list_are_missed(
     images: int, warned: bool, tmp_path: Path, folder_store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As in a list with a row for each caption of COCO."""
-    path = _csv(tmp_path / "list.csv", [*_rows(images), *_rows(11)])
-    scan(SourceRecipe((path,)), folder_store, write=True)
+    earlier, path = _csv(tmp_path / "earlier.csv", _rows(11)), _csv(tmp_path / "list.csv", _rows(images))
+    scan(SourceRecipe((earlier, path)), folder_store, write=True)
     said = f"source {path}: 11 rows with an image that an earlier row names, whose captions are left out"
     assert (said in caplog.text) == warned
 
