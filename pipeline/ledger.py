@@ -20,7 +20,7 @@ REASONS = {
     "host or its shard has spent its decoding time",
     "forgotten": "the row is to be forgotten (unclip data forget)",
     # fetch
-    "unsupported_reference": "not an http, https, s3, file or tar reference, or one over 8 KiB",
+    "unsupported_reference": "not an http, https, s3, file, tar or Parquet reference, or one over 8 KiB",
     "forbidden_reference": "a file or bucket that the list may not name (source.roots)",
     "missing_file": "no such file, or no such object on S3",
     "http_4xx": "the server answered with a 4xx status",

@@ -26,6 +26,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 MAX_REFERENCE = 8 << 10  # characters; no server takes a longer URL, and each rule of a robots.txt is compared with it
 MEMBER, EMBEDDING = "tar://", "embedding://"  # a member of a tar and a row of embeddings, used where they lie
+CELL = "parquet://"  # an image in a row of a Parquet file (see pipeline.data.source.cells)
 
 
 class Outside(OSError):
@@ -76,8 +77,9 @@ class PathPolicy:
             parts, path = urlsplit(reference), local_path(reference)
         except ValueError:  # the fetch counts it
             return None
-        if reference.startswith((MEMBER, EMBEDDING)):
-            named = _is_below(os.fsdecode(unquote_to_bytes(parts.path)), self._rooted)
+        if reference.startswith((MEMBER, EMBEDDING, CELL)):
+            places = self._everything if reference.startswith(CELL) else self._rooted
+            named = _is_below(os.fsdecode(unquote_to_bytes(parts.path)), places)
         elif path is not None:
             named = _is_below(path, self._everything)
         elif parts.scheme == "s3":
@@ -125,7 +127,12 @@ def on_web(reference: str) -> bool:
 
 def names_file(reference: str) -> bool:
     """Returns whether a reference names a file, or a part of one, which machines must have at the same place."""
-    return reference.startswith(("/", "file:", MEMBER, EMBEDDING))
+    return reference.startswith(("/", "file:", MEMBER, EMBEDDING, CELL))
+
+
+def is_cell(reference: str) -> bool:
+    """Returns whether a reference names an image in a row of a Parquet file."""
+    return reference.startswith(CELL)
 
 
 def is_member(reference: str) -> bool:

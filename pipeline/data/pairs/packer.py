@@ -23,13 +23,14 @@ from pipeline.data.pairs.earlier import EarlierRow, take_over
 from pipeline.data.pairs.recipe import PairsRecipe
 from pipeline.data.pairs.row_index import OPT_OUTS, index_counts, index_table, opt_out_table
 from pipeline.data.pairs.unfinished import Unfinished
+from pipeline.data.source.cells import read_cells
 from pipeline.data.source.imported import imported_url, read_imported
 from pipeline.data.source.stage import row_key
 from pipeline.data.source.tars import tar_place
 from pipeline.graph.artifacts import read_table, write_table
 from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger, status_of
-from pipeline.local import PathPolicy, is_embedding, is_member, read_local, reason_of
+from pipeline.local import PathPolicy, is_cell, is_embedding, is_member, read_local, reason_of
 from pipeline.progress import Steps
 from pipeline.settings import PairsSettings
 from pipeline.store import Store
@@ -131,9 +132,18 @@ class Packer:
         ``wanted`` has rows with their references.
         """
         urls = [ref["url"] for _, ref in wanted]
-        fetched = self.fetcher.fetch([url for url in urls if not is_member(url)])
-        found = (self._member(tar_place(url)) if is_member(url) else next(fetched) for url in urls)
-        answers = steps.each("fetch", found)
+        fetched = self.fetcher.fetch([url for url in urls if not (is_member(url) or is_cell(url))])
+        cells = read_cells([url for url in urls if is_cell(url)], self.recipe.max_bytes, self.reach)
+
+        def found(url: str) -> Fetched:
+            if is_member(url):
+                return self._member(tar_place(url))
+            if not is_cell(url):
+                return next(fetched)
+            data = next(cells)
+            return Fetched(None, data) if isinstance(data, str) else Fetched(data, None)
+
+        answers = steps.each("fetch", map(found, urls))
         # Two, so that there is always one to be decoded next, while images are put into the tar and others come.
         return ordered_map(partial(self._judge, decoder, steps), zip(wanted, answers, strict=True), threads=2)
 
@@ -215,10 +225,10 @@ class Packer:
 
 
 def _origin(url: str) -> str:
-    """Returns the host or bucket that a reference names, or else the folder or tar that it leads to."""
+    """Returns the host or bucket that a reference names, or else the folder, tar or Parquet file that it leads to."""
     _, _, place = url.partition("://")
     host = place.partition("/")[0]
-    return host.lower() or (place.partition("?")[0] if is_member(url) else place.rpartition("/")[0])
+    return host.lower() or (place.partition("?")[0] if is_member(url) or is_cell(url) else place.rpartition("/")[0])
 
 
 def _reject(row: dict[str, Any], reason: str | None, evidence: Evidence | None = None) -> None:

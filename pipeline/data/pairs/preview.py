@@ -13,13 +13,14 @@ from typing import NamedTuple
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS
+from pipeline.data.source.cells import read_cells
 from pipeline.data.source.lists import no_rows, path_policy, read_rows, source_at, unread
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.source import ListRow
 from pipeline.data.source.stage import hash_share
 from pipeline.data.source.tars import tar_place
 from pipeline.errors import UserError
-from pipeline.local import PathPolicy, is_embedding, is_member, local_path, on_web, read_local, reason_of
+from pipeline.local import PathPolicy, is_cell, is_embedding, is_member, local_path, on_web, read_local, reason_of
 
 MOST_ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
 # Of the rows behind those: what a configuration says of more does not depend on their number.
@@ -170,13 +171,16 @@ def _frames(caption: str) -> list[tuple[bool, str]]:
 
 def _measured(rows: list[ListRow], may: PathPolicy) -> Iterator[tuple[str, tuple[int, int] | str]]:
     """Yields references of the first images that lie here, each with width and height, or why it cannot be opened."""
-    for row in islice((row for row in rows if not (on_web(row.url) or is_embedding(row.url))), MEASURED):
+    urls = list(islice((row.url for row in rows if not (on_web(row.url) or is_embedding(row.url))), MEASURED))
+    cells = read_cells([url for url in urls if is_cell(url)], MAX_BYTES, may)
+    for url in urls:
         try:
-            yield row.url, shared_decoder().measure(_read(row.url, may), MAX_PIXELS)
+            data = next(cells) if is_cell(url) else _read(url, may)
+            yield url, data if isinstance(data, str) else shared_decoder().measure(data, MAX_PIXELS)
         except OSError as e:
-            yield row.url, reason_of(e)
+            yield url, reason_of(e)
         except ValueError:  # not a URL, or a place in a tar that is none
-            yield row.url, "unsupported_reference"
+            yield url, "unsupported_reference"
 
 
 def _read(url: str, may: PathPolicy) -> bytes:

@@ -32,9 +32,10 @@ from pipeline.local import PathPolicy, open_local
 from pipeline.progress import say_once
 from pipeline.sandbox import bare_environment, give_up_rights, limit_memory, limit_time, memory_mapped, receive, send
 
-READERS = {  # each yields rows: lists of texts, lists of texts and Nones, or a Flaw
+READERS = {  # each yields rows: lists of texts, lists of texts and Nones, or a Flaw; cells yields bytes or a Flaw
     "text": "pipeline.data.source.text:text_rows",
     "parquet": "pipeline.data.source.parquet:parquet_rows",
+    "cells": "pipeline.data.source.cells:cells",
     "count": "pipeline.data.source.parquet:parquet_count",
     "npy": "pipeline.data.source.imported:npy_header",
     "tar": "pipeline.data.source.tars:members",
@@ -129,11 +130,18 @@ class ListReader:
         return process.wait()
 
     def rows(
-        self, kind: str, path: Path, width: int, *arguments: Any, within: PathPolicy | None = None
-    ) -> Iterator[list[Any] | Flaw]:
+        self,
+        kind: str,
+        path: Path,
+        width: int,
+        *arguments: Any,
+        within: PathPolicy | None = None,
+        most: int = MOST_MESSAGE,
+    ) -> Iterator[Any]:
         """Yields the rows of a file, each of ``width`` values, as the reader of its ``kind`` in READERS does.
 
-        Behind the last row that the budget allows comes one that is "budget_spent", and then no file has rows.
+        Behind the last row that the budget allows comes one that is "budget_spent", and then no file has rows. No
+        message has more than ``most`` bytes.
 
         Raises:
             OSError: as open_local does.
@@ -147,8 +155,8 @@ class ListReader:
         number, whole = 0, False
         try:
             while True:
-                message, batch = self._answer(path, number, width)
-                whole = message != "rows"
+                message, batch = self._answer(path, number, width, most)
+                whole = message not in ("rows", "image")
                 if message == "end":
                     return
                 if message == "spent":
@@ -162,11 +170,13 @@ class ListReader:
         self.spent += f", so all behind row {number:,} of {path.name} is left out; {_REMEDY}"
         yield Flaw("budget_spent", self.spent)
 
-    def _answer(self, path: Path, number: int, width: int) -> tuple[str, list[list[Any] | Flaw]]:
-        """Returns the next "rows" with their batch, or "end" or "spent". Raises UserError."""
+    def _answer(self, path: Path, number: int, width: int, most: int) -> tuple[str, Sequence[list[Any] | Flaw | bytes]]:
+        """Returns the next "rows" with their batch, an "image", or "end" or "spent". Raises UserError."""
         for _ in range(MOST_SAID):
             try:
-                message, data = receive(self._pipe, MOST_MESSAGE)
+                message, data = receive(self._pipe, most)
+                if message == "image" and width == 0:
+                    return message, [data]
                 text = data.decode()
                 if message == "rows":
                     batch = _checked(json.loads(text), width)
@@ -282,8 +292,13 @@ class _Batches:
         self._flaws: list[tuple[int, str, str]] = []
         self._characters = 0
 
-    def add(self, row: Sequence[Any] | Flaw) -> None:
-        """Takes a row. Raises Spent, and then the row is left out."""
+    def add(self, row: Sequence[Any] | Flaw | bytes) -> None:
+        """Takes a row, or the bytes of an image. Raises Spent, and then it is left out."""
+        if isinstance(row, bytes):
+            self._budget.unpack(len(row))
+            self.flush()
+            send(self._pipe, "image", row)
+            return
         characters = _characters(row)
         if not isinstance(row, Flaw) and characters > MAX_CAPTION:
             row, cut = bounded_row(row)

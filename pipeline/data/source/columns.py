@@ -35,7 +35,8 @@ KNOWN = {
     ),
     "caption": ("text", "prompt", "description", "alt_text", "alt"),
 }
-FURTHER = {"url": ("image_name",), "caption": ("comment", "raw")}  # of Flickr30k; taken where no other is there
+# Of Flickr30k, and of tars that the Hugging Face Hub has made tables of; taken where no other is there.
+FURTHER = {"url": ("image_name", "jpg", "jpeg", "png", "webp"), "caption": ("comment", "raw", "txt")}
 # Widths and heights in pixels, as img2dataset states them of what it fetched and of what it stored, and LAION.
 SIZES = ("original_width", "original_height", "width", "height", "WIDTH", "HEIGHT")
 

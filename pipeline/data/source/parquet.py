@@ -6,6 +6,7 @@ It runs in the child process of pipeline.data.source.child.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as t
 
+from pipeline.data.source.cells import cell_references, chunks_of, holds_images
 from pipeline.data.source.child import Budget
 from pipeline.data.source.columns import LIMIT, Flaw, columns_of, text_of
 from pipeline.errors import UserError
@@ -25,7 +27,10 @@ _PLAIN = {str, type(None)}
 def parquet_rows(
     opened: BinaryIO, path: Path, budget: Budget, wanted: Sequence[str], needed: int
 ) -> Iterator[list[Any] | Flaw]:
-    """Yields the rows of a Parquet file as ``table_rows`` does; the first ``needed`` columns have to be there."""
+    """Yields the rows of a Parquet file as ``table_rows`` does; the first ``needed`` columns have to be there.
+
+    Where the first column holds images, these are not read: each row has a reference to its own.
+    """
     number = 0
     try:
         # Text as dictionaries: a value that many rows name by its number would be written out for each.
@@ -33,12 +38,17 @@ def parquet_rows(
         with pq.ParquetFile(opened, buffer_size=1 << 20, read_dictionary=leaves) as file:
             schema = file.schema_arrow
             found = columns_of(path, schema.names, wanted, needed)
-            used = [name for name in found if name is not None]
+            images = found[0] if found[0] and holds_images(file, found[0]) else None
+            cells = cell_references(path, images, file.metadata) if images else iter(())
+            used = [name for name in found if name not in (None, images)]
             for i, name in enumerate(found):
-                if name is not None:
+                if name in used:
                     _check_type(path, name, schema.field(name).type, i)
             for batch in _batches(file, used):
-                columns = [[None] * batch.num_rows if name is None else _values(batch[name]) for name in found]
+                n = batch.num_rows
+                columns = [_values(batch[name]) if name in used else [None] * n for name in found]
+                if images:
+                    columns[0] = list(islice(cells, n))
                 for row in zip(*columns, strict=True):
                     number += 1
                     yield _texts(wanted, row, number)
@@ -72,28 +82,21 @@ def _check_type(path: Path, column: str, kind: pa.DataType, place: int) -> None:
     text = (t.is_string, t.is_large_string, t.is_string_view, t.is_binary, t.is_large_binary, t.is_null)
     number = (t.is_integer, t.is_floating, t.is_boolean, t.is_decimal, t.is_temporal)
     if not any(is_it(plain) for is_it in (text if place == 0 or inner is not kind else (*text, *number))):
-        wants = "references as text" if place == 0 else "text, or lists of text" if place == 1 else "text or numbers"
-        remedy = "write it so, or name another column"
-        if place == 0 and t.is_struct(inner):  # as Hugging Face's datasets holds images
-            remedy = f"images are not read out of a table: write them into files, and their names into {column}"
-        raise UserError(f"source {path}: column {column} holds {kind}, not {wants}; {remedy}")
+        wants = ("references as text, or images", "text, or lists of text", "text or numbers")[min(place, 2)]
+        raise UserError(
+            f"source {path}: column {column} holds {kind}, not {wants}; write it so, or name another column"
+        )
 
 
 def _batches(file: pq.ParquetFile, used: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Yields record batches of the used columns, with fewer rows at once where these are large."""
     metadata = file.metadata
-    chunks = [
-        i for i in range(metadata.num_columns) if any(_belongs(metadata.schema.column(i).path, name) for name in used)
-    ]
+    chunks = {i for name in used for i in chunks_of(metadata, name)}
     for group in range(metadata.num_row_groups):
         found = metadata.row_group(group)
         size = sum(found.column(i).total_uncompressed_size for i in chunks)
         rows = min(BATCH_ROWS, max(1, BATCH_BYTES * found.num_rows // max(1, size)))
         yield from file.iter_batches(rows, row_groups=[group], columns=used, use_threads=False)
-
-
-def _belongs(path: str, column: str) -> bool:
-    return path == column or path.startswith(f"{column}.")
 
 
 def _values(array: pa.Array) -> list[Any]:

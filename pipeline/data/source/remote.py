@@ -30,7 +30,7 @@ from pipeline.data.source.source import ListRow
 from pipeline.data.source.tables import TableFiles, listed_rows
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
-from pipeline.local import on_web
+from pipeline.local import is_cell, on_web
 from pipeline.progress import say_once
 from pipeline.store import Entry, Store, open_store
 
@@ -65,7 +65,10 @@ class RemoteTable(TableFiles):
     def rows(self, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
         copy = fetched(self.path)
         try:
-            yield from listed_rows(copy, recipe, reader, self.policy(recipe), partial(remote_beside, self.path))
+            for row in listed_rows(copy, recipe, reader, self.policy(recipe), partial(remote_beside, self.path)):
+                if is_cell(row.url):
+                    raise UserError(f"source {self.path}: images inside of a file are read on this machine; {BY_HAND}")
+                yield row
         except UserError as e:
             raise UserError(str(e).replace(str(copy), self.path)) from None
 

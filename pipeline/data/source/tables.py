@@ -17,12 +17,13 @@ from pipeline.data.source.columns import IMAGES, SIZES, SUFFIXES, Flaw, table_ki
 from pipeline.data.source.duplicates import merged
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.rows import one_line_each
-from pipeline.data.source.source import FileSource, ListRow, flawed
+from pipeline.data.source.source import FileSource, ListRow, file_fingerprint, flawed
 from pipeline.errors import UserError
 from pipeline.local import PathPolicy, local_path, reason_of
 
 # What a table says where it has no value, as pyarrow and pandas read it. In a column of groups it is a group.
 NO_VALUE = frozenset(("#N/A", "#NA", "-NaN", "-nan", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null"))
+LARGE = 256 << 20  # bytes of a file, such as one with images, that is known by its size and time, not by a hash
 PLACED = re.compile(r"/|[A-Za-z][A-Za-z0-9+.-]*:")  # an absolute path, or a URL
 
 
@@ -39,6 +40,11 @@ class TableFiles(FileSource):
     def matches(cls, path: str) -> bool:
         # In folders a .txt holds the captions of an image; one that is named is a table, as Flickr8k's.
         return super().matches(path) or (path.lower().endswith(".txt") and os.path.isfile(os.path.expanduser(path)))
+
+    def fingerprint(self) -> Any:
+        if self.file.is_file() and self.file.stat().st_size > LARGE:
+            return ["large table", *file_fingerprint(self.file)]
+        return super().fingerprint()
 
     def stated_sides(self, recipe: SourceRecipe) -> Iterator[int]:
         columns = (recipe.image_column, recipe.caption_column)

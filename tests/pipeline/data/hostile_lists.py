@@ -168,7 +168,7 @@ def parquets(references: Sequence[str]) -> Iterator[List]:
         ("list-of-lists", pa.array([[["a"]]] * 30)), ("digest", pa.array([b"12"] * 30, pa.binary(2))),
     ):  # fmt: skip
         yield List(f"{name}.parquet", _parquet(url=urls, caption=captions), refused="column caption holds")
-    yield List("struct-url.parquet", _parquet(url=[{"bytes": b""}] * 30, caption=texts), refused="column url holds")
+    yield List("struct-url.parquet", _parquet(url=[{"path": "a.png"}] * 30, caption=texts), refused="column url holds")
     yield List("group-lists.parquet", _parquet(url=urls, caption=texts, group=[[1]] * 30), refused="column group holds")
     nan = pa.array([float("nan")] * 30)
     yield List("all-nan.parquet", _parquet(url=urls, caption=nan), refused="column caption is empty")
