@@ -106,6 +106,8 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
     values["store"] = store_url
     values["run"]["output"] = output
     values["source"]["roots"] = PathPolicy.of((), config.source.roots).named
+    if config.source.image_folder:
+        values["source"]["image_folder"] = str(config.source.images_in(Path()))
     paths = values["source"]["paths"]
     for i, path in enumerate(paths):
         source = source_at(path)

@@ -118,17 +118,14 @@ def _stages(parser: Parser) -> None:
 
 def _init(parser: Parser) -> None:
     parser.add_argument("name", metavar="NAME", help="the project's name; NAME.yaml is written")
-    kinds = (
-        "a .csv, .tsv, .jsonl or .parquet of url and caption, a folder of a.jpg and a.txt or with metadata.jsonl, "
-        "webdataset tars, or embeddings of clip-retrieval"
-    )
+    kinds = "a table, a JSON file, a folder of images with texts, tars, embeddings, or hf://datasets/OWNER/NAME"
     parser.add_argument("sources", nargs="*", default=[], metavar="SOURCE", help=kinds)
-    parser.add_argument(
-        "--image-column", default="url", metavar="COLUMN", help="column of image URLs or paths (default url)"
-    )
-    parser.add_argument(
-        "--caption-column", default="caption", metavar="COLUMN", help="column of captions (default caption)"
-    )
+    text = "column of image URLs or paths (default url)"
+    parser.add_argument("--image-column", default="url", metavar="COLUMN", help=text)
+    text = "column of captions (default caption)"
+    parser.add_argument("--caption-column", default="caption", metavar="COLUMN", help=text)
+    text = "folder from which relative paths of images count, in place of the list's own"
+    parser.add_argument("--image-folder", default="", metavar="FOLDER", help=text)
     parser.add_argument("--encoding", default="", help="encoding of text that is not UTF-8, such as cp1252")
     text = f"fine-tune: go on from the bundle of {PLACES}"
     parser.add_argument("--from", dest="origin", metavar="WHERE", help=text)

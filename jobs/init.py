@@ -22,6 +22,7 @@ from pipeline.progress import counted
 from pipeline.starter import CLIP_PAIRS, embedded, existing_clip, models_for, sizes_seen, starter
 
 NAMED = 3  # images that cannot be opened
+READING = ("image_column", "caption_column", "image_folder", "encoding")  # options, and fields of the source
 OPTIONS = {"source.image_column": "--image-column and --caption-column", "source.encoding": "--encoding"}
 ENOUGH = 1000  # pairs, below which models memorise images
 
@@ -35,7 +36,7 @@ def main(arguments: argparse.Namespace) -> int:
     path = Path(f"{arguments.name}.yaml")
     if path.exists():
         raise UserError(f"{path} is there already and stays as it is; remove it, or choose another name")
-    reading = {name: getattr(arguments, name) for name in ("image_column", "caption_column", "encoding")}
+    reading = {name: getattr(arguments, name) for name in READING}
     source = SourceRecipe(tuple(arguments.sources or ["pairs.csv"]), **reading)
     lists = [behind_embeddings(Path(os.path.expanduser(folder)), source) for folder in embedded(source)]
     fetched = all(metadata for metadata, _ in lists) and len(lists) == len(source.paths)

@@ -46,7 +46,9 @@ from pipeline.training.recipes import (
 
 CONFIG_BYTES = 16 << 20
 # Fields that hold a path, or a list of paths.
-PATHS = re.compile(r"store|run\.output|source\.(paths|roots)|embeddings\.heads\.\w+|\w+\.init_from|pairs\.deny_\w+")
+PATHS = re.compile(
+    r"store|run\.output|source\.(paths|roots|image_folder)|embeddings\.heads\.\w+|\w+\.init_from|pairs\.deny_\w+"
+)
 RELATIVE = re.compile(r"(?![A-Za-z][\w+.-]*:|[/~]|[0-9a-f]{64}$).")
 PRESETS = ("nano", "tiny", "small", "karlo", "paper")  # by size; each is a file of pipeline/presets
 

@@ -160,7 +160,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: ListPreview | N
 
 def _reading(source: SourceRecipe) -> dict[str, str]:
     """Returns how the lists are read besides their columns, where it is not as usual."""
-    return {name: value for name in ("encoding",) if (value := getattr(source, name))}
+    return {name: value for name in ("image_folder", "encoding") if (value := getattr(source, name))}
 
 
 def _fine_tuning(bundle: Path, preset: str) -> dict[str, dict[str, Any]]:

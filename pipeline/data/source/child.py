@@ -35,6 +35,7 @@ from pipeline.sandbox import bare_environment, give_up_rights, limit_memory, lim
 READERS = {  # each yields rows: lists of texts, lists of texts and Nones, or a Flaw; cells yields bytes or a Flaw
     "text": "pipeline.data.source.text:text_rows",
     "parquet": "pipeline.data.source.parquet:parquet_rows",
+    "annotations": "pipeline.data.source.annotations:annotation_rows",
     "cells": "pipeline.data.source.cells:cells",
     "count": "pipeline.data.source.parquet:parquet_count",
     "npy": "pipeline.data.source.imported:npy_header",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.source.child import ListReader
-from pipeline.data.source.columns import IMAGES, Flaw
+from pipeline.data.source.columns import IMAGES, SUFFIXES, Flaw
 from pipeline.data.source.imported import embedding_reference, metadata_parts
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.rows import SIDECARS
@@ -58,10 +58,11 @@ class ImageFolder(FileSource):
         image, metadata = next(found for found in walk(self.file) if self.holds(found[0]))
         if metadata is not None:
             return super().caption_place(recipe)
+        other = next((file for file, _ in walk(self.file) if file.name.endswith((".json", *SUFFIXES))), None)
         return (
             f"put a line of text into {image.with_suffix('.txt')} for {image.name}, and so on, or write "
             f'{{"file_name": "{image.name}", "text": "..."}} and so on into {image.with_name(METADATA[0])}'
-        )
+        ) + (f"; if {other} has them, name that file in place of the folder" if other else "")
 
     def left_out(self, recipe: SourceRecipe) -> Iterator[tuple[str, Path]]:
         files, may = list(walk(self.file)), self.policy(recipe)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.source.annotations import AnnotationFile
 from pipeline.data.source.child import ListReader
 from pipeline.data.source.columns import MAX_CAPTION, MAX_CAPTIONS, SUFFIXES, Flaw, bounded_row
 from pipeline.data.source.drawings.source import Drawings
@@ -26,7 +27,7 @@ from pipeline.local import PathPolicy
 from pipeline.plugins import broken, plugins
 from pipeline.progress import counted, say_once
 
-BUILT_IN = (Drawings, RemoteTable, Embeddings, ImageFolder, TarFiles, TableFiles, PackagedRows)
+BUILT_IN = (Drawings, RemoteTable, Embeddings, ImageFolder, TarFiles, TableFiles, AnnotationFile, PackagedRows)
 GROUP = "unclip.sources"  # of entry points
 
 
@@ -84,7 +85,7 @@ def source_at(path: str) -> Source:
             f"source {path}: of compressed files only .csv.gz, .tsv.gz and .jsonl.gz are read; unpack it first"
         )
     raise UserError(
-        f"source {path}: not a {', '.join(SUFFIXES[:4])} or .tar file, nor a folder; save it as one of them"
+        f"source {path}: not a {', '.join(SUFFIXES[:4])}, .json or .tar file, nor a folder; save it as one of them"
     )
 
 

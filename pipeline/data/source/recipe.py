@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat
@@ -29,6 +31,7 @@ class SourceRecipe:
         hash_column: The sha256 that the fetched bytes must have; optional in the list.
         encoding: Encoding of text that is neither UTF-8 nor marked as UTF-16, such as ``cp1252`` of a Western
             European Excel.
+        image_folder: Folder from which relative paths of images count, in place of the list's own.
         shard_rows: Rows a shard: what one worker does at a time, and what an interruption may cost.
         validation: Share held out, by a hash of the group or else of the reference, where the list has no split.
         test: The same for the test split, which no training and no codec ever reads.
@@ -46,6 +49,7 @@ class SourceRecipe:
     split_column: str = "split"
     hash_column: str = "sha256"
     encoding: str = ""
+    image_folder: str = ""
     shard_rows: Annotated[int, Field(ge=1, le=10_000)] = 1000
     validation: NonNegativeFloat = 0.02
     test: NonNegativeFloat = 0.02
@@ -57,6 +61,10 @@ class SourceRecipe:
         if self.encoding:
             check_encoding(self.encoding)
         PathPolicy.of((), self.roots)
+
+    def images_in(self, folder: Path) -> Path:
+        """Returns the folder from which relative paths of images count, for a list that lies in this one."""
+        return Path(os.path.expanduser(self.image_folder)).absolute() if self.image_folder else folder
 
     @property
     def splitting(self) -> tuple[float | str, ...]:

@@ -100,7 +100,8 @@ class Source(ABC):
         """Returns what the rows of this list, and of others, may name."""
         own = [source.own for source in (self, *others) if source.own]
         buckets = [place for place in own if on_web(place)]
-        return PathPolicy.of([place for place in own if place not in buckets], [*recipe.roots, *buckets])
+        roots = [*recipe.roots, *filter(None, [recipe.image_folder]), *buckets]
+        return PathPolicy.of([place for place in own if place not in buckets], roots)
 
     def caption_place(self, recipe: SourceRecipe) -> str:
         """Returns where the captions would have been found, for a list that has none."""

@@ -141,7 +141,7 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal =
     """
     shards: list[SourceShard] = []
     columns = [recipe.image_column, recipe.caption_column, recipe.group_column, recipe.split_column, recipe.hash_column]
-    columns.append(recipe.encoding)
+    columns += [recipe.encoding, recipe.image_folder]
     cut = [recipe.shard_rows, recipe.validation, recipe.test, recipe.roots, digest(sorted(journal.forgotten))]
     names: list[str] = []
     cutter = _Cutter(recipe, journal.forgotten, store, write)

@@ -97,11 +97,18 @@ def listed_rows(
 
     Without ``may`` none are merged.
     """
-    optional = (recipe.split_column, recipe.hash_column, "license", "attribution", recipe.group_column)
-    found = table_rows(file, (recipe.image_column, recipe.caption_column), optional, reader, recipe.encoding)
-    beside = beside or partial(file_beside, file.parent)
+    wanted = wanted_columns(recipe)
+    found = table_rows(file, wanted[:2], wanted[2:], reader, recipe.encoding)
+    if recipe.image_folder or beside is None:
+        beside = partial(file_beside, recipe.images_in(file.parent))
     rows = (listed_row(str(file), number, values, may, beside) for number, values in enumerate(found, 1))
     return merged(rows) if may else rows
+
+
+def wanted_columns(recipe: SourceRecipe) -> list[str]:
+    """Returns the columns of image, captions, split, sha256, license, attribution and group."""
+    needed = [recipe.image_column, recipe.caption_column]
+    return [*needed, recipe.split_column, recipe.hash_column, "license", "attribution", recipe.group_column]
 
 
 def listed_row(

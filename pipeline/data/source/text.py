@@ -179,13 +179,7 @@ class _Lines:
             if isinstance(row, str):
                 yield Flaw("malformed_row", f"line {self._number} {row}")
                 continue
-            try:
-                yield [_member(row.get(name or ""), several=place == 1) for place, name in enumerate(found)]
-            except UnicodeEncodeError:
-                said = f"a byte that is not {self._encoding}, or half a character"
-                yield Flaw("not_utf8", f"line {self._number} holds {said}")
-            except ValueError as e:
-                yield Flaw("malformed_row", f"line {self._number} {e}")
+            yield object_values(f"line {self._number}", [row.get(name or "") for name in found], self._encoding)
 
     def _take(self) -> str:
         """Returns the next line, "" at the end; of one that is too long no more than shows that it is."""
@@ -288,6 +282,16 @@ def parsed_object(line: str | bytes) -> dict[str, Any] | str:
     except (ValueError, RecursionError):
         return "is not JSON"
     return found if isinstance(found, dict) else "is not a JSON object"
+
+
+def object_values(where: str, values: Sequence[Any], encoding: str = "UTF-8") -> list[Any] | Flaw:
+    """Returns values of a JSON object as those of a row, of which the second may be a list."""
+    try:
+        return [_member(value, several=place == 1) for place, value in enumerate(values)]
+    except UnicodeEncodeError:
+        return Flaw("not_utf8", f"{where} holds a byte that is not {encoding}, or half a character")
+    except ValueError as e:
+        return Flaw("malformed_row", f"{where} {e}")
 
 
 def _member(value: Any, several: bool) -> Any:

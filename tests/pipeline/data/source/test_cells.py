@@ -99,7 +99,7 @@ def test_images_are_read_in_any_order_within_limits(tmp_path: Path, monkeypatch:
     for url, reason in (
         (row.replace("row=0", "row=4"), "missing_file"), (row.replace("group=0", "group=9"), "missing_file"),
         (row.replace("row=0", "row=-1"), "unsupported_reference"), ("parquet://x", "unsupported_reference"),
-        (row.replace("column=image", "column=text"), "missing_file"), (row.replace("a.parquet", "b.parquet"), "missing_file"),
+        (row.replace("column=image", "column=text"), "missing_file"), (row.replace("a.par", "b.par"), "missing_file"),
     ):  # fmt: skip
         assert list(read_cells([url], 1 << 20, PathPolicy((str(tmp_path),)))) == [reason]
     assert list(read_cells([row], 1 << 20, NOTHING)) == ["forbidden_reference"]

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
@@ -148,6 +149,23 @@ def test_parquet(readers: Readers, columns: dict[str, list[Any]], times: int, da
     whole = parquet(columns, times if "x" * 100_000 not in str(columns) else 1, compression=kind)
     # Arrow's C++ may die of damaged bytes, which is what the child is for.
     readers.check("a.parquet", damaged(damage, whole), "parquet", WANTED, 2, crash=True)
+
+
+NAMES = ["images", "annotations", "licenses", "license", "id", "image_id", "image", "url", "caption", "file_name"]
+NAMES += ["conversations", "from", "value", "tags", "coco_url"]
+numbers = st.booleans() | st.integers(-9, 9) | st.just(float("nan"))
+leaves = st.none() | numbers | pieces | st.sampled_from(["gpt", "a.jpg"])
+objects = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=5),
+    max_leaves=20,
+)
+
+
+@fuzzed
+@given(found=objects, damage=st.data())
+def test_annotations(readers: Readers, found: Any, damage: st.DataObject) -> None:
+    readers.check("a.json", damaged(damage, json.dumps(found).encode()), "annotations", WANTED + ["license"] * 4)
 
 
 @fuzzed

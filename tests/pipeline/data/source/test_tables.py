@@ -176,6 +176,18 @@ def test_any_bytes_are_rows_or_one_line(tmp_path: Path, data: bytes, kind: str, 
         assert len(str(e).splitlines()) == 1  # noqa: PT017
 
 
+def test_relative_paths_count_from_a_folder_that_is_named(tmp_path: Path) -> None:
+    """As in Flickr8k: captions.txt beside Images, whose rows name files in it."""
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "Images").mkdir()
+    path = tmp_path / "lists/captions.txt"
+    (own, _), (gone, _) = rows_of(path, "image,caption\n1.jpg,a cat\nhttp://h/2.jpg,a dog\n")
+    assert (own, gone) == (f"file://{tmp_path}/lists/1.jpg", "http://h/2.jpg")
+    ((named, _), _) = rows_of(path, image_folder=str(tmp_path / "Images"))
+    assert named == f"file://{tmp_path}/Images/1.jpg"
+    assert rows_of(path, "image,caption\n../1.jpg,a cat\n", image_folder=str(tmp_path / "Images")) == []
+
+
 # --- Parquet ----------------------------------------------------------------------------------------------------------
 
 
