@@ -15,6 +15,7 @@ from pipeline.config import check_project
 from pipeline.data.curation.stage import CurationRecipe
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.preview import MOST_COUNTED, ListPreview, behind_embeddings, preview
+from pipeline.data.source.lists import pinned
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
@@ -37,7 +38,7 @@ def main(arguments: argparse.Namespace) -> int:
     if path.exists():
         raise UserError(f"{path} is there already and stays as it is; remove it, or choose another name")
     reading = {name: getattr(arguments, name) for name in READING}
-    source = SourceRecipe(tuple(arguments.sources or ["pairs.csv"]), **reading)
+    source = SourceRecipe(tuple(map(pinned, arguments.sources)) or ("pairs.csv",), **reading)
     lists = [behind_embeddings(Path(os.path.expanduser(folder)), source) for folder in embedded(source)]
     fetched = all(metadata for metadata, _ in lists) and len(lists) == len(source.paths)
     if fetched:

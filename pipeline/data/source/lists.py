@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from pipeline.data.source.columns import MAX_CAPTION, MAX_CAPTIONS, SUFFIXES, Fl
 from pipeline.data.source.drawings.source import Drawings
 from pipeline.data.source.duplicates import merged
 from pipeline.data.source.folders import Embeddings, ImageFolder
+from pipeline.data.source.hub import HubDataset
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.remote import RemoteTable
 from pipeline.data.source.rows import PackagedRows
@@ -27,7 +29,18 @@ from pipeline.local import PathPolicy
 from pipeline.plugins import broken, plugins
 from pipeline.progress import counted, say_once
 
-BUILT_IN = (Drawings, RemoteTable, Embeddings, ImageFolder, TarFiles, TableFiles, AnnotationFile, PackagedRows)
+BUILT_IN = (
+    Drawings,
+    RemoteTable,
+    HubDataset,
+    Embeddings,
+    ImageFolder,
+    TarFiles,
+    TableFiles,
+    AnnotationFile,
+    PackagedRows,
+)
+ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # OWNER/NAME
 GROUP = "unclip.sources"  # of entry points
 
 
@@ -77,7 +90,8 @@ def source_at(path: str) -> Source:
     if not file.exists():
         where = "" if file.is_absolute() else f" in {Path.cwd()}"
         pattern = "; patterns are not expanded: name the folder" if set("*{") & set(path) else ""
-        raise UserError(f"source {path}: no such file or folder{where}{pattern}")
+        hub = f"; a dataset of the Hugging Face Hub is hf://datasets/{path}" if ON_HUB.fullmatch(path) else ""
+        raise UserError(f"source {path}: no such file or folder{where}{pattern}{hub}")
     if not file.is_file():
         raise UserError(f"source {path}: not a regular file, and nothing else is read")
     if file.suffix.lower() in (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip"):
@@ -87,6 +101,12 @@ def source_at(path: str) -> Source:
     raise UserError(
         f"source {path}: not a {', '.join(SUFFIXES[:4])}, .json or .tar file, nor a folder; save it as one of them"
     )
+
+
+def pinned(path: str) -> str:
+    """Returns the path of a list with the version that it names now."""
+    source = _match(path)
+    return source.pinned() if source else path
 
 
 def fingerprint(path: str) -> Any:

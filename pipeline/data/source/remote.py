@@ -77,6 +77,8 @@ def check_remote(path: str) -> None:
     """Raises UserError for what is not a table, and for a URL with a secret: many can read where lists are named."""
     if shown(path) != path:
         raise UserError(f"source {shown(path)}: a URL with a secret in it is kept for many to read; download the list")
+    if path.startswith("https://huggingface.co/datasets/") and table_kind(_plain(path)) is None:
+        raise UserError(f"source {path}: of the Hugging Face Hub write hf://datasets/OWNER/NAME")
     if table_kind(_plain(path)) is None:
         raise UserError(
             f"source {path}: of S3 and the web only {', '.join(SUFFIXES[:4])} files (or .csv.gz and so on) are read; "

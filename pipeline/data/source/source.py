@@ -86,6 +86,10 @@ class Source(ABC):
             UserError: for what is wrong with it.
         """
 
+    def pinned(self) -> str:
+        """Returns the path with the version that it names now, for a list of which a path names the newest one."""
+        return self.path
+
     @property
     def file(self) -> Path:
         """Returns the path as that of a file or folder on this machine."""

@@ -108,11 +108,9 @@ def test_images_are_read_in_any_order_within_limits(tmp_path: Path, monkeypatch:
 def test_a_damaged_page_costs_the_rows_behind_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "a.parquet", [picture(i) for i in range(12)])
     place = pq.read_metadata(path).row_group(1).column(0)
-    data = bytearray(path.read_bytes())
-    data[place.data_page_offset : place.data_page_offset + place.total_compressed_size] = (
-        b"\xff" * place.total_compressed_size
-    )
-    path.write_bytes(data)
+    start, size = place.dictionary_page_offset or place.data_page_offset, place.total_compressed_size
+    data = path.read_bytes()
+    path.write_bytes(data[:start] + b"\xff" * size + data[start + size :])
     caplog.set_level("INFO", "unclip")
     found = bytes_of(path, rows_of(path))
     assert found[:4] == [picture(i) for i in range(4)]
