@@ -66,7 +66,8 @@ init list.csv                                     | a name comes first; write un
 init my photos                                    | no rows; it has no image, tar or table: 1 file ~readme.md
 init my none                                      | source none: no rows; it has no image, tar or table
 init my array.jsonl                               | array.jsonl: line 1 ~write a JSON object a line
-init my book.xlsx                                 | book.xlsx: not a .parquet, .csv, ~save it as one of them
+init my book.xlsx                                 | book.xlsx: not a spreadsheet that can be read
+init my book.docx                                 | book.docx: not a .parquet, .csv, ~save it as one
 init my gone.csv                                  | gone.csv: no such file or folder in
 init my ~gone.csv                                 | ~gone.csv: no such file or folder in
 init my list.csv --from none                      | none: no finished bundle there; name a run's output folder
@@ -130,6 +131,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "cat.gif": "GIF89a",
         "array.jsonl": '[{"url": "a.png", "caption": "a"}]\n',
         "book.xlsx": "PK\3\4",
+        "book.docx": "PK\3\4",
         "photos/readme.md": "nothing",
     }
     for name, text in texts.items():

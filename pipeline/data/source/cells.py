@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as t
 
-from pipeline.data.source.child import MOST_MESSAGE, Budget, ListReader
+from pipeline.data.source.child import Budget, ListReader
 from pipeline.data.source.columns import Flaw
 from pipeline.errors import UserError
 from pipeline.local import CELL, PathPolicy, reason_of
@@ -55,9 +55,7 @@ def read_cells(references: Sequence[str], most: int, within: PathPolicy) -> Iter
                 continue
             missing, came = "budget_spent", 0
             try:
-                asked = column, places, most
-                rows = reader.rows("cells", Path(path), 0, *asked, within=within, most=max(most, MOST_MESSAGE))
-                for found in rows:
+                for found in reader.rows("cells", Path(path), 0, column, places, most, within=within):
                     came += 1
                     if came > len(places):  # of a child that was taken over
                         break

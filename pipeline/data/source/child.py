@@ -37,6 +37,7 @@ READERS = {  # each yields rows: lists of texts, lists of texts and Nones, or a 
     "parquet": "pipeline.data.source.parquet:parquet_rows",
     "annotations": "pipeline.data.source.annotations:annotation_rows",
     "cells": "pipeline.data.source.cells:cells",
+    "sheet": "pipeline.data.source.sheets:sheet_rows",
     "count": "pipeline.data.source.parquet:parquet_count",
     "npy": "pipeline.data.source.imported:npy_header",
     "tar": "pipeline.data.source.tars:members",
@@ -131,18 +132,12 @@ class ListReader:
         return process.wait()
 
     def rows(
-        self,
-        kind: str,
-        path: Path,
-        width: int,
-        *arguments: Any,
-        within: PathPolicy | None = None,
-        most: int = MOST_MESSAGE,
+        self, kind: str, path: Path, width: int, *arguments: Any, within: PathPolicy | None = None
     ) -> Iterator[Any]:
         """Yields the rows of a file, each of ``width`` values, as the reader of its ``kind`` in READERS does.
 
-        Behind the last row that the budget allows comes one that is "budget_spent", and then no file has rows. No
-        message has more than ``most`` bytes.
+        Behind the last row that the budget allows comes one that is "budget_spent", and then no file has rows. Rows
+        without values are images, of at most as many bytes as the last argument says.
 
         Raises:
             OSError: as open_local does.
@@ -154,6 +149,7 @@ class ListReader:
             self._allowed.grow(os.fstat(file.fileno()).st_size)
             self._ask(file, [kind, str(path), arguments])
         number, whole = 0, False
+        most = MOST_MESSAGE if width else max(MOST_MESSAGE, arguments[-1])
         try:
             while True:
                 message, batch = self._answer(path, number, width, most)

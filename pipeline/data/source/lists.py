@@ -99,7 +99,7 @@ def source_at(path: str) -> Source:
             f"source {path}: of compressed files only .csv.gz, .tsv.gz and .jsonl.gz are read; unpack it first"
         )
     raise UserError(
-        f"source {path}: not a {', '.join(SUFFIXES[:4])}, .json or .tar file, nor a folder; save it as one of them"
+        f"source {path}: not a {', '.join(SUFFIXES[:4])}, .json, .xlsx or .tar file, nor a folder; save it as one"
     )
 
 

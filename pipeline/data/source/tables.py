@@ -1,4 +1,4 @@
-"""Reads tables of rows: CSV, TSV, JSONL and Parquet, in a child process (see text.py and parquet.py)."""
+"""Reads tables of rows: text, Parquet and spreadsheets, in a child process (see text.py, parquet.py and sheets.py)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from pipeline.local import PathPolicy, local_path, reason_of
 
 # What a table says where it has no value, as pyarrow and pandas read it. In a column of groups it is a group.
 NO_VALUE = frozenset(("#N/A", "#NA", "-NaN", "-nan", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null"))
+SHEETS = (".xlsx", ".xls", ".xlsb", ".ods")
+NAMED = (*SHEETS, ".txt")  # tables where a path names them; in folders a .txt has the captions of an image
 LARGE = 256 << 20  # bytes of a file, such as one with images, that is known by its size and time, not by a hash
 PLACED = re.compile(r"/|[A-Za-z][A-Za-z0-9+.-]*:")  # an absolute path, or a URL
 
@@ -38,8 +40,7 @@ class TableFiles(FileSource):
 
     @classmethod
     def matches(cls, path: str) -> bool:
-        # In folders a .txt holds the captions of an image; one that is named is a table, as Flickr8k's.
-        return super().matches(path) or (path.lower().endswith(".txt") and os.path.isfile(os.path.expanduser(path)))
+        return super().matches(path) or (path.lower().endswith(NAMED) and os.path.isfile(os.path.expanduser(path)))
 
     def fingerprint(self) -> Any:
         if self.file.is_file() and self.file.stat().st_size > LARGE:
@@ -64,7 +65,7 @@ def table_rows(
     value, is cut behind columns.MAX_CAPTION characters.
 
     Args:
-        path: Path of a CSV, TSV, JSONL or Parquet file.
+        path: Path of a CSV, TSV, JSONL or Parquet file, or of a spreadsheet.
         needed: The columns of the references of images and of the captions. Where one has the name that it has by
             default and is absent, the one column of a name in KNOWN is taken.
         optional: Other columns.
@@ -80,8 +81,9 @@ def table_rows(
             yield from table_rows(path, needed, optional, own, encoding)
         return
     wanted = [*needed, *optional]
-    if table_kind(path.name) == ".parquet":
-        yield from reader.rows("parquet", path, len(wanted), wanted, len(needed))
+    if table_kind(path.name) == ".parquet" or path.name.lower().endswith(SHEETS):
+        kind = "sheet" if path.name.lower().endswith(SHEETS) else "parquet"
+        yield from reader.rows(kind, path, len(wanted), wanted, len(needed))
     else:
         yield from reader.rows("text", path, len(wanted), wanted, len(needed), encoding)
 

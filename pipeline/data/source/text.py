@@ -122,7 +122,7 @@ class _Lines:
         if header is None:
             raise UserError(f"source {self._path}: line 1, which names the columns, has a stray quotation mark")
         header = _trimmed(header, wanted)
-        self._check_header(header, wanted[:needed])
+        check_header(self._path, header, wanted[:needed], self._delimiter)
         found = columns_of(self._path, header, wanted, needed)
         if self._delimiter != usual:
             say_once(f"{self._path.name}: {self._delimiter!r} is taken for the delimiter of its columns")
@@ -147,22 +147,6 @@ class _Lines:
             else:
                 values = ["" if place is None else cells[place] for place in places]
                 yield self._lone_surrogate(wanted, values, number) or [value or None for value in values]
-
-    def _check_header(self, header: Sequence[str], needed: Sequence[str]) -> None:
-        """Raises UserError for a row in place of the names of columns, with the line that is missing."""
-        images = [place for place, name in enumerate(header) if _names_image(name)]
-        if not images or all(meant(header, column) for column in needed):
-            return
-        others = [place for place in range(len(header)) if place != images[0]]
-        longest = max(others, key=lambda place: len(header[place]), default=-1)
-        names = {images[0]: needed[0], longest: needed[-1]}
-        mark = "<tab>" if self._delimiter == "\t" else self._delimiter
-        line = mark.join(names.get(place, f"column{place + 1}") for place in range(len(header)))
-        row = mark.join(header)[:MOST_SHOWN]
-        raise UserError(
-            f"source {self._path}: line 1 has to name the columns, and it is a row ({row}); write a line above it, "
-            f"such as {line[:MOST_SHOWN]}"
-        )
 
     def objects(self, head: str, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
         """Yields the rows of lines that are JSON objects. Those of ``head`` say what the needed columns are called."""
@@ -251,6 +235,23 @@ class _Lines:
                 said = f"line {number}, column {column} holds byte {byte}, which is not {self._encoding}"
                 return Flaw("not_utf8", said)
         return None
+
+
+def check_header(path: Path, header: Sequence[str], needed: Sequence[str], delimiter: str) -> None:
+    """Raises UserError for a row in place of the names of columns, with the line that is missing."""
+    images = [place for place, name in enumerate(header) if _names_image(name)]
+    if not images or all(meant(header, column) for column in needed):
+        return
+    others = [place for place in range(len(header)) if place != images[0]]
+    longest = max(others, key=lambda place: len(header[place]), default=-1)
+    names = {images[0]: needed[0], longest: needed[-1]}
+    mark = "<tab>" if delimiter == "\t" else delimiter
+    line = mark.join(names.get(place, f"column{place + 1}") for place in range(len(header)))
+    row = mark.join(header)[:MOST_SHOWN]
+    raise UserError(
+        f"source {path}: line 1 has to name the columns, and it is a row ({row}); write a line above it, "
+        f"such as {line[:MOST_SHOWN]}"
+    )
 
 
 def _names_image(value: str) -> bool:
