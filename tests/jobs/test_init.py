@@ -338,7 +338,7 @@ def test_captions_that_begin_alike_are_noticed_once_and_not_with_the_bare_text(c
     made("mine", folder([f"an icon of {thing}" for thing in THINGS]))
     assert capsys.readouterr().out.count(FRAMED) == 1
     for file in Path("pictures").glob("*.txt"):
-        file.write_text(f"{file.read_text()}\n{file.read_text().removeprefix('an icon of ')}\n")
+        file.write_text(f"{file.read_text()}\n\n{file.read_text().removeprefix('an icon of ')}\n")
     made("other", "pictures")
     assert "many share" not in capsys.readouterr().out
 

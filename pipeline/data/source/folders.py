@@ -51,7 +51,7 @@ class ImageFolder(FileSource):
                     place = os.path.relpath(named_file(row.url) or self.file, self.file).split(os.sep)[0]
                     yield replace(row, split=row.split or splits.get(place, ""))
             elif metadata is None and self.holds(file):
-                row = _sidecar_row(file, may, reader, recipe.encoding)
+                row = _sidecar_row(file, may, reader, recipe)
                 yield replace(row, reject=row.reject or link_refusal(str(file), may))
 
     def caption_place(self, recipe: SourceRecipe) -> str:
@@ -118,7 +118,7 @@ def _metadata_rows(table: Path, recipe: SourceRecipe, may: PathPolicy, reader: L
     return listed_rows(table, replace(recipe, image_column=column), reader, may)
 
 
-def _sidecar_row(image: Path, may: PathPolicy, reader: ListReader, encoding: str) -> ListRow:
+def _sidecar_row(image: Path, may: PathPolicy, reader: ListReader, recipe: SourceRecipe) -> ListRow:
     """Returns the row of an image with the captions of the first of SIDECARS beside it that is not empty.
 
     One that is irregular, or a link to what the list may not name, counts as missing.
@@ -129,7 +129,8 @@ def _sidecar_row(image: Path, may: PathPolicy, reader: ListReader, encoding: str
             found: list[list[Any] | Flaw] = []
             with suppress(OSError):
                 file = image.with_suffix(f".{case(extension)}")
-                found = list(reader.rows("sidecar", file, 2, extension, encoding, within=may))
+                reading = recipe.encoding, recipe.caption_lines
+                found = list(reader.rows("sidecar", file, 2, extension, *reading, within=may))
             for values in found[:1]:
                 if isinstance(values, Flaw):
                     return ListRow(url, (), reject=values.reason, flaw=values.what)

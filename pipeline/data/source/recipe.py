@@ -32,6 +32,8 @@ class SourceRecipe:
         encoding: Encoding of text that is neither UTF-8 nor marked as UTF-16, such as ``cp1252`` of a Western
             European Excel.
         image_folder: Folder from which relative paths of images count, in place of the list's own.
+        caption_lines: Whether each line of a text beside an image is a caption; else each paragraph is, up to an empty
+            line.
         shard_rows: Rows a shard: what one worker does at a time, and what an interruption may cost.
         validation: Share held out, by a hash of the group or else of the reference, where the list has no split.
         test: The same for the test split, which no training and no codec ever reads.
@@ -50,6 +52,7 @@ class SourceRecipe:
     hash_column: str = "sha256"
     encoding: str = ""
     image_folder: str = ""
+    caption_lines: bool = False
     shard_rows: Annotated[int, Field(ge=1, le=10_000)] = 1000
     validation: NonNegativeFloat = 0.02
     test: NonNegativeFloat = 0.02

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -20,6 +20,7 @@ from pipeline.data.source.text import parsed_object
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import ShardRow, read_table
 from pipeline.ledger import REASONS
+from pipeline.progress import say_once
 from pipeline.store import Store
 
 SIDECARS = ("txt", "caption", "json")  # extensions of what holds the captions of an image, the first that is there
@@ -27,14 +28,15 @@ CAPTIONS = ("caption", *KNOWN["caption"])  # where a sidecar in JSON has them, t
 ROWS_SUFFIX = ".rows"  # ends the name of a file of rows as they were read (see write_rows)
 
 
-def sidecar_row(url: str, sidecars: Mapping[str, tuple[bytes, str]], encoding: str) -> ListRow:
+def sidecar_row(url: str, sidecars: Mapping[str, tuple[bytes, str]], encoding: str, by_line: bool) -> ListRow:
     """Returns a row with the captions of what lies beside its image.
 
     Args:
         url: Reference of the image.
         sidecars: First bytes, one more than LIMIT at most, and name of each by its extension. Of the first of
-            SIDECARS that is there each line is a caption, or of JSON the value of the first of CAPTIONS.
+            SIDECARS that is there each paragraph is a caption, or of JSON the value of the first of CAPTIONS.
         encoding: Encoding of text that is not UTF-8.
+        by_line: Whether each line is a caption, and not each paragraph.
     """
     extension = next((extension for extension in SIDECARS if extension in sidecars), None)
     if extension is None:
@@ -50,7 +52,7 @@ def sidecar_row(url: str, sidecars: Mapping[str, tuple[bytes, str]], encoding: s
         flaw = f"byte {e.start + 1} of {where} is {said}; source.encoding names another encoding"
         return ListRow(url, (), reject="not_utf8", flaw=flaw)
     if extension != "json":
-        return ListRow(url, one_line_each(text.splitlines()))
+        return ListRow(url, one_line_each(text.splitlines() if by_line else _paragraphs(text)))
     found = parsed_object(text)
     if isinstance(found, str):
         return ListRow(url, (), reject="malformed_row", flaw=f"{where} {found}")
@@ -63,15 +65,25 @@ def sidecar_row(url: str, sidecars: Mapping[str, tuple[bytes, str]], encoding: s
     return ListRow(url, one_line_each(lines))
 
 
+def _paragraphs(text: str) -> list[str]:
+    """Returns the parts of a text between its empty lines."""
+    found = [list(lines) for said, lines in groupby(text.splitlines(), lambda line: bool(line.strip())) if said]
+    if any(len(lines) > 1 for lines in found):
+        say_once("lines of a text beside an image are one caption up to an empty line; source.caption_lines parts them")
+    return [" ".join(lines) for lines in found]
+
+
 def one_line_each(lines: Iterable[str | None]) -> tuple[str, ...]:
     """Returns texts on one line each, without those that are empty."""
     return tuple(text for line in lines if line and (text := " ".join(line.split())))
 
 
-def sidecar(file: BinaryIO, path: Path, budget: Budget, extension: str, encoding: str) -> Iterator[list[Any] | Flaw]:
+def sidecar(
+    file: BinaryIO, path: Path, budget: Budget, extension: str, encoding: str, by_line: bool
+) -> Iterator[list[Any] | Flaw]:
     """Yields the captions in a file beside an image as a row, in the child process of a list; none if it is empty."""
     if data := file.read(LIMIT + 1):
-        row = sidecar_row("", {extension: (data, str(path))}, encoding)
+        row = sidecar_row("", {extension: (data, str(path))}, encoding, by_line)
         yield Flaw(row.reject, row.flaw) if row.reject else [None, list(row.captions)]
 
 

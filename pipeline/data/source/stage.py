@@ -141,14 +141,14 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal =
     """
     shards: list[SourceShard] = []
     columns = [recipe.image_column, recipe.caption_column, recipe.group_column, recipe.split_column, recipe.hash_column]
-    columns += [recipe.encoding, recipe.image_folder]
+    reading = [*columns, recipe.encoding, recipe.image_folder, recipe.caption_lines]
     cut = [recipe.shard_rows, recipe.validation, recipe.test, recipe.roots, digest(sorted(journal.forgotten))]
     names: list[str] = []
     cutter = _Cutter(recipe, journal.forgotten, store, write)
     seen = SeenReferences()
     unseen: list[str] = []  # blobs
     for index, path in enumerate(recipe.paths):
-        name = digest(["segment", LAYOUT, names[-1] if names else "", fingerprint(path), columns, *cut])
+        name = digest(["segment", LAYOUT, names[-1] if names else "", fingerprint(path), reading, *cut])
         names.append(name)
         segment = read_record(store, segment_path(name), Segment)
         if segment is None:

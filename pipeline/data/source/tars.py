@@ -63,7 +63,7 @@ class TarFiles(FileSource):
         One that has no member with the name of an image is a row without a reference.
         """
         for file in self.files():
-            for row in reader.rows("tar", file, 4, recipe.encoding):
+            for row in reader.rows("tar", file, 4, recipe.encoding, recipe.caption_lines):
                 if isinstance(row, Flaw):
                     yield flawed(row)
                 else:
@@ -82,13 +82,15 @@ class TarFiles(FileSource):
 # --- in the child process of pipeline.data.source.child ---------------------------------------------------------------
 
 
-def members(file: BinaryIO, path: Path, budget: Budget, encoding: str = "") -> Iterator[list[Any]]:
+def members(
+    file: BinaryIO, path: Path, budget: Budget, encoding: str = "", by_line: bool = False
+) -> Iterator[list[Any]]:
     """Yields the samples of a tar, each as reference, captions, reason and flaw of its row."""
     head = file.read(6)
     if packed := next((kind for magic, kind in PACKED.items() if head.startswith(magic)), None):
         raise UserError(f"source {path}: compressed with {packed}; images are read where they lie, so unpack it first")
     try:
-        for row in _members(path, file, budget, encoding):
+        for row in _members(path, file, budget, encoding, by_line):
             yield [row.url, list(row.captions), row.reject, row.flaw]
     except (
         tarfile.TarError,
@@ -115,7 +117,7 @@ class _Tar:
         return self._read(size)
 
 
-def _members(path: Path, file: BinaryIO, budget: Budget, encoding: str) -> Iterator[ListRow]:
+def _members(path: Path, file: BinaryIO, budget: Budget, encoding: str, by_line: bool) -> Iterator[ListRow]:
     file.seek(0)
     with tarfile.open(fileobj=_Tar(file, budget), mode="r:") as tar:  # type: ignore[call-overload]
         files: dict[str, tarfile.TarInfo] = {}
@@ -134,7 +136,7 @@ def _members(path: Path, file: BinaryIO, budget: Budget, encoding: str) -> Itera
                 continue
             if (sample := f"{folder}/{stem}") != name:
                 if name:
-                    yield sidecar_row(image, said, encoding)
+                    yield sidecar_row(image, said, encoding, by_line)
                 name, image, said = sample, "", {}
             extension = extension.lower()
             # A hard link is a file by another name, which came before. What another link names is not followed.
@@ -149,7 +151,7 @@ def _members(path: Path, file: BinaryIO, budget: Budget, encoding: str) -> Itera
                 budget.unpack(len(data) * (LINK if member.islnk() else 1))  # many links may lead to one text
                 said[extension] = (data, f"{member.name!r} in {path}")
         if name:
-            yield sidecar_row(image, said, encoding)
+            yield sidecar_row(image, said, encoding, by_line)
         # Where a header is damaged, or another tar begins, tarfile ends as if there were no more members.
         file.seek(tar.offset)
         if file.read(LIMIT).strip(b"\0"):

@@ -73,7 +73,7 @@ def test_appended_rows_leave_the_shards_before_alone(bench: Bench, tmp_path: Pat
 def test_of_several_captions_the_first_is_judged(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
-    for name, captions in {"0": "ab\na longer caption", "1": f"abc\nx\n{'y' * 101}"}.items():
+    for name, captions in {"0": "ab\n\na longer caption", "1": f"abc\n\nx\n\n{'y' * 101}"}.items():
         (images / f"{name}.png").write_bytes(picture(int(name)))
         (images / f"{name}.txt").write_text(captions)
     bench = Bench(tmp_path / "store", [str(images)], clip={"weights": save_clip(tmp_path / "clip")}, curation=RECIPE)

@@ -50,11 +50,11 @@ def failing(file: BinaryIO, path: Path, budget: Budget, how: str) -> Iterator[An
         os.kill(os.getpid(), 9)
 
 
-def broken(file: BinaryIO, path: Path, budget: Budget, extension: str) -> Iterator[Any]:
+def broken(file: BinaryIO, path: Path, budget: Budget, *arguments: Any) -> Iterator[Any]:
     """Reads what lies beside images, until that of the image 1 crashes the child."""
     if path.stem == "1":
         os.abort()
-    yield from sidecar(file, path, budget, extension)
+    yield from sidecar(file, path, budget, *arguments)
 
 
 def lie(message: bytes) -> None:

@@ -235,7 +235,7 @@ def test_long_captions_are_cut_and_long_references_refused(tmp_path: Path) -> No
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "a.png").touch()
-    (folder / "a.txt").write_text("k" * 5_000 + "\nl")
+    (folder / "a.txt").write_text("k" * 5_000 + "\n\nl")
     (row,) = read_rows(str(folder), SourceRecipe((str(folder),)))
     assert row.captions == ("k" * MAX_CAPTION, "l")
 

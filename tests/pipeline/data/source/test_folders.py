@@ -194,6 +194,22 @@ def test_what_img2dataset_has_written_is_used_where_it_lies(tmp_path: Path) -> N
     assert unread(str(tmp_path / "shards"), SourceRecipe((".",))) == ""
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_paragraph_beside_an_image_is_a_caption_or_a_line_is(
+    tmp_path: Path, end: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a vision model describes images: over several lines."""
+    text = end.join(["", "A red bird sits", "on a branch.", " \t", "", "A bird.", ""])
+    images(tmp_path / "folder", "a.png")
+    (tmp_path / "folder/a.txt").write_bytes(text.encode())
+    write_tar(tmp_path / "a.tar", {"a.png": picture(0), "a.txt": text.encode()})
+    caplog.set_level(logging.INFO, "unclip")
+    for path in (tmp_path / "folder", tmp_path / "a.tar"):
+        assert rows_of(path)[0].captions == ("A red bird sits on a branch.", "A bird.")
+        assert "source.caption_lines parts them" in caplog.text
+        assert rows_of(path, caption_lines=True)[0].captions == ("A red bird sits", "on a branch.", "A bird.")
+
+
 def test_hidden_members_of_a_tar_do_not_count_and_its_name_may_be_in_capitals(tmp_path: Path) -> None:
     """As macOS writes them: one beside each file."""
     members = {}

@@ -79,7 +79,7 @@ def test_a_folder_of_pictures_and_texts(tmp_path: Path, folder_store: Store) -> 
     (pictures / "sub").mkdir(parents=True)
     for name in ("a b.jpg", "sub/c.PNG", "d.webp"):
         (pictures / name).write_bytes(b"x")
-    (pictures / "a b.txt").write_text("first caption\nsecond caption\n")
+    (pictures / "a b.txt").write_text("first caption\n\nsecond caption\n")
     shard = scan(SourceRecipe((str(pictures),)), folder_store, write=True).shards[0]
     refs = read_table(folder_store, shard.refs).to_pylist()
     captions = read_table(folder_store, shard.captions).to_pylist()
