@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -25,6 +27,7 @@ from pipeline.schema import FILE
 from tests.chain import MICRO, ROOT, here, unclip
 from tests.pipeline.data.bench import picture, save_clip, write_list
 from tests.pipeline.data.source.test_imported import write_parts
+from tests.pipeline.data.source.test_sheets import write as write_sheets
 from tests.pipeline.golden import golden_keys
 from tests.reference import KINDS, PAGE, PAGES, TABLE, fields, page, schema_text
 
@@ -34,6 +37,11 @@ RUN = [
     "unclip init my-project pairs.csv",
     "unclip init birds images",
     "unclip init scans 00000.tar 00001.tar",
+    "unclip init coco annotations/captions_train2017.json",
+    "unclip init flickr captions.txt --image-folder images",
+    "unclip init saved saved.csv --encoding cp1252",
+    "unclip init book book.xlsx",
+    "unclip init packed train-00000-of-00001.parquet",
     "unclip run my-project.yaml --until pairs",
     "unclip run my-project.yaml",
     'unclip sample "a red heart" --from my-project.yaml',
@@ -220,6 +228,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "pairs.csv",
         [(f"file://{folder}/images/{i}.png", f"picture {i}", split) for i, split in enumerate(splits)],
     )
+    names = [(f"{i}.png", f"picture {i}") for i in range(24)]
+    (folder / "annotations").mkdir()
+    coco = {"images": [{"id": i, "file_name": name} for i, (name, _) in enumerate(names)]}
+    coco["annotations"] = [{"image_id": i, "caption": said} for i, (_, said) in enumerate(names)]
+    (folder / "annotations/captions_train2017.json").write_text(json.dumps(coco))
+    (folder / "captions.txt").write_text("".join(f"{name},{said}\n" for name, said in [("image", "caption"), *names]))
+    lines = (f"images/{name};ein schönes {said}\r\n" for name, said in names)
+    (folder / "saved.csv").write_bytes(("image;caption\r\n" + "".join(lines)).encode("cp1252"))
+    write_sheets(folder / "book.xlsx", {"A": [["image", "caption"], *((f"images/{n}", said) for n, said in names)]})
+    inside = {"image": [{"bytes": picture(i), "path": None} for i in range(24)], "text": [said for _, said in names]}
+    pq.write_table(pa.table(inside), folder / "train-00000-of-00001.parquet")
     (folder / "prompts.txt").write_text("a red heart\na green apple\n")
     write_parts(folder / "embeddings")
     laion = {"project": "laion", "store": "out/laion/store", "source": {"paths": ["embeddings"]}}

@@ -20,8 +20,9 @@ class SourceRecipe:
     """Says where pairs come from, and which rows are held out.
 
     Attributes:
-        paths: Lists, in order: ``.parquet``, ``.csv``, ``.tsv`` or ``.jsonl``, a folder of images and texts, an
-            imagefolder, a webdataset ``.tar``, a folder of tables or tars, embeddings of clip-retrieval, or
+        paths: Lists, in order: ``.parquet``, ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.xlsx``, a folder of images
+            and texts, an imagefolder, a webdataset ``.tar``, a folder of tables or tars, a dataset of the Hugging Face
+            Hub as ``hf://datasets/OWNER/NAME@COMMIT``, embeddings of clip-retrieval, or
             drawings by the packages of the ``demo`` extra: ``drawings:full`` (6,600), ``drawings:tiny`` (1,500),
             ``drawings:nano`` (320), ``drawings:flawed`` (nine rows that are all rejected, each for another reason).
         image_column: The image's reference: http(s), s3 or file.
