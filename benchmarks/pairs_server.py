@@ -1,12 +1,15 @@
 """Serves the images of benchmarks.pairs: ready answers from memory, one thread, little of the machine.
 
-python -m benchmarks.pairs_server PICTURES DELAY_S HOSTS: PICTURES is a folder of *.jpg. It prints its port, answers
-after DELAY_S on 127.0.0.1, .2 and so on, and ends with its standard input. /N.jpg is picture N modulo their number,
-/report what was asked for since the last one: JSON of the times, in seconds, and the seconds of processor time.
+python -m benchmarks.pairs_server PICTURES DELAY_S SPREAD: PICTURES is a folder of *.jpg. It prints its port, answers
+on all addresses of 127.0.0.0/8, and ends with its standard input. It answers after DELAY_S on average, by a log-normal
+law of width SPREAD; on 127.8.0.0/16 five times later, and on 127.9.0.0/16 it never does. /N.jpg is picture N modulo
+their number, /gone a 404, /page a page, and /report what was asked for since the last one: JSON of the times of
+pictures' answers, in seconds, and the seconds of processor time.
 """
 
 import asyncio
 import json
+import random
 import socket
 import sys
 from pathlib import Path
@@ -18,15 +21,27 @@ ROBOTS = b"User-agent: *\nDisallow: /private/\nAllow: /\n"
 class Server:
     """Answers by path, and the requests so far."""
 
-    def __init__(self, pictures: Path, delay_s: float):
-        self.delay_s = delay_s
+    def __init__(self, pictures: Path, delay_s: float, spread: float):
+        self._delay_s, self._spread, self._random = delay_s, spread, random.Random(0)
+        self._page = _answer(b"<html>", "text/html")
         self._pictures = [_answer(file.read_bytes(), "image/jpeg") for file in sorted(pictures.glob("*.jpg"))]
         self._robots = _answer(ROBOTS, "text/plain")
         self._times: list[float] = []
         self._cpu = process_time()
 
+    def delay(self, host: str, path: str) -> float | None:
+        """Returns the seconds until an answer, None where there is none."""
+        if path == "/report":
+            return 0.0
+        drawn = self._random.lognormvariate(-(self._spread**2) / 2, self._spread)
+        return None if host.startswith("127.9.") else self._delay_s * drawn * (5 if host.startswith("127.8.") else 1)
+
     def answer(self, path: str) -> bytes:
         """Returns a whole response."""
+        if path.startswith("/gone"):
+            return b"HTTP/1.1 404 Gone\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        if path.startswith("/page"):
+            return self._page
         if path == "/robots.txt":
             return self._robots
         if path == "/report":
@@ -52,7 +67,9 @@ class Connection(asyncio.Protocol):
         self._request += data
         if self._request.endswith(b"\r\n\r\n"):
             path = self._request.split(b" ", 2)[1].decode()
-            asyncio.get_running_loop().call_later(self._server.delay_s, self._answer, path)
+            delay = self._server.delay(self._transport.get_extra_info("sockname")[0], path)
+            if delay is not None:
+                asyncio.get_running_loop().call_later(delay, self._answer, path)
 
     def _answer(self, path: str) -> None:
         self._transport.write(self._server.answer(path))
@@ -64,16 +81,13 @@ def _answer(body: bytes, kind: str) -> bytes:
     return head.encode() + body
 
 
-async def serve(pictures: Path, delay_s: float, hosts: int) -> None:
+async def serve(pictures: Path, delay_s: float, spread: float) -> None:
     """Serves until the process ends."""
-    server, port = Server(pictures, delay_s), 0
-    loop = asyncio.get_running_loop()
-    for i in range(1, hosts + 1):  # all of 127.0.0.0/8 is this machine
-        listening = await loop.create_server(lambda: Connection(server), f"127.0.0.{i}", port, backlog=1024)
-        port = listening.sockets[0].getsockname()[1]
-    print(port, flush=True)
+    server, loop = Server(pictures, delay_s, spread), asyncio.get_running_loop()
+    listening = await loop.create_server(lambda: Connection(server), "0.0.0.0", 0, backlog=1024)
+    print(listening.sockets[0].getsockname()[1], flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])))
+    asyncio.run(serve(Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])))

@@ -80,7 +80,7 @@ class PairsSettings(ShardSettings):
     """Describes the fetch.
 
     Attributes:
-        threads: Downloads at once in a worker.
+        threads: Downloads at once in a worker. Most of them wait: for a dead link as long as ``timeout_s``.
         per_host: Requests at once from a worker to one host.
         timeout_s: Seconds for a whole image, with redirects, retries and pauses.
         retries: Retries after a timeout, a failed connection, a transfer that broke off, a 429 or a 5xx status; pauses
@@ -91,7 +91,7 @@ class PairsSettings(ShardSettings):
             it alone.
     """
 
-    threads: PositiveInt = 16
+    threads: PositiveInt = 256
     per_host: PositiveInt = 4
     timeout_s: PositiveFloat = 20.0
     retries: NonNegativeInt = 2

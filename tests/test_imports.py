@@ -15,6 +15,7 @@ OURS = {*SOURCE, "tests", "benchmarks"}
 RAY = {
     "cluster/client.py",
     "pipeline/graph/ray.py",
+    "pipeline/graph/shared.py",
     "pipeline/graph/shards.py",
     "pipeline/graph/workers.py",
     "pipeline/training/distributed/launch.py",

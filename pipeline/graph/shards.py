@@ -30,6 +30,7 @@ from pipeline.graph.workers import (
     ShardTask,
     ShardWorker,
     Streamed,
+    WorkerClock,
     WorkTimes,
     make_shard,
     publisher,
@@ -47,13 +48,14 @@ def map_shards(
     unit: str = "rows",
     rows: int = 0,
     measure: Callable[[Sequence[Shard]], Mapping[str, Any]] = lambda shards: {},
+    at_once: int = 1,
 ) -> Artifact:
     """Makes every shard without a record as ``run_shards`` does, then publishes the artefact that lists them all.
 
     Its metrics are their number and what ``measure`` says of them.
     """
     began = time.monotonic()
-    shards, made = run_shards(ctx, tasks, make_worker, unit, rows)
+    shards, made = run_shards(ctx, tasks, make_worker, unit, rows, at_once=at_once)
     blob, ledger = write_shard_table(ctx.store, shards)
     metrics, times = {"shards": len(tasks), **measure(shards)}, {"shards_made": made}
     environment = {"device": "cuda"} if ctx.work.get("gpus") else {}
@@ -68,6 +70,7 @@ def run_shards(
     unit: str,
     amount: int,
     title: str | None = None,
+    at_once: int = 1,
 ) -> tuple[list[Shard], int]:
     """Makes every shard without a record. With ``ctx.settings.workers`` 0 the worker runs in this process, without Ray.
 
@@ -82,6 +85,7 @@ def run_shards(
         unit: Unit of the progress line.
         amount: The units of all tasks, as ledgers count them, for the progress line.
         title: Title of the progress line; the stage by default.
+        at_once: Shards that a worker of Ray has under way, each on a thread of its own.
 
     Returns:
         All shards by rising number, and how many were made now.
@@ -100,7 +104,7 @@ def run_shards(
             team = _team(ctx, len(todo))
             work["workers"] = max(work.get("workers", 1), team.count if team else 1)
             work["gpus"] = max(work.get("gpus", 0), _gpus_each(ctx, team))
-            for shard, took in _run(ctx, todo, make_worker, team):
+            for shard, took in _run(ctx, todo, make_worker, team, at_once):
                 add(work, {**took, "made_rows": shard.ledger.rows})
                 work["made_seconds"] = progress.seconds
                 failed.update(shard.ledger.lost)
@@ -148,17 +152,18 @@ def _gpus_each(ctx: Context, team: WorkerGroup | None) -> float:
 
 
 def _run(
-    ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], ShardWorker], team: WorkerGroup | None
+    ctx: Context,
+    todo: Sequence[ShardTask],
+    make_worker: Callable[[], ShardWorker],
+    team: WorkerGroup | None,
+    at_once: int,
 ) -> Iterator[tuple[Shard, WorkTimes]]:
     if not todo:
         return
     if team is None:
-        worker = make_worker()
-        free = time.monotonic()
+        worker, clock = make_worker(), WorkerClock()
         for task in todo:
-            shard, work = make_shard(ctx.store, ctx.stage, worker, task, free)
-            free = time.monotonic()
-            yield shard, work
+            yield make_shard(ctx.store, ctx.stage, worker, task, clock)
         return
     import ray.data
 
@@ -170,8 +175,8 @@ def _run(
     if team.helpers and isinstance(make_worker, Streamed):
         dataset = _stream(ctx, todo, make_worker, team)
     else:
-        make = publisher(ctx.store, ctx.stage, partial(_alone, make_worker), alone=True)
-        dataset = _parts(todo, 1).map_batches(make, batch_size=1, **_pool(team.worker, team.count))
+        make = publisher(ctx.store, ctx.stage, partial(_alone, make_worker), alone=True, at_once=at_once)
+        dataset = _parts(todo, 1).map_batches(make, batch_size=1, **_pool(team.worker, team.count, at_once))
     for row in dataset.iter_rows():
         yield read_answer(row["answer"])
 
@@ -189,16 +194,23 @@ def _parts(todo: Sequence[ShardTask], count: int) -> Any:
     return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
-def _pool(share: Resources, size: int) -> dict[str, Any]:
-    """Returns the options of an operator that begins with ``size`` processes, and gives back those it cannot use."""
+def _pool(share: Resources, size: int, at_once: int = 1) -> dict[str, Any]:
+    """Returns the options of an operator that begins with ``size`` processes, and gives back those it cannot use.
+
+    Each makes ``at_once`` shards at once.
+    """
     from ray.data import ActorPoolStrategy
 
+    threads: dict[str, Any] = {}
+    if at_once > 1:
+        threads = {"enable_true_multi_threading": True, "max_concurrent_calls_per_actor": at_once}
+        threads |= {"max_tasks_in_flight_per_actor": at_once + 1}  # not more: another worker may be free sooner
     return {
         "num_cpus": share.cpus,
         "num_gpus": share.gpus,
         "memory": share.memory or None,
         "label_selector": dict(share.labels),
-        "compute": ActorPoolStrategy(min_size=1, max_size=size, initial_size=size),
+        "compute": ActorPoolStrategy(min_size=1, max_size=size, initial_size=size, **threads),
     }
 
 

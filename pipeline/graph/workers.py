@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import pickle
 import socket
 import tempfile
@@ -13,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock, Semaphore
 from typing import Any
 
 from pipeline.errors import CorruptObject, UserError
@@ -52,7 +54,8 @@ class ShardOutput:
     finished: Callable[[], object] = lambda: None
 
 
-DEATHS = 3  # of workers at one shard; the next worker refuses it
+DEATHS = 3  # of workers at one shard, whose nodes live; the next worker refuses it
+LOST_NODES = 10  # as often workers may have gone with their nodes: a shard that takes its pods down ends some day, too
 ShardWorker = Callable[[ShardTask], ShardOutput]
 WorkTimes = dict[str, float]
 """Sums of what workers took: "busy_seconds" in tasks and "wait_seconds" between them, "written_bytes", and
@@ -101,40 +104,87 @@ class Streamed:
         return make
 
 
+class WorkerClock:
+    """Divides a worker's time into that in which it has shards under way and that in which it waits for one.
+
+    Any thread may call it.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._since, self._under_way = Lock(), time.monotonic(), 0
+        self._passed: WorkTimes = {"busy_seconds": 0.0, "wait_seconds": 0.0}
+
+    @contextmanager
+    def at_work(self, work: WorkTimes) -> Iterator[None]:
+        """Counts a block as work, and adds to ``work`` at its end what has passed and was not added before."""
+        self._count(1)
+        try:
+            yield
+        finally:
+            add(work, self._count(-1))
+
+    def _count(self, change: int) -> WorkTimes:
+        with self._lock:
+            now = time.monotonic()
+            add(self._passed, {"busy_seconds" if self._under_way else "wait_seconds": now - self._since})
+            self._since, self._under_way, passed = now, self._under_way + change, self._passed
+            if change < 0:
+                self._passed = dict.fromkeys(passed, 0.0)
+            return passed
+
+
 def make_shard(
     store: Store,
     stage: str,
     worker: ShardWorker,
     task: ShardTask,
-    free: float,
+    clock: WorkerClock,
     making: Callable[[ShardTask], AbstractContextManager[None]] = lambda task: nullcontext(),
 ) -> tuple[Shard, WorkTimes]:
-    """Makes one shard, unless another driver has made it. The worker has been idle since ``free``."""
-    began = time.monotonic()
-    work: WorkTimes = {"wait_seconds": began - free, "write_seconds": 0.0, "written_bytes": 0}
-    shard = read_shard(store, stage, task.key)
-    if shard is None:
-        with making(task):
-            output = worker(task)
-            made = time.monotonic()
-            sizes = [blob.stat().st_size if isinstance(blob, Path) else len(blob) for blob in output.blobs.values()]
-            inputs = {name: each.key for name, each in task.inputs.items()}
-            made_of = output.ledger, output.blobs, output.counts, inputs
-            shard = publish_shard(store, stage, task.number, task.key, *made_of)
-            output.finished()
-        work |= {f"{name}_seconds": seconds for name, seconds in output.seconds.items()}
-        work["write_seconds"] = time.monotonic() - made
-        work["written_bytes"] = sum(sizes)
-    work["busy_seconds"] = time.monotonic() - began
+    """Makes one shard, unless another driver has made it. ``clock`` is that of the worker."""
+    work: WorkTimes = {"write_seconds": 0.0, "written_bytes": 0}
+    with clock.at_work(work):
+        shard = read_shard(store, stage, task.key)
+        if shard is None:
+            with making(task):
+                output = worker(task)
+                made = time.monotonic()
+                sizes = [blob.stat().st_size if isinstance(blob, Path) else len(blob) for blob in output.blobs.values()]
+                inputs = {name: each.key for name, each in task.inputs.items()}
+                made_of = output.ledger, output.blobs, output.counts, inputs
+                shard = publish_shard(store, stage, task.number, task.key, *made_of)
+                output.finished()
+            work |= {f"{name}_seconds": seconds for name, seconds in output.seconds.items()}
+            work["write_seconds"] = time.monotonic() - made
+            work["written_bytes"] = sum(sizes)
     return shard, work
 
 
+class Places:
+    """Lets a worker make ``count`` shards at once, or one that may kill it alone: the others would share the blame."""
+
+    def __init__(self, count: int):
+        self._count, self._free, self._next = count, Semaphore(count), Lock()
+
+    @contextmanager
+    def take(self, alone: bool) -> Iterator[None]:
+        """Waits for a place and holds it, or for all of them."""
+        taken = self._count if alone else 1
+        with self._next:
+            for _ in range(taken):
+                self._free.acquire()
+        try:
+            yield
+        finally:
+            self._free.release(taken)
+
+
 @contextmanager
-def _counting_deaths(stage: str, task: ShardTask, step: str = "") -> Iterator[None]:
-    """Raises UserError if DEATHS workers of this driver died in this block.
+def _counting_deaths(stage: str, task: ShardTask, step: str = "", places: Places | None = None) -> Iterator[None]:
+    """Raises UserError if DEATHS workers of this driver died in this block, or LOST_NODES went with their nodes.
 
     Ray replaces a worker that dies, for ever, and gives it the same shard. Its own limits count the tasks that wait
-    behind such a shard, too, and do not say which one it was.
+    behind such a shard, too, and do not say which one it was. A node that was taken back is no fault of the shard.
     """
     import ray
 
@@ -142,20 +192,24 @@ def _counting_deaths(stage: str, task: ShardTask, step: str = "") -> Iterator[No
     # forget with the node that it is on.
     from ray.experimental import internal_kv
 
-    name = f"unclip {ray.get_runtime_context().get_job_id()} {stage} {task.key}{step}"
-    begun = int(internal_kv._internal_kv_get(name) or 0)
-    internal_kv._internal_kv_put(name, str(begun + 1), overwrite=True)
-    try:
-        if begun == DEATHS:
-            rows = max((shard.kept + shard.lost for shard in task.inputs.values()), default=0)
-            raise UserError(
-                f"{stage}: shard {task.number} ({rows:,} rows, whose keys begin with {task.number:08d}) killed {begun} "
-                f"workers; Ray's log says how, most often for want of memory: give them more (run.{stage}.memory_mb) "
-                f"or make shards smaller (source.shard_rows), and run the same command again"
-            )
-        yield
-    finally:  # what dies does not come here
-        internal_kv._internal_kv_del(name)
+    context = ray.get_runtime_context()
+    name = f"unclip {context.get_job_id()} {stage} {task.key}{step}"
+    died_on: list[str] = json.loads(internal_kv._internal_kv_get(name) or "[]")  # nodes
+    living = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if died_on else set()
+    with places.take(alone=bool(died_on)) if places else nullcontext():
+        internal_kv._internal_kv_put(name, json.dumps([*died_on, context.get_node_id()]), overwrite=True)
+        try:
+            if sum(node in living for node in died_on) >= DEATHS or len(died_on) >= LOST_NODES:
+                rows = max((shard.kept + shard.lost for shard in task.inputs.values()), default=0)
+                raise UserError(
+                    f"{stage}: shard {task.number} ({rows:,} rows, whose keys begin with {task.number:08d}) killed "
+                    f"{len(died_on)} workers; Ray's log says how, most often for want of memory: give them more "
+                    f"(run.{stage}.memory_mb) or make shards smaller (source.shard_rows), and run the same command "
+                    "again"
+                )
+            yield
+        finally:  # what dies does not come here
+            internal_kv._internal_kv_del(name)
 
 
 @dataclass
@@ -225,19 +279,23 @@ def step(
 
 
 def publisher(
-    store: Store, stage: str, open_join: Callable[[], Callable[[ShardTask, Sequence[Any]], ShardOutput]], alone: bool
+    store: Store,
+    stage: str,
+    open_join: Callable[[], Callable[[ShardTask, Sequence[Any]], ShardOutput]],
+    alone: bool,
+    at_once: int = 1,
 ) -> type:
     """Returns a class for Ray Data that makes a shard of what its parts became, and publishes it.
 
-    ``alone``: there is no operator before it, and its time is that of workers. Expected errors travel back as values,
-    not as tracebacks.
+    ``alone``: there is no operator before it, and its time is that of workers. ``at_once``: threads that call it.
+    Expected errors travel back as values, not as tracebacks.
     """
 
     class Publisher:
         def __init__(self) -> None:
             self.join, self.failure = _opened(stage, open_join)
             self.count = _counters(stage)
-            self.free = time.monotonic()
+            self.clock, self.places = WorkerClock(), Places(at_once)
 
         def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
             try:
@@ -254,15 +312,13 @@ def publisher(
                 if failure is not None:
                     raise failure
             made = [part.made for part in parts if part.made is not None]
-            shard, work = make_shard(
-                store, stage, lambda task: self.join(task, made), task, self.free, partial(_counting_deaths, stage)
-            )
+            making = partial(_counting_deaths, stage, places=self.places)
+            shard, work = make_shard(store, stage, lambda task: self.join(task, made), task, self.clock, making)
             if not alone:
                 work |= {"wait_seconds": 0.0, "busy_seconds": 0.0}
             for part in parts:
                 add(work, part.work)
             self.count(shard, work)
-            self.free = time.monotonic()
             return shard, work
 
     return Publisher

@@ -1,54 +1,44 @@
-"""Makes calls several at once, in order: for those that wait for a store, a network or another process."""
+"""Makes calls several at once: for those that wait for a store, a network or another process."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 THREADS = 16  # records are small, and each is a request
-MOST_BYTES = 64 << 20  # of results that wait to be taken
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ordered_map(
-    work: Callable[[T], R], items: Iterable[T], threads: int = THREADS, size: Callable[[R], int] | None = None
-) -> Iterator[R]:
+def ordered_map(work: Callable[[T], R], items: Iterable[T], threads: int = THREADS) -> Iterator[R]:
     """Yields what ``work`` makes of each item, in order, by as many threads. See ``in_order``.
 
     Calls for at most twice as many items as threads are begun ahead. Leaving the iteration waits for calls under way.
     """
     pool = ThreadPoolExecutor(threads)
     try:
-        yield from in_order(lambda item: pool.submit(work, item), items, 2 * threads, size)
+        yield from in_order(lambda item: pool.submit(work, item), items, 2 * threads)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def in_order(
-    submit: Callable[[T], Future[Any]], items: Iterable[T], ahead: int, size: Callable[[Any], int] | None = None
-) -> Iterator[Any]:
+def in_order(submit: Callable[[T], Future[Any]], items: Iterable[T], ahead: int) -> Iterator[Any]:
     """Begins calls now, and returns an iterator of their results in order.
 
     Args:
         submit: begins the call for an item.
         items: are taken as calls are begun.
         ahead: calls that are under way, or whose results wait to be taken.
-        size: function that returns the bytes of a result. While results that wait have more than MOST_BYTES together,
-            no call is begun.
 
     The iterator raises what a call raised in place of its result.
     """
     rest, waiting = iter(items), deque[Future[Any]]()
 
-    def held() -> int:
-        done = (future for future in waiting if future.done() and not future.exception())
-        return sum(size(future.result()) for future in done) if size else 0
-
     def fill() -> None:
-        while len(waiting) < ahead and held() <= MOST_BYTES:
+        while len(waiting) < ahead:
             try:
                 item = next(rest)
             except StopIteration:
@@ -63,3 +53,44 @@ def in_order(
 
     fill()
     return results()
+
+
+def as_they_end(
+    submit: Callable[[T], Future[R]], items: Iterable[T], ahead: int, has_room: Callable[[], bool] = lambda: True
+) -> Iterator[R]:
+    """Yields the results of calls in the order in which they end, so that a slow one holds up no other.
+
+    Leaving the iteration waits for calls under way.
+
+    Args:
+        submit: Function that begins the call for an item.
+        items: Items, taken as calls are begun.
+        ahead: Number of calls that are under way, or whose results wait to be taken.
+        has_room: Function that says whether another call may begin. With none under way, one begins anyway.
+
+    Raises:
+        Exception: What a call raised, in place of its result.
+    """
+    rest, begun, ended = iter(items), set[Future[R]](), SimpleQueue[Future[R]]()
+
+    def fill() -> None:
+        while len(begun) < ahead and (not begun or has_room()):
+            try:
+                item = next(rest)
+            except StopIteration:
+                return
+            future = submit(item)
+            begun.add(future)
+            future.add_done_callback(ended.put)
+
+    try:
+        fill()
+        while begun:
+            future = ended.get()
+            begun.remove(future)
+            fill()  # before the caller works on this one
+            yield future.result()
+    finally:
+        for future in begun:
+            future.cancel()
+        wait(begun)

@@ -118,10 +118,10 @@ def make_passes(url: str, inputs: dict[str, Artifact], seen: str) -> None:
     make = shards.make_shard
 
     def noting(
-        store: Store, stage: str, worker: shards.ShardWorker, task: shards.ShardTask, free: float
+        store: Store, stage: str, worker: shards.ShardWorker, task: shards.ShardTask, clock: shards.WorkerClock
     ) -> tuple[shards.Shard, shards.WorkTimes]:
         Path(seen, type(worker).__name__).touch()
-        return make(store, stage, worker, task, free)
+        return make(store, stage, worker, task, clock)
 
     shards.make_shard = noting
     store, made = open_at(url), dict(inputs)

@@ -6,44 +6,31 @@ turn, says who asks, and stops at a deadline and a byte budget. Reasons for a re
 
 from __future__ import annotations
 
-import http.client
 import os
 import random
-import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
-from threading import Condition
-from urllib.parse import urljoin, urlsplit
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from threading import BoundedSemaphore, Lock
+from urllib.parse import urlsplit
 
-from urllib3.exceptions import InvalidHeader
-from urllib3.util import Retry
-
-from pipeline.data.fetch.opener import Evidence, Guard, Refused, ask, failures_as_reasons, normal_url
+from pipeline.data.fetch.opener import Evidence, Guard, Refused, failures_as_reasons, normal_url
 from pipeline.data.fetch.references import shown
-from pipeline.data.fetch.rules import NOTHING_DENIED, ROBOTS_BYTES, DenyLists, Robots, opting_out, unpacked, user_agent
+from pipeline.data.fetch.rules import NOTHING_DENIED, ROBOTS_BYTES, DenyLists, unpacked, user_agent
 from pipeline.data.fetch.s3 import S3Reader
-from pipeline.errors import UserError
+from pipeline.data.fetch.sites import Exchange, Sites
+from pipeline.data.fetch.visit import Access, Hosts, Room, Visit, origin_of, private_headers
 from pipeline.ledger import DEFERRED
 from pipeline.local import NOTHING, PathPolicy, local_path, read_local, reason_of
 from pipeline.settings import PairsSettings
-from pipeline.store.parallel import ordered_map
+from pipeline.store.parallel import as_they_end
 
 _BACKOFF_S = 0.5
-MAX_REDIRECTS = 5
-LONGEST_HOLD_S = 86_400  # a server that says more is asked again after a day
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_OTHER_MEDIA = (
-    "text/html",
-    "application/xhtml+xml",
-    "application/json",
-    "application/pdf",
-    "video/",
-    "audio/",
-    "font/",
-)
+MOST_BYTES = 512 << 20  # of bodies that wait to be taken or are large; above half of it no reference is asked for
+AT_ONCE = 16  # files and objects on S3, which are read whole and answer soon
 
 
 @dataclass(frozen=True)
@@ -73,6 +60,14 @@ class Fetcher:
     failed connection, a 429 or a 5xx status. Every site's robots.txt and X-Robots-Tag headers are obeyed. Proxies of
     the environment are not used. S3 is reached as the AWS settings of this machine say, wherever it is.
 
+    Args:
+        settings: Settings of the fetch.
+        max_bytes: Largest size of an image, bytes.
+        deny: Lists of what is never asked for.
+        reach: Paths and buckets that may be read.
+        allow: Hosts and networks that may be reached although they are not public.
+        exchange: Function that shares what is found out about sites with other workers; None where there are none.
+
     Raises:
         UserError: for settings that cannot be read, and while fetching for credentials that S3 refuses.
     """
@@ -84,20 +79,51 @@ class Fetcher:
         deny: DenyLists = NOTHING_DENIED,
         reach: PathPolicy = NOTHING,
         allow: Sequence[str] = (),
+        exchange: Exchange | None = None,
     ):
         self._settings, self._max_bytes, self._deny, self._reach = settings, max_bytes, deny, reach
         private = private_headers(settings.headers, os.environ)
+        self._room = Room(MOST_BYTES)
         guard, hosts = Guard(settings.hosts, allow), Hosts(settings.per_host)
-        self._access = Access(guard, hosts, user_agent(settings.contact), private)
-        self._robots = Robots(self._read_robots)
-        self._s3 = S3Reader(settings.threads, settings.timeout_s, max_bytes)
+        self._access = Access(guard, hosts, user_agent(settings.contact), self._room, private)
+        self._exchange = exchange
+        self._sites = Sites(self._read_robots, exchange or (lambda news, origins: {}))
+        self._s3 = S3Reader(AT_ONCE, settings.timeout_s, max_bytes)
+        self._near = BoundedSemaphore(AT_ONCE)
+        self._pool = ThreadPoolExecutor(settings.threads)  # a thread that waits costs some 50 kB
+        self._asking = Lock()
 
-    def fetch(self, references: Sequence[str]) -> Iterator[Fetched]:
-        """Yields one result a reference, in order; at most twice as many bodies as threads are in memory.
+    def fetch(self, references: Sequence[str]) -> Iterator[tuple[int, Fetched]]:
+        """Yields the place of each reference among them with what it gave, in the order in which servers answer.
 
-        No reference is asked for while bodies that wait to be taken are together larger than MOST_BYTES.
+        Several threads may call this: a second one's references are asked for when all of the first one's have been,
+        and while their last answers are still to come. In memory are SMALL_BYTES for each of twice as many bodies as
+        threads, and MOST_BYTES.
         """
-        return ordered_map(self._fetch, references, self._settings.threads, lambda fetched: len(fetched.data or b""))
+
+        def places() -> Iterator[int]:
+            with self._asking:
+                yield from spread_hosts(references)
+
+        def fetch(place: int) -> tuple[int, Fetched]:
+            return place, self._fetch(references[place])
+
+        if self._exchange is not None:  # beside the first requests, which may ask for what others know
+            self._pool.submit(self._expect, references)
+        ahead = 2 * self._settings.threads
+        with closing(places()) as asked:
+            for place, fetched in as_they_end(
+                lambda place: self._pool.submit(fetch, place), asked, ahead, self._room.is_half_free
+            ):
+                self._room.take(-len(fetched.data or b""))
+                yield place, fetched
+
+    def _expect(self, references: Sequence[str]) -> None:
+        origins = set()
+        for reference in references:
+            with suppress(Refused):
+                origins.add(origin_of(normal_url(reference.strip())))
+        self._sites.expect(origins)
 
     def _fetch(self, reference: str) -> Fetched:
         try:
@@ -108,10 +134,11 @@ class Fetcher:
             # Judged as the list was read, too; but the store that it came through may be another's.
             if reason := self._reach.refusal(reference):
                 return Fetched(None, reason)
-            if parts.scheme == "s3":
-                return self._read_s3(reference)
-            if path := local_path(reference):
-                return _checked(read_local(path, self._max_bytes, self._reach))
+            with self._near:
+                if parts.scheme == "s3":
+                    return self._read_s3(reference)
+                if path := local_path(reference):
+                    return self._checked(read_local(path, self._max_bytes, self._reach))
         except OSError as e:
             return Fetched(None, reason_of(e))
         except Refused as refusal:
@@ -123,24 +150,31 @@ class Fetcher:
     def _download(self, url: str) -> Fetched:
         with closing(Visit(self._access, self._settings.timeout_s, self._max_bytes, self._check)) as visit:
             fetched = self._tries(visit, lambda: _once(visit, url))
-            return replace(fetched if fetched.data is None else _checked(fetched.data), evidence=visit.evidence)
+            if not visit.barred:
+                unheard = visit.silent and fetched.reason in DEFERRED
+                self._sites.heard(visit.origin, fetched.reason if unheard else None)
+            return replace(fetched if fetched.data is None else self._checked(fetched.data), evidence=visit.evidence)
 
     def _read_s3(self, reference: str) -> Fetched:
         limit = _Limit(time.monotonic() + self._settings.timeout_s)
 
         def once() -> Fetched:
             try:
-                return _checked(self._s3.read(reference, limit.deadline))
+                return self._checked(self._s3.read(reference, limit.deadline))
             except Refused as refusal:
                 return Fetched(None, str(refusal))
 
         return self._tries(limit, once)
 
+    def _checked(self, data: bytes) -> Fetched:
+        self._room.take(len(data), wait=False)  # until it is taken from here
+        return Fetched(data, None) if data else Fetched(None, "zero_bytes")
+
     def _check(self, url: str) -> None:
         """Raises Refused for a URL that must not be asked for."""
         self._check_denied(url)
         origin = origin_of(url)
-        if (seen := self._robots.forbidden_since(origin, url)) is not None:
+        if (seen := self._sites.forbidden_since(origin, url)) is not None:
             raise Refused("opted_out", Evidence(f"{origin}/robots.txt disallows {shown(url)}", seen))
 
     def _check_denied(self, url: str) -> None:
@@ -151,7 +185,7 @@ class Fetcher:
         with closing(
             Visit(self._access, self._settings.timeout_s, ROBOTS_BYTES, self._check_denied, image=False)
         ) as visit:
-            fetched = self._tries(visit, lambda: _once(visit, url, ROBOTS_BYTES))
+            fetched = self._tries(visit, lambda: _once(visit, url, robots=True))
             if fetched.reason == "truncated":  # of which the rules may have been in the rest
                 return "unreachable"
             return fetched.reason or unpacked(fetched.data or b"")
@@ -181,208 +215,22 @@ def backoff(attempt: int, draw: Callable[[], float] = random.random) -> float:
     return _BACKOFF_S * 2**attempt * (0.5 + 0.5 * draw())
 
 
-def _once(visit: Visit, url: str, most: int | None = None) -> Fetched:
-    """Asks once for a body, or for its first ``most`` bytes."""
+def _once(visit: Visit, url: str, robots: bool = False) -> Fetched:
+    """Asks once for a body; of a robots.txt for what counts."""
     try:
         with visit.open(url) as response, failures_as_reasons():
-            return Fetched(response.read(most), None)
+            return Fetched(response.read(ROBOTS_BYTES) if robots else response.read_all(visit.reserve), None)
     except Refused as refusal:
         return Fetched(None, str(refusal))
 
 
-def _checked(data: bytes) -> Fetched:
-    return Fetched(data, None) if data else Fetched(None, "zero_bytes")
+def spread_hosts(references: Sequence[str]) -> list[int]:
+    """Returns the places of references in an order in which those of one host are as far from each other as can be.
 
-
-# --- visits -----------------------------------------------------------------------------------------------------------
-
-
-class Hosts:
-    """Knows who is asked now, and until when a host wants to be left alone. Shared by the threads of a worker.
-
-    ``per_host``: requests at once to one host. Memory: the hosts that are asked now and those that said Retry-After.
+    A host is asked for few at a time; where many follow each other, threads would wait for it and no other were asked.
     """
-
-    def __init__(self, per_host: int):
-        self._per_host = per_host
-        self._changed = Condition()
-        self._inside: Counter[str] = Counter()
-        self._not_before: dict[str, float] = {}  # time.monotonic()
-        self._prune_at = 1000
-
-    @contextmanager
-    def turn(self, host: str) -> Iterator[None]:
-        """Waits for a place among the requests to ``host`` and holds it. Never wait for one while holding another."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._inside[host] < self._per_host)
-            self._inside[host] += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._inside[host] -= 1
-                if not self._inside[host]:
-                    del self._inside[host]
-                self._changed.notify_all()
-
-    def hold(self, host: str, seconds: float) -> None:
-        """Leaves ``host`` alone for some seconds."""
-        now = time.monotonic()
-        with self._changed:
-            if len(self._not_before) >= self._prune_at:
-                self._not_before = {name: until for name, until in self._not_before.items() if until > now}
-                self._prune_at = 2 * len(self._not_before) + 1000
-            self._not_before[host] = max(now + seconds, self._not_before.get(host, 0.0))
-
-    def held(self, host: str) -> float:
-        """Returns for how many seconds ``host`` has still to be left alone."""
-        with self._changed:
-            return max(self._not_before.get(host, 0.0) - time.monotonic(), 0.0)
-
-
-def retry_after(value: str | None) -> float:
-    """Returns the seconds that a Retry-After header asks to wait, at most a day; 0 if it cannot be read."""
-    try:
-        return float(Retry(retry_after_max=LONGEST_HOLD_S).parse_retry_after(value or ""))
-    except (InvalidHeader, ValueError, TypeError, IndexError, OverflowError):
-        return 0.0
-
-
-@dataclass(frozen=True)
-class Access:
-    """Holds what all visits of a worker share.
-
-    ``headers`` are by origin (scheme://host[:port]), sent to it alone.
-    """
-
-    guard: Guard
-    hosts: Hosts
-    agent: str
-    headers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-
-
-class Visit:
-    """Asks for one reference, for as long and as often as its limits let it; to be closed.
-
-    ``evidence`` says why a URL was refused. ``barred``: the last URL was refused before it was asked for, so another
-    try is useless.
-
-    Args:
-        access: Guard, hosts, user agent and headers that all visits share.
-        timeout_s: Seconds for all hops and tries together; waiting for a turn, and what ``check`` takes, does not
-            count.
-        max_bytes: Largest size of a body, bytes.
-        check: Called with every URL before it is asked for; may raise Refused.
-        image: False for robots.txt, which may be of any type and has no X-Robots-Tag.
-    """
-
-    def __init__(
-        self, access: Access, timeout_s: float, max_bytes: int, check: Callable[[str], None], image: bool = True
-    ):
-        self.deadline = time.monotonic() + timeout_s
-        self.evidence: Evidence | None = None
-        self.barred = False
-        self._access, self._max_bytes, self._check, self._image = access, max_bytes, check, image
-        self._turn = ExitStack()
-
-    def open(self, url: str) -> http.client.HTTPResponse:
-        """Returns the answer to a normal URL, behind at most five redirects, its body not yet read. Raises Refused."""
-        try:
-            return self._follow(url)
-        except Refused as refusal:
-            self.evidence = refusal.evidence
-            raise
-
-    def close(self) -> None:
-        """Gives the turn back."""
-        self._turn.close()
-
-    def _follow(self, url: str) -> http.client.HTTPResponse:
-        for _ in range(MAX_REDIRECTS + 1):
-            with failures_as_reasons():
-                response = self._ask(url)
-                try:
-                    target = self._judge(response, url)
-                except Refused:
-                    response.close()
-                    raise
-            if target is None:
-                return response
-            response.close()
-            url = target
-        raise Refused("unreachable")
-
-    def _ask(self, url: str) -> http.client.HTTPResponse:
-        host, origin = host_of(url), origin_of(url)
-        self._turn.close()
-        self.barred = True
-        began = time.monotonic()
-        self._check(url)
-        self._turn.enter_context(self._access.hosts.turn(host))
-        self.deadline += time.monotonic() - began
-        pause = self._access.hosts.held(host)
-        if time.monotonic() + pause > self.deadline:
-            raise Refused("rate_limited" if pause else "timeout")
-        if pause:
-            time.sleep(pause)
-        self.barred = False
-        headers = {"User-Agent": self._access.agent, **self._access.headers.get(origin, {})}
-        return ask(self._access.guard, url, headers, self.deadline, self._max_bytes)
-
-    def _judge(self, response: http.client.HTTPResponse, url: str) -> str | None:
-        """Returns where the answer leads to, or None for a body. Raises Refused."""
-        status, headers = response.status, response.headers
-        if status in (429, 503) and (seconds := retry_after(headers["Retry-After"])):
-            self._access.hosts.hold(host_of(url), seconds)
-        if self._image and status < 400 and (tag := opting_out(headers.get_all("X-Robots-Tag", []))):
-            raise Refused("opted_out", Evidence(f"X-Robots-Tag: {tag[:500]} at {shown(url)}", time.time()))
-        if status in _REDIRECTS and (location := headers["Location"]):
-            return _target(url, location)
-        if status == 429:
-            raise Refused("rate_limited")
-        if not 200 <= status < 300:
-            raise Refused({4: "http_4xx", 5: "http_5xx"}.get(status // 100, "unreachable"))
-        if self._image and (headers["Content-Type"] or "").strip().lower().startswith(_OTHER_MEDIA):
-            raise Refused("not_an_image")
-        return None
-
-
-def private_headers(names: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Returns headers by origin, from origins and the environment variables that hold lines of "Name: value".
-
-    Raises UserError for an origin or a variable that cannot be read; it shows no value.
-    """
-    headers: dict[str, dict[str, str]] = {}
-    for place, variable in names.items():
-        try:
-            origin = origin_of(normal_url(place))
-        except Refused:
-            raise UserError(f"headers: {place!r} is not of the form https://host") from None
-        if variable not in environment:
-            raise UserError(
-                f"headers: {variable}, for {place}, is not set in the environment of every worker; export it"
-            )
-        lines = [line.strip() for line in environment[variable].splitlines() if line.strip()]
-        if not lines or not all(re.fullmatch(r"[A-Za-z0-9-]+: *[!-~][ -~]*", line) for line in lines):
-            raise UserError(f"headers: {variable}, for {place}, is not lines of the form Name: value, in ASCII")
-        headers[origin] = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    return headers
-
-
-def host_of(url: str) -> str:
-    """Returns the host of a normal URL."""
-    return urlsplit(url).hostname or ""
-
-
-def origin_of(url: str) -> str:
-    """Returns scheme://host[:port] of a normal URL."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}"
-
-
-def _target(url: str, location: str) -> str:
-    # http.client reads headers as Latin-1; most servers that send more than ASCII mean UTF-8.
-    target = urljoin(url, location.encode("latin-1", "replace").decode("utf-8", "replace").strip())
-    if not target.lower().startswith(("http:", "https:")):
-        raise Refused("forbidden_address")
-    return normal_url(target)
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, reference in enumerate(references):
+        places[reference.partition("://")[2].partition("/")[0].lower()].append(place)
+    ranked = (((i + 0.5) / len(own), place) for own in places.values() for i, place in enumerate(own))
+    return [place for _, place in sorted(ranked)]

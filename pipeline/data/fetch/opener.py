@@ -17,7 +17,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Any
@@ -29,6 +29,8 @@ from pipeline.local import MAX_REFERENCE
 
 _SAFE = "!#$%&'()*+,/:;=?@[]~"  # what a browser leaves as it is in a path or a query
 _LONGEST_HOST = 253  # characters of a name that DNS can hold; older Pythons take quadratic time for the IDNA of more
+SMALL_BYTES = 256 << 10  # of a body are read by each thread; for the rest it waits until there is room
+NAME_S, MOST_NAMES = 60.0, 10_000
 _SHARES = 4  # of the time that is left an address of a name may take one, if others wait behind it
 
 
@@ -63,6 +65,7 @@ class Guard:
                 raise UserError(f"hosts: {host}: {target!r} is not of the form address:port")
             self._map[host.lower()] = (address.strip("[]"), int(port))
         self._hosts = {entry.lower() for entry in allow}
+        self._known: dict[str, tuple[list[str], float]] = {}  # addresses, and a time.monotonic()
         self._networks = []
         for entry in allow:
             try:
@@ -80,11 +83,8 @@ class Guard:
         host = host.lower()
         trusted = host in self._map or host in self._hosts
         host, port = self._map.get(host, (host, port))
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        addresses = [str(address) for *_, (address, *_) in found]
-        addresses = [
-            address for address in addresses if trusted or self._allows(address) or is_public(_parsed(address))
-        ]
+        found = self._addresses(host, port)
+        addresses = [address for address in found if trusted or self._allows(address) or is_public(_parsed(address))]
         if not addresses:
             raise Refused("forbidden_address")
         for left in range(len(addresses), 0, -1):
@@ -103,6 +103,16 @@ class Guard:
                 raise Refused("forbidden_address")
             return connection
         raise AssertionError("the last address connects or raises")
+
+    def _addresses(self, host: str, port: int) -> list[str]:
+        """Returns the addresses of a name, remembered for a minute: resolvers of clouds bear few questions."""
+        found, until = self._known.get(host, ([], 0.0))
+        if until <= time.monotonic():
+            found = [str(place[0]) for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+            if len(self._known) >= MOST_NAMES:
+                self._known.clear()
+            self._known[host] = found, time.monotonic() + NAME_S
+        return found
 
     def _allows(self, address: str) -> bool:
         ip = _parsed(address)
@@ -159,7 +169,7 @@ def _without_dots(path: str) -> str:
 
 def ask(
     guard: Guard, url: str, headers: Mapping[str, str], deadline: float, max_bytes: int, silence_s: float = math.inf
-) -> http.client.HTTPResponse:
+) -> Response:
     """Returns the answer to a GET of a normal URL, whatever its status, its body not yet read.
 
     ``deadline`` is a time.monotonic(), and the server may be silent for ``silence_s``. What it raises are reasons after
@@ -172,6 +182,7 @@ def ask(
     try:
         connection.request("GET", selector, headers={**headers, "Connection": "close"})
         response = connection.getresponse()
+        assert isinstance(response, Response)
     except BaseException:
         connection.close()
         raise
@@ -209,7 +220,7 @@ class _HTTPConnection(http.client.HTTPConnection):
         super().__init__(place)
         self._guard, self._deadline = guard, deadline
         self.response_class = partial(  # type: ignore[assignment]
-            _Response, deadline=deadline, max_bytes=max_bytes, silence_s=silence_s
+            Response, deadline=deadline, max_bytes=max_bytes, silence_s=silence_s
         )
 
     def connect(self) -> None:
@@ -229,7 +240,7 @@ def _tls_context() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-class _Response(http.client.HTTPResponse):
+class Response(http.client.HTTPResponse):
     """Stops at the deadline, however slowly bytes drip, and at ``max_bytes``."""
 
     def __init__(
@@ -237,22 +248,34 @@ class _Response(http.client.HTTPResponse):
     ):
         super().__init__(sock, *args, **settings)
         self._max_bytes = max_bytes
-        self.fp = io.BufferedReader(_DeadlineReader(self.fp.detach(), sock, deadline, silence_s))
+        self._reader = _DeadlineReader(self.fp.detach(), sock, deadline, silence_s)
+        self.fp = io.BufferedReader(self._reader)
 
     def read(self, amt: int | None = None) -> bytes:
-        if amt is not None:
-            body = super().read(amt)
-            if self.length and len(body) < amt:
-                raise Refused("truncated")
-            return body
+        if amt is None:
+            return self.read_all()
+        body = super().read(amt)
+        if self.length and len(body) < amt:
+            raise Refused("truncated")
+        return body
+
+    def read_all(self, reserve: Callable[[int], object] = int) -> bytes:
+        """Returns the whole body.
+
+        ``reserve`` is called before more than SMALL_BYTES are read, with the bytes that may follow. It may wait: that
+        time is not the server's.
+        """
         if self.length is not None and self.length > self._max_bytes:
             raise Refused("too_large")
         with failures_as_reasons():
-            body = super().read(self._max_bytes + 1)
+            body = self.read(min(SMALL_BYTES, self._max_bytes + 1))
+            if len(body) == SMALL_BYTES and not self.isclosed():
+                began = time.monotonic()
+                reserve(self._max_bytes - SMALL_BYTES if self.length is None else self.length)
+                self._reader.deadline += time.monotonic() - began
+                body += self.read(self._max_bytes + 1 - SMALL_BYTES)
         if len(body) > self._max_bytes:
             raise Refused("too_large")
-        if self.length:  # less came than Content-Length promised
-            raise Refused("truncated")
         return body
 
 
@@ -261,13 +284,13 @@ class _DeadlineReader(io.RawIOBase):
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float, silence_s: float):
         super().__init__()
-        self._raw, self._sock, self._deadline, self._silence_s = raw, sock, deadline, silence_s
+        self._raw, self._sock, self.deadline, self._silence_s = raw, sock, deadline, silence_s
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(min(self._silence_s, _remaining(self._deadline)))
+        self._sock.settimeout(min(self._silence_s, _remaining(self.deadline)))
         return self._raw.readinto(buffer)
 
     def close(self) -> None:

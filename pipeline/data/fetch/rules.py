@@ -12,12 +12,9 @@ from __future__ import annotations
 import gzip
 import io
 import re
-import time
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from threading import Lock
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from protego import Protego
@@ -181,68 +178,3 @@ def opting_out(tags: Iterable[str]) -> str | None:
             if directive in _OPT_OUTS and (robot in (None, "*") or robot in AGENTS):
                 return tag
     return None
-
-
-@dataclass
-class _Site:
-    lock: Lock = field(default_factory=Lock)
-    until: float = 0.0  # time.monotonic()
-    seen: float = 0.0  # seconds since the epoch
-    answer: Protego | str = ""  # rules, the reason why they cannot be had, or "" where everything is allowed
-    size: int = 0  # bytes of its rules in memory, at most
-
-
-class Robots:
-    """Keeps the robots.txt of every site for a day, for the threads of a worker.
-
-    ``fetch`` turns the URL of a robots.txt into its bytes, or into the reason why it has none. A 4xx status allows
-    everything; any other failure is every image's reason for five minutes, for a site whose wishes are unknown is left
-    alone (RFC 9309, 2.3.1). That includes 429, the one 4xx that is not an answer.
-    """
-
-    DAY_S, FAILURE_S = 86_400.0, 300.0
-    MAX_SITES, MAX_BYTES = 10_000, 128 << 20  # of rules in memory
-
-    def __init__(self, fetch: Callable[[str], bytes | str]):
-        self._fetch = fetch
-        self._lock = Lock()
-        self._sites: OrderedDict[str, _Site] = OrderedDict()
-        self._size = 0
-
-    def forbidden_since(self, origin: str, url: str) -> float | None:
-        """Returns when a rule was read that forbids a URL of this origin, in seconds since the epoch, or None.
-
-        Raises Refused with the reason why robots.txt cannot be had.
-        """
-        with self._lock:
-            site = self._sites.setdefault(origin, _Site())
-            self._sites.move_to_end(origin)
-        with site.lock:
-            if site.until <= time.monotonic():
-                self._read(site, origin)
-            answer, seen = site.answer, site.seen
-        self._forget()
-        if isinstance(answer, str):
-            if answer:
-                raise Refused(answer)
-            return None
-        return None if allows(answer, url) else seen
-
-    def _read(self, site: _Site, origin: str) -> None:
-        site.seen = time.time()
-        found = self._fetch(f"{origin}/robots.txt")
-        failed = isinstance(found, str) and found != "http_4xx"
-        site.answer = parse_robots(found) if isinstance(found, bytes) else found if failed else ""
-        # What protego takes for them at most, measured: a rule is three objects and its text.
-        size = 24 * len(found) + 1000 * min(len(found.splitlines()), MAX_RULES) if isinstance(found, bytes) else 0
-        site.until = time.monotonic() + (self.FAILURE_S if failed else self.DAY_S)
-        with self._lock:
-            if self._sites.get(origin) is site:  # else it was forgotten meanwhile
-                self._size += size - site.size
-            site.size = size
-
-    def _forget(self) -> None:
-        """Drops the sites whose last use is longest ago."""
-        with self._lock:
-            while len(self._sites) > self.MAX_SITES or self._size > self.MAX_BYTES:
-                self._size -= self._sites.popitem(last=False)[1].size

@@ -31,9 +31,10 @@ class ShardDecoder:
         overdrawn: Seconds beyond FAIR by origin, of earlier shards too; those of this one are added.
     """
 
+    _lock = Lock()  # of all: a process decodes one image at a time
+
     def __init__(self, decoder: ImageDecoder, overdrawn: dict[str, float]):
         self._decoder, self._overdrawn, self._all_overdrawn = decoder, overdrawn, 0.0
-        self._lock = Lock()
         self._known: OrderedDict[tuple[str, bytes], StoredImage | tuple[int, int] | str | None] = OrderedDict()
         self._size = 0  # of what is known, bytes
 
@@ -47,7 +48,7 @@ class ShardDecoder:
 
     def _once(self, name: str, origin: str, data: bytes, decode: Callable[[Decoding], Found]) -> Found:
         key = name, hashlib.sha256(data).digest()
-        with self._lock:  # one image at a time is decoded anyway, and of two equal ones the second waits for the first
+        with self._lock:  # of two equal images the second waits for the first
             if key in self._known:
                 return self._known[key]  # type: ignore[return-value]
             work = Decoding(FAIR if self._is_spent(origin) else LONGEST)

@@ -1,22 +1,26 @@
 """Makes the tar and the index of one source shard: fetches, checks, resizes and packs its images.
 
-The tar is webdataset's, and the same to the byte for the same images: members in order of key, time and owner fixed.
+The tar is webdataset's, and the same to the byte for the same images, in whatever order servers answer: members are in
+order of key, time and owner fixed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+from pipeline.data.fetch.board import Board, Note
 from pipeline.data.fetch.fetcher import Fetched, Fetcher
 from pipeline.data.fetch.opener import Evidence, Refused, normal_url
-from pipeline.data.fetch.rules import DenyLists, read_deny_lists
+from pipeline.data.fetch.rules import read_deny_lists
 from pipeline.data.pairs.budget import ShardDecoder
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.earlier import EarlierRow, take_over
@@ -28,6 +32,7 @@ from pipeline.data.source.imported import imported_url, read_imported
 from pipeline.data.source.stage import row_key
 from pipeline.data.source.tars import tar_place
 from pipeline.graph.artifacts import read_table, write_table
+from pipeline.graph.shared import call_shared
 from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger, status_of
 from pipeline.local import PathPolicy, is_cell, is_embedding, is_member, read_local, reason_of
@@ -45,23 +50,29 @@ def _taken_over(known: EarlierRow) -> dict[str, Any]:
     return {name: known.row[name] for name in TAKEN_OVER} | {"evidence": known.evidence}
 
 
-class Packer:
-    """Makes the tar and the index of one shard."""
+Wanted = tuple[dict[str, Any], Mapping[str, Any]]
+"""A row of the index that is still to end, and its reference."""
 
-    def __init__(self, store: Store, recipe: PairsRecipe, settings: PairsSettings, reach: PathPolicy):
+
+def _exchange(news: Mapping[str, Note], origins: Sequence[str]) -> Mapping[str, Note]:
+    """Tells the other workers of this run what was found out about sites, and returns what they know of others."""
+    return call_shared(Board, "exchange", socket.gethostname(), news, origins) or {}
+
+
+class Packer:
+    """Makes the tars and the indices of shards. Several threads may call it, each for a shard of its own.
+
+    ``shares``: other workers are told of sites that do not answer and of what sites do not want, and tell it.
+    """
+
+    def __init__(self, store: Store, recipe: PairsRecipe, settings: PairsSettings, reach: PathPolicy, shares: bool):
         self.store, self.recipe, self.settings, self.reach = store, recipe, settings, reach
         self.overdrawn: dict[str, float] = {}  # see ShardDecoder: a list of many shards has no more than one of few
         self.decoder = shared_decoder()
-        self.decoder.start()  # it has much to import, and so has the fetch
-
-    @cached_property
-    def deny(self) -> DenyLists:
-        return read_deny_lists(self.store, *self.recipe.deny_lists)
-
-    @cached_property
-    def fetcher(self) -> Fetcher:
-        # Opened at the first shard, where a UserError of this machine's environment is still one line.
-        return Fetcher(self.settings, self.recipe.max_bytes, self.deny, self.reach, self.recipe.allow)
+        self.decoder.start()  # it has much to import
+        self.deny = read_deny_lists(store, *recipe.deny_lists)
+        exchange = _exchange if shares else None
+        self.fetcher = Fetcher(settings, recipe.max_bytes, self.deny, reach, recipe.allow, exchange)
 
     def __call__(self, task: ShardTask) -> ShardOutput:
         with TemporaryFile() as spool:
@@ -101,21 +112,22 @@ class Packer:
                 rows[i]["sha256"] = hashlib.sha256(found.tobytes()).hexdigest()
         own = [i for i in wanted if i in copied or not (is_member(refs[i]["url"]) or is_embedding(refs[i]["url"]))]
         with Unfinished(digest([self.store.url, task.key, repr(self.settings)])) as unfinished:
-            ended = unfinished.ended
-            left = [i for i in own if i not in known and rows[i]["key"] not in ended]
-            new = self._new_images([(rows[i], refs[i]) for i in left], decoder, steps)
+            left = []
             for i in own:
-                if rows[i]["key"] in ended:
-                    rows[i] |= ended[rows[i]["key"]]
+                if ended := unfinished.ended.get(rows[i]["key"]):
+                    rows[i] |= ended
                     if evidence := rows[i].get("evidence"):
                         rows[i]["evidence"] = Evidence(*evidence)
-                    continue
-                if i in known:
-                    image = spooled.read() if (spooled := known[i].image) else None
+                elif i in known:
                     rows[i] |= _taken_over(known[i])
+                    unfinished.add(rows[i], spooled.read() if (spooled := known[i].image) else None)
                 else:
-                    image = next(new)
-                unfinished.add(rows[i], image, self.recipe.encode_format)
+                    left.append((rows[i], refs[i]))
+            for row, image in self._new_images(left, decoder, steps):
+                unfinished.add(row, image)
+            if own:
+                with steps("pack"):
+                    unfinished.pack((rows[i] for i in own), self.recipe.encode_format)
         blobs: dict[str, bytes | Path] = {"index": write_table(index_table(rows))}
         if own:
             blobs["images"] = unfinished.path
@@ -125,32 +137,34 @@ class Packer:
         return ShardOutput(ledger, blobs, index_counts(rows), steps.seconds, unfinished.remove)
 
     def _new_images(
-        self, wanted: Sequence[tuple[dict[str, Any], Mapping[str, Any]]], decoder: ShardDecoder, steps: Steps
-    ) -> Iterator[bytes | None]:
-        """Fetches the images of rows and yields what is to be stored of each, in order; None where the row is rejected.
+        self, wanted: Sequence[Wanted], decoder: ShardDecoder, steps: Steps
+    ) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+        """Fetches images and yields, in the order in which they come, rows that have ended with what is to be stored.
 
-        ``wanted`` has rows with their references.
+        That is None where the row is rejected.
         """
-        urls = [ref["url"] for _, ref in wanted]
-        fetched = self.fetcher.fetch([url for url in urls if not (is_member(url) or is_cell(url))])
-        cells = read_cells([url for url in urls if is_cell(url)], self.recipe.max_bytes, self.reach)
-
-        def found(url: str) -> Fetched:
-            if is_member(url):
-                return self._member(tar_place(url))
-            if not is_cell(url):
-                return next(fetched)
-            data = next(cells)
-            return Fetched(None, data) if isinstance(data, str) else Fetched(data, None)
-
-        answers = steps.each("fetch", map(found, urls))
-        # Two, so that there is always one to be decoded next, while images are put into the tar and others come.
-        return ordered_map(partial(self._judge, decoder, steps), zip(wanted, answers, strict=True), threads=2)
+        members, cells, others = [], [], []
+        for each in wanted:
+            url = each[1]["url"]
+            (members if is_member(url) else cells if is_cell(url) else others).append(each)
+        read = ((each, self._member(tar_place(each[1]["url"]))) for each in members)
+        inside = read_cells([ref["url"] for _, ref in cells], self.recipe.max_bytes, self.reach)
+        answered = ((each, _answer(found)) for each, found in zip(cells, inside, strict=True))
+        fetched = self.fetcher.fetch([ref["url"] for _, ref in others])
+        answers = steps.each("fetch", chain(read, answered, ((others[place], answer) for place, answer in fetched)))
+        # Two, so that there is always one to be decoded next, while images are put into the spool and others come.
+        return ordered_map(partial(self._judge, decoder, steps), answers, threads=2)
 
     def _judge(
-        self, decoder: ShardDecoder, steps: Steps, found: tuple[tuple[dict[str, Any], Mapping[str, Any]], Fetched]
-    ) -> bytes | None:
+        self, decoder: ShardDecoder, steps: Steps, found: tuple[Wanted, Fetched]
+    ) -> tuple[dict[str, Any], bytes | None]:
         (row, ref), answer = found
+        return row, self._stored(row, ref, answer, decoder, steps)
+
+    def _stored(
+        self, row: dict[str, Any], ref: Mapping[str, Any], answer: Fetched, decoder: ShardDecoder, steps: Steps
+    ) -> bytes | None:
+        """Returns what is stored of an answer, and how its row has ended in the row."""
         if answer.data is None:
             _reject(row, answer.reason, answer.evidence)
             return None
@@ -229,6 +243,10 @@ def _origin(url: str) -> str:
     _, _, place = url.partition("://")
     host = place.partition("/")[0]
     return host.lower() or (place.partition("?")[0] if is_member(url) or is_cell(url) else place.rpartition("/")[0])
+
+
+def _answer(found: bytes | str) -> Fetched:
+    return Fetched(None, found) if isinstance(found, str) else Fetched(found, None)
 
 
 def _reject(row: dict[str, Any], reason: str | None, evidence: Evidence | None = None) -> None:

@@ -19,6 +19,7 @@ from pipeline.graph.workers import ShardTask
 from pipeline.settings import PairsSettings
 from pipeline.store.content import put_content
 
+LONG = 16  # shards of a list that is worth a process where workers share what they know of sites
 BYTES_A_PIXEL = 0.25  # of a stored image, as wide as it is high
 
 
@@ -41,7 +42,16 @@ def run_pairs(ctx: Context) -> Artifact:
     with serving_lists(ctx.given.paths, ctx.settings.hosts) as hosts:
         settings = replace(ctx.settings, hosts=hosts)
         rows = ctx.inputs["source"].ledger.rows
-        return map_shards(ctx, tasks, partial(Packer, ctx.store, ctx.recipe, settings, may), "rows", rows)
+        make = partial(Packer, ctx.store, ctx.recipe, settings, may, shares=len(tasks) >= LONG)
+        return map_shards(ctx, tasks, make, "rows", rows, at_once=_at_once(rows / max(1, len(tasks))))
+
+
+def _at_once(shard_rows: float) -> int:
+    """Returns how many shards a worker has under way, so that it never only waits for the last answers of one.
+
+    While it does, for as long as a dead link may take, and uploads, it asks for the next ones: some 8,000 rows.
+    """
+    return max(2, min(8, round(8000 / max(1, shard_rows))))
 
 
 PAIRS = Stage(
@@ -53,6 +63,6 @@ PAIRS = Stage(
     settings=PairsSettings,
     given=lambda config: config.source,  # for paths that rows may name
     counts_list=True,
-    row_seconds=0.02,
+    row_seconds=0.02,  # of the worker and its decoder; waiting for dead links takes none, as others are asked meanwhile
     row_bytes=lambda recipe, *_: BYTES_A_PIXEL * recipe.image_size**2,
 )

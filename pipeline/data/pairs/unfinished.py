@@ -1,8 +1,8 @@
-"""Keeps a shard of pairs that is being packed on this machine's disk: its tar, and how its rows have ended so far.
+"""Keeps a shard of pairs that is being fetched on this machine's disk: its images, and how its rows have ended so far.
 
-A worker that dies leaves both behind, and the process that makes the shard next on this machine goes on there: servers
-are asked again only for what was under way, and for the images in the last 10 KiB, which webdataset's writer holds
-back. So a shard takes disk and not memory.
+Images come in any order and go into a spool; the tar is written from it in the order of its keys. A worker that dies
+leaves the spool behind, and the process that makes the shard next on this machine goes on there: servers are asked
+again only for what was under way. So a shard takes disk and not memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import stat
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import astuple
 from pathlib import Path
@@ -27,9 +28,10 @@ KEEP_S = 24 * 3600  # after which what nobody came back for is deleted, and answ
 
 
 class Unfinished:
-    """Takes rows in order, each once, as a context manager.
+    """Takes rows in any order, each once, as a context manager.
 
-    ``ended`` has the rows that an earlier worker added, by key. Afterwards ``path`` is the tar, until ``remove``.
+    ``ended`` has the rows that an earlier worker added, by key. ``path`` is the tar that ``pack`` writes, until
+    ``remove``.
 
     ``name`` says what is packed: all that rows depend on. If another process is at it, this one has a place of its own.
     """
@@ -46,15 +48,14 @@ class Unfinished:
             self._folder = Path(tempfile.mkdtemp(prefix="unclip-pairs-", dir=inside))
             self._rows = _opened(self._folder / "rows")
         self.path = self._folder / "images.tar"
-        self._file = _opened(self.path)
+        self._spool = _opened(self._folder / "spool")
+        self._starts: dict[str, int] = {}  # of images in the spool, by key
         self.ended = self._read_back()
 
     def __enter__(self) -> Self:
         self._open = ExitStack()
         self._open.enter_context(self._rows)
-        self._open.enter_context(self._file)
-        self._tar = self._open.enter_context(TarWriter(self._file, encoder=False, mtime=0))
-        self._tar.tarstream.offset = self._file.tell()  # it counts from where it begins to write
+        self._open.enter_context(self._spool)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,32 +69,44 @@ class Unfinished:
         for line in self._rows:
             try:
                 found = json.loads(line) if line.endswith(b"\n") else {}
-                row, after = found["row"], found["end"]
+                row, start = found["row"], found["start"]
             except (ValueError, KeyError, TypeError):
                 break
-            if row.get("offset") is not None:
-                self._file.seek(row["offset"])
-                if hashlib.sha256(self._file.read(row["size"])).hexdigest() != row["sha256"]:
+            if start is not None:
+                self._spool.seek(start)
+                if hashlib.sha256(self._spool.read(row["size"])).hexdigest() != row["sha256"]:
                     break
-            ended[row["key"]], end, whole = row, after, whole + len(line)
-        self._rows.truncate(whole)
-        self._rows.seek(whole)
-        self._file.truncate(end)
-        self._file.seek(end)
+                self._starts[row["key"]], end = start, start + row["size"]
+            ended[row["key"]], whole = row, whole + len(line)
+        for file, length in ((self._rows, whole), (self._spool, end)):
+            file.truncate(length)
+            file.seek(length)
         return ended
 
-    def add(self, row: dict[str, Any], image: bytes | None, extension: str) -> None:
+    def add(self, row: dict[str, Any], image: bytes | None) -> None:
         """Adds a row that has ended, values of JSON and tuples by name, and its image if the tar is to hold it.
 
-        Such a row has "size" and "sha256", and gets its "offset".
+        Such a row has "size" and "sha256".
         """
+        start = None
         if image is not None:
-            row["offset"] = self._tar.tarstream.offset + tarfile.BLOCKSIZE
-            self._tar.write({"__key__": row["key"], extension: image})
-            self._file.flush()
-        end = self._tar.tarstream.offset
-        self._rows.write(json.dumps({"row": row, "end": end}, default=astuple).encode() + b"\n")
+            self._starts[row["key"]] = start = self._spool.tell()
+            self._spool.write(image)
+            self._spool.flush()
+        self._rows.write(json.dumps({"row": row, "start": start}, default=astuple).encode() + b"\n")
         self._rows.flush()
+
+    def pack(self, rows: Iterable[dict[str, Any]], extension: str) -> None:
+        """Writes the tar of the images of ``rows``, in that order; each of these rows gets its "offset".
+
+        The bytes of the tar depend on the images and their keys alone, not on the order in which they were added.
+        """
+        with open(self.path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            for row in rows:
+                if (start := self._starts.get(row["key"])) is not None:
+                    self._spool.seek(start)
+                    row["offset"] = tar.tarstream.offset + tarfile.BLOCKSIZE
+                    tar.write({"__key__": row["key"], extension: self._spool.read(row["size"])})
 
     def remove(self) -> None:
         """Deletes it: the shard is in the store."""

@@ -20,6 +20,7 @@ from PIL import Image
 from models.clip import Clip
 from pipeline.build import build
 from pipeline.config import make_config, preset_config
+from pipeline.data.fetch.fetcher import Fetched, Fetcher
 from pipeline.data.source.journal import read_journal
 from pipeline.data.source.stage import scan
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
@@ -146,6 +147,11 @@ def save_clip(folder: Path) -> str:
     """A nano CLIP with random weights, in open_clip's local-dir layout; how a recipe names it."""
     Clip.build(preset_config("nano").clip.model, seed=0).save(folder)
     return f"local-dir:{folder}"
+
+
+def fetch_all(fetcher: Fetcher, references: Sequence[str]) -> list[Fetched]:
+    """What each reference gave, in their order."""
+    return [fetched for _, fetched in sorted(fetcher.fetch(references), key=lambda one: one[0])]
 
 
 class Bench:

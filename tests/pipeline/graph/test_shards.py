@@ -180,7 +180,7 @@ def test_a_failure_keeps_what_was_made_and_publishes_nothing(store: Store, failu
 
 
 def test_failures_travel_from_a_ray_worker_as_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.graph.workers._counting_deaths", lambda stage, task: nullcontext())  # no Ray here
+    monkeypatch.setattr("pipeline.graph.workers._counting_deaths", lambda *_, **__: nullcontext())  # no Ray here
 
     def answer(failure: Exception) -> bytes:
         worker = Worker(failure=failure, fails_at=0)

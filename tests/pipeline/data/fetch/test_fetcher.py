@@ -8,18 +8,21 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline.data.fetch import opener
-from pipeline.data.fetch.fetcher import Fetched, Fetcher
+from pipeline.data.fetch.fetcher import Fetched, Fetcher, spread_hosts
+from pipeline.data.fetch.opener import Guard
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.local import NOTHING, PathPolicy
 from pipeline.settings import PairsSettings
-from tests.pipeline.data.bench import Page, Pages, serving
+from tests.pipeline.data.bench import Page, Pages, fetch_all, serving
 
 MAX_BYTES = 200_000
 BODY = bytes(range(256)) * 8  # the fetch never looks inside
@@ -73,7 +76,7 @@ def fetcher(reach: PathPolicy = NOTHING, **changes: object) -> Fetcher:
 
 
 def one(reference: str, reach: PathPolicy = NOTHING, **changes: object) -> Fetched:
-    (result,) = fetcher(reach, **changes).fetch([reference])
+    [result] = fetch_all(fetcher(reach, **changes), [reference])
     assert (result.data is None) == (result.reason in REASONS)
     return result
 
@@ -131,6 +134,19 @@ def test_the_name_is_resolved_once(site: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(socket, "create_connection", connect)
     assert one("http://rebinding.test/", allow=()).reason == "unreachable"
     assert connected == ["93.184.216.34"]
+
+
+def test_a_name_is_asked_for_once_a_minute(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, clock = [], [0.0]
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *_, **__: asked.append(host) or [(0, 0, 0, "", ("127.0.0.1", 0))]
+    )
+    monkeypatch.setattr(opener, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    guard = Guard({}, [])
+    for clock[0] in (0.0, 59.0, 61.0, 62.0):
+        assert guard._addresses("a.test", 80) == ["127.0.0.1"]
+        guard._addresses("b.test", 80)
+    assert asked == ["a.test", "b.test"] * 2
 
 
 def test_proxies_of_the_environment_are_not_used(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,12 +208,28 @@ def test_only_passing_troubles_are_tried_again(site: str) -> None:
     assert SITE.hits() == {"/busy": 3, "/short": 3, "/status/502": 3, "/status/410": 1}
 
 
-def test_order_is_kept_and_look_ahead_is_bounded(site: str) -> None:
+def test_every_reference_is_answered_once_and_look_ahead_is_bounded(site: str) -> None:
     results = fetcher(threads=3).fetch([f"{site}/number/{i}" for i in range(40)])
     SITE.hits()
-    assert next(results).data == b"/number/0"
-    assert SITE.hits().total() <= 6
-    assert [r.data for r in results] == [f"/number/{i}".encode() for i in range(1, 40)]
+    found = [next(results)]
+    time.sleep(0.2)
+    assert SITE.hits().total() <= 7
+    found += results
+    assert sorted((place, r.data) for place, r in found) == [(i, f"/number/{i}".encode()) for i in range(40)]
+
+
+def test_one_that_is_silent_holds_up_no_other(site: str) -> None:
+    """Not of its own list, with fewer threads than there are others, and not of the next one."""
+    shared = fetcher(threads=2, timeout_s=3.0)
+    first = shared.fetch([f"{site}/silent", *(f"{site}/number/{i}" for i in range(20))])
+    assert sorted(place for place, _ in islice(first, 20)) == list(range(1, 21))
+    assert sorted(place for place, _ in shared.fetch([f"{site}/number/{i}" for i in range(20)])) == list(range(20))
+    assert [(place, fetched.reason) for place, fetched in first] == [(0, "timeout")]
+
+
+def test_references_of_one_host_are_spread_over_the_list() -> None:
+    urls = [*(f"http://a.test/{i}" for i in range(6)), "http://b.test/0", "http://B.test/1", "/local", "http://c.test/"]
+    assert spread_hosts(urls) == [0, 1, 6, 2, 8, 9, 3, 4, 7, 5]
 
 
 def test_a_result_that_nobody_takes_stops_the_fetch(site: str) -> None:

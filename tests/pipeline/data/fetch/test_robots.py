@@ -15,15 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import make_config
-from pipeline.data.fetch.fetcher import Fetcher, private_headers
+from pipeline.data.fetch.fetcher import Fetcher
 from pipeline.data.fetch.opener import Refused, normal_url
 from pipeline.data.fetch.references import shown
-from pipeline.data.fetch.rules import MAX_RULES, ROBOTS_BYTES, Robots, allows, opting_out, parse_robots
+from pipeline.data.fetch.rules import MAX_RULES, ROBOTS_BYTES, allows, opting_out, parse_robots
+from pipeline.data.fetch.sites import Sites
+from pipeline.data.fetch.visit import private_headers
 from pipeline.data.pairs.row_index import read_opt_outs
 from pipeline.graph.artifacts import read_shards
 from pipeline.settings import PairsSettings
 from tests.chain import ROOT
-from tests.pipeline.data.bench import Bench, Page, Pages, picture, serving, write_list
+from tests.pipeline.data.bench import Bench, Page, Pages, fetch_all, picture, serving, write_list
 
 RFC_5_1 = b"""\
 User-Agent: *
@@ -163,7 +165,7 @@ def test_forms_of_the_header(tags: list[str], out: bool) -> None:
 )  # fmt: skip
 def test_what_the_lack_of_a_robots_txt_means(answer: bytes | str, reason: str | None) -> None:
     asked: list[str] = []
-    robots = Robots(lambda url: asked.append(url) or answer)
+    robots = Sites(lambda url: asked.append(url) or answer)
     for _ in range(3):
         if reason is None:
             assert robots.forbidden_since("http://a.test", "http://a.test/x") is None
@@ -176,7 +178,7 @@ def test_what_the_lack_of_a_robots_txt_means(answer: bytes | str, reason: str | 
 def test_it_is_asked_for_anew_after_a_day_and_after_a_failure_in_five_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, answers, asked = [0.0], ["http_5xx", b"User-agent: *\nDisallow: /", b""], []
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    robots = Robots(lambda url: asked.append(url) or answers[len(asked) - 1])
+    robots = Sites(lambda url: asked.append(url) or answers[len(asked) - 1])
     found = []
     for clock[0] in (1.0, 300.0, 302.0, 86_000.0, 86_703.0):
         try:
@@ -194,20 +196,20 @@ def test_threads_share_one_request_and_memory_is_bounded(monkeypatch: pytest.Mon
         time.sleep(0.02)
         return b"User-agent: *\nDisallow: /x"
 
-    robots = Robots(fetch)
+    robots = Sites(fetch)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: robots.forbidden_since("http://a.test", "http://a.test/x"), range(8)))
     assert asked == ["http://a.test/robots.txt"]
 
-    monkeypatch.setattr(Robots, "MAX_BYTES", 50_000)
-    large = Robots(lambda url: b"user-agent:*\nallow:/a\n")
+    monkeypatch.setattr(Sites, "MAX_BYTES", 50_000)
+    large = Sites(lambda url: b"user-agent:*\nallow:/a\n")
     for i in range(50):
         large.forbidden_since(f"http://{i}.test", f"http://{i}.test/")
         assert large._size == sum(site.size for site in large._sites.values()) <= 50_000
     assert 5 < len(large._sites) < 50
-    monkeypatch.setattr(Robots, "MAX_SITES", 7)
+    monkeypatch.setattr(Sites, "MAX_SITES", 7)
     large.forbidden_since("http://a.test", "http://a.test/")
-    many = Robots(lambda url: b"")
+    many = Sites(lambda url: b"")
     for i in range(50):
         many.forbidden_since(f"http://{i}.test", f"http://{i}.test/")
     assert list(many._sites) == [f"http://{i}.test" for i in range(43, 50)]
@@ -218,10 +220,10 @@ def test_threads_share_one_request_and_memory_is_bounded(monkeypatch: pytest.Mon
 )
 def test_rules_count_as_the_memory_they_take(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A robots.txt of short lines takes eighty times its bytes once it is parsed."""
-    monkeypatch.setattr(Robots, "MAX_BYTES", 7 << 20)
+    monkeypatch.setattr(Sites, "MAX_BYTES", 7 << 20)
     rules = "\n".join(rule.format(i, i) for i in range(MAX_RULES))
     largest = f"user-agent:*\nuser-agent:unclip-ray\nuser-agent:x\n{rules}".encode()
-    robots = Robots(lambda url: largest)
+    robots = Sites(lambda url: largest)
     tracemalloc.start()
     for i in range(6):
         robots.forbidden_since(f"http://{i}.test", f"http://{i}.test/")
@@ -270,7 +272,7 @@ def reasons(pages: Pages, *urls: str, **changes: object) -> list[str | None]:
     with serving(pages) as address:
         hosts = {"a.test": address, "b.test": address}
         settings = PairsSettings(**{"hosts": hosts, "retries": 0, "timeout_s": 5.0, **changes})
-        return [fetched.reason for fetched in Fetcher(settings, 10_000).fetch(urls)]
+        return [fetched.reason for fetched in fetch_all(Fetcher(settings, 10_000), urls)]
 
 
 def test_a_forbidden_picture_is_never_asked_for() -> None:

@@ -17,7 +17,7 @@ from pipeline.local import PathPolicy
 from pipeline.settings import PairsSettings
 from pipeline.store import open_store
 from tests.aws import NEEDS, lacking
-from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
+from tests.pipeline.data.bench import Bench, Page, fetch_all, picture, serving, write_list
 from tests.seaweed import BUCKET, Server
 
 MAX_BYTES = 100_000
@@ -26,7 +26,7 @@ MAX_BYTES = 100_000
 def fetch(*references: str, **changes: Any) -> list[Fetched]:
     settings = PairsSettings(**{"threads": 4, "timeout_s": 10.0, "retries": 0, **changes})
     reach = PathPolicy(buckets=(BUCKET, "no-such-bucket-here", "not a bucket", "b"))
-    return list(Fetcher(settings, MAX_BYTES, reach=reach).fetch(references))
+    return fetch_all(Fetcher(settings, MAX_BYTES, reach=reach), references)
 
 
 @pytest.fixture

@@ -14,11 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.fetch.fetcher import LONGEST_HOLD_S, Fetched, Fetcher, Hosts, backoff, private_headers, retry_after
+from pipeline.data.fetch.fetcher import Fetched, Fetcher, backoff
+from pipeline.data.fetch.opener import SMALL_BYTES
+from pipeline.data.fetch.visit import LONGEST_HOLD_S, Hosts, Room, private_headers, retry_after
 from pipeline.errors import UserError
 from pipeline.parse import parse
 from pipeline.settings import PairsSettings
-from tests.pipeline.data.bench import listening
+from tests.pipeline.data.bench import Page, fetch_all, listening, serving
 
 NOW = 1_700_000_000.0
 
@@ -75,7 +77,7 @@ def server(
 def fetch(address: str, paths: list[str], names: str = "a.test", **changes: object) -> list[Fetched]:
     hosts = dict.fromkeys(names.split(), address)
     settings = PairsSettings(**{"threads": 8, "timeout_s": 5.0, "retries": 0, "hosts": hosts, **changes})
-    return list(Fetcher(settings, 10_000).fetch([path if ":" in path else f"http://a.test{path}" for path in paths]))
+    return fetch_all(Fetcher(settings, 10_000), [path if ":" in path else f"http://a.test{path}" for path in paths])
 
 
 def asked(log: Log) -> list[str]:
@@ -86,8 +88,7 @@ def asked(log: Log) -> list[str]:
 def test_no_host_has_more_requests_at_once_than_allowed(per_host: int) -> None:
     with server({}, work_s=0.02, together=per_host) as (address, log):
         urls = [f"http://{'ab'[i % 2]}.test/{i}" for i in range(24)]
-        # No group may stay incomplete: neither because a machine stands still for a while, nor because results are
-        # given in order and the last requests would wait for an early one (so all fit into twice the threads).
+        # No group may stay incomplete because a machine stands still for a while.
         fetched = fetch(address, urls, "a.test b.test", per_host=per_host, timeout_s=30.0, threads=12)
     assert [f.data for f in fetched] == [f"/{i}".encode() for i in range(24)]
     assert log.most == {"a.test": per_host, "b.test": per_host}
@@ -158,9 +159,35 @@ def test_memory_is_that_of_the_hosts_in_use() -> None:
     for i in range(5000):
         with hosts.turn(f"h{i}"):
             hosts.hold(f"h{i}", 0.0 if i else 3600.0)
-    assert not hosts._inside
+    assert not hosts._turns
     assert len(hosts._not_before) < 2100
     assert hosts.held("h0") > 3000
+
+
+def test_a_large_body_waits_for_room_and_its_server_is_not_blamed() -> None:
+    body = bytes(4 * SMALL_BYTES)
+    pages = {f"/{i}": Page(body) for i in range(4)} | {"/small": Page(b"x")}
+    with serving(pages) as address, patch("pipeline.data.fetch.fetcher.MOST_BYTES", 3 * SMALL_BYTES):
+        settings = PairsSettings(threads=5, timeout_s=1.5, retries=0, per_host=8, hosts={"a.test": address})
+        fetcher = Fetcher(settings, 2 * len(body))
+        found = []
+        for place, fetched in fetcher.fetch([f"http://a.test{path}" for path in pages]):
+            time.sleep(0.6)  # in which the others wait: the last one for longer than its server has
+            assert fetcher._room._used <= len(body) + 1
+            found.append((place, len(fetched.data or b"")))
+    assert sorted(found) == [(i, len(body)) for i in range(4)] + [(4, 1)]
+    assert fetcher._room._used == 0
+
+
+def test_more_than_there_is_room_for_comes_when_nothing_else_is_there() -> None:
+    room = Room(100)
+    room.take(1000)
+    assert not room.is_half_free()
+    waiting = threading.Thread(target=room.take, args=(60,))
+    waiting.start()
+    room.take(-1000)
+    waiting.join(10)
+    assert room._used == 60
 
 
 def test_private_headers_reach_their_origin_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ from pipeline.data.source.lists import read_rows
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.settings import PairsSettings
+from tests.pipeline.data.bench import fetch_all
 
 PINNED_LISTS = {
     "nano": "80ffae5869c7b02c",
@@ -267,7 +268,7 @@ def test_the_server_draws_what_the_fetch_asks_for() -> None:
     with serving() as address:
         settings = PairsSettings(threads=4, timeout_s=30.0, retries=0, hosts={HOST: address})
         fetcher = Fetcher(settings, max_bytes=1_000_000)
-        fetched = list(fetcher.fetch([*(row.url for row in rows), f"http://{HOST}/256/planets/none.png"]))
+        fetched = fetch_all(fetcher, [*(row.url for row in rows), f"http://{HOST}/256/planets/none.png"])
         assert [f.data for f in fetched[:-1]] == [draw_png(*drawing_of(row.url)) for row in rows]
         assert fetched[-1].reason == "http_4xx"
     with pytest.raises((urllib.error.URLError, ConnectionResetError)):  # the latter where it ends while one waits
