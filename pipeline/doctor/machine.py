@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from pipeline.graph.resources import SHARED, STORE_SHARE, available_memory, core
 from pipeline.settings import STATE_BYTES, RaySettings
 
 PROCESS = 1 << 30  # bytes that Python, torch and Ray take in a process before any model
+DEVICE_FILES = Path("/dev")
+NVIDIA_SMI_S = 60.0  # of many GPUs whose driver has to wake up
 LITTLE_DISK, NO_DISK = 10e9, 1e9
 
 
@@ -28,6 +32,28 @@ def check_machine() -> Iterator[Finding]:
     yield Finding("ok", "python", f"{platform.python_version()}, {sys.executable}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield Finding("ok", "machine", f"{cores()} cores, {', '.join(gpus) or 'no GPU that torch can use'}")
+    if not gpus and (there := installed_gpus()):
+        advice = "install torch for CUDA"
+        if torch.version.cuda:
+            advice = f"install a driver that has CUDA {torch.version.cuda}, as nvidia-smi shows it"
+        if "CUDA_VISIBLE_DEVICES" in os.environ:
+            advice = "unset CUDA_VISIBLE_DEVICES"
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs"
+        said = f"torch {torch.__version__} for {build} sees none of this machine's GPUs ({there})"
+        yield Finding("warning", "gpu", f"{said}: all runs on cores", advice)
+
+
+def installed_gpus() -> str:
+    """Returns the NVIDIA GPUs and their driver's version, as nvidia-smi or the kernel names them; "" without any."""
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True)
+        found = Counter(line.strip().replace(", ", ", driver ") for line in done.stdout.splitlines() if line.strip())
+    except (OSError, subprocess.SubprocessError):  # it is not there, or finds no driver
+        found = Counter()
+    if found:
+        return ", ".join(f"{count} {what}" for what, count in found.items())
+    return ", ".join(sorted(file.name for file in DEVICE_FILES.glob("nvidia[0-9]*")))
 
 
 def check_memory(config: Config | None) -> Iterator[Finding]:
