@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from models.clip import Clip
 from models.draw import Draw
@@ -19,14 +20,16 @@ def alone(rows: Tensor) -> tuple[Tensor, int]:
     return rows, 0
 
 
-def clip_loss(clip: Clip, batch: dict[str, Tensor], draw: Draw, gather: Gather = alone, crop: float = 0.75) -> Losses:
+def clip_loss(
+    clip: Clip, batch: dict[str, Tensor], draw: Draw, gather: Gather = alone, crop: float = 0.75, at_once: int = 0
+) -> Losses:
     """Returns the symmetric contrastive loss of each row against the whole batch, nats, [b] (CLIP, figure 3).
 
     ``batch`` has "image" uint8 [b, 3, image_size, image_size], augmented here, and "tokens" int64 [b, 77]. Other
-    workers' rows come through ``gather``, and a worker's own must not be cut. The temperature stops at 1/100.
+    workers' rows come through ``gather``, and a worker's own must not be cut. The temperature stops at 1/100. Where
+    ``at_once`` is not 0, so many rows are encoded at once, and again in the backward pass.
     """
-    image = clip.encode_pixels(augment(batch["image"], draw, crop))
-    text = clip.encode_text(batch["tokens"])
+    image, text = _encoded(clip, batch, _crops(draw, crop), at_once or len(batch["image"]))
     with torch.autocast(image.device.type, enabled=False):
         images, start = gather(image)
         texts, _ = gather(text)
@@ -38,16 +41,52 @@ def clip_loss(clip: Clip, batch: dict[str, Tensor], draw: Draw, gather: Gather =
     return Losses((image_to_text + text_to_image) / 2, parts)
 
 
+def _encoded(clip: Clip, batch: dict[str, Tensor], crops: Tensor | None, at_once: int) -> tuple[Tensor, Tensor]:
+    """Returns the embeddings of images and captions, fp32 [b, d] each.
+
+    Where there are more than ``at_once`` rows, memory holds the activations of so many, and the backward pass encodes
+    them again: gradients are those of the whole batch (GradCache, Gao et al. 2021).
+    """
+
+    def encode(images: Tensor, tokens: Tensor, crops: Tensor | None) -> tuple[Tensor, Tensor]:
+        # Parts that shared autocast's bf16 copy of a weight would add up its gradients in bf16.
+        torch.clear_autocast_cache()
+        return clip.encode_pixels(_cropped(images, crops)), clip.encode_text(tokens)
+
+    images, tokens = batch["image"], batch["tokens"]
+    if at_once >= len(images):
+        return encode(images, tokens, crops)
+    parts = []
+    for start in range(0, len(images), at_once):
+        rows = slice(start, start + at_once)
+        # Of these tensors it learns the device whose autocast it has to restore.
+        given = images[rows], tokens[rows], None if crops is None else crops[rows]
+        parts.append(checkpoint(encode, *given, use_reentrant=False))
+    encoded, said = zip(*parts, strict=True)
+    return torch.cat(encoded), torch.cat(said)
+
+
 def augment(images: Tensor, draw: Draw, crop: float = 0.75) -> Tensor:
     """Returns training images fp32 [b, 3, s, s] in [0, 1] from uint8 ones.
 
     A square crop of ``crop`` to 1 of the side at a random place, resized back. No flips: left and right are words.
     """
-    if crop == 1:
+    return _cropped(images, _crops(draw, crop))
+
+
+def _crops(draw: Draw, least: float) -> Tensor | None:
+    """Returns the maps from images, being [-1, 1], to their crops, fp32 [b, 2, 3]; None where nothing is cut off."""
+    if least == 1:
+        return None
+    side = least + (1 - least) * draw.uniform("crop_side", 1)
+    centre = (2 * draw.uniform("crop_place", 2) - 1) * (1 - side)
+    return torch.cat([torch.diag_embed(side.expand(-1, 2)), centre[..., None]], dim=2)
+
+
+def _cropped(images: Tensor, crops: Tensor | None) -> Tensor:
+    """Returns the crops of uint8 images, each resized to the whole image's size, fp32 in [0, 1]."""
+    if crops is None:
         return images / 255
-    side = crop + (1 - crop) * draw.uniform("crop_side", 1)
-    centre = (2 * draw.uniform("crop_place", 2) - 1) * (1 - side)  # the image being [-1, 1]
-    scale = torch.diag_embed(side.expand(-1, 2))
     with torch.autocast(images.device.type, enabled=False):  # a place in bf16 is up to half a pixel off
-        grid = F.affine_grid(torch.cat([scale, centre[..., None]], dim=2), list(images.shape), align_corners=False)
+        grid = F.affine_grid(crops, list(images.shape), align_corners=False)
     return F.grid_sample(images / 255, grid, padding_mode="border", align_corners=False).clamp(0, 1)

@@ -18,7 +18,7 @@ from pipeline.training.feed.feed import Feed
 from pipeline.training.optimizer import kinds
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.state import TrainState
-from pipeline.training.task import Batch, Task
+from pipeline.training.task import Batch, Contrastive, Task, takes_micro_batches
 
 log = logging.getLogger("unclip")
 
@@ -31,10 +31,10 @@ def refuses(device: torch.device) -> bool:
 def micro_batch(ctx: Context, task: Task, feed: Feed, rows: int, group: ProcessGroup, state: TrainState) -> int:
     """Returns the rows to compute at once: the setting, or as many of ``rows``, the largest share, as fit into memory.
 
-    The setting's 0 stays for a loss that needs its batch, on a CPU, and where a model is sharded: it computes only with
-    all workers, who would wait in a trial for one that failed.
+    The setting's 0 stays for batch norms that need the batch, on a CPU, and where a model is sharded: it computes only
+    with all workers, who would wait in a trial for one that failed.
     """
-    if ctx.settings.micro_batch or not task.splittable or group.sharded or not refuses(group.device):
+    if ctx.settings.micro_batch or group.sharded or not takes_micro_batches(task) or not refuses(group.device):
         return ctx.settings.micro_batch
     return fitting_rows(ctx.stage, feed, ctx.recipe, rows, group, state)
 
@@ -45,12 +45,14 @@ def fitting_rows(
     """Returns how many rows all workers can compute at once: ``rows``, or a half, a quarter and so on.
 
     Every worker tries one forward and backward pass, with room for the optimiser's moments and without the others, so
-    nobody waits for a worker that failed. It changes nothing but the random numbers that a step draws again. Without a
-    validation row to try nothing is found out. Raises OutOfMemory if one row does not fit.
+    nobody waits for a worker that failed: a contrastive loss compares its own rows in place of the others'. It changes
+    nothing but the random numbers that a step draws again. Without a validation row to try nothing is found out. Raises
+    OutOfMemory if one row does not fit.
     """
+    share = rows
     for row in feed.validation(1, 1):
         one = feed.prepare(row.batch, Draw(row.streams)) if feed.prepare else row.batch
-        while lacking := next(filter(None, group.collect([_lack(one, rows, recipe, group, state)])), ""):
+        while lacking := next(filter(None, group.collect([_lack(one, rows, share, recipe, group, state)])), ""):
             if rows == 1:
                 log.warning("%s: one row: %s", stage, lacking)
                 raise OutOfMemory("one row", 1)
@@ -66,11 +68,11 @@ def _empty_cache(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _lack(row: Batch, rows: int, recipe: TrainingRecipe, group: ProcessGroup, state: TrainState) -> str:
+def _lack(row: Batch, rows: int, share: int, recipe: TrainingRecipe, group: ProcessGroup, state: TrainState) -> str:
     """Returns the words by which a trial was said to lack memory, "" if it fits."""
     try:
         with memory_for("a trial"):
-            _try(row, rows, recipe, group, state)
+            _try(row, rows, share, recipe, group, state)
         return ""
     except OutOfMemory as e:
         return " ".join(str(e.__cause__).split()) or "out of memory"
@@ -78,8 +80,11 @@ def _lack(row: Batch, rows: int, recipe: TrainingRecipe, group: ProcessGroup, st
         state.optimizer.zero_grad()
 
 
-def _try(row: Batch, rows: int, recipe: TrainingRecipe, group: ProcessGroup, state: TrainState) -> None:
-    device = group.device
+def _try(row: Batch, rows: int, share: int, recipe: TrainingRecipe, group: ProcessGroup, state: TrainState) -> None:
+    device, task = group.device, state.objective.task
+    if isinstance(task, Contrastive):  # its rows stay together, of which it encodes so many at once
+        task.at_once, rows = rows, share
+        task.gather = lambda own: (own.repeat(-(-recipe.batch // len(own)), 1)[: recipe.batch], 0)
     new = [p for p in state.model.parameters() if p.requires_grad and p not in state.optimizer.state]
     moments = [torch.empty_like(p) for p in new for kind in kinds(state.optimizer, p) if kind != "step"]
     if group.size > 1 and not group.sharded:
@@ -98,11 +103,11 @@ def halved(ctx: Context, task: Task, what: str, rows: int) -> TrainingSettings:
 
     Raises UserError where that cannot help.
     """
-    if rows <= 1 or not task.splittable:
+    if rows <= 1 or not takes_micro_batches(task):
         what = "one row" if rows == 1 else f"{rows} rows, which this loss needs together," if rows else what
         advice = "take a smaller model or a larger machine"
-        if rows > 1 and ctx.settings.min_workers:
-            advice += f", or raise run.{ctx.stage}.min_workers: fewer workers have more rows each"
+        if rows and not ctx.settings.recompute:
+            advice = f"set run.{ctx.stage}.recompute=true, or {advice}"
         raise UserError(f"{ctx.stage}: {what} did not fit into memory; {advice}")
     half = -(-rows // 2)
     log.warning(

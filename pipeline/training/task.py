@@ -98,11 +98,18 @@ class Contrastive(Protocol):
 
     Attributes:
         gather: Function that returns the rows of all workers and the place of the first own one; set by the worker.
-        local_statistics: Batch norms of the model see the rows of one worker only.
+        at_once: Rows that are encoded at once, 0 for all of a worker's; set by the worker.
+        local_statistics: Batch norms of the model see only rows that are encoded at once.
     """
 
     gather: Callable[[Tensor], tuple[Tensor, int]]
+    at_once: int
     local_statistics: bool
+
+
+def takes_micro_batches(task: Task) -> bool:
+    """Returns whether fewer rows at once than a worker's share make no other training."""
+    return task.splittable or (isinstance(task, Contrastive) and not task.local_statistics)
 
 
 @runtime_checkable

@@ -137,9 +137,9 @@ class Worker:
         # Rank 0 measures alone, so before the workers wait for each other.
         speed = measure_speed(task, state, feed, recipe.precision, group) if group.is_rank_0 else NOT_MEASURED
         shares = [recipe.batch // recipe.lanes * len(lanes_of(i, group.size, recipe.lanes)) for i in range(group.size)]
-        if isinstance(task, Contrastive):
-            task.gather = partial(group.gather, shares)
         settings = replace(settings, micro_batch=micro_batch(ctx, task, feed, max(shares), group, state))
+        if isinstance(task, Contrastive):
+            task.gather, task.at_once = partial(group.gather, shares), settings.micro_batch
         if compiles(ctx.stage, settings.compile, speed, recipe.samples - state.samples, group):
             compile_layers(state.model)
         train = partial(fit, ctx.stage, feed, recipe, settings, group, state)
@@ -212,7 +212,9 @@ def fit(
             timer("wait")
             rows = min(settings.micro_batch or len(batch.keys), len(batch.keys))
             with memory_for(f"{rows} rows at once", rows):
-                losses, values = backward(objective, batch, recipe, rows, group, timer)
+                # A contrastive loss takes its rows together, and encodes so many at once.
+                passed = len(batch.keys) if isinstance(state.objective.task, Contrastive) else rows
+                losses, values = backward(objective, batch, recipe, passed, group, timer)
                 # An infinite bound clips nothing, and the journal has the norm all the same.
                 norm = full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm or float("inf")))
                 # A flag on the device: to read it here would wait for the step.

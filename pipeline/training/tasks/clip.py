@@ -26,8 +26,8 @@ from pipeline.training.task import Batch, Examples
 class ClipTask:
     """Trains by a contrastive loss.
 
-    A row's loss depends on its whole batch, so a worker's rows stay in one piece, and ``gather`` fetches those of the
-    other workers.
+    A row's loss depends on its whole batch, so a worker's rows stay in one piece, of which ``at_once`` rows are encoded
+    at once, and ``gather`` fetches those of the other workers.
     """
 
     columns: tuple[str, ...] = ("image", "tokens")
@@ -41,12 +41,13 @@ class ClipTask:
         self.image_size = config.image_size
         self.local_statistics = config.tower == "resnet"
         self.gather: Gather = alone
+        self.at_once = 0
 
     def model(self, seed: int) -> Clip:
         return Clip.build(self.config, seed)
 
     def loss(self, model: Clip, batch: Batch, draw: Draw) -> Losses:
-        return clip_loss(model, batch, draw, self.gather, self.config.least_crop)
+        return clip_loss(model, batch, draw, self.gather, self.config.least_crop, self.at_once)
 
     def validate(self, model: Clip, examples: Examples) -> dict[str, float]:
         """Returns the contrastive "loss" among all validation rows, and "recall_at_1" of captions given images."""

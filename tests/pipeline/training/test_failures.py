@@ -109,16 +109,18 @@ def test_too_little_memory_halves_the_micro_batch(
     assert len(read_blob(world.store, made.blobs["model.safetensors"])) > 0
 
 
-def test_a_loss_that_needs_its_rows_together_is_told_of_fewer_workers(world: World) -> None:
-    ctx = world.context("clip", RECIPE, replace(SETTINGS, workers=8, min_workers=2))
-    with pytest.raises(UserError, match=r"or raise run\.clip\.min_workers: fewer workers have more"):
-        halved(ctx, SimpleNamespace(splittable=False), "64 rows at once", 64)
+def test_a_loss_that_needs_its_rows_together_is_told_of_recomputing(world: World) -> None:
+    said = "clip: 64 rows, which this loss needs together, did not fit into memory; "
+    for recompute, advice in ((False, "set run.clip.recompute=true, or take a smaller"), (True, "take a smaller")):
+        ctx = world.context("clip", RECIPE, replace(SETTINGS, recompute=recompute))
+        with pytest.raises(UserError, match=re.escape(said + advice)):
+            halved(ctx, SimpleNamespace(splittable=False), "64 rows at once", 64)
 
 
 @pytest.mark.parametrize(
     ("hungry", "words"),
     [
-        ("pipeline.training.tasks.diffusion_prior.DiffusionPriorTask.loss", "one row"),
+        ("pipeline.training.tasks.diffusion_prior.DiffusionPriorTask.loss", "one row did .*recompute=true, or take"),
         ("pipeline.training.results.Results.validate", "a validation pass, a milestone or a checkpoint"),
         ("pipeline.training.train.begin", "the model, with its average, its optimiser"),
     ],
@@ -129,5 +131,5 @@ def test_memory_for_less_than_a_step_or_for_one_row_is_a_mistake(
     monkeypatch.setattr("pipeline.training.train.measure_speed", lambda *_: NOT_MEASURED)
     monkeypatch.setattr("pipeline.training.results.Results.validate", lambda *_: None)
     monkeypatch.setattr(hungry, lambda *_: torch.empty(1 << 50, dtype=torch.uint8))
-    with pytest.raises(UserError, match=f"{words}.* did not fit into memory; take a smaller model"):
+    with pytest.raises(UserError, match=f"{words}.* a smaller model"):
         stage.train(world.context("diffusion_prior", RECIPE, SETTINGS))
