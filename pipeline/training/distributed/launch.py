@@ -27,6 +27,10 @@ from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training.device import OutOfMemory, choose_device
 from pipeline.training.distributed.process_group import CHECK_EVERY, ProcessGroup
 
+# Workers wait no longer for each other before a training starts again: torchtitan's limit up to the first step, in
+# which layers are compiled. It is above what rank 0 does alone: it restores a checkpoint, validates and publishes.
+# Without GPUs that may take longer, and Ray's 30 minutes stay.
+HUNG_S = 300
 REPORT_EVERY_S = 30.0  # a report waits up to two seconds for the controller's next poll
 LISTEN_EVERY_S = 5.0  # all workers wait for each other when they ask whether a machine is to be taken away
 LOGS, LOG_LINES, LOG_S = 4, 1000, 10  # of how many lost workers a log is read, its lines, how long it is asked for
@@ -91,12 +95,12 @@ def launch(
         "resources_per_worker": share.by_name,
         "label_selector": dict(share.labels) or None,
     }
+    backend = "cpu:gloo,cuda:nccl" if gpus and settings.offload else None  # weights on the CPU are added up there
     with tempfile.TemporaryDirectory(prefix="unclip-train-") as scratch:
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"work": work, "settings": settings},
-            # Weights on the CPU are added up there.
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus and settings.offload else None),
+            torch_config=TorchConfig(backend, timeout_s=HUNG_S if gpus else TorchConfig.timeout_s),
             scaling_config=ScalingConfig(**asked),
             run_config=RunConfig(name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
         )
