@@ -69,7 +69,7 @@ def settled(config: Config, stages: Collection[str]) -> Run:
     for stage, settings in vars(config.run).items():
         if stage in stages and isinstance(settings, TrainingSettings | ShardSettings):
             recipe = getattr(config, stage)
-            team = team_of(settings, pod(config.run.kubernetes), getattr(recipe, "lanes", sys.maxsize))
+            team = team_of(settings, pod(config.run.kubernetes), getattr(recipe, "batch", sys.maxsize))
             taken = getattr(recipe, "pretrained", False)  # by the driver, which copies weights
             numbers: dict[str, Any] = {"workers": 0 if taken else team.count}
             in_driver_on_gpu = not numbers["workers"] and config.run.kubernetes.head_gpus

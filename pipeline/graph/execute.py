@@ -134,7 +134,7 @@ class _Run:
         if here or len(stale) + len(self._beside) <= 1:
             return here[:1] or stale
         asking, running = (
-            {stage.name: (stage.settings, stage.recipe.lanes) for stage in stages}
+            {stage.name: (stage.settings, stage.recipe.batch) for stage in stages}
             for stages in (stale, self._beside.values())
         )
         room = room_beside(asking, running, self._config.run.ray)

@@ -121,7 +121,7 @@ def team_of(settings: Settings, machine: Machine, most: int = sys.maxsize) -> Wo
     Args:
         settings: Settings of the stage.
         machine: Machine or cluster that they work on.
-        most: Largest number of workers that there is work for: the shards, or the lanes of a training.
+        most: Largest number of workers that there is work for: the shards, or the rows of a training's batch.
     """
     if isinstance(settings, TrainingSettings):
         return _training_team(settings, machine, most)

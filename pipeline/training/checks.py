@@ -6,12 +6,12 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardList
 from pipeline.graph.stages import Context
 from pipeline.store.content import put_content
-from pipeline.training.task import Contrastive, Task
+from pipeline.training.task import Contrastive, Task, takes_micro_batches
 
 
 def most_workers(ctx: Context, task: Task) -> int:
-    """Returns how many workers a training can use: no lane is shared, and statistics of one worker stay with it."""
-    return 1 if isinstance(task, Contrastive) and task.local_statistics else ctx.recipe.lanes
+    """Returns how many workers a training can use: each has a row of every batch, and all if they share statistics."""
+    return 1 if isinstance(task, Contrastive) and task.local_statistics else ctx.recipe.batch
 
 
 def check(ctx: Context, task: Task) -> None:
@@ -19,10 +19,10 @@ def check(ctx: Context, task: Task) -> None:
     settings, recipe, where = ctx.settings, ctx.recipe, f"run.{ctx.stage}"
     most = most_workers(ctx, task)
     workers = most if settings.workers == "auto" else settings.workers
-    if workers > recipe.lanes:
+    if workers > recipe.batch:
         raise UserError(
-            f"{where}.workers: {workers} is more than the {recipe.lanes} lanes of the recipe; lower workers "
-            f"or raise {ctx.stage}.lanes"
+            f"{where}.workers: {workers} is more than the {recipe.batch} rows of a batch; lower workers or raise "
+            f"{ctx.stage}.batch"
         )
     if workers > most:
         raise UserError(
@@ -35,8 +35,11 @@ def check(ctx: Context, task: Task) -> None:
         raise UserError(f"{where}.offload: only sharded weights are offloaded; set sharded, too")
     if settings.sharded:
         _check_sharded(ctx, task, workers)
-    if not task.splittable and settings.micro_batch:
-        raise UserError(f"{where}.micro_batch: this loss compares every row with its whole batch; use 0")
+    if settings.micro_batch and not takes_micro_batches(task):
+        raise UserError(
+            f"{where}.micro_batch: batch norms of a resnet tower need the whole batch; use 0, or "
+            f"{ctx.stage}.model.tower=vit"
+        )
     for milestone in settings.milestones:
         if not recipe.batch <= milestone < recipe.samples:
             raise UserError(
@@ -56,16 +59,16 @@ def check(ctx: Context, task: Task) -> None:
 
 
 def _check_sharded(ctx: Context, task: Task, workers: int) -> None:
-    settings, lanes, where = ctx.settings, ctx.recipe.lanes, f"run.{ctx.stage}"
+    settings, batch, where = ctx.settings, ctx.recipe.batch, f"run.{ctx.stage}"
     if isinstance(task, Contrastive):
         raise UserError(f"{where}.sharded: a CLIP's temperature is one number, which cannot be sharded; use false")
     if not workers:
         raise UserError(f"{where}.sharded: without workers a model cannot be sharded; set workers to 1 or more")
     if settings.min_workers:
         raise UserError(f"{where}.min_workers: a sharded model needs all of its workers; use 0")
-    if lanes % workers:
+    if batch % workers:
         raise UserError(
-            f"{where}.sharded: workers of a sharded model need equal shares, and {lanes} lanes are not a "
+            f"{where}.sharded: workers of a sharded model need equal shares, and {batch} rows are not a "
             f"multiple of {workers} workers; change workers"
         )
 

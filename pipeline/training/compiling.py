@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.settings import Compile
+from pipeline.settings import COMPILE_PAYS_S, Compile
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.distributed.sharding import layers
 from pipeline.training.timing import Speed
 
 BACKEND = "inductor"
-PAYS_S = 900.0  # of training, for what compiling takes once: minutes
 UTILISATION = 0.3  # of the rate of large matrix products that a network reaches before it is compiled
 NEEDED = {"cuda": ("CC", "gcc"), "cpu": ("CXX", "g++")}  # the variable that names a compiler, and the usual one
 log = logging.getLogger("unclip")
@@ -40,7 +39,7 @@ def compiles(stage: str, wanted: Compile, speed: Speed, samples: int, group: Pro
     seconds = samples * speed.model_flops / (UTILISATION * speed.matmul_flops)
     variable, usual = NEEDED[group.device.type]
     found = group.collect([(seconds, shutil.which(os.environ.get(variable, usual)) is not None)])
-    if wanted == "auto" and (group.device.type != "cuda" or found[0][0] < PAYS_S):
+    if wanted == "auto" and (group.device.type != "cuda" or found[0][0] < COMPILE_PAYS_S):
         return False
     if not all(able for _, able in found):
         lacking = f"{usual}, which torch.compile needs, is not on every machine of this training"

@@ -44,7 +44,7 @@ class TrainingRecipe:
         ema_half_life: Half-life, in samples, of the averaged weights (EMA) that become the model; at most a tenth of
             the samples seen, so that nothing is left of the random start however short the training. ``nano`` and
             ``tiny`` have that tenth; 0 averages nothing.
-        lanes: Parallel data streams, a bound on workers.
+        lanes: Parallel data streams, of each of which a step takes as many rows.
         window: Rows that are shuffled with each other in a lane; a worker holds 1.25 times as many encoded
             images of each lane in memory.
         captions: Captions of a row that a model reads: ``any`` draws one for each time that the row is seen, ``first``

@@ -39,7 +39,7 @@ from pipeline.training.distributed.launch import WorkerLost, gave_up, launch
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.distributed.sharding import full_tensor
 from pipeline.training.feed.feed import Batches, Feed, LocalBatch
-from pipeline.training.feed.order import lanes_of
+from pipeline.training.feed.order import share_of
 from pipeline.training.follow import following, showing
 from pipeline.training.journal import Step, check_finite
 from pipeline.training.memory import halved, micro_batch
@@ -136,7 +136,7 @@ class Worker:
         state = self.restored(task, group)
         # Rank 0 measures alone, so before the workers wait for each other.
         speed = measure_speed(task, state, feed, recipe.precision, group) if group.is_rank_0 else NOT_MEASURED
-        shares = [recipe.batch // recipe.lanes * len(lanes_of(i, group.size, recipe.lanes)) for i in range(group.size)]
+        shares = [len(share_of(rank, group.size, recipe.batch)) for rank in range(group.size)]
         settings = replace(settings, micro_batch=micro_batch(ctx, task, feed, max(shares), group, state))
         if isinstance(task, Contrastive):
             task.gather, task.at_once = partial(group.gather, shares), settings.micro_batch

@@ -68,7 +68,7 @@ class Plain:
 class Trained:
     samples: int = 2
     decay: int = 0
-    lanes: int = 1
+    batch: int = 1
 
 
 @dataclass

@@ -5,9 +5,9 @@ They read the rows of the order, decode images, prepare what a task computes wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from itertools import repeat
+from itertools import accumulate, pairwise, repeat
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -23,7 +23,7 @@ from pipeline.graph.artifacts import Artifact
 from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
 from pipeline.training.feed.draws import DrawCall, Numbers, ReadyDraw, make_numbers, use_one_thread
-from pipeline.training.feed.order import Order, lanes_of
+from pipeline.training.feed.order import Order, cut_by_lane, share_of
 from pipeline.training.feed.tables import JoinedRow, Tables
 from pipeline.training.feed.views import CACHE_MB, View, Views, at_once
 from pipeline.training.recipes import TrainingRecipe
@@ -42,10 +42,11 @@ class LocalBatch(NamedTuple):
             those that the task's columns name.
             A task that prepares its batches has columns of its own in place of the images.
         keys: Keys of the rows.
-        streams: Pairs (seed, rows), lane by lane, for a Draw.
+        streams: Pairs (seed, rows), lane by lane, for a Draw; also of rows of its lanes that other workers have.
         numbers: Numbers of that draw that were made ahead.
         asked: Set to which those calls of the draw are added whose numbers were not made ahead, so that a feed makes
             them for later batches.
+        before: Rows of the first lane that another worker has.
     """
 
     batch: Batch
@@ -53,9 +54,11 @@ class LocalBatch(NamedTuple):
     streams: list[tuple[int, int]]
     numbers: Numbers = MappingProxyType({})
     asked: set[DrawCall] | None = None
+    before: int = 0
 
     def draw(self, device: torch.device, start: int, stop: int) -> Draw:
         """Returns the draw of rows [start, stop)."""
+        start, stop = start + self.before, stop + self.before
         part = Part(Draw(self.streams, device), start, stop)
         return part if self.asked is None else ReadyDraw(part, start, stop, self.numbers, self.asked)
 
@@ -80,6 +83,7 @@ class PendingBatch(NamedTuple):
         choices: Number for each row that picks one of its captions.
         views: Views that are being decoded.
         streams: Pairs (seed, rows), as in LocalBatch.
+        before: Rows that another worker has, as in LocalBatch.
         prepared: Columns that the task makes of the views, lane by lane; empty if it does not prepare.
     """
 
@@ -87,6 +91,7 @@ class PendingBatch(NamedTuple):
     choices: list[int]
     views: list[View]
     streams: list[tuple[int, int]]
+    before: int = 0
     prepared: Sequence[Future[Batch]] = ()
 
 
@@ -107,17 +112,19 @@ class Windows:
     quarters of a window of every lane.
     """
 
-    def __init__(self, read: Callable[[int, int], Window], lanes: range, pool: Executor, position: int):
-        self._read, self._pool, self._lanes = read, pool, lanes
-        self._coming = {lane: pool.submit(read, lane, position) for lane in lanes}
+    def __init__(self, read: Callable[[int, int], Window], lanes: Iterable[int], pool: Executor, position: int):
+        self._read, self._pool, self._turns = read, pool, {lane: turn for turn, lane in enumerate(lanes)}
+        self._coming = {lane: pool.submit(read, lane, position) for lane in self._turns}
         self._present: dict[int, Window] = {}
 
     def at(self, lane: int, position: int) -> Window:
         """Returns the window of a lane that holds a position; positions rise. Raises what reading it raised."""
         window = self._present.get(lane)
-        if window is None or position >= window.stop:
+        while window is None or position >= window.stop:
+            if window and lane not in self._coming:  # whose last rows are another worker's
+                self._coming[lane] = self._pool.submit(self._read, lane, window.stop)
             window = self._present[lane] = self._coming.pop(lane).result()
-        turn = AHEAD * (lane - self._lanes.start) / len(self._lanes)
+        turn = AHEAD * self._turns[lane] / len(self._turns)
         due = position + 1 == window.stop or position - window.start >= turn * (window.stop - window.start)
         if due and lane not in self._coming:
             self._coming[lane] = self._pool.submit(self._read, lane, window.stop)
@@ -127,7 +134,7 @@ class Windows:
 class Feed:
     """Makes batches of a task's training rows in the order of its recipe, and of its validation rows.
 
-    The batch of a step holds batch / lanes rows of every lane that this worker owns, lane after lane. A task that
+    The batch of a step holds this worker's share of its batch / lanes rows of every lane, lane after lane. A task that
     compares captions gets no rows without one.
 
     Args:
@@ -159,7 +166,8 @@ class Feed:
         self.columns, self.recipe, self.pin = task.columns, recipe, pin
         self.prepare = task.prepare if isinstance(task, Prepares) else None
         self.asked: set[DrawCall] = set()
-        self.lanes = lanes_of(rank, size, recipe.lanes)
+        self.per_lane = recipe.batch // recipe.lanes
+        self.lanes = cut_by_lane(share_of(rank, size, recipe.batch), self.per_lane)
         contrastive = isinstance(task, Contrastive)
         self.tables = Tables(
             store, inputs, task.columns, "train", task.min_side, 2 * len(self.lanes), captioned=contrastive
@@ -196,7 +204,7 @@ class Feed:
         readers = ThreadPoolExecutor(WINDOW_READERS, "read")
         decoders = ThreadPoolExecutor(torch.get_num_threads() + 1, "decode", use_one_thread)
         use_one_thread()
-        windows = Windows(self._read, self.lanes, readers, step * self.recipe.batch // self.recipe.lanes)
+        windows = Windows(self._read, self.lanes, readers, step * self.per_lane)
         try:
             coming = self._begin(step, windows, decoders)
             while True:
@@ -216,15 +224,16 @@ class Feed:
         """Reads the rest of a lane's window from a position on."""
         start, stop = position, self.order.window_at(position)[1]
         rows = self.tables.read(self.order.rows(lane, start, stop))
-        return Window(start, stop, rows, self.views.fetch(row.place for row in rows if row.place))
+        own = (row for at, row in enumerate(rows, start) if at % self.per_lane in self.lanes[lane])
+        return Window(start, stop, rows, self.views.fetch(row.place for row in own if row.place))
 
     def _begin(self, step: int, windows: Windows, decoders: Executor) -> PendingBatch:
-        per_lane = self.recipe.batch // self.recipe.lanes
+        per_lane = self.per_lane
         rows: list[JoinedRow] = []
         choices: list[int] = []
         images: dict[Place, bytes] = {}
-        for lane in self.lanes:
-            for position in range(step * per_lane, (step + 1) * per_lane):
+        for lane, own in self.lanes.items():
+            for position in range(step * per_lane + own.start, step * per_lane + own.stop):
                 window = windows.at(lane, position)
                 row = window.rows[position - window.start]
                 if row.place in window.images:
@@ -237,13 +246,15 @@ class Feed:
         prepared = []
         if self.prepare is not None:
             # A task that waits for its views never waits for long: they were submitted before it.
-            lanes = (views[i : i + per_lane] for i in range(0, len(views), per_lane))
-            prepared = [decoders.submit(self._prepared, *lane) for lane in zip(lanes, streams, strict=True)]
-        return PendingBatch(rows, choices, views, streams, prepared)
+            ends = accumulate(map(len, self.lanes.values()), initial=0)
+            lanes = (views[start:stop] for start, stop in pairwise(ends))
+            given = zip(lanes, streams, self.lanes.values(), strict=True)
+            prepared = [decoders.submit(self._prepared, *lane) for lane in given]
+        return PendingBatch(rows, choices, views, streams, next(iter(self.lanes.values())).start, prepared)
 
-    def _prepared(self, views: Sequence[View], stream: tuple[int, int]) -> Batch:
+    def _prepared(self, views: Sequence[View], stream: tuple[int, int], own: range) -> Batch:
         assert self.prepare is not None
-        return self.prepare({"image": _stacked(views)}, Draw([stream]))
+        return self.prepare({"image": _stacked(views)}, Part(Draw([stream]), own.start, own.stop))
 
     def _views(
         self, rows: Sequence[JoinedRow], images: dict[Place, bytes], submit: Callable[..., View] = at_once
@@ -273,7 +284,7 @@ class Feed:
             batch |= {name: torch.cat([lane[name] for lane in lanes]) for name in lanes[0]}
         elif "image" in self.columns:
             batch["image"] = _stacked(begun.views)
-        return LocalBatch(batch, [row.key for row in rows], begun.streams)
+        return LocalBatch(batch, [row.key for row in rows], begun.streams, before=begun.before)
 
 
 def _stacked(views: Sequence[View]) -> Tensor:

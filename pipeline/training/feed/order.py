@@ -2,8 +2,8 @@
 
 An epoch's rows, shard after shard in an order drawn for that epoch, form one virtual line. The line is cut into lanes
 (data streams) of equal length, a lane into windows, and rows are shuffled inside their window, so that a reader needs
-neighbours and not an index of all rows. Lanes belong to the recipe and workers take whole lanes, so the order does not
-depend on the number of workers.
+neighbours and not an index of all rows. A step takes as many rows of each lane, lane after lane, and workers cut its
+batch into even shares. Lanes belong to the recipe, so the order does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,21 @@ def permutation(length: int, seed: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(seed).random_raw(length), kind="stable")
 
 
-def lanes_of(rank: int, size: int, lanes: int) -> range:
-    """Returns the lanes that worker ``rank`` of ``size`` reads. Every lane belongs to exactly one worker."""
-    return range(rank * lanes // size, (rank + 1) * lanes // size)
+def share_of(rank: int, size: int, batch: int) -> range:
+    """Returns the rows of a batch that worker ``rank`` of ``size`` trains on. Shares differ by one row at most."""
+    return range(rank * batch // size, (rank + 1) * batch // size)
+
+
+def cut_by_lane(share: range, per_lane: int) -> dict[int, range]:
+    """Returns a share by its lanes, of each of which it has some of the ``per_lane`` rows of a step.
+
+    A worker shares its first and its last lane with its neighbours where shares end within them.
+    """
+    lanes = range(share.start // per_lane, -(-share.stop // per_lane))
+    return {
+        lane: range(max(share.start - lane * per_lane, 0), min(share.stop - lane * per_lane, per_lane))
+        for lane in lanes
+    }
 
 
 class Order:

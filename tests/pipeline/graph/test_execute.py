@@ -39,7 +39,7 @@ Does = Callable[[Context], None]
 class Recipe:
     samples: int = 1
     decay: int = 0
-    lanes: int = 8
+    batch: int = 8
     splitting = ()  # of the source
 
 

@@ -295,7 +295,7 @@ def test_a_falling_rate_branches_off(world: World, tmp_path: Path, caplog: pytes
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (TrainingSettings(workers=9), r"run\.diffusion_prior\.workers: 9 is more than the 8 lanes"),
+        (TrainingSettings(workers=17), r"run\.diffusion_prior\.workers: 17 is more than the 16 rows"),
         (TrainingSettings(milestones=(8,)), r"run\.diffusion_prior\.milestones: 8 is not between one batch \(16\)"),
         (TrainingSettings(milestones=(100_000,)), r"milestones: 100,000 is not between .* samples \(192\)"),
         (TrainingSettings(milestones=(192,)), r"milestones: 192 is not between .* samples \(192\)"),
@@ -312,7 +312,10 @@ RESNET = replace(CLIP_MODEL, tower="resnet", layers=(1, 1, 1, 1), width=2)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (TrainingSettings(micro_batch=4), "compares every row with its whole batch"),
+        (
+            TrainingSettings(micro_batch=4),
+            r"run\.clip\.micro_batch: batch norms of a resnet tower need the whole batch",
+        ),
         (TrainingSettings(workers=2), r"run\.clip\.workers: 2; batch norms of a resnet tower"),
         (TrainingSettings(workers=2, sharded=True), r"run\.clip\.sharded: a CLIP's temperature is one number"),
     ],

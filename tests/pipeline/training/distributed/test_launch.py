@@ -42,7 +42,7 @@ CLIP = ClipRecipe(samples=60, batch=12, lanes=3, precision="fp32", warmup_steps=
 
 
 def test_ray_workers_train_what_this_process_trains(ray: Any, world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """No worker, and two with one and two lanes, one of which is killed; the loss compares with the rows of both."""
+    """No worker, and two, one of which is killed; the loss compares with the rows of both."""
     made = []
     for workers in (0, 2):
         # Keys of their own, but one trajectory, whose checkpoints must not be shared here.

@@ -236,7 +236,7 @@ def test_layers_are_computed_again_with_the_same_dropout(shared_world: World) ->
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"workers": 3}, r"sharded: .* 4 lanes are not a multiple of 3 workers"),
+        ({"workers": 3}, r"sharded: .* 16 rows are not a multiple of 3 workers"),
         ({"workers": 0}, r"sharded: without workers"),
         ({"min_workers": 1}, r"min_workers: a sharded model needs all"),
         ({"min_workers": 3, "sharded": False, "offload": False}, r"min_workers: 3 is above workers, 2"),

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from models.clip import Clip
 from pipeline.training import checkpoints as checkpoints_module
 from pipeline.training import memory, stage
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from tests.pipeline.training.conftest import World, make_world
+from tests.pipeline.training.distributed.test_launch import CLIP
 from tests.pipeline.training.trainings import MODEL, SETTINGS, assert_equal_trainings, made, train_together
 
 RECIPE = DiffusionPriorRecipe(
@@ -70,6 +72,34 @@ def test_the_first_worker_reads_a_checkpoint_and_all_compute_as_many_rows_as_fit
     assert [set(lines(tmp_path / f"rows-{rank}")[2:]) for rank in (0, 1)] == [{"2"}] * 2
     straight = make_world(tmp_path / "straight")
     expected = stage.train(straight.context("diffusion_prior", RECIPE, SETTINGS))
+    assert_equal_trainings((world, made(world, ctx)), (straight, expected))
+
+
+def hungry_clip(folder: Path, rank: int) -> None:
+    """No worker has memory for more than three captions at once."""
+    memory.refuses = lambda device: True
+    encode = Clip.encode_text
+
+    def hungry(self: Any, tokens: Any) -> Any:
+        if self.training:
+            with open(folder / f"rows-{rank}", "a") as out:
+                out.write(f"{len(tokens)}\n")
+            if len(tokens) > 3:
+                torch.empty(1 << 50, dtype=torch.uint8)
+        return encode(self, tokens)
+
+    Clip.encode_text = hungry
+
+
+def test_a_contrastive_loss_encodes_as_many_rows_as_fit_and_compares_all(world: World, tmp_path: Path) -> None:
+    """Of unequal shares, 7 and 8 rows of 15."""
+    recipe, inputs = replace(CLIP, samples=60, batch=15), ("pairs", "captions")
+    ctx = world.context("clip", recipe, replace(SETTINGS, workers=2), inputs)
+    train_together(ctx, tmp_path, partial(hungry_clip, tmp_path))
+    assert [lines(tmp_path / f"rows-{rank}")[:2] for rank in (0, 1)] == [["8", "4"]] * 2
+    assert [set(lines(tmp_path / f"rows-{rank}")[2:]) for rank in (0, 1)] == [{"1", "2"}, {"2"}]
+    straight = make_world(tmp_path / "straight")
+    expected = stage.train(straight.context("clip", recipe, SETTINGS, inputs))
     assert_equal_trainings((world, made(world, ctx)), (straight, expected))
 
 

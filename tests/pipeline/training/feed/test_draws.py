@@ -82,9 +82,10 @@ def test_an_upsampler_s_loss_is_the_same_from_images_and_from_what_the_feed_made
             )
 
 
-def test_workers_prepare_what_one_does(shared_world: World) -> None:
+@pytest.mark.parametrize("size", [2, 3])  # which share a lane, too
+def test_workers_prepare_what_one_does(shared_world: World, size: int) -> None:
     alone = take(shared_world, task("bsr"), 3)
-    together = zip(*(take(shared_world, task("bsr"), 3, rank, 2) for rank in range(2)), strict=True)
+    together = zip(*(take(shared_world, task("bsr"), 3, rank, size) for rank in range(size)), strict=True)
     for one, parts in zip(alone, together, strict=True):
         for name, column in one.batch.items():
             assert torch.equal(column, torch.cat([part.batch[name] for part in parts]))

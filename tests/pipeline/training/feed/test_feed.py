@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from models.clip_loss import alone
 from models.tokens import tokenize
@@ -26,6 +27,7 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, Shard, read_shards
 from pipeline.ledger import Ledger
 from pipeline.store.records import blob_path
+from pipeline.training.feed.draws import make_numbers
 from pipeline.training.feed.feed import Feed, LocalBatch
 from pipeline.training.feed.tables import Tables
 from pipeline.training.recipes import DecoderRecipe
@@ -47,7 +49,7 @@ def make_feed(
 ) -> Feed:
     task: Any = SimpleNamespace(columns=columns, min_side=64, image_size=24)
     if contrastive:
-        task.gather, task.local_statistics = alone, False
+        task.gather, task.at_once, task.local_statistics = alone, 0, False
     return Feed(world.store, inputs or world.inputs, task, recipe, rank, size, cache_mb)
 
 
@@ -67,11 +69,11 @@ SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(sizes=SIZES, lanes=st.integers(1, 6), per_lane=st.integers(1, 3), size=st.integers(1, 6), seed=st.integers(0, 9))
+@given(sizes=SIZES, lanes=st.integers(1, 6), per_lane=st.integers(1, 3), size=st.integers(1, 9), seed=st.integers(0, 9))
 def test_no_shape_hangs(tmp_path: Path, sizes: list[int], lanes: int, per_lane: int, size: int, seed: int) -> None:
     """Shards of one row, data sets smaller than a batch, unequal shares: every worker gets every step, within a minute,
     or all are told that no row teaches."""
-    size = min(size, lanes)
+    size = min(size, lanes * per_lane)
     recipe = DecoderRecipe(samples=64, batch=lanes * per_lane, lanes=lanes, window=2, seed=seed)
     world = make_world(Path(tempfile.mkdtemp(dir=tmp_path)), sizes)
     teaching = {e.key for e in world.examples.values() if e.split == "train" and e.key[-4:] != "0002"}
@@ -113,18 +115,28 @@ def test_every_row_has_its_own_image_captions_and_embeddings(shared_world: World
         assert share.batch["image_embedding"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [2, 3, 4, 8, 11, 16])
 def test_workers_together_read_what_one_reads(shared_world: World, size: int) -> None:
-    """Steps 0 to 7 cross an epoch's seam: 58 rows in 8 lanes of 8, two of each a step."""
+    """Steps 0 to 7 cross an epoch's seam: 58 rows in 8 lanes of 8, two of each a step, which workers may share."""
     alone = take(make_feed(shared_world), 8)
     feeds = [make_feed(shared_world, rank=rank, size=size) for rank in range(size)]
     together = [take(feed, 8) for feed in feeds]
     for step, share in enumerate(alone):
         parts = [shares[step] for shares in together]
         assert share.keys == [key for part in parts for key in part.keys]
-        assert share.streams == [stream for part in parts for stream in part.streams]
+        for ready in (False, True):  # numbers are drawn, or made before for whole lanes
+            drawn = [_drawn(part, ready, 0, len(part.keys)) for part in (share, *parts)]
+            assert torch.equal(drawn[0], torch.cat(drawn[1:]))
+        last = parts[-1]
+        assert torch.equal(_drawn(last, True, len(last.keys) - 1, len(last.keys)), drawn[0][-1:])
         for name, column in share.batch.items():
             assert torch.equal(column, torch.cat([part.batch[name] for part in parts]))
+
+
+def _drawn(share: LocalBatch, ready: bool, start: int, stop: int) -> Tensor:
+    call = ("normal", ("noise", 2))
+    made = share._replace(numbers=make_numbers(share.streams, [call] if ready else []), asked=set())
+    return made.draw(torch.device("cpu"), start, stop).normal(*call[1])
 
 
 def test_an_epoch_holds_every_curated_training_row(shared_world: World) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.training.feed.order import Order, lanes_of, permutation
+from pipeline.training.feed.order import Order, cut_by_lane, permutation, share_of
 
 SHAPES = st.tuples(
     st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any),
@@ -43,11 +43,21 @@ def test_rows_can_be_read_in_any_pieces(
     assert whole == Order(counts, lanes, window, seed).rows(0, start, start + first + second)
 
 
-@given(st.integers(1, 70), st.integers(1, 70))
-def test_every_lane_has_one_worker_and_shares_differ_by_one_at_most(lanes: int, world: int) -> None:
-    shares = [lanes_of(rank, world, lanes) for rank in range(world)]
-    assert [lane for share in shares for lane in share] == list(range(lanes))
+@given(lanes=st.integers(1, 20), per_lane=st.integers(1, 9), world=st.integers(1, 70))
+def test_every_row_of_a_batch_has_one_worker_and_shares_differ_by_one_at_most(
+    lanes: int, per_lane: int, world: int
+) -> None:
+    shares = [share_of(rank, world, lanes * per_lane) for rank in range(world)]
+    cuts = [(lane, row) for share in shares for lane, own in cut_by_lane(share, per_lane).items() for row in own]
+    assert cuts == [(lane, row) for lane in range(lanes) for row in range(per_lane)]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_one_of_64_workers_that_is_lost_costs_little_more_than_itself() -> None:
+    """A step takes as long as the largest share."""
+    for batch, rate in ((32_768, 0.98), (4096, 0.969), (2048, 0.969)):
+        largest = [max(len(share_of(rank, world, batch)) for rank in range(world)) for world in (64, 63)]
+        assert rate < largest[0] / largest[1] < 63 / 64
 
 
 def test_a_window_is_a_run_of_neighbours_in_another_order() -> None:
