@@ -144,6 +144,13 @@ def test_large_trainings_warm_up_and_clip_gradients_however_short_they_are(name:
             assert 100 <= recipe.warmup_steps <= recipe.samples / recipe.batch / 2
 
 
+@pytest.mark.parametrize("stage", TRAININGS)
+@pytest.mark.parametrize("name", ["karlo", "paper"])
+def test_presets_for_many_gpus_shuffle_100_000_rows_in_lanes_for_all(name: str, stage: str) -> None:
+    recipe = getattr(preset_config(name), stage)
+    assert recipe.pretrained or (recipe.lanes >= 8 * 64 and recipe.lanes * recipe.window > 100_000)
+
+
 def test_karlo_samples_what_it_trains() -> None:
     """Karlo's seven steps end with one of a second network; a model of the preset has none, and takes GLIDE's 27."""
     assert preset_config("karlo").upsampler_256.model.last_unet is False
