@@ -16,8 +16,9 @@ from jobs.output import print_json, say, warn
 from jobs.project import Project, open_project
 from pipeline.build import build
 from pipeline.config import load_config
-from pipeline.cost.estimate import UTILISATION, Cost, PlanInput, elapsed, estimate, parse_fleet
-from pipeline.cost.limits import lacking
+from pipeline.cost.devices import parse_fleet
+from pipeline.cost.estimate import UTILISATION, Cost, PlanInput, elapsed, estimate
+from pipeline.cost.limits import lacking, too_large
 from pipeline.cost.observed import Observations, observe, read_profile
 from pipeline.cost.table import cost_table, places, remarks, second_prior, size
 from pipeline.errors import UserError
@@ -65,6 +66,8 @@ def main(arguments: argparse.Namespace) -> int:
         where = f" on {fleet.count} {fleet.name}" if fleet else ""
         say(f"{config.project}: {_size(rows, ask.shards)}{where}, as if nothing were made")
         say("\n".join(_cost_lines(costs, ask)))
+        for lack in too_large(costs, ask):
+            say(f"warning: {lack}")
         return 0
     verdicts = project.plan()
     ask = PlanInput(config, graph, project.rows, project.held_out, seen, fleet, utilisation)
@@ -223,7 +226,9 @@ def _as_values(
         "pairs": ask.rows,
         "shards": len(project.scan.shards) if project else ask.shards,
         "seconds": elapsed(costs, ask),
-        "warnings": [*map(str, lacking(costs, ask, project.store)), *project.warnings(costs)] if project else [],
+        "warnings": [*map(str, lacking(costs, ask, project.store)), *project.warnings(costs)]
+        if project
+        else [*map(str, too_large(costs, ask))],
         "stages": [
             {"stage": stage, **said.get(stage, {}), "cost": costs.get(stage)}
             for stage in ask.graph

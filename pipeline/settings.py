@@ -30,6 +30,7 @@ STATE_BYTES = 20  # a parameter of a training: weight, average, gradient and two
 SECRETS = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|(ACCESS|API|PRIVATE|STORAGE|ACCOUNT)_?KEY", re.IGNORECASE)
 NO_SECRET = "no secret is written into YAML; put it into a Secret, run.kubernetes.secret"
 PUBLIC_KEY = re.compile(r"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI[A-Za-z0-9+/]{43}( .*)?")  # OpenSSH's spelling
+COMPILE_PAYS_S = 900.0  # of a training on GPUs, for what compiling takes once: minutes
 SPARED = 30  # times as long as it took to write a checkpoint, until the next one
 
 
@@ -145,13 +146,13 @@ class TrainingSettings:
 
     Attributes:
         workers: Processes; 0 trains in this one. Each takes one GPU or none, as ``device`` says. ``auto`` is one a
-            GPU, at most as many as the recipe has lanes, and 0 where there is no GPU.
+            GPU, at most as many as a batch has rows, and 0 where there is no GPU.
         min_workers: Least number of workers, for an elastic training: it begins with as many workers as there are cores
             or GPUs for, at most ``workers``, and goes on with more or fewer as machines come and go. 0 keeps the number
             fixed.
         micro_batch: Rows a worker computes at once; 0 is its whole share, or on GPUs as many of it as a trial before
             the first step finds room for. Where they do not fit later, half as many are taken from the last
-            checkpoint on.
+            checkpoint on. CLIP encodes so many at once, and again in the backward pass.
         threads: Threads of a worker; 0 is every core, divided among the workers of one machine. A Ray worker without a
             GPU takes as many cores, so that trainings with a number of threads run side by side on one machine.
         checkpoint_every_s: Seconds between checkpoints, at least; where it takes longer to write one, 30 times as
@@ -166,7 +167,7 @@ class TrainingSettings:
         cpus: Cores that Ray sets aside for a worker, as for other stages; 0 is one for each of its ``threads``.
         memory_mb: MiB that Ray sets aside for a worker, as for other stages.
         sharded: Sharding of weights, averages and moments over the workers (FSDP2), for a model too large for one
-            device; the number of workers must divide the recipe's lanes. Where half of a node's memory holds all of it,
+            device; the number of workers must divide the recipe's batch. Where half of a node's memory holds all of it,
             the workers of each node share a copy. Not for CLIP.
         offload: Offload of the sharded weights, averages and moments to the memory of the CPU; with ``sharded`` only.
         recompute: Keeps only each layer's input for the backward pass, which takes the time of another forward

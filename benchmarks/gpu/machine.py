@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from benchmarks.gpu.bench import Bench, Outcome
 from benchmarks.timing import cpu
 from models.precision import has_bfloat16
-from pipeline.cost.estimate import DEVICES
+from pipeline.cost.devices import DEVICES
 from pipeline.graph.resources import cores
 
 QUERIES = ("clocks.max.sm", "power.limit", "ecc.mode.current", "driver_version")  # of nvidia-smi

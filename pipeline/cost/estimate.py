@@ -14,12 +14,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
+from pipeline.cost.devices import DEVICES, UNKNOWN, Device, Fleet
+from pipeline.cost.memory import SAVED_STATE, Footprint, footprint, host_memory
 from pipeline.cost.observed import Observation, Observations, pace, shape
-from pipeline.errors import UserError
 from pipeline.graph.keys import flatten
 from pipeline.graph.resources import DECODERS, Machine, Resources, WorkerGroup, cores, team_of
 from pipeline.graph.stages import Graph, seconds_to_end
-from pipeline.settings import SPARED
+from pipeline.settings import COMPILE_PAYS_S, SPARED
 from pipeline.training.recipes import ClipRecipe, TrainingRecipe
 
 if TYPE_CHECKING:
@@ -29,6 +30,13 @@ CORE_FLOPS = 50e9  # a second, that networks reach on one core
 UTILISATION = 0.3  # of a GPU's bf16 peak
 FP32_UTILISATION = 0.5  # of its fp32 peak, which is much lower
 MATMUL_SHARE = 0.75  # of the bf16 peak that large matrix products reach: what a measured utilisation is a share of
+# Of the host, for one kernel: 3,000 small ones took 15 ms alone, 31 to 36 ms beside a busy feed (2 cores, 2026-11-30).
+# Compiled layers launch fewer; nobody has counted how many.
+LAUNCH_SECONDS = 1e-5
+LAUNCHES = 3  # kernels of a step for each of its forward pass; 2.7 of small's decoder (docs/gpu-check.md)
+# Of a worker, for the forward and the backward pass of a layer. A guess: nothing here was compiled for a GPU. nanoGPT
+# says that twelve equal blocks take a minute; the stages of a U-Net are all different.
+COMPILE_SECONDS = 15.0
 CLUSTERED_ROWS = 8e6  # up to which near rows are looked for in clusters of one size (docs/near-duplicates.md)
 DECODE_SECONDS = 0.004  # of one core, to read a stored image and shrink it to CLIP's view
 START_SECONDS = {"data": 6.0, "training": 5.0, "gpus": 60.0}
@@ -36,63 +44,8 @@ FETCH_WEIGHTS_SECONDS = 60.0
 REFERENCE_BYTES = 300  # of a row in each data stage, besides what it makes
 SAVED_BYTES = 1e9  # of a checkpoint that a worker writes in a second
 COPIED_BYTES = 20e9  # that a GPU copies in a second, while it does nothing else
-SAVED_STATE, MODEL_BYTES = 16, 4  # bytes a parameter: weight, average and two moments of a checkpoint; of an artefact
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU: operations a second of dense products in bf16, and in fp32 without tensor cores; bytes of memory."""
-
-    peak: float
-    fp32: float
-    memory: float
-
-
-# NVIDIA's data sheets and white papers, without sparsity: of A100 to H200 the SXM modules, of B200 a HGX board's figure
-# over its eight GPUs, of GeForce bf16 with sums in fp32, at which they are half as fast.
-DEVICES = {
-    "A100": Device(312e12, 19.5e12, 80e9),
-    "H100": Device(989e12, 67e12, 80e9),
-    "H200": Device(989e12, 67e12, 141e9),
-    "B200": Device(2250e12, 75e12, 180e9),
-    "L4": Device(121e12, 30.3e12, 24e9),
-    "L40S": Device(362e12, 91.6e12, 48e9),
-    "RTX 3060": Device(25.5e12, 12.7e12, 12e9),
-    "RTX 3090": Device(71e12, 35.6e12, 24e9),
-    "RTX 4090": Device(165e12, 82.6e12, 24e9),
-    "RTX 5090": Device(209e12, 104.8e12, 32e9),
-}
-UNKNOWN = DEVICES["L4"]  # stands for any other GPU
-APPLE = re.compile(r"(APPLE|MPS|MAC|M[1-9]\b)", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Fleet:
-    """A number of GPUs of one kind."""
-
-    count: int
-    name: str
-
-
-def parse_fleet(text: str) -> Fleet:
-    """Reads 64xH100, 1xRTX4090 or "1x RTX 4090" as that many GPUs of that kind. Raises UserError."""
-    found = re.fullmatch(r"(\d+)\s*x\s*(\S.*)", text)
-    if not found or int(found[1]) < 1:
-        raise UserError(f"--gpus {text}: not a number of GPUs; write it as 64xH100")
-    if APPLE.match(found[2]):
-        raise UserError(f"--gpus {text}: nothing runs on Apple's GPUs; leave it out to plan for this machine's cores")
-    wanted = _plain_kind(found[2])
-    kind = next((name for name in DEVICES if _plain_kind(name) == wanted), None)
-    if kind is None:
-        raise UserError(
-            f"--gpus {text}: unknown kind {found[2]}; name the known one that is nearest to it: {', '.join(DEVICES)}"
-        )
-    return Fleet(int(found[1]), kind)
-
-
-def _plain_kind(name: str) -> str:
-    """Returns 4090 for "RTX 4090", "rtx-4090" and "GeForce RTX 4090"; H100 for "NVIDIA H100"."""
-    return re.sub(r"NVIDIA|GEFORCE|RTX|\W|_", "", name.upper())
+MODEL_BYTES = 4  # a parameter of an artefact
+JOINED_BYTES = 1500  # of a row that a training has read besides its embeddings: captions, key, place
 
 
 @dataclass(frozen=True)
@@ -235,12 +188,12 @@ def _training_team(stage: str, ask: PlanInput) -> WorkerGroup | None:
     """Returns the workers of a training; None for another stage, and where this process trains."""
     if ask.graph[stage].kind != "training" or ask.fetches(stage):
         return None
-    lanes = ask.graph[stage].recipe.lanes  # which no workers share
+    batch = ask.graph[stage].recipe.batch  # of which every worker has a row
     if ask.fleet:
-        count = min(ask.fleet.count, lanes)
+        count = min(ask.fleet.count, batch)
         return WorkerGroup(count, count, Resources(0.0, 1.0))
     settings = getattr(ask.config.run, stage)
-    team = team_of(settings, ask.machine, lanes)
+    team = team_of(settings, ask.machine, batch)
     if not team.count:
         return None
     if ask.machine.local and not team.worker.gpus and not settings.threads:  # every core
@@ -315,12 +268,9 @@ def _counted(stage: str, ask: PlanInput, workers: int, on_gpus: bool) -> tuple[f
     if ask.fetches(stage):
         return FETCH_WEIGHTS_SECONDS, 0.0
     if node.kind == "training":
-        work = node.recipe.samples * model_size(ask.config, stage).training
         if on_gpus:
-            seconds = work / (workers * rate(ask, node.recipe.precision, stage))
-            size, every = save(stage, ask, workers)
-            # The last checkpoint is waited for, the others only copied.
-            return START_SECONDS["gpus"] + size / SAVED_BYTES, seconds * (1 + size / COPIED_BYTES / every)
+            return _trained(stage, ask, workers)
+        work = node.recipe.samples * model_size(ask.config, stage).training
         return START_SECONDS["training"], work / (resources(stage, ask)[1] * CORE_FLOPS)
     if node.kind == "result":
         precision = ask.config.bundle.sampling.precision
@@ -333,6 +283,59 @@ def _counted(stage: str, ask: PlanInput, workers: int, on_gpus: bool) -> tuple[f
     if any(ask.graph[name].kind == "training" for name in node.inputs):
         each += encode_seconds(ask) + decode_seconds(ask)
     return START_SECONDS["data"] if workers > 1 else 0.0, each * amount(stage, ask) / workers
+
+
+def _trained(stage: str, ask: PlanInput, workers: int) -> tuple[float, float]:
+    """Returns the same of a training on GPUs."""
+    recipe, settings, size = ask.graph[stage].recipe, getattr(ask.config.run, stage), model_size(ask.config, stage)
+    seconds = recipe.samples / recipe.batch * max(step_seconds(stage, ask, workers))
+    saved, every = save(stage, ask, workers)
+    compiles = settings.compile is True or (settings.compile == "auto" and seconds > COMPILE_PAYS_S)
+    # The last checkpoint is waited for, the others only copied.
+    startup = START_SECONDS["gpus"] + saved / SAVED_BYTES + compiles * size.layers * COMPILE_SECONDS
+    return startup, seconds * (1 + saved / COPIED_BYTES / every)
+
+
+def step_of(stage: str, ask: PlanInput, workers: int) -> Footprint:
+    """Returns what a step of a training takes of the GPU that has most rows."""
+    settings, memory = getattr(ask.config.run, stage), ask.device.memory
+    return footprint(model_size(ask.config, stage), ask.graph[stage].recipe, settings, workers, memory)
+
+
+def worker_memory(stage: str, ask: PlanInput, workers: int) -> float:
+    """Returns the bytes that one worker of a training takes of its host."""
+    node, settings, size = ask.graph[stage], getattr(ask.config.run, stage), model_size(ask.config, stage)
+    stored = max(row_bytes(name, ask) for name in node.inputs)  # of an input: an image's
+    image = stored if hasattr(node.recipe.model, "image_size") else 0.0
+    embeddings = 2 * 4.0 * clip_size(ask.config.clip).dim if "embeddings" in node.inputs else 0.0
+    shard = min(ask.rows, ask.config.source.shard_rows) * (JOINED_BYTES + embeddings)
+    return host_memory(size, node.recipe, settings, workers, image, shard)
+
+
+def step_seconds(stage: str, ask: PlanInput, workers: int) -> tuple[float, float]:
+    """Returns the seconds in which a GPU computes a step, and those in which its host launches the kernels."""
+    recipe, size, step = ask.graph[stage].recipe, model_size(ask.config, stage), step_of(stage, ask, workers)
+    # Another forward pass: of layers, or of a contrastive loss that takes its rows in parts.
+    again = getattr(ask.config.run, stage).recompute or (isinstance(recipe, ClipRecipe) and step.passes > 1)
+    computing = step.rows * (size.training + again * size.forward) / rate(ask, recipe.precision, stage)
+    return computing, step.passes * (LAUNCHES + again) * size.kernels * LAUNCH_SECONDS
+
+
+def counted_trainings(costs: Mapping[str, Cost], ask: PlanInput) -> dict[str, int]:
+    """Returns the GPUs of those trainings whose costs are counted."""
+    trained = {stage: round(cost.gpus) for stage, cost in costs.items() if ask.graph[stage].kind == "training"}
+    return {stage: gpus for stage, gpus in trained.items() if gpus and costs[stage].basis == "counted"}
+
+
+def worth_renting(stage: str, ask: PlanInput, gpus: int) -> int:
+    """Returns the number of GPUs beyond which twice as many save less than a quarter of a training's time."""
+    count = 1
+    while count < gpus:
+        now, then = (estimate(stage, replace(ask, fleet=Fleet(n, ask.gpu))) for n in (count, 2 * count))
+        if then.seconds > 0.75 * now.seconds:
+            break
+        count *= 2
+    return min(count, gpus)
 
 
 def rate(ask: PlanInput, precision: str, stage: str = "") -> float:

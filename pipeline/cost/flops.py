@@ -1,18 +1,25 @@
-"""Counts the parameters and the arithmetic of a configuration's models. Exact, and nothing is computed.
+"""Counts parameters, arithmetic, memory and kernels of a configuration's models; nothing is computed.
 
-PyTorch builds each model of tensors that have shapes and no values, runs a row through it and counts matrix products
-and convolutions, as a training does (pipeline.training.timing). So a model that fits no machine here is counted too.
+PyTorch builds each model of tensors that have shapes and no values, runs rows through it and counts matrix products and
+convolutions, as a training does (pipeline.training.timing). So a model that fits no machine here is counted too. These
+counts are exact; what a GPU keeps and launches is estimated from what a CPU would.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import open_clip
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models.ar_prior import ARPrior
 from models.clip import config_of
@@ -23,9 +30,12 @@ from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from models.upsampler import Upsampler
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.training.distributed.sharding import layers
 from pipeline.training.recipes import ClipRecipe
 from pipeline.training.timing import flop_counter
 
+ROWS = 17  # that are run through a network: a tensor whose length they divide holds rows, another one weights
+NO_KERNEL = {"device", "detach", "alias", "_unsafe_view", "empty", "empty_like", "scalar_tensor", "lift_fresh"}
 NEEDED = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")  # of what open_clip says of a model
 
 
@@ -36,10 +46,18 @@ class Size:
     Attributes:
         forward: Floating-point operations of one row's forward pass, as training sees it, two per multiply-add.
         parameters: Number of parameters.
+        activations: Bytes of a row in bf16 that a forward pass keeps for the backward pass.
+        recomputed: Bytes of a row in bf16 where each layer keeps its input alone, and is computed again.
+        kernels: Kernels that a forward pass launches, of however many rows.
+        layers: Number of layers that are compiled, sharded and computed again each for itself.
     """
 
     forward: float
     parameters: int
+    activations: float
+    recomputed: float
+    kernels: int
+    layers: int
 
     @property
     def training(self) -> float:
@@ -61,7 +79,8 @@ def count_model(config: Config, stage: str) -> Size:
     """Returns the size of the model that a stage trains. Raises UserError for a CLIP that open_clip does not know."""
     if stage == "clip":
         clip = count_clip(config.clip)
-        return Size(clip.image + clip.text, clip.parameters)
+        pretrained = Size(clip.image + clip.text, clip.parameters, 0.0, 0.0, 0, 1)
+        return pretrained if config.clip.pretrained else _clip_size(config.clip.model)
     model = getattr(config, stage).model
     return _size(model, count_clip(config.clip).dim, config.codec.components, text_tower(model, config.clip))
 
@@ -86,32 +105,95 @@ def text_tower(model: Any, recipe: ClipRecipe) -> TextTower | None:
 
 @lru_cache
 def _size(model: Any, dim: int, codes: int, tower: TextTower | None) -> Size:
-    with FakeTensorMode(), torch.no_grad():
-        tokens, row = torch.zeros(1, 77, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-        embedding, kept = torch.zeros(1, dim), torch.ones(1, dtype=torch.bool)
+    with FakeTensorMode():
+        tokens, row = torch.zeros(ROWS, 77, dtype=torch.int64), torch.zeros(ROWS, dtype=torch.int64)
+        embedding, kept = torch.zeros(ROWS, dim), torch.ones(ROWS, dtype=torch.bool)
         network: torch.nn.Module
         inputs: tuple[torch.Tensor, ...]
         match model:
             case ARPriorConfig():
                 network = ARPrior(model, dim, codes, tower)
-                inputs = (tokens, embedding, row, torch.zeros(1, codes, dtype=torch.int64), kept)
+                inputs = (tokens, embedding, row, torch.zeros(ROWS, codes, dtype=torch.int64), kept)
             case DiffusionPriorConfig():
                 network = DiffusionPrior(model, dim, tower)
                 inputs = (embedding, row, tokens, embedding, kept)
             case DecoderConfig():
                 network = Decoder(model, dim, tower)
-                image = torch.zeros(1, 3, model.image_size, model.image_size)
+                image = torch.zeros(ROWS, 3, model.image_size, model.image_size)
                 inputs = (image, row, embedding, tokens, kept, kept)
             case UpsamplerConfig():
                 network = Upsampler(model)
                 crop, low = model.crop_size, model.crop_size // model.scale
-                inputs = (torch.zeros(1, 3, crop, crop), row, torch.zeros(1, 3, low, low))
+                inputs = (torch.zeros(ROWS, 3, crop, crop), row, torch.zeros(ROWS, 3, low, low))
             case _:
                 raise TypeError(f"no size known for {type(model).__name__}")
-        counter = flop_counter()
-        with counter:
-            network.eval().requires_grad_(False)(*inputs)
-        return Size(counter.get_total_flops(), sum(p.numel() for p in network.parameters()))
+        return _counted(network, lambda: network(*inputs))
+
+
+@lru_cache
+def _clip_size(model: ClipConfig) -> Size:
+    with FakeTensorMode():
+        network = open_clip.CLIP(**model.model_config())
+        images = torch.zeros(ROWS, 3, model.image_size, model.image_size)
+        tokens = torch.zeros(ROWS, network.context_length, dtype=torch.int64)
+        return _counted(network, lambda: (network.encode_image(images), network.encode_text(tokens)))
+
+
+def _counted(network: nn.Module, forward: Callable[[], Any]) -> Size:
+    """Returns the size of a network of which ``forward`` computes ROWS rows."""
+    counter, kept = flop_counter(), ForwardPass(network)
+    with counter, kept, saved_tensors_hooks(kept.keep, lambda tensor: tensor):
+        forward()
+    of_layers = [size for layer, size in kept.bytes.items() if layer is not None]
+    outside = kept.bytes[None] + kept.inputs
+    in_bf16 = 0.5 / ROWS  # of the bytes of all rows in fp32
+    return Size(
+        counter.get_total_flops() / ROWS,
+        sum(p.numel() for p in network.parameters()),
+        in_bf16 * (sum(kept.bytes.values()) + kept.inputs),
+        in_bf16 * (outside + max(of_layers, default=0)),
+        kept.kernels,
+        max(1, len(list(layers(network)))),
+    )
+
+
+class ForwardPass(TorchDispatchMode):
+    """Counts the kernels of a forward pass, and the bytes of rows that it keeps: by layer, and the layers' inputs."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.kernels, self.inputs = 0, 0
+        self.bytes = Counter[int | None]()
+        self.layer: int | None = None
+        self.known = {parameter.untyped_storage() for parameter in network.parameters()}
+        for number, layer in enumerate(layers(network)):
+            layer.register_forward_pre_hook(partial(self._enter, number))
+            layer.register_forward_hook(self._leave)
+
+    def _enter(self, number: int, module: nn.Module, given: tuple[Any, ...]) -> None:
+        self.layer = number
+        self.inputs += sum(map(self._new, (x for x in tree_leaves(given) if isinstance(x, Tensor))))
+
+    def _leave(self, *_: Any) -> None:
+        self.layer = None
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Counts a tensor that is kept for the backward pass."""
+        self.bytes[self.layer] += self._new(tensor)
+        return tensor
+
+    def _new(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        if storage in self.known or tensor.numel() % ROWS:
+            return 0
+        self.known.add(storage)
+        return storage.nbytes()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and func.overloadpacket.__name__ not in NO_KERNEL:
+            self.kernels += 1
+        return out
 
 
 @lru_cache

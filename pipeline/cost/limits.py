@@ -1,4 +1,4 @@
-"""Says in one line what a machine lacks for what is planned: a GPU, or room on a disk."""
+"""Says in one line what a machine lacks for what is planned: a GPU, its memory, or room on a disk."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cost.estimate import SAVED_STATE, Cost, PlanInput, model_size, resources
+from pipeline.cost.estimate import Cost, PlanInput, counted_trainings, model_size, resources, step_of
+from pipeline.cost.memory import SAVED_STATE, settings_that_fit
 from pipeline.cost.table import devices_of, size
-from pipeline.progress import duration
+from pipeline.progress import counted, duration
 from pipeline.store import Store, local_folder
 
 LONGEST_S = 86_400.0  # that a CPU may take for what a GPU does in minutes, unless the user wants it
@@ -28,14 +29,32 @@ class Lack:
 
 
 def lacking(costs: Mapping[str, Cost], ask: PlanInput, store: Store) -> Iterator[Lack]:
-    """Yields what is lacking for stages that will be made: room on a disk, a GPU where a CPU would take over a day."""
+    """Yields what is lacking for stages that will be made.
+
+    Room on a disk, memory of a GPU, a GPU where a CPU would take over a day.
+    """
     yield from _disks(costs, ask, store)
+    yield from too_large(costs, ask)
     if slow := [s for s, cost in costs.items() if ask.computes(s) and not cost.gpus and cost.seconds > LONGEST_S]:
         longest = max(slow, key=lambda stage: costs[stage].seconds)
         takes = f"{devices_of(costs[longest], ask)} would take about {duration(costs[longest].seconds)} for {longest}"
         yield Lack(
             f"{', '.join(slow)} need{'s' if len(slow) == 1 else ''} a GPU: {takes}",
             "run it where there is one, or take preset=tiny, or scale=0.1",
+        )
+
+
+def too_large(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[Lack]:
+    """Yields each training of which one pass, with what it holds, does not fit into a GPU of a known kind."""
+    for stage, gpus in counted_trainings(costs, ask).items() if ask.gpu else ():
+        if (step := step_of(stage, ask, gpus)).fits:
+            continue
+        settings, memory = getattr(ask.config.run, stage), ask.device.memory
+        found = settings_that_fit(stage, model_size(ask.config, stage), ask.graph[stage].recipe, settings, gpus, memory)
+        yield Lack(
+            f"{stage} takes {size(step.memory)} of a GPU for {counted(step.at_once, 'row')} at once, and one {ask.gpu} "
+            f"has {size(memory)}",
+            f"set {found}" if found else "take GPUs with more memory, or a smaller model",
         )
 
 

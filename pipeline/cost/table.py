@@ -11,20 +11,23 @@ from pipeline.cost.estimate import (
     Cost,
     PlanInput,
     cores_a_gpu,
+    counted_trainings,
     decode_seconds,
     decoders_a_gpu,
     encode_seconds,
-    model_size,
     rate,
     row_bytes,
     save,
+    step_of,
+    step_seconds,
+    worker_memory,
+    worth_renting,
 )
 from pipeline.graph.resources import amount_of
 from pipeline.progress import counted, duration
-from pipeline.settings import STATE_BYTES, Prices
+from pipeline.settings import Prices
 
 HEAD = ("stage", "time", "start-up", "GPU hours", "core hours", "disk")
-ROOM = 0.8  # of a GPU's memory for what a training holds besides activations
 BASES = {"measured": "measured and scaled", "counted": "counted from arithmetic", "guess": "guessed"}
 
 
@@ -103,13 +106,14 @@ def remarks(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
             f"{1 / decode_seconds(ask):,.0f} images/s: {said}"
         )
     if any(cost.gpus and cost.basis == "counted" for cost in costs.values()):
-        yield from _too_large(costs, ask)
+        yield from _steps(costs, ask)
         yield from _rare_saves(costs, ask)
         device, bf16 = ask.device, rate(ask, "bf16")
         yield (
             f"assumed: one {ask.gpu or 'GPU'} reaches {bf16 / device.peak:.0%} of {device.peak / 1e12:,.0f} TFLOP/s in "
             f"bf16 (a training that was measured on a GPU: its own share), {assumed.FP32_UTILISATION:.0%} of "
-            f"{device.fp32 / 1e12:g} in fp32, and starting takes {assumed.START_SECONDS['gpus']:.0f} s"
+            f"{device.fp32 / 1e12:g} in fp32; starting takes {assumed.START_SECONDS['gpus']:.0f} s, compiling a layer "
+            f"{assumed.COMPILE_SECONDS:.0f} s, launching a kernel {1e6 * assumed.LAUNCH_SECONDS:.0f} us"
         )
     guessed = by_basis.get("guess", ())
     if rows := {name: ask.graph[name].row_seconds for name in guessed if ask.graph[name].row_seconds}:
@@ -129,16 +133,28 @@ def _rare_saves(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
         yield f"checkpoints of a worker, at an assumed {size(assumed.SAVED_BYTES)}/s: {each}"
 
 
-def _too_large(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
-    memory = ask.device.memory * ROOM
-    for stage, cost in costs.items():
-        if cost.gpus and ask.graph[stage].kind == "training" and not getattr(ask.config.run, stage).sharded:
-            held = STATE_BYTES * model_size(ask.config, stage).parameters
-            if held > memory:
-                yield (
-                    f"{stage}: weights, average, gradient and moments take {size(held)}, more than {ROOM:.0%} of one "
-                    f"GPU's memory; set run.{stage}.sharded"
-                )
+def _steps(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
+    """Yields what a step of each training takes of a GPU, which of them wait for kernels, and how many GPUs pay."""
+    trained = counted_trainings(costs, ask)
+    steps = {stage: step_of(stage, ask, gpus) for stage, gpus in trained.items()}
+    if not steps:
+        return
+    parts = (
+        f"{stage} {counted(step.rows, 'row')}{f', {step.at_once:,} at once' * (step.passes > 1)}, {size(step.memory)} "
+        f"and {size(worker_memory(stage, ask, trained[stage]))} of its host"
+        for stage, step in steps.items()
+    )
+    yield f"a step on a GPU of {size(ask.device.memory)}: {'; '.join(parts)}"
+    for stage, gpus in trained.items():
+        computing, launching = step_seconds(stage, ask, gpus)
+        if launching > computing:
+            yield (
+                f"{stage}: its host takes {1000 * launching:.0f} ms to launch the kernels of a step, one GPU "
+                f"{1000 * computing:.0f} ms to compute it"
+            )
+        if (worth := worth_renting(stage, ask, gpus)) < gpus:
+            pays = f"{worth} of {gpus} GPUs {'is' if worth == 1 else 'are'} worth renting"
+            yield f"{stage}: {pays}; beyond, twice as many save less than a quarter of its time"
 
 
 def places(costs: Mapping[str, Cost], ask: PlanInput) -> str:

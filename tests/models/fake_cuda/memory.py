@@ -5,6 +5,7 @@ Counted are the bytes of all live tensors on the device: no workspaces, buffers 
 
 import gc
 import weakref
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -25,15 +26,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.ar_prior import ARPrior, ar_prior_loss
+from models.clip_loss import clip_loss
 from models.decoder import Decoder, decoder_loss
 from models.diffusion.schedules import make_schedule
 from models.diffusion_prior import DiffusionPrior, diffusion_prior_loss
 from models.draw import Draw
+from models.image_configs import UpsamplerConfig
 from models.precision import autocast
+from models.prior_configs import TextTower
+from models.upsampler import Upsampler, upsampler_loss
 from pipeline.config import preset_config
+from pipeline.cost.flops import text_tower
 from pipeline.training.distributed import sharding
 from pipeline.training.optimizer import make_optimizer
-from tests.models.fake_cuda.build import CUDA, batch, build, codec
+from tests.models.fake_cuda.build import CUDA, batch, build, clip, codec, zeros
 from tests.models.fake_cuda.watch import pretend
 
 DIM, CODES = 1024, 319
@@ -107,34 +113,63 @@ def pretend_ranks(ranks: int, memory: Memory) -> None:
         setattr(_fsdp_param, name, resized)
 
 
-def make(stage: str, preset: str) -> tuple[Any, Any]:
+def make(stage: str, preset: str, tower: TextTower | None, at_once: int) -> tuple[Any, Any]:
     """Returns a model on the device and its loss."""
-    sizes = getattr(preset_config(preset), stage).model
+    recipe = getattr(preset_config(preset), stage)
+    sizes = recipe.model
+    if stage == "clip":
+
+        def gather(own: Tensor) -> tuple[Tensor, int]:
+            return own.repeat(recipe.batch // len(own), 1), 0
+
+        loss = partial(clip_loss, gather=gather, crop=sizes.least_crop, at_once=at_once)
+        return build(lambda: clip(sizes)), loss
     if stage == "decoder":
-        return build(lambda: Decoder(sizes, DIM)), decoder_loss
+        return build(lambda: Decoder(sizes, DIM, tower)), decoder_loss
     if stage == "diffusion_prior":
-        return build(lambda: DiffusionPrior(sizes, DIM)), diffusion_prior_loss
-    return build(lambda: ARPrior(sizes, DIM, CODES)), lambda m, b, d: ar_prior_loss(m, b, d, codec())
+        return build(lambda: DiffusionPrior(sizes, DIM, tower)), diffusion_prior_loss
+    if stage == "ar_prior":
+        return build(lambda: ARPrior(sizes, DIM, CODES, tower)), lambda m, b, d: ar_prior_loss(
+            m, b, d, codec(CODES, DIM)
+        )
+    return build(lambda: Upsampler(sizes)), upsampler_loss
+
+
+def columns_of(sizes: Any) -> dict[str, Tensor]:
+    """Returns a row of what a feed makes for a model of these sizes."""
+    columns = {name: column[:1] for name, column in batch(getattr(sizes, "image_size", 1)).items()}
+    columns |= {name: zeros(1, DIM) for name in ("image_embedding", "text_embedding")}
+    if isinstance(sizes, UpsamplerConfig):
+        low = sizes.crop_size // sizes.scale
+        columns["crop"] = zeros(1, 3, sizes.crop_size, sizes.crop_size, dtype=torch.uint8)
+        columns["low"] = zeros(1, 3, low, low)
+    return columns
 
 
 def run(names: list[str]) -> dict[str, float]:
-    """Returns GiB at rest and at the peak of a second step, of PRESET, STAGE, RANKS, ROWS and, perhaps, "recompute"."""
+    """Returns GiB at rest and at the peak of a second step, of PRESET, STAGE, RANKS and ROWS.
+
+    Perhaps of "recompute", too, or of the rows that CLIP encodes at once.
+    """
     preset, stage, ranks, rows, *how = names
+    at_once = int(how[0]) if how and how[0].isdigit() else 0
+    config = preset_config(preset)
+    tower = text_tower(getattr(config, stage).model, config.clip)
     pretend()
     memory, mode = Memory(), FakeTensorMode(allow_non_fake_inputs=True)
     make_schedule("cosine", 1000)
     if int(ranks) > 1:
         pretend_ranks(int(ranks), memory)
     with mode, torch.autograd.set_multithreading_enabled(False), memory:
-        model, loss = make(stage, preset)
-        if how:
+        model, loss = make(stage, preset, tower, at_once)
+        if how == ["recompute"]:
             sharding.recompute(model)
         if int(ranks) > 1:
             sharding.shard_module(model, CUDA, int(ranks), offload=False, bf16=True)
         average = [torch.empty_like(sharding.local(parameter)) for parameter in model.parameters()]
         optimizer = make_optimizer(model, getattr(preset_config(preset), stage))
-        columns = {name: column[:1].expand(int(rows), *column.shape[1:]) for name, column in batch(64).items()}
-        columns |= {name: torch.zeros(int(rows), DIM, device=CUDA) for name in ("image_embedding", "text_embedding")}
+        one = columns_of(getattr(config, stage).model)
+        columns = {name: column.expand(int(rows), *column.shape[1:]) for name, column in one.items()}
         for _ in range(2):
             gc.collect()
             memory.peak = memory.live

@@ -9,14 +9,12 @@ import pytest
 
 from pipeline.build import build
 from pipeline.config import Config, load_config
+from pipeline.cost.devices import DEVICES, UNKNOWN, Device, Fleet, parse_fleet
 from pipeline.cost.estimate import (
-    DEVICES,
+    COMPILE_SECONDS,
     FP32_UTILISATION,
     MATMUL_SHARE,
-    UNKNOWN,
     Cost,
-    Device,
-    Fleet,
     PlanInput,
     amount,
     clip_size,
@@ -24,7 +22,6 @@ from pipeline.cost.estimate import (
     elapsed,
     estimate,
     model_size,
-    parse_fleet,
     save,
 )
 from pipeline.cost.limits import lacking
@@ -111,21 +108,25 @@ def test_an_evaluation_scales_with_the_passes_that_it_makes() -> None:
 def test_a_training_on_gpus_is_its_arithmetic(stage: str) -> None:
     recipe, ask = getattr(PAPER, stage), asked(PAPER, 650_000_000, H100S)
     cost = estimate(stage, ask)
-    work = recipe.samples * model_size(PAPER, stage).training
+    counted = model_size(PAPER, stage)
+    work = recipe.samples * counted.training
     assert cost.basis == "counted"
     size, every = save(stage, ask, 64)
     saves = 1 + size / 20e9 / every  # a GPU copies its state, as often as the interval says
     assert cost.seconds - cost.startup == pytest.approx(saves * work / (64 * DEVICES["H100"].peak * 0.3))
-    assert cost.startup == pytest.approx(60 + size / 1e9)  # the last checkpoint is waited for
+    compiling = counted.layers * COMPILE_SECONDS
+    assert cost.startup == pytest.approx(60 + size / 1e9 + compiling)  # the last checkpoint is waited for
+    eager = estimate(stage, again(ask, paper(f"run.{stage}.compile=false")))
+    assert cost.seconds - eager.seconds == pytest.approx(compiling)
     assert (cost.gpus, cost.cores) == (64, 0)
     assert estimate(stage, replace(ask, rows=10)).seconds == cost.seconds  # samples count, not pairs
     half = estimate(stage, replace(ask, utilisation=0.15))
     assert half.seconds - half.startup == pytest.approx(2 * (cost.seconds - cost.startup))
-    assert estimate(stage, replace(ask, fleet=Fleet(128, "H100"))).gpus == 64  # as many as lanes
+    assert estimate(stage, replace(ask, fleet=Fleet(2048, "H100"))).gpus == min(2048, recipe.batch)  # a row for each
 
 
 def test_large_checkpoints_are_written_less_often_and_sharded_ones_by_all() -> None:
-    size, every = save("decoder", asked(PAPER), 64)
+    size, every = save("decoder", asked(paper("run.decoder.sharded=false")), 64)
     assert size == 16 * model_size(PAPER, "decoder").parameters
     assert every == pytest.approx(30 * size / 1e9)
     assert every > 60
