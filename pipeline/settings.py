@@ -167,8 +167,7 @@ class TrainingSettings:
         cpus: Cores that Ray sets aside for a worker, as for other stages; 0 is one for each of its ``threads``.
         memory_mb: MiB that Ray sets aside for a worker, as for other stages.
         sharded: Sharding of weights, averages and moments over the workers (FSDP2), for a model too large for one
-            device; the number of workers must divide the recipe's batch. Where half of a node's memory holds all of it,
-            the workers of each node share a copy. Not for CLIP.
+            device. Where half of a node's memory holds all of it, the workers of each node share a copy. Not for CLIP.
         offload: Offload of the sharded weights, averages and moments to the memory of the CPU; with ``sharded`` only.
         recompute: Keeps only each layer's input for the backward pass, which takes the time of another forward
             pass.

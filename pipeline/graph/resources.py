@@ -158,8 +158,6 @@ def _training_team(settings: TrainingSettings, machine: Machine, most: int) -> W
     else:
         there = int(machine.gpus) if settings.device in ("auto", "cuda") else 0
         count = max(min(there, most), settings.min_workers, int(settings.sharded))
-        while settings.sharded and most % count:  # workers of a sharded model have equal shares
-            count -= 1
     least = settings.min_workers or count
     if machine.local and not settings.min_workers and not settings.sharded:
         least = min(1, count)

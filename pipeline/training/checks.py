@@ -59,18 +59,11 @@ def check(ctx: Context, task: Task) -> None:
 
 
 def _check_sharded(ctx: Context, task: Task, workers: int) -> None:
-    settings, batch, where = ctx.settings, ctx.recipe.batch, f"run.{ctx.stage}"
+    where = f"run.{ctx.stage}"
     if isinstance(task, Contrastive):
         raise UserError(f"{where}.sharded: a CLIP's temperature is one number, which cannot be sharded; use false")
     if not workers:
         raise UserError(f"{where}.sharded: without workers a model cannot be sharded; set workers to 1 or more")
-    if settings.min_workers:
-        raise UserError(f"{where}.min_workers: a sharded model needs all of its workers; use 0")
-    if batch % workers:
-        raise UserError(
-            f"{where}.sharded: workers of a sharded model need equal shares, and {batch} rows are not a "
-            f"multiple of {workers} workers; change workers"
-        )
 
 
 def _no_rows(ctx: Context, task: Task, rows: Artifact) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from time import sleep
 
 import torch
@@ -210,10 +211,11 @@ def fit(
             timer.start(state.samples // recipe.batch)
             batch = next(batches)
             timer("wait")
-            rows = min(settings.micro_batch or len(batch.keys), len(batch.keys))
+            largest = -(-recipe.batch // group.size)  # of the shares
+            rows = min(settings.micro_batch or largest, largest)
             with memory_for(f"{rows} rows at once", rows):
                 # A contrastive loss takes its rows together, and encodes so many at once.
-                passed = len(batch.keys) if isinstance(state.objective.task, Contrastive) else rows
+                passed = largest if isinstance(state.objective.task, Contrastive) else rows
                 losses, values = backward(objective, batch, recipe, passed, group, timer)
                 # An infinite bound clips nothing, and the journal has the norm all the same.
                 norm = full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm or float("inf")))
@@ -260,8 +262,9 @@ def backward(
     batch = {name: column.to(group.device, non_blocking=True) for name, column in local.batch.items()}
     totals: list[Tensor] = []
     sums: dict[str, Tensor] = {}
-    for start in range(0, rows, size):
-        stop = min(start + size, rows)
+    # Workers of a sharded model compute together: all take as many passes, whatever their shares, none an empty one.
+    passes = min(-(-recipe.batch // group.size // size), recipe.batch // group.size)
+    for start, stop in pairwise(i * rows // passes for i in range(passes + 1)):
         # Dropout draws from torch's own generator: seeded by what is drawn for, so that a resumed step draws the same.
         torch.manual_seed(derive_seed(local.streams[0][0], "dropout", start))
         with group.accumulation(objective, last=stop == rows):

@@ -109,7 +109,7 @@ def test_the_cores_are_those_that_the_container_may_use(
         (TrainingSettings(device="cuda"), BOX, 64, 8, 1),
         (TrainingSettings(device="cpu"), BOX, 64, 0, 0),
         (TrainingSettings(device="cuda:3"), BOX, 64, 0, 1),  # this process, on that GPU
-        (TrainingSettings(sharded=True), Machine(64, 6), 64, 4, 1),  # equal shares
+        (TrainingSettings(sharded=True), Machine(64, 6), 64, 6, 1),
         (TrainingSettings(sharded=True), LAPTOP, 64, 1, 0),
         (TrainingSettings(min_workers=2), LAPTOP, 64, 2, 0),
         (TrainingSettings(workers=9), Machine(4, 1, local=False, grows=True), 64, 9, 1),  # nodes with GPUs are added
