@@ -117,8 +117,8 @@ class EmbeddingsSettings(ShardSettings):
     Attributes:
         batch: Rows encoded at once; batches are padded to it.
         decoders: Processes, one core each, that decode images for one worker; 0 decodes on a thread of the worker,
-            beside the encoding. ``auto`` shares the cores that are there, up to 12 for a worker with a GPU, and is 0
-            without GPUs and where an autoscaler adds nodes.
+            beside the encoding. ``auto`` is 0 without GPUs; a worker with a GPU has its share of the cores that are
+            there, up to 12, and 12 where an autoscaler adds nodes.
         decoder_nodes: Labels of the nodes where decoders may run, if their number is given.
         gpus: GPUs of a worker, or a share of one; 0 encodes on the worker's core. ``auto`` is 1 where Ray has any.
     """

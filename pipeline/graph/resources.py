@@ -140,8 +140,10 @@ def team_of(settings: Settings, machine: Machine, most: int = sys.maxsize) -> Wo
 
 def _decoders(team: WorkerGroup, machine: Machine) -> int:
     """Returns how many cores are there for each worker with a GPU; 0 where it would be one, as the worker is itself."""
-    if not team.worker.gpus or not team.count or machine.gpus < 1 or machine.grows:
+    if not team.worker.gpus or not team.count or machine.gpus < 1:
         return 0
+    if machine.grows:  # nodes are added for those that find no core
+        return math.ceil(DECODERS * team.worker.gpus)
     each = min(DECODERS, int(machine.cpus / team.count - team.worker.cpus))
     return each if each > 1 else 0
 

@@ -37,8 +37,9 @@ APART = {"workers": 8, "gpus": 1, "decoders": 3, "nodes": {"pool": "gpu"}, "deco
         # as many workers as fit share a pod, by the scarcest of what they take
         ({"pairs": {"workers": 10, "cpus": 3}}, "pairs", {"cpu": (5, {})}),
         ({"pairs": {"workers": 10, "cpus": 0.1, "memory_mb": 10_000}}, "pairs", {"cpu": (4, {})}),
-        ({"embeddings": {"workers": 9, "gpus": 0.1}}, "embeddings", {"gpu": (1, {})}),
-        ({"embeddings": {"workers": 9, "gpus": 0.6}}, "embeddings", {"gpu": (3, {})}),  # one on each of four
+        ({"embeddings": {"workers": 9, "gpus": 0.1, "decoders": 0}}, "embeddings", {"gpu": (1, {})}),
+        # one on each of four
+        ({"embeddings": {"workers": 9, "gpus": 0.6, "decoders": 0}}, "embeddings", {"gpu": (3, {})}),
         # branches may run side by side, so a group has room for all
         (
             {"pairs": {"workers": 33}, "curation": {"workers": 9}, "clip": {"workers": 5}, "decoder": {"workers": 8}},
@@ -52,11 +53,11 @@ APART = {"workers": 8, "gpus": 1, "decoders": 3, "nodes": {"pool": "gpu"}, "deco
         (
             {"embeddings": {"workers": 2, "gpus": 1, "nodes": {"pool": "gpu"}}, "decoder": {"workers": 8}},
             "embeddings decoder",
-            {"gpu": (3, {"pool": "gpu"})},
+            {"gpu": (3, {"pool": "gpu"}), "cpu": (3, {})},
         ),
-        # where nothing is said, one pod is filled
+        # where nothing is said, one pod is filled, and an encoder has twelve decoders
         ({}, "pairs", {"cpu": (1, {})}),
-        ({}, "embeddings decoder", {"gpu": (2, {})}),
+        ({}, "embeddings decoder", {"gpu": (2, {}), "cpu": (6, {})}),
         ({"kubernetes": SHAPE | {"gpus": 0}}, "embeddings decoder", {"cpu": (1, {})}),
         # labels that contradict make two groups
         (

@@ -47,7 +47,9 @@ def test_a_worker_takes_a_core_or_its_gpu_unless_it_is_told() -> None:
         (replace(BOX, cpus=200), 8, 12),
         (Machine(8, 8), 8, 0),  # the worker's own thread does as much
         (LAPTOP, 8, 0),
-        (replace(CLUSTER, grows=True), 32, 0),
+        (replace(CLUSTER, grows=True), 32, 12),
+        (Machine(8, 1, local=False, grows=True), 1, 12),  # more nodes come
+        (Machine(8, local=False, grows=True), 8, 0),
         (CLUSTER, 32, 8),
     ],
 )
