@@ -5,6 +5,9 @@ encoder, or the loader's process that does so for clip-retrieval, has its share 
 in fp32 and in batches of one size, with the same random weights of the shape of ViT-B/32. clip-retrieval cannot share
 an environment with us: ``--clip-retrieval-python`` names the interpreter of one that has it. Without it, pictures are
 read as it reads them, with webdataset and open_clip's transform in a DataLoader, but in our environment.
+
+Then what an encoder's process computes besides CLIP, for which a GPU would wait: the stage on Ray, with a decoder that
+hands on black views and a network that returns at once.
 """
 
 import argparse
@@ -12,28 +15,37 @@ import io
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.images import make_shard, random_fields
+from benchmarks.images import make_shard, publish, random_fields
 from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
 from models.prior_configs import ClipConfig
 from pipeline.config import preset_config
 from pipeline.data.embeddings.encoder import OpenEncoder
-from pipeline.data.embeddings.parts import ImageParts, parts_for, read_embeddings
-from pipeline.graph.artifacts import publish_shard, read_table
-from pipeline.graph.workers import ShardTask, Streamed
+from pipeline.data.embeddings.parts import ImageParts, captions_to_encode, parts_for, read_embeddings
+from pipeline.data.embeddings.stage import PART_BYTES, EmbeddingsRecipe, run_embeddings
+from pipeline.graph.artifacts import Artifact, publish_shard, read_table
+from pipeline.graph.ray import start_ray
+from pipeline.graph.stages import Context
+from pipeline.graph.workers import ShardTask, Streamed, Timed
+from pipeline.ledger import Ledger
+from pipeline.progress import Steps
+from pipeline.settings import EmbeddingsSettings, RaySettings
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, put_blob
 
@@ -64,21 +76,20 @@ class Core:
         os.sched_setaffinity(0, {core})
         self.store, self.batch = store, batch
         self.encoder = OpenEncoder(store, clip, batch, gpus=0, bf16=False)()
-        self.cut = parts_for(store, clip, batch, {})
-        self.worker = Streamed(self.cut.count, self.cut.decode, lambda: self.encoder, self.cut.join)()
+        self.cut = parts_for(store, clip, batch, {}, PART_BYTES)
+        self.worker = Streamed(self.cut.count, self.cut.prepare, lambda: self.encoder, self.cut.join)()
         self.parts: dict[int, Any] = {}
 
     def prepare(self, task: ShardTask) -> None:
         """Reads views and captions of a shard."""
-        table = read_table(self.store, task.inputs["captions"].blobs["captions"])
-        texts = [captions[0] for captions in table["captions"].to_pylist()]
-        self.parts[task.number] = np.concatenate(list(self._views(task))), texts
+        first, _ = captions_to_encode(self.store, task)
+        self.parts[task.number] = np.concatenate(list(self._views(task))), first
 
     def encode(self, task: ShardTask) -> None:
         """Encodes them, and nothing else."""
         views, texts = self.parts[task.number]
-        self.encoder.images(views)
-        self.encoder.texts(self.encoder.clip.tokenize(texts))
+        self.encoder.images(views)()
+        self.encoder.texts(self.encoder.clip.tokenize(texts).numpy())()
 
     def read(self, task: ShardTask) -> None:
         """Reads images from the tar as views."""
@@ -94,7 +105,7 @@ class Core:
                 _ = (batch / 255 - clip.mean) / clip.std
 
     def _views(self, task: ShardTask) -> Iterator[np.ndarray]:
-        return (self.cut.decode(task, part)[0] for part in range(self.cut.count(task)))
+        return (self.cut.read(task, part, Steps())[1] for part in range(self.cut.count(task)))
 
     def stage(self, task: ShardTask) -> None:
         """Does what a worker of the stage does, from the shards of pairs and captions to the published one."""
@@ -182,7 +193,7 @@ def compare(peers: Peers, folder: Path, store: Store, task: ShardTask, batch: in
     """Stops if clip-retrieval's embeddings of the same views and captions are not those that the stage published."""
     texts = read_table(store, task.inputs["captions"].blobs["captions"])["captions"].to_pylist()[:batch]
     size = json.loads((folder / "clip" / CONFIG_FILE).read_text())["model_cfg"]["vision_cfg"]["image_size"]
-    np.save(folder / "views.npy", ImageParts(store, batch, size, 0, {}).decode(task, 0)[0])
+    np.save(folder / "views.npy", ImageParts(store, batch, size, 0, 0, {}, {}).read(task, 0, Steps())[1])
     out = str(folder / "theirs.npy")
     [said] = peers(["compare", str(folder / "views.npy"), [text[0] for text in texts], out])
     record = json.loads(store.read(f"shards/{STAGE}/{task.key}.json"))
@@ -249,10 +260,65 @@ def measure(options: argparse.Namespace, folder: Path, stack: ExitStack) -> dict
         "stage_rate_over_bound": ratio(seconds | {"bound": bound}, "bound", "stage"),
         "transform_over_normalise": ratio(reads, "transform", "normalise"),
     }
+    ratios["host_seconds_per_1000_rows"] = host_seconds(folder / "host", folder / "clip", 4 * rows, batch)
     if options.clip_retrieval_python:
         ratios["clip_retrieval_over_stage"] = ratio(seconds, "clip-retrieval infer", "stage")
         ratios["clip_retrieval_over_normalise"] = ratio(reads, "clip-retrieval read", "normalise")
     return ratios
+
+
+# --- beside the network -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpenIdle(OpenEncoder):
+    """Opens an encoder whose network returns at once, and which counts the seconds that its process computes."""
+
+    def __call__(self) -> Any:
+        encoder = super().__call__()
+        nothing = torch.zeros(self.batch, encoder.clip.embed_dim)
+        encoder.clip.encode_image = encoder.clip.encode_text = lambda batch: nothing[: len(batch)]  # type: ignore
+        until: list[float] = []  # from the first part: before it, Ray's threads wait for the decoder's process
+
+        def work(task: ShardTask, part: int, prepared: Any) -> Timed:
+            until[:] = until or [time.process_time()]
+            made, seconds = encoder(task, part, prepared)
+            until.append(time.process_time())
+            return made, {**seconds, "host": until[-1] - until[-2]}
+
+        return work
+
+
+@dataclass(frozen=True)
+class BlankParts(ImageParts):
+    """Decodes nothing, so that the encoder's process has no time to be idle."""
+
+    def read(self, task: ShardTask, part: int, steps: Steps) -> Any:
+        """Returns the rows of one part and black views."""
+        blank = np.zeros((self.size, self.size, 3), np.uint8)
+        with mock.patch("pipeline.data.embeddings.parts.read_pair_pixels", return_value=blank):
+            return super().read(task, part, steps)
+
+
+def host_seconds(folder: Path, clip: Path, rows: int, batch: int) -> float:
+    """Returns the seconds of a core that an encoder's process takes for 1,000 rows, besides its network."""
+    store = open_store(str(folder))
+    made = publish(store, 2, rows, (224, 256))
+    blobs = {name: put_blob(store, clip / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    inputs = {name: made[name] for name in ("pairs", "captions")}
+    inputs["clip"] = Artifact("clip", "clip", {}, {}, Ledger(), blobs=blobs)
+    settings = EmbeddingsSettings(workers=1, gpus=0, decoders=1, batch=batch)
+    ray = RaySettings(cpus=2, object_store_mb=1500)
+    ctx = Context(store, STAGE, 0, "host", EmbeddingsRecipe(), settings, inputs, ray=ray)
+    import benchmarks.embeddings as own  # which workers can import: this module may be __main__
+
+    with (
+        mock.patch("pipeline.data.embeddings.encoder.OpenEncoder", own.OpenIdle),
+        mock.patch("pipeline.data.embeddings.stage.parts_for", lambda *how: own.BlankParts(**vars(parts_for(*how)))),
+    ):
+        found = run_embeddings(ctx)
+    start_ray(ray).shutdown()
+    return 1000 * found.times["host_seconds"] / found.ledger.kept
 
 
 def _ask(peers: Peers, store: Store, task: str, tasks: Sequence[Sequence[ShardTask]]) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from benchmarks.timing import begin, finish, parser
 from pipeline.graph.shards import map_shards
 from pipeline.graph.stages import Context
@@ -39,15 +41,15 @@ class Sleeper:
         self.folder, self.decode_s, self.encode_s = folder, decode_s, encode_s
 
     def decode(self, task: ShardTask, part: int) -> Timed:
-        """Returns the bytes of a part after a while."""
+        """Returns the views of a part after a while."""
         time.sleep(self.decode_s)
-        return bytes(BYTES), {"decode": self.decode_s}
+        return np.zeros(BYTES, np.uint8), {"decode": self.decode_s}
 
     def open(self) -> "Sleeper":
         """Returns itself, in the process of the encoder."""
         return self
 
-    def __call__(self, task: ShardTask, part: int, views: bytes) -> Timed:
+    def __call__(self, task: ShardTask, part: int, views: np.ndarray) -> Timed:
         """Sleeps as long as an encoder computes."""
         time.sleep(self.encode_s)
         with open(f"{self.folder}/encoded", "a") as file:
@@ -59,8 +61,12 @@ class Sleeper:
         return ShardOutput(Ledger(kept=sum(made)), {"data": b"x"})
 
 
-def measure(options: argparse.Namespace, folder: str) -> float:
-    """Returns the share of its time that the encoder computed, between its tenth part and its last."""
+def measure(options: argparse.Namespace, folder: str) -> dict[str, float]:
+    """Returns the share of its time that the encoder computed, between its tenth part and its last.
+
+    "driver_ms_per_part" are milliseconds of a core that this process, Ray's driver, took for each part, its start-up
+    included.
+    """
     import ray
     from ray.cluster_utils import Cluster
 
@@ -78,13 +84,16 @@ def measure(options: argparse.Namespace, folder: str) -> float:
         os.environ["RAY_ADDRESS"] = cluster.address
         ctx = Context(open_store(f"{folder}/store"), "embeddings", 1, "key", NoRecipe(), settings, {})
         tasks = [ShardTask(number, f"shard-{number}", {}) for number in range(options.shards)]
+        began = time.process_time()
         map_shards(ctx, tasks, Streamed(lambda task: PARTS, sleeper.decode, sleeper.open, sleeper.join))
+        driver = time.process_time() - began
     finally:
         ray.shutdown()
         cluster.shutdown()
         os.environ.pop("RAY_ADDRESS", None)
     times = sorted(map(float, Path(folder, "encoded").read_text().split()))[10:]
-    return (len(times) - 1) * options.encode_s / (times[-1] - times[0])
+    busy = (len(times) - 1) * options.encode_s / (times[-1] - times[0])
+    return {"encoder_busy": busy, "driver_ms_per_part": 1e3 * driver / PARTS / options.shards}
 
 
 def main() -> None:
@@ -99,7 +108,7 @@ def main() -> None:
     if options.quick:
         options.shards, options.encode_s = 8, 0.02
     with TemporaryDirectory() as folder:
-        finish({"encoder_busy": measure(options, folder)})
+        finish(measure(options, folder))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ A CLIP is numbers: no folder, and no tokenizer of the hub, brings code that is r
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -179,9 +180,7 @@ class Clip(nn.Module):
 
         Longer captions are cut.
         """
-        if self.own_tokenizer is None:
-            return tokenize(captions)
-        return self.own_tokenizer(shortened(captions))
+        return _tokenize(self.own_tokenizer, captions)
 
     @property
     def text_lengths(self) -> tuple[int, ...]:
@@ -222,18 +221,30 @@ class _TextTower(nn.Module):
         return self.tower.encode_text(tokens)
 
 
+def tokenizer_in(folder: str | Path) -> Callable[[Sequence[str]], Tensor]:
+    """Returns ``Clip.tokenize`` of the CLIP in a folder, where the weights need not be.
+
+    Raises ValueError as ``Clip.from_folder`` does.
+    """
+    return partial(_tokenize, _own_tokenizer(f"local-dir:{folder}", config_in(folder, [CONFIG_FILE])))
+
+
+def _tokenize(own: HFTokenizer | None, captions: Sequence[str]) -> Tensor:
+    return tokenize(captions) if own is None else own(shortened(captions))
+
+
 def config_of(name: str) -> dict:
     """Returns open_clip's configuration of the CLIP that ``Clip.named`` would load. Raises as that does."""
     weights = ClipWeights.parse(name)
     return config_in(weights.folder) if weights.folder else config_named(weights.network)
 
 
-def config_in(folder: str | Path) -> dict:
-    """Returns open_clip's configuration of the CLIP in a folder, before anything of it is built.
+def config_in(folder: str | Path, files: Sequence[str] = (CONFIG_FILE, WEIGHTS_FILE)) -> dict:
+    """Returns open_clip's configuration of the CLIP in a folder with these ``files``, before anything of it is built.
 
     Raises as ``Clip.from_folder`` does.
     """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name in files:
         if not (Path(folder) / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: name a CLIP folder in open_clip's local-dir layout")
     try:

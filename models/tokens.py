@@ -14,22 +14,41 @@ CONTEXT = 77  # tokens made for every model, start and end included
 START, END = VOCABULARY - 2, VOCABULARY - 1
 # 26 characters a token: nothing 77 tokens can hold is cut, and a hostile megabyte costs no minutes of merging pairs.
 CAPTION_CHARACTERS = 2000
-WORDS = 1 << 16  # cached, some 20 MB
+WORDS = 1 << 16  # whose tokens are kept, some 20 MB
 
 
 class Bpe(open_clip.SimpleTokenizer):
-    """Tokenizes as open_clip does, in bounded memory; any thread may use it.
+    """Tokenizes as open_clip does, faster and in bounded memory; any thread may use it.
 
-    open_clip's cache keeps every word that it ever saw, and a worker may read a billion captions.
+    open_clip's cache keeps every word that it ever saw, and a worker may read a billion captions. Here it stays empty,
+    and ``words`` has the tokens of the last words.
     """
 
-    cache: dict[str, str]
+    cache = property(lambda self: {}, lambda self, value: None)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = self._special()
+
+    def _special(self) -> dict[str, list[int]]:
+        return {self.decoder[token]: [token] for token in self.all_special_ids}
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text of any length, without start and end."""
-        if len(self.cache) > WORDS:
-            self.cache = {self.decoder[token]: self.decoder[token] for token in self.all_special_ids}
-        return super().encode(text)
+        if text.isascii() and text.isprintable() and "&" not in text:
+            text = " ".join(text.split()).lower()  # in which ftfy finds nothing to mend, and html no entity
+        else:
+            text = self.clean_fn(text)
+        words, tokens = self.words, list[int]()
+        for word in self.pat.findall(text):
+            found = words.get(word)
+            if found is None:
+                if len(words) > WORDS:
+                    words = self.words = self._special()
+                spelt = "".join(self.byte_encoder[byte] for byte in word.encode())
+                found = words[word] = [self.encoder[piece] for piece in self.bpe(spelt).split(" ")]
+            tokens += found
+        return tokens
 
 
 @functools.cache

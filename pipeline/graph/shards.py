@@ -6,7 +6,6 @@ Progress is the shard records in the store, never anything of Ray's: what has a 
 from __future__ import annotations
 
 import logging
-import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from pipeline.graph.workers import (
     WorkerClock,
     WorkTimes,
     make_shard,
+    pack_part,
     publisher,
     read_answer,
     step,
@@ -190,8 +190,7 @@ def _parts(todo: Sequence[ShardTask], count: int) -> Any:
     """Returns a dataset of ``count`` parts of each shard, each a block of its own."""
     import ray.data
 
-    rows = [{"part": pickle.dumps(Part(task, number))} for task in todo for number in range(count)]
-    return ray.data.from_items(rows, override_num_blocks=len(rows))
+    return ray.data.from_arrow([pack_part(Part(task, number)) for task in todo for number in range(count)])
 
 
 def _pool(share: Resources, size: int, at_once: int = 1) -> dict[str, Any]:
@@ -225,10 +224,11 @@ def _stream(ctx: Context, todo: Sequence[ShardTask], make: Streamed, team: Worke
     prepare = step(ctx.stage, make.parts, lambda: prepares, of_workers=False)
     work = step(ctx.stage, make.parts, make.work, of_workers=True)
     join = publisher(ctx.store, ctx.stage, lambda: joins, alone=False)
+    decoders = team.count * team.helpers
     dataset = _parts(todo, most)
     dataset.context.execution_options.preserve_order = True
     return (
-        dataset.map_batches(prepare, batch_size=1, **_pool(team.helper, team.count * team.helpers))
-        .map_batches(work, batch_size=1, **_pool(team.worker, team.count))
+        dataset.map_batches(prepare, batch_size=1, batch_format="pyarrow", **_pool(team.helper, decoders))
+        .map_batches(work, batch_size=1, batch_format="pyarrow", **_pool(team.worker, team.count))
         .map_batches(join, batch_size=most, **_pool(Resources(0.0, labels=team.worker.labels), team.count))
     )

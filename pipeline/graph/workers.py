@@ -6,6 +6,7 @@ import errno
 import json
 import pickle
 import socket
+import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from threading import Lock, Semaphore
 from typing import Any
+
+import pyarrow as pa
 
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Shard, ShardRow, publish_shard, read_shard
@@ -54,6 +57,7 @@ class ShardOutput:
     finished: Callable[[], object] = lambda: None
 
 
+BINARY = pa.large_binary()  # whose values may have 2 GiB and more
 DEATHS = 3  # of workers at one shard, whose nodes live; the next worker refuses it
 LOST_NODES = 10  # as often workers may have gone with their nodes: a shard that takes its pods down ends some day, too
 ShardWorker = Callable[[ShardTask], ShardOutput]
@@ -69,23 +73,27 @@ class Streamed:
     """Makes shards in parts that are prepared on cores, worked on by workers, and joined.
 
     Where the settings name decoders, these are operators of one Ray Data stream, which holds the parts back that
-    workers are not ready for. Elsewhere a worker does all of it, and prepares a part ahead on a thread. What is made
-    must not depend on that.
+    workers are not ready for. Its parts are large, because each costs Ray's driver some milliseconds. Elsewhere a
+    worker does all of it, and prepares a part ahead on a thread. What is made must not depend on that.
 
     Attributes:
         parts: Returns how many parts a shard has, 1 or more.
-        prepare: Prepares one part, by its number.
+        prepare: Prepares one part, by its number. Arrays of it are read-only in a stream.
         work: Called once in each worker; what it returns works on a part that was prepared.
         join: Makes the shard of what all its parts became, in order.
+        alone: The same in smaller parts, for a worker that does all of it and has two of them in its memory.
     """
 
     parts: Callable[[ShardTask], int]
     prepare: Callable[[ShardTask, int], Timed]
     work: Callable[[], Callable[[ShardTask, int, Any], Timed]]
     join: Callable[[ShardTask, Sequence[Any]], ShardOutput]
+    alone: Streamed | None = None
 
     def __call__(self) -> ShardWorker:
         """Returns a worker that does all of it."""
+        if self.alone:
+            return self.alone()
         work, thread = self.work(), ThreadPoolExecutor(1)
 
         def make(task: ShardTask) -> ShardOutput:
@@ -223,6 +231,27 @@ class Part:
     work: WorkTimes = field(default_factory=dict)
 
 
+def pack_part(part: Part, apart: bool = False) -> pa.Table:
+    """Returns a part as a row of a block. ``apart`` leaves its arrays out of the pickle, as columns of their own.
+
+    They are not copied then, but once into Ray's object store, where the next operator reads them.
+    """
+    arrays: list[pickle.PickleBuffer] = []
+    columns = {"part": pa.array([pickle.dumps(part, 5, buffer_callback=arrays.append if apart else None)], BINARY)}
+    for number, array in enumerate(arrays):
+        data = pa.py_buffer(array.raw())
+        ends = pa.py_buffer(struct.pack("=2q", 0, data.size))
+        columns[f"array {number}"] = pa.LargeBinaryArray.from_buffers(BINARY, 1, [None, ends, data])
+    return pa.table(columns)
+
+
+def unpack_part(block: pa.Table) -> Part:
+    """Returns the part that ``pack_part`` made a block of."""
+    data, *arrays = block.columns
+    # Not as a scalar, of which Arrow makes a copy. What is empty may have no buffer.
+    return pickle.loads(data[0].as_py(), buffers=[array.chunk(0).buffers()[2] or b"" for array in arrays])
+
+
 def _expected(stage: str, error: Exception) -> UserError | CorruptObject:
     """Returns what of an error is told in one line at the driver. Raises the error where it is not expected."""
     if isinstance(error, UserError | CorruptObject):
@@ -246,7 +275,8 @@ def step(
 ) -> type:
     """Returns a class for Ray Data that puts parts through one step of a stream.
 
-    With ``of_workers`` its time counts as worker time. Expected errors are returned with the part.
+    With ``of_workers`` its time counts as worker time; without, what it makes of a part is packed for such a step.
+    Expected errors are returned with the part.
     """
 
     class Step:
@@ -254,16 +284,15 @@ def step(
             self.work, self.failure = _opened(stage, open_work)
             self.free = time.monotonic()
 
-        def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-            [data] = batch["part"]
-            part: Part = pickle.loads(data)
+        def __call__(self, block: pa.Table) -> pa.Table:
+            part = unpack_part(block)
             part.failure = part.failure or self.failure
             if part.failure is None and part.number < parts(part.task):
                 try:
                     self.put_through(part)
                 except Exception as e:
                     part.failure = _expected(stage, e)
-            return {"part": [pickle.dumps(part)]}
+            return pack_part(part, apart=not of_workers)
 
         def put_through(self, part: Part) -> None:
             began = time.monotonic()

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from models.clip import TOKENIZER_FILES, Clip
+from models.clip import TOKENIZER_FILES, WEIGHTS_FILE, Clip, tokenizer_in
 from models.tensors import shapes_only
 from models.view import view
 from pipeline.data.embeddings.encoder import OpenEncoder
@@ -144,6 +144,8 @@ def test_a_siglip_reads_its_own_tokens_and_squashes_as_we_crop(siglip: Path, tmp
         text = one.encode_text(one.tokenize(captions))
         torch.testing.assert_close(text, model.encode_text(tokens, normalize=True), rtol=0, atol=1e-6)
         assert (one.embed_dim, one.image_size, one.context_length) == (20, 32, 8)
+    (tmp_path / "saved" / WEIGHTS_FILE).unlink()
+    assert torch.equal(tokenizer_in(tmp_path / "saved")(captions), tokens)
 
 
 def test_an_own_tokenizer_that_is_not_there_is_one_line(siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +211,10 @@ def test_a_folder_brings_no_code(
     asked: list[str] = []
     monkeypatch.setattr(open_clip, "create_model", lambda name: asked.append(name))
     monkeypatch.setattr(open_clip, "get_tokenizer", lambda name, **_: asked.append(name))
-    with pytest.raises(ValueError, match="code") as refused:
-        Clip.from_folder(tmp_path)
-    assert "\n" not in str(refused.value)
+    for opening in (Clip.from_folder, tokenizer_in):
+        with pytest.raises(ValueError, match="code") as refused:
+            opening(tmp_path)
+        assert "\n" not in str(refused.value)
     assert asked == []
     assert not (tmp_path / "ran").exists()
 

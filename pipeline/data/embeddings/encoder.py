@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import socket
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -15,9 +15,8 @@ import torch
 from torch.nn.functional import normalize
 
 from models.clip import Clip
-from models.tokens import cut_captions, text_ends
-from pipeline.data.embeddings.parts import ImageParts, captions_to_encode, read_embeddings
-from pipeline.errors import UserError
+from models.tokens import END
+from pipeline.data.embeddings.parts import ImageParts, open_clip_files, read_embeddings
 from pipeline.graph.artifacts import Shard, ShardRow, read_shards
 from pipeline.graph.shards import run_shards
 from pipeline.graph.stages import Context, shard_key
@@ -25,9 +24,12 @@ from pipeline.graph.workers import ShardOutput, ShardTask, ShardWorker, Timed
 from pipeline.ledger import Ledger
 from pipeline.progress import Steps
 from pipeline.store import Store
-from pipeline.store.records import materialise, read_blob
+from pipeline.store.records import read_blob
 
+AHEAD = 4  # batches that a GPU has to do or does
 CHECKED = 1000  # rows that bf16 is compared with fp32 on
+Fetch = Callable[[], np.ndarray]
+"""Waits for embeddings, and returns them."""
 
 
 @dataclass(frozen=True)
@@ -42,99 +44,109 @@ class OpenEncoder:
 
     def __call__(self) -> Encoder:
         torch.set_num_threads(1)
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it lies in Ray's object store
         # Ray shows a worker the GPUs that are its own.
         on_gpu = torch.cuda.is_available() if self.gpus == "auto" else self.gpus > 0
         if on_gpu:  # a GPU would convolve in TF32, and that is more than rounding
             torch.backends.cudnn.allow_tf32 = False
-        with tempfile.TemporaryDirectory() as folder:
-            materialise(self.store, self.clip, folder)
-            try:
-                clip = Clip.from_folder(folder).eval()
-            except ValueError as e:
-                raise UserError(f"embeddings: the CLIP cannot be opened on {socket.gethostname()}: {e}") from e
+        clip = open_clip_files(self.store, self.clip, Clip.from_folder)
         bf16 = self.bf16 and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        return Encoder(self.store, clip.to("cuda" if on_gpu else "cpu"), self.batch, bf16)
+        return Encoder(clip.to("cuda" if on_gpu else "cpu"), self.batch, bf16)
 
 
 class Encoder:
-    """Embeds the images of one part of a shard, and with the first part all captions of the shard.
+    """Embeds the views of one part of a shard, and with the first part all captions of the shard.
+
+    On a GPU nothing waits for it until a part's embeddings are fetched: batches are copied from pinned memory beside
+    the computation, and AHEAD of them are under way.
 
     Args:
-        store: store of the shards.
         clip: CLIP on the device that encodes.
         batch: rows of a batch; the last one is padded.
         bf16: autocast to bf16; embeddings are then made unit vectors in fp32.
     """
 
-    def __init__(self, store: Store, clip: Clip, batch: int, bf16: bool = False) -> None:
-        self.store, self.clip, self.batch, self.bf16 = store, clip, batch, bf16
+    def __init__(self, clip: Clip, batch: int, bf16: bool = False) -> None:
+        self.clip, self.batch, self.bf16 = clip, batch, bf16
+        [self.empty] = clip.tokenize([""]).numpy()
 
-    def __call__(self, task: ShardTask, part: int, views: np.ndarray) -> Timed:
+    def __call__(self, task: ShardTask, part: int, prepared: Mapping[str, Any]) -> Timed:
         """Returns "image" fp32 [n, d], with the first part also "text", of first captions, and "more", of others.
 
-        "bf16" says whether it computed in bf16, "cut" how many of these captions have more tokens than CLIP reads.
+        "bf16" says whether it computed in bf16, "cut" is as ImageParts.prepare has it.
         """
         steps = Steps()
-        made: dict[str, Any] = {"bf16": self.bf16}
-        if not part:
-            with steps("read"):
-                first, more = captions_to_encode(self.store, task)
-            with steps("encode"):
-                # In batches of their own, so that other captions cannot change a byte of the first ones.
-                for name, captions in (("text", first), ("more", more)):
-                    tokens = self.clip.tokenize(captions)
-                    made[name] = self.texts(tokens)
-                    made["cut"] = made.get("cut", 0) + self._cut(captions, tokens)
         with steps("encode"):
-            made["image"] = self.images(views)
-        return made, steps.seconds
+            # In batches of their own, so that other captions cannot change a byte of the first ones.
+            under_way = {name: self.texts(prepared[name]) for name in ("text", "more") if name in prepared}
+            under_way["image"] = self.images(prepared["views"])
+            made = {name: fetch() for name, fetch in under_way.items()}
+        return {**made, "bf16": self.bf16, "cut": prepared.get("cut", 0)}, steps.seconds
 
-    def images(self, views: np.ndarray) -> np.ndarray:
-        """Embeds views uint8 [n, size, size, 3]: fp32 [n, d]."""
-        size = self.clip.image_size
-        result = np.zeros((len(views), self.clip.embed_dim), np.float32)
-        for start in range(0, len(views), self.batch):
-            block = views[start : start + self.batch]
-            pixels = np.zeros((self.batch, 3, size, size), np.uint8)
-            pixels[: len(block)] = block.transpose(0, 3, 1, 2)
-            result[start : start + len(block)] = self._encode(self.clip.encode_image, pixels)[: len(block)]
-        return result
+    def images(self, views: np.ndarray) -> Fetch:
+        """Begins to embed views uint8 [n, size, size, 3]; fetches fp32 [n, d].
 
-    def texts(self, tokenized: torch.Tensor) -> np.ndarray:
-        """Embeds tokens int64 [n, context] of captions: fp32 [n, d].
+        No pixel is moved on the host: permuted, views have the layout, channels last, that CLIP's convolutions read.
+        """
+        rows = np.arange(len(views))
+        starts = range(0, len(views), self.batch)
+        batches = ((rows[i : i + self.batch], self._filled(views[i : i + self.batch], np.uint8(0))) for i in starts)
+        return self._encode(lambda pixels: self.clip.encode_image(pixels.permute(0, 3, 1, 2)), len(views), batches)
+
+    def texts(self, tokens: np.ndarray) -> Fetch:
+        """Begins to embed tokens int64 [n, context] of captions; fetches fp32 [n, d].
 
         Each is in a batch of the shortest length that holds it, whatever the other captions are.
         """
-        result = np.zeros((len(tokenized), self.clip.embed_dim), np.float32)
-        if not len(tokenized):
-            return result
-        (empty,) = self.clip.tokenize([""]).numpy()
-        lengths = self.clip.text_lengths
-        fitting = np.searchsorted(lengths[:-1], text_ends(tokenized).numpy())  # the last one holds all
-        tokens = tokenized.numpy()
-        for number, length in enumerate(lengths):
-            rows = np.flatnonzero(fitting == number)
-            length = length if number < len(lengths) - 1 else tokens.shape[1]
-            for start in range(0, len(rows), self.batch):
-                block = rows[start : start + self.batch]
-                padded = np.tile(empty[:length], (self.batch, 1))
-                padded[: len(block)] = tokens[block, :length]
-                result[block] = self._encode(self.clip.encode_text, padded)[: len(block)]
-        return result
 
-    def _cut(self, captions: Sequence[str], tokenized: torch.Tensor) -> int:
-        """Counts captions with more tokens than CLIP reads; of a tokenizer other than CLIP's BPE none are counted."""
-        if self.clip.own_tokenizer is not None:
-            return 0
-        context = self.clip.context_length
-        full = (text_ends(tokenized) >= context).tolist()  # only these need a second look
-        return cut_captions([caption for caption, ends in zip(captions, full, strict=True) if ends], context)
+        def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            lengths = self.clip.text_lengths
+            # The last one holds all.
+            fitting = np.searchsorted(lengths[:-1], (tokens == END).argmax(1) + 1)
+            for number, length in enumerate(lengths):
+                length = length if number < len(lengths) - 1 else tokens.shape[1]
+                of_length = np.flatnonzero(fitting == number)
+                for start in range(0, len(of_length), self.batch):
+                    rows = of_length[start : start + self.batch]
+                    yield rows, self._filled(tokens[rows, :length], self.empty[:length])
 
-    def _encode(self, encode: Callable[[torch.Tensor], torch.Tensor], batch: np.ndarray) -> np.ndarray:
+        return self._encode(self.clip.encode_text, len(tokens), batches() if len(tokens) else ())
+
+    def _filled(self, rows: np.ndarray, filler: np.ndarray | np.generic) -> np.ndarray:
+        """Returns rows as a batch of full size."""
+        lacking = self.batch - len(rows)
+        return np.concatenate([rows, np.broadcast_to(filler, (lacking, *rows.shape[1:]))]) if lacking else rows
+
+    def _encode(
+        self,
+        encode: Callable[[torch.Tensor], torch.Tensor],
+        count: int,
+        batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    ) -> Fetch:
+        """Begins to embed batches, each with the places of its rows among ``count``; fetches fp32 [count, d]."""
         device = self.clip.mean.device
+        places, found, ahead = list[np.ndarray](), list[torch.Tensor](), deque[torch.cuda.Event]()
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            found = encode(torch.from_numpy(batch).to(device)).float()
-        return (normalize(found, dim=1) if self.bf16 else found).cpu().numpy()
+            for rows, block in batches:
+                batch = torch.from_numpy(block)
+                if device.type == "cuda":  # from other memory a copy waits for all that the GPU has to do
+                    batch = batch.pin_memory().to(device, non_blocking=True)
+                made = encode(batch).float()
+                places.append(rows)
+                found.append((normalize(made, dim=1) if self.bf16 else made)[: len(rows)])
+                if device.type == "cuda":
+                    ahead.append(torch.cuda.Event(blocking=True))
+                    ahead[-1].record()
+                    if len(ahead) == AHEAD:  # pinned memory is bounded, and this process sleeps
+                        ahead.popleft().synchronize()
+
+        def fetch() -> np.ndarray:
+            result = np.zeros((count, self.clip.embed_dim), np.float32)
+            if found:
+                result[np.concatenate(places)] = torch.cat(found).cpu().numpy()
+            return result
+
+        return fetch
 
 
 def embedding_metrics(ctx: Context, opened: OpenEncoder, parts: ImageParts, made: Sequence[Shard]) -> dict[str, float]:
@@ -176,14 +188,14 @@ def _check(encoder: Encoder, parts: ImageParts, task: ShardTask) -> ShardOutput:
     for name, pairs in sorted(task.inputs.items()):
         if name.startswith("pairs"):
             keys, stored, *_ = read_embeddings(
-                encoder.store, task.inputs[name.replace("pairs", "embeddings")].blobs["embeddings"]
+                parts.store, task.inputs[name.replace("pairs", "embeddings")].blobs["embeddings"]
             )
             place = {key: i for i, key in enumerate(keys)}
             own = ShardTask(pairs.number, "", {"pairs": pairs})
             for part in range(parts.count(own)):
-                rows, views, _ = parts.read(own, part)
+                rows, views = parts.read(own, part, Steps())
                 ours = stored[[place[row["key"]] for row in rows]].astype(np.float64)
-                exact = encoder.images(views).astype(np.float64)
+                exact = encoder.images(views)().astype(np.float64)
                 norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(exact, axis=1)
                 errors += (1 - (ours * exact).sum(1) / norms).tolist()
                 if len(errors) > CHECKED:

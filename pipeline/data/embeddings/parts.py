@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,13 +27,26 @@ from pipeline.local import is_embedding
 from pipeline.parse import ContentFile
 from pipeline.progress import Steps
 from pipeline.store import Store
-from pipeline.store.records import read_blob
+from pipeline.store.records import materialise, read_blob
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EMBEDDED_CAPTIONS = 16  # the first ones of a row, so that a text file of 10,000 lines is not a trap
-PART_BYTES = 64 << 20  # of the views of a part: it lies in Ray's object store
 READ_BYTES = 64 << 20  # of images as they are stored, in memory at once
+T = TypeVar("T")
 IndexRow = Mapping[str, Any]
 """A row of a shard's index (see pipeline.data.pairs.row_index)."""
+
+
+def open_clip_files(store: Store, blobs: Mapping[str, str], opening: Callable[[str], T]) -> T:
+    """Returns what ``opening`` makes of a folder with these files of a CLIP. Raises UserError where it cannot."""
+    with tempfile.TemporaryDirectory() as folder:
+        materialise(store, blobs, folder)
+        try:
+            return opening(folder)
+        except ValueError as e:
+            raise UserError(f"embeddings: the CLIP cannot be opened on {socket.gethostname()}: {e}") from e
 
 
 def _together(places: Sequence[Place]) -> Iterator[Sequence[Place]]:
@@ -49,13 +65,15 @@ def _together(places: Sequence[Place]) -> Iterator[Sequence[Place]]:
 
 @dataclass(frozen=True)
 class ImageParts:
-    """Cuts shards into parts of ``rows`` images, decodes them, and joins what CLIP makes of them.
+    """Cuts shards into parts of ``rows`` images, prepares them, and joins what CLIP makes of them.
 
     Attributes:
         store: store of the shards.
         rows: a multiple of the encoder's batch, so that its batches are the same however a shard is cut.
         size: side of a view, pixels.
         dim: dimension of an embedding.
+        context: number of tokens that CLIP reads.
+        tokenizer: blobs of CLIP's configuration and its own tokenizer; none for one that reads CLIP's BPE.
         heads: linear heads by the name of their score.
     """
 
@@ -63,25 +81,57 @@ class ImageParts:
     rows: int
     size: int
     dim: int
+    context: int
+    tokenizer: Mapping[str, str]
     heads: Mapping[str, Head]
 
     def count(self, task: ShardTask) -> int:
         """Returns how many parts a shard has; the last ones are empty if some of its rows have no image."""
         return max(1, -(-task.inputs["pairs"].kept // self.rows))
 
-    def decode(self, task: ShardTask, part: int) -> Timed:
-        """Returns the views of one part, uint8 [n, size, size, 3]."""
-        _, views, seconds = self.read(task, part)
-        return views, seconds
+    def prepare(self, task: ShardTask, part: int) -> Timed:
+        """Returns what the encoder takes of one part, so that it has to convert nothing.
 
-    def read(self, task: ShardTask, part: int) -> tuple[Sequence[IndexRow], np.ndarray, Mapping[str, float]]:
-        """Returns the rows of one part, their views, and the seconds of "read" and "decode"."""
+        "views" are uint8 [n, size, size, 3]. The first part has all captions of the shard: "text" and "more" are
+        tokens, int64 [n, context], of first captions and of others, and "cut" says how many of these captions have more
+        tokens than CLIP reads.
+        """
         steps = Steps()
+        _, views = self.read(task, part, steps)
+        made: dict[str, Any] = {"views": views}
+        if not part:
+            with steps("read"):
+                captions = captions_to_encode(self.store, task)
+            with steps("decode"):
+                tokens = [self._tokenize(each) for each in captions]
+                made |= {name: each.numpy() for name, each in zip(("text", "more"), tokens, strict=True)}
+                made["cut"] = sum(map(self._cut, captions, tokens))
+        return made, steps.seconds
+
+    @cached_property
+    def _tokenize(self) -> Callable[[Sequence[str]], Tensor]:
+        """Returns what makes tokens as the encoder's CLIP does."""
+        from models.clip import tokenizer_in
+        from models.tokens import tokenize
+
+        return open_clip_files(self.store, self.tokenizer, tokenizer_in) if self.tokenizer else tokenize
+
+    def _cut(self, captions: Sequence[str], tokens: Tensor) -> int:
+        """Counts captions with more tokens than CLIP reads; of a tokenizer other than CLIP's BPE none are counted."""
+        from models.tokens import cut_captions, text_ends
+
+        if self.tokenizer:
+            return 0
+        full = (text_ends(tokens) >= self.context).tolist()  # only these need a second look
+        return cut_captions([caption for caption, ends in zip(captions, full, strict=True) if ends], self.context)
+
+    def read(self, task: ShardTask, part: int, steps: Steps) -> tuple[Sequence[IndexRow], np.ndarray]:
+        """Returns the rows of one part and their views, uint8 [n, size, size, 3]."""
         with steps("read"):
             pictured = [row for row in kept_rows(self.store, task) if not is_embedding(row["url"])]
             rows = pictured[part * self.rows : (part + 1) * self.rows]
             images = task.inputs["pairs"].blobs.get("images")
-            views = np.zeros((len(rows), self.size, self.size, 3), np.uint8)
+            views = np.empty((len(rows), self.size, self.size, 3), np.uint8)
         done = 0
         for places in _together([Place.of(row, images) for row in rows]):
             with steps("read"):
@@ -91,7 +141,7 @@ class ImageParts:
                     views[i] = read_pair_pixels(place.key, data, self.size, in_place=place.in_place)
             done += len(places)
             del found, data  # else they lie in memory beside the next ones
-        return rows, views, steps.seconds
+        return rows, views
 
     def join(self, task: ShardTask, made: Sequence[Mapping[str, Any]]) -> ShardOutput:
         """Makes the shard of what the encoder returned for its parts.
@@ -152,13 +202,20 @@ class ImageParts:
         return unit[:, 0], unit[:, 1]
 
 
-def parts_for(store: Store, clip: Mapping[str, str], batch: int, heads: Mapping[str, ContentFile]) -> ImageParts:
-    """Returns how shards are cut for the CLIP of these blobs. Raises UserError for a head that cannot be used."""
+def parts_for(
+    store: Store, clip: Mapping[str, str], batch: int, heads: Mapping[str, ContentFile], part_bytes: int
+) -> ImageParts:
+    """Returns how shards are cut for the CLIP of these blobs, into parts whose views have at most ``part_bytes``.
+
+    A part has a batch at least. Raises UserError for a head that cannot be used.
+    """
     config = json.loads(read_blob(store, clip["open_clip_config.json"]))["model_cfg"]
-    size, dim = config["vision_cfg"]["image_size"], config["embed_dim"]
+    size, dim, text = config["vision_cfg"]["image_size"], config["embed_dim"], config["text_cfg"]
     size = size if isinstance(size, int) else size[0]
-    rows = batch * max(1, PART_BYTES // (3 * size**2 * batch))
-    return ImageParts(store, rows, size, dim, load_heads(store, heads, dim))
+    rows = batch * max(1, part_bytes // (3 * size**2 * batch))
+    own = {name: blob for name, blob in clip.items() if not name.endswith(".safetensors")}
+    own = own if text.get("hf_tokenizer_name") else {}
+    return ImageParts(store, rows, size, dim, text.get("context_length", 77), own, load_heads(store, heads, dim))
 
 
 def kept_rows(store: Store, task: ShardTask) -> list[IndexRow]:

@@ -1,14 +1,14 @@
 """CLIP embeddings of images and captions, shard by shard.
 
 A shard's rows are encoded in batches that are cut inside the shard and padded, on one thread: neither neighbours nor
-workers can change a byte of the result. Images are decoded a part of a shard ahead, on a thread beside the encoding or
-by processes of their own on any node, so a few parts are in memory at a time.
+workers can change a byte of the result. Images are decoded and captions tokenized a part of a shard ahead, on a thread
+beside the encoding or by processes of their own on any node, so a few parts are in memory at a time.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -20,6 +20,9 @@ from pipeline.graph.stages import Context, Stage, shard_key
 from pipeline.graph.workers import ShardTask, Streamed
 from pipeline.parse import ContentFile
 from pipeline.settings import EmbeddingsSettings
+
+PART_BYTES = 64 << 20  # of the views of a part that a thread decodes beside the encoding
+TASK_BYTES = 512 << 20  # of the views that a decoder makes at once, in its memory and then in Ray's object store
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ def run_embeddings(ctx: Context) -> Artifact:
     _check(settings)
     clip = ctx.inputs["clip"]
     opened = OpenEncoder(ctx.store, clip.blobs, settings.batch, settings.gpus, ctx.recipe.precision == "bf16")
-    parts = parts_for(ctx.store, clip.blobs, settings.batch, ctx.recipe.heads)
+    parts, large = (
+        parts_for(ctx.store, clip.blobs, settings.batch, ctx.recipe.heads, size) for size in (PART_BYTES, TASK_BYTES)
+    )
     captions = {s.number: s for s in read_shards(ctx.store, ctx.inputs["captions"])}
     tasks = []
     rows = 0
@@ -63,7 +68,8 @@ def run_embeddings(ctx: Context) -> Artifact:
         key = shard_key(ctx, {name: shard.key for name, shard in inputs.items()} | {"clip": clip.key})
         tasks.append(ShardTask(pairs.number, key, inputs))
         rows += pairs.kept
-    make = Streamed(parts.count, parts.decode, opened, parts.join)
+    alone, make = (Streamed(each.count, each.prepare, opened, each.join) for each in (parts, large))
+    make = replace(make, alone=alone)
     return map_shards(ctx, tasks, make, "rows", rows, measure=partial(embedding_metrics, ctx, opened, parts))
 
 

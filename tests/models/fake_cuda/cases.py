@@ -8,9 +8,10 @@ from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from models.ar_prior import ARPrior, ar_prior_loss
 from models.ar_prior import sample as sample_codes
@@ -24,8 +25,10 @@ from models.draw import Draw, Part
 from models.losses import Losses
 from models.precision import autocast
 from models.reverse import Progress, Reverse
+from models.tokens import END
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise, upsampler_loss
 from pipeline.config import preset_config
+from pipeline.data.embeddings.encoder import Encoder
 from pipeline.settings import TrainingSettings
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import LocalBatch
@@ -205,6 +208,22 @@ def encoding() -> Step:
     return step
 
 
+def embedding() -> Step:
+    """The embeddings stage's encoder until its results are fetched, on images and on captions of two lengths."""
+    model = build(lambda: clip(preset_config("nano").clip.model)).eval()
+    with unset_fake_temporarily():  # it makes tokens of an empty caption
+        encoder = Encoder(model, ROWS, bf16=True)
+    side = model.image_size
+    views, tokens = np.zeros((6 * ROWS + 1, side, side, 3), np.uint8), np.zeros((2 * ROWS + 1, 77), np.int64)
+    tokens[::2, 3] = tokens[1::2, 20] = END
+
+    def step() -> None:
+        encoder.images(views)
+        encoder.texts(tokens)
+
+    return step
+
+
 # --- the loop of a training -------------------------------------------------------------------------------------------
 
 
@@ -310,7 +329,7 @@ COMPILED: dict[str, Callable[[], Step]] = {
 }
 
 
-STEPS = {**{f"loss: {name}": case for name, case in LOSSES.items()}, "clip encodes": encoding}
+STEPS = {**{f"loss: {name}": case for name, case in LOSSES.items()}, "clip encodes": encoding, "embeddings": embedding}
 SAMPLERS = {f"sampler: {name}": case for name, case in SAMPLERS.items()}
 COMPILED = {f"compiled: {name}": case for name, case in COMPILED.items()}
 FIT = "the loop of a training"

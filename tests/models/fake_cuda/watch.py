@@ -3,6 +3,7 @@
 import traceback
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -77,5 +78,6 @@ def pretend() -> None:
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     torch.nn.functional.scaled_dot_product_attention = attend
     Tensor.pin_memory = lambda self, *_: self
+    torch.cuda.Event = lambda **_: SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     # Without a kernel of its own for a device, torch takes it to pieces.
     LIBRARY.impl("silu_backward", lambda gradient, _: torch.empty_like(gradient), "CUDA")

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.errors import CorruptObject, UserError
@@ -29,7 +30,18 @@ from pipeline.graph.artifacts import (
 from pipeline.graph.ray import start_ray
 from pipeline.graph.shards import _note, map_shards, run_shards
 from pipeline.graph.stages import Context
-from pipeline.graph.workers import Part, ShardOutput, ShardTask, Streamed, Timed, publisher, read_answer, step
+from pipeline.graph.workers import (
+    Part,
+    ShardOutput,
+    ShardTask,
+    Streamed,
+    Timed,
+    pack_part,
+    publisher,
+    read_answer,
+    step,
+    unpack_part,
+)
 from pipeline.ledger import Ledger
 from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings
 from pipeline.store import Store, open_store
@@ -210,8 +222,7 @@ def test_what_a_worker_cannot_open_is_its_answer_to_every_shard() -> None:
     [data] = publisher(store, "pairs", open_it, alone=True)()({"part": [pickle.dumps(part)]})["answer"]
     with pytest.raises(CorruptObject, match="is damaged"):
         read_answer(data)
-    [data] = step("pairs", lambda _: 1, open_it, True)()({"part": [pickle.dumps(part)]})["part"]
-    assert isinstance(pickle.loads(data).failure, CorruptObject)
+    assert isinstance(unpack_part(step("pairs", lambda _: 1, open_it, True)()(pack_part(part))).failure, CorruptObject)
 
 
 def test_nothing_to_map_is_an_empty_artefact(store: Store) -> None:
@@ -264,21 +275,41 @@ def test_listed_shards_are_those_that_were_written(tmp_path: Path, count: int) -
             listed[place]
 
 
+def test_a_parts_arrays_are_read_where_the_block_has_them() -> None:
+    """Of any kind and size."""
+    made: dict[str, np.ndarray] = {
+        "views": np.arange(24, dtype=np.uint8).reshape(2, 3, 4),
+        "tokens": np.arange(3),
+        "none": np.zeros((0, 7)),
+    }
+    block = pack_part(Part(ShardTask(3, "key-3", {}), 1, made), apart=True)
+    found = unpack_part(block)
+    assert (found.task.key, found.number, block.num_rows) == ("key-3", 1, 1)
+    for name, array in made.items():
+        assert np.array_equal(found.made[name], array)
+        assert found.made[name].shape == array.shape
+        assert array.size == 0 or np.shares_memory(found.made[name], array)
+    assert not np.shares_memory(unpack_part(pack_part(found)).made["views"], made["views"])
+
+
 def _count(task: ShardTask) -> int:
     return task.number % 3 + 1
 
 
 def _prepare(task: ShardTask, part: int) -> Timed:
-    return f"{task.number}.{part}", {"read": 1.0}
+    return (f"{task.number}.{part}", os.getpid(), np.full((2, 1 << 20), part, np.uint8)), {"read": 1.0}
 
 
 class Worked:
-    """Works on parts, of which those of shard 13 are damaged."""
+    """Works on parts, of which those of shard 13 are damaged. Another process's array is read where it lies."""
 
-    def __call__(self, task: ShardTask, part: int, prepared: str) -> Timed:
+    def __call__(self, task: ShardTask, part: int, prepared: tuple[str, int, np.ndarray]) -> Timed:
         if task.number == 13:
             raise CorruptObject("blobs/13", "is missing")
-        return f"<{prepared}>", {"encode": 2.0}
+        name, prepared_by, array = prepared
+        assert (array == part).all()
+        assert array.flags.writeable == (prepared_by == os.getpid())
+        return f"<{name}>", {"encode": 2.0}
 
 
 def _join(task: ShardTask, made: Sequence[str]) -> ShardOutput:

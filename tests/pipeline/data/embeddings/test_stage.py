@@ -181,7 +181,8 @@ def test_neither_workers_nor_parts_nor_the_order_of_shards_change_a_byte(
     """In this process, by a worker that does all of it, and by a stream; a damaged image is named by all of them."""
     import ray
 
-    monkeypatch.setattr(image_parts, "PART_BYTES", 1)  # so a part is one batch, and a shard has three
+    monkeypatch.setattr(stage, "PART_BYTES", 1)  # so a part is one batch, and a shard has three
+    monkeypatch.setattr(stage, "TASK_BYTES", 3 * 64**2 * 8)  # two batches
     monkeypatch.setattr(
         stage, "map_shards", lambda ctx, tasks, *rest, **more: map_shards(ctx, tasks[::-1], *rest, **more)
     )
@@ -307,7 +308,7 @@ def test_the_record_says_how_near_bf16_is_to_fp32(bench: Bench, monkeypatch: pyt
         opening.bf16 = True
         return opening
 
-    cut = image_parts.parts_for(bench.store, opened.clip, 4, {})
+    cut = image_parts.parts_for(bench.store, opened.clip, 4, {}, stage.PART_BYTES)
     ctx = replace(bench.context("embeddings"), key="bf16", version=1000)
     tasks = [
         ShardTask(pairs.number, f"bf16-{pairs.key}", {"pairs": pairs, "captions": captions})
@@ -315,7 +316,7 @@ def test_the_record_says_how_near_bf16_is_to_fp32(bench: Bench, monkeypatch: pyt
             *(read_shards(bench.store, bench.made[n]) for n in ("pairs", "captions")), strict=True
         )
     ]
-    made, _ = run_shards(ctx, tasks, Streamed(cut.count, cut.decode, open_bf16, cut.join), "rows", ROWS)
+    made, _ = run_shards(ctx, tasks, Streamed(cut.count, cut.prepare, open_bf16, cut.join), "rows", ROWS)
     _, exact, *_ = _everything(bench)
     near = np.concatenate([read_embeddings(bench.store, shard.blobs["embeddings"])[1] for shard in made]).astype(float)
     np.testing.assert_allclose(np.linalg.norm(near, axis=1), 1, atol=1e-3)
