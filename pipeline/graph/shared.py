@@ -21,15 +21,15 @@ def call_shared(kind: type, method: str, *values: Any) -> Any:
     if (ray := sys.modules.get("ray")) is None or not ray.is_initialized():
         return None
     try:
-        shared = _actor(kind).options(name=f"unclip {kind.__name__}", get_if_exists=True, num_cpus=0).remote()
-        return ray.get(getattr(shared, method).remote(*values), timeout=ANSWER_S)
+        return ray.get(getattr(_shared(kind), method).remote(*values), timeout=ANSWER_S)
     except (ray.exceptions.RayError, ValueError) as e:  # ValueError: that worker's end took the name with it just now
         log.debug("%s did not answer: %s", kind.__name__, e)
+        _shared.cache_clear()
         return None
 
 
-@cache
-def _actor(kind: type) -> Any:
+@cache  # it lives as long as the first handle to it
+def _shared(kind: type) -> Any:
     import ray
 
-    return ray.remote(kind)
+    return ray.remote(kind).options(name=f"unclip {kind.__name__}", get_if_exists=True, num_cpus=0).remote()
