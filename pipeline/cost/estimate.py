@@ -17,6 +17,7 @@ from pipeline.config import Config
 from pipeline.cost.devices import DEVICES, UNKNOWN, Device, Fleet
 from pipeline.cost.memory import SAVED_STATE, Footprint, footprint, host_memory
 from pipeline.cost.observed import Observation, Observations, pace, shape
+from pipeline.data.embeddings.stage import TASK_BYTES
 from pipeline.graph.keys import flatten
 from pipeline.graph.resources import DECODERS, Machine, Resources, WorkerGroup, cores, team_of
 from pipeline.graph.stages import Graph, seconds_to_end
@@ -38,6 +39,7 @@ LAUNCHES = 3  # kernels of a step for each of its forward pass; 2.7 of small's d
 # says that twelve equal blocks take a minute; the stages of a U-Net are all different.
 COMPILE_SECONDS = 15.0
 CLUSTERED_ROWS = 8e6  # up to which near rows are looked for in clusters of one size (docs/near-duplicates.md)
+PART_SECONDS = 0.016  # of Ray's driver, to hand one part of a shard to a decoder and to an encoder (2026-11-30)
 DECODE_SECONDS = 0.004  # of one core, to read a stored image and shrink it to CLIP's view
 START_SECONDS = {"data": 6.0, "training": 5.0, "gpus": 60.0}
 FETCH_WEIGHTS_SECONDS = 60.0
@@ -278,7 +280,7 @@ def _counted(stage: str, ask: PlanInput, workers: int, on_gpus: bool) -> tuple[f
     if on_gpus:
         decoders = resources(stage, ask)[1] or workers  # a worker without helpers decodes on a thread of its own
         each = max(encode_seconds(ask), decode_seconds(ask) * workers / decoders)
-        return START_SECONDS["gpus"], ask.rows * each / workers
+        return START_SECONDS["gpus"], ask.rows * max(each / workers, driver_seconds(ask))
     each = node.row_seconds
     if any(ask.graph[name].kind == "training" for name in node.inputs):
         each += encode_seconds(ask) + decode_seconds(ask)
@@ -327,17 +329,6 @@ def counted_trainings(costs: Mapping[str, Cost], ask: PlanInput) -> dict[str, in
     return {stage: gpus for stage, gpus in trained.items() if gpus and costs[stage].basis == "counted"}
 
 
-def worth_renting(stage: str, ask: PlanInput, gpus: int) -> int:
-    """Returns the number of GPUs beyond which twice as many save less than a quarter of a training's time."""
-    count = 1
-    while count < gpus:
-        now, then = (estimate(stage, replace(ask, fleet=Fleet(n, ask.gpu))) for n in (count, 2 * count))
-        if then.seconds > 0.75 * now.seconds:
-            break
-        count *= 2
-    return min(count, gpus)
-
-
 def rate(ask: PlanInput, precision: str, stage: str = "") -> float:
     """Returns the operations a second of one GPU: as the stage used one, else as is assumed."""
     if precision == "fp32":
@@ -365,6 +356,12 @@ def encode_seconds(ask: PlanInput) -> float:
     clip, settings = clip_size(ask.config.clip), ask.graph["embeddings"].settings
     on_gpu = ask.fleet or team_of(settings, ask.machine).worker.gpus
     return (clip.image + clip.text) / (rate(ask, ask.config.embeddings.precision) if on_gpu else CORE_FLOPS)
+
+
+def driver_seconds(ask: PlanInput) -> float:
+    """Returns the seconds of Ray's driver for one row of the embeddings, which it hands on in parts of shards."""
+    rows = min(ask.config.source.shard_rows, TASK_BYTES // (3 * clip_size(ask.config.clip).side ** 2))
+    return PART_SECONDS / max(1, rows)
 
 
 def cores_a_gpu(ask: PlanInput) -> float:

@@ -67,12 +67,13 @@ class Size:
 
 @dataclass(frozen=True)
 class ClipSize:
-    """Operations to embed one image and one caption, and the dimension of embeddings."""
+    """Operations to embed one image and one caption, the dimension of embeddings, and the side of images, pixels."""
 
     image: float
     text: float
     dim: int
     parameters: int
+    side: int
 
 
 def count_model(config: Config, stage: str) -> Size:
@@ -210,7 +211,7 @@ def _count(clip: ClipConfig | str) -> ClipSize:
         with text:
             network.encode_text(torch.zeros(1, network.context_length, dtype=torch.int64))
         parameters = sum(p.numel() for p in network.parameters())
-    return ClipSize(image.get_total_flops(), text.get_total_flops(), settings["embed_dim"], parameters)
+    return ClipSize(image.get_total_flops(), text.get_total_flops(), settings["embed_dim"], parameters, max(sides))
 
 
 def _open_clip_config(clip: ClipConfig | str) -> dict[str, Any]:

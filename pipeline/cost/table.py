@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from models.sampling_config import PRIORS
 from pipeline.cost import estimate as assumed
+from pipeline.cost.devices import Fleet
 from pipeline.cost.estimate import (
     Cost,
     PlanInput,
@@ -14,14 +15,15 @@ from pipeline.cost.estimate import (
     counted_trainings,
     decode_seconds,
     decoders_a_gpu,
+    driver_seconds,
     encode_seconds,
+    estimate,
     rate,
     row_bytes,
     save,
     step_of,
     step_seconds,
     worker_memory,
-    worth_renting,
 )
 from pipeline.graph.resources import amount_of
 from pipeline.progress import counted, duration
@@ -101,6 +103,10 @@ def remarks(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
         said = f"{needed:g} decoding cores for each encoder"
         if costs["embeddings"].gpus and needed > taken + 0.5:
             said = f"{counted(taken, 'decoding core')} for each encoder, which waits for them"
+        most = 1 / driver_seconds(ask)
+        if costs["embeddings"].gpus / encode_seconds(ask) > most:
+            enough = f"{most * encode_seconds(ask):.0f} GPUs are enough"
+            said += f"; Ray's driver hands on {most:,.0f} images/s, so that {enough}"
         yield (
             f"embeddings: {who} encodes {1 / encode_seconds(ask):,.0f} pairs/s, one core decodes "
             f"{1 / decode_seconds(ask):,.0f} images/s: {said}"
@@ -155,6 +161,17 @@ def _steps(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
         if (worth := worth_renting(stage, ask, gpus)) < gpus:
             pays = f"{worth} of {gpus} GPUs {'is' if worth == 1 else 'are'} worth renting"
             yield f"{stage}: {pays}; beyond, twice as many save less than a quarter of its time"
+
+
+def worth_renting(stage: str, ask: PlanInput, gpus: int) -> int:
+    """Returns the number of GPUs beyond which twice as many save less than a quarter of a training's time."""
+    count = 1
+    while count < gpus:
+        now, then = (estimate(stage, replace(ask, fleet=Fleet(n, ask.gpu))) for n in (count, 2 * count))
+        if then.seconds > 0.75 * now.seconds:
+            break
+        count *= 2
+    return min(count, gpus)
 
 
 def places(costs: Mapping[str, Cost], ask: PlanInput) -> str:

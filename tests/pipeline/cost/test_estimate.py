@@ -14,6 +14,7 @@ from pipeline.cost.estimate import (
     COMPILE_SECONDS,
     FP32_UTILISATION,
     MATMUL_SHARE,
+    PART_SECONDS,
     Cost,
     PlanInput,
     amount,
@@ -163,12 +164,21 @@ def test_embeddings_on_gpus_wait_for_the_slower_of_encoding_and_decoding() -> No
     assert cost.seconds - cost.startup == pytest.approx(1e9 * encoding / 64, rel=0.35)  # cores are whole
     few = again(ask, paper("run.embeddings.decoders=12"))
     assert cores_a_gpu(few) < 12
+    assert "Ray's driver" not in "\n".join(remarks({"embeddings": cost}, ask))
     faster = estimate("embeddings", few)
     assert faster.seconds - faster.startup == pytest.approx(1e9 * encoding / 64)
     assert faster.cores == 12 * 64
     exact = estimate("embeddings", again(ask, paper("embeddings.precision=fp32")))
     share = DEVICES["H100"].peak * ask.utilisation / (DEVICES["H100"].fp32 * FP32_UTILISATION)
     assert exact.seconds - exact.startup == pytest.approx(1e9 * encoding * share / 64, rel=0.01)
+
+
+def test_ray_s_driver_bounds_the_embeddings_of_many_gpus_and_small_shards() -> None:
+    ask = asked(paper("source.shard_rows=100"), 10**9, H100S)
+    cost = estimate("embeddings", ask)
+    assert cost.seconds - cost.startup == pytest.approx(1e9 * PART_SECONDS / 100)
+    (said,) = [line for line in remarks({"embeddings": cost}, ask) if line.startswith("embeddings: ")]
+    assert re.search(r"; Ray's driver hands on 6,250 images/s, so that \d GPUs are enough$", said)
 
 
 def test_gpus_that_are_there_are_counted_as_those_that_are_asked_for() -> None:

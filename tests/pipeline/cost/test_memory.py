@@ -7,11 +7,11 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.cost.devices import Fleet
-from pipeline.cost.estimate import LAUNCH_SECONDS, estimate, step_of, step_seconds, worth_renting
+from pipeline.cost.estimate import LAUNCH_SECONDS, estimate, step_of, step_seconds
 from pipeline.cost.flops import Size, count_model
 from pipeline.cost.limits import too_large
 from pipeline.cost.memory import USABLE, Footprint, footprint, host_memory, settings_that_fit
-from pipeline.cost.table import remarks
+from pipeline.cost.table import remarks, worth_renting
 from pipeline.settings import STATE_BYTES, TrainingSettings
 from pipeline.training.recipes import ClipRecipe, DecoderRecipe
 from tests.pipeline.cost.test_estimate import PAPER, again, asked, paper
