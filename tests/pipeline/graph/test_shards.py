@@ -29,7 +29,6 @@ from pipeline.graph.artifacts import (
 )
 from pipeline.graph.ray import start_ray
 from pipeline.graph.shards import _note, map_shards, run_shards
-from pipeline.graph.shared import call_shared
 from pipeline.graph.stages import Context
 from pipeline.graph.workers import (
     Part,
@@ -400,31 +399,3 @@ def test_a_shard_that_kills_every_worker_ends_with_one_line(tmp_path: Path) -> N
     assert (tmp_path / "log").read_text() == "dead\n" * 3
     artifact = map_shards(ctx, tasks, Worker)
     assert artifact.ledger.rows == 10 + 11 + 12
-
-
-class Notes:
-    def __init__(self) -> None:
-        self.kept: list[str] = []
-
-    def add(self, note: str) -> list[str]:
-        self.kept.append(note)
-        return self.kept
-
-
-class Caller:
-    def tell(self, note: str) -> list[str] | None:
-        return call_shared(Notes, "add", note)
-
-
-@pytest.mark.usefixtures("two_cores")
-def test_workers_share_one_object_and_begin_anew_when_it_is_gone() -> None:
-    ray = start_ray(RaySettings(cpus=2))
-    first, second = (ray.remote(Caller).options(num_cpus=0).remote() for _ in range(2))
-    assert ray.get(first.tell.remote("a")) == ["a"]
-    assert ray.get(second.tell.remote("b")) == ["a", "b"]
-    assert ray.get(first.tell.remote("c")) == ["a", "b", "c"]
-    ray.kill(first)  # which asked first, so that the object ends, too
-    told: list[str] | None = None
-    while not told or "a" in told:
-        told = ray.get(second.tell.remote("d"))
-    assert set(told) == {"d"}
