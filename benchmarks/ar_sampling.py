@@ -12,9 +12,9 @@ from torch import Tensor
 
 from benchmarks.timing import Seconds, begin, finish, interleave, parser, ratio, show
 from models.ar_prior import ARPrior, invert_cdf, sample
-from models.draw import Draw
 from models.nn.transformer import Cache
 from models.prior_configs import ARPriorConfig
+from models.random_streams import RandomStreams
 
 CONFIG = ARPriorConfig(text_width=512, text_depth=2, text_heads=8, width=512, depth=8, heads=8)
 QUICK = ARPriorConfig(prefix=7, text_width=32, text_depth=1, text_heads=2, width=32, depth=2, heads=2, buckets=64)
@@ -56,13 +56,13 @@ def equal_codes(model: ARPrior, rows: int, count: int) -> bool:
     model = ARPrior(model.config, model.embed_dim, count).double()
     tokens, text, dots, _ = inputs(model, rows)
     text = text.double()
-    draw = Draw([(3, rows)])
-    uniform = draw.uniform("codes", count)
+    rng = RandomStreams([(3, rows)])
+    uniform = rng.uniform("codes", count)
     prefix = model.prefix(tokens, text, dots, torch.ones(rows, dtype=torch.bool))
     codes = dots[:, None][:, :0]
     for i in range(count):
         codes = torch.cat([codes, invert_cdf(recompute(model, prefix, codes), uniform[:, i])[:, None]], dim=1)
-    return torch.equal(codes, sample(model, tokens, text, dots, draw))
+    return torch.equal(codes, sample(model, tokens, text, dots, rng))
 
 
 def simpson(seconds: Seconds, lengths: list[int], codes: int) -> list[float]:
@@ -94,9 +94,9 @@ def main() -> None:
         raise SystemExit("cached and recomputed sampling disagree: timing them makes no sense")
 
     lengths = [round(i * (codes - 1) / (POINTS - 1)) for i in range(POINTS)]
-    draw = Draw([(7, rows)])
+    rng = RandomStreams([(7, rows)])
     cases = {f"recompute at {n} codes": partial(recompute, model, prefix, true[:, :n]) for n in lengths}
-    seconds = interleave({"cached": partial(sample, model, tokens, text, dots, draw)} | cases, options.rounds)
+    seconds = interleave({"cached": partial(sample, model, tokens, text, dots, rng)} | cases, options.rounds)
     seconds["recompute, integrated"] = simpson(seconds, lengths, codes)
     show(seconds)
     finish({"recompute_over_cached": ratio(seconds, "recompute, integrated", "cached")})

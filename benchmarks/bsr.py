@@ -24,8 +24,8 @@ from torch import Tensor
 
 from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from models.degradation.bsr import bsr
-from models.draw import Draw
 from models.pixels import from_uint8
+from models.random_streams import RandomStreams
 
 SIDE = 256
 ADVICE = "bsrgan is missing: python -m pip install --no-deps bsrgan==0.1.5 (its opencv_python would replace ours)"
@@ -68,7 +68,7 @@ def degrade(pictures: np.ndarray, seed: int) -> np.ndarray:
 
 def ours_degraded(batch: Tensor, seed: int) -> Tensor:
     """Runs ours on uint8 [n, 3, h, w]: fp32 [n, 3, h / 4, w / 4] in [-1, 1]."""
-    return bsr(from_uint8(batch), Draw([(seed, len(batch))]))
+    return bsr(from_uint8(batch), RandomStreams([(seed, len(batch))]))
 
 
 def degrade_in(pool: Executor, pictures: np.ndarray, seed: int) -> Tensor:

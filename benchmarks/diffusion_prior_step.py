@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from benchmarks.peers import PeerPrior
 from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from models.diffusion_prior import DiffusionPrior, diffusion_prior_loss
-from models.draw import Draw
 from models.prior_configs import DiffusionPriorConfig
+from models.random_streams import RandomStreams
 
 CONFIG = DiffusionPriorConfig(width=512, depth=8, heads=8, vocabulary=1024)
 QUICK = DiffusionPriorConfig(width=32, depth=1, heads=2, vocabulary=64)
@@ -41,10 +41,10 @@ def random_batch(config: DiffusionPriorConfig, embed_dim: int, rows: int) -> dic
 def training_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
     """Returns one step of training, ready to be called."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    draw = Draw([(0, len(batch["tokens"]))])
+    rng = RandomStreams([(0, len(batch["tokens"]))])
 
     def step() -> None:
-        diffusion_prior_loss(model, batch, draw).total.mean().backward()  # type: ignore[arg-type]
+        diffusion_prior_loss(model, batch, rng).total.mean().backward()  # type: ignore[arg-type]
         optimizer.step()
         optimizer.zero_grad()
 

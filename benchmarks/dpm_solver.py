@@ -15,11 +15,10 @@ from torch import Tensor
 
 from benchmarks.timing import begin, finish, parser
 from models.decoder import Decoder, decoder_denoise, decoder_loss
-from models.diffusion.dpm_solver import dpm_solver
 from models.diffusion.process import Prediction, predict
-from models.diffusion.samplers import Denoise, ddim
+from models.diffusion.samplers import Denoise, ddim, dpm_solver
 from models.diffusion.schedules import Schedule, log_snr_grid, make_schedule, strided_grid
-from models.draw import Draw
+from models.random_streams import RandomStreams
 from pipeline.config import preset_config
 from pipeline.training.state import update_ema
 
@@ -82,7 +81,7 @@ def trained_decoder(steps: int) -> tuple[Decoder, Callable[[Tensor], Tensor]]:
     for step in range(steps):
         image, facts = faces(16, g, model.config.image_size)
         batch = {"image": image, "image_embedding": embed(facts), "tokens": captions(16)}
-        loss = decoder_loss(model, batch, Draw([(step, 16)])).total.mean()
+        loss = decoder_loss(model, batch, RandomStreams([(step, 16)])).total.mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

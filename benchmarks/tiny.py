@@ -24,9 +24,9 @@ from models.cascade import UnCLIP
 from models.clip import Clip, config_of
 from models.decoder import Decoder, decoder_loss
 from models.diffusion_prior import DiffusionPrior
-from models.draw import Draw
 from models.precision import autocast, computes_in
 from models.prior_configs import ClipConfig
+from models.random_streams import RandomStreams
 from models.upsampler import Upsampler
 from pipeline.config import Config, preset_config
 from pipeline.cost.flops import text_tower
@@ -48,7 +48,7 @@ CPU = torch.device("cpu")
 
 
 class Training:
-    """The decoder's training loop without data: random images, captions of 12 tokens, a draw for every step."""
+    """The decoder's training loop without data: random images, captions of 12 tokens, random numbers for every step."""
 
     def __init__(self, recipe: DecoderRecipe, embed_dim: int):
         torch.manual_seed(0)
@@ -68,9 +68,9 @@ class Training:
 
     def loss(self) -> Tensor:
         """Runs forward and backward."""
-        draw = Draw([(self.steps, self.recipe.batch)])
+        rng = RandomStreams([(self.steps, self.recipe.batch)])
         with autocast(CPU, self.recipe.precision):
-            loss = decoder_loss(self.model, self.batch, draw).total.mean()
+            loss = decoder_loss(self.model, self.batch, rng).total.mean()
         loss.backward()
         return loss.detach()
 

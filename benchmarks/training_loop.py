@@ -23,8 +23,8 @@ from torch import nn
 
 from benchmarks.images import publish
 from benchmarks.timing import Seconds, begin, finish, parser, show
-from models.draw import Draw
 from models.precision import autocast
+from models.random_streams import RandomStreams
 from pipeline.config import preset_config
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
@@ -106,7 +106,7 @@ class Bare:
                 start = perf_counter()
             share = self.shares[number % len(self.shares)]
             with autocast(torch.device("cpu"), self.recipe.precision):
-                loss = self.task.loss(self.model, share.batch, Draw(share.streams)).total.mean()
+                loss = self.task.loss(self.model, share.batch, RandomStreams(share.streams)).total.mean()
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm or float("inf"))
             self.optimizer.step()

@@ -19,8 +19,8 @@ from benchmarks.gpu.bench import fill_zeros
 from benchmarks.peers import with_peer_unet
 from benchmarks.timing import begin, finish, interleave, memory_of, parser, ratio, show
 from models.decoder import Decoder, decoder_denoise, decoder_loss
-from models.draw import Draw
 from models.image_configs import DecoderConfig, UpsamplerConfig
+from models.random_streams import RandomStreams
 from models.upsampler import Upsampler, upsampler_denoise, upsampler_loss
 
 EMBED_DIM = 512
@@ -63,11 +63,11 @@ def examples(model: Model, rows: int) -> dict[str, Tensor]:
 def training_step(model: Model, rows: int) -> Callable[[], None]:
     """Returns one step of training, ready to be called."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    batch, draw = examples(model, rows), Draw([(0, rows)])
+    batch, rng = examples(model, rows), RandomStreams([(0, rows)])
     loss = decoder_loss if isinstance(model, Decoder) else upsampler_loss
 
     def step() -> None:
-        loss(model, batch, draw).total.mean().backward()  # type: ignore[arg-type]
+        loss(model, batch, rng).total.mean().backward()  # type: ignore[arg-type]
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # gradients stay, so that they do not count as activations
 

@@ -1,4 +1,4 @@
-"""Talks to a running cluster through Ray's Jobs SDK: lists, submits, follows and stops jobs.
+"""A client of a running cluster, by Ray's Jobs SDK: lists, submits, follows and stops jobs.
 
 A job goes on when the process that follows it ends.
 """
@@ -35,11 +35,7 @@ SILENT_S = 60.0  # without output: the connection may be dead, and is made again
 POLL_S = 1.0
 PORT = 8265
 LIVE = ("PENDING", "RUNNING")
-NOT_YET = (
-    "No available agent",
-    "head node agent",
-    "Cannot connect to host",
-)  # in the words of a head that is too young
+NOT_YET = ("No available agent", "head node agent", "Cannot connect to host")  # in errors of a head that still starts
 SAY_TOKEN = "set RAY_AUTH_TOKEN to the cluster's, or write it into ~/.ray/auth_token"
 SAY_ADDRESS = f"start it, or correct the address: that of its dashboard, whose port is {PORT} as a rule"
 
@@ -63,6 +59,7 @@ class JobInfo:
         """Returns 0 for a success, the driver's own exit code, 128 plus the number of a signal, or 1."""
         if self.status == "SUCCEEDED":
             return 0
+        # Ray gives the number of a signal as a negative code, and none where the driver did not begin.
         return 1 if not self.code else self.code if self.code > 0 else 128 - self.code
 
 
@@ -73,8 +70,8 @@ class Cluster:
     """
 
     def __init__(self, address: str, token: str | None = None):
-        self.address = normal(address)
-        token = _meet(self.address, token)
+        self.address = dashboard_url(address)
+        token = _handshake(self.address, token)
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # or the SDK would take RAY_ADDRESS in place of ours
         from ray.job_submission import JobSubmissionClient
 
@@ -110,9 +107,8 @@ class Cluster:
                 return
             except (RuntimeError, OSError) as e:  # OSErrors are those of connections that broke off
                 with suppress(UserError):
-                    if any(
-                        seen.id == job.id for seen in self.jobs()
-                    ):  # submitted by another process, or by a try whose answer was lost
+                    # Submitted by another process, or by an attempt whose answer was lost.
+                    if any(seen.id == job.id for seen in self.jobs()):
                         return
                 early = isinstance(e, OSError) or any(word in str(e) for word in NOT_YET)
                 if not early or time.monotonic() > deadline:
@@ -198,7 +194,7 @@ def _seen(found: Any) -> JobInfo:
     return JobInfo(found.submission_id, status, found.message or "", found.driver_exit_code, found.metadata or {})
 
 
-def normal(address: str) -> str:
+def dashboard_url(address: str) -> str:
     """Returns http://HOST:PORT. Raises UserError for an address of another kind."""
     try:
         parts = urlsplit(address if "://" in address else f"http://{address}")
@@ -213,10 +209,10 @@ def normal(address: str) -> str:
 
 def check_answers(address: str) -> None:
     """Raises UserError unless a cluster answers at this address that takes our jobs."""
-    _meet(normal(address), None)
+    _handshake(dashboard_url(address), None)
 
 
-def _meet(address: str, token: str | None) -> str | None:
+def _handshake(address: str, token: str | None) -> str | None:
     """Returns the token that the cluster wants, after a look at its version; it is sent only when it is asked for.
 
     This comes before the import of Ray, which waits for minutes for a host that is silent. Raises UserError.
@@ -230,7 +226,7 @@ def _meet(address: str, token: str | None) -> str | None:
             theirs = str(json.loads(answer.read())["ray_version"])
     except urllib.error.HTTPError as e:
         if e.code == 401 and not token and (own := _own_token()):
-            return _meet(address, own)
+            return _handshake(address, own)
         if e.code in (401, 403):
             raise UserError(f"{address} wants {'another' if token else 'a'} token: {SAY_TOKEN}") from e
         raise UserError(f"no Ray cluster answers at {address} (HTTP {e.code}); {SAY_ADDRESS}") from e

@@ -15,18 +15,20 @@ from pipeline.store.records import digest
 PROJECT_FILE = "project.yaml"  # in the package
 LONGEST = 17  # characters of the project's name in an id, which has at most 45 with a number of up to three digits
 # What travels of the submitter's environment: the store's place, and what NCCL, gloo, libfabric and PyTorch read.
-PLAIN = re.compile(r"AWS_(ENDPOINT_URL(_S3)?|(DEFAULT_)?REGION)|((TORCH_)?NCCL|GLOO|FI)_\w+|PYTORCH_(CUDA_)?ALLOC_CONF")
+PUBLIC = re.compile(
+    r"AWS_(ENDPOINT_URL(_S3)?|(DEFAULT_)?REGION)|((TORCH_)?NCCL|GLOO|FI)_\w+|PYTORCH_(CUDA_)?ALLOC_CONF"
+)
 DRIVER_CPUS, DRIVER_MB = 1.0, 4096  # of Python, torch and Ray; a training without workers takes its model's, too
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job.
+    """A job of a cluster.
 
     Attributes:
         id: "unclip-<project>-<16 hexadecimal digits>", a DNS label of at most 45 characters.
-        command: Runs in the unpacked package.
-        environment: Holds no secret, since the dashboard shows it.
+        command: Command that runs in the unpacked package.
+        environment: Environment variables, none of them secret, since the dashboard shows them.
         cpus: Cores of the driver, which runs beside the cluster's head and does what has no workers.
         memory_mb: Memory of the driver.
     """
@@ -56,22 +58,22 @@ def make_job(
     Run settings, ``yes`` and the code are not part of its id, as they do not change what is made.
 
     Args:
-        config: Names the project.
-        store_url: The store.
-        keys: The keys of the artefacts, by stage.
-        environ: The environment of the submitter, of which the job takes what ``PLAIN`` names.
+        config: Configuration, which names the project.
+        store_url: URL of the store.
+        keys: Keys of the artefacts, by stage.
+        environ: Environment of the submitter, of which the job takes what ``PUBLIC`` names.
         only: The one stage to make.
         until: The last stage to make.
-        yes: Go on above the budget.
+        yes: True to go on above the budget.
     """
     words = [f"--{name}={stage}" for name, stage in (("only", only), ("until", until)) if stage]
     command = ("python", "-m", "jobs.cli", "run", PROJECT_FILE, *words, *(["--yes"] if yes else []))
-    return Job(job_id(config.project, store_url, keys), command, plain(environ), DRIVER_CPUS, DRIVER_MB)
+    return Job(job_id(config.project, store_url, keys), command, public_environment(environ), DRIVER_CPUS, DRIVER_MB)
 
 
-def plain(environ: Mapping[str, str]) -> dict[str, str]:
+def public_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns what a job takes of its submitter's environment, none of it secret."""
-    return {name: value for name, value in sorted(environ.items()) if PLAIN.fullmatch(name) and value}
+    return {name: value for name, value in sorted(environ.items()) if PUBLIC.fullmatch(name) and value}
 
 
 def job_id(project: str, store_url: str, keys: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Runs a cluster of two nodes on this machine by ``ray start``, to rehearse a real one: a head, and a worker node.
+"""A cluster of two nodes on this machine, by ``ray start``, to rehearse a real one: a head, and a worker node.
 
 It outlives the command that starts it, and ends with the one that sees its last job end. A small file says where it is.
 The dashboard listens on loopback, and every connection needs a token.

@@ -1,4 +1,4 @@
-"""Packs what a job takes along: the code, the configuration with all its values, and small files that it names.
+"""Packs the code package of a job: the code, the configuration with all its values, and small files that it names.
 
 Lists travel as they are read, not as they lie: passwords are masked, and rows that were forgotten are empty. A zip of
 the same files is the same bytes, so that Ray and the store take it once.
@@ -48,12 +48,12 @@ NAMED = 5  # of the largest files, in a message
 
 @dataclass(frozen=True)
 class Package:
-    """A package.
+    """A code package.
 
     Attributes:
         files: Files or their contents, by name.
         weights: Files that go through the store, by their content.
-        notes: A line for each thing that does not travel.
+        notes: Lines, one for each thing that does not travel.
     """
 
     files: Mapping[str, Path | bytes]
@@ -169,7 +169,7 @@ def write_zip(package: Package, path: Path) -> Path:
     """Writes the package as a zip whose bytes depend on names and contents alone."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, file in sorted(package.files.items()):
-            entry = zipfile.ZipInfo(name)  # of 1980
+            entry = zipfile.ZipInfo(name)  # whose time is always 1980, and not that of the file
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             archive.writestr(entry, file if isinstance(file, bytes) else file.read_bytes())
     return path

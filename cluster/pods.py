@@ -1,7 +1,7 @@
-"""The groups of pods that a RayJob may have. Pure, and nothing here knows YAML.
+"""The worker groups of a RayJob: kinds of pods, and how many of each. Pure, and nothing here knows YAML.
 
-Ray's autoscaler decides how many pods of a group there are, by what the running stage asks for; none is there while
-nobody asks. Here it is decided which kinds of pods there are, and how many of each there may be at most.
+Ray's autoscaler decides how many pods of a group run, by what the running stage asks for, down to none. Here the kinds
+of pods are decided, and the largest number of each.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pipeline.errors import UserError
 from pipeline.graph.resources import Machine, Resources, team_of
 from pipeline.settings import EmbeddingsSettings, KubernetesSettings, ShardSettings, TrainingSettings
 
-# Of a pod's memory, for Ray's object store; the rest is for workers. Decoded images pass through it on their way to the
-# encoders; of all other stages only tasks and results do.
+# Shares of a pod's memory for Ray's object store; the rest is for workers. Decoded images pass through it on their way
+# to the encoders; of all other stages only tasks and results do.
 OF_IMAGES, OF_TASKS = 0.3, 0.05
 NCCL_MB = 1024  # beside it in /dev/shm for each GPU: NCCL has the buffers between GPUs of a pod there
 
 
 @dataclass(frozen=True)
 class Group:
-    """At most ``most`` pods with these cores, GiB and GPUs each, whose Ray nodes have ``labels``.
+    """A worker group: at most ``most`` pods with these cores, GiB and GPUs each, whose Ray nodes have ``labels``.
 
     ``object_store`` is the share of a pod's memory that is Ray's object store.
     """
@@ -60,7 +60,7 @@ def head(settings: KubernetesSettings) -> Group:
     return Group("head", 1, settings.head_cpus, settings.head_memory_gb, settings.head_gpus)
 
 
-def settled(config: Config, stages: Collection[str]) -> Run:
+def with_fixed_workers(config: Config, stages: Collection[str]) -> Run:
     """Returns the run settings with numbers in place of "auto": as many workers as one pod has cores or GPUs for.
 
     The cluster comes with the job, so nobody else can say what there will be.

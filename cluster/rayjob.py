@@ -23,7 +23,7 @@ from pipeline.config import Run
 from pipeline.errors import UserError
 from pipeline.settings import NO_SECRET, SECRETS, KubernetesSettings
 
-HEAD_MB = 2048  # of the head's memory, for Ray's own processes there
+HEAD_MB = 2048  # MiB of the head's memory for Ray's own processes there
 LONGEST_NAME = 47  # characters; KubeRay adds to it and has to stay below 63
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cluster.client import Cluster, JobInfo, check_answers, normal
+from cluster.client import Cluster, JobInfo, check_answers, dashboard_url
 from cluster.job import Job, number_of
 from cluster.local import find, locked
 from cluster.package import Package, package_path, send_weights, write_zip
@@ -40,7 +40,7 @@ def check_reach(store: Store, environment: Mapping[str, str], to: str) -> None:
 
     Logs what a store in a folder needs, also for an address of loopback, which a tunnel may have.
     """
-    if to == KUBERAY or urlsplit(normal(to)).hostname not in LOOPBACK:
+    if to == KUBERAY or urlsplit(dashboard_url(to)).hostname not in LOOPBACK:
         for name, url in environment.items():
             if urlsplit(url).hostname in LOOPBACK:
                 raise UserError(
@@ -68,10 +68,10 @@ def attach_or_submit(
     Args:
         cluster: Ray cluster to run on.
         store: Store for weights that are too large for the package.
-        job: The job.
+        job: Job to submit.
         package: Code package that the job takes along.
         about: Metadata by which the job is found again.
-        tell: Function that takes lines on what is done.
+        tell: Function that is called with lines of text on what is done.
     """
     attempts = cluster.attempts(job)
     if live := [seen for seen in attempts if seen.live]:

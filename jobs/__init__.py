@@ -1,4 +1,4 @@
-"""The commands: one screen each. Importing them fails in one line where another package hides one of ours."""
+"""The commands. Importing them fails in one line where another package hides one of ours."""
 
 import sys
 from importlib.util import find_spec

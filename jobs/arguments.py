@@ -25,11 +25,12 @@ _SAID = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses the words of a command. Where it has ``--set``, a bare KEY=VALUE means the same."""
+    """A parser of a command's words. Where it has ``--set``, a bare KEY=VALUE means the same."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses words, the options among them first. Raises UserError for a mistake."""
         if self._subparsers:
+            # Raises for an unknown option before the command: argparse would take its value for the command.
             self._takes_next(args[0] if args and args[0].startswith("-") else "--help")
             return super().parse_known_args(args, namespace)
         words = sys.argv[1:] if args is None else args
@@ -111,7 +112,7 @@ def count(text: str) -> int:
 
 
 class Command(NamedTuple):
-    """Declares a command.
+    """A command.
 
     Attributes:
         text: Sentence that says what it does, without a capital or a full stop.

@@ -18,10 +18,10 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.progress import ProgressLine
 from pipeline.terminal import printable_streams
 
-# Of a place that cannot be read or written.
+# Errors of a place that cannot be read or written.
 UNFIT = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS)
 
-MADE = ("blobs/", "shards/", "artifacts/", "checkpoints/", "runs/")  # begin the paths of what a run can make again
+MADE = ("blobs/", "shards/", "artifacts/", "checkpoints/", "runs/")  # paths of what a run can make again begin so
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,9 +73,8 @@ def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
     except KeyboardInterrupt as e:
         say_interrupted()
         return exit_code(e)
-    except (
-        BrokenPipeError
-    ):  # the reader of the output, such as head, has closed it; nothing may be flushed to it at exit
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
+        # Python flushes stdout at exit, and would print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as e:
@@ -96,7 +95,7 @@ def _way_out(path: str, argv: Sequence[str]) -> str:
     named = (word.removeprefix("release:") for word in argv if word.endswith((".yaml", ".yml")))
     store = [word for word in argv if word.startswith("store=")]
     words = shlex.join(["unclip", "data", "check", next(named, "CONFIG"), path, *store, "--repair"])
-    return f"{words} sets it aside, and the next run makes it again"
+    return f"{words} quarantines it, and the next run makes it again"
 
 
 if __name__ == "__main__":

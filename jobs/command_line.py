@@ -1,4 +1,4 @@
-"""The words of every command, in one place that imports nothing heavy: help and completion come at once."""
+"""The arguments of every command, in one place that imports nothing heavy: help and completion come at once."""
 
 from __future__ import annotations
 
@@ -282,8 +282,8 @@ def _report(parser: Parser) -> None:
     parser.add_argument("--license", metavar="NAME", action="append", help=text)
     text = (
         "compare with another bundle: of a project (b.yaml), of a run's output folder, of a release (release:b.yaml), "
+        "or current, previous or a key of this project's store"
     )
-    text += "or current, previous or a key of this project's store"
     parser.add_argument("--against", metavar="OTHER", help=text)
 
 
@@ -304,7 +304,7 @@ def _data(parser: Parser) -> None:
             "retry": "retry rows whose fetch ended with given reasons",
             "forget": "drop images and their captions from everything made from now on",
             "gc": "delete what no pin, recent run or running stage needs",
-            "check": "verify all that the project needs, and set aside what is damaged",
+            "check": "verify all that the project needs, and quarantine what is damaged",
             "export": "write curated pairs and embeddings for other tools",
         },
     )
@@ -323,7 +323,7 @@ def _data(parser: Parser) -> None:
     _quiet(export)
     gc.add_argument("--yes", action="store_true", help="delete; without it, only say what would be")
     check.add_argument("names", nargs="*", default=[], metavar="OBJECT", help="paths of objects (all that is needed)")
-    check.add_argument("--repair", action="store_true", help="set it aside; without it, only say what would be")
+    check.add_argument("--repair", action="store_true", help="quarantine it; without it, only say what would be")
     _quiet(check)
     for one, verb in ((gc, "keep"), (check, "verify")):
         text = f"{verb} all that a run of the last days needs (30)"

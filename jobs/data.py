@@ -176,7 +176,7 @@ def _check(config: Config, store: Store, arguments: argparse.Namespace) -> int:
         return 1 if bad else 0
     for damage in found.damage[:MOST_TOLD]:
         by = f", and {counted(len(damage.records), 'record')} that name it" if damage.records else ""
-        end = damage.stays or f"{'set aside' if arguments.repair else 'to be set aside'}{by}"
+        end = damage.stays or f"{'quarantined' if arguments.repair else 'to be quarantined'}{by}"
         say(f"{store.url}/{damage.path} {damage.why}: {end}")
     blobs = sum(damage.path.startswith("blobs/") for damage in found.damage)
     say(f"{'':10}{'sound':>12}{'MiB':>12}{'damaged':>10}")

@@ -83,19 +83,19 @@ def _named(arguments: argparse.Namespace) -> list[Path]:
 def _make(unclip: UnCLIP, a: argparse.Namespace, images: Sequence[Image], options: Mapping[str, Any]) -> Edit:
     from pipeline.sampling import edits
 
-    how = edits.How(a.seed, options)
+    settings = edits.EditSettings(a.seed, options)
     if a.kind == "variations":
-        return edits.variations(unclip, images[0], a.count, a.eta, a.caption, how)
+        return edits.variations(unclip, images[0], a.count, a.eta, a.caption, settings)
     if a.kind == "interpolate":
-        return edits.interpolation(unclip, images[0], images[1], a.count, how)
+        return edits.interpolation(unclip, images[0], images[1], a.count, settings)
     if a.kind == "textdiff":
         shares = [a.most * i / (a.count - 1) for i in range(a.count)]
-        return edits.text_difference(unclip, images[0], a.before, a.after, shares, how)
+        return edits.text_difference(unclip, images[0], a.before, a.after, shares, settings)
     if a.kind == "reconstruct":
-        return edits.reconstruction(unclip, images[0], a.caption, how)
+        return edits.reconstruction(unclip, images[0], a.caption, settings)
     if a.kind == "components":
-        return edits.components(unclip, images[0], _counts(a.counts) if a.counts else None, how)
-    return edits.priors(unclip, a.caption, images[0] if images else None, how)
+        return edits.components(unclip, images[0], _counts(a.counts) if a.counts else None, settings)
+    return edits.priors(unclip, a.caption, images[0] if images else None, settings)
 
 
 def _write(path: Path, edit: Edit, arguments: argparse.Namespace) -> None:

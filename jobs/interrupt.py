@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import cache, partial
 from types import FrameType
 
-GRACE_S = 10.0
+GRACE_S = 10.0  # from the first signal to the end of the process
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -135,6 +135,7 @@ def _run(path: str, overrides: Sequence[str]) -> str:
     """Runs as a user would, in a process of its own; returns the last line of an error, or ""."""
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    # -P: no module of the current folder hides one of ours.
     command = [sys.executable, "-P", "-m", "jobs.cli", "run", path, *(f"--set={word}" for word in overrides), "--yes"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = done.stderr.strip().splitlines()

@@ -28,12 +28,12 @@ from pipeline.training.trackers import find_tracker
 
 RUN_FILE = "run.yaml"  # in the output folder: the configuration of the last run, resolved
 RUNS = "runs"  # folder beside it: that of each run that differs, by its digest
-SETTINGS = ("run.", "release.")  # begin the names of values that change nothing that is made
+SETTINGS = ("run.", "release.")  # prefixes of values that change nothing that is made
 
 
 @dataclass(frozen=True)
 class Project:
-    """Everything known before anything has run. ``journal``: with which the list was read."""
+    """A project before anything has run. ``journal`` is the one with which the list was read."""
 
     config: Config
     store: Store

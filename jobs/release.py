@@ -22,7 +22,7 @@ from pipeline.graph.execute import make_context
 from pipeline.graph.stages import stage_key
 from pipeline.release.compare import (
     Change,
-    Measured,
+    EvaluatedBundle,
     changes,
     evaluations,
     find_comparable,
@@ -48,7 +48,7 @@ from pipeline.store import Store, open_store
 
 @dataclass(frozen=True)
 class ReleaseProject:
-    """What the command line names; the list of the project is read only by commands that need it."""
+    """A project with its releases; its list is read only by commands that need it."""
 
     path: str
     config: Config
@@ -152,7 +152,7 @@ def _judged(asked: ReleaseProject, evaluation: Artifact) -> tuple[list[str], lis
     return failing(*compared), unjudged(*compared)
 
 
-def _against(asked: ReleaseProject, bundle: str, new: Measured) -> tuple[Measured | None, str]:
+def _against(asked: ReleaseProject, bundle: str, new: EvaluatedBundle) -> tuple[EvaluatedBundle | None, str]:
     """Returns the evaluation of a bundle that is comparable with ``new``, or why none is and what to do."""
     found = evaluations(asked.store, bundle)
     old = find_comparable(found, new)

@@ -15,7 +15,7 @@ from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.release.diff import find_bundle as find_in_store
 from pipeline.release.pointer import read_releases
 from pipeline.report.images import Album
-from pipeline.report.inputs import Other
+from pipeline.report.inputs import ComparedBundle
 from pipeline.report.page import write_report
 
 
@@ -58,13 +58,13 @@ def _check_fuller(path: Path, artifacts: Mapping[str, Artifact]) -> None:
         )
 
 
-def _other(project: Project, name: str) -> Other:
+def _other(project: Project, name: str) -> ComparedBundle:
     """Returns the bundle that ``--against`` names. Raises UserError."""
     if name.isalnum() and not Path(name).exists():
         releases = read_releases(project.store, project.config.project)
-        return Other(name, project.store, find_in_store(project.store, releases, name))
+        return ComparedBundle(name, project.store, find_in_store(project.store, releases, name))
     found = find_bundle(name)
     bundle = load_artifact(found.store, "bundle", found.key) if found.store else None
     if found.store is None or bundle is None:
         raise UserError(f"--against {name}: weights alone have neither samples nor figures; name their project")
-    return Other(name, found.store, bundle)
+    return ComparedBundle(name, found.store, bundle)

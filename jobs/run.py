@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.figure import as_text
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.execute import execute, make_context
-from pipeline.graph.runs import remember, remember_again
+from pipeline.graph.runs import record_repeated_run, record_run
 from pipeline.progress import counted, duration
 from pipeline.store import check_conditions
 from pipeline.store.records import materialise
@@ -29,7 +29,7 @@ from pipeline.training.trackers import tell_result
 
 @dataclass(frozen=True, repr=False)
 class StageDone:
-    """Tells of a stage that was made. As text it is the line that ``unclip run`` prints."""
+    """A stage that was made. As text it is the line that ``unclip run`` prints."""
 
     stage: str
     artifact: Artifact
@@ -49,7 +49,7 @@ class RunResult:
     """Holds what a run has made. As text it is the table that ``unclip run`` ends with.
 
     Attributes:
-        plan: The plan that was followed.
+        plan: Plan that was followed.
         artifacts: Artefacts of the wanted stages, by stage; none where nothing was stale.
         seconds: Wall-clock time.
     """
@@ -122,7 +122,7 @@ def run(
         tell: Function that is told the plan before anything is made, and then each stage.
 
     Raises:
-        UserError: as plan_run and RunPlan.check do, and where a stage cannot be made.
+        UserError: As plan_run and RunPlan.check do, and where a stage cannot be made.
     """
     began = time.monotonic()
     plan = plan_run(project, only, until, verbose)
@@ -135,7 +135,7 @@ def run(
     check_ready(project.config, project.store, plan.stale)
     check_conditions(project.store)
     asked_for = project.store, project.config.project, project.graph, plan.verdicts
-    remember(*asked_for, None, project.journal.forgettings, plan.wanted, project.scan.segments)
+    record_run(*asked_for, None, project.journal.forgettings, plan.wanted, project.scan.segments)
     remember_config(project.config)
     _place_made(project, project.finished(plan.verdicts))
     return RunResult(plan, _execute(plan, tell), time.monotonic() - began)
@@ -178,7 +178,7 @@ def _place_made(project: Project, made: Mapping[str, Artifact]) -> None:
         _place(project, stage, artifact)
 
 
-def bring(project: Project) -> None:
+def write_output(project: Project) -> None:
     """Writes images, where the bundle is, and then the report, which names them."""
     from pipeline.report.page import write_report
 
@@ -188,14 +188,14 @@ def bring(project: Project) -> None:
 
 
 def confirm(plan: RunPlan) -> None:
-    """Records that what is made is still asked for, and brings what the output folder has not."""
+    """Records that what is made is still asked for, and writes what the output folder lacks."""
     project = plan.project
     remember_config(project.config)
     asked_for = project.store, project.config.project, project.graph, plan.verdicts
     with suppress(UserError):  # somebody who may only read
-        remember_again(*asked_for, project.journal.forgettings, plan.wanted, project.scan.segments)
+        record_repeated_run(*asked_for, project.journal.forgettings, plan.wanted, project.scan.segments)
     if not _shows(plan):
-        bring(project)
+        write_output(project)
 
 
 def _shows(plan: RunPlan) -> bool:

@@ -15,7 +15,7 @@ from pipeline.parse import parse, read_value
 from pipeline.store.records import digest
 
 SLUG_BYTES = 80  # UTF-8; with kind, hash, seed and suffix a name stays below the 143 bytes of encrypted folders
-LARGEST_SEED = 2**62
+LARGEST_SEED = 2**62  # seeds are int64 in tables, and each next image adds one
 NAME_HASH = 10  # hexadecimal digits
 
 

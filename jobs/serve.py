@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.client import Cluster, check_answers
-from cluster.job import DRIVER_CPUS, DRIVER_MB, Job, plain
+from cluster.job import DRIVER_CPUS, DRIVER_MB, Job, public_environment
 from cluster.package import Package, code
 from cluster.rayservice import PORT, render_service
 from cluster.submission import KUBERAY, attach_or_submit, check_reach, stop
@@ -31,7 +31,7 @@ ABOUT = {"serves": "unclip"}
 FILE = "served.json"
 
 if TYPE_CHECKING:
-    from serve.bundle import Served
+    from serve.bundle import ServedBundle
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.to:
         check_answers(arguments.to)
     else:
-        from serve.listening import listen
+        from serve.address import listen
 
         listening = listen(settings)  # before torch is loaded, which takes seconds
     served = find_served(arguments.bundle)
@@ -62,9 +62,9 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.to:
         return _submit(served, settings, tokens, arguments.to)
 
-    from serve.app import hold
+    from serve.app import run_server
 
-    hold(served, settings, tokens, listening, say)
+    run_server(served, settings, tokens, listening, say)
     return 0
 
 
@@ -79,21 +79,21 @@ def read_settings(words: Sequence[str]) -> ServeSettings:
     return parse(ServeSettings, values, "serve")
 
 
-def find_served(source: str | None) -> Served:
+def find_served(source: str | None) -> ServedBundle:
     """Returns the bundle at one of PLACES, the newest of the runs by default. Raises UserError where none is there."""
-    from serve.bundle import Served
+    from serve.bundle import ServedBundle
 
     if source is not None and source.startswith(RELEASE):
         config = load_config(source.removeprefix(RELEASE), [])
         store = open_store(config.store).url
-        served = Served(config.project, store=store, project=config.project, keys=config.release.keys)
+        served = ServedBundle(config.project, store=store, project=config.project, keys=config.release.keys)
         served.current()
         return served
     bundle = find_bundle(source)
     name = bundle.output.resolve().name
     if bundle.store is None:
-        return Served(name, key=bundle.key, folder=str(bundle.folder.resolve()))
-    return Served(name, store=bundle.store.url, key=bundle.key)
+        return ServedBundle(name, key=bundle.key, folder=str(bundle.folder.resolve()))
+    return ServedBundle(name, store=bundle.store.url, key=bundle.key)
 
 
 def _rayservice(source: str | None, settings: ServeSettings) -> str:
@@ -116,19 +116,19 @@ def _rayservice(source: str | None, settings: ServeSettings) -> str:
     settings = replace(settings, device="cuda" if pods.gpus else "cpu", cpus=settings.cpus or pods.cpus)
     served = {"name": config.project, "store": store.url, "project": config.project, "keys": config.release.keys}
     arguments = {"served": served, "settings": dataclasses.asdict(settings)}
-    environment = plain(os.environ)
+    environment = public_environment(os.environ)
     service = render_service(config.project, arguments, settings.replicas, pods, environment)
     check_reach(store, {**environment, **pods.env}, KUBERAY)
     return service
 
 
-def _submit(served: Served, settings: ServeSettings, tokens: Mapping[str, str], to: str) -> int:
+def _submit(served: ServedBundle, settings: ServeSettings, tokens: Mapping[str, str], to: str) -> int:
     """Serves on a cluster by a job, follows it, and returns its exit code. Of tokens, their sha256 travels."""
     heads = [path for path in (settings.prompt_head, settings.image_head) if path]
     notes = tuple(f"{path} does not travel: every machine of the cluster must have it there" for path in heads)
     about = {"served": dataclasses.asdict(served), "settings": dataclasses.asdict(settings), "tokens": dict(tokens)}
     package = Package({**code(), FILE: json.dumps(about).encode()}, notes=notes)
-    job = Job(JOB, ("python", "-m", "serve", FILE), plain(os.environ), DRIVER_CPUS, DRIVER_MB)
+    job = Job(JOB, ("python", "-m", "serve", FILE), public_environment(os.environ), DRIVER_CPUS, DRIVER_MB)
     store = open_store(served.store or served.folder)
     check_reach(store, job.environment, to)
     cluster = Cluster(to)

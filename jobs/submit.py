@@ -1,4 +1,4 @@
-"""``unclip submit CONFIG --to WHERE``: let a cluster make everything the configuration asks for, and follow it."""
+"""``unclip submit CONFIG --to WHERE``: runs a configuration on a cluster, and follows it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from functools import partial
 from pathlib import Path
 
 from cluster.client import Cluster
-from cluster.job import Job, make_job, plain
+from cluster.job import Job, make_job, public_environment
 from cluster.local import end_idle, start
 from cluster.package import Package, make_package
-from cluster.pods import pod, settled
+from cluster.pods import pod, with_fixed_workers
 from cluster.rayjob import render
 from cluster.submission import KUBERAY, LOCAL, attach_or_submit, check_reach, put_package, running, stop
 from jobs.interrupt import exit_code
 from jobs.output import say, warn
 from jobs.plan import RunPlan, plan_run
 from jobs.project import Project, open_project, remember_config
-from jobs.run import bring, confirm, places
+from jobs.run import confirm, places, write_output
 from pipeline.config import Config, load_config
 from pipeline.data.source.journal import read_journal
 from pipeline.errors import UserError
 from pipeline.graph.ray import this_machine
 from pipeline.graph.resources import Machine
-from pipeline.graph.runs import remember
+from pipeline.graph.runs import record_run
 from pipeline.settings import RaySettings
 from pipeline.store import local_folder, open_store
 
@@ -77,12 +77,12 @@ def _machine(project: Project, to: str, ray: RaySettings) -> Machine | None:
     """
     if to == LOCAL:
         return this_machine(ray)
-    check_reach(project.store, plain(os.environ), to)
+    check_reach(project.store, public_environment(os.environ), to)
     return pod(project.config.run.kubernetes) if to == KUBERAY else None  # else the job says it
 
 
 def _run(plan: RunPlan, job: Job, to: str, detach: bool) -> int:
-    """Attaches to the job or submits it, follows it to its end unless ``detach``, and brings what it has made."""
+    """Attaches to the job or submits it, follows it to its end unless ``detach``, and writes what it has made here."""
     project, here = plan.project, to == LOCAL
     package = _package(project, here)
     with running(to, _folder(project.config)) as found:
@@ -97,19 +97,19 @@ def _run(plan: RunPlan, job: Job, to: str, detach: bool) -> int:
     if here:
         end_idle(_folder(project.config))
     if code == 0:
-        bring(project)
+        write_output(project)
         say(places(project, plan.wanted))
     return code
 
 
 def _rayjob(plan: RunPlan, job: Job) -> str:
     """Returns the RayJob, after its package is stored."""
-    run = settled(plan.project.config, plan.stale)  # pods come when a stage asks for them
+    run = with_fixed_workers(plan.project.config, plan.stale)  # pods come when a stage asks for them
     project = replace(plan.project, config=replace(plan.project.config, run=run))
     render(job, "", run, plan.stale)  # raises for wrong settings before anything is sent
     path = put_package(project.store, _package(project))
     asked_for = project.store, project.config.project, project.graph, plan.verdicts
-    remember(*asked_for, path, project.journal.forgettings, plan.wanted, project.scan.segments)
+    record_run(*asked_for, path, project.journal.forgettings, plan.wanted, project.scan.segments)
     return render(job, f"{project.store.url}/{path}", run, plan.stale)
 
 

@@ -1,6 +1,6 @@
 """The autoregressive prior: a caption to the quantised PCA coordinates of an image embedding.
 
-unCLIP section 2.2 and Algorithm 2, option 1. The sequence is
+unCLIP (Ramesh et al. 2022), section 2.2. The sequence is
 
     63 outputs of a text encoder | text embedding | dot-product token | code 1 ... code k
 
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from models.codec import Codec
 from models.diffusion.guidance import guidance_rows
-from models.draw import Draw
-from models.frozen_text import CaptionLine, FrozenCaption, required
+from models.frozen_text import CaptionRegression, FrozenCaption, required
 from models.losses import Losses
 from models.nn.transformer import Cache, CaptionEmbedding, Transformer, normal_linear
 from models.prior_configs import ARPriorConfig, TextTower
+from models.random_streams import RandomStreams
 
 
 class ARPrior(nn.Module):
@@ -62,20 +62,21 @@ class ARPrior(nn.Module):
             random_walk_(self.head.weight, std=0.3 * width**-0.5)  # logits of about 0.3 at the start
         nn.init.normal_(self.null_embedding, std=0.02)
         nn.init.normal_(self.position, std=0.01)
-        self.line = CaptionLine(required(text_tower).width, embed_dim) if config.ridge else None
+        self.line = CaptionRegression(required(text_tower).width, embed_dim) if config.ridge else None
         if config.ridge:
             self.coordinates = nn.Linear(embed_dim, codes)
             self.coordinate_in = nn.Parameter(torch.randn(width) * 0.1)
 
     @torch.no_grad()
     def start_from(self, codec: Codec) -> None:
-        """Makes the coordinates of the line's embeddings the codec's, of unit variance over images, at first."""
+        """Makes the coordinates of the regression's embeddings the codec's, of unit variance over images, at first."""
+        # Only a start: the coordinates are trained with the rest.
         scaled = codec.components / codec.variance.sqrt()[:, None]
         self.coordinates.weight.copy_(scaled)
         self.coordinates.bias.copy_(-scaled @ codec.mean)
 
-    def at_line(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor | None:
-        """Returns the image embeddings [b, d] of the line, None without one; arguments are those of ``prefix``."""
+    def regress(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor | None:
+        """Returns image embeddings [b, d] by the regression, None without one; arguments are those of ``prefix``."""
         if self.line is None:
             return None
         assert isinstance(self.caption, FrozenCaption)
@@ -84,22 +85,24 @@ class ARPrior(nn.Module):
     def image_embedding(self, codes: Tensor, codec: Codec, tokens: Tensor, text_embedding: Tensor) -> Tensor:
         """Returns image embeddings, unit norm [b, d], of codes drawn for captions.
 
-        What no code holds, the embedding across the codec's components, is the mean, or the line's where there is one.
+        Codes hold the coordinates along the codec's components. The rest of the embedding is the mean's, or that of
+        the regression where there is one.
         """
         z = codec.decode(codes)
-        line = self.at_line(tokens, text_embedding, torch.ones(len(tokens), dtype=torch.bool, device=tokens.device))
+        line = self.regress(tokens, text_embedding, torch.ones(len(tokens), dtype=torch.bool, device=tokens.device))
         if line is not None:
             across = line.double() - codec.mean
             z = z + (across - across @ codec.components.T @ codec.components).float()
         return F.normalize(z, dim=-1)
 
     def prefix(self, tokens: Tensor, text_embedding: Tensor, dot_codes: Tensor, keep_text: Tensor) -> Tensor:
-        """Returns what comes before the codes, [b, prefix + 2, width].
+        """Returns the inputs before the codes, [b, prefix + 2, width].
 
         ``tokens`` int64 [b, 77], ``text_embedding`` unit norm [b, d], ``dot_codes`` int64 [b] in
         [0, buckets), ``keep_text`` bool [b]: False hides the caption and the text embedding. The dot-product token
         stays: it says how well the image fits its text, not what the text is.
         """
+        # The text encoder is bidirectional, so the first outputs have seen the whole caption and the rest may go.
         text = self.text_encoder(self.caption(tokens, keep_text))[:, : self.config.prefix]
         unit_variance = text_embedding.to(self.null_embedding.dtype) * self.embed_dim**0.5
         embedding = torch.where(keep_text[:, None], self.embedding_in(unit_variance), self.null_embedding)
@@ -108,23 +111,26 @@ class ARPrior(nn.Module):
     def forward(
         self, tokens: Tensor, text_embedding: Tensor, dot_codes: Tensor, codes: Tensor, keep_text: Tensor
     ) -> Tensor:
-        """Logits of every code given those before it, fp32 [b, codes, buckets], for true ``codes`` int64 [b, codes].
+        """Returns logits of every code given those before it, fp32 [b, codes, buckets], for ``codes`` int64 [b, codes].
 
         The other arguments are those of ``prefix``.
         """
         prefix = self.prefix(tokens, text_embedding, dot_codes, keep_text)
+        # Teacher forcing: a position's output predicts the next code, so the last code is not an input.
         sequence = torch.cat([prefix, self.code(codes[:, :-1])], dim=1)
-        if (line := self.at_line(tokens, text_embedding, keep_text)) is not None:
-            sequence = sequence + F.pad(self.at_codes(line), (0, 0, prefix.shape[1] - 1, 0))
+        if (line := self.regress(tokens, text_embedding, keep_text)) is not None:
+            # Code 1 is predicted at the last position of the prefix.
+            sequence = sequence + F.pad(self.code_inputs(line), (0, 0, prefix.shape[1] - 1, 0))
         out = self.transformer(sequence + self.position[: sequence.shape[1]])
         return self.logits(out[:, prefix.shape[1] - 1 :])
 
-    def at_codes(self, line: Tensor) -> Tensor:
-        """Returns what is added where each code is predicted, [b, codes, width]: coordinates of the line's [b, d]."""
+    def code_inputs(self, line: Tensor) -> Tensor:
+        """Returns inputs from regressed embeddings [b, d], added where each code is predicted: [b, codes, width]."""
         return self.coordinates(line.to(self.coordinates.weight.dtype))[..., None] * self.coordinate_in
 
     def logits(self, out: Tensor) -> Tensor:
-        """Returns the head, in full precision also under autocast."""
+        """Returns the head's output, in full precision also under autocast."""
+        # bf16 has 8 bits for logits whose small differences decide between 1,024 buckets.
         with torch.autocast(out.device.type, enabled=False):
             return self.head(out.to(self.head.weight.dtype))
 
@@ -164,7 +170,7 @@ def smooth_functions(buckets: int, functions: int) -> Tensor:
     The first two are a normal score and its square, with which logits make any normal density of a coordinate that is
     normal itself; then come cosines of half a wave, a whole wave and so on.
     """
-    place = (torch.arange(buckets, dtype=torch.float64) + 0.5) / buckets
+    place = (torch.arange(buckets, dtype=torch.float64) + 0.5) / buckets  # the middle of each quantile
     score = torch.special.ndtri(place)
     waves = torch.cos(torch.pi * place[:, None] * torch.arange(1, functions)) * 2**0.5
     scores = torch.stack([score, (score.square() - 1) / 2**0.5], dim=1)
@@ -194,7 +200,7 @@ def log_likelihood(
     return -nats.unflatten(0, codes.shape)
 
 
-def ar_prior_loss(model: ARPrior, batch: dict[str, Tensor], draw: Draw, codec: Codec) -> Losses:
+def ar_prior_loss(model: ARPrior, batch: dict[str, Tensor], rng: RandomStreams, codec: Codec) -> Losses:
     """Returns the mean cross-entropy of a row's codes, in nats, [b].
 
     In training mode a text embedding gets its ``text_noise``, and then the dot product is with what is left of it.
@@ -209,17 +215,19 @@ def ar_prior_loss(model: ARPrior, batch: dict[str, Tensor], draw: Draw, codec: C
         )
     image, text = batch["image_embedding"], batch["text_embedding"]
     if model.training and model.config.text_noise:
-        text = text + noise_along(codec, draw, model.config.text_noise)
+        text = text + noise_along(codec, rng, model.config.text_noise)
     codes = codec.encode(image)
+    # Of the noisy text, so that the token says how far that text can be trusted; sampling asks for a high one.
     dot_codes = codec.encode_dot((image.double() * text.double()).sum(-1))
-    keep = draw.keep("drop_text", model.config.drop_text if model.training else 0.0)
+    keep = rng.keep("drop_text", model.config.drop_text if model.training else 0.0)
     return Losses(-log_likelihood(model, batch["tokens"], text, dot_codes, codes, keep).mean(-1), {})
 
 
-def noise_along(codec: Codec, draw: Draw, most: float) -> Tensor:
+def noise_along(codec: Codec, rng: RandomStreams, most: float) -> Tensor:
     """Returns noise of the covariance of image embeddings, [b, d], times a level a row: ``most`` u^2, u uniform."""
-    level = most * draw.uniform("text_noise_level", 1).square()
-    noise = level * draw.normal("text_noise", codec.codes)
+    # The square: most rows get little noise, and the model still learns the clean text.
+    level = most * rng.uniform("text_noise_level", 1).square()
+    noise = level * rng.normal("text_noise", codec.codes)
     return (noise * codec.variance.sqrt().float()) @ codec.components.float()
 
 
@@ -229,7 +237,7 @@ def sample(
     tokens: Tensor,
     text_embedding: Tensor,
     dot_codes: Tensor,
-    draw: Draw,
+    rng: RandomStreams,
     temperature: float = 1.0,
     guidance: float = 0.0,
     callback: Callable[[int], None] | None = None,
@@ -237,7 +245,7 @@ def sample(
     """Returns codes drawn left to right, int64 [b, codes].
 
     Logits are (1 + guidance) conditional - guidance unconditional, over ``temperature``, which must be above 0. A row
-    depends on its own stream of ``draw`` alone. ``callback`` hears the number of codes drawn after every one. Raises
+    depends on its own stream of ``rng`` alone. ``callback`` hears the number of codes drawn after every one. Raises
     ValueError on a temperature of 0 or less.
     """
     if temperature <= 0:
@@ -248,14 +256,15 @@ def sample(
     text = text_embedding.repeat(branches, 1)
     tokens = tokens.repeat(branches, 1)
     x = model.prefix(tokens, text, dot_codes.repeat(branches), keep)
-    line = model.at_line(tokens, text, keep)
-    at_codes = None if line is None else model.at_codes(line)
+    line = model.regress(tokens, text, keep)
+    code_inputs = None if line is None else model.code_inputs(line)
     cache = Cache(x.shape[1] + model.codes)
-    uniform = draw.uniform("codes", model.codes)
+    # Not torch.multinomial, whose one generator would make a row depend on the batch around it.
+    uniform = rng.uniform("codes", model.codes)
     codes = []
     for i in range(model.codes):
-        if at_codes is not None:
-            x[:, -1] += at_codes[:, i]
+        if code_inputs is not None:
+            x[:, -1] += code_inputs[:, i]
         out = model.transformer(x + model.position[cache.length : cache.length + x.shape[1]], cache, last_only=True)
         logits = model.logits(out[:, -1])
         if guidance != 0:
@@ -269,6 +278,7 @@ def sample(
 
 def invert_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
     """Returns the bucket in whose share of [0, 1) ``uniform`` [b] falls, for ``logits`` [b, buckets]: int64 [b]."""
+    # In fp64, as the codec: rounding in fp32 could move the bucket from one device to another.
     cdf = logits.double().softmax(-1).cumsum(-1)
     bucket = torch.searchsorted(cdf, uniform.double()[:, None], right=True)[:, 0]
     return bucket.clamp(max=logits.shape[-1] - 1)  # rounding may leave the last sum just below 1

@@ -1,7 +1,7 @@
 """The whole generator: captions to image embeddings to images of 64, 256 and 1024 px, and changed images.
 
-Algorithm 2 of the specification (a prior draws several embeddings, the best is kept), then Algorithm 1 (the decoder and
-two upsamplers, each of which gets a slightly damaged image, as in training). Sections: Ramesh et al. 2022.
+A prior draws several embeddings and the best is kept; then come the decoder and two upsamplers, each of which gets a
+slightly damaged image, as in training (docs/how/bundle.md). Sections are those of Ramesh et al. 2022.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ from models.decoder import Decoder, decoder_denoise
 from models.diffusion.samplers import ddim_inversion
 from models.diffusion.schedules import make_schedule
 from models.diffusion_prior import DiffusionPrior, best_of, diffusion_prior_denoise
-from models.draw import Draw, check_seeds, derive_seed
 from models.folder import load_codec, load_model, save_codec, save_model
-from models.inpainting import Kept
+from models.inpainting import KnownRegion
 from models.manipulation import Inversion, check_embedding, first_components, slerp, text_difference
 from models.pixels import from_uint8, to_uint8
 from models.precision import autocast
-from models.reverse import Progress, Reverse, ignore, sampling_grid
+from models.random_streams import RandomStreams, check_seeds, derive_seed
+from models.reverse import Progress, ReverseProcess, sampling_grid, silent
 from models.sampling_config import (
     MODELS,
     PRIORS,
@@ -48,7 +48,7 @@ OPTIONAL = tuple(name for name in MODELS if name != "decoder")
 
 @dataclass(frozen=True)
 class Generation:
-    """What a caption became: ``embedding``, unit norm, fp32 [b, d], and ``images`` by side in pixels.
+    """Holds the ``embedding`` of captions, unit norm, fp32 [b, d], and their ``images`` by side in pixels.
 
     Images are uint8 [b, side, side, 3], on the CPU.
     """
@@ -134,11 +134,11 @@ class UnCLIP:
         self,
         captions: Sequence[str],
         seeds: Sequence[int],
-        progress: Progress = ignore,
-        kept: Kept | None = None,
+        progress: Progress = silent,
+        known: KnownRegion | None = None,
         **options: object,
     ) -> Generation:
-        """Makes one image for each caption from its own seed, all of it or the part of an image that is not ``kept``.
+        """Makes one image for each caption from its own seed, all of it or the part of an image that is not ``known``.
 
         ``options`` replace single fields of ``sampling``. An image depends on its caption, its seed and the options,
         and not on the rest of the batch beyond rounding. Stops at the last upsampler there is. Raises ValueError on
@@ -149,36 +149,36 @@ class UnCLIP:
         sampling = self.sampling_with(options)
         tokens = self._tokens(captions)
         embedding = self.draw_embedding(tokens, self._text(captions), seeds, sampling, progress)
-        return self.decode(embedding, tokens, seeds, sampling, progress, kept=kept)
+        return self.decode(embedding, tokens, seeds, sampling, progress, known=known)
 
     def draw_embedding(
-        self, tokens: Tensor, text: Tensor, seeds: Sequence[int], sampling: SamplingConfig, progress: Progress = ignore
+        self, tokens: Tensor, text: Tensor, seeds: Sequence[int], sampling: SamplingConfig, progress: Progress = silent
     ) -> Tensor:
-        """Runs algorithm 2: the best of several image embeddings a caption, unit norm, fp32 [b, d].
+        """Returns the best of several image embeddings that the prior draws for each caption, unit norm, fp32 [b, d].
 
         ``tokens`` [b, 77] and ``text``, CLIP's embeddings [b, d], are of the same captions.
         """
-        repeats = sampling.candidates
+        repeats = sampling.candidates  # each with a seed of its own: no image depends on the rest of its batch
         streams = [(derive_seed(seed, "prior", i), 1) for i in range(repeats) for seed in seeds]
-        draw = Draw(streams, text.device)
+        rng = RandomStreams(streams, text.device)
         draw_samples = self._draw_diffusion if sampling.prior == "diffusion" else self._draw_ar
         with autocast(text.device, sampling.precision):
-            samples = draw_samples(tokens.repeat(repeats, 1), text.repeat(repeats, 1), draw, sampling, progress)
+            samples = draw_samples(tokens.repeat(repeats, 1), text.repeat(repeats, 1), rng, sampling, progress)
         return best_of(samples.unflatten(0, (repeats, len(seeds))), text)
 
     def _draw_diffusion(
-        self, tokens: Tensor, text: Tensor, draw: Draw, sampling: SamplingConfig, progress: Progress
+        self, tokens: Tensor, text: Tensor, rng: RandomStreams, sampling: SamplingConfig, progress: Progress
     ) -> Tensor:
         model = self.diffusion_prior
         if model is None:
             raise ValueError("this bundle has no diffusion_prior: use prior 'ar'")
         denoise = diffusion_prior_denoise(model, tokens, text, sampling.prior_guidance)
-        noise = draw.normal("x_T", model.embed_dim)
-        run = Reverse("diffusion_prior", sampling.prior_sampler, "small", sampling.prior_steps, progress)
-        return model.image_embedding(run(model, denoise, noise, draw))
+        noise = rng.normal("x_T", model.embed_dim)
+        run = ReverseProcess("diffusion_prior", sampling.prior_sampler, "small", sampling.prior_steps, progress)
+        return model.image_embedding(run(model, denoise, noise, rng))
 
     def _draw_ar(
-        self, tokens: Tensor, text: Tensor, draw: Draw, sampling: SamplingConfig, progress: Progress
+        self, tokens: Tensor, text: Tensor, rng: RandomStreams, sampling: SamplingConfig, progress: Progress
     ) -> Tensor:
         model, codec = self.ar_prior, self.codec
         if model is None or codec is None:
@@ -187,8 +187,8 @@ class UnCLIP:
             model,
             tokens,
             text,
-            codec.sample_upper_dot(draw),
-            draw,
+            codec.sample_upper_dot(rng),
+            rng,
             temperature=sampling.temperature,
             guidance=sampling.prior_guidance,
             callback=lambda done: progress("ar_prior", done, model.codes),
@@ -202,39 +202,39 @@ class UnCLIP:
         tokens: Tensor | None,
         seeds: Sequence[int],
         sampling: SamplingConfig,
-        progress: Progress = ignore,
+        progress: Progress = silent,
         noise: Tensor | None = None,
         eta: float = 0.0,
-        kept: Kept | None = None,
+        known: KnownRegion | None = None,
     ) -> Generation:
-        """Runs algorithm 1: images of embeddings [b, d], of unit norm, and of tokens [b, 77] or no captions.
+        """Draws images of embeddings [b, d], of unit norm, and of tokens [b, 77] or no captions.
 
         ``seeds`` are as many as embeddings. ``noise`` [b, 3, s, s] is the decoder's x_T in place of their own; ``eta``
-        belongs to its "ddim" sampler. ``kept`` is the part of an image that stays. Raises ValueError on embeddings that
-        do not fit, and on a seed below 0.
+        belongs to its "ddim" sampler. ``known`` stays. Raises ValueError on unfit embeddings and seeds.
         """
         check_embedding(embedding, self.clip.embed_dim)
         check_seeds(seeds)
-        draw = Draw([(derive_seed(seed, "decoder"), 1) for seed in seeds], embedding.device)
+        rng = RandomStreams([(derive_seed(seed, "decoder"), 1) for seed in seeds], embedding.device)
         config, inverted = self.decoder.config, noise is not None
         guided = (sampling.decoder_guidance, sampling.decoder_guidance_interval, sampling.decoder_threshold)
         denoise = decoder_denoise(self.decoder, embedding, tokens, *guided)
-        noise = draw.normal("x_T", 3, config.image_size, config.image_size) if noise is None else noise
+        noise = rng.normal("x_T", 3, config.image_size, config.image_size) if noise is None else noise
         steps = sampling.decoder_steps
-        run = Reverse("decoder", sampling.decoder_sampler, "learned", steps, progress, eta, inverted, kept)
+        run = ReverseProcess("decoder", sampling.decoder_sampler, "learned", steps, progress, eta, inverted, known)
         with autocast(embedding.device, sampling.precision):
-            image = run(self.decoder, denoise, noise, draw)
+            image = run(self.decoder, denoise, noise, rng)
         images = {config.image_size: image}
         for name in UPSAMPLERS:
             model = getattr(self, name)
             if model is None or model.config.image_size > sampling.size:
                 break
-            draw = Draw([(derive_seed(seed, name), 1) for seed in seeds], embedding.device)
-            low = sampling_low(model.config, image.clamp(-1, 1), draw)
-            noise = draw.normal("x_T", 3, model.config.image_size, model.config.image_size)
-            run = Reverse(name, "ddim", "small", getattr(sampling, f"{name}_steps"), progress, kept=kept)
+            # Under the decoder's seed the purpose "x_T" would give the decoder's own numbers again.
+            rng = RandomStreams([(derive_seed(seed, name), 1) for seed in seeds], embedding.device)
+            low = sampling_low(model.config, image.clamp(-1, 1), rng)
+            noise = rng.normal("x_T", 3, model.config.image_size, model.config.image_size)
+            run = ReverseProcess(name, "ddim", "small", getattr(sampling, f"{name}_steps"), progress, known=known)
             with autocast(embedding.device, sampling.precision):
-                image = run(model, upsampler_denoise(model, low, sampling.tile), noise, draw)
+                image = run(model, upsampler_denoise(model, low, sampling.tile), noise, rng)
             images[model.config.image_size] = image
         return Generation(embedding, {side: to_uint8(x).permute(0, 2, 3, 1).cpu() for side, x in images.items()})
 
@@ -248,13 +248,12 @@ class UnCLIP:
         self,
         images: Sequence[Image.Image],
         captions: Sequence[str] | None = None,
-        progress: Progress = ignore,
+        progress: Progress = silent,
         **options: object,
     ) -> Inversion:
-        """Follows section 3: the two latents of each image, z_i by CLIP and x_T by DDIM inversion of the decoder.
+        """Returns the two latents of each image, z_i by CLIP and x_T by DDIM inversion of the decoder (section 3).
 
-        ``captions`` tell the decoder what is in the images; they stay with the latents. Raises ValueError on another
-        number of captions than images.
+        ``captions`` condition the decoder and stay with the latents. Raises ValueError if they are not one an image.
         """
         sampling = self.manipulation_sampling(options)
         if captions is not None and len(captions) != len(images):
@@ -275,9 +274,9 @@ class UnCLIP:
         return Inversion(embedding, noise, tokens)
 
     def reconstruct(
-        self, inversion: Inversion, seed: int = 0, progress: Progress = ignore, **options: object
+        self, inversion: Inversion, seed: int = 0, progress: Progress = silent, **options: object
     ) -> Generation:
-        """Follows section 3: the images that these latents are of, by DDIM with eta 0. ``seed`` is the upsamplers'."""
+        """Reconstructs the images of these latents, by DDIM with eta 0 (section 3). ``seed`` is the upsamplers'."""
         return self.variations(inversion, [seed] * len(inversion), 0.0, progress, **options)
 
     def variations(
@@ -285,10 +284,10 @@ class UnCLIP:
         inversion: Inversion,
         seeds: Sequence[int],
         eta: float = 1.0,
-        progress: Progress = ignore,
+        progress: Progress = silent,
         **options: object,
     ) -> Generation:
-        """Follows section 3.1: other images of the same embedding, from the same x_T, by DDIM with ``eta`` above 0.
+        """Draws other images of the same embedding, from the same x_T, by DDIM with ``eta`` above 0 (section 3.1).
 
         One image becomes as many as there are seeds; several take a seed each. With eta 0 nothing changes, with 1
         most does. Raises ValueError on an eta below 0 or above 1.
@@ -304,10 +303,10 @@ class UnCLIP:
         second: Inversion,
         shares: Sequence[float],
         seed: int = 0,
-        progress: Progress = ignore,
+        progress: Progress = silent,
         **options: object,
     ) -> Generation:
-        """Follows section 3.2: images at these shares of the way, both latents turned by spherical interpolation.
+        """Draws images at these shares of the way, both latents interpolated spherically (section 3.2).
 
         A share of 0 is the first image, reconstructed, and 1 the second. Captions are left out.
         """
@@ -324,20 +323,21 @@ class UnCLIP:
         after: str,
         shares: Sequence[float],
         seed: int = 0,
-        progress: Progress = ignore,
+        progress: Progress = silent,
         **options: object,
     ) -> Generation:
-        """Follows section 3.3: the image, its embedding turned by a share towards ``after`` minus ``before``.
+        """Draws the image with its embedding turned by a share towards ``after`` minus ``before`` (section 3.3).
 
-        The paper goes up to 0.25 to 0.5. x_T stays, and captions are left out. Where a prior has a ridge, the
-        difference is of what that says: texts have directions that no image has. Raises ValueError on captions alike.
+        The paper goes up to 0.25 to 0.5. x_T stays, and captions are left out. Where a prior has a ridge regression,
+        the difference is between the image embeddings that it predicts. Raises ValueError on captions alike.
         """
         check_captions([before, after])
-        tokens, said = self._tokens([before, after]), self._text([before, after])
+        tokens, ends = self._tokens([before, after]), self._text([before, after])
         priors, shown = (self.diffusion_prior, self.ar_prior), torch.ones_like(tokens[:, 0], dtype=torch.bool)
-        lines = [prior.at_line(tokens, said, shown) for prior in priors if prior is not None]
-        said = next((line for line in lines if line is not None), said)
-        towards = text_difference(said[:1], said[1:]).expand(len(shares), -1)
+        # Text embeddings differ along directions that no image embedding has, and the decoder has seen images only.
+        regressed = [prior.regress(tokens, ends, shown) for prior in priors if prior is not None]
+        ends = next((embedding for embedding in regressed if embedding is not None), ends)
+        towards = text_difference(ends[:1], ends[1:]).expand(len(shares), -1)
         many = inversion.repeated(len(shares))
         turned = slerp(many.embedding, towards, torch.tensor(list(shares), device=towards.device))
         return self.variations(Inversion(turned, many.noise), [seed] * len(shares), 0.0, progress, **options)
@@ -347,10 +347,10 @@ class UnCLIP:
         embedding: Tensor,
         counts: Sequence[int],
         seed: int = 0,
-        progress: Progress = ignore,
+        progress: Progress = silent,
         **options: object,
     ) -> Generation:
-        """Follows section 4: what the first principal components of an embedding [1, d] say, drawn from one noise.
+        """Draws an embedding [1, d] from its first principal components, all from one noise (section 4).
 
         Raises ValueError without a codec, and on more components than it has.
         """
@@ -360,11 +360,11 @@ class UnCLIP:
         return self.decode(parts, None, [seed] * len(counts), self.manipulation_sampling(options), progress)
 
     def manipulation_sampling(self, options: dict[str, object]) -> SamplingConfig:
-        """Returns how images are changed: DDIM without guidance, which alone is invertible, unless ``options`` set it.
+        """Returns sampling options for changing images: DDIM, and unless ``options`` set them no guidance or threshold.
 
-        Nor is an image shrunk into the range (``decoder_threshold``). Raises ValueError as ``sampling_with`` does, and
-        for another sampler of the decoder.
+        Raises ValueError as ``sampling_with`` does, and for another sampler of the decoder.
         """
+        # Inversion assumes a prediction that hardly changes within a step: guidance and thresholding change it more.
         plain: dict[str, object] = {"decoder_guidance": 0.0, "decoder_threshold": 0.0, "decoder_sampler": "ddim"}
         sampling = self.sampling_with(plain | options)
         if sampling.decoder_sampler != "ddim":

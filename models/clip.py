@@ -68,6 +68,7 @@ class Clip(nn.Module):
     def build(cls, config: ClipConfig, seed: int) -> Self:
         """Returns a new CLIP whose random weights depend on ``config`` and ``seed`` alone."""
         model_config = config.model_config()
+        # open_clip draws from the global generator, whose state must be the caller's again afterwards.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = open_clip.CLIP(**deepcopy(model_config))
@@ -135,10 +136,11 @@ class Clip(nn.Module):
             self.own_tokenizer.save_pretrained(folder)
 
     def silence_unread_tokens(self) -> None:
-        """Sets vectors of tokens to zero that training has left as ``build`` draws them; embeddings do not decay.
+        """Sets vectors of tokens to zero that training has left as ``build`` draws them.
 
-        No caption had these tokens, and a random vector would say something wherever somebody types one.
+        No caption had these tokens, and a random vector would change what a prompt means that has one.
         """
+        # Weight decay leaves embeddings alone, so a vector that no caption used still equals its start exactly.
         embedding = self.model.token_embedding
         first = _first_token_vectors(embedding).to(embedding.weight)
         embedding.weight.data[(embedding.weight == first).all(1)] = 0
@@ -156,7 +158,7 @@ class Clip(nn.Module):
 
     @property
     def context_length(self) -> int:
-        """Tokens that the text tower reads."""
+        """Returns the number of tokens that the text tower reads."""
         return self.model_config["text_cfg"].get("context_length", CONTEXT)
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -194,7 +196,7 @@ class Clip(nn.Module):
         return (*shorter, full)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Embeds, with unit norm, fp32 [b, d], tokens of this CLIP's ``tokenize``, cut as ``text_lengths`` allows."""
+        """Returns unit-norm embeddings, fp32 [b, d], of this CLIP's tokens, cut as ``text_lengths`` allows."""
         if tokens.shape[1] in self.text_lengths[:-1]:
             return F.normalize(self._encode_shorter(tokens).float(), dim=-1)
         cut = cut_tokens(tokens, self.context_length) if self.own_tokenizer is None else tokens
@@ -202,6 +204,7 @@ class Clip(nn.Module):
 
     def _encode_shorter(self, tokens: Tensor) -> Tensor:
         """Runs open_clip's text tower with as many positions as there are tokens."""
+        # open_clip adds all of its positions and its whole mask, so both are replaced for this call.
         length, model = tokens.shape[1], self.model
         cut = {
             "tower.positional_embedding": model.positional_embedding[:length],
@@ -310,7 +313,7 @@ def _check_sizes(folder: Path) -> None:
     """Raises ValueError for a folder whose configuration describes a larger CLIP than its weights are."""
 
     def wanted(record: logging.LogRecord) -> bool:
-        return "weights" not in str(record.msg)  # that there are none, on the root logger
+        return "weights" not in str(record.msg)  # open_clip warns on the root logger that there are none
 
     logging.getLogger().addFilter(wanted)
     try:
@@ -377,5 +380,5 @@ def _own_tokenizer(name: str, model_config: dict) -> HFTokenizer | None:
 
 
 def _first_token_vectors(embedding: nn.Embedding) -> Tensor:
-    """Returns what its vectors are before training, whatever the seed; their size is open_clip's."""
+    """Returns the token vectors before training, the same for every seed; their scale is open_clip's."""
     return 0.02 * torch.randn(embedding.weight.shape, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""What trains a CLIP: views of its images, and the contrastive loss over the rows of all workers."""
+"""The training of a CLIP: augmented views, and the contrastive loss over the rows of all workers."""
 
 from collections.abc import Callable
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models.clip import Clip
-from models.draw import Draw
 from models.losses import Losses
+from models.random_streams import RandomStreams
 
 Gather = Callable[[Tensor], tuple[Tensor, int]]
 """Rows of this worker to the rows of all workers, and the place among them where its own begin; gradients flow back."""
@@ -21,7 +21,12 @@ def alone(rows: Tensor) -> tuple[Tensor, int]:
 
 
 def clip_loss(
-    clip: Clip, batch: dict[str, Tensor], draw: Draw, gather: Gather = alone, crop: float = 0.75, at_once: int = 0
+    clip: Clip,
+    batch: dict[str, Tensor],
+    rng: RandomStreams,
+    gather: Gather = alone,
+    crop: float = 0.75,
+    at_once: int = 0,
 ) -> Losses:
     """Returns the symmetric contrastive loss of each row against the whole batch, nats, [b] (CLIP, figure 3).
 
@@ -29,8 +34,8 @@ def clip_loss(
     workers' rows come through ``gather``, and a worker's own must not be cut. The temperature stops at 1/100. Where
     ``at_once`` is not 0, so many rows are encoded at once, and again in the backward pass.
     """
-    image, text = _encoded(clip, batch, _crops(draw, crop), at_once or len(batch["image"]))
-    with torch.autocast(image.device.type, enabled=False):
+    image, text = _encoded(clip, batch, _crops(rng, crop), at_once or len(batch["image"]))
+    with torch.autocast(image.device.type, enabled=False):  # near logits of 100 bf16 has steps of 0.5
         images, start = gather(image)
         texts, _ = gather(text)
         scale = clip.model.logit_scale.exp().clamp(max=100)
@@ -66,20 +71,20 @@ def _encoded(clip: Clip, batch: dict[str, Tensor], crops: Tensor | None, at_once
     return torch.cat(encoded), torch.cat(said)
 
 
-def augment(images: Tensor, draw: Draw, crop: float = 0.75) -> Tensor:
+def augment(images: Tensor, rng: RandomStreams, crop: float = 0.75) -> Tensor:
     """Returns training images fp32 [b, 3, s, s] in [0, 1] from uint8 ones.
 
     A square crop of ``crop`` to 1 of the side at a random place, resized back. No flips: left and right are words.
     """
-    return _cropped(images, _crops(draw, crop))
+    return _cropped(images, _crops(rng, crop))
 
 
-def _crops(draw: Draw, least: float) -> Tensor | None:
+def _crops(rng: RandomStreams, least: float) -> Tensor | None:
     """Returns the maps from images, being [-1, 1], to their crops, fp32 [b, 2, 3]; None where nothing is cut off."""
     if least == 1:
         return None
-    side = least + (1 - least) * draw.uniform("crop_side", 1)
-    centre = (2 * draw.uniform("crop_place", 2) - 1) * (1 - side)
+    side = least + (1 - least) * rng.uniform("crop_side", 1)
+    centre = (2 * rng.uniform("crop_place", 2) - 1) * (1 - side)
     return torch.cat([torch.diag_embed(side.expand(-1, 2)), centre[..., None]], dim=2)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.diffusion_prior import DiffusionPrior
 from models.nn.text_encoder import ClipTextEncoder
 from models.nn.transformer import normal_linear
-from models.prior_configs import ASKED, DiffusionPriorConfig, check_least
+from models.prior_configs import STEP_TOKENS, DiffusionPriorConfig, check_least
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,26 @@ class ClipPrior(DiffusionPrior):
         self.position = nn.Parameter(torch.zeros(config.text_context + 4, config.width))
         self.register_buffer("mean", torch.zeros(embed_dim))
         self.register_buffer("std", torch.ones(embed_dim))
-        # The parent's own ways, which nothing may take by mistake.
+        # Weights of the parent's conditioning, which Karlo's files do not have.
         del self.caption, self.null_embedding
 
     @property
     def scale(self) -> float:
-        """Raises ValueError: a loss or statistic that wants one is the parent's, and would be wrong here."""
+        """Raises ValueError: the losses and statistics that need a scale are the parent's, and are wrong here."""
         raise ValueError(
             "a ClipPrior diffuses embeddings of CLIP's own length, and here they have unit norm: it can be sampled, "
             "but neither trained nor measured; train a DiffusionPrior instead"
         )
 
-    def given(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> tuple[Tensor, Tensor]:
-        """Works as the parent's, but ``text_embedding`` is not used: the text encoder makes it, not of unit norm.
+    def caption_inputs(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the inputs as the parent does; ``text_embedding`` is unused, as the text encoder makes its own.
 
         ``x_t`` and the result of ``forward`` are standardised, [b, d].
         """
         text = self.text(tokens, keep_text)
         sequence = torch.cat([self.states_in(text.states), self.embedding_in(text.pooled)[:, None]], dim=1)
-        return sequence + self.position[:-ASKED], F.pad(text.shown, (0, 1), value=True)
+        return sequence + self.position[:-STEP_TOKENS], F.pad(text.shown, (0, 1), value=True)
 
     def image_embedding(self, samples: Tensor) -> Tensor:
-        """Works as the parent's."""
+        """Returns image embeddings, unit norm [b, d], of standardised samples [b, d]."""
         return F.normalize(samples * self.std + self.mean, dim=-1)

@@ -1,9 +1,8 @@
 """The codec of the autoregressive prior: turns image embeddings into codes and back.
 
-unCLIP section 2.2 and Algorithm 2, lines 3 to 6 and 11: PCA, components by falling variance, and each coordinate is put
-into one of ``buckets`` quantile buckets. ``models.codec_fit`` fits it. All arithmetic is fp64, also under autocast
-(which leaves fp64 alone), so that a coordinate falls into the same bucket whatever the batch, the device or the
-precision of training.
+unCLIP (Ramesh et al. 2022), section 2.2: PCA, components by falling variance, and each coordinate is put into one of
+``buckets`` quantile buckets. ``models.codec_fit`` fits it. All arithmetic is fp64, also under autocast (which leaves
+fp64 alone), so that a coordinate falls into the same bucket for any batch, device and precision of training.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -11,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from models.draw import Draw
+from models.random_streams import RandomStreams
 
 
 def digitize(x: Tensor, edges: Tensor) -> Tensor:
@@ -29,13 +28,13 @@ class Codec:
     All fp64 but the counts, which are int64.
 
     Attributes:
-        mean: [d], of the embeddings.
-        components: [k, d], orthonormal, by falling variance.
-        variance: [k], of each component.
-        edges: [k, buckets - 1], between the buckets.
-        values: [k, buckets], the mean of each bucket.
-        dot_edges: [buckets - 1], between the buckets of dot products.
-        dot_counts: [buckets], the fitted rows in each bucket of dot products.
+        mean: Mean embedding, [d].
+        components: Principal components, [k, d], orthonormal, by falling variance.
+        variance: Variance of each component, [k].
+        edges: Edges between the buckets of each component, [k, buckets - 1].
+        values: Mean of each bucket, [k, buckets].
+        dot_edges: Edges between the buckets of dot products, [buckets - 1].
+        dot_counts: Fitted rows in each bucket of dot products, [buckets].
     """
 
     mean: Tensor
@@ -84,8 +83,9 @@ class Codec:
         """Returns the dot-product tokens of s = z_i . z_t, [b]: int64 [b] in [0, buckets)."""
         return torch.searchsorted(self.dot_edges, s.double(), right=True)
 
-    def sample_upper_dot(self, draw: Draw) -> Tensor:
+    def sample_upper_dot(self, rng: RandomStreams) -> Tensor:
         """Draws dot-product tokens from the upper half of their training distribution, int64 [rows] (section 2.2)."""
+        # A high dot product asks for an image that fits its caption well.
         cdf = self.dot_counts.cumsum(0).double() / self.dot_counts.sum()
-        upper = 0.5 + 0.5 * draw.uniform("dot").double()
+        upper = 0.5 + 0.5 * rng.uniform("dot").double()
         return torch.searchsorted(cdf, upper.to(cdf.device), right=True)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from models.codec import Codec
 
-# A variance below this share of the mean squared norm is rounding, not data.
-RANK_TOLERANCE = 1e-12
+RANK_TOLERANCE = 1e-12  # share of the mean squared norm; a variance below it is rounding, not data
 COLUMNS = 16  # components whose coordinates are in memory at once
 
 
@@ -23,11 +22,11 @@ class FittedCodec(NamedTuple):
     """A codec and what it loses on the rows that it was fitted to.
 
     Attributes:
-        codec: the codec.
-        explained: the share of the variance that each component holds.
-        reconstruction_error: mean squared distance of a row to its projection.
-        round_trip_error: mean squared distance of a row to its decoded codes.
-        warning: message that the components were lowered to the rank, or None.
+        codec: The codec.
+        explained: Share of the variance that each component holds.
+        reconstruction_error: Mean squared distance of a row to its projection.
+        round_trip_error: Mean squared distance of a row to its decoded codes.
+        warning: Message that the components were lowered to the rank, or None.
     """
 
     codec: Codec
@@ -55,14 +54,14 @@ def fit_codec(
     """Fits a codec.
 
     Args:
-        image: image embeddings of training rows [n, d].
-        dots: z_i . z_t of their pairs [n].
-        components: k; a k above the rank of the rows is lowered to the rank, with a warning.
-        buckets: quantile buckets of each component and of the dot products.
-        variance_target: a share in (0, 1] that replaces ``components`` by the fewest that hold it.
+        image: Image embeddings of training rows, [n, d].
+        dots: Dot products z_i . z_t of their pairs, [n].
+        components: Number k of components; a k above the rank of the rows is lowered to the rank, with a warning.
+        buckets: Quantile buckets of each component and of the dot products.
+        variance_target: Share of the variance in (0, 1]; the fewest components that hold it replace ``components``.
 
     Raises:
-        ValueError: on fewer than two different rows.
+        ValueError: There are fewer than two different rows.
     """
     rows = image.double().numpy()
     pca, rank = _fit_pca(rows)
@@ -75,6 +74,7 @@ def fit_codec(
     fitted: list[Buckets] = []
     for start in range(0, k, COLUMNS):
         axes = pca.components_[start : min(start + COLUMNS, k)].T
+        # The mean is subtracted after the projection: (rows - mean) would copy all rows.
         fitted += fit_buckets(rows @ axes - pca.mean_ @ axes, buckets)
     [dot] = fit_buckets(dots.double().numpy()[:, None], buckets)
     arrays = {
@@ -87,6 +87,7 @@ def fit_codec(
         "dot_counts": dot.counts,
     }
     codec = Codec(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
+    # scikit-learn's variances are sums over n - 1; an error is a mean over n rows.
     lost = float(total - variance[:k].sum()) * (len(rows) - 1) / len(rows)
     # The components are orthonormal, so the error of the buckets adds to that of the projection.
     round_trip = lost + sum(column.error for column in fitted) / len(rows)
@@ -94,14 +95,12 @@ def fit_codec(
 
 
 def _fit_pca(rows: np.ndarray) -> tuple[PCA, int]:
-    """Returns all principal components of rows [n, d], by falling variance (n - 1), and the rank of the rows.
-
-    scikit-learn makes the largest entry of a component positive.
-    """
+    """Returns all principal components of rows [n, d], by falling variance (n - 1), and the rank of the rows."""
     count = len(rows)
     if count < 2:
         raise ValueError(f"a codec needs 2 or more embeddings, got {count}")
     with np.errstate(invalid="ignore"):  # equal rows have no variance to take shares of
+        # Exact, from the d x d covariance. The largest entry of a component is positive, so signs are fixed, too.
         pca = PCA(svd_solver="covariance_eigh").fit(rows)
     least = RANK_TOLERANCE * np.einsum("nd,nd->", rows, rows) / count
     rank = min(int((pca.explained_variance_ > least).sum()), count - 1)
@@ -125,6 +124,7 @@ def fit_buckets(columns: np.ndarray, buckets: int) -> list[Buckets]:
         shares[1:-1] = (np.floor(shares[1:-1] * (count - 1)) + 0.5) / (count - 1)
     fitted = []
     for column, known in zip(columns.T, quantiles.quantiles_.T, strict=True):
+        # Interpolation rounds, and edges that fall by a rounding would break searchsorted.
         ends = np.maximum.accumulate(np.interp(shares, quantiles.references_, known))
         edges = ends[1:-1]
         codes = np.searchsorted(edges, column, side="right")

@@ -1,4 +1,4 @@
-"""What a prior is worth: one caption decoded from several embeddings (Ramesh et al. 2022, section 5.1, figure 8)."""
+"""The gain of a prior: one caption decoded from several embeddings (Ramesh et al. 2022, section 5.1, figure 8)."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.cascade import Generation, UnCLIP
-from models.reverse import Progress, ignore
+from models.reverse import Progress, silent
 from models.tokens import check_captions, tokenize
 
 AR, DIFFUSION, TEXT, IMAGE = "AR prior", "diffusion prior", "text embedding", "true image embedding"
@@ -15,7 +15,7 @@ AR, DIFFUSION, TEXT, IMAGE = "AR prior", "diffusion prior", "text embedding", "t
 
 @dataclass(frozen=True)
 class Comparison:
-    """Images of one caption, the i-th decoded from the embedding that ``names[i]`` says.
+    """Holds images of one caption, the i-th decoded from the embedding called ``names[i]``.
 
     ``text`` is the caption's own embedding, unit norm, fp32 [1, d].
     """
@@ -37,7 +37,7 @@ def compare_priors(
     caption: str,
     seed: int = 0,
     image: Image.Image | None = None,
-    progress: Progress = ignore,
+    progress: Progress = silent,
     **options: object,
 ) -> Comparison:
     """Decodes a caption from each prior's embedding, from its text embedding in place of one, and from ``image``'s.

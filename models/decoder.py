@@ -13,7 +13,6 @@ from models.diffusion.guidance import guidance_rows, guided_output
 from models.diffusion.process import Prediction, hybrid_loss, predict, q_sample
 from models.diffusion.samplers import Denoise
 from models.diffusion.schedules import make_schedule
-from models.draw import Draw
 from models.frozen_text import FrozenText, required
 from models.image_configs import DecoderConfig
 from models.losses import Losses
@@ -22,6 +21,7 @@ from models.nn.text_encoder import ClipTextEncoder, TextEncoder
 from models.nn.unet import UNet, zeroed
 from models.pixels import from_uint8
 from models.prior_configs import TextTower
+from models.random_streams import RandomStreams
 
 CLIP_CONTEXT = 77
 """The length of the captions that CLIP's tokenizer makes."""
@@ -31,10 +31,10 @@ class Condition(NamedTuple):
     """Holds the condition of the U-Net.
 
     Attributes:
-        added: [b, embedding_width], added to the timestep embedding.
-        context: Tokens [b, n, context_width] to attend to.
-        shown: bool [b, n]; False hides a token, None shows all.
-        layout: [b, width, h, w], added at the lowest resolution.
+        added: Vector added to the timestep embedding, [b, embedding_width].
+        context: Tokens to attend to, [b, n, context_width].
+        shown: Mask bool [b, n]; False hides a token, None shows all.
+        layout: Features added at the lowest resolution, [b, width, h, w].
     """
 
     added: Tensor
@@ -50,11 +50,11 @@ class Condition(NamedTuple):
 class Whitening(nn.Module):
     """Centres image embeddings [b, d] and brings their directions to nearly one variance; the identity until ``fit``.
 
-    Of the demo's CLIP 17 of 512 directions hold 99% of the variance, and what else an embedding says would be learnt
-    late: gradients of small inputs are small.
+    A CLIP of few images spreads them over few directions: of the demo's, 17 of 512 hold 99% of the variance. The others
+    would be learnt late, as gradients of small inputs are small.
     """
 
-    FLOOR = 0.0025  # of the mean variance; directions with less are noise, and stay small
+    FLOOR = 0.0025  # share of the mean variance; directions with less are noise, and stay small
     mean: Tensor
     matrix: Tensor
 
@@ -67,6 +67,7 @@ class Whitening(nn.Module):
         """Measures mean and covariance of [n, d]. The matrix is symmetric, so no choice of eigenvectors is in it."""
         z = embeddings.double()
         variances, directions = torch.linalg.eigh(torch.cov(z.T, correction=0))
+        # Equal embeddings have no variance at all: the clamp keeps their scale finite.
         scales = (variances + self.FLOOR * variances.mean()).clamp(min=1e-12).rsqrt()
         self.mean.copy_(z.mean(0))
         self.matrix.copy_((directions * scales) @ directions.T)
@@ -79,8 +80,9 @@ class Whitening(nn.Module):
 class Layout(nn.Module):
     """Projects an image embedding [b, d] to features [b, width, side, side], which start at zero.
 
-    Added tokens and timestep embeddings reach all positions alike; this says what is where. ``words_width`` is that of
-    the caption's words, which are projected with it: attention learns late where to put what they name. 0 is none.
+    Context tokens and the timestep embedding condition all positions alike; this says what is where. ``words_width`` is
+    the width of the caption's words, which are projected with it, since attention learns late where things go; 0 turns
+    them off.
     """
 
     def __init__(self, embed_dim: int, channels: int, side: int, width: int, words_width: int = 0):
@@ -159,7 +161,7 @@ class Decoder(nn.Module):
 
         It does not depend on the timestep, so a sampler calls it once.
         """
-        if self.config.drop_image == 1:  # what was never shown to it in training says nothing
+        if self.config.drop_image == 1:  # a condition that training always dropped has untrained weights
             keep_image = torch.zeros_like(keep_image)
         if self.config.drop_text == 1:
             keep_text = torch.zeros_like(keep_text)
@@ -192,7 +194,7 @@ class Decoder(nn.Module):
         return self.predict(x_t, t, self.condition(image_embedding, tokens, keep_image, keep_text))
 
 
-def decoder_loss(model: Decoder, batch: dict[str, Tensor], draw: Draw) -> Losses:
+def decoder_loss(model: Decoder, batch: dict[str, Tensor], rng: RandomStreams) -> Losses:
     """Returns the hybrid loss of "image" (uint8 [b, 3, s, s]), given "image_embedding" [b, d] and "tokens" [b, 77].
 
     Embedding and caption are dropped independently of each other, in training mode only: validation measures the
@@ -201,10 +203,10 @@ def decoder_loss(model: Decoder, batch: dict[str, Tensor], draw: Draw) -> Losses
     config = model.config
     schedule = make_schedule(config.schedule, config.steps)
     x0 = from_uint8(batch["image"])
-    t = draw.integers("t", config.steps)
-    noise = draw.normal("noise", *x0.shape[1:])
-    keep_image = draw.keep("drop_image", config.drop_image if model.training else 0.0)
-    keep_text = draw.keep("drop_text", config.drop_text if model.training else 0.0)
+    t = rng.integers("t", config.steps)
+    noise = rng.normal("noise", *x0.shape[1:])
+    keep_image = rng.keep("drop_image", config.drop_image if model.training else 0.0)
+    keep_text = rng.keep("drop_text", config.drop_text if model.training else 0.0)
     x_t = q_sample(x0, noise, schedule.at(t))
     output = model(x_t, t, batch["image_embedding"], batch["tokens"], keep_image, keep_text)
     mse, vb = hybrid_loss(config.prediction, output, x0, noise, t, schedule, config.max_snr)
@@ -219,7 +221,7 @@ def decoder_denoise(
     interval: tuple[float, float] = (0.0, 1.0),
     threshold: float = 0.0,
 ) -> Denoise:
-    """Returns what samplers need for embeddings [b, d] and captions [b, 77] or None; ``guidance`` is w, 0 for none.
+    """Returns the denoiser for embeddings [b, d] and captions [b, 77] or None; ``guidance`` is w, 0 for none.
 
     The empty condition drops both. x0 is clipped to [-1, 1]; ``threshold`` is ``predict``'s. Outside of ``interval``,
     shares of the timesteps, nothing is guided (Kynkäänniemi et al. 2024), and a step costs half. All rows are at one
@@ -228,17 +230,18 @@ def decoder_denoise(
     schedule = make_schedule(model.config.schedule, model.config.steps)
     rows = len(image_embedding)
     keep = guidance_rows(rows, guidance, image_embedding.device)
-    branches = len(keep) // rows
+    branches = len(keep) // rows  # 2 with guidance, whose conditional and empty rows are one batch
     keep_text = keep if tokens is not None else torch.zeros_like(keep)
     if tokens is None:
         tokens = torch.zeros(rows, CLIP_CONTEXT, dtype=torch.int64, device=keep.device)
     with torch.no_grad():
         condition = model.condition(image_embedding.repeat(branches, 1), tokens.repeat(branches, 1), keep, keep_text)
-    alone = condition.first(rows)
+    alone = condition.first(rows)  # the conditional branch, outside of the interval
     first, last = (share * model.config.steps for share in interval)
     always = interval == (0.0, 1.0)
 
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        # Reading t stops a GPU for a moment, so it is read only where the interval asks for it.
         guided = guidance != 0 and (always or first <= float(t[0]) <= last)
         given, weight = (condition, guidance) if guided else (alone, 0.0)
         output = guided_output(lambda x, times: model.predict(x, times, given), x_t, t, weight)

@@ -31,7 +31,7 @@ CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
 
 
 class Kind(NamedTuple):
-    """A class of models: what builds it from its configuration, and what CLIP and the codec decide of it besides."""
+    """A class of models, its configuration, and the arguments besides it, which depend on CLIP and the codec."""
 
     model: type[nn.Module]
     config: type
@@ -70,6 +70,7 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Any:
         if unknown:
             raise ValueError(f"{folder}/{CONFIG_FILE} has unknown fields {sorted(unknown)}: update this software")
         config = kind.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in document["config"].items()})
+        # Without weights first: a configuration from a stranger may describe a model that no memory holds.
         with shapes_only(Path(folder) / WEIGHTS_FILE):
             model = kind.model(config, **sizes_from_json(document["sizes"]))
     except (KeyError, TypeError, AttributeError) as error:
@@ -82,7 +83,7 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Any:
 
 
 def sizes_as_json(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a model takes besides its configuration as a folder holds it, without what it does not have."""
+    """Returns a model's arguments besides its configuration, ready for JSON, without those that are None."""
     return {name: asdict(size) if is_dataclass(size) else size for name, size in sizes.items() if size is not None}  # type: ignore[arg-type]
 
 
@@ -122,7 +123,7 @@ def read(folder: Path, device: torch.device | str) -> tuple[dict, dict[str, Tens
     except SafetensorError as error:
         raise ValueError(f"{folder} is damaged ({error}): fetch or train it again") from error
     if not {"format", "kind"} <= document.keys():
-        raise ValueError(f"{folder}/{CONFIG_FILE} says neither format nor kind: name a folder that a training wrote")
+        raise ValueError(f"{folder}/{CONFIG_FILE} has neither format nor kind: name a folder that a training wrote")
     if type(document["format"]) is not int:
         raise ValueError(f"{folder}/{CONFIG_FILE} has format {document['format']!r}: fetch or train it again")
     if document["format"] > FORMAT:
@@ -134,7 +135,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Reads the JSON object in a file that somebody else may have written.
 
     Raises FileNotFoundError when there is none, and ValueError when it is damaged or names code to be loaded, at any
-    depth: numbers are all that is taken from a folder.
+    depth.
     """
     try:
         document = json.loads(path.read_text("utf-8"))

@@ -1,8 +1,8 @@
-"""The text tower of a run's CLIP inside the models that read captions: a copy that nothing trains.
+"""The text tower of a run's CLIP inside the models that read captions: a frozen copy.
 
 Karlo's prior and decoder and Kandinsky's prior read the token states of a trained CLIP (after its final norm, one for
 each position) in place of a text encoder of their own. The copy is among a model's weights, so that a model's folder
-opens by itself, and is frozen: no gradient, no moments, no average.
+opens by itself. It has no gradient, no moments of the optimiser and no moving average.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ class FrozenTower(NamedTuple):
 
     @classmethod
     def of(cls, model_config: dict, weights: Mapping[str, Tensor]) -> "FrozenTower":
-        """Takes it out of a CLIP, of its configuration and its weights as open_clip has them.
+        """Returns the text tower of a CLIP, from open_clip's configuration and weights.
 
         Raises ValueError for a text tower of another kind than CLIP's own.
         """
@@ -59,7 +59,7 @@ class FrozenTower(NamedTuple):
         return cls(sizes, {name: tensor.detach().float().contiguous() for name, tensor in ours.items()})
 
     def put_into(self, model: nn.Module) -> None:
-        """Gives every frozen tower in ``model`` these weights, as many positions as it reads."""
+        """Copies these weights into every frozen tower in ``model``, as many positions as it reads."""
         for module in model.modules():
             if isinstance(module, FrozenText):
                 module.load_state_dict(self.weights | {"position": self.weights["position"][: module.context]})
@@ -86,25 +86,23 @@ class FrozenText(ClipTextEncoder):
         self.requires_grad_(False)
 
     def words(self, tokens: Tensor) -> Tensor:
-        """Returns which tokens captions [b, 77] have, in whatever order: sums of vectors of unit norm, [b, width].
-
-        A caption's own vector says least of what tells few captions apart; this says all words alike, and each once,
-        so that another sentence of the same words is not far from those that were learned.
-        """
+        """Returns bags of words of captions [b, 77]: sums of their distinct tokens' vectors, unit norm, [b, width]."""
+        # CLIP's own text embedding drops words that its loss can do without. Here every word counts once and alike, so
+        # a new sentence of known words lies near the sentences of training.
         place = torch.arange(tokens.shape[1], device=tokens.device)
         between = (place > 0) & (place < text_ends(tokens, self.end)[:, None] - 1)
-        between &= ~(tokens[:, :, None] == tokens[:, None, :]).tril(-1).any(-1)
+        between &= ~(tokens[:, :, None] == tokens[:, None, :]).tril(-1).any(-1)  # not a word that came before
         return (F.normalize(self.token(tokens), dim=-1) * between[..., None]).sum(1)
 
     def read(self, tokens: Tensor) -> EncodedText:
-        """Works as the parent's for tokens [b, context].
+        """Returns the encoded text of tokens [b, context].
 
-        In training on a CPU what follows a batch's longest caption has states of zeros, and is not computed.
+        In training on a CPU, positions after a batch's longest caption are not computed, and their states are zeros.
         """
         length = self.context
-        # No caption sees what comes after it, and is shown none; but a longer neighbour would change its rounding, and
-        # so an image. Asking a GPU would make it wait, and a tensor that has a shape alone has no answer. On two cores
-        # this takes a tenth off a step of the preset tiny.
+        # The tower is causal and padding is hidden, so those positions change nothing but rounding. That would make an
+        # image depend on its batch, hence in training only. On a GPU the length would synchronise, and a fake tensor
+        # has none. On two cores this takes a tenth off a step of the preset tiny.
         if self.training and tokens.is_cpu and type(tokens) is Tensor:
             length = int(text_ends(tokens, self.end).max())
         text, missing = super().read(tokens[:, :length]), self.context - length
@@ -112,11 +110,11 @@ class FrozenText(ClipTextEncoder):
         return EncodedText(F.pad(text.states, (0, 0, 0, missing)), text.pooled, F.pad(text.shown, (0, missing)))
 
 
-class CaptionLine(nn.Module):
-    """Makes image embeddings [b, d] of captions, by a regression on their text embeddings and their words.
+class CaptionRegression(nn.Module):
+    """Predicts image embeddings [b, d] of captions by a linear regression on their text embeddings and their words.
 
-    It has no gradient, is zero until ``start_from``, and makes the mean image embedding of a hidden caption. For few
-    rows: a line generalises where a network memorises, so priors begin with it.
+    It has no gradient, is zero until ``start_from``, and predicts the mean image embedding for a hidden caption. It is
+    for few rows, where a linear map generalises and a network memorises.
     """
 
     weight: Tensor
@@ -131,13 +129,13 @@ class CaptionLine(nn.Module):
 
     @torch.no_grad()
     def start_from(self, weight: Tensor, mean: Tensor, image_mean: Tensor) -> None:
-        """Makes it image_mean + weight (said - mean), where ``said`` is what ``inputs`` returns."""
+        """Sets the regression to image_mean + weight (x - mean), with x from ``inputs``."""
         self.weight.copy_(weight)
         self.mean.copy_(mean)
         self.image_mean.copy_(image_mean)
 
     def inputs(self, text: FrozenText, tokens: Tensor, text_embedding: Tensor) -> Tensor:
-        """Returns what it reads, [b, d + words_width]: text embeddings at unit variance, and ``FrozenText.words``."""
+        """Returns the regressors, [b, d + words_width]: text embeddings at unit variance, and ``FrozenText.words``."""
         unit_variance = text_embedding.to(self.weight.dtype) * text_embedding.shape[1] ** 0.5
         return torch.cat([unit_variance, text.words(tokens)], dim=1)
 
@@ -151,8 +149,8 @@ class CaptionLine(nn.Module):
 class FrozenCaption(nn.Module):
     """BPE tokens [b, 77] to vectors [b, context, width]: CLIP's token states through one linear layer, plus position.
 
-    It stands where ``CaptionEmbedding`` stands, and does as that does with padding and dropped captions: these
-    positions hold learned vectors. That is so too of positions which CLIP's own context lacks.
+    It takes the place of ``CaptionEmbedding``. As there, positions of padding and of dropped captions hold learned
+    vectors; so do positions that CLIP's own context lacks.
     """
 
     def __init__(self, sizes: TextTower, embed_dim: int, context: int, width: int):

@@ -1,7 +1,7 @@
-"""Draws a part of an image again: the rest is kept by replacement in the reverse process.
+"""Inpainting by replacement in the reverse process: RePaint (Lugmayr et al. 2022, algorithm 1).
 
-RePaint (Lugmayr et al. 2022, algorithm 1): after every step what is kept is replaced by the image itself, noised to the
-same level, and the step is taken several times, so that what is drawn can agree with it.
+After every step the known region is replaced by the image itself, noised to the same level. The step is taken several
+times, so that the unknown region can agree with it.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from torch import Tensor
 from models.diffusion.process import per_row, posterior_variance, q_sample
 from models.diffusion.samplers import Callback, Denoise, grid_steps
 from models.diffusion.schedules import Schedule
-from models.draw import Draw
 from models.pixels import from_uint8
+from models.random_streams import RandomStreams
 from models.view import view
 
 RESAMPLINGS = 4  # times that each step of the decoder is taken; the paper's 10 cost as much more
-OPAQUE = 250  # of 255: what a mask shows less of is drawn
+OPAQUE = 250  # of 255; a resized mask is rarely 255, and less than this is drawn again
 
 
-class Kept:
-    """An image and the part of it that is kept: where ``mask``, a grey image of the same view, is white."""
+class KnownRegion:
+    """Holds an image, and the mask of its known region: white where it stays, a grey image of the same view."""
 
     def __init__(self, image: Image.Image, mask: Image.Image):
         self.image, self.mask = image, mask
 
     def at(self, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns the image, fp32 [1, 3, side, side] in [-1, 1], and where it is kept, bool [1, 1, side, side]."""
+        """Returns the image, fp32 [1, 3, side, side] in [-1, 1], and where it is known, bool [1, 1, side, side]."""
         image, mask = (torch.tensor(view(one, side)).permute(2, 0, 1)[None] for one in (self.image, self.mask))
         return from_uint8(image).to(device), (mask[:, :1] >= OPAQUE).to(device)
 
@@ -37,42 +37,42 @@ class Kept:
 def repaint(
     denoise: Denoise,
     noise: Tensor,
-    kept: Kept,
+    known: KnownRegion,
     grid: Tensor,
     schedule: Schedule,
-    draw: Draw,
+    rng: RandomStreams,
     free: bool,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Returns samples that equal an image where it is kept.
+    """Returns samples that equal an image in its known region.
 
     Args:
         denoise: Model that predicts the clean image.
         noise: x at the first timestep of ``grid``, [b, c, s, s].
-        kept: Image, and the part of it that is kept.
+        known: Image, and the mask of its known region.
         grid: Falling timesteps.
         schedule: Noise schedule of the model.
-        draw: Noise of each row.
-        free: Takes DDPM's steps, each RESAMPLINGS times with the sample noised again in between, for a model that does
-            not see the image that it draws. An upsampler sees all of it small, and takes DDIM's steps once.
+        rng: Noise of each row.
+        free: DDPM's steps, each RESAMPLINGS times with the sample noised again in between, for a model without a small
+            image as condition. An upsampler has one, which agrees with the image already, and takes DDIM's steps once.
         callback: Callback after every step, as for the samplers.
     """
-    x0, where = kept.at(noise.shape[-1], noise.device)
+    x0, where = known.at(noise.shape[-1], noise.device)
     x0, x, eta = x0.expand_as(noise), noise, float(free)
     for i, t, previous, last in grid_steps(grid, schedule, noise):
         level, before = schedule.at(t), schedule.at(previous)
         for again in range(RESAMPLINGS if free and not last else 1):
-            if again:  # from the previous level back to this one
+            if again:  # one step of the forward process, from the previous level back to this one
                 ratio = level / before
                 x = per_row(ratio.sqrt(), x) * x
-                x = x + per_row((1 - ratio).sqrt(), x) * draw.normal(f"again{i}.{again}", *x.shape[1:])
+                x = x + per_row((1 - ratio).sqrt(), x) * rng.normal(f"again{i}.{again}", *x.shape[1:])
             prediction = denoise(x, t)
             added = eta * posterior_variance(level, before)
             x = per_row(before.sqrt(), x) * prediction.x0
             x = x + per_row((1 - before - added).clamp(min=0).sqrt(), x) * prediction.eps
             if free and not last:
-                x = x + per_row(added.sqrt(), x) * draw.normal(f"step{i}.{again}", *x.shape[1:])
-            x = torch.where(where, q_sample(x0, draw.normal(f"kept{i}.{again}", *x.shape[1:]), before), x)
+                x = x + per_row(added.sqrt(), x) * rng.normal(f"step{i}.{again}", *x.shape[1:])
+            x = torch.where(where, q_sample(x0, rng.normal(f"kept{i}.{again}", *x.shape[1:]), before), x)
         if callback is not None:
             callback(i + 1, torch.where(where, x0, prediction.x0))
     return x

@@ -1,4 +1,4 @@
-"""What every loss of every model returns."""
+"""The result of every model's loss."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Losses(NamedTuple):
-    """One loss for each row, fp32: ``total`` [b] is what is minimised, ``parts`` [b] each are what it is made of."""
+    """Holds one loss for each row, fp32: the ``total`` [b], which is minimised, and its ``parts`` by name, [b] each."""
 
     total: Tensor
     parts: dict[str, Tensor]

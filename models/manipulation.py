@@ -1,7 +1,7 @@
 """The arithmetic of changing images through their latents (Ramesh et al. 2022, section 3). Pure functions.
 
-An image has two latents: its CLIP image embedding z_i says what CLIP recognises in it, and x_T, the decoder's noise,
-holds what else it takes to draw this very image.
+An image has two latents: its CLIP image embedding z_i holds what CLIP recognises, and x_T, the decoder's noise, all
+else that the image consists of.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from models.codec import Codec
 
 @dataclass(frozen=True)
 class Inversion:
-    """The latents of images: ``embedding`` z_i, unit norm [b, d], and ``noise`` x_T, [b, 3, s, s].
+    """Holds the latents of images: ``embedding`` z_i, unit norm [b, d], and ``noise`` x_T, [b, 3, s, s].
 
-    ``tokens`` are the captions that the decoder was told, int64 [b, 77], or None for none.
+    ``tokens`` are the captions that the decoder was conditioned on, int64 [b, 77], or None for none.
     """
 
     embedding: Tensor
@@ -28,7 +28,7 @@ class Inversion:
         return len(self.embedding)
 
     def repeated(self, count: int) -> "Inversion":
-        """Its only image ``count`` times. Raises ValueError for none, and for several that are not ``count``."""
+        """Returns the only image ``count`` times. Raises ValueError for none, and for several but not ``count``."""
         if count < 1:
             raise ValueError(f"got {count} seeds or shares: give one or more")
         if len(self) == count:
@@ -59,7 +59,7 @@ def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     x, y = a.double().flatten(1), b.double().flatten(1)
     angle = (F.normalize(x, dim=1) * F.normalize(y, dim=1)).sum(1).clamp(-1, 1).acos()
     share = share.to(angle)
-    straight = angle.sin() < 1e-6
+    straight = angle.sin() < 1e-6  # sin(angle) divides
     divisor = torch.where(straight, 1.0, angle.sin())
     of_x = torch.where(straight, 1 - share, ((1 - share) * angle).sin() / divisor)
     of_y = torch.where(straight, share, (share * angle).sin() / divisor)

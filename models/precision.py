@@ -1,10 +1,10 @@
-"""The precision that networks compute in."""
+"""The precision of forward passes."""
 
 import torch
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Returns whether a device computes in bf16 itself; emulation is slower than fp32."""
+    """Returns whether a device computes in bf16 natively; emulation is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

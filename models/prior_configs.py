@@ -10,8 +10,8 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 VOCABULARY = 49408
 """The tokens of CLIP's BPE."""
 RIDGE_READS = "ridge reads CLIP's words: use text_encoder frozen"
-ASKED = 3
-"""Positions of the diffusion prior after a caption and its embedding: timestep, noised image embedding, query."""
+STEP_TOKENS = 3
+"""Inputs of a step of the diffusion prior, after those of the caption: timestep, noised image embedding, query."""
 
 Schedule = Literal["cosine", "linear"]
 

@@ -1,4 +1,4 @@
-"""How each model of the cascade is sampled: which sampler, on which grid."""
+"""The reverse process of each model of the cascade: sampler, grid and variance."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from models.decoder import Decoder
-from models.diffusion.dpm_solver import dpm_solver
-from models.diffusion.samplers import Denoise, ancestral, ddim
+from models.diffusion.samplers import Denoise, ancestral, ddim, dpm_solver
 from models.diffusion.schedules import FEW, fast27_grid, log_snr_grid, make_schedule, strided_grid, trailing_grid
 from models.diffusion_prior import DiffusionPrior, diffusion_prior_variance
-from models.draw import Draw
-from models.inpainting import Kept, repaint
+from models.inpainting import KnownRegion, repaint
+from models.random_streams import RandomStreams
 from models.sampling_config import UNEVEN, UNEVEN_MODEL
 from models.upsampler import Upsampler
 
@@ -22,8 +21,8 @@ Stages that make images add the current estimate of the clean images, [b, 3, s, 
 """
 
 
-def ignore(stage: str, step: int, steps: int, estimate: Tensor | None = None) -> None:
-    """Progress that nobody watches."""
+def silent(stage: str, step: int, steps: int, estimate: Tensor | None = None) -> None:
+    """Reports nothing."""
 
 
 def sampling_grid(
@@ -31,15 +30,15 @@ def sampling_grid(
 ) -> Tensor:
     """Returns the timesteps, int64 [steps] and falling, that a model visits unless its sampler has a grid of its own.
 
-    The first upsampler's 27 are GLIDE's. Fewer than ``FEW`` stop before timestep 0, where next to nothing is left to
-    do, but for a network with another one for that very timestep. So do all of a decoder that predicts the image, which
-    there draws once more what is finished, only worse. An ``inverted`` one, from the noise of an
-    image, ends next to the data otherwise, however few its steps. Raises ValueError on a number of steps that the
-    model's schedule does not have.
+    An ``inverted`` grid is for the noise of an image. Raises ValueError on a number of steps that the model's schedule
+    does not have.
     """
     timesteps = model.config.steps
     if stage == UNEVEN_MODEL and steps == UNEVEN:
         return fast27_grid(timesteps)
+    # With few steps the last one should start where noise is left to remove, unless a second U-Net is trained for
+    # timestep 0. A network that predicts the image draws it again at timestep 0, and worse. An inversion began
+    # beside the data, so its way back ends there.
     needs_last = isinstance(model, Upsampler) and model.last_unet is not None
     redraws = isinstance(model, Decoder) and model.config.prediction == "x0"
     ends_early = redraws or (steps < FEW and not needs_last and not inverted)
@@ -47,12 +46,19 @@ def sampling_grid(
 
 
 @dataclass(frozen=True)
-class Reverse:
-    """How one model's reverse diffusion runs.
+class ReverseProcess:
+    """Samples one model.
 
-    ``sampler``: "ddpm", with the ``variance`` "small" or "learned"; "analytic", the same with the diffusion prior's
-    optimal variance; "ddim" with ``eta``; or "dpm", DPM-Solver++ on a grid of its own. ``inverted``: the noise is from
-    an inversion, whose grid it takes. ``kept``: the part of an image that stays, whatever the sampler.
+    Attributes:
+        stage: Name of the model's stage.
+        sampler: "ddpm", with the ``variance`` "small" or "learned"; "analytic", the same with the diffusion prior's
+            optimal variance; "ddim" with ``eta``; or "dpm", DPM-Solver++ on a grid of its own.
+        variance: Variance of "ddpm".
+        steps: Number of steps.
+        progress: Function that is called after every step.
+        eta: Share of DDPM's variance that "ddim" adds.
+        inverted: The noise is from an inversion, whose grid is taken.
+        known: Region of an image that stays; with one the sampler is RePaint's.
     """
 
     stage: str
@@ -62,10 +68,10 @@ class Reverse:
     progress: Progress
     eta: float = 0.0
     inverted: bool = False
-    kept: Kept | None = None
+    known: KnownRegion | None = None
 
     def __call__(
-        self, model: DiffusionPrior | Decoder | Upsampler, denoise: Denoise, noise: Tensor, draw: Draw
+        self, model: DiffusionPrior | Decoder | Upsampler, denoise: Denoise, noise: Tensor, rng: RandomStreams
     ) -> Tensor:
         """Goes from ``noise`` [b, ...] to a sample of the same shape."""
         schedule = make_schedule(model.config.schedule, model.config.steps)
@@ -75,13 +81,13 @@ class Reverse:
             shown = () if isinstance(model, DiffusionPrior) else (estimate,)
             self.progress(self.stage, done, self.steps, *shown)
 
-        if self.kept is not None:
-            return repaint(denoise, noise, self.kept, grid, schedule, draw, self.stage == "decoder", report)
+        if self.known is not None:
+            return repaint(denoise, noise, self.known, grid, schedule, rng, self.stage == "decoder", report)
         if self.sampler == "dpm":
             return dpm_solver(denoise, noise, log_snr_grid(schedule, self.steps), schedule, report)
         if self.sampler == "ddim":
-            return ddim(denoise, noise, grid, schedule, self.eta, draw, report)
+            return ddim(denoise, noise, grid, schedule, self.eta, rng, report)
         variance: str | Tensor = self.variance
         if self.sampler == "analytic" and isinstance(model, DiffusionPrior):
             variance = diffusion_prior_variance(model, grid)
-        return ancestral(denoise, noise, grid, schedule, draw, variance, report)
+        return ancestral(denoise, noise, grid, schedule, rng, variance, report)

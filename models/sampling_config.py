@@ -1,4 +1,4 @@
-"""How a bundle turns captions into images by default. No torch here, as in the other configurations."""
+"""Sampling defaults of a bundle. No torch here, as in the other configurations."""
 
 import json
 import math
@@ -20,9 +20,9 @@ UPSAMPLERS = {"upsampler_256": 256, "upsampler_1024": 1024}
 MODELS = (*PRIORS.values(), "decoder", *UPSAMPLERS)
 """The models of a bundle that are trained for it, in the order in which they run."""
 STEPS = {"diffusion_prior": "prior_steps"} | {name: f"{name}_steps" for name in ("decoder", *UPSAMPLERS)}
-"""The option that says in how many steps a model is sampled, by the model."""
+"""The option with a model's number of sampling steps, by the model."""
 UNEVEN_MODEL, UNEVEN = "upsampler_256", 27
-"""Steps of that model that stand for GLIDE's uneven grid, of a schedule of ``UNEVEN_OF`` timesteps or more."""
+"""This model with this number of steps takes GLIDE's uneven grid, which needs ``UNEVEN_OF`` timesteps or more."""
 UNEVEN_OF = 50
 
 
@@ -103,11 +103,7 @@ def largest_side(models: Collection[str]) -> int:
 
 
 def check_sampling(sampling: SamplingConfig, models: Mapping[str, Any]) -> None:
-    """Raises ValueError for options that one of the models, configurations by name, would refuse at sampling.
-
-    That is more steps than it has timesteps, and tiles that its network cannot halve often enough, or that would not
-    overlap.
-    """
+    """Raises ValueError for options that one of the models, configurations by name, would refuse at sampling."""
     for name, model in models.items():
         if name in STEPS:
             steps = getattr(sampling, STEPS[name])
@@ -129,6 +125,7 @@ def check_sampling(sampling: SamplingConfig, models: Mapping[str, Any]) -> None:
         if name in UPSAMPLERS:
             multiple = model.patch * 2 ** (len(model.multipliers) - 1)
             require(
+                # A tile of one multiple has no room to overlap with its neighbours.
                 sampling.tile % multiple == 0 and sampling.tile != multiple,
                 f"tile is {sampling.tile}: {name} takes multiples of {multiple} px, from {2 * multiple} on",
             )
@@ -156,6 +153,7 @@ def _typed(name: str, value: object) -> Any:
         float: (Real, "a number"),
         str: (str, "a word"),
     }[kind]
+    # Python's bool is an int, and True steps would be 1.
     if not isinstance(value, allowed) or isinstance(value, bool) or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{name} is {value!r}: use {needed}")
     return kind(value)

@@ -1,4 +1,4 @@
-"""Writes tensors as safetensors files, and builds no model that is larger than its file."""
+"""Safetensors files: written like any other file, and models built from them within the size of the file."""
 
 import os
 import re
@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 MOST_TENSORS = 10_000  # of a model; the largest CLIP that open_clip knows has under 2,000
-REPLACED_TENSORS, REPLACED_NUMBERS = 4096, 64  # that any model may have, and times the numbers of its file
+# A model may register tensors that it then ties or replaces: this many, and this many times the numbers of its file.
+REPLACED_TENSORS, REPLACED_NUMBERS = 4096, 64
 
 
 @contextmanager
 def shapes_only(weights: Path, sizes: Sequence[int] | None = None) -> Iterator[None]:
-    """Builds models inside without numbers, on the meta device, as long as they fit their weights.
+    """Builds models inside on the meta device, without memory, and checks them against the size of their weights.
 
-    A configuration may come from anybody: it takes neither memory nor time beyond what the weights hold.
+    A configuration may come from a stranger. So it takes no more memory or time than the weights justify.
 
     Args:
         weights: A safetensors file, or the folder of several.
-        sizes: Numbers in each tensor; by default those of the file.
+        sizes: Number of elements of each tensor; by default those of the file.
 
     Raises:
         ValueError: when a model has many times as many tensors or numbers as the weights.
@@ -36,7 +37,6 @@ def shapes_only(weights: Path, sizes: Sequence[int] | None = None) -> Iterator[N
     if sizes is None:
         with safe_open(weights, "pt") as file:
             sizes = [prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118 - no mapping
-    # Networks may tie layers or replace them while they are built, one of the user's own all that it inherits.
     tensors, numbers = min(max(2 * len(sizes), REPLACED_TENSORS), MOST_TENSORS), REPLACED_NUMBERS * sum(sizes)
     builder = threading.get_ident()
     larger = (
@@ -46,7 +46,7 @@ def shapes_only(weights: Path, sizes: Sequence[int] | None = None) -> Iterator[N
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal tensors, numbers
-        if parameter is None or threading.get_ident() != builder:  # another thread builds something else
+        if parameter is None or threading.get_ident() != builder:  # the hook is global, and other threads build, too
             return
         tensors, numbers = tensors - 1, numbers - parameter.numel()
         if tensors < 0 or numbers < 0:
@@ -57,7 +57,7 @@ def shapes_only(weights: Path, sizes: Sequence[int] | None = None) -> Iterator[N
         with torch.device("meta"):
             yield
     except (RuntimeError, TypeError) as error:
-        if "overflow" not in str(error).lower():  # as torch says of more numbers than it can count
+        if "overflow" not in str(error).lower():  # torch's error for sizes beyond 64 bits
             raise
         raise ValueError(larger) from error
     finally:
@@ -66,12 +66,14 @@ def shapes_only(weights: Path, sizes: Sequence[int] | None = None) -> Iterator[N
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes contiguous tensors that share no memory. Raises OSError, as for any other file, where the disk is full."""
+    # safetensors writes files that only their owner may read. The umask decides here, as for any other file.
     path.touch()
-    mode = path.stat().st_mode  # which files have here; safetensors' own are for nobody but their owner
+    mode = path.stat().st_mode
     try:
         save_file(dict(tensors), path, metadata)
         path.chmod(stat.S_IMODE(mode))
     except SafetensorError as e:
+        # Rust's I/O errors come as text.
         number = re.search(r"\(os error (\d+)\)", str(e))
         if number is None:
             raise

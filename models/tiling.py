@@ -1,12 +1,11 @@
-"""A convolutional network on a large image piece by piece, without seams."""
+"""A convolutional network on a large image in overlapping tiles, without seams."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-OVERLAP = 4
-"""Neighbouring tiles share a quarter of their side."""
+OVERLAP = 4  # neighbouring tiles share a quarter of their side
 
 
 def tile_starts(size: int, tile: int, multiple: int) -> list[int]:
@@ -27,8 +26,8 @@ def in_tiles(
 ) -> Tensor:
     """Returns ``network`` of x and ``condition``, both [b, c, h, w], from tiles of ``tile`` pixels: fp32 [b, c', h, w].
 
-    Where tiles overlap, their outputs are averaged with weights that fall to nothing at a tile's edge, so no pixel
-    jumps from one tile's output to the next. ``tile`` and s are multiples of ``multiple``, and tiles begin at such.
+    Where tiles overlap, their outputs are averaged with weights that fall to nothing at a tile's edge. ``tile``, h and
+    w are multiples of ``multiple``, and tiles begin at such.
     """
     height, width = x.shape[2:]
     weight = tile_weight(tile, x.device)

@@ -14,7 +14,7 @@ CONTEXT = 77  # tokens made for every model, start and end included
 START, END = VOCABULARY - 2, VOCABULARY - 1
 # 26 characters a token: nothing 77 tokens can hold is cut, and a hostile megabyte costs no minutes of merging pairs.
 CAPTION_CHARACTERS = 2000
-WORDS = 1 << 16  # whose tokens are kept, some 20 MB
+WORDS = 1 << 16  # in the cache, some 20 MB
 
 
 class Bpe(open_clip.SimpleTokenizer):
@@ -43,7 +43,7 @@ class Bpe(open_clip.SimpleTokenizer):
         for word in self.pat.findall(text):
             found = words.get(word)
             if found is None:
-                if len(words) > WORDS:
+                if len(words) > WORDS:  # a new dictionary, never clear(): other threads may be reading the old one
                     words = self.words = self._special()
                 spelt = "".join(self.byte_encoder[byte] for byte in word.encode())
                 found = words[word] = [self.encoder[piece] for piece in self.bpe(spelt).split(" ")]
@@ -63,7 +63,7 @@ def shortened(captions: Sequence[str]) -> list[str]:
 
 
 def tokenize(captions: Sequence[str]) -> Tensor:
-    """Turns captions to int64 [b, 77]: start, at most 75 BPE tokens, end, then zeros. Longer captions are cut."""
+    """Returns captions as int64 [b, 77]: start, at most 75 BPE tokens, end, then zeros. Longer captions are cut."""
     rows = np.zeros((len(captions), CONTEXT), np.int64)
     for row, caption in zip(rows, shortened(captions), strict=True):
         tokens = [START, *tokenizer().encode(caption)[: CONTEXT - 2], END]
@@ -72,7 +72,7 @@ def tokenize(captions: Sequence[str]) -> Tensor:
 
 
 def check_captions(captions: Sequence[str]) -> None:
-    """Raises ValueError for the first caption that ``tokenize`` would cut. For what is asked for, not for data."""
+    """Raises ValueError for the first caption that ``tokenize`` would cut. For prompts; captions of data are cut."""
     for i, caption in enumerate(captions, 1):
         length = len(tokenizer().encode(caption[: 2 * CAPTION_CHARACTERS]))
         if length > CONTEXT - 2:

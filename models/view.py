@@ -1,4 +1,4 @@
-"""The one way an image file becomes pixels.
+"""The view of an image file: the pixels that every model sees.
 
 CLIP and every trained model see the same square, so that a decoder never learns what its embedding did not see.
 """
@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageCms
 def open_view(data: bytes, size: int) -> np.ndarray:
     """Decodes ``data`` and returns its view, uint8 [size, size, 3]. Raises OSError or ValueError on a bad file."""
     image = Image.open(io.BytesIO(data))
-    if image.format == "JPEG":  # decoding at 1/2, 1/4 or 1/8 costs a fraction, and still leaves two pixels for one
+    if image.format == "JPEG":  # decoding at 1/2, 1/4 or 1/8 is far cheaper, and still leaves two pixels for one
         image.draft("RGB", (2 * size, 2 * size))
     return view(image, size)
 
@@ -27,7 +27,7 @@ def view(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-_TURNS = {  # by EXIF's orientation, of which 1 is upright
+_TURNS = {  # by EXIF orientation, of which 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -60,17 +60,19 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     is given is not changed, and comes back itself if there is nothing to do. Raises OSError or ValueError for pixels
     that cannot be decoded, or have no range (32 bits, floating point).
     """
-    image.load()  # a PNG may say only behind its pixels how it was held
+    image.load()  # a PNG may have its EXIF chunk behind the pixels
     profile = image.info.get("icc_profile")
     image = turned(image)
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16-bit grey at 255
         levels = np.asarray(image)
+        # A transparent level becomes white here: below, the image no longer has 16 bits to compare it with.
         image = Image.fromarray(np.where(levels == image.info.get("transparency"), 255, levels >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} (32 bits, or floating point) do not say which is white")
+        raise ValueError(f"pixels of mode {image.mode} (32 bits, or floating point) have no range from black to white")
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    # Modes for which there are ICC profiles stay until theirs is applied.
     if image.mode not in ("L", "CMYK", "RGB"):
         image = image.convert("RGB")
     if profile:

@@ -36,7 +36,7 @@ class OtherFormat(UserError):
 class CorruptObject(Exception):
     """A stored object is missing, its bytes do not match its name, or it is not an object of its kind.
 
-    ``path`` is the object in the store. ``unclip data check --repair`` sets it aside with the records that name it, so
+    ``path`` is the object in the store. ``unclip data check --repair`` quarantines it with the records that name it, so
     that the next run makes them again.
     """
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.parse import parse
 from pipeline.terminal import printable_streams
-from serve.app import hold
-from serve.bundle import Served
-from serve.listening import listen
+from serve.address import listen
+from serve.app import run_server
+from serve.bundle import ServedBundle
 from serve.settings import ServeSettings
 
 if __name__ == "__main__":
@@ -21,7 +21,13 @@ if __name__ == "__main__":
     with printable_streams():
         try:
             settings = parse(ServeSettings, values["settings"], "serve")
-            hold(Served(**values["served"]), settings, values["tokens"], listen(settings), partial(print, flush=True))
+            run_server(
+                ServedBundle(**values["served"]),
+                settings,
+                values["tokens"],
+                listen(settings),
+                partial(print, flush=True),
+            )
         except UserError as e:
             print(f"unclip: {e}", file=sys.stderr)
             sys.exit(1)

@@ -1,4 +1,4 @@
-"""OpenAI's image API over HTTP, and a page beside it."""
+"""OpenAI's image API over HTTP, and the studio, a page that uses it."""
 
 from __future__ import annotations
 

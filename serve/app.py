@@ -15,16 +15,16 @@ from pipeline.errors import UserError
 from pipeline.graph.ray import start_ray, this_machine
 from pipeline.parse import parse
 from pipeline.settings import RaySettings
+from serve.address import url_host
 from serve.api import make_api
-from serve.bundle import Served
+from serve.bundle import ServedBundle
 from serve.gateway import Gateway
 from serve.guard import CONNECTIONS, read_tokens, requests_log
-from serve.listening import named
 from serve.metrics import Metrics
 from serve.pool import Handle, ReplicaPool
-from serve.queue import Event, Refused, RequestQueue
+from serve.queue import Event, RequestQueue, RequestRefused
 from serve.replica import Replica
-from serve.results import Results
+from serve.results import ResultCache
 from serve.server import CLOSING_S, Server
 from serve.settings import ServeSettings
 from serve.work import Work
@@ -35,13 +35,13 @@ log = logging.getLogger("unclip")
 
 
 class LocalReplica:
-    """The gateway's side of a replica in this process."""
+    """The gateway's handle of a replica in this process."""
 
     def __init__(self, replica: Replica):
         self.replica = replica
 
     @classmethod
-    async def start(cls, served: Served, settings: ServeSettings) -> LocalReplica:
+    async def start(cls, served: ServedBundle, settings: ServeSettings) -> LocalReplica:
         """Loads the bundle. Raises UserError."""
         return cls(await asyncio.to_thread(Replica, served, settings))
 
@@ -50,10 +50,10 @@ class LocalReplica:
         return self.replica.describe()
 
     async def draw(self, work: Work) -> AsyncGenerator[Event]:
-        """Yields the events of drawing. Raises Refused, and what went wrong."""
+        """Yields the events of drawing. Raises RequestRefused, and what went wrong."""
         async for event in self.replica.draw(work):
             if event[0] == "refused":
-                raise Refused(event[1])
+                raise RequestRefused(event[1])
             yield event
 
     async def close(self) -> None:
@@ -74,9 +74,12 @@ class LocalReplica:
 
 
 class Service:
-    """A gateway with its replicas and its application."""
+    """A gateway with its replicas and its application.
 
-    def __init__(self, served: Served, settings: ServeSettings, tokens: Mapping[str, str], gpu: bool | None):
+    ``gpu`` says whether replicas on Ray have a GPU each; None takes one replica in this process.
+    """
+
+    def __init__(self, served: ServedBundle, settings: ServeSettings, tokens: Mapping[str, str], gpu: bool | None):
         self.metrics = Metrics()
         lines = logging.StreamHandler()
         lines.setFormatter(logging.Formatter("%(message)s"))  # each is a JSON object
@@ -99,13 +102,13 @@ class Service:
             settings.deadline_s,
             self.metrics,
         )
-        results, pool = Results(settings.results_mb << 20), self.pool
+        results, pool = ResultCache(settings.results_mb << 20), self.pool
         self.gateway = Gateway(served, settings, self.queue, results, pool.describe, self.metrics, pool.ready)
         self.api = make_api(self.gateway, tokens, self.metrics.text)
 
 
-def hold(
-    served: Served,
+def run_server(
+    served: ServedBundle,
     settings: ServeSettings,
     tokens: Mapping[str, str],
     listening: socket.socket,
@@ -122,14 +125,14 @@ def hold(
     asked = settings.replicas
     if here is None:
         start_ray(RaySettings())
-        from serve.processes import size_up
+        from serve.processes import fit_to_cluster
 
-        settings, gpu = size_up(settings)
+        settings, gpu = fit_to_cluster(settings)
     else:
         settings = here
     # All that are there already; those that a cluster may have to add come when they are needed.
     first = max(1, settings.idle_replicas) if asked else settings.replicas
-    asyncio.run(_hold(Service(served, settings, tokens, gpu), settings, first, listening, tell))
+    asyncio.run(_run_server(Service(served, settings, tokens, gpu), settings, first, listening, tell))
 
 
 def one_process(settings: ServeSettings) -> ServeSettings | None:
@@ -145,11 +148,11 @@ def one_process(settings: ServeSettings) -> ServeSettings | None:
     return None if gpus > 1 and not settings.replicas else replace(settings, replicas=1)
 
 
-async def _hold(
+async def _run_server(
     service: Service, settings: ServeSettings, first: int, listening: socket.socket, tell: Callable[[str], None]
 ) -> None:
     await service.pool.open(first)
-    host = named(settings.host)
+    host = url_host(settings.host)
     url = f"http://{host}:{settings.port}"
     tell(f"the studio is at {url}/, the API at {url}/v1")
     if os.environ.get("RAY_ADDRESS"):
@@ -175,17 +178,17 @@ def application(arguments: Mapping[str, Any]) -> Any:
         graceful_shutdown_timeout_s=settings.drain_s,
         ray_actor_options={"num_cpus": 0, "resources": HEAD},
     )
-    return gateway.bind(Served(**arguments["served"]), settings, read_tokens(settings))
+    return gateway.bind(ServedBundle(**arguments["served"]), settings, read_tokens(settings))
 
 
 class GatewayDeployment:
     """The gateway where Ray Serve speaks HTTP."""
 
-    def __init__(self, served: Served, settings: ServeSettings, tokens: Mapping[str, str]):
+    def __init__(self, served: ServedBundle, settings: ServeSettings, tokens: Mapping[str, str]):
         logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-        from serve.processes import size_up
+        from serve.processes import fit_to_cluster
 
-        settings, gpu = size_up(settings)
+        settings, gpu = fit_to_cluster(settings)
         service = Service(served, settings, tokens, gpu)
 
         @asynccontextmanager

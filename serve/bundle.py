@@ -1,4 +1,4 @@
-"""Which bundle is served, wherever a process of Ray opens it."""
+"""The bundle to serve, as each process that draws finds and opens it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pipeline.store import open_store
 from pipeline.store.records import materialise
 
 
-@dataclass(unsafe_hash=True)  # caches are kept by what names it
-class Served:
+@dataclass(unsafe_hash=True)  # a key of caches; ``moves`` alone changes, which is not compared
+class ServedBundle:
     """Names a bundle: in a store by its key or as the release of a project, or a folder.
 
     Attributes:
         name: Model name that clients use.
-        store: The store's URL, or "" for a folder.
-        key: The bundle's key, or what identifies the folder; "" for the release of ``project``.
-        project: The project whose release is followed.
-        folder: The bundle's folder, if it is not in a store.
+        store: URL of the store, or "" for a folder.
+        key: Key of the bundle, or what identifies the folder; "" for the release of ``project``.
+        project: Project whose release is followed.
+        folder: Folder of the bundle, if it is not in a store.
         keys: Public keys of which one must have signed the release; without any, signatures are not checked.
         moves: Number of moves of the release that this process has seen; with ``keys`` an older state is refused.
     """

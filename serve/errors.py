@@ -43,7 +43,7 @@ class ApiError(Exception):
 
 def broken() -> ApiError:
     """Returns the error for a fault of the server's own, which its log has."""
-    return ApiError(500, "server_error", "This could not be done, by a fault that the server's log has: try another")
+    return ApiError(500, "server_error", "The server failed, and its log says why: try another request")
 
 
 def invalid(message: str, param: str | None = None) -> ApiError:

@@ -1,4 +1,4 @@
-"""Turns parsed requests into images: those that are kept, those that an equal request draws, and new ones."""
+"""Turns parsed requests into images: from the cache, from an equal request that is being drawn, or new ones."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.store.records import digest
-from serve.bundle import Served
+from serve.bundle import ServedBundle
 from serve.errors import ApiError, broken
 from serve.guard import Traffic
-from serve.queue import Died, Event, Observe, Refused, RequestQueue
-from serve.results import Result, Results
+from serve.queue import Event, Observe, ReplicaDied, RequestQueue, RequestRefused
+from serve.results import Result, ResultCache
 from serve.settings import ServeSettings
 from serve.work import Row, Work
 
@@ -26,26 +26,26 @@ EQUAL_S = 120.0  # that a request waits for an equal one, whose client may read 
 
 @dataclass
 class Gateway:
-    """What the endpoints share.
+    """The state that the endpoints share.
 
     Attributes:
         served: Bundle that is served.
         settings: Settings of the server.
         queue: The queue of requests.
         results: Finished images.
-        ask: Returns the description of the bundle that the replicas draw with, as ``Replica.describe``. Raises Died
-            where no replica has answered yet.
-        observe: Notes a figure.
-        ready: Returns whether a request would be drawn.
+        ask: Function that returns the description of the bundle that the replicas draw with, as ``Replica.describe``,
+            and raises ReplicaDied where no replica has answered yet.
+        observe: Function that records a metric.
+        ready: Function that returns whether a request would be drawn.
         traffic: The requests that are being answered.
         drawing: The images that requests draw now, by name, until these requests have ended.
         behind: Bytes of the images of requests that wait for an equal one, outside the queue.
     """
 
-    served: Served
+    served: ServedBundle
     settings: ServeSettings
     queue: RequestQueue
-    results: Results
+    results: ResultCache
     ask: Callable[[], Awaitable[dict[str, Any]]]
     observe: Observe
     ready: Callable[[], bool] = lambda: True
@@ -59,11 +59,11 @@ class Gateway:
         return self.served.name
 
     async def described(self) -> dict[str, Any]:
-        """Returns the description of the bundle that is drawn with. Raises ApiError where nobody can tell."""
+        """Returns the description of the bundle that is drawn with. Raises ApiError if no replica has given it yet."""
         try:
             return await self.ask()
-        except Died:
-            raise _nobody() from None
+        except ReplicaDied:
+            raise _unavailable() from None
 
     async def draw(self, work: Work) -> AsyncGenerator[Event]:
         """Yields the events of drawing, with ("image", row, name, Result) for each image.
@@ -79,7 +79,7 @@ class Gateway:
                 raise ApiError(
                     429,
                     "queue_full",
-                    "too many requests with images wait for equal ones; try again later",
+                    "Too many requests with images wait for equal ones: try again later",
                     retry_after=self.queue.seconds,
                 )
             yield ("place", 1)
@@ -91,7 +91,7 @@ class Gateway:
             names = self._names((await self.described())["bundle"], work)
         kept = {i: found for i, name in enumerate(names) if (found := self.results.get(name))}
         if len(kept) < len(names) and work.kind not in ("generation", "inpainting"):
-            kept = {}  # their images are made together
+            kept = {}  # drawn together from one inversion, which costs as much as an image
         missing = [i for i in range(len(names)) if i not in kept]
         ended = asyncio.get_running_loop().create_future()
         mine = {names[i]: ended for i in missing}
@@ -115,10 +115,10 @@ class Gateway:
                         yield ("partial", missing[event[1]], *event[2:])
                     else:
                         yield event
-        except Refused as e:
+        except RequestRefused as e:
             raise ApiError(400, e.code, str(e)) from None
-        except Died:
-            raise _nobody() from None
+        except ReplicaDied:
+            raise _unavailable() from None
         except ApiError:
             raise
         except Exception:  # such as too little memory in a process that draws
@@ -150,5 +150,5 @@ class Gateway:
         )
 
 
-def _nobody() -> ApiError:
+def _unavailable() -> ApiError:
     return ApiError(503, "unavailable", "No process could draw this: try again", retry_after=10)

@@ -1,4 +1,4 @@
-"""Who may ask, how much, and what a request may weigh: before anything of it is parsed."""
+"""Admission of requests: tokens, rate limits and limits of size, before anything of a request is parsed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def read_tokens(settings: ServeSettings) -> dict[str, str]:
 
 
 class RateLimit:
-    """What one token may spend in a minute, of requests, megapixels and megabytes; 0 sets no limit."""
+    """The rate limit of one token: requests, megapixels and megabytes in a sliding minute; 0 sets no limit."""
 
     def __init__(self, limits: Mapping[str, float]):
         self.limits = limits
@@ -242,6 +242,7 @@ class Guard:
         """Raises ApiError for a page of another address, which could make a browser draw behind its user's back."""
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
+        # DNS rebinding: a foreign page whose own name resolves to 127.0.0.1 has an origin that equals the host.
         if not self.tokens and _hostname(host) not in LOOPBACK:
             raise ApiError(403, "forbidden_host", f"The host {host!r} is not this machine: use 127.0.0.1")
         if origin and origin.partition("://")[2] != host and origin not in self.settings.origins:

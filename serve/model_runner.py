@@ -1,4 +1,4 @@
-"""Draws what requests ask for with one bundle, and reports each image as it is made. Knows neither HTTP nor Ray."""
+"""Draws the work of requests with one bundle, and emits each image as it is made. Knows neither HTTP nor Ray."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.cascade import Generation, Inversion, UnCLIP
 from models.comparison import priors_of
-from models.inpainting import Kept
+from models.inpainting import KnownRegion
 from models.pixels import to_uint8
 from models.sampling_config import STEPS
 from models.view import view
@@ -34,15 +34,15 @@ Emit = Callable[[tuple[Any, ...]], None]
 Encode = Callable[[Callable[[], None]], Any]
 
 
-class Stopped(Exception):
+class DrawingCancelled(Exception):
     """Raised inside a drawing that no client waits for any longer."""
 
 
 class ModelRunner:
     """Draws with one bundle, ``batch`` images at once.
 
-    ``judges`` are heads for "prompt" and "image" with the highest score that each lets pass. ``slowest`` is the longest
-    time between two events of ``warm_up``, in seconds.
+    ``judges`` are linear heads for "prompt" and "image" with the highest score that each lets pass. ``slowest`` is the
+    longest time between two events of ``warm_up``, in seconds.
     """
 
     slowest = 0.0
@@ -74,8 +74,8 @@ class ModelRunner:
 
         ``emit`` gets ("step", stage, done, steps), ("stage", stage, seconds), and ("partial", row, side, PNG) if the
         work asks for it. For every row it gets ("image", row, PNG, score) or ("withheld", row, why). The score is the
-        cosine of image and caption by CLIP. Raises Stopped at the first step after ``stopped`` returns True, and
-        ValueError for what this bundle cannot draw.
+        cosine of image and caption by CLIP. Raises DrawingCancelled at the first step after ``stopped`` returns True,
+        and ValueError for what this bundle cannot draw.
         """
         options = {**work.options, "size": drawn_side(work.side)}
         plain = work.kind in ("generation", "inpainting")
@@ -84,11 +84,13 @@ class ModelRunner:
         latents: list[Inversion] = []
         for start in range(0, len(work.rows), self.batch):
             rows = work.rows[start : start + self.batch]
-            watch = _Watch(emit, stopped, encode, start, replace(work, partial=work.partial and not self.judges))
+            progress = _ProgressEvents(
+                emit, stopped, encode, start, replace(work, partial=work.partial and not self.judges)
+            )
             if not plain and not latents:  # those of an image are found once
                 described = [rows[0].caption] if rows[0].caption and work.kind == "variation" else None
-                latents = [self.unclip.invert([opened(png)], described, watch, **options) for png in work.images]
-            made = self._make(work, rows, latents, options, watch)
+                latents = [self.unclip.invert([opened(png)], described, progress, **options) for png in work.images]
+            made = self._make(work, rows, latents, options, progress)
             scores, withheld = self._judged(made, rows)
             for i, row in enumerate(rows):
                 if withheld[i]:
@@ -108,21 +110,21 @@ class ModelRunner:
         rows: Sequence[Row],
         latents: Sequence[Inversion],
         options: dict[str, Any],
-        watch: Callable[..., None],
+        progress: Callable[..., None],
     ) -> Generation:
         unclip, caption = self.unclip, rows[0].caption
         seeds, shares = [row.seed for row in rows], [row.share for row in rows]
         if work.kind == "generation":
-            return unclip.generate([row.caption or "" for row in rows], seeds, watch, **options)
+            return unclip.generate([row.caption or "" for row in rows], seeds, progress, **options)
         if work.kind == "inpainting":
-            kept = Kept(*[opened(png) for png in work.images])
-            return unclip.generate([caption or ""] * len(rows), seeds, watch, kept, **options)
+            known = KnownRegion(*[opened(png) for png in work.images])
+            return unclip.generate([caption or ""] * len(rows), seeds, progress, known, **options)
         if work.kind == "variation":
-            return unclip.variations(latents[0], seeds, work.more["eta"], watch, **options)
+            return unclip.variations(latents[0], seeds, work.more["eta"], progress, **options)
         if work.kind == "interpolation":
-            return unclip.interpolate(latents[0], latents[1], shares, seeds[0], watch, **options)
+            return unclip.interpolate(latents[0], latents[1], shares, seeds[0], progress, **options)
         before = work.more["before"]
-        return unclip.text_difference(latents[0], before, caption or "", shares, seeds[0], watch, **options)
+        return unclip.text_difference(latents[0], before, caption or "", shares, seeds[0], progress, **options)
 
     def _judged(self, made: Generation, rows: Sequence[Row]) -> tuple[list[float | None], list[str | None]]:
         """Returns the cosine of each image and its caption, None where it has none, and what of it is refused."""
@@ -142,8 +144,8 @@ class ModelRunner:
         return [None if row.caption is None else score for row, score in zip(rows, near, strict=True)], withheld
 
 
-class _Watch:
-    """Turns the progress of models into events, and ends a drawing that no client waits for."""
+class _ProgressEvents:
+    """Turns the progress of models into events, and cancels a drawing that no client waits for."""
 
     def __init__(self, emit: Emit, stopped: Callable[[], bool], encode: Encode, start: int, work: Work):
         self.emit, self.stopped, self.encode, self.start, self.work = emit, stopped, encode, start, work
@@ -152,7 +154,7 @@ class _Watch:
 
     def __call__(self, stage: str, done: int, steps: int, estimate: Tensor | None = None) -> None:
         if self.stopped():
-            raise Stopped
+            raise DrawingCancelled
         now = time.monotonic()
         if done == steps or now - self.said > STEP_S:
             self.said = now

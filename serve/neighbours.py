@@ -24,7 +24,7 @@ from pipeline.data.pairs.row_index import read_images
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact, made_with
 from pipeline.store import Store, open_store
-from serve.bundle import Served
+from serve.bundle import ServedBundle
 from serve.errors import ApiError
 from serve.uploads import read_image
 
@@ -60,8 +60,10 @@ async def neighbours(
 class TrainingSet:
     """The rows that a bundle's decoder was trained on, and their index.
 
-    ``artifacts`` are those that ``look_up`` takes, and the CLIP. ``licenses`` are those of the images that may be
-    shown, all if none is named; other rows are listed without their image.
+    Attributes:
+        store: Store of the artefacts.
+        artifacts: Artefacts that ``look_up`` takes, and the CLIP.
+        licenses: Licences of the images that may be shown, all if none is named; other rows come without their image.
     """
 
     store: Store
@@ -143,8 +145,8 @@ def find_training_set(store: Store, bundle: Artifact, licenses: Collection[str] 
     return None
 
 
-@lru_cache(2)
-def training_set_of(served: Served, key: str, licenses: tuple[str, ...]) -> TrainingSet:
+@lru_cache(2)  # of the release and the one before it, whose requests may still run
+def training_set_of(served: ServedBundle, key: str, licenses: tuple[str, ...]) -> TrainingSet:
     """Returns what the served bundle of a key was trained on. Raises ApiError if its rows have no index."""
     store = open_store(served.store) if served.store else None
     bundle = load_artifact(store, "bundle", key) if store else None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from serve.errors import ApiError
-from serve.queue import Died, Event, Observe
+from serve.queue import Event, Observe, ReplicaDied
 from serve.settings import ServeSettings
 from serve.work import Work
 
@@ -31,10 +31,10 @@ class Handle(Protocol):
     """A replica as the gateway reaches it, in this process or in another one."""
 
     def draw(self, work: Work) -> AsyncGenerator[Event]:
-        """Yields the events of ``Replica.draw``. Raises Died, Refused, or what went wrong."""
+        """Yields the events of ``Replica.draw``. Raises ReplicaDied, RequestRefused, or what went wrong."""
 
     async def describe(self) -> dict[str, Any]:
-        """Returns what the replica draws with, at once, also while it draws. Raises Died."""
+        """Returns what the replica draws with, at once, also while it draws. Raises ReplicaDied."""
 
     async def close(self) -> None:
         """Ends a replica that draws nothing."""
@@ -50,13 +50,13 @@ class Member:
     Attributes:
         handle: Handle through which the replica is called.
         about: Description of its bundle, as ``Replica.describe`` returns it.
-        busy: Has a batch to draw now.
+        busy: State of drawing a batch now.
         images: Images of its batch, or of the last one.
         missed: Pings since its last sign of life.
         still: Pings since its last step, while it has a batch.
         since: time.monotonic() of the end of its last batch.
-        lost: Set when it is given up.
-        ping: The ping that is on its way.
+        lost: Future that is set when it is given up.
+        ping: Ping that is on its way.
     """
 
     handle: Handle
@@ -74,10 +74,10 @@ class ReplicaPool:
     """Draws with up to ``settings.replicas`` replicas, each with one batch at a time.
 
     Args:
-        start: Starts a replica. Raises UserError where the bundle cannot be loaded.
+        start: Function that starts a replica. Raises UserError where the bundle cannot be loaded.
         settings: Settings, of which it reads the number of replicas and how long one may be silent.
-        observe: Notes figures.
-        tell: Told with every ping whether all drawing hangs.
+        observe: Function that records a metric.
+        tell: Function that is told with every ping whether all drawing hangs.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class ReplicaPool:
         self.members: list[Member] = []
         self.tasks: set[asyncio.Task[Any]] = set()
         self.starting = 0
-        self.failed = False  # whether the last replica was lost, and none could be started since
-        self.hung = False  # whether no replica that is alive makes a step
+        self.failed = False  # the last replica was lost, and none could be started since
+        self.hung = False  # no replica that is alive makes a step
         self.tried = 0.0  # time.monotonic() of the last start that failed
         self.load_s = AGAIN_S  # of the last start
         self.about: dict[str, Any] = {}
@@ -118,16 +118,16 @@ class ReplicaPool:
         return (alive and not self.hung) or (not self.members and not self.failed and not self.settings.idle_replicas)
 
     async def describe(self) -> dict[str, Any]:
-        """Returns what the replicas draw with, as the last ping had it. Raises Died where that is not known yet."""
+        """Returns what the replicas draw with, by the last ping. Raises ReplicaDied where that is not known yet."""
         if not self.about:
-            raise Died("no replica has answered yet")
+            raise ReplicaDied("no replica has answered yet")
         return self.about
 
     async def draw(self, work: Work) -> AsyncGenerator[Event]:
         """Yields the events of a replica's ``draw``.
 
-        Raises Died where the replica ends or hangs, ApiError where there is none any more, and what ``Handle.draw``
-        raises.
+        Raises ReplicaDied where the replica ends or hangs, ApiError where there is none any more, and what
+        ``Handle.draw`` raises.
         """
         member, drawing = await self._acquire(), True
         member.images, member.still = len(work.rows), 0
@@ -141,7 +141,7 @@ class ReplicaPool:
                         drawing = False
                         self._release(member)
                     yield event
-        except Died:
+        except ReplicaDied:
             self._lose(member, "is gone", member.handle.close)
             raise
         finally:
@@ -149,7 +149,7 @@ class ReplicaPool:
                 self._release(member)
 
     async def _next(self, member: Member, events: AsyncGenerator[Event]) -> Event | None:
-        """Returns the next event, None after the last. Raises Died where the replica is lost or makes no step."""
+        """Returns the next event, None after the last. Raises ReplicaDied if the replica is lost or makes no step."""
         patience = self._patience(member)
         waiting = asyncio.ensure_future(anext(events))
         try:
@@ -163,7 +163,7 @@ class ReplicaPool:
                 waiting.cancel()
                 await asyncio.wait((waiting,))
         self._lose(member, f"made no step for {patience:.0f} s", member.handle.kill)
-        raise Died("it does not answer")
+        raise ReplicaDied("it does not answer")
 
     def _patience(self, member: Member) -> float:
         """Returns the seconds without an event after which a drawing is taken for stuck."""

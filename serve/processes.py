@@ -17,8 +17,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import UserError
-from serve.bundle import Served
-from serve.queue import Died, Event, Refused
+from serve.bundle import ServedBundle
+from serve.queue import Event, ReplicaDied, RequestRefused
 from serve.replica import Replica
 from serve.settings import ServeSettings
 from serve.work import Work
@@ -31,7 +31,7 @@ class ReplicaProcess:
         logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
         self.unwanted: set[int] = set()
 
-    async def load(self, served: Served, settings: ServeSettings) -> tuple[int, str]:
+    async def load(self, served: ServedBundle, settings: ServeSettings) -> tuple[int, str]:
         """Loads the bundle. Returns the process's id and that of its node."""
         self.replica = await asyncio.to_thread(Replica, served, settings)
         return os.getpid(), ray.get_runtime_context().get_node_id()
@@ -55,7 +55,7 @@ class ReplicaProcess:
 
 
 class RemoteReplica:
-    """The gateway's side of a ``ReplicaProcess``."""
+    """The gateway's handle of a ``ReplicaProcess``."""
 
     numbers = itertools.count()
 
@@ -63,10 +63,11 @@ class RemoteReplica:
         self.actor, self.pid, self.node = actor, pid, node
 
     @classmethod
-    async def start(cls, served: Served, settings: ServeSettings, gpu: bool) -> RemoteReplica:
+    async def start(cls, served: ServedBundle, settings: ServeSettings, gpu: bool) -> RemoteReplica:
         """Starts a process, waits until Ray has room for it and it has loaded the bundle. Raises UserError."""
         share: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpu else {"num_cpus": settings.cpus}
         actor: Any = ray.remote(ReplicaProcess)
+        # More than one call at once: pings are answered while a batch draws.
         actor = actor.options(max_concurrency=100, **share).remote()
         try:
             return cls(actor, *await actor.load.remote(served, settings))
@@ -76,27 +77,27 @@ class RemoteReplica:
             raise UserError(f"a process that loads the bundle ended: {str(e).splitlines()[0]}") from e
 
     async def describe(self) -> dict[str, Any]:
-        """Returns what is drawn with. Raises Died."""
+        """Returns what is drawn with. Raises ReplicaDied."""
         try:
             return await self.actor.describe.remote()
         except RayError as e:
-            raise Died(type(e).__name__) from None
+            raise ReplicaDied(type(e).__name__) from None
 
     async def draw(self, work: Work) -> AsyncGenerator[Event]:
-        """Yields the events of drawing. Raises Died, Refused, and what went wrong."""
+        """Yields the events of drawing. Raises ReplicaDied, RequestRefused, and what went wrong."""
         number = next(self.numbers)
         ended = False
         try:
             async for answer in self.actor.draw.options(num_returns="streaming").remote(number, work):
                 event = await answer
                 if event[0] == "refused":
-                    raise Refused(event[1])
+                    raise RequestRefused(event[1])
                 yield event
             ended = True
         except RayTaskError as e:
             raise e.cause from e
         except RayError as e:
-            raise Died(type(e).__name__) from None
+            raise ReplicaDied(type(e).__name__) from None
         finally:
             if not ended:
                 self.actor.stop.remote(number)
@@ -106,7 +107,7 @@ class RemoteReplica:
         await asyncio.to_thread(ray.kill, self.actor)
 
     async def kill(self) -> None:
-        """Ends the process, which may be stopped or hang: Ray's own way needs its help."""
+        """Ends the process by SIGKILL, as it may be stopped or hang: ``ray.kill`` asks it to end itself."""
         if self.node == ray.get_runtime_context().get_node_id():
             _kill(self.pid)
         else:
@@ -121,7 +122,7 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def sized(settings: ServeSettings, cores: Sequence[int], gpus: int | None) -> ServeSettings:
+def fit_replicas(settings: ServeSettings, cores: Sequence[int], gpus: int | None) -> ServeSettings:
     """Returns the settings with the number of replicas, and of cores for each, as many as leave room for all.
 
     Args:
@@ -134,7 +135,7 @@ def sized(settings: ServeSettings, cores: Sequence[int], gpus: int | None) -> Se
     return replace(settings, replicas=replicas, cpus=settings.cpus or next(shares, 1))
 
 
-def size_up(settings: ServeSettings) -> tuple[ServeSettings, bool]:
+def fit_to_cluster(settings: ServeSettings) -> tuple[ServeSettings, bool]:
     """Returns the settings as the cluster's machines have room for them, and whether replicas have a GPU.
 
     Raises UserError for a GPU that this machine lacks; a cluster may add nodes.
@@ -144,4 +145,4 @@ def size_up(settings: ServeSettings) -> tuple[ServeSettings, bool]:
     gpu = settings.device == "cuda" or (settings.device == "auto" and gpus > 0)
     if gpu and not gpus and not os.environ.get("RAY_ADDRESS"):
         raise UserError("serve: device=cuda, but Ray finds no GPU on this machine; leave device out")
-    return sized(settings, [int(machine.get("CPU", 0)) for machine in machines], gpus if gpu else None), gpu
+    return fit_replicas(settings, [int(machine.get("CPU", 0)) for machine in machines], gpus if gpu else None), gpu

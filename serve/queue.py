@@ -21,11 +21,11 @@ log = logging.getLogger("unclip")
 Event = tuple[Any, ...]
 
 
-class Died(Exception):
+class ReplicaDied(Exception):
     """The replica that drew is gone, or does not answer; another one can draw the same."""
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """The bundle cannot draw that, or an image is withheld; ``code`` is for programs."""
 
     def __init__(self, message: str, code: str = "invalid_request"):
@@ -34,15 +34,16 @@ class Refused(Exception):
 
 
 class Observe(Protocol):
-    """Notes a figure of the server, see FIGURES of ``serve.metrics``."""
+    """Records a metric of the server, see FIGURES of ``serve.metrics``."""
 
     def __call__(self, name: str, value: float = 1, **labels: str) -> None: ...
 
 
 class RunWork(Protocol):
-    """Draws a work with some replica, and yields events. Raises Died, Refused, ApiError, or what went wrong.
+    """Draws a work with some replica, and yields events.
 
-    ("drawn",) says that the next work can begin; images may follow it.
+    Raises ReplicaDied, RequestRefused, ApiError, or what went wrong. ("drawn",) says that the next work can begin;
+    images may follow it.
     """
 
     def __call__(self, work: Work) -> AsyncGenerator[Event]: ...
@@ -77,9 +78,10 @@ class Job:
     def tell(self, event: Event) -> None:
         """Passes an event on, each image once."""
         if event[0] in ("partial", "image"):
-            if event[:2] + event[2:3] * (event[0] == "partial") in self.seen:
+            image = event[:3] if event[0] == "partial" else event[:2]  # a row has partial images of several sides
+            if image in self.seen:
                 return
-            self.seen.add(event[:2] + event[2:3] * (event[0] == "partial"))
+            self.seen.add(image)
         self.events.put_nowait(event)
 
 
@@ -87,13 +89,13 @@ class RequestQueue:
     """Draws jobs in the order in which they came, ``lanes`` batches of up to ``batch`` images at once.
 
     Args:
-        draw: Draws one batch.
+        draw: Function that draws one batch.
         lanes: Largest number of batches that are drawn at once, each by a process.
         batch: Images of a batch; a request is never split.
         limit: Images that may wait.
         wait: Seconds that a batch waits for more of its kind.
         deadline: Seconds after which a request that is not drawn is answered with an error.
-        observe: Notes figures.
+        observe: Function that records a metric.
     """
 
     def __init__(
@@ -116,7 +118,8 @@ class RequestQueue:
     async def run(self, work: Work) -> AsyncGenerator[Event]:
         """Yields ("place", jobs before this one) as it changes, then the events of drawing.
 
-        Raises ApiError where the queue is full, Refused and what went wrong. Leaving the iteration takes the job out.
+        Raises ApiError where the queue is full, RequestRefused and what went wrong. Leaving the iteration takes the job
+        out.
         """
         if self.stopped:
             raise stopping()
@@ -125,7 +128,7 @@ class RequestQueue:
         if self.waiting and self.images() + len(work.rows) > self.limit:
             again = self.seconds * self.images() / (self.batch * self.lanes)
             raise ApiError(
-                429, "queue_full", f"{len(self.waiting)} requests wait already; try again later", retry_after=again
+                429, "queue_full", f"{len(self.waiting)} requests wait already: try again later", retry_after=again
             )
         job = Job(work)
         self.waiting.append(job)
@@ -134,7 +137,7 @@ class RequestQueue:
             # In a context of its own: Ray Serve ends what a request has begun when its client goes.
             task = asyncio.create_task(self._lane(), context=Context())
             self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)  # of one that has not even begun
+            task.add_done_callback(self.tasks.discard)  # a task that is cancelled before it begins runs no ``finally``
         missing = len(work.rows)
         self._count()
         try:
@@ -147,7 +150,7 @@ class RequestQueue:
                 if isinstance(event, Exception):
                     raise event
                 if event[0] == "withheld":
-                    raise Refused(event[2], "content_policy_violation")
+                    raise RequestRefused(event[2], "content_policy_violation")
                 missing -= event[0] == "image"
                 yield event
         finally:
@@ -174,10 +177,11 @@ class RequestQueue:
             jobs = self._take()
             if not jobs:
                 continue
+            # A task of its own: the lane goes on when the GPU is free, while this batch is still encoded and sent.
             drawing = asyncio.create_task(self._run(jobs, drawn := asyncio.Event()))
             self.batches.add(drawing)
             drawing.add_done_callback(self.batches.discard)
-            await drawn.wait()  # its images may still be on their way
+            await drawn.wait()
             for place, job in enumerate(self.waiting):
                 job.tell(("place", place + len(self.running)))
 
@@ -224,6 +228,7 @@ class RequestQueue:
         for job in list(self.waiting):
             first = taken[0].work if taken else job.work
             alike = (job.work.kind, job.work.options, job.work.side) == (first.kind, first.options, first.side)
+            # Other kinds share latents or a way between two images, which are those of one request.
             alone = first.kind != "generation" and bool(taken)
             if alike and not alone and (not taken or len(job.work.rows) <= room):
                 taken.append(job)
@@ -257,7 +262,7 @@ class RequestQueue:
                                 job.tell(event)
                 self.observe("images_total", len(rows), kind=work.kind)
                 return
-            except Died as e:
+            except ReplicaDied as e:
                 if attempt == ATTEMPTS:
                     raise
                 self.observe("retries_total")

@@ -15,8 +15,8 @@ import torch
 from pipeline.errors import UserError
 from pipeline.release.signing import Untrusted
 from pipeline.sampling.drawing import refusals
-from serve.bundle import Served, read_head
-from serve.model_runner import ModelRunner, Stopped
+from serve.bundle import ServedBundle, read_head
+from serve.model_runner import DrawingCancelled, ModelRunner
 from serve.queue import Event
 from serve.settings import ServeSettings
 from serve.work import Work
@@ -31,7 +31,7 @@ class Replica:
     PNG files are made in a thread of their own, while the next batch is drawn.
     """
 
-    def __init__(self, served: Served, settings: ServeSettings):
+    def __init__(self, served: ServedBundle, settings: ServeSettings):
         self.served, self.settings = served, settings
         self.runner = self._open(served.current())
         self.next: ModelRunner | None = None
@@ -71,7 +71,7 @@ class Replica:
                     self.next, seen = self._open(key), key
                     log.info("bundle %s is served from the next request on", key[:12])
                 self.warning, pause = "", self.settings.follow_s
-            except Exception as e:  # whatever is wrong with the new one, the old one goes on
+            except Exception as e:  # a release that is damaged or cannot be read leaves the old one in service
                 pause = min(2 * pause, max(SELDOM_S, pause))
                 what = "is not signed by a trusted key" if isinstance(e, Untrusted) else "could not be loaded"
                 self.warning = f"the release {what}, and the one before goes on: see the log"
@@ -119,7 +119,7 @@ class Replica:
                     log.warning("%s was refused: %s", work.kind, event)
                     yield ("refused", str(event))
                     return
-                if isinstance(event, Stopped):
+                if isinstance(event, DrawingCancelled):
                     return
                 if isinstance(event, BaseException):
                     raise event

@@ -1,4 +1,4 @@
-"""What a client may ask for: the fields of OpenAI's image API, ours, and what becomes of those of other servers."""
+"""The fields of requests: OpenAI's image API, ours, and those of other servers, which are ignored or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeps finished images under the keys of their recipes: the same request gets the same bytes without a drawing."""
+"""A cache of finished images by the keys of their recipes: the same request gets the same bytes without a drawing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Result:
     score: float | None
 
 
-class Results:
-    """Keeps the images that were asked for last, up to ``most`` bytes.
+class ResultCache:
+    """An LRU cache of images, up to ``most`` bytes.
 
     The name of an image in a URL cannot be guessed from its recipe: anyone who has the URL may read it.
     """

@@ -1,4 +1,4 @@
-"""How a bundle is served."""
+"""Settings of ``unclip serve``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ LIMITS = {"requests": 60.0, "megapixels": 120.0, "megabytes": 600.0}  # of a tok
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Says where a bundle is served, on how many processes, and how much a client may ask for.
+    """Settings of a server: its address, its replicas, and how much a client may ask for.
 
     Attributes:
-        host: The address to listen on; any but loopback needs tokens.
-        port: The port to listen on; 0 takes a free one, which is printed.
+        host: Address to listen on; any but loopback needs tokens.
+        port: Port to listen on; 0 takes a free one, which is printed.
         replicas: Copies of the bundle that draw at once, at most; 0 is one a GPU, or one. One is a thread of this
             process, more are processes of Ray.
         idle_replicas: Replicas that stay when nobody draws; 0 frees the memory, and the next request waits for one.
@@ -37,13 +37,13 @@ class ServeSettings:
             steps counts k times.
         megabytes_per_minute: Megabytes that a token sends; by default 600 or 0.
         follow_s: Seconds between two looks at the release, if one is served.
-        log_prompts: Write the captions of requests into the log.
-        prompt_head: A linear head of CLIP's text embeddings (a safetensors file, as for ``embeddings.heads``).
-        most_prompt: Prompts with a score above it are refused.
-        image_head: A linear head of CLIP's image embeddings.
-        most_image: Images with a score above it are not handed out; with either head no smaller ones come first.
+        log_prompts: Captions of requests are logged.
+        prompt_head: Linear head of CLIP's text embeddings (a safetensors file, as for ``embeddings.heads``).
+        most_prompt: Score above which a prompt is refused.
+        image_head: Linear head of CLIP's image embeddings.
+        most_image: Score above which an image is withheld; with either head no smaller images come before it.
         licenses: Licences of the training images that the studio may show, as the list spells them; all if none.
-        tokens: A file of lines NAME TOKEN; by default the environment's UNCLIP_TOKENS. A request without one of these
+        tokens: File of lines NAME TOKEN; by default the environment's UNCLIP_TOKENS. A request without one of these
             tokens is refused.
         origins: Web pages of other addresses that may call the API, such as https://example.org.
     """

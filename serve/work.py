@@ -1,4 +1,4 @@
-"""What requests ask to be drawn. Imports no torch: the gateway needs none."""
+"""The work that requests ask for. Imports no torch: the gateway needs none."""
 
 from __future__ import annotations
 

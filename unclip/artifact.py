@@ -22,10 +22,10 @@ TABLES = ("index", "refs")  # besides the one that is named as its stage
 
 
 class Artifact:
-    """Shows what a stage has made. It never changes.
+    """An artefact: what a stage has made. It never changes.
 
     Attributes:
-        record: All that the store says of it: stage, key, recipe, inputs, metrics, ledger, times, environment.
+        record: Record in the store: stage, key, recipe, inputs, metrics, ledger, times, environment.
     """
 
     def __init__(self, store: Store, record: stored.Artifact):
@@ -70,7 +70,7 @@ class Artifact:
             columns: Columns to read; all by default.
 
         Raises:
-            UserError: for a stage without rows, and for a table that it does not have.
+            UserError: For a stage without rows, and for a table that it does not have.
         """
         if self.record.shard_table is None:
             raise UserError(f"{self.stage} has no rows; it has the files {', '.join(self.files)}")

@@ -14,12 +14,12 @@ from PIL import Image
 
 from jobs.bundles import find_bundle
 from models.cascade import UnCLIP
-from models.draw import check_seeds
+from models.random_streams import check_seeds
 from models.sampling_config import SamplingConfig
 from pipeline.data.pairs.decoding import open_image
 from pipeline.sampling import edits
 from pipeline.sampling.drawing import prior_steps, read_bundle
-from pipeline.sampling.edits import Watch, watched
+from pipeline.sampling.edits import ProgressDisplay, show_progress
 from pipeline.training.device import choose_device
 
 ImageLike = Image.Image | np.ndarray | str | Path
@@ -103,7 +103,7 @@ class Model:
         captions: str | Sequence[str],
         seeds: int | Sequence[int] | None = None,
         batch: int = 8,
-        progress: Watch = True,
+        progress: ProgressDisplay = True,
         **options: Any,
     ) -> Image.Image | list[Image.Image]:
         """Draws captions. An image depends on its caption, its seed and the options alone, beyond rounding.
@@ -137,7 +137,7 @@ class Model:
         starts = range(0, len(captions), batch)
         steps = len(starts) * prior_steps(self.cascade, asdict(sampling), sampling.prior)
         images: list[Image.Image] = []
-        with watched("drawing", self.cascade, sampling, progress, decodings=len(starts), more=steps) as watch:
+        with show_progress("drawing", self.cascade, sampling, progress, decodings=len(starts), more=steps) as watch:
             for start in starts:
                 part = slice(start, start + batch)
                 images += _pil(self.cascade.generate(captions[part], seeds[part], watch, **options).image.numpy())
@@ -152,22 +152,30 @@ class Model:
         eta: float = 1.0,
         caption: str | None = None,
         seed: int = 0,
-        progress: Watch = True,
+        progress: ProgressDisplay = True,
         **options: Any,
     ) -> list[Image.Image]:
         """Returns ``count`` other images with the meaning of an image (section 3.1 of the paper).
 
         ``eta`` is from 0, the image reconstructed, to 1, the freest. A caption tells the decoder what is in the image.
         """
-        made = edits.variations(self.cascade, _opened(image), count, eta, caption, edits.How(seed, options, progress))
+        made = edits.variations(
+            self.cascade, _opened(image), count, eta, caption, edits.EditSettings(seed, options, progress)
+        )
         return _pil(made.images[1:])
 
     def interpolate(
-        self, first: ImageLike, second: ImageLike, count: int = 9, seed: int = 0, progress: Watch = True, **options: Any
+        self,
+        first: ImageLike,
+        second: ImageLike,
+        count: int = 9,
+        seed: int = 0,
+        progress: ProgressDisplay = True,
+        **options: Any,
     ) -> list[Image.Image]:
         """Returns ``count`` images from one image to another, both ends included and reconstructed (section 3.2)."""
         ends = _opened(first), _opened(second)
-        return _pil(edits.interpolation(self.cascade, *ends, count, edits.How(seed, options, progress)).images)
+        return _pil(edits.interpolation(self.cascade, *ends, count, edits.EditSettings(seed, options, progress)).images)
 
     def change(
         self,
@@ -176,13 +184,15 @@ class Model:
         after: str,
         shares: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
         seed: int = 0,
-        progress: Watch = True,
+        progress: ProgressDisplay = True,
         **options: Any,
     ) -> list[Image.Image]:
         """Returns an image turned by each share towards what ``after`` says beyond ``before`` (section 3.3)."""
         whole = _opened(image)
         return _pil(
-            edits.text_difference(self.cascade, whole, before, after, shares, edits.How(seed, options, progress)).images
+            edits.text_difference(
+                self.cascade, whole, before, after, shares, edits.EditSettings(seed, options, progress)
+            ).images
         )
 
     def embed(self, what: ImageLike | Sequence[str] | Sequence[ImageLike]) -> np.ndarray:

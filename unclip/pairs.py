@@ -86,6 +86,7 @@ class Pairs:
         start_ray(self.settings)
         import ray.data
 
+        # A block and a batch hold one shard, so that as many are read at once as the cluster has cores.
         shards = ray.data.range(self.reader.shards, override_num_blocks=max(1, self.reader.shards))
         return shards.map_batches(_Rows(self.reader), batch_size=1)
 

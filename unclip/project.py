@@ -30,7 +30,7 @@ def open(source: str | Path | Mapping[str, Any], *overrides: str, stages: Iterab
         stages: Stages besides those of the pipeline and of installed packages; see docs/extend.md.
 
     Raises:
-        UserError: for a mistake in the configuration, a list that cannot be read, and a store that cannot be reached.
+        UserError: For a mistake in the configuration, a list that cannot be read, and a store that cannot be reached.
 
     Warns where the last run had other values than these: what it made is then not this project's.
     """
@@ -77,7 +77,7 @@ class Project:
         Args:
             until: The last stage to make, with all that it needs; by default everything.
             only: The one stage to make; what it needs has to be there.
-            yes: Go on above ``run.budget_hours``, and without a GPU.
+            yes: True to go on above ``run.budget_hours``, and without a GPU.
             tell: Function that is told the plan, and then each stage that is made; ``print`` prints them as
                 ``unclip run`` does.
         """
@@ -93,8 +93,8 @@ class Project:
 
         Args:
             split: "train", "validation" or "test"; by default all.
-            curated: Leaves out rows that curation rejected; with False, curation need not be made.
-            embeddings: Reads CLIP's embeddings, too.
+            curated: True without the rows that curation rejected; with False, curation need not be made.
+            embeddings: True with CLIP's embeddings.
         """
         stages = ["pairs", "captions", *["curation"] * curated, *["embeddings"] * embeddings]
         reader = PairReader(self._opened.store, self._opened.made(*stages), split)

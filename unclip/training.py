@@ -11,7 +11,7 @@ from torch import Tensor
 from models.clip import Clip
 from models.codec import Codec
 from models.frozen_text import FrozenTower
-from models.tokens import tokenize
+from models.tokens import CONTEXT, tokenize
 from pipeline.config import TRAININGS, make_config
 from pipeline.errors import UserError
 from pipeline.training.device import choose_device
@@ -25,8 +25,8 @@ from pipeline.training.tasks.upsampler import UpsamplerTask
 from pipeline.training.tensors import train_on
 
 
-class Trained(NamedTuple):
-    """Holds a ``model``, its averaged weights in evaluation mode, and the ``journal``, a mapping for each line."""
+class TrainedModel(NamedTuple):
+    """A ``model`` with its averaged weights, in evaluation mode, and the ``journal``, a mapping for each line."""
 
     model: Any
     journal: list[dict[str, Any]]
@@ -42,25 +42,26 @@ def train(
     task: Task | None = None,
     progress: bool = True,
     **recipe: Any,
-) -> Trained:
+) -> TrainedModel:
     """Trains one model on data in memory, by the pipeline's own loop.
 
     Nothing is saved on the way: a training that takes days belongs into a project.
 
     Args:
         stage: Model to train, by the name of its section in a configuration, such as "decoder".
-        data: A row an example: "image" uint8 [n, 3, s, s] of the model's side, "captions" (n strings) or "tokens"
-            int64 [n, 77], "image_embedding" and "text_embedding" fp [n, d] of unit norm; those that the model reads.
+        data: Columns, with a row for each example: "image" uint8 [n, 3, s, s] of the model's side, "captions" (n
+            strings) or "tokens" int64 [n, 77], "image_embedding" and "text_embedding" fp [n, d] of unit norm; those
+            that the model reads.
         preset: Preset whose values hold for the fields that ``recipe`` leaves out.
         device: "cpu", "cuda", or "auto", which is a GPU where there is one.
-        clip: The CLIP whose text tower a model with ``text_encoder: frozen`` reads.
+        clip: CLIP whose text tower a model with ``text_encoder: frozen`` reads.
         codec: Codec of the AR prior.
-        task: A task of your own in place of the stage's.
+        task: Task of your own in place of the stage's.
         progress: Progress line on stderr.
         recipe: Fields of the stage's recipe, such as ``samples=20_000`` or ``model={"width": 128}``.
 
     Raises:
-        UserError: for an unknown stage, a recipe out of range, and data that are missing or of another shape.
+        UserError: For an unknown stage, a recipe out of range, and data that are missing or of another shape.
     """
     if stage not in TRAININGS:
         raise UserError(f"unknown model {stage}; use one of {', '.join(TRAININGS)}")
@@ -78,7 +79,7 @@ def train(
         given["tokens"] = tokenize(captions)
     task = task or _task(stage, chosen.model, given, clip, codec)
     columns = _columns(stage, task, given)
-    return Trained(*train_on(stage, task, columns, chosen, choose_device(device), progress))
+    return TrainedModel(*train_on(stage, task, columns, chosen, choose_device(device), progress))
 
 
 def _tensor(name: str, column: Any) -> Tensor:
@@ -124,7 +125,7 @@ def _columns(stage: str, task: Task, data: Mapping[str, Any]) -> Batch:
     if missing := set(task.columns) - data.keys():
         raise UserError(f"{stage} reads {', '.join(task.columns)}; data has no {', '.join(sorted(missing))}")
     side = task.image_size
-    shapes = {"image": (3, side, side), "tokens": (77,)}
+    shapes = {"image": (3, side, side), "tokens": (CONTEXT,)}
     found: Batch = {}
     for name in task.columns:
         column = _tensor(name, data[name])

@@ -19,14 +19,14 @@ from benchmarks.images import WORDS
 from benchmarks.tiny import sized_config
 from models.clip import Clip
 from models.codec import Codec
-from models.draw import Draw, derive_seed
 from models.frozen_text import FrozenTower
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, DiffusionPriorConfig
+from models.random_streams import RandomStreams, derive_seed
 from models.tokens import tokenize
 from pipeline.build import build
 from pipeline.config import Config
-from pipeline.training.feed.draws import DrawCall, make_numbers, use_one_thread
+from pipeline.training.feed.draws import StreamCall, make_numbers, use_one_thread
 from pipeline.training.feed.feed import LocalBatch, read_ahead
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.task import Batch, Prepares, Task
@@ -193,8 +193,8 @@ class Repeated:
     ):
         self.bench, self.recipe, self.still = bench, recipe, still
         self.places = range(first, first + len(next(iter(batch.values()))))
-        self.batch = task.prepare(batch, Draw(self._streams(0))) if isinstance(task, Prepares) else batch
-        self.asked: set[DrawCall] = set()
+        self.batch = task.prepare(batch, RandomStreams(self._streams(0))) if isinstance(task, Prepares) else batch
+        self.asked: set[StreamCall] = set()
 
     def _streams(self, step: int) -> list[tuple[int, int]]:
         return [(derive_seed("gpu_check", 0 if self.still else step, row), 1) for row in self.places]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from benchmarks.gpu.bench import Bench, Outcome, distance, fill_zeros, make_rows, make_task, of_rows, on, trainings
 from models.cascade import Decoder
 from models.decoder import decoder_denoise
-from models.draw import Draw
 from models.precision import autocast
-from models.reverse import Reverse, ignore
+from models.random_streams import RandomStreams
+from models.reverse import ReverseProcess, silent
 from models.upsampler import corrupted_low
 from pipeline.config import Config, preset_config
 from pipeline.training.compiling import compile_layers
@@ -112,7 +112,7 @@ def run(
         rows = slice(start, start + micro_batch)
         part = on(device, {column: values[rows] for column, values in batch.items()})
         with autocast(device, precision):
-            total = task.loss(network, part, Draw([(row, 1) for row in range(ROWS)[rows]], device)).total
+            total = task.loss(network, part, RandomStreams([(row, 1) for row in range(ROWS)[rows]], device)).total
         (total.sum() / ROWS).backward()
         losses.append(total.detach())
     return torch.cat(losses), {n: p.grad.detach().float() for n, p in network.named_parameters() if p.grad is not None}
@@ -165,12 +165,12 @@ def apart_on_average(found: Tensor, expected: Tensor) -> float:
 
 def draw_with(network: Decoder, batch: Batch, device: torch.device, sampler: str, precision: str) -> Tensor:
     """Returns images, on the CPU, that four steps of a sampler draw from noise that is the same on every device."""
-    rows, draw = on(device, batch), Draw([(row, 1) for row in range(ROWS)], device)
+    rows, rng = on(device, batch), RandomStreams([(row, 1) for row in range(ROWS)], device)
     network.to(device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         denoise = decoder_denoise(network, rows["image_embedding"], rows["tokens"], 1.0)
-        noise = draw.normal("x_T", 3, network.config.image_size, network.config.image_size)
-        return Reverse("decoder", sampler, "small", 4, ignore)(network, denoise, noise, draw).cpu()
+        noise = rng.normal("x_T", 3, network.config.image_size, network.config.image_size)
+        return ReverseProcess("decoder", sampler, "small", 4, silent)(network, denoise, noise, rng).cpu()
 
 
 def _damage(bench: Bench, outcome: Outcome) -> float:
@@ -178,7 +178,7 @@ def _damage(bench: Bench, outcome: Outcome) -> float:
     worst = 0.0
     for config in (bench.config.upsampler_256.model, bench.config.upsampler_1024.model):
         crop = torch.rand(2, 3, config.crop_size, config.crop_size, generator=torch.Generator().manual_seed(3)) * 2 - 1
-        made = [corrupted_low(config, crop.to(d), Draw([(5, 2)], d)).cpu() for d in (CPU, bench.device)]
+        made = [corrupted_low(config, crop.to(d), RandomStreams([(5, 2)], d)).cpu() for d in (CPU, bench.device)]
         apart = float((made[0] - made[1]).abs().max())
         outcome.expect(apart <= LOSS, f"images damaged by {config.corruption} differ by {apart:.1e}, at most {LOSS:g}")
         worst = max(worst, apart)

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 import torch
 
 from benchmarks.gpu.bench import Bench, Outcome, Skipped, on
-from models.draw import Draw
 from models.precision import autocast
+from models.random_streams import RandomStreams
 from pipeline.errors import install
 
 ROWS = 32
@@ -38,12 +38,12 @@ def _measure(bench: Bench, kind: str, side: str) -> Found:
     from benchmarks.unet_step import Decoder, decoder_loss, examples, make, upsampler_loss
 
     model = make(kind, side, bench.quick).to(bench.device)
-    batch, draw = on(bench.device, examples(model, ROWS)), Draw([(0, ROWS)], bench.device)
+    batch, rng = on(bench.device, examples(model, ROWS)), RandomStreams([(0, ROWS)], bench.device)
     loss = decoder_loss if isinstance(model, Decoder) else upsampler_loss
 
     def step() -> None:
         with autocast(bench.device, "bf16"):
-            total = loss(model, batch, draw).total.mean()  # type: ignore[arg-type]
+            total = loss(model, batch, rng).total.mean()  # type: ignore[arg-type]
         total.backward()
         model.zero_grad()
 

@@ -61,7 +61,7 @@ def _learn(source: Feed, task: Task, local: LocalBatch) -> None:
     model = task.model(0)
     parts = 2 if isinstance(model, Decoder) else 1  # the decoder's output has its variance, too
     model.forward = lambda x_t, *_: torch.cat([torch.zeros_like(x_t)] * parts, dim=1)
-    task.loss(model, local.batch, local.draw(torch.device("cpu"), 0, len(local.keys)))
+    task.loss(model, local.batch, local.rng(torch.device("cpu"), 0, len(local.keys)))
 
 
 def _host_seconds(bench: Bench, source: Feed, batches: Generator[LocalBatch, None, None]) -> float:
@@ -70,9 +70,9 @@ def _host_seconds(bench: Bench, source: Feed, batches: Generator[LocalBatch, Non
     local = next(batches)
     for column in local.batch.values():
         column.to(bench.device, non_blocking=True)
-    draw = local.draw(bench.device, 0, len(local.keys))
+    rng = local.rng(bench.device, 0, len(local.keys))
     for call, arguments in tuple(source.asked):
-        getattr(draw, call)(*arguments)
+        getattr(rng, call)(*arguments)
     return thread_time() - began
 
 

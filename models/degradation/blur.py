@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CORRUPTION_SIDE = 3
-CORRUPTION_SIGMA = 0.6
+CORRUPTION_SIDE, CORRUPTION_SIGMA = 3, 0.6  # unCLIP, appendix C
 
 
 def gaussian_kernels(side: int, angle: Tensor, variances: Tensor, shift: Tensor | float = 0.0) -> Tensor:
@@ -39,6 +38,7 @@ def mirrored(image: Tensor, margin: int) -> Tensor:
 def blur(image: Tensor, kernels: Tensor, stride: int = 1) -> Tensor:
     """Filters each row of [b, 3, h, w] with its own kernel [b, k, k], k odd, and keeps every ``stride``-th pixel."""
     channels = image.shape[1]
+    # One grouped convolution, a group for each row and channel: conv2d has no other way to a kernel a row.
     padded = mirrored(image, kernels.shape[-1] // 2)
     weight = kernels.to(image.dtype).repeat_interleave(channels, dim=0)[:, None]
     filtered = F.conv2d(padded.flatten(0, 1)[None], weight, stride=stride, groups=len(weight))
@@ -46,6 +46,6 @@ def blur(image: Tensor, kernels: Tensor, stride: int = 1) -> Tensor:
 
 
 def corruption_blur(image: Tensor) -> Tensor:
-    """Returns the first upsampler's corruption: Gaussian, kernel 3, sigma 0.6, of [b, 3, h, w] (unCLIP, appendix C)."""
+    """Returns the first upsampler's corruption of [b, 3, h, w]: a Gaussian blur, kernel 3, sigma 0.6."""
     variances = torch.full((len(image), 2), CORRUPTION_SIGMA**2, device=image.device)
     return blur(image, gaussian_kernels(CORRUPTION_SIDE, variances.new_zeros(len(image)), variances))

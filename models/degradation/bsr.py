@@ -18,21 +18,26 @@ from torch import Tensor
 from torchvision.io import decode_jpeg, encode_jpeg
 
 from models.degradation.blur import blur, gaussian_kernels
-from models.draw import Draw
+from models.random_streams import RandomStreams
 
-SCALE = 4
-KERNEL_SIDE = 25
+SCALE = 4  # images lose three quarters of their side
+KERNEL_SIDE = 25  # pixels, for the longest reach
 RESIZINGS = ("bilinear", "bicubic", "area")
 STEPS = ("blur", "second blur", "shrink", "fit", "noise", "jpeg")
 
 
 @dataclass(frozen=True)
 class Strength:
-    """How much is done to an image.
+    """Holds the parameters of a degradation; pairs are the least and the most, both included.
 
-    ``blur`` multiplies the widths of blurs, whose kernels end ``reach`` pixels from their centre, those of circles
-    ``circle_reach``; a share ``resized`` of shrinking is by resizing; noise has standard deviations of ``noise`` 8-bit
-    levels; ``quality`` is JPEG's. Pairs are the least and the most, both included.
+    Attributes:
+        blur: Factor of the widths of blurs.
+        second_blur: A second blur follows the first.
+        reach: Pixels from the centre of an elliptic kernel to its end.
+        circle_reach: Pixels from the centre of a circular kernel to its end.
+        resized: Share of images that are shrunk by resizing; the others are blurred and subsampled.
+        noise: Standard deviation of the noise, 8-bit levels.
+        quality: Quality of JPEG.
     """
 
     blur: float
@@ -49,7 +54,7 @@ FULL = Strength(1.0, True, reach=(3, 12), circle_reach=(3, 12), resized=0.75, no
 LIGHT = Strength(0.25, False, reach=(2, 6), circle_reach=(2, 3), resized=0.8, noise=(1, 2), quality=(80, 95))
 
 
-def bsr(image: Tensor, draw: Draw, light: bool = False) -> Tensor:
+def bsr(image: Tensor, rng: RandomStreams, light: bool = False) -> Tensor:
     """Degrades images [b, 3, h, w] in [-1, 1] to [b, 3, h / 4, w / 4], both on 8-bit levels.
 
     Sides h and w are multiples of 4.
@@ -59,15 +64,16 @@ def bsr(image: Tensor, draw: Draw, light: bool = False) -> Tensor:
     strength = LIGHT if light else FULL
     images = list(_quantised((image + 1) / 2))
     size = (image.shape[2] // SCALE, image.shape[3] // SCALE)
-    halved = (draw.uniform("bsr_halve") < 0.25).tolist()
-    halving = _choice(draw, "bsr_halving", (*RESIZINGS, "antialiased", "antialiased", "antialiased"))
+    halved = (rng.uniform("bsr_halve") < 0.25).tolist()
+    # Half of the halvings are antialiased, the other half one of the three resizings.
+    halving = _choice(rng, "bsr_halving", (*RESIZINGS, "antialiased", "antialiased", "antialiased"))
     images = [_halved(x, how) if half else x for x, how, half in zip(images, halving, halved, strict=True)]
     scale = torch.tensor([SCALE / 2 if half else SCALE for half in halved], device=image.device)
-    kernels = {name: _kernels(draw, f"bsr_{name}", scale, strength) for name in STEPS[:2]}
-    shrink, fit = _shrinker(draw, scale, strength), _choice(draw, "bsr_fit", RESIZINGS)
-    noise = _noise(draw, (image.shape[2], image.shape[3]), strength)
-    compress = draw.keep("bsr_jpeg", drop=0.1)
-    quality = _integers(draw, "bsr_jpeg_quality", strength.quality)
+    kernels = {name: _kernels(rng, f"bsr_{name}", scale, strength) for name in STEPS[:2]}
+    shrink, fit = _shrinker(rng, scale, strength), _choice(rng, "bsr_fit", RESIZINGS)
+    noise = _noise(rng, (image.shape[2], image.shape[3]), strength)
+    compress = rng.keep("bsr_jpeg", drop=0.1)
+    quality = _integers(rng, "bsr_jpeg_quality", strength.quality)
 
     # Each takes images [n, 3, h, w] of one size and their row numbers, and gives n images.
     steps: dict[str, Callable[[Tensor, list[int]], Iterable[Tensor]]] = {
@@ -78,7 +84,8 @@ def bsr(image: Tensor, draw: Draw, light: bool = False) -> Tensor:
         "noise": lambda x, rows: x + noise[rows, :, : x.shape[2], : x.shape[3]],
         "jpeg": lambda x, rows: torch.where(compress[rows, None, None, None], jpeg(x, quality[rows]), x),
     }
-    order = _orders(draw)
+    order = _orders(rng)
+    # In turn k each row takes its k-th step; rows with the same step and size share a call.
     for turn in range(len(STEPS)):
         groups = defaultdict(list)
         for row, crop in enumerate(images):
@@ -86,16 +93,16 @@ def bsr(image: Tensor, draw: Draw, light: bool = False) -> Tensor:
         for (name, _), rows in groups.items():
             for row, crop in zip(rows, steps[name](torch.stack([images[i] for i in rows]), rows), strict=True):
                 images[row] = crop.clamp(0, 1)
-    return jpeg(torch.stack(images), _integers(draw, "bsr_last_quality", strength.quality)) * 2 - 1
+    return jpeg(torch.stack(images), _integers(rng, "bsr_last_quality", strength.quality)) * 2 - 1
 
 
-def bsr_mild(image: Tensor, draw: Draw, light: bool = False) -> Tensor:
+def bsr_mild(image: Tensor, rng: RandomStreams, light: bool = False) -> Tensor:
     """Returns the mild end of ``bsr`` at an unchanged size, for sampling: [b, 3, h, w] in [-1, 1], on 8-bit levels.
 
     No blur, the least noise and the best JPEG quality of the training range.
     """
     strength = LIGHT if light else FULL
-    noise = draw.normal("bsr_noise", *image.shape[1:]) * (strength.noise[0] / 255)
+    noise = rng.normal("bsr_noise", *image.shape[1:]) * (strength.noise[0] / 255)
     noisy = (_quantised((image + 1) / 2) + noise).clamp(0, 1)
     best = torch.full((len(image),), strength.quality[1], device=image.device)
     return jpeg(noisy, best) * 2 - 1
@@ -122,18 +129,18 @@ def _quantised(image: Tensor) -> Tensor:
     return (image.float() * 255).round().clamp(0, 255) / 255
 
 
-def _integers(draw: Draw, purpose: str, bounds: tuple[int, int]) -> Tensor:
+def _integers(rng: RandomStreams, purpose: str, bounds: tuple[int, int]) -> Tensor:
     """Returns int64 [b], both bounds included."""
-    return draw.integers(purpose, bounds[1] - bounds[0] + 1) + bounds[0]
+    return rng.integers(purpose, bounds[1] - bounds[0] + 1) + bounds[0]
 
 
-def _choice(draw: Draw, purpose: str, options: tuple[str, ...]) -> list[str]:
-    return [options[i] for i in draw.integers(purpose, len(options)).tolist()]
+def _choice(rng: RandomStreams, purpose: str, options: tuple[str, ...]) -> list[str]:
+    return [options[i] for i in rng.integers(purpose, len(options)).tolist()]
 
 
-def _orders(draw: Draw) -> list[list[str]]:
+def _orders(rng: RandomStreams) -> list[list[str]]:
     """Returns for each row the steps in random order, except that shrinking comes before the fit to the final size."""
-    orders = [[STEPS[i] for i in row] for row in draw.uniform("bsr_order", len(STEPS)).argsort(dim=1).tolist()]
+    orders = [[STEPS[i] for i in row] for row in rng.uniform("bsr_order", len(STEPS)).argsort(dim=1).tolist()]
     for order in orders:
         shrink, fit = order.index("shrink"), order.index("fit")
         if shrink > fit:
@@ -164,31 +171,32 @@ def _blurred(x: Tensor, kernels: list[Tensor], rows: list[int]) -> list[Tensor]:
     return [blur(crop[None], kernels[row][None])[0] for crop, row in zip(x, rows, strict=True)]
 
 
-def _kernels(draw: Draw, purpose: str, scale: Tensor, strength: Strength) -> list[Tensor]:
+def _kernels(rng: RandomStreams, purpose: str, scale: Tensor, strength: Strength) -> list[Tensor]:
     """Returns a blur kernel [k, k] for each row.
 
     Each is a turned ellipse or a circle, with equal chance, cut off at a random reach, k // 2.
     """
-    same, first, second, angle = draw.uniform(purpose, 4).unbind(1)
+    same, first, second, angle = rng.uniform(purpose, 4).unbind(1)
+    # As in BSRGAN: an ellipse's variances are drawn, a circle's width, which is squared.
     ellipse = torch.stack([first, second], dim=1) * ((4 + scale) * strength.blur)[:, None]
     circle = (first * (2 + 0.2 * scale) * strength.blur) ** 2
     variances = torch.where((same < 0.5)[:, None], ellipse, circle[:, None]).clamp(min=1e-4)
     kernels = gaussian_kernels(KERNEL_SIDE, angle * pi, variances)
     middle = KERNEL_SIDE // 2
-    ellipse_reach = _integers(draw, f"{purpose}_reach", strength.reach)
-    circle_reach = _integers(draw, f"{purpose}_circle_reach", strength.circle_reach)
+    ellipse_reach = _integers(rng, f"{purpose}_reach", strength.reach)
+    circle_reach = _integers(rng, f"{purpose}_circle_reach", strength.circle_reach)
     reaches = torch.where(same < 0.5, ellipse_reach, circle_reach).tolist()
     inside = [slice(middle - reach, middle + reach + 1) for reach in reaches]
     cut = [kernel[place, place] for kernel, place in zip(kernels, inside, strict=True)]
     return [kernel / kernel.sum() for kernel in cut]
 
 
-def _shrinker(draw: Draw, scale: Tensor, strength: Strength) -> Callable[[Tensor, list[int]], Iterable[Tensor]]:
+def _shrinker(rng: RandomStreams, scale: Tensor, strength: Strength) -> Callable[[Tensor, list[int]], Iterable[Tensor]]:
     """Returns a resize by 1 to 2 scales, with chance ``strength.resized``, else a blur and every scale-th pixel."""
-    factors = (1 + draw.uniform("bsr_shrink_factor") * (2 * scale - 1)).tolist()
-    how = _choice(draw, "bsr_shrink", RESIZINGS)
-    resized = (draw.uniform("bsr_shrink_kind") < strength.resized).tolist()
-    sigma = 0.1 + draw.uniform("bsr_shrink_sigma") * (0.6 * scale - 0.1)
+    factors = (1 + rng.uniform("bsr_shrink_factor") * (2 * scale - 1)).tolist()
+    how = _choice(rng, "bsr_shrink", RESIZINGS)
+    resized = (rng.uniform("bsr_shrink_kind") < strength.resized).tolist()
+    sigma = 0.1 + rng.uniform("bsr_shrink_sigma") * (0.6 * scale - 0.1)
     # A shift of half the stride puts the centre of the pixels that are kept where the small pixel's centre is.
     kernels = gaussian_kernels(
         KERNEL_SIDE, torch.zeros_like(scale), (sigma**2)[:, None].expand(-1, 2), shift=(scale - 1) / 2
@@ -208,7 +216,7 @@ def _shrinker(draw: Draw, scale: Tensor, strength: Strength) -> Callable[[Tensor
     return shrink
 
 
-def _noise(draw: Draw, size: tuple[int, int], strength: Strength) -> Tensor:
+def _noise(rng: RandomStreams, size: tuple[int, int], strength: Strength) -> Tensor:
     """Returns noise [b, 3, *size].
 
     It is independent in each channel (two rows in five), the same in all (two), or correlated (one).
@@ -216,11 +224,12 @@ def _noise(draw: Draw, size: tuple[int, int], strength: Strength) -> Tensor:
     Correlated noise has the covariance L^2 Q^T D Q of a random rotation Q and diagonal D in [0, 1], with the largest
     level L.
     """
-    white = draw.normal("bsr_noise", 3, *size)
-    kind = draw.uniform("bsr_noise_kind")[:, None, None, None]
-    level = _integers(draw, "bsr_noise_level", strength.noise)[:, None, None, None] / 255
-    rotation, _ = torch.linalg.qr(draw.uniform("bsr_noise_rotation", 3, 3))
-    root = draw.uniform("bsr_noise_diagonal", 3).sqrt()[:, :, None] * rotation * (strength.noise[1] / 255)
+    white = rng.normal("bsr_noise", 3, *size)
+    kind = rng.uniform("bsr_noise_kind")[:, None, None, None]
+    level = _integers(rng, "bsr_noise_level", strength.noise)[:, None, None, None] / 255
+    # The Q of a random matrix is a rotation; a root of the covariance turns white noise into correlated noise.
+    rotation, _ = torch.linalg.qr(rng.uniform("bsr_noise_rotation", 3, 3))
+    root = rng.uniform("bsr_noise_diagonal", 3).sqrt()[:, :, None] * rotation * (strength.noise[1] / 255)
     correlated = torch.einsum("bij,bihw->bjhw", root, white)
     plain = torch.where(kind < 0.4, white[:, :1], white) * level
     return torch.where(kind < 0.8, plain, correlated)

@@ -1,4 +1,4 @@
-"""Analytic-DPM (Bao et al. 2022): the best variance of each reverse step, from how much noise a model predicts.
+"""Analytic-DPM (Bao et al. 2022): the optimal variance of each reverse step, in closed form.
 
 It rests on one statistic of the data, Gamma: at timestep t the mean square of a component of the predicted noise,
 E ||eps(x_t, t)||^2 / d. The less of the noise (variance 1) a model can tell from x_t, the less it knows of x0.
@@ -14,21 +14,21 @@ from torch import Tensor
 from models.diffusion.process import mean_over_row, posterior_mean, posterior_variance, q_sample
 from models.diffusion.samplers import Denoise
 from models.diffusion.schedules import Schedule
-from models.draw import Draw
+from models.random_streams import RandomStreams
 
 
 @torch.no_grad()
-def squared_noise(denoise: Denoise, x0: Tensor, times: Sequence[int], schedule: Schedule, draw: Draw) -> Tensor:
-    """Returns what each row of x0 [b, ...] says of Gamma at each of ``times``, float64 [b, times]; their mean is Gamma.
+def squared_noise(denoise: Denoise, x0: Tensor, times: Sequence[int], schedule: Schedule, rng: RandomStreams) -> Tensor:
+    """Returns an estimate of Gamma from each row of x0 [b, ...] at each of ``times``, float64 [b, times].
 
-    The mean square of the predicted noise, less that of the true noise, plus 1, which is what the latter would be on
-    average: among much noise the two are almost equal, and it is their difference that counts. Every row and timestep
-    has noise of its own.
+    Their mean over rows is Gamma. Every row and timestep has noise of its own.
     """
+    # A control variate: the true noise's mean square is 1 on average, and where there is much noise nearly that of the
+    # predicted noise. Their difference varies far less than either.
     columns = []
     for time in times:
         t = torch.full((len(x0),), time, device=x0.device)
-        noise = draw.normal(f"gamma{time}", *x0.shape[1:])
+        noise = rng.normal(f"gamma{time}", *x0.shape[1:])
         predicted = denoise(q_sample(x0, noise, schedule.at(t)), t).eps
         columns.append(1 + mean_over_row(predicted.double() ** 2 - noise.double() ** 2))
     return torch.stack(columns, dim=1)
@@ -45,11 +45,11 @@ def fill_in(gamma: Tensor, times: Sequence[int], steps: int) -> Tensor:
 def analytic_variance(gamma: Tensor, schedule: Schedule, grid: Tensor, data_variance: float = inf) -> Tensor:
     """Returns the optimal variance of each step down ``grid``, float64 [len(grid)] (theorem 1).
 
-    The posterior's variance, and what is unknown of x0 given x_t as the posterior's mean passes it on. ``gamma`` [T].
-    The bounds of section 3.2 hold whatever was measured of an imperfect model: Gamma is from 0 to 1, and no more of x0
-    is unknown than its mean square, at most ``data_variance`` a component. Where a cosine schedule begins, the second
-    is all that counts: there 1 - Gamma is multiplied by 10^8.
+    It is the posterior's variance, plus the variance of x0 given x_t as the posterior's mean passes it on. ``gamma``
+    [T]; ``data_variance`` is a bound on the mean square of a component of x0.
     """
+    # The bounds of section 3.2, which a model's errors may break: Gamma is from 0 to 1, and x0 varies no more given x_t
+    # than without it. At the noisy end of a cosine schedule the second decides: there 1 - Gamma is multiplied by 10^8.
     level, previous = schedule.at(grid), schedule.at(torch.cat([grid[1:], grid.new_tensor([-1])]))
     known = gamma.to(level)[grid].clamp(0, 1)
     unknown = ((1 - level) / level * (1 - known)).clamp(max=data_variance)

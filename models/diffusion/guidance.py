@@ -20,7 +20,7 @@ def guidance_rows(rows: int, weight: float, device: torch.device) -> Tensor:
 
 
 def guided_output(network: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, t: Tensor, weight: float) -> Tensor:
-    """Returns the guided output of ``network`` for x_t [b, c, ...] and t [b], both branches in one pass.
+    """Returns the guided output of ``network`` for x_t [b, c, ...] and t [b], both branches in one forward pass.
 
     ``network`` holds conditions for the rows of ``guidance_rows``. Channels after the first c, the learned variance,
     come from the conditional branch alone.

@@ -14,14 +14,14 @@ from torch import Tensor
 from models.diffusion.schedules import Schedule
 
 MOST_SNR = 5.0
-"""The signal-to-noise ratio from which an error of x0 weighs no more: there hardly any of the image is hidden.
+"""Bound on the signal-to-noise ratio that weighs an error of x0, the best value in Hang et al. 2023, too.
 
-Hang et al. 2023 found this value best, too. Their weight is min(SNR, 5); here it is 1 more, so that an error counts
-where all is noise, from which sampling takes its first steps."""
+Their weight is min(SNR, 5). Here it is 1 more, so that an error counts where all is noise: there sampling takes its
+first steps, which decide what is where."""
 
 
 class Prediction(NamedTuple):
-    """Holds what a network says about x_t.
+    """Holds a network's prediction for x_t.
 
     Attributes:
         x0: The clean data.
@@ -46,9 +46,7 @@ def q_sample(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def regression_target(kind: str, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Returns what a network of this kind predicts.
-
-    That is for "eps" the noise, for "x0" the data, for "v" sqrt(a) noise - sqrt(1 - a) x0.
+    """Returns the target of a network of this kind: the noise, the data, or v = sqrt(a) noise - sqrt(1 - a) x0.
 
     Raises ValueError on another kind.
     """
@@ -115,9 +113,11 @@ def predict(
         raise ValueError(f"prediction is {kind!r}: use 'eps', 'v' or 'x0'")
     if clip is not None:
         if threshold:
+            # Clipping alone would saturate the colours that strong guidance drives out of the range.
             reach = x0.abs().flatten(1).quantile(threshold, dim=1).clamp(min=clip)
             x0 = x0 * per_row(clip / reach, x0)
         x0 = x0.clamp(-clip, clip)
+        # The noise that belongs to the clipped x0: DDIM takes its direction from it.
         eps = (x_t - signal * x0) / sigma
     return Prediction(x0, eps, fraction)
 
@@ -136,7 +136,7 @@ def posterior_variance(alpha_bar: Tensor, previous: Tensor) -> Tensor:
 
 
 def log_variance_range(schedule: Schedule, t: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-    """Logarithms of the smallest and largest sensible variance of the step from t to ``previous``, float64 [b].
+    """Returns logarithms of the smallest and largest variance of the step from t to ``previous``, float64 [b].
 
     The posterior variance and beta (improved DDPM, equation 15). The step to the data has no posterior variance, so
     the lower bound is never below the one of step 1, as in that paper's code.
@@ -153,7 +153,7 @@ def learned_log_variance(fraction: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def mean_over_row(x: Tensor) -> Tensor:
-    """Turns [b, ...] to [b]."""
+    """Returns the mean of each row of [b, ...]: [b]."""
     return x.flatten(1).mean(1)
 
 
@@ -172,6 +172,7 @@ def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> T
     inverse_std = torch.exp(-0.5 * log_variance)
     upper = torch.special.ndtr((x - mean + 1 / 255) * inverse_std)
     lower = torch.special.ndtr((x - mean - 1 / 255) * inverse_std)
+    # 0.999 lies between the last two of 256 levels, so that the level 1 itself is meant whatever its rounding.
     upper = torch.where(x > 0.999, 1.0, upper)
     lower = torch.where(x < -0.999, 0.0, lower)
     return -(upper - lower).clamp(min=1e-12).log()
@@ -191,7 +192,8 @@ def variational_bound(prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor
     mean = posterior_mean(prediction.x0, x_t, level, level_previous)
     true_mean = posterior_mean(x0, x_t, level, level_previous)
     bound = mean_over_row(normal_kl(true_mean, per_row(low, x_t), mean, log_variance))
-    if not t.is_cpu or (t == 0).any():  # a question that a GPU would have to stop for
+    # On a GPU it is computed always: to ask whether any t is 0 would synchronise.
+    if not t.is_cpu or (t == 0).any():
         nll = mean_over_row(discretized_gaussian_nll(x0, mean, log_variance))
         bound = torch.where(t == 0, nll, bound)
     return bound / log(2)
@@ -208,13 +210,14 @@ def hybrid_loss(
 ) -> tuple[Tensor, Tensor]:
     """Returns the squared error of the prediction and weighted variational bound, [b] each; the loss is their sum.
 
-    ``output`` [b, 2c, ...]. The bound trains the variance only: it sees the prediction detached. Its weight is
-    T / 1000, that is 1/1000 of the whole bound (improved DDPM, equation 16). ``max_snr`` is ``error_weight``'s.
+    ``output`` [b, 2c, ...]. The bound's weight is T / 1000: one term times T estimates the whole bound, which counts
+    1/1000 (improved DDPM, equation 16). ``max_snr`` is ``error_weight``'s.
     """
     alpha_bar = schedule.at(t)
     mean, variance = output.chunk(2, dim=1)
     error = squared_error(kind, mean, x0, noise, alpha_bar, max_snr)
     x_t = q_sample(x0, noise, alpha_bar)
+    # Detached: the bound trains the variance alone, as its gradient for the mean is noisy.
     prediction = predict(kind, torch.cat([mean.detach(), variance], dim=1), x_t, alpha_bar)
     bound = variational_bound(prediction, x0, x_t, t, schedule)
     return error, bound * (schedule.steps / 1000)

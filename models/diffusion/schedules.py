@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 FEW = 15
-"""Fewer steps than this end before timestep 0; from here on it makes no difference to networks that predict noise."""
+"""Fewer steps than this end before timestep 0; with more it makes no difference to networks that predict noise."""
 NOISIEST = -3.0
 """Half the log signal-to-noise ratio below which a prediction hardly changes: the signal has 5% of the amplitude."""
 
@@ -22,6 +22,7 @@ class Schedule:
     """``alpha_bar``, float64 [T], falling: the share of the data's variance that is left at timestep t."""
 
     alpha_bar: Tensor
+    # A copy a device, since a copy at every step would synchronise a GPU.
     _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -82,12 +83,11 @@ def trailing_grid(steps: int, count: int) -> Tensor:
 
 
 def log_snr_grid(schedule: Schedule, count: int) -> Tensor:
-    """``count`` timesteps from T - 1 down to 0, after the first step evenly spread in the log signal-to-noise ratio.
+    """Returns ``count`` timesteps from T - 1 down to 0, after the first evenly spread in the log signal-to-noise ratio.
 
-    For DPM-Solver++, which takes even steps best when they are even in that variable. The first step leads to
-    ``NOISIEST`` at once, because what comes before is almost only noise: a cosine schedule would spend a third of the
-    grid there. Where timesteps are too coarse for even steps, as near the data, every one is taken.
-    Raises ValueError unless 2 <= count <= T.
+    DPM-Solver++ is derived in that variable. The first step leads to ``NOISIEST`` at once: before it x_t is almost only
+    noise, and a cosine schedule would spend a third of the grid there. Where timesteps are too coarse for even steps,
+    as near the data, every one is taken. Raises ValueError unless 2 <= count <= T.
     """
     steps = schedule.steps
     _check_count(count, steps)
@@ -96,6 +96,8 @@ def log_snr_grid(schedule: Schedule, count: int) -> Tensor:
     even = start + (end - start) * torch.arange(count - 1, dtype=torch.float64) / max(1, count - 2)
     nearest = (half_log_snr - even[:, None]).abs().argmin(1)
     ascending = torch.cat([nearest, torch.tensor([steps - 1])])
+    # Nearest timesteps may coincide: the running maximum makes them rise by 1 or more, and the minimum leaves room for
+    # those still to come.
     number = torch.arange(count)
     apart = (ascending - number).cummax(0).values + number
     return torch.minimum(apart, steps - count + number).flip(0)

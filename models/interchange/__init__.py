@@ -1,4 +1,4 @@
-"""Models to and from diffusers' layout, in which Karlo's weights are published. diffusers itself is not needed.
+"""Converts models to and from diffusers' layout, in which Karlo's weights are published, without diffusers itself.
 
 Every function takes the pipeline's folder, whose subfolders are named as in Karlo's: prior, decoder, text_proj,
 text_encoder, super_res_first, super_res_last and the schedulers.

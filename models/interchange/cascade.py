@@ -36,8 +36,15 @@ KARLO_SAMPLING = SamplingConfig(
 network that a model trained here does not have."""
 
 
-class Part(NamedTuple):
-    """A model that classes of diffusers may hold: where, the subfolder that tells that they do, and both ways."""
+class Converter(NamedTuple):
+    """Converts a model that classes of diffusers may hold.
+
+    Attributes:
+        folder: Folder of the converted model in the export.
+        tells: Subfolder that exists if the model was converted.
+        write: Function that exports the model.
+        read: Function that imports the model.
+    """
 
     folder: str
     tells: str
@@ -46,10 +53,11 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "diffusion_prior": Part(".", "prior", export_prior, import_prior),
-    "decoder": Part(".", "decoder", export_decoder, import_decoder),
+    "diffusion_prior": Converter(".", "prior", export_prior, import_prior),
+    "decoder": Converter(".", "decoder", export_decoder, import_decoder),
 } | {
-    name: Part("." if i == 0 else name, "super_res_first", export_upsampler, import_upsampler)
+    # diffusers' layout has room for one upsampler; a second one gets a folder of its own.
+    name: Converter("." if i == 0 else name, "super_res_first", export_upsampler, import_upsampler)
     for i, name in enumerate(UPSAMPLERS)
 }
 PIPELINE = Path(__file__).with_name("pipeline.py")
@@ -68,7 +76,8 @@ def export_unclip(unclip: UnCLIP, folder: str | Path) -> list[str]:
         if (model := getattr(unclip, name)) is None:
             continue
         part = PARTS.get(name)
-        with suppress(ValueError):  # raised before anything is written: diffusers has no class for it
+        # ValueError where diffusers has no class for it, before anything is written: then it goes to ours/.
+        with suppress(ValueError):
             if part is not None:
                 part.write(model, folder / part.folder)
                 native.append(name)
@@ -90,13 +99,15 @@ def _write_code(folder: Path) -> None:
     for file in source.rglob("*.py"):
         copy = folder / "unclip" / CODE / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
+        # Under another name, so that the copy never meets an installed package called models.
         copy.write_text(re.sub(r"^(\s*(?:from|import)) models\b", rf"\1 {CODE}", file.read_text(), flags=re.MULTILINE))
+    # diffusers looks for the pipeline's class in the folder, and for its part's class in the part's subfolder.
     for place in (folder, folder / "unclip"):
         shutil.copy(PIPELINE, place)
 
 
 def import_unclip(folder: str | Path, clip: Clip | None = None, sampling: SamplingConfig | None = None) -> UnCLIP:
-    """Reads a folder in diffusers' layout, an exported one to the last bit, and joins its models to a CLIP.
+    """Reads a folder in diffusers' layout, an export without any loss, and joins its models to a CLIP.
 
     Args:
         folder: Folder of an export, or Karlo's.
@@ -105,8 +116,8 @@ def import_unclip(folder: str | Path, clip: Clip | None = None, sampling: Sampli
         sampling: Sampling defaults of the generator; by default the export's, or Karlo's.
 
     Raises:
-        FileNotFoundError: when a file is missing.
-        ValueError: when something does not fit, or embeddings have another dimension than CLIP's.
+        FileNotFoundError: A file is missing.
+        ValueError: Something does not fit, or embeddings have another dimension than CLIP's.
     """
     folder = Path(folder)
     ours = folder / OURS

@@ -43,8 +43,8 @@ PROJECTIONS: Table = [
 NULL_IMAGE = "learned_classifier_free_guidance_embeddings"
 
 
-class Parts(NamedTuple):
-    """config.json of U-Net, projections and text encoder; the last two are None with GLIDE's text encoder."""
+class PartConfigs(NamedTuple):
+    """Holds the config.json of U-Net, projections and text encoder; the last two are None with GLIDE's encoder."""
 
     unet: dict[str, Any]
     text_proj: dict[str, Any] | None
@@ -80,11 +80,11 @@ def text_of(config: DecoderConfig, tower: TextTower | None) -> TextTower:
     return TextTower(*sizes, context, config.vocabulary, quick_gelu=True)
 
 
-def parts_of(config: DecoderConfig, embed_dim: int, tower: TextTower | None = None) -> Parts:
+def parts_of(config: DecoderConfig, embed_dim: int, tower: TextTower | None = None) -> PartConfigs:
     """Returns the configurations of such a decoder's parts. Raises ValueError if the classes cannot hold it."""
     unet = unet_config(shape_of(config), config.image_size // config.patch, config.dropout)
     if config.text_encoder == "glide":
-        return Parts(unet, None, None)
+        return PartConfigs(unet, None, None)
     text = text_of(config, tower)
     if text.width != embed_dim:
         raise ValueError(
@@ -98,7 +98,7 @@ def parts_of(config: DecoderConfig, embed_dim: int, tower: TextTower | None = No
         "time_embed_dim": 4 * config.channels,
         "cross_attention_dim": config.context_width or config.text_width,
     }
-    return Parts(unet, text_proj, text_config(text, embed_dim))
+    return PartConfigs(unet, text_proj, text_config(text, embed_dim))
 
 
 def swap_tokens(projection: Tensor, rows: int) -> Tensor:
@@ -168,7 +168,7 @@ def import_decoder(folder: str | Path, embedding_norm: float | None = None) -> D
         weights |= put_under("text.", read_text(folder / "text_encoder", text_of(config, tower).depth))
         weights |= read_part(path, PROJECTIONS, {NULL_IMAGE: "null_image"})
         for name in {"image_to_tokens.weight", "image_to_tokens.bias"} & weights.keys():
-            if len(weights[name]) == config.clip_tokens * shape.context_width:  # if not, loading says so
+            if len(weights[name]) == config.clip_tokens * shape.context_width:  # else ``load`` reports the misfit
                 weights[name] = swap_tokens(weights[name], shape.context_width)
     return load(lambda: Decoder(config, embed_dim, tower), weights, folder)
 
@@ -229,4 +229,5 @@ def prior_norm(folder: Path) -> float:
             f"{folder} has no prior that says how long its CLIP's image embeddings are (clip_mean and clip_std are "
             "missing): pass embedding_norm, their root mean square length"
         )
+    # E |z|^2 = |mean|^2 + sum of variances.
     return sum(weights[name].double().square().sum().item() for name in ("clip_mean", "clip_std")) ** 0.5

@@ -26,8 +26,8 @@ Weights = dict[str, Tensor]
 T = TypeVar("T", bound=nn.Module)
 
 
-class Ours(NamedTuple):
-    """What ``ours/NAME`` holds: our configuration, what a model takes besides, and tensors without a counterpart."""
+class NativePart(NamedTuple):
+    """Holds the content of ``ours/NAME``: configuration, further arguments, tensors without a place in diffusers."""
 
     config: Any
     sizes: dict[str, Any]
@@ -82,7 +82,7 @@ def write_ours(folder: Path, name: str, config: Any, sizes: dict[str, Any], weig
     write(folder / OURS / name, document, weights)
 
 
-def read_ours(folder: Path, name: str, *kinds: type) -> Ours | None:
+def read_ours(folder: Path, name: str, *kinds: type) -> NativePart | None:
     """Reads what ``write_ours`` wrote; None where it is missing, as in Karlo. Raises as ``load_model`` does."""
     if not (folder / OURS / name).is_dir():
         return None
@@ -92,7 +92,7 @@ def read_ours(folder: Path, name: str, *kinds: type) -> Ours | None:
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     for kind in kinds:
         if kind.__name__ == document["kind"] and values.keys() <= {field.name for field in fields(kind)}:
-            return Ours(kind(**values), sizes, weights)
+            return NativePart(kind(**values), sizes, weights)
     raise ValueError(
         f"{folder / OURS / name} holds a {document['kind']} of {sorted(values)}, which is not known here: export it "
         "again, or update this software"
@@ -100,7 +100,7 @@ def read_ours(folder: Path, name: str, *kinds: type) -> Ours | None:
 
 
 def derive(path: Path, build: Callable[[], Any]) -> Any:
-    """Returns ``build``, which reads configurations in ``path``; what does not fit there is one ValueError."""
+    """Returns the result of ``build``, which reads configurations in ``path``. Raises ValueError for its errors."""
     try:
         return build()
     except (LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
@@ -112,9 +112,10 @@ def derive(path: Path, build: Callable[[], Any]) -> Any:
 def check_config(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], idle: set[str]) -> None:
     """Raises ValueError unless the configuration in ``path`` describes the network that ``expected`` describes.
 
-    ``idle`` fields may hold anything. A field that ``found`` lacks was invented after it was written, and is neutral;
-    one that ``expected`` lacks is unknown here, and must be null or false.
+    ``idle`` fields may hold anything.
     """
+    # A field that ``found`` lacks is of a later version of diffusers, whose default is neutral. One that ``expected``
+    # lacks is unknown here, and may only be null or false.
     idle = idle | {name for name in found if name.startswith("_") and name != "_class_name"}
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in expected.items()}
     odd = [

@@ -1,7 +1,7 @@
-"""Names of tensors here and there.
+"""Names of tensors, ours and diffusers'.
 
-A table lists pairs (our module, their modules): the weights and biases of their modules, one below the other, are
-ours. So our one projection to queries, keys and values has three counterparts.
+A table lists pairs (our module, their modules): our weight and bias are the concatenation of those. So our one
+projection to queries, keys and values has three counterparts.
 """
 
 from collections.abc import Iterable
@@ -34,10 +34,10 @@ def to_theirs(weights: Weights, table: Table) -> Weights:
 def to_ours(weights: Weights, table: Table) -> Weights:
     """Takes the tensors of ``table`` out of ``weights``, which are theirs, and names them as ours.
 
-    A pair whose parts are not all there is left out; loading the model then says what is missing. The table may be as
-    long as a stranger's configuration says: no model has more rows than MOST_TENSORS.
+    A pair whose parts are not all there is left out; loading the model then says what is missing.
     """
     out: Weights = {}
+    # The configuration that the table is from may be a stranger's, and name any number of layers.
     for ours, theirs in islice(table, MOST_TENSORS):
         for kind in ("weight", "bias"):
             names = [f"{name}.{kind}" for name in theirs]

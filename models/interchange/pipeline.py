@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from PIL import Image
 from torch import Tensor, nn
 
-MOST = 2**53  # a seed
+MOST = 2**53  # of a seed, so that JSON holds it exactly
 
 
 class Generator(ModelMixin):
@@ -33,12 +33,12 @@ class Generator(ModelMixin):
     @classmethod
     def from_pretrained(cls, path: str, **_: object) -> "Generator":
         """Opens the export whose part ``path`` is, with the code that lies in it."""
-        # Its convolutions are to compute in fp32, too.
+        # By default torch computes convolutions in TF32, also of fp32 tensors.
         torch.backends.cudnn.allow_tf32 = False
         code = sys.modules.get("unclip_models")
         if code is not None and Path(path).resolve() not in Path(code.__path__[0]).resolve().parents:
             for name in [name for name in sys.modules if name.partition(".")[0] == "unclip_models"]:
-                del sys.modules[name]  # of another export, which keeps what it has
+                del sys.modules[name]  # the code of another export, whose models keep theirs
         sys.path.insert(0, str(path))
         try:
             made = cls(importlib.import_module("unclip_models.interchange").import_unclip(Path(path).parent))
@@ -66,7 +66,7 @@ class Generator(ModelMixin):
 class UnCLIPRayPipeline(DiffusionPipeline):
     """Draws images of captions: a prior, a decoder and up to two upsamplers."""
 
-    def __init__(self, unclip):  # diffusers loads this file twice, and so its Generator is another class
+    def __init__(self, unclip):  # without a type: diffusers loads this file twice, so its Generator is another class
         super().__init__()
         self.register_modules(unclip=unclip)
 

@@ -127,6 +127,8 @@ def export_prior(prior: DiffusionPrior, folder: str | Path) -> None:
 
 def own_to_bare(prior: DiffusionPrior, weights: Weights) -> Weights:
     """Returns our own prior's tensors where Karlo's differ: null embedding and positions, and no standardisation."""
+    # A linear layer of [x, 1, 0] for a shown text and [0, 0, 1] for a hidden one: its last two columns are our bias and
+    # null embedding.
     columns = [
         weights["embedding_in.weight"],
         weights["embedding_in.bias"][:, None],

@@ -25,11 +25,11 @@ IDLE = {
     "dynamic_thresholding_ratio",
     "sample_max_value",
 }
-"""Fields that say how to sample; here the sampler's options do."""
+"""Fields of sampling, for which our bundles have options of their own."""
 
 
 class Process(NamedTuple):
-    """``schedule`` "cosine" or "linear", ``steps`` T, ``prediction`` "eps", "v" or "x0"."""
+    """Holds the ``schedule`` "cosine" or "linear", the ``steps`` T, and the ``prediction`` "eps", "v" or "x0"."""
 
     schedule: Schedule
     steps: int

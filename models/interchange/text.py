@@ -10,7 +10,7 @@ from models.interchange.names import Table, pair, to_ours, to_theirs
 from models.prior_configs import TextTower
 
 WEIGHTS_FILE = "model.safetensors"
-# What transformers leaves out of its file when it is so.
+# transformers writes no field that has its default.
 DEFAULTS = {
     "vocab_size": 49408,
     "hidden_size": 512,

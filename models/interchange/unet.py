@@ -12,7 +12,7 @@ UP = {"Resnet": "ResnetUpsampleBlock2D", "SimpleCrossAttn": "SimpleCrossAttnUpBl
 
 
 class Shape(NamedTuple):
-    """What a U-Net's tensors depend on; fields as in ``models.nn.unet.UNet``."""
+    """Holds the arguments of ``models.nn.unet.UNet`` that its tensors depend on."""
 
     in_channels: int
     out_channels: int
@@ -46,12 +46,12 @@ def attention_levels(config: dict[str, Any]) -> list[int]:
 def unet_config(shape: Shape, sample_size: int, dropout: float) -> dict[str, Any]:
     """Returns config.json of the same network in diffusers.
 
-    Raises ValueError if the width is not a multiple of 32: diffusers normalises 32 groups everywhere, ours the most
-    that fit; and if the first resolution is wider, by which diffusers makes its timestep embedding wider, too.
+    Raises ValueError for a width that is not a multiple of 32, and if the first multiplier is not 1.
     """
+    # diffusers makes its timestep embedding four times as wide as the first resolution, ours as ``channels``.
     if shape.multipliers[0] != 1:
         raise ValueError(f"multipliers begin with {shape.multipliers[0]}: only 1 can be exported to diffusers' layout")
-    if shape.channels % 32:
+    if shape.channels % 32:  # diffusers normalises 32 groups everywhere, ours as many as divide the width
         raise ValueError(f"channels is {shape.channels}: only multiples of 32 can be exported to diffusers' layout")
     levels = range(len(shape.multipliers))
     kinds = ["SimpleCrossAttn" if level in shape.attention_levels else "Resnet" for level in levels]
@@ -95,7 +95,7 @@ def idle_fields(shape: Shape) -> set[str]:
     """Returns fields of the class's config.json that need not be checked for a network of this shape."""
     if not shape.attention_levels:
         return IDLE | {"attention_head_dim"}
-    # Of blocks that these networks do not have.
+    # Fields of blocks that these networks do not have.
     return IDLE | {
         "transformer_layers_per_block",
         "addition_embed_type_num_heads",
@@ -112,6 +112,7 @@ def unet_table(shape: Shape) -> Table:
     yield pair("conv_in", "conv_in")
     yield pair("norm_out", "conv_norm_out")
     yield pair("conv_out", "conv_out")
+    # Our lists count resizing blocks as stages of their own; diffusers nests them in the block of their resolution.
     yield from _stage("middle.0", "mid_block", "resnets.0", "attentions.0")
     yield from _stage("middle.1", "mid_block", "resnets.1")
     last = len(shape.multipliers) - 1

@@ -26,10 +26,7 @@ SCALE = 4
 
 
 def shape_of(config: UpsamplerConfig) -> Shape:
-    """Returns the U-Net of such an upsampler.
-
-    Raises ValueError where it only adds to an image, which diffusers cannot say.
-    """
+    """Returns the U-Net of such an upsampler. Raises ValueError for one that predicts the image."""
     if config.prediction == "x0":
         raise ValueError(
             "prediction is 'x0', which adds to the enlarged small image: only 'eps' and 'v' go to diffusers"

@@ -1,8 +1,8 @@
-"""A GPU's half precision without a cast at every turn.
+"""Half precision on a GPU with fewer casts than autocast makes.
 
-Autocast casts every weight of a layer by itself, and what goes into and comes out of every norm, which it wants in
-fp32. Of the kernels of a training step more than a third were such casts. Here a block computes in one precision from
-end to end, norms too, whose kernels sum up in fp32 whatever they are given, and its weights are cast together.
+Autocast casts every weight of a layer by itself, and the input and output of every norm, which it computes in fp32.
+More than a third of the kernels of a training step were such casts. Here a block computes in one precision from end to
+end, and its weights are cast by one kernel. Norms lose nothing: their kernels accumulate in fp32 anyway.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -44,12 +44,13 @@ def call_in(dtype: torch.dtype, module: nn.Module, *given: Tensor | None) -> Ten
 
 
 def run(module: nn.Module, x: Tensor, *rest: Tensor | None) -> Tensor:
-    """Returns ``module(x, *rest)``, on a GPU in the precision of ``x``; elsewhere autocast casts, where it is on."""
+    """Returns ``module(x, *rest)``, on a GPU in the precision of ``x``; elsewhere autocast decides, where it is on."""
     if not x.is_cuda or next(module.parameters()).dtype == x.dtype:
         return module(x, *rest)
     return call_in(x.dtype, module, x, *rest)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Turns autocast off where ``x`` is; the meta device, where a network is only measured, knows none."""
+    """Turns autocast off on the device of ``x``."""
+    # torch.autocast refuses the meta device, on which networks are measured without memory.
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

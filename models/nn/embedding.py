@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Turns timesteps [b], whole or not, to fp32 [b, width]: cosines, then sines, of periods 2 pi to 20,000 pi.
+    """Returns fp32 [b, width] of timesteps [b], whole or not: cosines, then sines, of periods 2 pi to 20,000 pi.
 
-    As in guided diffusion; an odd last column is zero.
+    Cosines come first, as in guided diffusion; an odd last column is zero.
     """
     half = width // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-log(10000) / half))

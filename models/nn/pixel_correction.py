@@ -11,10 +11,9 @@ from models.nn.unet import zeroed
 class PixelCorrection(nn.Module):
     """Corrects an output [b, c, h, w] pixel by pixel, given what the network saw; the correction starts at zero.
 
-    With ``patch`` above 1 all pixels of a patch come from one position of the U-Net, and those of two patches from two:
-    errors that these do not share show as a grid. Three 3x3 convolutions see across its borders. Near the data x_t says
-    more of a pixel than the output does, near the noise nothing: so the timestep scales and shifts what is between
-    them, as in a ResBlock. In fp32, since bf16 would round the least noise in x_t away.
+    With ``patch`` above 1 all pixels of a patch come from one position of the U-Net, so errors of neighbouring
+    positions show as a grid. Three 3x3 convolutions see across its borders. Near the data x_t says more of a pixel than
+    the output does, near the noise nothing, so the timestep scales and shifts the features, as in a ResBlock.
 
     Args:
         seen: Channels of what the network saw.
@@ -32,7 +31,7 @@ class PixelCorrection(nn.Module):
 
     def forward(self, output: Tensor, seen: Tensor, embedding: Tensor) -> Tensor:
         """Corrects ``output``, given [b, seen, h, w] and a timestep embedding [b, embedding_width]."""
-        with no_autocast(output):
+        with no_autocast(output):  # bf16 would round the least noise in x_t away
             first, second = self.scale_shift(F.silu(embedding.float()))[:, :, None, None].chunk(2, dim=1)
             hidden = modulated(self.conv_in(torch.cat([seen, output], dim=1)), first)
             hidden = modulated(self.conv_middle(F.silu(hidden)), second)

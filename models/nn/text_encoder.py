@@ -11,9 +11,9 @@ from models.tokens import cut_tokens
 
 
 class EncodedText(NamedTuple):
-    """One vector for each position, [b, context, width], and one for the caption, [b, d].
+    """Holds a vector for each position, [b, context, width], and one for the caption, [b, d].
 
-    ``shown`` bool [b, context]: which positions may be attended to; None is all of them.
+    ``shown`` bool [b, context] is True where a position may be attended to; None shows all.
     """
 
     states: Tensor
@@ -34,7 +34,7 @@ class TextEncoder(nn.Module):
         self.transformer = Transformer(width, depth, heads, causal=False)
 
     def forward(self, tokens: Tensor, keep: Tensor) -> EncodedText:
-        """``tokens`` int64 [b, context or more], the rest is cut; ``keep`` bool [b], False drops the caption."""
+        """Encodes tokens int64 [b, context or more], cut to ``context``; ``keep`` bool [b], False drops a caption."""
         states = self.transformer(self.embedding(tokens[:, : self.context], keep))
         return EncodedText(states, states[:, -1], None)
 
@@ -68,7 +68,7 @@ class ClipTextEncoder(nn.Module):
         nn.init.normal_(self.projection.weight, std=width**-0.5)
 
     def forward(self, tokens: Tensor, keep: Tensor) -> EncodedText:
-        """Works as ``TextEncoder``; a caption that is cut gets an end, whose token has its vector.
+        """Encodes tokens as ``TextEncoder`` does; a caption that is cut ends with the end token.
 
         Raises ValueError on fewer tokens than ``context``.
         """
@@ -78,7 +78,8 @@ class ClipTextEncoder(nn.Module):
         return self.read(torch.where(keep[:, None], tokens, empty))
 
     def read(self, tokens: Tensor) -> EncodedText:
-        """Returns what the transformer makes of tokens int64 [b, n], n up to ``context``; shapes as in ``forward``."""
+        """Returns the encoded text of tokens int64 [b, n], n up to ``context``; shapes as in ``forward``."""
         states = self.transformer(self.token(tokens) + self.position[: tokens.shape[1]])
+        # The end token has the largest id, as CLIP's own code relies on.
         pooled = self.projection(states[torch.arange(len(tokens), device=tokens.device), tokens.argmax(1)])
         return EncodedText(states, pooled, ~is_padding(tokens, self.end))

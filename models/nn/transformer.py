@@ -12,7 +12,7 @@ from models.nn.attention import attend
 class Cache:
     """Keys and values of the positions seen so far, a pair of [b, heads, context, width / heads] per layer.
 
-    ``length`` positions are held. Who lowers it takes the last ones back.
+    ``length`` positions are held; lowering it drops the last ones.
     """
 
     def __init__(self, context: int):
@@ -48,9 +48,9 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the hidden layer is four times as wide.
+    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)); the hidden layer is four times as wide.
 
-    ``joining_std`` is the standard deviation of the weights that start a branch's way back into x.
+    ``joining_std`` is the initial standard deviation of the weights that join a branch to the residual stream.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class Block(nn.Module):
         masked = self.causal and new > 1  # a single new position may see everything before it
         mask = None if shown is None else shown[:, None, None, :]
         if masked and (mask is not None or new < seen):
+            # PyTorch's causal flag aligns the mask with the first key, and new queries are the last positions.
             earlier = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
             mask = earlier if mask is None else mask & earlier
         out = attend(queries, keys, values, mask, causal=masked and mask is None)
@@ -141,7 +142,7 @@ class Transformer(nn.Module):
     def forward(
         self, x: Tensor, cache: Cache | None = None, shown: Tensor | None = None, last_only: bool = False
     ) -> Tensor:
-        """Turns x [b, n, width] to the same shape, normed.
+        """Returns the output for x [b, n, width], of the same shape.
 
         ``shown`` bool [b, n]: False hides a position from all others; position 0 must be shown. With a cache it comes
         with the first call and holds for the later ones, whose own positions are shown. With ``last_only`` the result

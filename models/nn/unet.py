@@ -1,4 +1,4 @@
-"""The U-Net of ADM (Dhariwal & Nichol 2021), with GLIDE's way of attending to a context."""
+"""The U-Net of ADM (Dhariwal & Nichol 2021), with GLIDE's attention to a context."""
 
 import math
 from contextlib import nullcontext
@@ -13,12 +13,12 @@ from models.nn.embedding import timestep_embedding
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Returns 32 groups, as in ADM, or for widths that are not multiples of 32 as many as fit."""
+    """Returns a norm of 32 groups, as in ADM, or for widths that are not multiples of 32 of as many as divide them."""
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
 def zeroed(module: nn.Module) -> nn.Module:
-    """Returns the module with all weights zero: a branch that starts as nothing."""
+    """Returns the module with all weights zero, so that its branch starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -69,7 +69,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every pixel attends to all context tokens and all pixels: keys and values of both in one sequence (GLIDE)."""
+    """Attention of every pixel to all pixels and all context tokens, their keys and values in one sequence (GLIDE)."""
 
     def __init__(self, channels: int, head_channels: int, context_width: int):
         super().__init__()
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, context: Tensor, shown: Tensor | None = None) -> Tensor:
-        """Adds to x [b, c, h, w] what its pixels attend to: all pixels, and ``context`` [b, n, context_width].
+        """Returns x [b, c, h, w] plus its attention to all pixels and to ``context`` [b, n, context_width].
 
         ``shown`` bool [b, n]: False hides a token of ``context``.
         """
@@ -117,9 +117,8 @@ class UNet(nn.Module):
     ``depth`` residual blocks at each resolution, which has ``channels`` times its multiplier. ``attention_levels``
     are the resolutions, 0 the largest, that attend to themselves and to a context of ``context_width``; the middle
     then does so too. Without attention levels nothing attends. ``scale_shift`` is as in ``ResBlock``.
-    The last convolution of every branch, and of the network, starts at zero. Its first and last layers are fp32 even
-    under autocast: bf16 would round the least noise in x away (a fifth of it at t = 0), and the variance. On a GPU all
-    between them is in autocast's precision (models/nn/casting.py).
+    The last convolution of every branch, and of the network, starts at zero. The first and last layers are fp32 even
+    under autocast; on a GPU all layers between them are in autocast's precision (models/nn/casting.py).
     """
 
     def __init__(
@@ -186,12 +185,12 @@ class UNet(nn.Module):
         """Returns the network's output for a noised image.
 
         Args:
-            x: [b, in_channels, h, w].
+            x: Noised image, [b, in_channels, h, w].
             t: Timesteps, [b].
-            added: [b, embedding_width], joins the timestep embedding.
-            context: [b, n, context_width], attended to.
-            shown: bool [b, n]; False hides a token of ``context``.
-            layout: [b, width, h, w] of the lowest resolution, joins its features after the middle.
+            added: Vector added to the timestep embedding, [b, embedding_width].
+            context: Tokens to attend to, [b, n, context_width].
+            shown: Mask bool [b, n]; False hides a token of ``context``.
+            layout: Features added after the middle, at the lowest resolution, [b, width, h, w].
 
         Raises:
             ValueError: The sides cannot be halved often enough.
@@ -203,6 +202,7 @@ class UNet(nn.Module):
         embedding = self.timestep(t)
         if added is not None:
             embedding = embedding + added
+        # bf16 would round away a fifth of the noise in x at t = 0, and at the end the differences of the variance.
         with no_autocast(x):
             x = self.conv_in(x.float())
         half = half_precision(x)
@@ -220,7 +220,7 @@ class UNet(nn.Module):
             if layout is not None:
                 x = x + layout
             for stage in self.up:
-                if stage.resblock.resize == "":
+                if stage.resblock.resize == "":  # a stage that resizes has no counterpart on the way down
                     x = torch.cat([x, skips.pop()], dim=1)
                 x = stage(x, embedding, context, shown)
         with no_autocast(x):

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 Json = Mapping[str, Any]  # of one figure
+DOCUMENT = "evaluation.json"  # the files of an evaluation
+STRIP = "held-out.png"
 NAMES = {
     "decoder": "the decoder, from images' own embeddings,",
     "ar_prior": "the AR prior",
@@ -91,12 +93,12 @@ def measured(figures: Sequence[Json]) -> bool:
 
 
 def without_values(figures: Sequence[Json]) -> list[dict[str, Any]]:
-    """Returns the figures for a record, which is small: the values of rows are in evaluation.json."""
+    """Returns the figures without values of rows, for a record, which has to be small; evaluation.json has them."""
     return [{name: value for name, value in figure.items() if name not in ("values", "groups")} for figure in figures]
 
 
 def short(value: float | None, unknown: str = "?") -> str:
-    """Returns four digits, and no more than four places; ``unknown`` for None."""
+    """Returns a number with four digits, and no more than four decimals; ``unknown`` for None."""
     if value is None:
         return unknown
     return f"{value:.4f}".rstrip("0").rstrip(".") if 0.001 <= abs(value) < 10 else f"{value:.4g}"

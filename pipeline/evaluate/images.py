@@ -1,4 +1,4 @@
-"""Draws images of 64 px of rows, and has a second CLIP look at them."""
+"""Draws images of 64 px of rows, and scores them by a second CLIP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.cascade import UnCLIP
 from models.clip import Clip
-from models.draw import derive_seed
+from models.random_streams import derive_seed
 from models.view import view
 from pipeline.errors import UserError
 from pipeline.evaluate.figure import Figure
@@ -19,7 +19,7 @@ from pipeline.evaluate.rows import SplitRows, Tick
 from pipeline.evaluate.statistics import ranks
 from pipeline.evaluate.subject import Subject
 
-BATCH = 16  # images that are drawn or looked at at once
+BATCH = 16  # images that are drawn or embedded at once
 
 
 def draw_images(unclip: UnCLIP, rows: SplitRows, prior: str | None, seed: int, tick: Tick) -> Tensor:
@@ -43,16 +43,14 @@ def draw_images(unclip: UnCLIP, rows: SplitRows, prior: str | None, seed: int, t
     return torch.cat(images)
 
 
-def beside(*lines: Tensor) -> Tensor:
-    """Returns lines of images, uint8 [n, s, s, 3] each, as one image uint8 [3, h, w], a line below the other."""
+def image_grid(*lines: Tensor) -> Tensor:
+    """Returns rows of images, uint8 [n, s, s, 3] each, as one image uint8 [3, h, w], a row below the other."""
     return torch.cat([torch.cat(list(line), dim=1) for line in lines]).permute(2, 0, 1)
 
 
 def load_judge(weights: str | None, device: torch.device) -> Clip | None:
-    """Returns the CLIP of ``evaluation.judge``, written as ``clip.weights`` is; None for none. Raises UserError.
-
-    A model that was trained on the embeddings of one CLIP may please that CLIP alone.
-    """
+    """Returns the CLIP of ``evaluation.judge``, written as ``clip.weights`` is; None for none. Raises UserError."""
+    # A second CLIP, since a model may fit the errors of the one whose embeddings it was trained on.
     if weights is None:
         return None
     try:
@@ -63,16 +61,17 @@ def load_judge(weights: str | None, device: torch.device) -> Clip | None:
 
 
 def embed(clip: Clip, images: Tensor) -> Tensor:
-    """Returns CLIP's embeddings of images uint8 [n, s, s, 3], by way of the view: fp32 [n, d] on the CPU."""
+    """Returns CLIP's embeddings of views of images uint8 [n, s, s, 3]: fp32 [n, d] on the CPU."""
     views = [view(Image.fromarray(image.numpy()), clip.image_size) for image in images]
     pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(clip.mean.device)
     return torch.cat([clip.encode_image(part) for part in pixels.split(BATCH)]).cpu()
 
 
 def measure_judged(subject: Subject, judge: Clip, drawn: Tensor, rows: SplitRows) -> list[Figure]:
-    """Returns how often the judge finds the caption of an image ``drawn`` for one of ``rows``, uint8 [n, s, s, 3].
+    """Returns how often a second CLIP retrieves the captions of ``rows`` from images ``drawn`` for them.
 
-    It is found if it is among the first of all captions, by the judge's cosine. The baseline is the share by chance.
+    A caption is found if it is among the first of all captions by the cosine. The baseline is the share by chance.
+    ``drawn`` is uint8 [n, s, s, 3].
     """
     first = first_places(len(rows))
     tokens = judge.tokenize(rows.captions).to(judge.mean.device)

@@ -1,4 +1,4 @@
-"""Metrics: what is claimed of models and how it is measured, ours and those of installed packages. No torch here.
+"""Metrics: claims about models and how they are measured, ours and those of installed packages. No torch here.
 
 A package adds a metric by an entry point of the group ``unclip.metrics``; ``examples/add_metric.py`` is one.
 """
@@ -28,8 +28,8 @@ class Metric:
         name: Name of the family. A claim is called by it and, unless ``together``, by its model.
         text: Sentence that is claimed; ``{model}`` stands for the model.
         models: Models that are measured, one after another, of those that the bundle has.
-        needs: Names of what ``measure`` is given, in order; each is a method of ``pipeline.evaluate.run.Evaluation``.
-        measure: Function of a ``Subject`` and what ``needs`` names; returns the figures of one model.
+        needs: Names of the arguments of ``measure``, in order; each is a method of ``Evaluation`` in ``run.py``.
+        measure: Function of a ``Subject`` and the ``needs`` that returns the figures of one model.
         better: Side of its baseline on which a value should be.
         together: Figures of all models are one claim, in place of a claim each.
         version: Number that is raised when something else is measured; of users' metrics it is in the key.

@@ -1,4 +1,4 @@
-"""Are parts of an image what its caption says? Only where it can be drawn what a caption means: no network judges."""
+"""Are parts of an image those that its caption names? Compared with drawings of the truth, where there is one."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def truths(urls: Sequence[str]) -> list[Drawing | None]:
     return [truth(url) for url in urls]
 
 
-class Shown(NamedTuple):
-    """Holds which value of a part an image shows.
+class PartPrediction(NamedTuple):
+    """Holds the value of a part that an image shows, as a classifier's prediction.
 
     Attributes:
         row: Place of the image's row.
-        style: Style of the drawing; values are those of its part.
+        style: Style of the drawing, which has values of its own for the part.
         own: Place of the right value among all values.
         share: 1 at the value whose drawing is nearest to the image, equal shares where several are; fp64 [values].
     """
@@ -52,18 +52,18 @@ class Shown(NamedTuple):
     share: Tensor
 
 
-Found = dict[tuple[str, str], list[Shown]]  # by model and part
+PartPredictions = dict[tuple[str, str], list[PartPrediction]]  # by model and part
 
 
-def read_parts(images: Mapping[str, Tensor], drawings: Sequence[Drawing | None], tick: Tick) -> Found:
-    """Returns what images show, by model and part: of the drawings that differ in that part alone, the nearest.
+def read_parts(images: Mapping[str, Tensor], drawings: Sequence[Drawing | None], tick: Tick) -> PartPredictions:
+    """Returns predictions by model and part: the nearest of the drawings that differ in that part alone.
 
     Args:
         images: Images by model, uint8 [n, 64, 64, 3].
         drawings: Truth of each row, None where there is none.
-        tick: Tells the progress.
+        tick: Function that shows progress.
     """
-    found: Found = {}
+    found: PartPredictions = {}
     for row, drawing in enumerate(drawings):
         if drawing is None:
             continue
@@ -75,7 +75,7 @@ def read_parts(images: Mapping[str, Tensor], drawings: Sequence[Drawing | None],
             for model, made in images.items():
                 error = (candidates - made[row].float()).square().flatten(1).sum(1).double()
                 nearest = (error == error.min()).double()
-                one = Shown(row, drawing.style, values.index(own), nearest / nearest.sum())
+                one = PartPrediction(row, drawing.style, values.index(own), nearest / nearest.sum())
                 found.setdefault((model, part), []).append(one)
         tick(f"{row + 1} of {len(drawings)} truths")
     return found
@@ -85,12 +85,10 @@ def _drawn(drawing: Drawing) -> Tensor:
     return torch.from_numpy(np.asarray(draw(drawing, BASE)).astype(np.float32))
 
 
-def right(found: Sequence[Shown]) -> tuple[Tensor, Tensor]:
-    """Returns for each image whether it shows the right value, and how often it would for other rows, fp64 [n] each.
-
-    Others are those of its style; without any, one value is as likely as another. So an image that shows what is common
-    is right no more often than by chance.
-    """
+def right(found: Sequence[PartPrediction]) -> tuple[Tensor, Tensor]:
+    """Returns for each image whether it shows the right value, and how often it would for other rows, fp64 [n] each."""
+    # Chance is the share of other rows of its style whose value the image shows, so that always drawing the commonest
+    # value does not beat chance. Without other rows all values are equally likely.
     hits = torch.stack([one.share[one.own] for one in found])
     chance = []
     for i, one in enumerate(found):
@@ -100,13 +98,13 @@ def right(found: Sequence[Shown]) -> tuple[Tensor, Tensor]:
 
 
 def measure_parts(
-    subject: Subject, known: tuple[Found, Found], rows: SplitRows, group: Sequence[str]
+    subject: Subject, known: tuple[PartPredictions, PartPredictions], rows: SplitRows, group: Sequence[str]
 ) -> Iterator[Figure]:
     """Yields for each part of a group whether images of ``rows`` show what their captions say.
 
     A figure is the share of images that are nearest to their truth, among drawings that differ from it in one part. It
-    holds if that is more than half, and above chance. ``known`` is what the images of ``rows`` show, and those of
-    training rows, whose share stands beside it.
+    holds if that is more than half, and above chance. ``known`` has the predictions for images of ``rows``, and for
+    those of training rows.
     """
     found, trained = known
     for part in group:

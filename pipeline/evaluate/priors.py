@@ -1,4 +1,4 @@
-"""Do priors know more than a line? Their samples against three baselines that have no trained weights."""
+"""Are priors better than linear regression? Their samples against three baselines without trained weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.cascade import UnCLIP
-from models.draw import derive_seed
+from models.random_streams import derive_seed
 from models.sampling_config import PRIORS
 from pipeline.evaluate.condition import CAPTION
 from pipeline.evaluate.figure import Figure
@@ -21,20 +21,21 @@ from pipeline.evaluate.subject import Subject
 from pipeline.training.task import Batch
 from pipeline.training.tasks.starts import ridge
 
-FIRST = 10  # places among which the right image is looked for; of fewer than 100 rows a tenth of them
-SEQUENCES = 256  # sampled at once
+FIRST = 10  # k of recall at k; of fewer than 100 rows a tenth of them
+SEQUENCES = 256  # embeddings sampled at once
 Baselines = dict[str, tuple[str, Tensor]]
 
 
 def first_places(rows: int) -> int:
-    """Returns how many places count as found, of this number of rows."""
+    """Returns the k of recall at k for this number of rows."""
     return min(FIRST, max(1, rows // FIRST))
 
 
 def sample_embeddings(unclip: UnCLIP, prior: str, rows: SplitRows, count: int, seed: int, tick: Tick) -> Tensor:
     """Returns ``count`` image embeddings a row, [count, n, d] of unit norm, each from a seed of its own.
 
-    As the bundle samples, but without keeping the best. ``prior`` is "ar" or "diffusion".
+    They are sampled with the bundle's options, but without choosing the best candidate. ``prior`` is "ar" or
+    "diffusion".
     """
     sampling = replace(unclip.sampling_with({"prior": prior}), candidates=1)
     tokens, text = (rows.batch[name].repeat(count, 1) for name in CAPTION)
@@ -48,14 +49,14 @@ def sample_embeddings(unclip: UnCLIP, prior: str, rows: SplitRows, count: int, s
 
 
 def baselines(text: Tensor, training: Batch) -> Baselines:
-    """Returns what can be said of the image embeddings of captions without a trained model.
+    """Returns predictions of the image embeddings of captions without a trained model.
 
     Args:
         text: Embeddings of the captions, [n, d].
         training: "text_embedding" and "image_embedding" of training rows, [m, d] each.
 
     Returns:
-        By name, what the baseline is called, and its embeddings [n, d].
+        Title and embeddings [n, d] of each baseline, by name.
     """
     names = ("text_embedding", "image_embedding")
     text, texts, images = (F.normalize(x.double().cpu(), dim=1) for x in (text, *(training[name] for name in names)))
@@ -69,20 +70,18 @@ def baselines(text: Tensor, training: Batch) -> Baselines:
 
 def measure_cosine(subject: Subject, samples: Tensor, rows: SplitRows, known: Baselines) -> list[Figure]:
     """Returns whether the mean of ``samples`` [k, n, d] is nearer to the right image, by its cosine, than baselines."""
-    return [figure for figure, _ in _beside(subject, samples, rows, known, cosine)]
+    return [figure for figure, _ in _compare_with(subject, samples, rows, known, cosine)]
 
 
 def measure_found(subject: Subject, samples: Tensor, rows: SplitRows, known: Baselines) -> list[Figure]:
-    """Returns how often the right image embedding is among the first of all ``rows``, seen from the mean of samples.
-
-    Beside a baseline that finds all but a few, none can do better.
-    """
+    """Returns how often the mean of samples retrieves the right image embedding among all ``rows``."""
     first, figures = first_places(len(rows)), []
 
     def found(query: Tensor, image: Tensor) -> Tensor:
         return (ranks(query, image) <= first).double()
 
-    for figure, baseline in _beside(subject, samples, rows, known, found):
+    for figure, baseline in _compare_with(subject, samples, rows, known, found):
+        # A baseline that misses so few rows that even a perfect prior would not be significantly better.
         if not subject.compare(rows, torch.ones_like(baseline), baseline).holds:
             missed = f"{float((1 - baseline).sum()):.0f} of {len(rows):,}"
             figure = replace(figure, holds=None, note=f"it misses {missed}, too few to do better")
@@ -90,10 +89,10 @@ def measure_found(subject: Subject, samples: Tensor, rows: SplitRows, known: Bas
     return figures
 
 
-def _beside(
+def _compare_with(
     subject: Subject, samples: Tensor, rows: SplitRows, known: Baselines, measure: Callable[[Tensor, Tensor], Tensor]
 ) -> Iterator[tuple[Figure, Tensor]]:
-    """Yields a figure for each baseline, with the baseline's values; those of the samples are kept once."""
+    """Yields a figure for each baseline, with the baseline's values; the first figure keeps those of the samples."""
     image = rows.batch["image_embedding"].double().cpu()
     value = measure(F.normalize(samples.double().mean(0).cpu(), dim=1), image)
     for name, (says, query) in known.items():

@@ -17,7 +17,7 @@ HeldOutRows = Annotated[int, Field(ge=FEWEST)]
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
-    """Says what is measured, and on how many held-out rows.
+    """Holds the numbers of held-out rows and samples of an evaluation.
 
     The first rows are taken, so always the same ones. Nothing here may be tuned on test rows.
 
@@ -46,4 +46,5 @@ class EvaluationRecipe:
         )
 
 
+# Fields that count rows, by their names.
 ROWS = tuple(field.name for field in fields(EvaluationRecipe) if field.name.endswith("rows"))

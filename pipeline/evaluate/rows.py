@@ -1,4 +1,4 @@
-"""The rows that an evaluation looks at: held out, kept by curation, always the same ones."""
+"""The rows of an evaluation: held out, kept by curation, always the same ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.training.feed.views import Views
 from pipeline.training.task import Batch
 
 COLUMNS = ("image", "tokens", "image_embedding", "text_embedding")
-Tick = Callable[[str], None]  # tells the progress
+Tick = Callable[[str], None]  # shows progress
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class SplitRows:
 def held_out(store: Store, inputs: Mapping[str, Artifact], rows: int, side: int = 0) -> SplitRows | int:
     """Returns the first ``rows`` test rows, or validation rows where there are fewer than FEWEST test rows.
 
-    Where there are too few of both, it returns how many test rows there are. Rows with a short side below ``side`` are
-    left out, and with a ``side`` images are read, as views of it. Raises CorruptObject for what cannot be trusted.
+    Where there are too few of both, it returns the number of test rows. With a ``side`` images are read as views of
+    that side, and rows with a smaller short side are left out. Raises CorruptObject.
     """
     tables = Tables(store, inputs, COLUMNS, HELD_OUT_SPLITS[0], side)
     there = sum(tables.counts)

@@ -1,6 +1,6 @@
 """Measures the models of a bundle on held-out rows: does it learn?
 
-Everything is a function of the inputs and the recipe, on rows and seeds that never change. Nothing here may be tuned on
+Figures are a function of the inputs and the recipe, on rows and seeds that never change. Nothing here may be tuned on
 test rows: a claim that fails is reported as failing.
 """
 
@@ -23,14 +23,14 @@ from models.clip import Clip
 from models.sampling_config import BASE, PRIORS, UPSAMPLERS
 from pipeline.errors import UserError
 from pipeline.evaluate.condition import CONDITION
-from pipeline.evaluate.figure import Figure, without_values
-from pipeline.evaluate.images import JUDGED, beside, draw_images, load_judge
+from pipeline.evaluate.figure import DOCUMENT, STRIP, Figure, without_values
+from pipeline.evaluate.images import JUDGED, draw_images, image_grid, load_judge
 from pipeline.evaluate.metric import DRAWERS, GROUP, Metric, Need, metrics_of_users, names_with_versions
-from pipeline.evaluate.parts import PARTS_DRAWN, Found, read_parts, truths
+from pipeline.evaluate.parts import PARTS_DRAWN, PartPredictions, read_parts, truths
 from pipeline.evaluate.priors import COSINE, FOUND, Baselines, baselines, sample_embeddings
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import SplitRows, Tick, held_out, training_rows
-from pipeline.evaluate.subject import Missing, Subject
+from pipeline.evaluate.subject import MissingInput, Subject
 from pipeline.evaluate.upsamplers import PSNR
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import flatten
@@ -46,11 +46,10 @@ from pipeline.training.results import preview_png
 from pipeline.training.tasks.starts import starting_rows
 
 BY_STAGE = {stage: name for name, stage in PRIORS.items()}
-EACH = ("rows", "drawn", "samples")  # needs that are another thing for another model
+EACH = ("rows", "drawn", "samples")  # needs that differ between models
 OURS = (*PARTS_DRAWN, JUDGED, FOUND, COSINE, PSNR, CONDITION)
 DRAWN: Need = "drawn"
 SHOWN = 8  # captions in the image of the report
-STRIP = "held-out.png"
 
 
 def metrics() -> tuple[Metric, ...]:
@@ -69,6 +68,7 @@ def evaluate(ctx: Context) -> Artifact:
     began = time.monotonic()
     device = drawing_device()
     chosen, planned = metrics(), getattr(ctx.recipe, "metrics", ())
+    # This process may be on a machine with other packages than the one that planned.
     if (here := names_with_versions(chosen[len(OURS) :])) != planned:
         raise UserError(
             f"evaluation: planned with the metrics {', '.join(planned) or 'none'} of users, and here are "
@@ -110,7 +110,7 @@ def evaluate(ctx: Context) -> Artifact:
         "recipe": flatten(ctx.recipe),
         "sampling": dataclasses.asdict(unclip.sampling),
     }
-    blobs = {"evaluation.json": put_blob(ctx.store, (json.dumps(document, indent=1) + "\n").encode())}
+    blobs = {DOCUMENT: put_blob(ctx.store, (json.dumps(document, indent=1) + "\n").encode())}
     if strip is not None:
         blobs[STRIP] = put_blob(ctx.store, preview_png(strip))
     artifact = ctx.publishable(
@@ -124,7 +124,7 @@ def evaluate(ctx: Context) -> Artifact:
 
 @dataclass
 class Evaluation:
-    """Makes what metrics need, each thing when it is first asked for, and once. All of it may raise Missing.
+    """Makes the arguments of metrics lazily, each of them once. Every method of a need may raise MissingInput.
 
     Attributes:
         clip: A second CLIP that looks at the drawn images.
@@ -133,7 +133,7 @@ class Evaluation:
             rows below it.
         keys: Keys of all rows that were measured, with their split, by what they are for.
         few: Number of rows where they are too few, by what they are for.
-        made: Things made so far, or why they cannot be made, by need and model.
+        made: Arguments made so far, or the reason why they are missing, by need and model.
     """
 
     ctx: Context
@@ -155,11 +155,11 @@ class Evaluation:
         return [model for model in models if getattr(self.unclip, model) is not None]
 
     def measure(self, metric: Metric, model: str) -> list[Figure]:
-        """Returns the figures of one model; one that says why, if there is not what they need. Raises UserError."""
+        """Returns the figures of one model, or one with the reason where a need is missing. Raises UserError."""
         subject = Subject(metric, model, self.unclip, self.recipe, self.tick)
         try:
             needed = [self.need(name, model) for name in metric.needs]
-        except Missing as why:
+        except MissingInput as why:
             return [subject.figure(note=str(why))] if str(why) else []
         try:
             figures = list(metric.measure(subject, *needed))
@@ -173,14 +173,14 @@ class Evaluation:
         return figures
 
     def need(self, name: Need, model: str = "") -> Any:
-        """Returns what the method of this name makes for a model, which only the needs of EACH depend on."""
+        """Returns the result of the method of this name; only the needs of EACH depend on the model."""
         key = name, model if name in EACH else ""
         if key not in self.made:
             try:
                 self.made[key] = getattr(self, name)(model)
-            except Missing as e:
+            except MissingInput as e:
                 self.made[key] = e
-        if isinstance(self.made[key], Missing):
+        if isinstance(self.made[key], MissingInput):
             raise self.made[key]
         return self.made[key]
 
@@ -195,9 +195,9 @@ class Evaluation:
         if isinstance(found, int):
             self.keys[what] = {"split": None, "keys": []}
             self.few[what] = found
-            if side:  # where there are too few rows at all, that is why, not how few of them have a large image
+            if side:  # raises MissingInput itself where there are too few rows of any size, which is the better reason
                 self.need("rows", "ar_prior")
-            raise Missing(too_few(found, HELD_OUT_SPLITS[0], f" with an image of {side} px" if side else ""))
+            raise MissingInput(too_few(found, HELD_OUT_SPLITS[0], f" with an image of {side} px" if side else ""))
         self.keys[what] = {"split": found.split, "keys": found.keys, "captions": digest(found.captions)}
         return found.to(self.device)
 
@@ -206,14 +206,14 @@ class Evaluation:
         return self.need("rows", "decoder")
 
     def drawn(self, model: str) -> Tensor:
-        """Returns an image for each of ``images``, uint8 [n, 64, 64, 3]: by a prior and the decoder, or it alone."""
+        """Returns an image for each of ``images``, uint8 [n, 64, 64, 3], by a prior and the decoder or by it alone."""
         return self._draw(self.need("images"), model)
 
     def _draw(self, rows: SplitRows, model: str) -> Tensor:
         return draw_images(self.unclip, rows, BY_STAGE.get(model), self.recipe.seed, self.tick)
 
-    def parts(self, model: str) -> tuple[Found, Found]:
-        """Returns what all models drew, of ``images`` and of training rows, where its truth can be drawn."""
+    def parts(self, model: str) -> tuple[PartPredictions, PartPredictions]:
+        """Returns predictions for the images of all models, for ``images`` and for training rows with drawings."""
         rows = self._where_truths(True)
         trained = training_rows(self.ctx.store, self.ctx.inputs, len(rows)).to(self.device)
         models = self.have(DRAWERS)
@@ -223,20 +223,20 @@ class Evaluation:
         return found, read_parts(theirs, truths(trained.urls), self.tick)
 
     def judge(self, model: str) -> Clip:
-        """Returns the second CLIP, where a truth cannot be drawn."""
+        """Returns the second CLIP, for data without drawings of the truth."""
         self._where_truths(False)
         if self.clip is None:
-            raise Missing
+            raise MissingInput
         return self.clip
 
     def _where_truths(self, there: bool) -> SplitRows:
-        """Returns ``images`` if their truths can be drawn, or cannot; says nothing where there are no images."""
+        """Returns ``images`` if their truths can be drawn, or cannot. Raises MissingInput without a reason else."""
         try:
             rows = self.need("images")
-        except Missing:
-            raise Missing from None
+        except MissingInput:
+            raise MissingInput from None
         if any(truths(rows.urls)) != there:
-            raise Missing
+            raise MissingInput
         return rows
 
     def samples(self, model: str) -> Tensor:
@@ -245,7 +245,7 @@ class Evaluation:
         return sample_embeddings(self.unclip, BY_STAGE[model], rows, recipe.samples, recipe.seed, self.tick)
 
     def baselines(self, model: str) -> Baselines:
-        """Returns what can be said of ``rows`` of priors without a trained model."""
+        """Returns the baselines for ``rows`` of priors."""
         training = starting_rows(self.ctx, ("text_embedding", "image_embedding"))
         return baselines(self.need("rows", model).batch["text_embedding"], training)
 
@@ -253,9 +253,9 @@ class Evaluation:
         """Returns the image of the report, uint8 [3, h, w], if there are rows: drawn images below real ones."""
         try:
             rows = self.need("images").first(SHOWN)
-        except Missing:
+        except MissingInput:
             return None
         models = self.have(DRAWERS)
         drawn = [self.made[k] if (k := (DRAWN, model)) in self.made else self._draw(rows, model) for model in models]
         self.shown = {"captions": rows.captions, "licenses": rows.licenses, "models": models}
-        return beside(rows.batch["image"].permute(0, 2, 3, 1).cpu(), *(images[:SHOWN] for images in drawn))
+        return image_grid(rows.batch["image"].permute(0, 2, 3, 1).cpu(), *(images[:SHOWN] for images in drawn))

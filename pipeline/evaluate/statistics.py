@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RESAMPLES = 1000
+RESAMPLES = 1000  # of the bootstrap
 TIE = 1e-9  # cosines of equal rows differ by rounding
 
 
 class Interval(NamedTuple):
-    """A 95% interval, and whether rows were resampled since all are of one group."""
+    """Holds a 95% interval; ``by_rows`` if rows were resampled, as all are of one group."""
 
     low: float
     high: float
@@ -25,12 +25,12 @@ class Interval(NamedTuple):
 def interval(x: Tensor, groups: Sequence[Hashable], seed: int) -> Interval:
     """Returns the percentile bootstrap interval of the mean of ``x`` [n] (Efron 1979); nan for fewer than two rows.
 
-    Whole ``groups`` are drawn (Davison and Hinkley 1997, section 3.8): rows of one, such as the drawings of one pair of
-    parts, are alike, and drawn one by one they would count as more than is known. Where all rows are of one group, rows
-    are drawn, and the interval says so: it would have no width.
+    It is a cluster bootstrap (Davison and Hinkley 1997, section 3.8): whole ``groups`` are resampled.
     """
     if len(x) < 2:
         return Interval(nan, nan)
+    # Rows of one group, such as drawings of one pair of parts, are alike: resampled one by one they would give too
+    # narrow an interval. A single group would give none at all, so then rows are resampled, and the interval says so.
     numbers = numbered(groups)
     by_rows = int(numbers.max()) == 0
     if by_rows:
@@ -45,7 +45,7 @@ def interval(x: Tensor, groups: Sequence[Hashable], seed: int) -> Interval:
 
 
 def numbered(labels: Sequence[Hashable]) -> Tensor:
-    """Returns the number of each label, int64 [n]: equal ones have the same, from 0 in the order of their first."""
+    """Returns a number for each label, int64 [n], from 0 in order of first occurrence; equal labels share one."""
     numbers: dict[Hashable, int] = {}
     return torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels], dtype=torch.int64)
 
@@ -53,13 +53,13 @@ def numbered(labels: Sequence[Hashable]) -> Tensor:
 def derangement(labels: Sequence[Hashable]) -> Tensor:
     """Returns another row for every row, int64 [n]: a roll by about half the rows, never the row itself.
 
-    Of all rolls it is one that pairs the fewest rows of equal ``labels``, the nearest to half. Raises ValueError on
-    fewer than two rows.
+    Of the rolls that pair the fewest rows of equal ``labels`` it is the one nearest to half. Raises ValueError on fewer
+    than two rows.
     """
     n = len(labels)
     if n < 2:
         raise ValueError(f"{n} rows have no other row among them")
-
+    # Rows of equal captions would have no gap between them.
     known = numbered(labels)
     least, best = n + 1, 0
     for shift in sorted(range(1, n), key=lambda k: abs(k - n // 2)):
@@ -78,8 +78,9 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
 def ranks(queries: Tensor, gallery: Tensor) -> Tensor:
     """Returns the rank of row i of ``gallery`` [m, d] by falling cosine to query i of [n, d]: fp64 [n], 1 to m.
 
-    Rows that are equally near share the mean of their places, so a constant query ranks in the middle and not first.
+    Ties share the mean of their ranks.
     """
+    # Or a prior whose samples are all alike would find every row first.
     x, y = (F.normalize(z.double(), dim=1) for z in (queries, gallery))
     scores = x @ y.T
     mine = scores.diagonal()[:, None]

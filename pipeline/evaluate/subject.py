@@ -16,7 +16,7 @@ from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import SplitRows
 from pipeline.evaluate.statistics import interval, numbered
 
-EQUAL = 1e-4  # of the baseline: so much rounding alone makes, of a model that returns what it is compared with
+EQUAL = 1e-4  # share of the baseline; rounding alone makes such a difference for a model that equals its baseline
 ONE_GROUP = "its interval is over rows, as all are of one group"
 
 
@@ -74,5 +74,5 @@ class Subject:
         return self.figure(name, says, rows=len(value), split=rows.split, **known | more)
 
 
-class Missing(Exception):
-    """Raised where there is not what a metric needs; says why, or nothing where its claims make no sense."""
+class MissingInput(Exception):
+    """Raised where a metric's need is missing, with the reason, or without one where its claim does not apply."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from models.draw import Draw, derive_seed
 from models.pixels import from_uint8, resize
 from models.precision import autocast
-from models.reverse import Reverse, ignore
+from models.random_streams import RandomStreams, derive_seed
+from models.reverse import ReverseProcess, silent
 from models.sampling_config import UPSAMPLERS, SamplingConfig
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise
 from pipeline.evaluate.figure import Figure
@@ -21,7 +21,7 @@ from pipeline.evaluate.rows import SplitRows, Tick
 from pipeline.evaluate.subject import Subject
 
 RANGE = 2.0  # of pixels, from -1 to 1
-MOST_DB = 100.0
+MOST_DB = 100.0  # equal images have an infinite PSNR
 
 
 def psnr(image: Tensor, reference: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def psnr(image: Tensor, reference: Tensor) -> Tensor:
 def busiest_crop(image: Tensor, side: int) -> Tensor:
     """Returns the tile with the largest variance, [n, c, side, side], of each image [n, c, h, w].
 
-    A flat tile tells nothing: any interpolation has it right.
+    A flat tile would be right by any interpolation.
     """
     n, channels = image.shape[:2]
     down, across = (length // side for length in image.shape[2:])
@@ -44,8 +44,8 @@ def busiest_crop(image: Tensor, side: int) -> Tensor:
     return tiles[torch.arange(n, device=image.device), best]
 
 
-class Upsampled(NamedTuple):
-    """Holds what was made of the same small images, [n, 3, s, s] each in [-1, 1]: the mean of samples, and bicubic."""
+class UpsampledImages(NamedTuple):
+    """Holds the mean of samples and the bicubic enlargement of the same small images, [n, 3, s, s] each in [-1, 1]."""
 
     mean: Tensor
     bicubic: Tensor
@@ -53,39 +53,40 @@ class Upsampled(NamedTuple):
 
 def upsample(
     name: str, model: Upsampler, original: Tensor, sampling: SamplingConfig, count: int, seed: int, tick: Tick
-) -> Upsampled:
+) -> UpsampledImages:
     """Draws ``count`` samples of each image of ``original`` [n, 3, s, s], from its small image as damaged for sampling.
 
     DDIM as the bundle samples, BATCH at once; the noise of a row does not depend on the others.
     """
     means, enlarged = [], []
-    run = Reverse(name, "ddim", "small", getattr(sampling, f"{name}_steps"), ignore)
+    run = ReverseProcess(name, "ddim", "small", getattr(sampling, f"{name}_steps"), silent)
     for start in range(0, len(original), BATCH):
         part = original[start : start + BATCH]
         rows = range(start, start + len(part))
         side = (part.shape[2], part.shape[3])
-        draw = Draw([(derive_seed(seed, "low", row), 1) for row in rows], part.device)
+        rng = RandomStreams([(derive_seed(seed, "low", row), 1) for row in rows], part.device)
         small = resize(part, (side[0] // model.config.scale, side[1] // model.config.scale))
-        low = sampling_low(model.config, small, draw)
+        low = sampling_low(model.config, small, rng)
         denoise = upsampler_denoise(model, low)
         total = torch.zeros_like(part)
         for i in range(count):
-            draw = Draw([(derive_seed(seed, name, i, row), 1) for row in rows], low.device)
+            rng = RandomStreams([(derive_seed(seed, name, i, row), 1) for row in rows], low.device)
             with autocast(low.device, sampling.precision):
-                drawn = run(model, denoise, draw.normal("x_T", *part.shape[1:]), draw)
+                drawn = run(model, denoise, rng.normal("x_T", *part.shape[1:]), rng)
             total += drawn.float().clamp(-1, 1) / count
             tick(f"{name} sample {i + 1} of {count} of {rows.stop} of {len(original)} images")
         means.append(total)
         enlarged.append(resize(low, side))
-    return Upsampled(torch.cat(means), torch.cat(enlarged))
+    return UpsampledImages(torch.cat(means), torch.cat(enlarged))
 
 
 def measure_psnr(subject: Subject, rows: SplitRows) -> list[Figure]:
     """Returns whether the mean of samples is nearer to the original than bicubic interpolation, by PSNR.
 
-    Of each image the busiest crop of the side that training sees counts; both begin with the same small image. The mean
-    is what a model knows: a sample that invents plausible detail loses to its own blur.
+    Each image counts by its busiest crop of the side of training crops. Both begin with the same small image.
     """
+    # The mean estimates the posterior mean, which has the best PSNR. A single sample with plausible detail would lose
+    # to a blur.
     name, recipe = subject.model, subject.recipe
     model = getattr(subject.unclip, name)
     crops = [busiest_crop(part, model.config.crop_size) for part in rows.batch["image"].split(BATCH)]

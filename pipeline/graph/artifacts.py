@@ -1,4 +1,4 @@
-"""Artefacts and shards: what a stage leaves in the store, and how to read it back."""
+"""Artefacts and shards: the results of stages in the store, published and read back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from pipeline.errors import CorruptObject
-from pipeline.graph.kinds import Artifact, Shard, artifact_path, shard_path
+from pipeline.graph.records import Artifact, Shard, artifact_path, shard_path
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
@@ -27,13 +27,13 @@ from pipeline.store.names import Digest, FileName, Part
 from pipeline.store.records import Count, blob_path, create_record, put_blob, read_blob, read_record, said, whoami
 
 StageKey = tuple[str, str]  # a stage and a key
-NOTE = "note."  # begins the names of blobs that a shard's record names and an artefact's table does not
+NOTE = "note."  # prefix of blobs that are beside the result, such as times: an artefact's table leaves them out
 GROUP = 8192  # shards of a table in one row group
-SEGMENTS = "shards/source/segment-"  # begins the paths of records of a list's segments
+SEGMENTS = "shards/source/segment-"  # prefix of the paths of records of a list's segments
 
 
 def is_preview(name: str) -> bool:
-    """Returns whether a file of a model's artefact shows validation images: what a training draws while it runs."""
+    """Returns whether a file of a model's artefact is a preview, which shows validation images."""
     return name == "preview.png" or name.startswith("previews/")
 
 
@@ -47,7 +47,8 @@ def publish_shard(
     counts: Mapping[str, int],
     inputs: Mapping[str, str] = MappingProxyType({}),
 ) -> Shard:
-    """Blobs first, the record last. Returns the shard that stands, which may be another worker's."""
+    """Stores a shard's blobs and then its record. Returns the stored shard, which may be another worker's."""
+    # The record last: if it is there, so are its blobs, wherever this process is killed.
     names = {name: put_blob(store, data) for name, data in sorted(blobs.items())}
     path = shard_path(stage, key)
     crash_point("shard.before_record", path)
@@ -62,7 +63,7 @@ def read_shard(store: Store, stage: str, key: str) -> Shard | None:
 
 
 def environment() -> dict[str, str]:
-    """Returns what the bytes of a result may depend on besides its recipe. Recorded, never hashed."""
+    """Returns versions that the bytes of a result may depend on besides its recipe. Recorded, never hashed."""
     packages = (
         "ray",
         "torch",
@@ -79,13 +80,13 @@ def environment() -> dict[str, str]:
 
 
 def publish_artifact(store: Store, artifact: Artifact, seconds: float) -> Artifact:
-    """Creates the record of an artefact whose blobs are in the store. Returns the one that stands."""
+    """Creates the record of an artefact whose blobs are in the store. Returns the stored one, maybe another's."""
     crash_point("artifact.before_record", artifact_path(artifact.stage, artifact.key))
     times = {"finished": time.time(), "seconds": seconds, **artifact.times}
-    told = replace(artifact, environment={**environment(), **artifact.environment}, times=times, by=whoami())
-    standing = create_record(store, artifact_path(artifact.stage, artifact.key), told)
+    record = replace(artifact, environment={**environment(), **artifact.environment}, times=times, by=whoami())
+    stored = create_record(store, artifact_path(artifact.stage, artifact.key), record)
     crash_point("artifact.after_record", artifact_path(artifact.stage, artifact.key))
-    return standing
+    return stored
 
 
 def load_artifact(store: Store, stage: str, key: str) -> Artifact | None:
@@ -94,7 +95,7 @@ def load_artifact(store: Store, stage: str, key: str) -> Artifact | None:
 
 
 def keys_of(store: Store, stage: str, start: str = "") -> list[str]:
-    """Returns the keys that begin so of all finished artefacts of a stage. Reads none of them."""
+    """Returns the keys of all finished artefacts of a stage that begin with ``start``. Reads none of them."""
     folder = f"artifacts/{stage}/"
     return [entry.path.removeprefix(folder).removesuffix(".json") for entry in store.list(folder + start)]
 
@@ -107,13 +108,11 @@ def made_with(store: Store, stage: str, name: str, key: str) -> list[Artifact]:
 
 
 def ancestors(store: Store, artifact: Artifact) -> Iterator[Artifact]:
-    """Yields an artefact and all that it was made from, each once, the nearest first, and skips what was deleted.
-
-    At equal distance models that are pinned come after others, by their names: what is behind them may be older.
-    """
+    """Yields an artefact and all that it was made from, each once, the nearest first, and skips what was deleted."""
     queue, seen = [artifact], {(artifact.stage, artifact.key)}
     for made in queue:
         yield made
+        # In reverse, so that at equal distance the pinned clip and codec come last: what is behind them may be older.
         for inputs in sorted(made.inputs.items(), reverse=True):
             if inputs not in seen:
                 seen.add(inputs)
@@ -138,7 +137,7 @@ def write_table(columns: Mapping[str, object] | pa.Table, dictionary: bool = Tru
 
 def read_table(store: Store, blob: str, columns: list[str] | None = None) -> pa.Table:
     """Reads a Parquet blob."""
-    # Not pq.read_table: it starts threads of Arrow's, and where they are still busy when a command ends they abort it.
+    # Not pq.read_table: it starts threads of Arrow, which abort the process if they are busy when a command ends.
     return pq.ParquetFile(pa.BufferReader(read_blob(store, blob))).read(columns=columns, use_threads=False)
 
 
@@ -162,7 +161,7 @@ def write_shard_table(store: Store, shards: Iterable[Shard]) -> tuple[str, Ledge
 
 @dataclass(frozen=True, slots=True)
 class ShardRow:
-    """A shard as an artefact's table lists it, with its numbers of kept rows, and of others."""
+    """Holds a row of an artefact's table of shards; ``kept`` and ``lost`` count the shard's rows."""
 
     number: Count
     key: Part
@@ -235,7 +234,7 @@ def read_shards(store: Store, artifact: Artifact) -> list[ShardRow]:
 
 
 def _rows(table: pa.Table) -> Iterator[ShardRow]:
-    # One string a name, not one for each shard.
+    # Interned: a table of 100,000 shards would hold as many copies of each name.
     blobs, counts = (
         {name: sys.intern(name.removeprefix(kind)) for name in table.column_names if name.startswith(kind)}
         for kind in ("blob.", "count.")

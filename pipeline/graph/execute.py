@@ -1,4 +1,4 @@
-"""Runs what the plan calls stale, trainings side by side where there is room."""
+"""Runs stale stages, trainings side by side where Ray has room."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.store.crash import crash_point
 from pipeline.store.leases import Lease, lead_or_wait
 
 log = logging.getLogger("unclip")
-LOOK_S = 30.0  # between two looks for room beside the trainings that run
+LOOK_S = 30.0  # between two looks for free resources beside the running trainings
 OnStage = Callable[[str, Artifact], None]
 OnLook = Callable[[Sequence[Artifact], Mapping[str, Artifact]], None]
 
@@ -41,9 +41,9 @@ def execute(
 ) -> dict[str, Artifact]:
     """Makes the ``wanted`` stages and everything that they need, where they are stale, and returns their artefacts.
 
-    One stage runs after another, but trainings that do not need each other run at once where Ray has room for all their
-    workers. Of those that could begin, the one with the longest way to the end is first. A training that fails does not
-    stop the others: what does not need it is still made, and then its error is raised.
+    One stage runs after another, but independent trainings run at once where Ray has room for all their workers. Of
+    those that could begin, the one on the longest remaining path is first. A training that fails does not stop the
+    others: stages that do not need it are still made, and then its error is raised.
 
     Args:
         graph: Stages of the project, all of them.
@@ -53,7 +53,7 @@ def execute(
         config: The whole Config.
         seconds: Estimated time of stages, by name; where there is none, the order of the graph decides.
         on_stage: Called after each stage that was made.
-        on_look: Called after that, and from other threads while trainings run, with what these have shown (see
+        on_look: Called after that, and from other threads while trainings run, with their preliminary artefacts (see
             pipeline.training.follow) and with all artefacts so far.
 
     Raises:
@@ -68,7 +68,7 @@ def execute(
 
 
 class _Run:
-    """Makes stages. ``artifacts`` are those that are there; ``failures`` say what went wrong."""
+    """Makes stages. ``artifacts`` are the finished ones by stage; ``failures`` holds errors."""
 
     def __init__(self, verdicts: Mapping[str, Verdict], store: Store, config: Any, on_stage: OnStage, on_look: OnLook):
         self.artifacts: dict[str, Artifact] = {}
@@ -77,12 +77,12 @@ class _Run:
         self._on_stage, self._on_look = on_stage, on_look
         self._beside: dict[str, Stage] = {}  # trainings in threads
         self._ended: Queue[tuple[Stage, Artifact | BaseException]] = Queue()
-        self._shown: dict[str, Artifact] = {}  # what the trainings that run have shown
+        self._shown: dict[str, Artifact] = {}  # preliminary artefacts of the running trainings
         self._lock = Lock()
 
     def make(self, stages: Sequence[Stage]) -> None:
-        """Makes stages until all are there or those left need one that failed; what could begin begins as given."""
-        todo, stale, together = list(stages), list[Stage](), False
+        """Makes stages, in the given order where it is free, until all are made or those left need one that failed."""
+        todo, stale, together = list(stages), list[Stage](), False  # together: whether trainings ran side by side
         while True:
             for stage in list(todo):
                 if set(stage.inputs) <= self.artifacts.keys():
@@ -94,10 +94,13 @@ class _Run:
                         self._end(stage, found)
                     else:
                         stale.append(stage)
+            # A failure ends the run once nothing runs beside it. Where trainings ran side by side, those that could
+            # begin are still made: had they begun first, they would have been.
             if self.failures and not self._beside and not (together and any(map(self._on_ray, stale))):
                 return
             begun = self._next(sorted(stale, key=stages.index))
             stale = [stage for stage in stale if stage not in begun]
+            # In this thread where nothing runs beside it: Ctrl-C then reaches the stage itself.
             if begun and (len(begun) + len(self._beside) == 1 or not self._on_ray(begun[0])):
                 self._end(begun[0], self._made(begun[0]))
                 continue
@@ -109,13 +112,14 @@ class _Run:
                 return
             try:
                 stage, made_or_failed = self._ended.get(timeout=LOOK_S)
-            except Empty:
+            except Empty:  # other resources may have become free meanwhile
                 continue
             del self._beside[stage.name]
             self._end(stage, made_or_failed)
 
     def _found(self, stage: Stage) -> Artifact | Exception | None:
-        """Returns a stage's artefact, or why it cannot be made of its inputs, before hours go into others, or None."""
+        """Returns a stage's artefact, the error of its check, or None for a stage that has to be made."""
+        # The check runs as soon as the inputs are there, before hours go into other stages.
         key = self._verdicts[stage.name].key
         try:
             if made := load_artifact(self._store, stage.name, key):
@@ -130,7 +134,7 @@ class _Run:
         """Returns which of some stages, all of whose inputs are there, begin now: one, or trainings at once."""
         if not stale:
             return []
-        here = [stage for stage in stale if not self._on_ray(stage)]
+        here = [stage for stage in stale if not self._on_ray(stage)]  # which run one at a time
         if here or len(stale) + len(self._beside) <= 1:
             return here[:1] or stale
         asking, running = (
@@ -147,7 +151,7 @@ class _Run:
         found: Artifact | BaseException
         try:
             found = self._made(stage)
-        except BaseException as e:  # such as SystemExit, which would end this thread unseen
+        except BaseException as e:  # also SystemExit, which would end this thread silently, and ``make`` would wait on
             found = e
         self._ended.put((stage, found))
 
@@ -162,7 +166,7 @@ class _Run:
             return e
 
     def _end(self, stage: Stage, found: Artifact | BaseException) -> None:
-        """Keeps what a stage has made and shows it, or says why it failed, if other stages go on."""
+        """Keeps and reports a stage's artefact, or its error, which is logged where other stages go on."""
         with self._lock:
             self._shown.pop(stage.name, None)
         try:
@@ -190,7 +194,7 @@ class _Run:
 
 
 def make_context(stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Any) -> Context:
-    """Returns what a stage is given. ``artifacts`` hold its inputs."""
+    """Returns the context of a stage. ``artifacts`` hold its inputs."""
     inputs = {name: artifacts[name] for name in stage.inputs}
     run = config.run
     given = (config.project, run.ray, run.output, run.trackers, stage.given)
@@ -226,9 +230,11 @@ def _run_stage(
         trunk = lead(f"checkpoints/{trunk_key(ctx)}") if stage.kind == "training" else nullcontext()
         if trunk is None:
             return None
-        with trunk:  # it begins now, not when it began to wait for a lease
+        with trunk:  # ``began`` is now, without the time that it waited for a lease
             return stage.run(replace(ctx, began=time.time(), show=show))
 
+    # A lease saves double work and proves nothing: whether the record is there decides, so it is read under the lease
+    # again, and after another process has led.
     while True:
         lease = lead(key)
         if lease is not None:

@@ -1,4 +1,4 @@
-"""A key is a recipe: every key is known before anything has run.
+"""Keys of artefacts, which are known before anything has run (docs/decisions/recipe-keys.md).
 
 key = sha256 of the stage's name and version, the recipe fields that differ from their defaults, and the keys of all
 inputs.
@@ -15,6 +15,7 @@ from pipeline.store.records import digest
 
 def differences(recipe: Any) -> dict[str, Any]:
     """Returns the fields of a (nested) recipe that differ from their defaults, as plain JSON values."""
+    # Defaults stay out of keys, so that a new field with a default moves no key.
     result: dict[str, Any] = {}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
@@ -69,11 +70,13 @@ def artifact_key(stage: str, version: int, recipe: Any, inputs: Mapping[str, str
 
 def trajectory(stage: str, version: int, recipe: Any, inputs: Mapping[str, str]) -> str:
     """Returns the trajectory of a training, from the keys of inputs that may not be made yet."""
+    # Without the length, so that a longer training goes on from the checkpoints of a shorter one. With a decay the
+    # length counts, as the learning rate falls to its end.
     differing = {k: v for k, v in differences(recipe).items() if k != "samples" or recipe.decay}
     return digest(["trajectory", stage, version, differing, sorted(inputs.items())])
 
 
 def recipe_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns what differs between two flattened recipes, such as "model.dropout 0.0 -> 0.1"."""
+    """Returns the differences of two flattened recipes, such as "model.dropout 0.0 -> 0.1"."""
     names = sorted(now.keys() | then.keys())
     return [f"{k} {then.get(k)} -> {now.get(k)}" for k in names if now.get(k) != then.get(k)]

@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.errors import UserError
 
 PREFIX = "unclip-ray-"
-# Ray does nothing without them.
+# Processes without which Ray does nothing.
 WATCHED = {"gcs_server": "head process (gcs_server)", "raylet": "node process (raylet)"}
 REMOVALS = 20  # attempts
 log = logging.getLogger("unclip")
@@ -29,24 +29,24 @@ log = logging.getLogger("unclip")
 class PrivateFolder:
     """Makes a folder below ``base`` that no other user may enter; it is removed when this process ends.
 
-    Ray's own folders, which it makes for everybody (mode 777), lie in it. It is locked while its process lives, so that
-    the next process of this user removes what one has left that was killed.
+    Ray's own folders, which have mode 777, lie in it. It is locked while its process lives, so that the next process of
+    this user removes the folders of killed ones.
 
     Attributes:
-        path: The folder.
-        keep: Leaves the folder until the next process removes it, because an error names a log in it.
+        path: Path of the folder.
+        keep: The folder stays until the next process removes it, because an error names a log in it.
     """
 
     def __init__(self, base: str):
         self.keep, self._process = False, os.getpid()
         for other in Path(base).glob(PREFIX + "*"):
-            with suppress(OSError):  # it belongs to another user, or its process is at work
+            with suppress(OSError):  # it belongs to another user, or its process is alive
                 handle = _lock(other)
                 shutil.rmtree(other, ignore_errors=True)
                 os.close(handle)
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-            with suppress(OSError):  # another process has taken it for one that was left, before it was locked
+            with suppress(OSError):  # another process took it for an abandoned one before it was locked
                 self._lock = _lock(self.path)
                 break
         atexit.register(self._remove)
@@ -56,7 +56,7 @@ class PrivateFolder:
         return self.path / "ray/session_latest/logs"
 
     def _remove(self) -> None:
-        if os.getpid() != self._process:  # this is a fork
+        if os.getpid() != self._process:  # a fork inherits atexit handlers, and the folder is its parent's
             return
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
@@ -64,7 +64,7 @@ class PrivateFolder:
             shutil.rmtree(self.path, ignore_errors=True)
             if not self.path.exists():
                 break
-            time.sleep(0.1)  # a worker that is about to end has written a file meanwhile
+            time.sleep(0.1)  # a worker that is about to end wrote a file meanwhile
 
 
 def _lock(folder: Path) -> int:
@@ -74,26 +74,26 @@ def _lock(folder: Path) -> int:
         if os.fstat(handle).st_uid != os.getuid():
             raise PermissionError
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.stat(folder)
+        os.stat(folder)  # raises where another process removed the folder between opening and locking it
     except BaseException:
         os.close(handle)
         raise
     return handle
 
 
-_folders: dict[str, PrivateFolder] = {}  # of this process, by what they are below; the next Ray starts in the same one
+_folders: dict[str, PrivateFolder] = {}  # of this process, by the folder above; its next Ray starts in the same one
 
 
 def start_local_ray(ray: Any, **options: Any) -> None:
     """Starts a Ray that ends with this process, with the options of ``ray.init``.
 
-    Where a process of it dies on which everything waits, this process logs an error that says so and ends with code 1:
-    Ray's own core would end it after 15 to 61 seconds, from within and without a word. Nothing is lost by it that is
-    not lost by a kill.
+    Where Ray's head process or node process dies, this process logs an error and ends with code 1: Ray's own core would
+    end it after 15 to 61 seconds, without a message. Nothing is lost by it that is not lost by a kill.
 
     Raises:
-        UserError: It does not come up, or the folder of temporary files has too long a name for it.
+        UserError: Ray does not start, or the folder of temporary files has too long a name for it.
     """
+    # macOS has a long name for it (/var/folders/...), and Ray's sockets are limited to 107 bytes.
     base = os.environ.get("RAY_TMPDIR") or (tempfile.gettempdir() if sys.platform == "linux" else "/tmp")
     try:
         folder = _folders[base] = _folders.get(base) or PrivateFolder(base)
@@ -103,9 +103,9 @@ def start_local_ray(ray: Any, **options: Any) -> None:
         ) from e
     try:
         ray.init(address="local", _temp_dir=str(folder.path / "ray"), **options)
-    except (TypeError, ValueError):  # of the options
+    except (TypeError, ValueError):  # wrong options, which are a fault of ours
         raise
-    except Exception as e:  # of many types, Exception itself among them
+    except Exception as e:  # Ray raises many types, Exception itself among them
         if "AF_UNIX" in str(e):
             raise UserError(
                 "the folder of temporary files (TMPDIR) has too long a name for Ray, whose sockets lie there under "
@@ -124,7 +124,7 @@ def start_local_ray(ray: Any, **options: Any) -> None:
 
 
 def ray_logs() -> str:
-    """Returns how an error names Ray's logs; those of this machine stay until another process starts a Ray."""
+    """Returns words for Ray's logs in an error; those of this machine stay until another process starts a Ray."""
     for folder in _folders.values():
         folder.keep = True
     return "Ray's logs" + "".join(f" in {folder.logs}" for folder in _folders.values())
@@ -146,6 +146,6 @@ def _watch(ray: Any, node: Any, process: subprocess.Popen[bytes], what: str) -> 
         "memory was short; run the same command again: what is done is kept",
         *(what, how, ray_logs()),
     )
-    with suppress(Exception):  # somebody may be in the middle of a write
+    with suppress(Exception):  # another thread may be in the middle of a write
         sys.stdout.flush()
-    os._exit(1)
+    os._exit(1)  # sys.exit would end this thread alone

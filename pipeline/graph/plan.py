@@ -9,7 +9,7 @@ from types import MappingProxyType
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import load_artifact
 from pipeline.graph.keys import flatten, recipe_changes
-from pipeline.graph.kinds import Pin, PlannedStage
+from pipeline.graph.records import Pin, PlannedStage
 from pipeline.graph.stages import Graph, Stage, ordered, stage_key
 from pipeline.store import Store
 from pipeline.store.records import digest, read_plain
@@ -17,7 +17,7 @@ from pipeline.store.records import digest, read_plain
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the plan says of one stage: fresh, pinned or stale, and why. ``lineage`` names its pin."""
+    """Holds the state of one stage: fresh, pinned or stale, and why. ``lineage`` names its pin."""
 
     stage: str
     key: str
@@ -37,7 +37,7 @@ def read_pin(store: Store, path: str) -> str | None:
         pin = read_plain(store, path, Pin)
     except CorruptObject:
         raise UserError(
-            f"{store.url}/{path} is damaged, and nobody can tell what it pins: delete it, and pin again"
+            f"{store.url}/{path} is damaged, so the key that it pins is lost: delete it, and pin again"
         ) from None
     return pin.key if pin else None
 
@@ -52,16 +52,21 @@ def plan(
 ) -> list[Verdict]:
     """Returns one verdict a stage, in order. Runs nothing and writes nothing.
 
-    ``previous`` holds what the project's last run asked for, stage by stage (see pipeline.graph.runs), and only serves
-    to say why a stage is stale. ``supposed``: keys that count as the pins of some lineages in place of those in the
-    store, None for no pin.
+    Args:
+        graph: Stages of the project.
+        source_keys: Keys of the stages that read the list.
+        project: Name of the project.
+        store: Store of artefacts and pins.
+        previous: Plan of the project's last run by stage (see pipeline.graph.runs), for the reason of a stale stage.
+        supposed: Pins by lineage that count in place of those in the store, None for no pin.
     """
     keys: dict[str, str] = {}
     lineages: dict[str, str] = {}  # keys computed with the project's name, and the splits, in place of the source
     verdicts: list[Verdict] = []
     for stage in ordered(graph):
         own = source_keys[stage.name] if stage.kind == "source" else stage_key(stage, keys)
-        if stage.kind == "source":  # with other splits, what was pinned may have learned from rows now held out
+        # The splits count in a lineage: with others, a pinned model may have been trained on rows now held out.
+        if stage.kind == "source":
             lineage = digest([project, stage.name, *stage.recipe.splitting])
         else:
             lineage = stage_key(stage, lineages)
@@ -69,7 +74,7 @@ def plan(
         if stage.pinned:
             pin = supposed[lineage] if lineage in supposed else read_pin(store, pin_path(lineage))
         keys[stage.name] = pin or own
-        # What comes after a pinned stage counts it with its real key, so a new CLIP starts new lineages.
+        # Stages after a pinned one count it with its real key, so a new CLIP starts new lineages.
         lineages[stage.name] = keys[stage.name] if stage.pinned else lineage
         if load_artifact(store, stage.name, keys[stage.name]) is not None:
             state, because = ("pinned", "stands for the data it was made from") if pin and pin != own else ("fresh", "")

@@ -1,4 +1,4 @@
-"""What a project's runs asked for: to say why something is stale now, and what is still needed."""
+"""Records of a project's runs: they tell why a stage is stale, and which artefacts are still needed."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.keys import flatten, trajectory
-from pipeline.graph.kinds import RUN_NAME, PlannedStage, RunRecord
 from pipeline.graph.plan import Verdict
+from pipeline.graph.records import RUN_NAME, PlannedStage, RunRecord
 from pipeline.graph.stages import Context, Graph
 from pipeline.store import Store
 from pipeline.store.base import Entry
 from pipeline.store.records import create_record, peek_record, whoami
 
-OURS = ("unclip", "cli")  # programs whose words are recorded
+OURS = ("unclip", "cli")  # programs whose arguments are recorded
 AGAIN_S = 86_400  # after which a run that finds everything made is recorded again
-MOST_RUNS = 10**8 - 1  # of a project: their numbers have eight digits, and so sort as their names do
+MOST_RUNS = 10**8 - 1  # of a project: numbers have eight digits, so that names sort as numbers do
 
 
-def remember(
+def record_run(
     store: Store,
     project: str,
     graph: Graph,
@@ -54,7 +54,7 @@ def remember(
     _write(store, project, stages, forgettings, stages if wanted is None else wanted, package, segments)
 
 
-def remember_again(
+def record_repeated_run(
     store: Store,
     project: str,
     graph: Graph,
@@ -65,17 +65,17 @@ def remember_again(
 ) -> None:
     """Records a run that finds everything made, unless the last record asks for the same and is younger than a day.
 
-    Without it, what is in use would become what no recent run has asked for.
+    Garbage collection keeps what recent runs asked for, so artefacts in use need a recent run.
     """
     entry, run = next(_runs(store, project), (None, None))
     if entry and run:
         asked = ({v.stage: v.key for v in verdicts}, forgettings, tuple(sorted(wanted)), tuple(segments))
-        told = ({stage: each.key for stage, each in run.stages.items()}, run.forgettings, run.wanted, run.segments)
-    if not entry or asked != told or store.now() - entry.modified > AGAIN_S:
-        remember(store, project, graph, verdicts, forgettings=forgettings, wanted=wanted, segments=segments)
+        last = ({stage: each.key for stage, each in run.stages.items()}, run.forgettings, run.wanted, run.segments)
+    if not entry or asked != last or store.now() - entry.modified > AGAIN_S:
+        record_run(store, project, graph, verdicts, forgettings=forgettings, wanted=wanted, segments=segments)
 
 
-def remember_stage(ctx: Context, project: str) -> None:
+def record_stage_run(ctx: Context, project: str) -> None:
     """Records that this stage alone is asked for, before it starts."""
     inputs = {name: artifact.key for name, artifact in ctx.inputs.items()}
     asked = PlannedStage(ctx.key, ctx.version, flatten(ctx.recipe), inputs)
@@ -92,6 +92,7 @@ def _write(
     segments: Sequence[str] = (),
 ) -> None:
     """Records a run under the next number. Two that begin at once may have one number; then their names decide."""
+    # Numbers and not times: clocks of machines differ.
     last = max((entry.path for entry in run_entries(store, project)), default=None)
     number = run_number(last) + 1 if last else 1
     if number > MOST_RUNS:
@@ -113,7 +114,7 @@ def _command() -> str:
 
 
 def run_entries(store: Store, project: str) -> list[Entry]:
-    """Returns what stands for a project's runs in a store, the first run first. Their records are not read."""
+    """Returns the entries of a project's runs in a store, the first run first. Their records are not read."""
     return [entry for entry in store.list(f"runs/{project}/") if RUN_NAME.fullmatch(entry.path)]
 
 
@@ -126,7 +127,7 @@ def run_number(path: str) -> int:
 
 
 def last_run(store: Store, project: str) -> Mapping[str, PlannedStage]:
-    """Returns what the last run asked of each stage; empty before the first run."""
+    """Returns the last run's plan by stage; empty before the first run."""
     return next((run.stages for _, run in _runs(store, project)), {})
 
 
@@ -154,5 +155,5 @@ def last_made(ctx: Context, inputs: Sequence[str], besides: Sequence[str] = ()) 
 def _runs(store: Store, project: str) -> Iterator[tuple[Entry, RunRecord]]:
     """Yields the runs of a project that can be read, the last one first."""
     for entry in reversed(run_entries(store, project)):
-        if run := peek_record(store, entry.path, RunRecord):  # it only explains, so a damaged one stops nobody
+        if run := peek_record(store, entry.path, RunRecord):  # runs only explain, so a damaged one is passed over
             yield entry, run

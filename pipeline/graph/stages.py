@@ -1,4 +1,4 @@
-"""Stages, what a running stage is given, and the keys of both. Imports neither Ray nor torch."""
+"""Declarations of stages, the context of a running stage, and their keys. Imports neither Ray nor torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Recipes = Mapping[str, Mapping[str, Any]]  # flattened, by stage
 
 @dataclass(frozen=True)
 class Context:
-    """Everything that a running stage is given.
+    """Holds the inputs and settings of a running stage.
 
     Attributes:
         store: Store of its inputs and results.
@@ -33,8 +33,8 @@ class Context:
         trackers: Receivers of metrics, previews and images.
         given: Value of another part of the configuration that the stage declared to read.
         work: Work times of its workers until now (see pipeline.graph.workers.WorkTimes).
-        began: Beginning of the stage in seconds since 1970, on which machines that share it roughly agree.
-        show: Called from another thread, while a training runs, with what it would be if it ended now.
+        began: Beginning of the stage in seconds since 1970. Clocks of the machines that share the stage may differ.
+        show: Called from another thread, while a training runs, with its preliminary artefact.
     """
 
     store: Store
@@ -56,7 +56,7 @@ class Context:
     def publishable(self, **fields: Any) -> Artifact:
         """Returns an artefact of this stage with key, inputs, recipe, work and times filled in."""
         keys = {name: artifact.key for name, artifact in self.inputs.items()}
-        whole = max(0.0, time.time() - self.began)
+        whole = max(0.0, time.time() - self.began)  # another machine's clock may be behind
         times = {**self.work, "whole_seconds": whole, **fields.pop("times", {})}
         recipe = flatten(self.recipe)
         return Artifact(self.stage, self.key, keys, recipe, times=times, version=self.version, **fields)
@@ -69,8 +69,8 @@ Kind = Literal["source", "data", "training", "bundle", "result"]
 class Stage:
     """Declares a stage: everything that the rest of the pipeline needs to know of it.
 
-    A declaration holds for all configurations. In the graph of one, which ``bound`` makes, values stand in place of the
-    classes and of the functions of a configuration.
+    A declaration holds for all configurations. ``bound`` makes the stage of one configuration, with values in place of
+    classes and functions.
 
     Attributes:
         name: Name of its artefacts, of its section in the configuration, and of its settings under ``run``.
@@ -162,7 +162,7 @@ def trajectory_key(ctx: Context) -> str:
 
 
 def trunk_key(ctx: Context) -> str:
-    """Returns the trajectory of the same training while its learning rate does not fall; the same if it never does."""
+    """Returns the trajectory of the same training before its learning rate decays; the same if it never does."""
     inputs = {name: made.key for name, made in ctx.inputs.items()}
     return trajectory(ctx.stage, ctx.version, dataclasses.replace(ctx.recipe, decay=0), inputs)
 
@@ -190,8 +190,8 @@ def seconds_to_end(graph: Graph, seconds: Mapping[str, float]) -> dict[str, floa
     return left
 
 
-def direct(inputs: Mapping[Node, Sequence[Node]]) -> dict[Node, list[Node]]:
-    """Returns each node's inputs, without those that it also has through another of its inputs."""
+def transitive_reduction(inputs: Mapping[Node, Sequence[Node]]) -> dict[Node, list[Node]]:
+    """Returns each node's inputs in the transitive reduction: without those that it has through other inputs, too."""
     reached: dict[Node, set[Node]] = {}
 
     def before(node: Node) -> set[Node]:

@@ -1,4 +1,4 @@
-"""Compares the figures of two bundles, measured on the same rows and seeds, and says what differs beyond chance.
+"""Compares the figures of two bundles, measured on the same rows and seeds, by a paired test.
 
 Every row is its own control: the interval is that of the mean difference over groups of rows, not of two means.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import CorruptObject
+from pipeline.evaluate.figure import DOCUMENT
 from pipeline.graph.artifacts import Artifact, load_artifact, made_with
 from pipeline.graph.keys import recipe_changes
 from pipeline.store import Store
@@ -22,8 +23,8 @@ Figures = dict[tuple[str, str], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """An evaluation, the bundle that it measured, and its evaluation.json."""
+class EvaluatedBundle:
+    """Holds an evaluation, the bundle that it measured, and its evaluation.json."""
 
     evaluation: Artifact
     bundle: Artifact
@@ -31,13 +32,13 @@ class Measured:
 
     @property
     def figures(self) -> Figures:
-        """Returns what the evaluation found, by model and name."""
+        """Returns the figures of the evaluation, by model and name."""
         return {(figure["model"], figure["name"]): figure for figure in self.document["figures"]}
 
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of two bundles.
+    """Compares one figure of two bundles.
 
     Attributes:
         model: Model that the figure measures.
@@ -61,7 +62,7 @@ class Change:
 
     @property
     def gain(self) -> tuple[float, float]:
-        """Returns the interval of what was gained, above 0 for better."""
+        """Returns the interval of the gain, above 0 for better."""
         low, high = self.interval
         return (low, high) if self.better == "above" else (-high, -low)
 
@@ -71,35 +72,35 @@ class Change:
         return "better" if self.gain[0] > 0 else "worse" if self.gain[1] < 0 else ""
 
 
-def load_measured(store: Store, evaluation: Artifact) -> Measured | None:
-    """Returns an evaluation with what it measured; None if the bundle has gone or, with a warning, if it is damaged."""
+def load_measured(store: Store, evaluation: Artifact) -> EvaluatedBundle | None:
+    """Returns an evaluation with its bundle; None if the bundle is gone or, with a warning, if it is damaged."""
     bundle = load_artifact(store, "bundle", evaluation.inputs["bundle"])
     if bundle is None:
         return None
     try:
-        return Measured(evaluation, bundle, json.loads(read_blob(store, evaluation.blobs["evaluation.json"])))
-    except CorruptObject as e:  # else nobody could promote another bundle than the one that it measures
+        return EvaluatedBundle(evaluation, bundle, json.loads(read_blob(store, evaluation.blobs[DOCUMENT])))
+    except CorruptObject as e:  # a damaged evaluation of the release must not block every later promotion
         log.warning("%s; the evaluation that names it is not compared with", e)
         return None
 
 
-def evaluations(store: Store, bundle: str) -> list[Measured]:
+def evaluations(store: Store, bundle: str) -> list[EvaluatedBundle]:
     """Returns all evaluations of a bundle (its key), newest first. Reads each evaluation's record in the store."""
     made = made_with(store, "evaluation", "bundle", bundle)
     return [found for artifact in made if (found := load_measured(store, artifact)) is not None]
 
 
-def find_comparable(found: Iterable[Measured], new: Measured) -> Measured | None:
-    """Returns the first of them that was measured as ``new`` was."""
+def find_comparable(found: Iterable[EvaluatedBundle], new: EvaluatedBundle) -> EvaluatedBundle | None:
+    """Returns the first of these evaluations that is comparable with ``new``."""
     return next((old for old in found if not obstacles(old, new)), None)
 
 
 def same_clip(old: Artifact, new: Artifact) -> bool:
-    """Returns whether two bundles were trained by one CLIP; figures by two cannot be compared."""
+    """Returns whether two bundles were trained with the same CLIP; else their figures cannot be compared."""
     return old.inputs.get("clip") == new.inputs.get("clip")
 
 
-def obstacles(old: Measured, new: Measured) -> list[str]:
+def obstacles(old: EvaluatedBundle, new: EvaluatedBundle) -> list[str]:
     """Returns why figures of two evaluations cannot be compared: another way to measure, or other rows."""
     then, now = old.document, new.document
     why = []
@@ -117,7 +118,7 @@ def obstacles(old: Measured, new: Measured) -> list[str]:
     return why
 
 
-def changes(old: Measured, new: Measured) -> list[Change]:
+def changes(old: EvaluatedBundle, new: EvaluatedBundle) -> list[Change]:
     """Returns every figure that both have row by row, in the order of the new evaluation."""
     import torch
 
@@ -126,6 +127,7 @@ def changes(old: Measured, new: Measured) -> list[Change]:
     then, found = old.figures, []
     for (model, name), figure in new.figures.items():
         before, after = (then.get((model, name)) or {}).get("values"), figure.get("values")
+        # None stands for a value that was not finite.
         if not before or not after or len(before) != len(after) or None in (*before, *after):
             continue
         rows = torch.tensor([before, after], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Compares what two bundles were made from: the rows of their data, and the recipes of all stages behind them."""
+"""Compares the lineages of two bundles: the rows of their data, and the recipes of all stages behind them."""
 
 from __future__ import annotations
 
@@ -32,13 +32,10 @@ def find_bundle(store: Store, releases: Releases, name: str) -> Artifact:
 
 
 def stages_behind(store: Store, bundle: Artifact) -> dict[str, Artifact]:
-    """Returns the artefact of every stage behind a bundle, by name.
-
-    Of several artefacts of a stage it is the nearest: the data that a pinned model was made from are further away than
-    the current data.
-    """
+    """Returns the artefact of every stage behind a bundle, by name; of several of one stage the nearest."""
     found: dict[str, Artifact] = {}
     for artifact in ancestors(store, bundle):
+        # The nearest first: a pinned model has older data behind it, one step further away than the current data.
         found.setdefault(artifact.stage, artifact)
     return found
 
@@ -46,7 +43,7 @@ def stages_behind(store: Store, bundle: Artifact) -> dict[str, Artifact]:
 def data_changes(then: Stages, now: Stages) -> list[str]:
     """Returns a line for each changed stage with rows: "pairs: kept 57 of 60 -> 75 of 80; http_4xx 3 -> 5"."""
     lines = []
-    for name in reversed(now):  # the furthest comes first
+    for name in reversed(now):  # from the source on
         if name in then and then[name].key != now[name].key and now[name].shard_table:
             before, after = then[name].ledger, now[name].ledger
             kept = f"kept {before.kept:,} of {before.rows:,} -> {after.kept:,} of {after.rows:,}"

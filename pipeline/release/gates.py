@@ -9,13 +9,11 @@ from pipeline.evaluate.figure import count, measured, short
 from pipeline.release.compare import Change, Figures
 from pipeline.settings import ReleaseGates
 
-UNKNOWN = {"holds": None, "note": ""}  # what is known of a figure that an evaluation does not have
+UNKNOWN = {"holds": None, "note": ""}  # stands for a figure that an evaluation does not have
 
 
 def failing(gates: ReleaseGates, old: Figures, new: Figures, changes: Sequence[Change]) -> list[str]:
-    """Returns a line for each thing that keeps the new bundle from being the release.
-
-    A bundle of which nothing is measured shows nothing, so it does not pass.
+    """Returns a line for each gate that the new bundle fails; a bundle without any measured figure fails.
 
     Args:
         gates: Gates to pass.
@@ -38,6 +36,7 @@ def failing(gates: ReleaseGates, old: Figures, new: Figures, changes: Sequence[C
                 lines.append(f"{model}.{name} held for the release and {became}")
     for change in changes if gates.figures else ():
         name = f"{change.model}.{change.name}"
+        # Worse beyond chance and beyond the tolerance: the whole interval of the gain lies below it.
         if name not in gates.ignore and change.gain[1] < -gates.tolerance * abs(change.then):
             low, high = change.interval
             lines.append(
@@ -51,10 +50,10 @@ def failing(gates: ReleaseGates, old: Figures, new: Figures, changes: Sequence[C
 
 
 def unjudged(gates: ReleaseGates, old: Figures, new: Figures, changes: Sequence[Change]) -> list[str]:
-    """Returns which claims no gate has judged, in a line for each reason.
+    """Returns a line for each reason why figures were not judged by any gate, with these figures.
 
-    These are claims that are not measured for both bundles, and those whose rows cannot be compared one by one. A claim
-    that ``failing`` names is not among them. The arguments are those of ``failing``.
+    These are figures that are not measured for both bundles, and those whose rows cannot be compared one by one, but
+    none that ``failing`` names. The arguments are those of ``failing``.
     """
     compared = {(change.model, change.name) for change in changes}
     found: dict[str, list[str]] = {}

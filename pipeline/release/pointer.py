@@ -1,7 +1,6 @@
-"""Moves the release of a project: a pointer to a bundle, with everything that ever moved it.
+"""The release of a project: a pointer to a bundle, with the history of its moves.
 
-Nothing can make it again, so it is changed by compare-and-swap only, and a damaged pointer is reported and left as it
-is.
+No run can make it again, so it changes by compare-and-swap only, and a damaged pointer is reported and left as it is.
 """
 
 from __future__ import annotations
@@ -20,11 +19,17 @@ FOLDER = "releases/"
 
 @dataclass(frozen=True)
 class Move:
-    """Describes one move of the pointer, to a ``bundle`` with the ``evaluation`` it was judged by (keys).
+    """Describes one move of the pointer.
 
-    ``at``: seconds since the epoch; ``reason``: why it was forced or rolled back; ``failed``: the gates that did not
-    hold; ``files``: a digest of the bundle's files; ``signature``: hexadecimal, by a key of who may release (see
-    pipeline.release.signing), or empty.
+    Attributes:
+        action: Promotion, or rollback to the promotion before.
+        bundle: Key of the bundle that it leads to.
+        evaluation: Key of the evaluation that the bundle was judged by.
+        at: Seconds since the epoch.
+        reason: Reason why it was forced or rolled back.
+        failed: Gates that did not hold.
+        files: Digest of the bundle's files.
+        signature: Signature in hexadecimal digits (see pipeline.release.signing), or "".
     """
 
     action: Literal["promote", "rollback"]
@@ -50,19 +55,19 @@ class Releases:
         return _places(self.moves)
 
     @property
-    def standing(self) -> tuple[Move, ...]:
+    def active(self) -> tuple[Move, ...]:
         """Returns the promotions that were not rolled back, the current one last."""
         return tuple(self.moves[place] for place in self.places)
 
     @property
     def current(self) -> Move | None:
         """Returns the promotion that is the current release, if there is one."""
-        return self.standing[-1] if self.standing else None
+        return self.active[-1] if self.active else None
 
     @property
     def previous(self) -> Move | None:
         """Returns the promotion that a rollback makes the release, if there is one."""
-        return self.standing[-2] if len(self.standing) > 1 else None
+        return self.active[-2] if len(self.active) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Pointer(Record):
     moves: tuple[Move, ...]
 
     @property
-    def standing(self) -> tuple[Move, ...]:
+    def active(self) -> tuple[Move, ...]:
         """Returns the promotions that were not rolled back, the current one last."""
         return tuple(self.moves[place] for place in _places(self.moves))
 
@@ -110,16 +115,16 @@ def released_projects(store: Store) -> Iterator[str]:
 def read_releases(store: Store, project: str) -> Releases:
     """Returns the current pointer of a project. Raises UserError if it is damaged."""
     path = release_path(project)
-    standing = store.stat(path)
-    if standing is None:
+    entry = store.stat(path)
+    if entry is None:
         return Releases()
     try:
         pointer = read_record(store, path, Pointer)
     except CorruptObject as e:
         raise UserError(
-            f"{store.url}/{path} {e.why}, and nothing can make it again: restore it, or delete it and promote again"
+            f"{store.url}/{path} {e.why}, and no run can make it again: restore it, or delete it and promote again"
         ) from None
-    return Releases(standing.version, pointer.moves) if pointer else Releases()  # it may be deleted meanwhile
+    return Releases(entry.version, pointer.moves) if pointer else Releases()  # it may be deleted meanwhile
 
 
 def move_release(store: Store, project: str, seen: Releases, move: Move) -> None:
@@ -130,6 +135,6 @@ def move_release(store: Store, project: str, seen: Releases, move: Move) -> None
     won = read_releases(store, project).moves
     what = f"a {won[-1].action} to bundle {won[-1].bundle[:12]}" if won else "it is gone"
     raise UserError(
-        f"{project}: somebody else has moved the release meanwhile ({what}); nothing was changed: look again with "
+        f"{project}: another process has moved the release meanwhile ({what}); nothing was changed: look again with "
         "unclip release list"
     )

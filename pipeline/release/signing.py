@@ -27,13 +27,13 @@ from pipeline.release.pointer import Move, Releases
 from pipeline.store import Store
 from pipeline.store.records import canonical, digest
 
-PURPOSE = "unclip release 1"  # so that a signature of the same key for something else is none of a release
+PURPOSE = "unclip release 1"  # in every signed message: a signature by the same key for another use does not count
 KEY_BYTES = 1 << 16
 MAKE = "ssh-keygen -t ed25519 -N '' -f release.key makes one"
 
 
 class Untrusted(UserError):
-    """Raised for a release that no trusted key has signed, or that is not what one has signed."""
+    """Raised for a release without a signature of a trusted key, or that differs from the signed one."""
 
 
 def read_private_key(path: str | Path) -> Ed25519PrivateKey:
@@ -42,7 +42,7 @@ def read_private_key(path: str | Path) -> Ed25519PrivateKey:
         key = load_ssh_private_key(read_local(path, KEY_BYTES), password=None)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); name a private key: {MAKE}") from None
-    except TypeError:  # so the library says that it wants a password
+    except TypeError:  # the library's error for a key with a passphrase
         raise UserError(f"{path}: has a passphrase; ssh-keygen -p -f {path} removes it from a copy") from None
     except (ValueError, UnsupportedAlgorithm):
         key = None
@@ -62,7 +62,7 @@ def files_of(bundle: Artifact) -> str:
 
 
 def signed(project: str, seen: Releases, move: Move, key: Ed25519PrivateKey) -> Move:
-    """Returns the move with a signature that holds behind the ``seen`` ones alone."""
+    """Returns the move with a signature that is valid after the ``seen`` moves alone."""
     return replace(move, signature=key.sign(_message(project, (*seen.moves, move))).hex())
 
 
@@ -77,8 +77,6 @@ def is_signed(project: str, moves: Sequence[Move], keys: Sequence[str]) -> bool:
 
 def check_signed(store: Store, project: str, releases: Releases, keys: Sequence[str], seen: int = 0) -> None:
     """Raises Untrusted unless trusted keys signed the newest move and the promotion that is the current release.
-
-    The promotion is asked too, as somebody else may have written it before the first signature covered it.
 
     Args:
         store: The store of the release, for the message.
@@ -95,6 +93,7 @@ def check_signed(store: Store, project: str, releases: Releases, keys: Sequence[
             f"{where} has {len(moves)} moves, and had {seen} before: an older state was put back; if that was meant, "
             "start again"
         )
+    # The newest signature covers all moves before it, but not who made them: an unsigned promotion may be among them.
     for place in (len(moves) - 1, releases.places[-1]):
         if not is_signed(project, moves[: place + 1], keys):
             move = moves[place]
@@ -114,7 +113,7 @@ def find_release(store: Store, project: str, releases: Releases, keys: Sequence[
     if keys and releases.current is not None and releases.current.files != files_of(bundle):
         raise Untrusted(
             f"{project}: bundle {bundle.key[:12]} in {store.url} has other files than those that were signed; delete "
-            f"its record, run its configuration again, and promote what comes out with --key FILE"
+            f"its record, run its configuration again, and promote the new bundle with --key FILE"
         )
     return bundle
 

@@ -31,7 +31,7 @@ Point = tuple[float, float]
 
 
 class Axis(NamedTuple):
-    """A label, a mapping from values to SVG units, and the values that have a tick."""
+    """An axis: its label, its mapping from values to SVG units, and the values that have a tick."""
 
     label: str
     place: Callable[[float], float]
@@ -44,7 +44,7 @@ class Axis(NamedTuple):
 
 
 class Series(NamedTuple):
-    """A named line in SVG units, and whether it shows its points. ``style`` chooses its colour and its dashes.
+    """A named line in SVG units. ``style`` chooses colour and dashes; a ``marked`` one shows its points.
 
     ``faint`` are all points of a line that is smoothed.
     """
@@ -57,7 +57,7 @@ class Series(NamedTuple):
 
 
 class Hint(NamedTuple):
-    """What a chart says of the strip from ``left`` to ``right`` while a pointer is there; ``points`` are marked."""
+    """A tooltip of the strip from ``left`` to ``right``: its text, and the ``points`` that are marked with it."""
 
     left: float
     right: float
@@ -130,15 +130,16 @@ def bars(title: str, values: Sequence[tuple[str, float]], counts: bool = True) -
     """Draws horizontal bars, each under its name and its number; one below zero has no length.
 
     Args:
-        title: title for screen readers.
-        values: names and finite values, from above.
-        counts: values are counts: those after the first show their share of the largest.
+        title: Title for screen readers.
+        values: Names and finite values, from above.
+        counts: Values are counts: those after the first show their share of the largest.
     """
     if not all(math.isfinite(value) for _, value in values) or not values:
         raise ValueError("no finite values to draw")
     largest = max(max(value for _, value in values), 0) or 1
     shown = [f"{value:,.0f}" if counts else f"{value:.4g}" for _, value in values]
     rows = [
+        # A pixel at least, so that one of a million rows can be seen.
         (name, said + (f" ({value / largest:.1%})" if counts and i else ""), max(value / largest * (WIDTH - 4), 1))
         for i, ((name, value), said) in enumerate(zip(values, shown, strict=True))
     ]

@@ -36,7 +36,7 @@ DATA = template("data.html")
 
 
 def data_section(given: ReportInput) -> Markup:
-    """Follows the rows from the list to the training set; empty before there is a list."""
+    """Shows the rows from the list to the training set; empty before there is a list."""
     if given.artifacts.keys().isdisjoint(LISTED):
         return Markup()
     funnel = attempt("The number of rows by stage", _funnel, given)
@@ -71,7 +71,7 @@ def _reasons(given: ReportInput) -> Markup:
 
 
 def _work(given: ReportInput) -> Markup:
-    """Shows what the workers of each stage did with their time, where this was written down."""
+    """Shows how the workers of each stage spent their time, where it was recorded."""
     rows = []
     for stage, artifact in given.artifacts.items():
         took = artifact.times
@@ -79,7 +79,7 @@ def _work(given: ReportInput) -> Markup:
             continue
         seconds = took["made_seconds"]
         whole = seconds * took["workers"]
-        known = ("busy", "wait", "made")
+        known = ("busy", "wait", "made")  # not steps: busy is the whole time of tasks, made that of the passes
         steps = {n.removesuffix("_seconds"): v / whole for n, v in took.items() if n.endswith("_seconds")}
         busiest = sorted((n for n in steps if n not in known and steps[n] >= 0.005), key=lambda n: -steps[n])
         shares = ", ".join(f"{name} {steps[name]:.0%}" for name in busiest)
@@ -105,6 +105,7 @@ def _first_shards(given: ReportInput, similar: Sequence[Markup]) -> Markup:
 def _thumbnails(given: ReportInput, shards: Sequence[PairsShard], title: str) -> Markup:
     cells = []
     for i, shard in enumerate(shards):
+        # Equal shares as far as whole numbers go, THUMBNAILS in all.
         share = THUMBNAILS * (i + 1) // len(shards) - THUMBNAILS * i // len(shards)
         shown = [row for row in shard.kept_rows if row["size"] and given.album.may_show(row["license"])]
         cells += [thumbnail(given, shard, row) for row in spread(shown, share)]

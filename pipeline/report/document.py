@@ -1,4 +1,4 @@
-"""Writes what the page says for programs: verdict, stages, figures, samples."""
+"""Writes the page's content as JSON: verdict, stages, figures, samples, the comparison with another bundle."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.evaluate.figure import finite, without_values
+from pipeline.evaluate.figure import DOCUMENT, finite, without_values
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Graph
-from pipeline.report.against import changes_behind, compared_figures, find_other
-from pipeline.report.evaluation import FIGURES
+from pipeline.report.comparison import changes_behind, compared_figures, find_other
 from pipeline.report.inputs import ReportInput
 from pipeline.report.lineage import worker_hours
 from pipeline.report.samples import asked_for, sample_names
@@ -70,10 +69,8 @@ def _figures(given: ReportInput) -> list[dict[str, Any]]:
     made = given.artifacts.get("evaluation")
     if made is None:
         return []
-    figures = (
-        json.loads(given.read(made.blobs[FIGURES]))["figures"] if FIGURES in made.blobs else made.metrics["figures"]
-    )
-    return without_values(figures)
+    full = json.loads(given.read(made.blobs[DOCUMENT])) if DOCUMENT in made.blobs else made.metrics
+    return without_values(full["figures"])
 
 
 def _samples(made: Artifact | None) -> list[dict[str, Any]]:

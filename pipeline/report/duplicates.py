@@ -56,7 +56,7 @@ def group(rows: Iterable[Rejected]) -> dict[str, list[str]]:
         while first in firsts and len(passed) <= len(firsts):  # a damaged table may run in a circle
             passed.append(first)
             first = firsts[first]
-        firsts |= dict.fromkeys(passed, first)  # so that a long chain is walked once
+        firsts |= dict.fromkeys(passed, first)  # path compression: a long chain is walked once
         groups[first].append(key)
     return dict(groups)
 

@@ -1,4 +1,4 @@
-"""Shows the evaluation: a line for each claim, the figures that hold it up, and what was drawn beside what is real."""
+"""Shows the evaluation: a line for each claim with its figures, and generated images below the real ones."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
-from pipeline.evaluate.figure import NAMES, by_claim, count, difference, holds, measured, short
+from pipeline.evaluate.figure import NAMES, STRIP, by_claim, count, difference, holds, measured, short
 from pipeline.progress import counted
 from pipeline.report.html import PARTS, Section, attempt, note, number, template, text
 from pipeline.report.inputs import ReportInput
 
-FIGURES = "evaluation.json"
-STRIP = "held-out.png"
 TITLE = "Held-out captions"
 STATES = {True: ("good", "✓", "holds"), False: ("bad", "✗", "does not hold"), None: ("rest", "·", "not measured")}
 BY_CHANCE = 0.025  # of the figures of models without an effect: what a 95% interval leaves on the side that is claimed

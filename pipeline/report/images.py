@@ -14,17 +14,17 @@ from models.view import upright_rgb
 from pipeline.report.html import PARTS
 
 IMAGE_BYTES = 4 << 20  # of base64; the page's text and figures take well under the MiB that is left
-MOST_PIXELS = 64 << 20
-QUALITIES = (88, 75, 60, 40)
+MOST_PIXELS = 64 << 20  # of an image that is decoded here, 200 MB as RGB
+QUALITIES = (88, 75, 60, 40)  # of JPEG, the best that fits; the last whether it fits or not
 
 
 class Album:
     """Counts the characters that images take, so that the page never outgrows its limit.
 
     Attributes:
-        left: characters that further images may take.
-        licenses: the licences of other people's images that may be shown, or None for any.
-        met: the licences that were asked for.
+        left: Characters that further images may take.
+        licenses: Licences of other people's images that may be shown, or None for any.
+        met: Licences of the images that were to be shown.
     """
 
     def __init__(self, budget: int = IMAGE_BYTES, licenses: Collection[str] | None = None):
@@ -54,11 +54,12 @@ class Album:
 def shrink(data: bytes, side: int, most: int) -> tuple[bytes, str, tuple[int, int]]:
     """Returns encoded bytes, "png" or "jpeg", and (width, height) of an image, upright and at most ``side`` px.
 
-    Chooses PNG if that fits into ``most`` bytes, else JPEG of falling quality. Raises ValueError as Album.image does.
+    Chooses PNG for up to 256 x 256 px and a quarter of ``most`` bytes, else JPEG of falling quality. Raises ValueError
+    as Album.image does.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is our own
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS bounds it
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:
                 if opened.width * opened.height > MOST_PIXELS:
                     raise ValueError(f"{opened.width} by {opened.height} pixels are too many for a report")

@@ -15,8 +15,8 @@ from pipeline.store.records import read_blob
 
 
 @dataclass(frozen=True)
-class Other:
-    """The bundle to compare with, what it is called, and the store that holds what it was made from."""
+class ComparedBundle:
+    """The bundle to compare with, its name on the page, and the store that holds what it was made from."""
 
     name: str
     store: Store
@@ -28,18 +28,18 @@ class ReportInput:
     """The artefacts that a report shows, and what decides how.
 
     Attributes:
-        store: Holds the artefacts.
+        store: Store of the artefacts.
         artifacts: Artefacts that are made, by stage.
-        album: Says which images may be shown.
+        album: Rule of which images may be shown, and budget of their bytes.
         folder: Folder that the report is written to, None where that is not known.
-        other: A bundle to compare with.
+        other: Bundle to compare with; the project's release without one.
     """
 
     store: Store
     artifacts: Mapping[str, Artifact]
     album: Album = field(default_factory=Album)
     folder: Path | None = None
-    other: Other | None = None
+    other: ComparedBundle | None = None
 
     def of(self, store: Store) -> ReportInput:
         """Returns the same with another store to read from."""

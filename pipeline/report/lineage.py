@@ -9,7 +9,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.stages import direct
+from pipeline.graph.stages import transitive_reduction
 from pipeline.progress import duration
 from pipeline.report.html import PARTS, Section, attempt, number, template
 
@@ -18,7 +18,7 @@ LINEAGE = template("lineage.html")
 
 
 class Box(NamedTuple):
-    """A stage in the drawing: what its box says, and the middle of the top of the box."""
+    """A stage in the drawing: the lines of its box, and the middle of the top of the box."""
 
     words: tuple[str, str, str]
     x: float
@@ -36,7 +36,7 @@ def lineage_section(artifacts: Mapping[str, Artifact]) -> Markup:
 
 def direct_inputs(artifacts: Mapping[str, Artifact]) -> dict[str, list[str]]:
     """Returns of each stage the inputs that it does not also have through another of its inputs."""
-    return direct({name: [i for i in made.inputs if i in artifacts] for name, made in artifacts.items()})
+    return transitive_reduction({name: [i for i in made.inputs if i in artifacts] for name, made in artifacts.items()})
 
 
 def levels(inputs: Mapping[str, Sequence[str]]) -> list[list[str]]:
@@ -86,6 +86,7 @@ def worker_hours(artifact: Artifact) -> float:
 
 
 def _workers(artifact: Artifact) -> int:
+    # Data stages record them among the times, trainings in the environment.
     return max(1, int(artifact.times.get("workers", artifact.environment.get("workers", 1))))
 
 

@@ -15,13 +15,13 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.keys import flatten
 from pipeline.graph.stages import Graph, Stage
-from pipeline.report.against import against_section
+from pipeline.report.comparison import comparison_section
 from pipeline.report.data import data_section
 from pipeline.report.document import document
 from pipeline.report.evaluation import evaluation_section
 from pipeline.report.html import ENVIRONMENT, PARTS, Section, attempt, facts
 from pipeline.report.images import Album
-from pipeline.report.inputs import Other, ReportInput
+from pipeline.report.inputs import ComparedBundle, ReportInput
 from pipeline.report.lineage import lineage_section
 from pipeline.report.samples import samples_section
 from pipeline.report.summary import HEAD, head
@@ -42,24 +42,24 @@ def write_report(
     path: Path,
     running: Sequence[Artifact] = (),
     album: Album | None = None,
-    other: Other | None = None,
+    other: ComparedBundle | None = None,
 ) -> None:
     """Writes the report of the artefacts that exist so far, and a .json of it for programs, each atomically.
 
     What is missing, damaged or odd in the store becomes a line in the report.
 
     Args:
-        store: store of the artefacts.
-        config: configuration that the graph was built from.
-        graph: stages in order, all of them.
-        artifacts: artefacts that are made, by stage.
-        path: file to write.
-        running: artefacts, as far as they go, of trainings that are not done.
-        album: says which of other people's images are shown; all of them without one.
-        other: the bundle to compare with; the project's release without one.
+        store: Store of the artefacts.
+        config: Configuration that the graph was built from.
+        graph: Stages in order, all of them.
+        artifacts: Artefacts that are made, by stage.
+        path: File to write.
+        running: Artefacts, as far as they go, of trainings that are not done.
+        album: Rule of which of other people's images are shown; all of them without one.
+        other: Bundle to compare with; the project's release without one.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: The file cannot be written.
     """
     given = ReportInput(store, artifacts, album or Album(), path.parent, other)
     page = render(given, config, graph, running)
@@ -74,6 +74,7 @@ def _replace(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            # A lone surrogate, as in the name of a file that is not UTF-8, cannot be encoded.
             temporary.write_bytes(text.encode("utf-8", "replace"))
             crash_point("report.before_replace")
             os.replace(temporary, path)
@@ -89,7 +90,7 @@ def render(given: ReportInput, config: Config, graph: Graph, running: Sequence[A
     in_order = [name for name in graph if name in artifacts]
     trained = [artifacts[name] for name in in_order if "samples_seen" in artifacts[name].metrics]
     shown = attempt("The summary", head, config, graph, artifacts, running)
-    compared = attempt("The comparison with another bundle", against_section, given, config.project)
+    compared = attempt("The comparison with another bundle", comparison_section, given, config.project)
     learns = attempt("The evaluation", evaluation_section, given)
     sections = (
         attempt("The samples", samples_section, given),

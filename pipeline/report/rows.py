@@ -28,11 +28,11 @@ class PairsShard:
     """Holds one shard of pairs.
 
     Attributes:
-        shard: entry in the table of shards.
-        rows: rows of its index, all of them.
-        kept: keys of the rows that are kept so far.
-        captions: first caption by key.
-        reasons: reasons why curation rejected rows, by key.
+        shard: Entry in the table of shards.
+        rows: Rows of its index, all of them.
+        kept: Keys of the rows that are kept so far.
+        captions: First caption by key.
+        reasons: Reasons why curation rejected rows, by key.
     """
 
     shard: ShardRow
@@ -55,7 +55,7 @@ class Thumbnail(NamedTuple):
     caption: str
 
 
-class Lost(NamedTuple):
+class LostRows(NamedTuple):
     """Rows that a stage rejected, or deferred, for one reason, and the rows that it looked at."""
 
     stage: str
@@ -70,7 +70,7 @@ class Lost(NamedTuple):
         return f"{self.number / max(self.rows, 1):.1%}"
 
 
-def lost_rows(artifacts: Mapping[str, Artifact]) -> list[Lost]:
+def lost_rows(artifacts: Mapping[str, Artifact]) -> list[LostRows]:
     """Returns what was rejected or deferred, by stage and reason, each row once."""
     found = []
     seen: dict[tuple[int, bool], Counter[str]] = defaultdict(Counter)
@@ -80,7 +80,7 @@ def lost_rows(artifacts: Mapping[str, Artifact]) -> list[Lost]:
             # Stages that count the same rows, such as all of the list, count the same rejects again.
             own = Counter(counts) - seen[ledger.rows, deferred]
             seen[ledger.rows, deferred] += own
-            found += [Lost(stage, reason, deferred, count, ledger.rows) for reason, count in own.most_common()]
+            found += [LostRows(stage, reason, deferred, count, ledger.rows) for reason, count in own.most_common()]
     return found
 
 
@@ -88,7 +88,7 @@ def read_first_shards(given: ReportInput) -> list[PairsShard]:
     """Returns the first shards of pairs, beginning with those that keep any row."""
     shards = given.shards("pairs")
     left = {number: shard.kept for number, shard in {**shards, **given.shards("curation")}.items()}
-    first = sorted(shards.values(), key=lambda s: left[s.number] == 0)
+    first = sorted(shards.values(), key=lambda s: left[s.number] == 0)  # a stable sort: each half stays in order
     return list(read_pairs(given, first[:SHARDS_READ]))
 
 
@@ -127,7 +127,7 @@ def thumbnail(given: ReportInput, shard: PairsShard, row: Mapping[str, Any], sai
     def image() -> Markup:
         place = Place.of(row, shard.shard.blobs.get("images"))
         [data] = read_images(given.store, [place])
-        if place.in_place:  # others have made it
+        if place.in_place:  # the pairs left the user's own file where it is: no stage has decoded or bounded it yet
             found = shared_decoder().prepare(data, IN_PLACE_PIXELS, THUMBNAIL)
             if isinstance(found, str):
                 raise ValueError(REASONS[found])

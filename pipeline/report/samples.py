@@ -17,7 +17,7 @@ SAMPLES = template("samples.html")
 
 
 def samples_section(given: ReportInput) -> Markup:
-    """Shows the first images, each with its caption and its 64 px beginning if it was kept; empty before the first."""
+    """Shows the first images, each with its caption and the decoder's output if it was kept; empty before the first."""
     if "samples" not in given.artifacts:
         return Markup()
     artifact = given.artifacts["samples"]
@@ -45,12 +45,12 @@ def _sample(given: ReportInput, artifact: Artifact, name: str) -> Markup:
     place = int(name.removesuffix(".png"))
     alt = f"sample for: {caption}" if caption is not None else f"sample {place}"
     image = attempt(f"Sample {name}", sample_image, given, artifact.blobs[name], 512, alt)
-    small = name.replace(".png", "-64.png")
-    begun = Markup()
+    small = name.replace(".png", "-64.png")  # as pipeline.sampling.drawing names it
+    base = Markup()
     if small in artifact.blobs:
-        begun = attempt(f"Sample {small}", sample_image, given, artifact.blobs[small], 64, f"sample {place} at 64 px")
+        base = attempt(f"Sample {small}", sample_image, given, artifact.blobs[small], 64, f"sample {place} at 64 px")
     file = f"samples/{name}" if given.folder and (given.folder / "samples" / name).exists() else ""
-    return SAMPLES.sample(image, begun, caption, seed, file)
+    return SAMPLES.sample(image, base, caption, seed, file)
 
 
 def sample_image(given: ReportInput, blob: str, side: int, alt: str) -> Markup:

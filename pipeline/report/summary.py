@@ -1,4 +1,4 @@
-"""Says what came of a run: one sentence, and four tiles that lead to the sections."""
+"""Summarises a run: one sentence, and four tiles that lead to the sections."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEAD = template("head.html")
 
 
 class Tile(NamedTuple):
-    """What a tile says: its title, its value, a line below, the section that tells more, and the parts of its meter."""
+    """A tile: title, value, the line below, the section that it links to, and the parts of its meter."""
 
     title: str
     value: str

@@ -45,12 +45,12 @@ class Curve:
     """Holds the losses of a training by samples seen.
 
     Attributes:
-        train: training losses.
-        validation: validation losses.
-        held_out: validation rows of the latest validation pass, None before the first.
-        quarters: the loss by quarter of the timesteps, 1 to 4, of the latest validation pass that measured any.
-        quarters_at: samples seen at that pass.
-        unread: the number of lines that could not be used.
+        train: Training losses.
+        validation: Validation losses.
+        held_out: Validation rows of the latest validation pass, None before the first.
+        quarters: Loss by quarter of the timesteps, 1 to 4, of the latest validation pass that measured any.
+        quarters_at: Samples seen at that pass.
+        unread: Number of lines that could not be used.
     """
 
     train: list[Point] = field(default_factory=list)
@@ -204,7 +204,7 @@ def _preview(given: ReportInput, blob: str, alt: str) -> Markup:
 
 
 def _lower_half(data: bytes) -> bytes:
-    """Returns what the decoder has drawn, without the other people's images above it."""
+    """Returns the generated half of a preview, without the other people's images above it."""
     with Image.open(io.BytesIO(data)) as grid:
         out = io.BytesIO()
         grid.crop((0, grid.height // 2, grid.width, grid.height)).save(out, "PNG")

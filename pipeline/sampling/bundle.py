@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from models.prior_configs import ASKED
+from models.prior_configs import STEP_TOKENS
 from models.sampling_config import MODELS, PRIORS, UPSAMPLERS, SamplingConfig, check_sampling, largest_side
 from pipeline.data.source.lists import lists_there
 from pipeline.errors import UserError
@@ -57,10 +57,8 @@ class BundleRecipe:
 
 
 def run_bundle(ctx: Context) -> Artifact:
-    """Gathers the models' files under one folder each. Copies nothing: a bundle names the blobs of its parts.
-
-    Their previews, which show other people's images, stay behind: a bundle travels.
-    """
+    """Gathers the models' files under one folder each. Copies nothing: a bundle names the blobs of its parts."""
+    # Without previews, which show other people's images: a bundle travels.
     blobs = {
         f"{stage}/{name}": blob
         for stage, part in ctx.inputs.items()
@@ -84,22 +82,20 @@ def _card(ctx: Context) -> str:
     lines += ["| part | key | samples seen |", "| --- | --- | ---: |"]
     for name, part in ctx.inputs.items():
         lines.append(f"| {name} | {part.key[:12]} | {part.recipe.get('samples', '')} |")
-    # Without folders of this machine: a bundle travels.
+    # Names without folders, which are this machine's: a bundle travels.
     lines += ["", f"Trained on: {', '.join(Path(path).name for path in ctx.given.paths)}."]
     lines += dict.fromkeys(found.credits for found in lists_there(ctx.given.paths) if found.credits)
     return "\n".join(lines) + "\n"
 
 
 def passes_of_a_row(name: str, recipes: Recipes) -> float:
-    """Returns the forward passes, as in its training, that a network takes to draw for one row.
-
-    The AR prior draws all codes in one pass. The diffusion prior reads a caption once and computes few positions a
-    step.
-    """
+    """Returns the forward passes of a network for one drawn row, in units of a forward pass of its training."""
+    # With its cache the AR prior computes each position once, which is one pass. The diffusion prior computes the
+    # caption's positions once and STEP_TOKENS positions at each step.
     sampling = recipes["bundle"]
     steps = float(sampling.get(f"sampling.{name.removeprefix('diffusion_')}_steps", 1))
     if name == "diffusion_prior":
-        steps = 1 + steps * ASKED / (recipes[name]["model.text_context"] + 1 + ASKED)
+        steps = 1 + steps * STEP_TOKENS / (recipes[name]["model.text_context"] + 1 + STEP_TOKENS)
     guidance = f"sampling.{'prior' if name in PRIORS.values() else name}_guidance"
     return steps * (2 if sampling.get(guidance) else 1)
 

@@ -35,7 +35,7 @@ log = logging.getLogger("unclip")
 
 @dataclass(frozen=True)
 class Sample:
-    """Holds a caption's image as PNG, its base image of 64 px, and how it was made."""
+    """Holds a caption's image as PNG, its base image of 64 px, and the settings that it was drawn with."""
 
     caption: str
     seed: int
@@ -62,12 +62,12 @@ def make_sample(unclip: UnCLIP, caption: str, seed: int, options: Mapping[str, A
 
 
 def prior_steps(unclip: UnCLIP, settings: Mapping[str, Any], prior: str) -> int:
-    """Returns how often the prior "ar" or "diffusion" reports progress for one batch."""
+    """Returns the number of progress reports of the prior "ar" or "diffusion" for one batch."""
     return settings["prior_steps"] if prior == "diffusion" or unclip.ar_prior is None else unclip.ar_prior.codes
 
 
 def decode_steps(unclip: UnCLIP, settings: Mapping[str, Any]) -> int:
-    """Returns how often decoder and upsamplers report progress for one batch."""
+    """Returns the number of progress reports of decoder and upsamplers for one batch."""
     steps = settings["decoder_steps"]
     for name in UPSAMPLERS:
         model = getattr(unclip, name)
@@ -105,7 +105,7 @@ def read_bundle(folder: str | Path, device: torch.device) -> UnCLIP:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Raises UserError for what drawing refuses, such as an option out of range, and where it lacks memory."""
+    """Raises UserError for errors of drawing, such as an option out of range, and for a lack of memory."""
     try:
         with memory_for("drawing"):
             yield
@@ -113,8 +113,8 @@ def refusals() -> Iterator[None]:
         raise UserError(str(e)) from e
     except OutOfMemory as e:
         raise UserError(
-            "what is drawn at once does not fit into memory; ask for fewer images at once, a smaller size, or "
-            "tile=256, which takes large images in parts"
+            "a batch does not fit into memory; ask for fewer images at once, a smaller size, or tile=256, which draws "
+            "large images in parts"
         ) from e
 
 

@@ -1,4 +1,4 @@
-"""Changed images as strips: what each kind of ``unclip edit`` shows, with progress over all steps.
+"""The kinds of ``unclip edit``: each returns images to show as a strip, with progress over all steps.
 
 The mathematics is in models.cascade and models.comparison. Sections are those of Ramesh et al. 2022.
 """
@@ -29,106 +29,108 @@ from pipeline.progress import Progress
 from pipeline.sampling.drawing import decode_steps, prior_steps
 
 PAPER_COUNTS, PAPER_CODES = (20, 30, 40, 80, 120, 160, 200, 320), 320  # figure 7
-MOST_DB = 100.0
-WIDEST = 2560  # px of a strip; after that it goes on in another row
-SMALLEST = 128  # px of a tile; smaller images are shown with every pixel as a square of pixels
+MOST_DB = 100.0  # equal images have an infinite PSNR
+WIDEST = 2560  # px of a row of a strip
+SMALLEST = 128  # px of a tile; pixels of smaller images are repeated
 GAP = 4  # px of white between two tiles
-FRAME_MS, END_MS = 100, 600
+FRAME_MS, END_MS = 100, 600  # of a frame of an animation, and of its first and last
 DESCRIPTION = 0x010E  # EXIF: ImageDescription
 Options = Mapping[str, Any]
-Watch = bool | Callable[[str, int, int], None]
-"""Whether a line of progress is shown; or what is called after every step with a model's name, steps done and steps."""
+ProgressDisplay = bool | Callable[[str, int, int], None]
+"""True for a line of progress, False for none, or a function of a model's name, the steps done and all steps."""
 
 
-class How(NamedTuple):
-    """Says with which seed and which sampling options images are changed, and how progress is shown."""
+class EditSettings(NamedTuple):
+    """Holds the seed, the sampling options and the display of progress of an edit."""
 
     seed: int
     options: Options
-    watch: Watch = True
+    watch: ProgressDisplay = True
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Images, uint8 [s, s, 3], what each of them is, and how they were sampled."""
+    """Holds images, uint8 [s, s, 3], a name for each, and their sampling options."""
 
     images: tuple[np.ndarray, ...]
     names: tuple[str, ...]
     settings: Mapping[str, Any]
 
 
-def variations(unclip: UnCLIP, image: Image.Image, count: int, eta: float, caption: str | None, how: How) -> Edit:
-    """Follows section 3.1: the image, then ``count`` others of its embedding, with consecutive seeds."""
-    sampling, seeds = unclip.manipulation_sampling(dict(how.options)), range(how.seed, how.seed + count)
-    with watched("variations", unclip, sampling, how.watch, inversions=1) as progress:
-        inversion = unclip.invert([image], _listed(caption), progress, **how.options)
-        made = unclip.variations(inversion, seeds, eta, progress, **how.options)
+def variations(
+    unclip: UnCLIP, image: Image.Image, count: int, eta: float, caption: str | None, settings: EditSettings
+) -> Edit:
+    """Returns the image, then ``count`` others of its embedding, with consecutive seeds (section 3.1)."""
+    sampling, seeds = unclip.manipulation_sampling(dict(settings.options)), range(settings.seed, settings.seed + count)
+    with show_progress("variations", unclip, sampling, settings.watch, inversions=1) as progress:
+        inversion = unclip.invert([image], _listed(caption), progress, **settings.options)
+        made = unclip.variations(inversion, seeds, eta, progress, **settings.options)
     names = ("the image", *(f"seed {s}" for s in seeds))
     return _edit([_like(image, made), *_images(made)], names, sampling)
 
 
-def interpolation(unclip: UnCLIP, first: Image.Image, second: Image.Image, count: int, how: How) -> Edit:
-    """Follows section 3.2: ``count`` images from the first, reconstructed, to the second, reconstructed.
+def interpolation(unclip: UnCLIP, first: Image.Image, second: Image.Image, count: int, settings: EditSettings) -> Edit:
+    """Returns ``count`` images from the first, reconstructed, to the second, reconstructed (section 3.2).
 
     Raises ValueError on a count below 2.
     """
     if count < 2:
         raise ValueError(f"an interpolation takes 2 or more images, got {count}")
     shares = [i / (count - 1) for i in range(count)]
-    sampling = unclip.manipulation_sampling(dict(how.options))
-    with watched("interpolation", unclip, sampling, how.watch, inversions=2) as progress:
-        a, b = (unclip.invert([image], None, progress, **how.options) for image in (first, second))
-        made = unclip.interpolate(a, b, shares, how.seed, progress, **how.options)
+    sampling = unclip.manipulation_sampling(dict(settings.options))
+    with show_progress("interpolation", unclip, sampling, settings.watch, inversions=2) as progress:
+        a, b = (unclip.invert([image], None, progress, **settings.options) for image in (first, second))
+        made = unclip.interpolate(a, b, shares, settings.seed, progress, **settings.options)
     return _edit(_images(made), [f"{share:.0%}" for share in shares], sampling)
 
 
 def text_difference(
-    unclip: UnCLIP, image: Image.Image, before: str, after: str, shares: Sequence[float], how: How
+    unclip: UnCLIP, image: Image.Image, before: str, after: str, shares: Sequence[float], settings: EditSettings
 ) -> Edit:
-    """Follows section 3.3: the image, turned by each share towards what ``after`` says beyond ``before``."""
-    sampling = unclip.manipulation_sampling(dict(how.options))
+    """Returns the image turned by each share towards the difference of two captions (section 3.3)."""
+    sampling = unclip.manipulation_sampling(dict(settings.options))
     check_captions([before, after])
-    with watched("text difference", unclip, sampling, how.watch, inversions=1) as progress:
-        inversion = unclip.invert([image], None, progress, **how.options)
-        made = unclip.text_difference(inversion, before, after, shares, how.seed, progress, **how.options)
+    with show_progress("text difference", unclip, sampling, settings.watch, inversions=1) as progress:
+        inversion = unclip.invert([image], None, progress, **settings.options)
+        made = unclip.text_difference(inversion, before, after, shares, settings.seed, progress, **settings.options)
     return _edit(_images(made), [f"turned by {share:.3g}" for share in shares], sampling)
 
 
-def reconstruction(unclip: UnCLIP, image: Image.Image, caption: str | None, how: How) -> Edit:
-    """Follows section 3: the image, and what its two latents become; how near it is, at every size that is made."""
-    sampling = unclip.manipulation_sampling(dict(how.options))
-    with watched("reconstruction", unclip, sampling, how.watch, inversions=1) as progress:
-        inversion = unclip.invert([image], _listed(caption), progress, **how.options)
-        made = unclip.reconstruct(inversion, how.seed, progress, **how.options)
+def reconstruction(unclip: UnCLIP, image: Image.Image, caption: str | None, settings: EditSettings) -> Edit:
+    """Returns the image and its reconstruction from its latents, with the PSNR at every size (section 3)."""
+    sampling = unclip.manipulation_sampling(dict(settings.options))
+    with show_progress("reconstruction", unclip, sampling, settings.watch, inversions=1) as progress:
+        inversion = unclip.invert([image], _listed(caption), progress, **settings.options)
+        made = unclip.reconstruct(inversion, settings.seed, progress, **settings.options)
     near = [f"{_psnr(made.images[side], image):.1f} dB at {side} px" for side in made.images]
     names = ("the image", f"its reconstruction, PSNR {', '.join(near)}")
     return _edit([_like(image, made), *_images(made)], names, sampling)
 
 
-def components(unclip: UnCLIP, image: Image.Image, counts: Sequence[int] | None, how: How) -> Edit:
-    """Follows section 4, figure 7: embeddings of the first principal components, the whole embedding, the image.
+def components(unclip: UnCLIP, image: Image.Image, counts: Sequence[int] | None, settings: EditSettings) -> Edit:
+    """Returns images of the first principal components, of the whole embedding, and the image (section 4, figure 7).
 
     All are drawn from one noise. ``counts`` None takes the paper's, in proportion to the components there are.
     """
-    sampling = unclip.manipulation_sampling(dict(how.options))
+    sampling = unclip.manipulation_sampling(dict(settings.options))
     codes = unclip.codec.codes if unclip.codec else PAPER_CODES
     counts = counts or sorted({max(1, round(n * codes / PAPER_CODES)) for n in PAPER_COUNTS})
     embedding = unclip.embed([image])
-    with watched("components", unclip, sampling, how.watch, decodings=2) as progress:
-        made = unclip.principal_components(embedding, counts, how.seed, progress, **how.options)
-        whole = unclip.decode(embedding, None, [how.seed], sampling, progress)
+    with show_progress("components", unclip, sampling, settings.watch, decodings=2) as progress:
+        made = unclip.principal_components(embedding, counts, settings.seed, progress, **settings.options)
+        whole = unclip.decode(embedding, None, [settings.seed], sampling, progress)
     near = cosine_similarity(made.embedding, embedding)
     names = [f"{n} of {codes} components, cosine {c:.3f}" for n, c in zip(counts, near.tolist(), strict=True)]
     images = [*_images(made), *_images(whole), _like(image, made)]
     return _edit(images, [*names, "the whole embedding", "the image"], sampling)
 
 
-def priors(unclip: UnCLIP, caption: str, image: Image.Image | None, how: How) -> Edit:
-    """Follows section 5.1, figure 8: a caption decoded from each prior's embedding, its text's and the image's."""
-    sampling = unclip.sampling_with(dict(how.options))
+def priors(unclip: UnCLIP, caption: str, image: Image.Image | None, settings: EditSettings) -> Edit:
+    """Returns a caption decoded from each prior's embedding, its text's and the image's (section 5.1, figure 8)."""
+    sampling = unclip.sampling_with(dict(settings.options))
     drawn = sum(prior_steps(unclip, dataclasses.asdict(sampling), option) for _, option in priors_of(unclip))
-    with watched("priors", unclip, sampling, how.watch, more=drawn) as progress:
-        compared = compare_priors(unclip, caption, how.seed, image, progress, **how.options)
+    with show_progress("priors", unclip, sampling, settings.watch, more=drawn) as progress:
+        compared = compare_priors(unclip, caption, settings.seed, image, progress, **settings.options)
     made = compared.generation
     near = {"caption": cosine_similarity(made.embedding, compared.text).tolist()}
     if image is not None:  # its embedding is the last
@@ -141,20 +143,20 @@ def priors(unclip: UnCLIP, caption: str, image: Image.Image | None, how: How) ->
 
 
 @contextmanager
-def watched(
+def show_progress(
     name: str,
     unclip: UnCLIP,
     sampling: SamplingConfig,
-    watch: Watch,
+    watch: ProgressDisplay,
     *,
     inversions: int = 0,
     decodings: int = 1,
     more: int = 0,
 ) -> Iterator[reverse.Progress]:
-    """Yields what shows progress as ``watch`` says, over all steps of ``inversions`` and ``decodings`` and ``more``."""
+    """Yields a function that shows progress over all steps of ``inversions`` and ``decodings`` and ``more``."""
     if watch is not True:
-        # Where images are made, an estimate of them follows.
-        yield (lambda *step: watch(*step[:3])) if watch else reverse.ignore
+        # Models that make images pass an estimate as a fourth argument.
+        yield (lambda *step: watch(*step[:3])) if watch else reverse.silent
         return
     steps = inversions * sampling.decoder_steps + decodings * decode_steps(unclip, dataclasses.asdict(sampling)) + more
     with Progress(name, steps, "steps") as line:
@@ -180,7 +182,7 @@ def _like(image: Image.Image, made: Generation) -> np.ndarray:
 
 def _psnr(made: torch.Tensor, image: Image.Image) -> float:
     """Returns the PSNR in dB of one image, uint8 [1, s, s, 3], at most MOST_DB."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio  # takes seconds, for the reconstruction alone
+    from torchmetrics.functional.image import peak_signal_noise_ratio  # its import takes seconds
 
     truth = torch.tensor(view(image, made.shape[1]))[None]
     return min(MOST_DB, float(peak_signal_noise_ratio(made.float(), truth.float(), 255.0)))

@@ -1,7 +1,7 @@
-"""Images of many prompts: shard by shard, each image once, whatever is killed on the way.
+"""Images of many prompts: shard by shard, resumable, each image once.
 
-A shard's prompts are sampled in batches of one size, cut inside the shard and padded, on one thread, so that neither
-neighbours nor workers can change an image.
+A shard's prompts are sampled in batches of one size, cut inside the shard and padded, on one thread. So an image has
+the same bytes whatever its neighbours and the number of workers are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from models.view import view
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
 from pipeline.graph.keys import artifact_key, flatten
-from pipeline.graph.runs import remember_stage
+from pipeline.graph.runs import record_stage_run
 from pipeline.graph.shards import map_shards
 from pipeline.graph.stages import Context, shard_key
 from pipeline.graph.workers import ShardOutput, ShardTask
@@ -50,7 +50,7 @@ log = logging.getLogger("unclip")
 
 @dataclass(frozen=True)
 class GenerationRecipe:
-    """``options`` replace the bundle's sampling defaults; ``batch`` prompts are sampled at once."""
+    """Holds ``options``, which replace the bundle's sampling defaults, and ``batch``, the prompts sampled at once."""
 
     options: dict[str, Any] = field(default_factory=dict)
     batch: Annotated[PositiveInt, Field(le=ROWS)] = 8
@@ -91,7 +91,7 @@ def generate(
         )
         for number, (blob, rows) in enumerate(blobs)
     ]
-    remember_stage(ctx, f"generate-{bundle.key[:12]}")
+    record_stage_run(ctx, f"generate-{bundle.key[:12]}")
     device = "auto" if settings.gpus == "auto" else "cuda" if settings.gpus else "cpu"
     make = MakeGenerator(store, dict(bundle.blobs), recipe, device)
     return map_shards(ctx, tasks, make, "images", sum(rows for _, rows in blobs))
@@ -107,7 +107,7 @@ class MakeGenerator:
     device: str
 
     def __call__(self) -> Generator:
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # sums of several threads round differently
         with tempfile.TemporaryDirectory() as folder:
             materialise(self.store, self.bundle, folder)
             unclip = read_bundle(folder, choose_device(self.device))

@@ -27,7 +27,7 @@ KINDS = f".txt with a prompt a line, or a {', '.join(TABLES[:-1])} or {TABLES[-1
 SEED = "seed"
 TEXT = (t.is_string, t.is_large_string, t.is_string_view)
 LARGEST_SEED = 2**63 - 1
-Row = Mapping[str, Any] | str  # the reason of one that cannot be read
+Row = Mapping[str, Any] | str  # a string is the reason why a row cannot be read
 
 
 def find_column(path: Path, asked: str | None = None) -> str | None:
@@ -39,7 +39,7 @@ def find_column(path: Path, asked: str | None = None) -> str | None:
     if kind not in (".txt", *TABLES):
         raise UserError(f"{path}: not a list of prompts; give a {KINDS}")
     with _refusing(path):
-        open_local(path).close()  # a pipe would be waited for
+        open_local(path).close()  # refuses a pipe, which csv and pyarrow would wait for
     if kind == ".txt":
         if asked:
             raise UserError(f"{path}: a text file has no column {asked}; leave --column out")
@@ -122,11 +122,10 @@ def _table(path: Path, column: str) -> Iterator[Row]:
 
 
 def _parquet(path: Path, column: str) -> Iterator[Row]:
-
     file = pq.ParquetFile(path)
     wanted = [name for name in dict.fromkeys((column, SEED)) if name in file.schema_arrow.names]
     for batch in file.iter_batches(columns=wanted, batch_size=1024):
-        # As bytes: a single value that is not UTF-8 would end the list.
+        # As bytes: pyarrow raises for a batch with one value that is not UTF-8, and that row alone is to be rejected.
         columns = [c.cast(pa.large_binary()) if any(is_it(c.type) for is_it in TEXT) else c for c in batch.columns]
         for row in pa.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist():
             yield {"prompt": row[column], SEED: row.get(SEED)}
@@ -162,7 +161,7 @@ def _utf8(path: Path) -> Iterator[str | None]:
 def _refusing(path: Path) -> Iterator[None]:
     """Turns what keeps a list from being read into a UserError."""
     try:
-        open_local(path).close()  # readers of tables open a path themselves, and a pipe would never answer
+        open_local(path).close()  # before the readers of tables, which open a path themselves and would wait for a pipe
         yield
     except (OSError, csv.Error, pa.ArrowException) as e:
         raise UserError(f"{path}: cannot be read ({' '.join(str(e).split())}); give a {KINDS}") from e

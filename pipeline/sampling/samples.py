@@ -17,7 +17,7 @@ from pipeline.sampling.bundle import passes_of_a_row
 
 @dataclass(frozen=True)
 class SamplesRecipe:
-    """Says which images to draw at the end of a run; how to sample stands in the bundle.
+    """Holds the captions to draw at the end of a run; sampling options are the bundle's.
 
     Attributes:
         captions: Captions to draw, one image each.

@@ -1,4 +1,4 @@
-"""Keeps objects in a folder or on S3 behind one protocol. The only package that knows one from the other.
+"""Keeps objects in a folder or on S3 behind one protocol. Only this package knows which of the two it is.
 
 Only ``swap`` overwrites an object, and it compares first. ``create`` is atomic and durable: a reader sees the whole
 object or none.
@@ -29,7 +29,7 @@ class Store(Protocol):
         """Returns the folder or s3:// URL of the store, as the configuration names it."""
 
     def fresh(self) -> Store:
-        """Returns the same store past caches: over other connections, from the disk instead of the page cache."""
+        """Returns the same store without caches: over other connections, or past the page cache."""
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         """Returns bytes [start, stop) of an object. Raises FileNotFoundError."""
@@ -50,17 +50,17 @@ class Store(Protocol):
     def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
         """Creates an object from bytes or from a file. Returns False if it existed; then it stays as it was.
 
-        Of several callers with bytes, exactly one is told True. Callers with a file name the object by its content: on
-        S3 several at once may all write it, with the same bytes.
+        Of several callers with bytes, exactly one gets True. Callers with a file name the object by its content: on S3
+        several at once may all write it, with the same bytes.
 
         Args:
-            path: path of the object.
-            data: bytes, or the file that holds them.
-            move: gives the file up. It may become the object itself, so nobody may write to it any more.
+            path: Path of the object.
+            data: Bytes, or the file that holds them.
+            move: The caller gives the file up. It may become the object itself, so nobody may write to it any more.
         """
 
     def swap(self, path: str, old: str | None, new: bytes) -> bool:
-        """Replaces a small object if its version is still ``old`` (None: if it does not exist). Returns whether."""
+        """Replaces a small object if its version is still ``old`` (None: if it does not exist), and returns whether."""
 
     def delete(self, paths: Iterable[str]) -> None:
         """Deletes objects, and passes over those that do not exist."""
@@ -75,16 +75,17 @@ class Store(Protocol):
 def open_store(url: str) -> Store:
     """Returns the store at ``url``: s3://bucket/prefix, or a folder. Raises UserError for any other scheme.
 
-    What follows the scheme is a name as it stands, with any # or ? in it.
+    Characters such as # and ? after the scheme belong to the name.
     """
+    # urlsplit would cut the name at them.
     scheme = urlsplit(url).scheme
     name = url[len(scheme) + 1 :].removeprefix("//") if scheme else url
     if scheme == "s3":
         bucket, _, prefix = name.partition("/")
         if not bucket or not url.lower().startswith("s3://"):
             raise UserError(f"store {url}: no bucket; write s3://BUCKET/PREFIX")
-        if "@" in bucket:  # and is not repeated here
-            raise UserError("store: no keys in its URL, which many can read; set AWS_ACCESS_KEY_ID, or use a profile")
+        if "@" in bucket:  # the message must not repeat it
+            raise UserError("store: its URL holds keys, which many can read; set AWS_ACCESS_KEY_ID, or use a profile")
         from pipeline.store.s3 import S3Store  # loads boto3
 
         return S3Store(url.rstrip("/"), bucket, prefix.strip("/"))
@@ -103,9 +104,10 @@ def check_conditions(store: Store) -> None:
 
     Leaves no object behind. Raises UserError that names what the store does not do.
     """
+    # Some S3 servers accept If-None-Match and If-Match and ignore them: two runs would overwrite each other.
     path = f"locks/probe-{secrets.token_hex(8)}"
     advice = "use a store with conditional writes, such as AWS S3, SeaweedFS, MinIO or a local folder"
-    created = store.create(path, b"1")  # where even this is refused there is nothing to delete
+    created = store.create(path, b"1")  # outside the try: where it is refused, there is nothing to delete
     try:
         if not created or store.create(path, b"2") or store.read(path) != b"1":
             raise UserError(

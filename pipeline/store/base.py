@@ -1,4 +1,4 @@
-"""What both stores share: entries of a listing, and reading parts of a file or a stream."""
+"""Shared by both stores: entries of a listing, and cutting parts out of a stream."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Reads and stores files that a recipe names, whose content counts and not their path.
+"""Reads and stores files that a recipe names by path or by sha256; keys hold the sha256.
 
-Such a file lies where the user said, or in the store as a blob if the recipe names it by its sha256.
+A file by path lies where the user said; one by sha256 is a blob of the store.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.store.records import put_blob, read_blob
 
 
 def put_content(store: Store, file: ContentFile, where: str) -> None:
-    """Puts a file into the store, as the blob of its name, where every worker can read it.
+    """Puts a file into the store as a blob, where every worker can read it.
 
     Raises UserError, which begins with the setting ``where``, if the file cannot be read or has changed since it was
     named, and if the store does not have a blob of the name.

@@ -1,4 +1,4 @@
-"""Names points at which a test may kill the process, to prove that nothing is lost there.
+"""Crash points: named places at which a test may kill the process, to prove that nothing is lost there.
 
 ``UNCLIP_CRASH=NAME@FILE`` kills the first process that reaches NAME, with SIGKILL, and leaves FILE behind, so that
 the workers that replace it live. Several pairs, separated by commas, kill once each. If FILE is a folder, NAME kills
@@ -25,4 +25,4 @@ def crash_point(name: str, about: str = "") -> None:
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)  # not an exception, which handlers would see

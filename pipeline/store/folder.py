@@ -1,7 +1,7 @@
 """Keeps a store in a local or shared folder.
 
-The folder may be a link to another place. Inside it no link is followed, and every object is opened part by part from
-there (pipeline.local.open_folder), so that a folder that another user exchanges for a link does not lead out of it.
+The folder itself may be a link. Inside it no link is followed: every path is opened part by part, relative to open
+folders (pipeline.local.open_folder), so that no other user can exchange a folder for a link in between.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pipeline.store.names import check_path
 
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{12}")
 COPIED = 1 << 20  # bytes at once
-SWAPPED = ("locks/", "leases/", "releases/")  # where objects are that may be swapped
+SWAPPED = ("locks/", "leases/", "releases/")  # prefixes of objects that ``swap`` may replace
 
 
 @contextmanager
 def _explained(url: str) -> Iterator[None]:
-    """Turns what a user can mend on a disk into one line."""
+    """Raises UserError for errors of a disk that a user can mend."""
     try:
         yield
     except OSError as e:
@@ -53,7 +53,7 @@ def _explained(url: str) -> Iterator[None]:
 class FolderStore:
     """Holds objects as files. A file whose name begins with a dot is a lock or half written.
 
-    Without ``cached``, bytes come from the disk, or the server that has it, and not from this machine's page cache.
+    Without ``cached``, bytes come from the disk or its server, and not from this machine's page cache.
     """
 
     url: str
@@ -92,7 +92,7 @@ class FolderStore:
 
     @contextmanager
     def _opened(self, path: str) -> Iterator[int]:
-        """Opens an object, dropped from the page cache first where that does not count."""
+        """Opens an object; without ``cached``, drops its pages from the page cache first."""
         with self._folder(path) as (folder, name):
             handle = open_file(name, folder)
             try:
@@ -121,7 +121,7 @@ class FolderStore:
         try:
             with self._folder(folder) as (handle, _):
                 with os.scandir(handle) as children:
-                    # With their slashes folders sort among files as the paths in them do.
+                    # A folder sorts with its slash: "a.json" comes before the objects of "a/", as on S3.
                     found = sorted(child.name + "/" if _is_folder(child) else child.name for child in children)
                 for name in found:
                     path = folder + name
@@ -155,21 +155,22 @@ class FolderStore:
                 return False
             temporary = _write_temporary(folder, name, data, move)
             try:
-                # Unlike a rename, it fails if the name is taken.
+                # Atomic as a rename, but it fails if the name is taken: of several writers one wins.
                 os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
             except FileExistsError:
                 return False
-            except PermissionError as e:  # Linux's word for a file system without links
+            except PermissionError as e:  # Linux's error on a file system without hard links
                 raise OSError(errno.EOPNOTSUPP, e.strerror, path) from e
             finally:
                 with suppress(FileNotFoundError):  # clear_abandoned may have been quicker
                     os.unlink(temporary, dir_fd=folder)
-            os.fsync(folder)
+            os.fsync(folder)  # the name is durable only once its folder is
         return True
 
     def swap(self, path: str, old: str | None, new: bytes) -> bool:
         with _explained(self.url), self._folder(path, make=True) as (folder, name):
-            temporary = _write_temporary(folder, name, new)  # outside the lock, which a process that stops would keep
+            # Outside the lock: a slow or stopped writer would hold it.
+            temporary = _write_temporary(folder, name, new)
             try:
                 with _locked(folder, name):
                     if (None if _stat(name, folder) is None else _content_version(folder, name)) != old:
@@ -193,7 +194,7 @@ class FolderStore:
                         os.unlink(name, dir_fd=folder)
 
     def now(self) -> float:
-        """Returns the time that the file system gives a new file: of a shared folder, its server's."""
+        """Returns the time that the file system gives a new file; in a shared folder it is the server's."""
         with _explained(self.url), self._folder("clock", make=True) as (folder, name):
             temporary = _write_temporary(folder, name, b"")
             try:
@@ -215,13 +216,15 @@ class FolderStore:
 
 @contextmanager
 def _locked(folder: int, name: str) -> Iterator[None]:
-    """Keeps others from swapping or deleting an object. Who deletes it deletes the lock with it, and then lets go."""
+    """Locks an object against swaps and deletions by others."""
+    # Deleting an object deletes its lock file, too. A process that waited for that file then holds a lock that nobody
+    # else sees, so it looks again whether its file still has the name.
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
         with open(os.open(_lock_name(name), flags, 0o666, dir_fd=folder), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             found = _stat(_lock_name(name), folder)
-            if found is not None and os.path.samestat(found, os.fstat(lock.fileno())):  # else it was deleted meanwhile
+            if found is not None and os.path.samestat(found, os.fstat(lock.fileno())):
                 yield
                 return
 
@@ -244,7 +247,7 @@ def _stat(name: str, folder: int) -> os.stat_result | None:
 
 
 def _write_temporary(folder: int, name: str, data: bytes | Path, move: bool = False) -> str:
-    """Writes a new hidden file into a folder, to the disk itself, and returns its name. With ``move`` it is a link."""
+    """Writes a new hidden file into a folder and to the disk, and returns its name. With ``move`` it is a hard link."""
     temporary = f".{name}.{secrets.token_hex(6)}"
     try:
         if not (move and isinstance(data, Path) and _linked(data, folder, temporary)):
@@ -277,7 +280,7 @@ def _linked(file: Path, folder: int, name: str) -> bool:
 
 
 def _lock_name(name: str) -> str:
-    """Returns the hidden file beside an object that a swap locks."""
+    """Returns the name of an object's lock file, which is hidden beside it."""
     return f".{name}.lock"
 
 

@@ -1,8 +1,8 @@
-"""Lets one process lead while others wait for its record. Correctness never depends on a lease: it saves double work.
+"""Leases: one process leads while others wait for its record. They save double work; correctness never needs them.
 
 A waiter takes over only when the leader's lease and its other signs of activity have not changed for the whole lease
-time on the waiter's own clock, or when the leader's process is known to be dead. A leader that was overtaken becomes a
-waiter; it never takes the lease back while the new leader is active. So two drivers cannot fence each other in turn.
+time on the waiter's own clock, or when the leader's process is known to be dead. A leader that lost its lease becomes a
+waiter, and never takes the lease back while the new leader is active. So two drivers cannot fence each other in turn.
 
 For people, a lease also says who leads, since when, and the progress of the work. Waiting processes and ``unclip show``
 print that.
@@ -26,7 +26,7 @@ from pipeline.progress import ProgressLine, duration
 from pipeline.store import Store
 from pipeline.store.records import Count, Seconds, parse_object, read_plain, who, whoami
 
-SAY_EVERY_S = 30.0  # in a log, between lines about the progress of the leader
+SAY_EVERY_S = 30.0  # between two lines of a log about the leader's progress
 log = logging.getLogger("unclip")
 
 
@@ -80,6 +80,7 @@ class Lease:
     def __init__(
         self, store: Store, path: str, owner: Holder, lease_s: float, progress: Callable[[], str] = lambda: ""
     ):
+        # Renewed four times a lease, so that one or two failed requests do not cost it.
         self._store, self._path, self._owner, self._every = store, path, owner, lease_s / 4
         self._progress = progress
         self._stop = threading.Event()
@@ -94,7 +95,7 @@ class Lease:
         self._thread.join()
         try:
             self._beat(replace(self._owner, released=True))
-        except Exception as e:  # must not hide why the work ended; others wait until the lease expires
+        except Exception as e:  # must not hide an error of the work; others wait until the lease expires
             log.warning("lease %s could not be released: %s", self._path, e)
 
     def _renew(self) -> None:
@@ -136,6 +137,7 @@ def lead_or_wait(
     """
     path = lease_path(key)
     nonce = secrets.token_hex(8)
+    # The waiter's own clock: that of another machine may be wrong by more than a lease.
     watched: tuple[str | None, str] | None = None
     since = time.monotonic()
     followed: tuple[Holder | None] | None = None  # the leader's lease, which may be damaged
@@ -202,7 +204,7 @@ def _why(held: Holder | None, lease_s: float) -> str:
 
 
 def _read(store: Store, path: str) -> tuple[str | None, Holder | None]:
-    """Returns the version of a lease, None if there is none, and who holds it, None where it is damaged."""
+    """Returns the version of a lease, None if there is none, and its holder, None where it is damaged."""
     standing = store.stat(path)
     if standing is None:
         return None, None
@@ -220,7 +222,7 @@ def _this_process(nonce: str, stage: str, lease_s: float) -> Holder:
 
 
 def _boot() -> str:
-    """Returns this boot of the machine, and whose process ids are seen here: another container has its own."""
+    """Returns an id of this boot of the machine and of its namespace of process ids; a container has its own."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:

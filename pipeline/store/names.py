@@ -44,7 +44,7 @@ def is_file_name(value: object) -> bool:
 
 
 def is_blob_or_record(path: str) -> bool:
-    """Returns whether a path in a store is that of a blob or of a record, which work can make again."""
+    """Returns whether a path in a store is that of a blob or of a record, which a run can make again."""
     return _OURS.fullmatch(path) is not None
 
 

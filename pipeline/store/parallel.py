@@ -1,4 +1,4 @@
-"""Makes calls several at once: for those that wait for a store, a network or another process."""
+"""Concurrent calls for those that wait for a store, a network or another process."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ R = TypeVar("R")
 
 
 def ordered_map(work: Callable[[T], R], items: Iterable[T], threads: int = THREADS) -> Iterator[R]:
-    """Yields what ``work`` makes of each item, in order, by as many threads. See ``in_order``.
+    """Yields the results of ``work`` for each item, in order, by as many threads. See ``in_order``.
 
-    Calls for at most twice as many items as threads are begun ahead. Leaving the iteration waits for calls under way.
+    Calls for at most twice as many items as threads are begun ahead. Leaving the iteration waits for running calls.
     """
     pool = ThreadPoolExecutor(threads)
     try:
@@ -29,9 +29,9 @@ def in_order(submit: Callable[[T], Future[Any]], items: Iterable[T], ahead: int)
     """Begins calls now, and returns an iterator of their results in order.
 
     Args:
-        submit: begins the call for an item.
-        items: are taken as calls are begun.
-        ahead: calls that are under way, or whose results wait to be taken.
+        submit: Function that begins the call for an item.
+        items: Items, taken as calls are begun.
+        ahead: Number of calls that run, or whose results wait to be taken.
 
     The iterator raises what a call raised in place of its result.
     """
@@ -48,10 +48,10 @@ def in_order(submit: Callable[[T], Future[Any]], items: Iterable[T], ahead: int)
     def results() -> Iterator[Any]:
         while waiting:
             result = waiting.popleft().result()
-            fill()  # before the caller works on this one
+            fill()  # before the yield, so that the next call runs while the caller works on this result
             yield result
 
-    fill()
+    fill()  # now, and not at the first next() of the generator
     return results()
 
 

@@ -38,7 +38,7 @@ _adapters: dict[Any, TypeAdapter[Any]] = {}  # by kind: to build one takes milli
 class Record:
     """Marks the dataclasses that are stored as records. Their fields are the schema: types, names and ranges.
 
-    Fields that a class does not have are passed over, so that a newer version may add one within a format.
+    Unknown fields are ignored, so that a newer version may add one within a format.
     """
 
     __slots__ = ()
@@ -84,13 +84,13 @@ def put_blob(store: Store, data: bytes | Path, move: bool = False) -> str:
     else:
         name = hashlib.sha256(data).hexdigest()
     if not store.create(blob_path(name), data, move):
-        check_blob(store, name)  # no record may name what an earlier try has left damaged
+        check_blob(store, name)  # it was there; if an earlier writer left it damaged, no record may name it
     crash_point("blob.created", name)
     return name
 
 
 def read_twice(store: Store, read: Callable[[Store], T]) -> T:
-    """Returns what ``read`` makes of a store, of the store past all caches if it raises CorruptObject at first.
+    """Returns the result of ``read``; if it raises CorruptObject, that of a second read past all caches.
 
     So one failed read does not condemn a sound object. Raises the second CorruptObject.
     """
@@ -145,7 +145,7 @@ def check_blob(store: Store, sha256: str) -> int:
 def materialise(store: Store, blobs: Mapping[str, str], folder: str | Path, replace: bool = False) -> None:
     """Writes the named blobs as files under ``folder``.
 
-    A file that is there already is kept as it is, unless ``replace`` is set. Raises CorruptObject, and UserError for a
+    Existing files stay as they are, unless ``replace`` is set. Raises CorruptObject, and UserError for a
     name, or a link in the folder, that leads out of it.
     """
     within = os.path.join(os.path.realpath(folder), "")
@@ -157,7 +157,7 @@ def materialise(store: Store, blobs: Mapping[str, str], folder: str | Path, repl
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
             try:
-                with open(temporary, "xb") as out:  # which follows no link
+                with open(temporary, "xb") as out:  # "x" follows no link
                     out.write(read_blob(store, blob))
                 temporary.replace(file)
             except BaseException:
@@ -166,14 +166,14 @@ def materialise(store: Store, blobs: Mapping[str, str], folder: str | Path, repl
 
 
 def create_record(store: Store, path: str, record: R) -> R:
-    """Creates a record, or adopts the one that somebody else created first. Returns the one that stands.
+    """Creates a record, or adopts the one that another process created first. Returns the stored one.
 
-    Raises ValueError for one that no reader would take, and as ``read_record`` where the one that stands is damaged.
+    Raises ValueError for a record that no reader would accept, and as ``read_record`` where the stored one is damaged.
     """
     while not store.create(path, seal(record, path)):
-        standing = read_record(store, path, type(record))
-        if standing is not None:  # else it was deleted meanwhile
-            return standing
+        stored = read_record(store, path, type(record))
+        if stored is not None:  # else it was deleted meanwhile
+            return stored
     return record
 
 
@@ -193,6 +193,7 @@ def _read_record(store: Store, path: str, kind: type[R]) -> R | None:
     try:
         body = from_json(data)
         checksum, version = body.pop("checksum"), body["format"]
+        # A checksum of another format may be computed in another way.
         sealed = type(version) is int and (version != FORMAT or checksum == digest(body))
     except (ValueError, KeyError, TypeError, AttributeError):
         sealed = False
@@ -212,7 +213,7 @@ def _read_record(store: Store, path: str, kind: type[R]) -> R | None:
 
 
 def read_plain(store: Store, path: str, kind: type[T]) -> T | None:
-    """Returns a small object that is swapped and has no seal, such as a pin or a lease; None if it does not exist.
+    """Returns a small object without checksum, such as a pin or a lease, which are swapped; None if it does not exist.
 
     Raises CorruptObject for anything else than JSON of this kind.
     """
@@ -235,7 +236,7 @@ def parse_object(data: bytes, kind: type[T]) -> T:
 
 
 def said(error: ValueError) -> str:
-    """Returns on one line which field of an object is wrong first, and why."""
+    """Returns one line that names the first wrong field of an object, and why."""
     if not isinstance(error, ValidationError):
         return str(error)[:200]
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
@@ -249,7 +250,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def peek_record(store: Store, path: str, kind: type[R]) -> R | None:
-    """Returns a record of this kind, or None if there is none to be trusted: for callers that can do without it."""
+    """Returns a record of this kind, or None if it is missing or damaged, for callers that can do without it."""
     try:
         return read_record(store, path, kind)
     except CorruptObject:
@@ -257,10 +258,10 @@ def peek_record(store: Store, path: str, kind: type[R]) -> R | None:
 
 
 def seal(record: Record, path: str) -> bytes:
-    """Returns the bytes of a record. Raises ValueError for one that no reader would take at this path."""
+    """Returns the bytes of a record. Raises ValueError for one that no reader would accept at this path."""
     body = {**_adapter(type(record)).dump_python(record, mode="json", warnings=False), "format": FORMAT}
     data = canonical({**body, "checksum": digest(body)})
-    parse_object(data, type(record)).check(path)
+    parse_object(data, type(record)).check(path)  # better an error here than a damaged record in the store
     return data
 
 

@@ -1,8 +1,8 @@
 """Keeps a store under a prefix of an S3 bucket.
 
-A request that fails in a way that may pass is sent again, after waiting, TRIES times in all: by boto3 until the answer
-has begun, by this module when the body breaks off. A conditional write may so meet its own first try, whose answer was
-lost, and knows it by its bytes.
+A request with a transient error is sent again, after waiting, TRIES times in all: by boto3 until the answer has begun,
+by this module when the body breaks off. A conditional write may so meet its own first try, whose answer was lost, and
+recognises it by its bytes.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from pipeline.store.names import check_path
 
 TRIES = 6  # with boto3's waits about a minute at most
 TIMEOUT_S = 60.0  # without a byte
-LEAST_RATE = 16 << 10  # bytes a second that a body must bring from then on
+LEAST_RATE = 16 << 10  # bytes a second of a body, after TIMEOUT_S
 PART_BYTES = 16 << 20  # a larger file is uploaded in parts, ten at once; S3 takes at most 10,000 of at least 5 MiB
-CONNECTIONS = 32  # of as many threads at once; more wait for one
+CONNECTIONS = 32  # for as many threads at once; more wait for one
 BATCH = 1000  # objects that one request may delete
 
 PERMISSIONS = {  # of AWS; S3 asks for others than the names of its operations
@@ -59,7 +59,7 @@ HINTS = {
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
 }
 PASSING = {"RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded", "IDPCommunicationError"}
-_making = threading.Lock()  # a session may not be shared while a client is made
+_making = threading.Lock()  # boto3's sessions are not thread-safe while they make a client
 
 
 def s3_client(session: boto3.session.Session, config: Config, what: str) -> Any:
@@ -88,7 +88,7 @@ class S3Store:
     @cached_property
     def _session(self) -> Any:
         with self._explained(""):
-            return boto3.session.Session()  # the default one would keep the credentials it first saw
+            return boto3.session.Session()  # boto3's default session would keep the first credentials for ever
 
     @cached_property
     def _client(self) -> Any:
@@ -101,7 +101,7 @@ class S3Store:
         with _making:
             return s3_client(self._session, config, f"store {self.url}")
 
-    def __getstate__(self) -> dict[str, Any]:  # clients cannot travel between processes
+    def __getstate__(self) -> dict[str, Any]:  # clients cannot be pickled
         return {name: self.__dict__[name] for name in ("url", "bucket", "prefix")}
 
     def _where(self, path: str) -> dict[str, str]:
@@ -110,13 +110,13 @@ class S3Store:
 
     @contextmanager
     def _explained(self, path: str) -> Iterator[None]:
-        """Turns what a user can mend, and what did not pass by waiting, into one line."""
+        """Raises UserError for what a user can mend, and Unreachable for errors that waiting did not cure."""
         again = "then run the same command again"
         try:
             yield
         except exceptions.ClientError as e:
             code, status = e.response["Error"]["Code"], _status(e)
-            own = e.operation_name in self._client.meta.service_model.operation_names  # else of what gives credentials
+            own = e.operation_name in self._client.meta.service_model.operation_names  # else of STS or SSO
             if own and code in HINTS:
                 raise UserError(f"store {self.url}: {code}: {_hint(code, e.operation_name, path)}") from e
             passing = status >= 500 or status in (409, 429) or code in PASSING
@@ -160,7 +160,7 @@ class S3Store:
                     for chunk in self._chunks(path, start, stop):
                         data.write(chunk)
                     return data.getvalue()
-                except HTTPError:  # while the body came
+                except HTTPError:  # the body broke off; boto3 retries only until it begins
                     if last:
                         raise
         raise AssertionError("the last try returns or raises")
@@ -173,7 +173,7 @@ class S3Store:
             for last in _tries():
                 left = parts[given:]
                 try:
-                    # Cut as they come: to gather all first, and then copy each, would hold up every other thread.
+                    # Cut as they come: to gather all and copy each would hold the interpreter's lock for long.
                     for part in cut(self._chunks(path, left[0][0], left[-1][1]), left[0][0], left):
                         yield part
                         given += 1
@@ -191,13 +191,13 @@ class S3Store:
         try:
             answer = self._client.get_object(**self._where(path), **asked)
         except ClientError as e:
-            if _status(e) == 416:  # the range begins behind the end, where a file has no bytes either
+            if _status(e) == 416:  # the range begins behind the end; a folder's store returns no bytes there, too
                 return
             if _status(e) == 404 and e.response["Error"]["Code"] not in HINTS:
                 raise FileNotFoundError(f"{self.url}/{path}") from None
             raise
         began, count = time.monotonic(), 0
-        # urllib3's response returns what has come instead of waiting for a whole chunk.
+        # read1 returns what has arrived instead of waiting for a whole chunk, so that the rate can be checked.
         with answer["Body"] as response:
             while chunk := response.read1(1 << 20):
                 count += len(chunk)
@@ -265,6 +265,7 @@ class S3Store:
     def now(self) -> float:
         """Returns the time that the server answers with, in whole seconds."""
         with self._explained(""):
+            # Any request would do: the time is in the headers of the answer.
             answer = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self._where("")["Key"], MaxKeys=1)
         return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
 
@@ -304,7 +305,7 @@ class S3Store:
                     if _status(e) == 404:  # If-Match on an object that is gone
                         return False
                     tried = tried or e.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
-                    if _status(e) == 412:  # perhaps because a try whose answer was lost has won
+                    if _status(e) == 412:  # the condition failed, perhaps by our own try whose answer was lost
                         return tried and self._holds(path, data)
                     if last:  # 409: somebody, perhaps our own first try, is writing, and nobody has won yet
                         raise
@@ -331,7 +332,8 @@ class S3Store:
                 except S3UploadFailedError as e:
                     why = e.__context__
                     gone = isinstance(why, ClientError) and why.response["Error"]["Code"] == "NoSuchUpload"
-                    if why is None or last or not gone:  # completed by a try of ours, or aborted as abandoned
+                    # NoSuchUpload: a try of ours completed it, or another process aborted it as abandoned.
+                    if why is None or last or not gone:
                         raise why or e from None
         raise AssertionError("the last try returns or raises")
 
@@ -342,7 +344,7 @@ def _hint(code: str, operation: str, path: str) -> str:
 
 
 def _status(error: Any) -> int:
-    """Returns the HTTP status, surer than the code, which is in the body that may be cut off."""
+    """Returns the HTTP status. It is surer than the code, which is in the body that may be cut off."""
     return int(error.response["ResponseMetadata"].get("HTTPStatusCode", 0))
 
 

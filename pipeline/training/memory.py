@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from models.draw import Draw
 from models.precision import autocast
+from models.random_streams import RandomStreams
 from pipeline.errors import UserError
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
@@ -51,7 +51,7 @@ def fitting_rows(
     """
     share = rows
     for row in feed.validation(1, 1):
-        one = feed.prepare(row.batch, Draw(row.streams)) if feed.prepare else row.batch
+        one = feed.prepare(row.batch, RandomStreams(row.streams)) if feed.prepare else row.batch
         while lacking := next(filter(None, group.collect([_lack(one, rows, share, recipe, group, state)])), ""):
             if rows == 1:
                 log.warning("%s: one row: %s", stage, lacking)
@@ -93,7 +93,7 @@ def _try(row: Batch, rows: int, share: int, recipe: TrainingRecipe, group: Proce
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     batch = {name: column.to(device).repeat(rows, *[1] * (column.ndim - 1)) for name, column in row.items()}
     with autocast(device, recipe.precision):
-        losses = state.objective(batch, Draw([(0, rows)], device))
+        losses = state.objective(batch, RandomStreams([(0, rows)], device))
     losses.total.sum().backward()
     del moments  # held until here
 

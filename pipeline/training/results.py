@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.draw import Draw, derive_seed
 from models.precision import autocast, computes_in
+from models.random_streams import RandomStreams, derive_seed
 from pipeline.graph.artifacts import load_artifact, publish_artifact
 from pipeline.graph.keys import artifact_key
 from pipeline.graph.stages import Context
@@ -71,7 +71,10 @@ class Results:
         device, rows = self.group.device, sum(len(local.keys) for local in self.held_out)
         with torch.no_grad(), autocast(device, self.ctx.recipe.precision):
             examples = [
-                ({name: column.to(device) for name, column in local.batch.items()}, Draw(local.streams, device))
+                (
+                    {name: column.to(device) for name, column in local.batch.items()},
+                    RandomStreams(local.streams, device),
+                )
                 for local in self.held_out
             ]
             figures = self.task.validate(model, examples) if rows >= FEWEST else {}
@@ -81,7 +84,7 @@ class Results:
                 first = self.held_out[0]
                 shown = min(self.task.preview_rows, len(first.keys))
                 batch = {name: column[:shown] for name, column in examples[0][0].items()}
-                preview = self.task.preview(model, batch, Draw([(first.streams[0][0], shown)], device))
+                preview = self.task.preview(model, batch, RandomStreams([(first.streams[0][0], shown)], device))
                 line["preview"] = put_blob(self.ctx.store, preview_png(preview))
         state.journal.lines.append({"samples": state.samples, **line})
 
@@ -131,7 +134,7 @@ def first_rows(feed: Batches, recipe: TrainingRecipe, rows: int, device: torch.d
         parts = [local.batch for local in islice(batches, -(-rows // size))]
     columns = {name: torch.cat([part[name][every][:size] for part in parts])[:rows] for name in parts[0]}
     batch = {name: column.to(device) for name, column in columns.items()}
-    return [(batch, Draw([(derive_seed(recipe.seed, "finish"), rows)], device))]
+    return [(batch, RandomStreams([(derive_seed(recipe.seed, "finish"), rows)], device))]
 
 
 def preview_png(image: Tensor) -> bytes:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from models.draw import derive_seed
 from models.precision import computes_in
+from models.random_streams import derive_seed
 from pipeline.errors import UserError
 from pipeline.parse import ContentFile
 from pipeline.training.distributed.process_group import ProcessGroup

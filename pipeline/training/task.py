@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from models.draw import Draw
 from models.losses import Losses
+from models.random_streams import RandomStreams
 
 if TYPE_CHECKING:
     from pipeline.graph.stages import Context
 
 Batch = dict[str, Tensor]
-Examples = Sequence[tuple[Batch, Draw]]
+Examples = Sequence[tuple[Batch, RandomStreams]]
 
 
 class Task(Protocol):
@@ -41,11 +41,11 @@ class Task(Protocol):
     def model(self, seed: int) -> nn.Module:
         """Returns a new model with random weights drawn from ``seed``."""
 
-    def loss(self, model: Any, batch: Batch, draw: Draw) -> Losses:
+    def loss(self, model: Any, batch: Batch, rng: RandomStreams) -> Losses:
         """Returns the loss of each row."""
 
     def validate(self, model: Any, examples: Examples) -> dict[str, float]:
-        """Returns metrics on validation rows, each batch with its own draw, which is always the same."""
+        """Returns metrics on validation rows, each batch with its own random numbers, always the same."""
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes the model as the files of its artefact."""
@@ -58,8 +58,8 @@ class Objective(nn.Module):
         super().__init__()
         self.task, self.model = task, model
 
-    def forward(self, batch: Batch, draw: Draw) -> Losses:
-        return self.task.loss(self.model, batch, draw)
+    def forward(self, batch: Batch, rng: RandomStreams) -> Losses:
+        return self.task.loss(self.model, batch, rng)
 
 
 @runtime_checkable
@@ -85,8 +85,8 @@ class Finishes(Task, Protocol):
 class Prepares(Protocol):
     """Computes a part of its loss in the feed, beside the training."""
 
-    def prepare(self, batch: Batch, draw: Draw) -> Batch:
-        """Returns columns in place of "image", uint8 [b, 3, s, s], on the CPU, that give the same loss with ``draw``.
+    def prepare(self, batch: Batch, rng: RandomStreams) -> Batch:
+        """Returns columns in place of "image", uint8 [b, 3, s, s], on the CPU, that give the same loss with ``rng``.
 
         It is called in several threads at once, with some rows of a batch each.
         """
@@ -118,7 +118,7 @@ class Previews(Protocol):
 
     preview_rows: int
 
-    def preview(self, model: Any, batch: Batch, draw: Draw) -> Tensor:
+    def preview(self, model: Any, batch: Batch, rng: RandomStreams) -> Tensor:
         """Returns an image of what the model makes of some validation rows, uint8 [3, h, w]."""
 
 

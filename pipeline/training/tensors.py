@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.draw import derive_seed
+from models.random_streams import derive_seed
 from pipeline.local import open_local
 from pipeline.progress import Progress
 from pipeline.settings import TrainingSettings

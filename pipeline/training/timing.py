@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from models.draw import Draw
 from models.precision import computes_in
+from models.random_streams import RandomStreams
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.state import TrainState
@@ -90,7 +90,7 @@ def measure_speed(task: Task, state: TrainState, feed: Feed, precision: str, gro
     flops, device = 0, next(model.parameters()).device
     for local in feed.validation(1, 1):
         batch = {name: column.to(device) for name, column in local.batch.items()}
-        flops = forward_flops(task, model, batch, Draw(local.streams, device))
+        flops = forward_flops(task, model, batch, RandomStreams(local.streams, device))
     dtype = torch.bfloat16 if computes_in(group.device, precision) == "bf16" else torch.float32
     return Speed(3.0 * flops, group.size * matmul_peak(group.device, dtype, torch.get_num_threads()))
 
@@ -107,14 +107,14 @@ def shares_of(phase_seconds: Mapping[str, float], seconds: float) -> dict[str, f
     return {phase: phase_seconds.get(phase, 0.0) / steps * (1 - pause) for phase in PHASES} | {"pause": pause}
 
 
-def forward_flops(task: Task, model: nn.Module, batch: Batch, draw: Draw) -> int:
+def forward_flops(task: Task, model: nn.Module, batch: Batch, rng: RandomStreams) -> int:
     """Returns the operations of the matrix products and convolutions of one forward pass, two per multiply-add.
 
     A model in evaluation mode does not change.
     """
     counter = flop_counter()
     with torch.no_grad(), counter:
-        task.loss(model, batch, draw)
+        task.loss(model, batch, rng)
     return counter.get_total_flops()
 
 

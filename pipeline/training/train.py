@@ -22,8 +22,8 @@ from time import sleep
 import torch
 from torch import Tensor, nn
 
-from models.draw import derive_seed
 from models.precision import autocast
+from models.random_streams import derive_seed
 from pipeline.errors import Unreachable, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.ray import uses_ray
@@ -270,7 +270,7 @@ def backward(
         with group.accumulation(objective, last=stop == rows):
             with autocast(group.device, recipe.precision):
                 rows_of = {name: column[start:stop] for name, column in batch.items()}
-                losses = objective(rows_of, local.draw(group.device, start, stop))
+                losses = objective(rows_of, local.rng(group.device, start, stop))
             timer("forward")
             # A wrapped module averages over workers, hence the factor.
             (losses.total.sum() * (group.size / recipe.batch)).backward()

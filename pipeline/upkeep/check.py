@@ -1,4 +1,4 @@
-"""Verifies what a project needs: its records, and the bytes of its blobs."""
+"""Verifies the records and blobs that a project needs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pipeline.store import Store
 from pipeline.store.names import is_blob_or_record
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import check_blob
-from pipeline.upkeep.reachable import Live, read_or_tell, record_kind, remedy
-from pipeline.upkeep.repair import find_namers, set_aside, stands_on
+from pipeline.upkeep.live_set import LiveSet, read_or_tell, record_kind, remedy
+from pipeline.upkeep.repair import find_namers, protected_objects, quarantine
 from pipeline.upkeep.roots import find_live
 
 
@@ -24,7 +24,7 @@ class Damage:
         path: Path in the store.
         why: Fault that was found.
         records: Paths of the records that name it.
-        stays: Reason why it cannot be set aside, and what to do; "" where it can.
+        stays: Reason why it cannot be quarantined, and what to do; "" where it can.
     """
 
     path: str
@@ -34,14 +34,14 @@ class Damage:
 
     @property
     def stages(self) -> set[str]:
-        """Returns the stages of which the next run makes something again, once it is set aside."""
+        """Returns the stages that the next run makes again in part, once the object is quarantined."""
         paths = (self.path, *self.records)
         return {path.split("/")[1] for path in paths if path.startswith(("artifacts/", "shards/"))}
 
 
 @dataclass(frozen=True)
-class Checked:
-    """Says what was verified, and what of it is damaged.
+class CheckResult:
+    """Holds the result of a verification.
 
     Attributes:
         records: Number of sound records.
@@ -58,12 +58,12 @@ class Checked:
 
 def verify_store(
     store: Store, project: str, keep_s: float, names: Collection[str] = (), sound: Collection[str] = ()
-) -> Checked:
+) -> CheckResult:
     """Verifies what a project's runs of the last ``keep_s`` seconds need, and the store's pins, releases and lists.
 
     Records are read first, then blobs, but for those known to be ``sound``. With ``names`` (paths) only those are
-    verified. Changes nothing. Raises UserError for a name that is neither a blob's nor a record's, and as ``stands_on``
-    if something is damaged.
+    verified. Changes nothing. Raises UserError for a name that is neither a blob's nor a record's, and as
+    ``protected_objects`` if something is damaged.
     """
     live = _named(store, names) if names else find_live(store, keep_s, store.now(), project)
     found = dict(live.unreadable)
@@ -83,29 +83,28 @@ def verify_store(
     suspects = {path for path in {*found, *names} if path.startswith("blobs/")}
     named, tables = find_namers(store, suspects) if suspects else ({}, {})
     found |= {path: e for path, e in tables.items() if path in names}
-    standing = stands_on(store) if found else {}
+    protected = protected_objects(store) if found else {}
     damage = []
     for path, why in sorted(found.items()):
         by = tuple(named.get(path, ()))
-        stays = next((standing[one] for one in (path, *by) if one in standing), "")
-        if isinstance(why, OtherFormat):  # another version can read it
+        stays = next((protected[one] for one in (path, *by) if one in protected), "")
+        if isinstance(why, OtherFormat):  # not damage: another version of this software can read it
             stays = "it stays"
         elif not is_blob_or_record(path):
             stays = remedy(path)
         damage.append(Damage(path, why.why, by, stays))
     records = sum(not path.startswith("blobs/") for path in live.paths - found.keys())
-    return Checked(records, [path for path in blobs if path not in found], sum(sizes), damage)
+    return CheckResult(records, [path for path in blobs if path not in found], sum(sizes), damage)
 
 
-def repair_store(store: Store, project: str, keep_s: float, names: Collection[str] = ()) -> Checked:
-    """Verifies, and sets aside what is damaged with the records that name it. Raises UserError like both.
-
-    What the next run needs in their place, such as other shards of a stage whose artefact is gone, is checked too.
-    """
+def repair_store(store: Store, project: str, keep_s: float, names: Collection[str] = ()) -> CheckResult:
+    """Verifies, and quarantines what is damaged with the records that name it. Raises UserError like both."""
     found = verify_store(store, project, keep_s, names)
     gone, doomed = list[Damage](), _doomed(found)
+    # Again until nothing is found: without a quarantined artefact the next run reads other objects, such as the records
+    # of its shards, which were not needed before.
     while doomed:
-        set_aside(store, doomed)
+        quarantine(store, doomed)
         gone += [damage for damage in found.damage if not damage.stays]
         if names:
             return replace(found, damage=[*gone, *(damage for damage in found.damage if damage.stays)])
@@ -115,22 +114,22 @@ def repair_store(store: Store, project: str, keep_s: float, names: Collection[st
     return replace(found, damage=[*gone, *found.damage])
 
 
-def _doomed(found: Checked) -> set[str]:
+def _doomed(found: CheckResult) -> set[str]:
     return {path for damage in found.damage if not damage.stays for path in (damage.path, *damage.records)}
 
 
-def _named(store: Store, names: Collection[str]) -> Live:
-    live = Live(paths={*names})
+def _named(store: Store, names: Collection[str]) -> LiveSet:
+    live = LiveSet(paths={*names})
     for path in names:
         if not is_blob_or_record(path):
-            raise UserError(f"{path!r} is neither a blob nor a record of a store, which alone can be made again")
+            raise UserError(f"{path!r} is neither a blob nor a record of a store; only these can be made again")
         if not path.startswith("blobs/"):
             read_or_tell(store, path, record_kind(path), live)
     return live
 
 
 def _verify(store: Store, path: str) -> int | CorruptObject:
-    """Returns the bytes of a blob, or what is wrong with it."""
+    """Returns the size of a blob in bytes, or its damage."""
     try:
         return check_blob(store, path.rpartition("/")[2])
     except CorruptObject as e:

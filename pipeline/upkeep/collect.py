@@ -1,7 +1,7 @@
-"""Collects garbage: marks it first, and deletes it in a later run, after a grace period.
+"""Collects garbage in two phases: marks it, and deletes it in a later collection, after a grace period.
 
-So readers and writers already in flight can finish. A blob that is made again in the very seconds of its deletion is
-missing afterwards, and made again as any damaged blob.
+So readers and writers in flight can finish. A blob that is made again during its deletion is missing afterwards, and is
+then made once more like any damaged blob.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from pipeline.errors import UserError
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.records import parse_object
-from pipeline.upkeep.reachable import Live, mark_blobs, told
+from pipeline.upkeep.live_set import LiveSet, fault_text, mark_blobs
 from pipeline.upkeep.roots import find_live
 
 log = logging.getLogger("unclip")
 TOMBSTONES = "locks/tombstones.json.gz"
 MOST_UNPACKED = 256 << 20  # bytes of tombstones, over two million of them
-RECORDS = ("runs/", "leases/", "artifacts/", "shards/", "checkpoints/")  # before what they name
+RECORDS = ("runs/", "leases/", "artifacts/", "shards/", "checkpoints/")  # deleted before the objects that they name
 NAMED = ("packages/", "blobs/", "damaged/")
 NAMING_BLOBS = ("shards/", "checkpoints/")
-DECIDING = ("releases/", "runs/", "artifacts/", "locks/")  # locks: pins, and what is decided about lists
+DECIDING = ("releases/", "runs/", "artifacts/", "locks/")  # roots; locks are pins and journals of lists
 
 
 @dataclass
@@ -47,9 +47,15 @@ class Tally:
 
 @dataclass
 class Collection:
-    """Holds what a collection found, by kind (blobs, shards ...), and what it deleted.
+    """Holds the result of a collection: counts by kind of object (blobs, shards ...).
 
-    ``unreadable``: why an object could not be read, and what to do, by path. It stays, with all that it may name.
+    Attributes:
+        needed: Objects that are needed.
+        garbage: Objects that are not.
+        deleted: Garbage that was deleted.
+        abandoned: Number of half-written objects that were deleted.
+        unreadable: Fault of each object that could not be read, and what to do, by path. It stays, with all that it
+            may name.
     """
 
     needed: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
@@ -67,13 +73,13 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
         keep_s: Seconds for which the results of a run are needed.
         grace_s: Seconds between mark and deletion.
         now: Time by the store's clock (``Store.now``), as the clocks of machines differ.
-        delete: Marks and deletes; False only looks.
+        delete: Garbage is marked and deleted; with False it is only counted.
 
     Raises:
-        UserError: another collection runs, or the store is of another format.
+        UserError: Another collection runs, or the store is of another format.
     """
-    standing = store.stat(TOMBSTONES)
-    earlier = _marked(store.read(TOMBSTONES)) if standing else {}
+    previous = store.stat(TOMBSTONES)
+    earlier = _marked(store.read(TOMBSTONES)) if previous else {}
     known, live = _find_live(store, keep_s, now)
     found = Collection()
     tombstones: dict[str, float] = {}
@@ -92,18 +98,21 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
                 sizes[entry.path] = entry.size
             else:
                 tombstones[entry.path] = since
-    found.unreadable = {path: told(path, e) for path, e in live.unreadable.items()}
+    found.unreadable = {path: fault_text(path, e) for path, e in live.unreadable.items()}
     if not delete:
         return found
-    if _names(store, DECIDING) - known:  # a run has begun or finished something meanwhile, or somebody pinned
+    # A run may have begun or finished something since, or somebody may have pinned or released: then look again.
+    if _names(store, DECIDING) - known:
         _, live = _find_live(store, keep_s, now)
+    # New records of shards and checkpoints stay whatever they are for: they may name blobs that were garbage before.
     for path, _ in sorted(_names(store, NAMING_BLOBS) - known):
         live.paths.add(path)
         mark_blobs(store, path, live)
-    found.unreadable = {path: told(path, e) for path, e in live.unreadable.items()}
+    found.unreadable = {path: fault_text(path, e) for path, e in live.unreadable.items()}
     due = [path for path in due if path not in live]
     packed = gzip.compress(_as_json(tombstones), mtime=0)
-    if not store.swap(TOMBSTONES, standing.version if standing else None, packed):
+    # Before the deletion: of two collections at once the one that loses this swap deletes nothing.
+    if not store.swap(TOMBSTONES, previous.version if previous else None, packed):
         raise UserError(f"another collection runs in {store.url}; let it finish")
     crash_point("gc.before_delete")
     store.delete(due)
@@ -114,7 +123,7 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
 
 
 def _as_json(tombstones: Mapping[str, float]) -> bytes:
-    """Returns as many marks as may be unpacked again. What is beyond them is marked by a later collection."""
+    """Returns marks up to the size that ``_marked`` unpacks. Garbage beyond them is marked by a later collection."""
     marks, size = [], 2
     for path, since in tombstones.items():
         mark = f"{json.dumps(path)}: {since!r}"
@@ -126,7 +135,7 @@ def _as_json(tombstones: Mapping[str, float]) -> bytes:
 
 
 def _marked(packed: bytes) -> dict[str, float]:
-    """Returns since when objects have been marked; none, with a warning, where that is damaged."""
+    """Returns the times of marks by path; none, with a warning, where the tombstones are damaged."""
     try:
         with gzip.open(io.BytesIO(packed)) as file:
             data = file.read(MOST_UNPACKED + 1)
@@ -138,8 +147,8 @@ def _marked(packed: bytes) -> dict[str, float]:
         return {}
 
 
-def _find_live(store: Store, keep_s: float, now: float) -> tuple[set[tuple[str, str]], Live]:
-    """Returns all records before the look, with their versions, and what is needed."""
+def _find_live(store: Store, keep_s: float, now: float) -> tuple[set[tuple[str, str]], LiveSet]:
+    """Returns all records with their versions, listed before the search, and the live objects."""
     known = _names(store, (*DECIDING, *NAMING_BLOBS))
     return known, find_live(store, keep_s, now)
 

@@ -1,6 +1,6 @@
-"""Finds what a store holds and what is under way in it, for people. Read-only, and independent of the amount of data.
+"""Overview of a store for people: runs, running stages, artefacts. Its cost does not grow with the number of rows.
 
-Listings say what is made; of runs, leases and artefacts only those records are read that are shown.
+Listings tell what is made; of runs, leases and artefacts only the records that are shown are read.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, StageKey, artifact_path
-from pipeline.graph.kinds import ARTIFACT_NAME, RUN_NAME, PlannedStage, RunRecord
 from pipeline.graph.plan import read_pin
+from pipeline.graph.records import ARTIFACT_NAME, RUN_NAME, PlannedStage, RunRecord
 from pipeline.graph.runs import run_entries
 from pipeline.release.pointer import Move, read_releases, released_projects
 from pipeline.store import Store
@@ -22,7 +22,7 @@ from pipeline.store.parallel import ordered_map
 from pipeline.store.records import peek_record
 
 SHOWN_RUNS = 5
-USING_RUNS = 50  # in which it is looked up what used an artefact
+USING_RUNS = 50  # last runs that are searched for users of an artefact
 MOST = 64  # leases of unfinished artefacts, and pins, that are read
 
 
@@ -31,11 +31,11 @@ class PastRun:
     """Describes a run as it was planned.
 
     Attributes:
-        project: project that it belongs to.
-        at: seconds since the epoch, by the store's clock.
-        by: user, host and command.
-        stages: plan of every stage: its key, version, recipe and inputs.
-        wanted: stages that it was to make.
+        project: Project that it belongs to.
+        at: Seconds since the epoch, by the store's clock.
+        by: User, host and command.
+        stages: Plan of every stage: its key, version, recipe and inputs.
+        wanted: Stages that it was to make.
     """
 
     project: str
@@ -47,16 +47,16 @@ class PastRun:
 
 @dataclass(frozen=True)
 class Overview:
-    """Holds what ``unclip show`` says of a store.
+    """Holds the content of ``unclip show`` for a store.
 
     Attributes:
         url: URL of the store.
-        runs: last runs, the newest first.
-        all_runs: number of all runs.
-        made: artefacts that are complete, all of them.
-        leases: holders of unfinished artefacts, by their key.
-        pinned: keys of pinned artefacts.
-        releases: release of each project of these runs that has one, or the reason why it cannot be read.
+        runs: Last runs, the newest first.
+        all_runs: Number of all runs.
+        made: All complete artefacts.
+        leases: Holders of unfinished artefacts, by their key.
+        pinned: Keys of pinned artefacts.
+        releases: Release of each project of these runs that has one, or the reason why it cannot be read.
     """
 
     url: str
@@ -70,14 +70,14 @@ class Overview:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Holds an artefact and what is around it.
+    """Holds the lineage of an artefact.
 
     Attributes:
-        artifact: the artefact.
-        behind: artefacts that it was made from, directly or not; None where a record is gone.
-        users: artefacts that the last USING_RUNS runs made directly from it.
-        pinned: a pin names it.
-        released: the projects whose release it is.
+        artifact: The artefact.
+        behind: Artefacts that it was made from, directly or not; None where a record is gone.
+        users: Artefacts that the last USING_RUNS runs made directly from it.
+        pinned: A pin names it.
+        released: Projects whose release it is.
     """
 
     artifact: Artifact
@@ -88,12 +88,12 @@ class Lineage:
 
 
 def overview(store: Store, project: str | None = None) -> Overview:
-    """Returns the last runs of a project, or of all, and what is under way in the store."""
+    """Returns the last runs of a project, or of all, and the running stages of the store."""
     entries = _run_entries(store, project)
     runs = _runs(store, entries[:SHOWN_RUNS])
     made = _made(store)
     keys = {key for _, key in made}
-    # Those of checkpoints lie below.
+    # Leases of checkpoints lie in folders below.
     begun = [entry.path for entry in store.list("leases/") if entry.path.count("/") == 1]
     unfinished = [path for path in begun if _key(path) not in keys][:MOST]
     held = zip(unfinished, ordered_map(lambda path: _holder(store, path), unfinished), strict=True)
@@ -128,7 +128,7 @@ def find_artifact(store: Store, start: str) -> StageKey:
 
 
 def lineage(store: Store, name: StageKey) -> Lineage:
-    """Returns an artefact and what is around it. Raises UserError if its record is damaged."""
+    """Returns the lineage of an artefact. Raises UserError if its record is damaged."""
     artifact = _load(store, name)
     if artifact is None:
         raise UserError(
@@ -159,10 +159,8 @@ def _made(store: Store) -> frozenset[StageKey]:
 
 
 def _run_entries(store: Store, project: str | None = None) -> list[Entry]:
-    """Returns what stands for runs, the newest first: of one project by their numbers, of several by the store's clock.
-
-    Several projects have no counter in common.
-    """
+    """Returns the entries of runs, the newest first: of one project by number, of several by the store's clock."""
+    # Each project counts its own runs.
     if project:
         return run_entries(store, project)[::-1]
     entries = [entry for entry in store.list("runs/") if RUN_NAME.fullmatch(entry.path)]
@@ -195,7 +193,7 @@ def _released(store: Store, name: StageKey) -> list[str]:
     for project in released_projects(store):
         try:
             current = read_releases(store, project).current
-        except UserError:  # unclip release says it
+        except UserError:  # unclip release reports a damaged pointer
             continue
         if current is not None and current.bundle == name[1]:
             found.append(project)

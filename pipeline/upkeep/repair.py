@@ -1,7 +1,7 @@
-"""Sets damaged objects aside, with the records that name them, so that the next run makes them again.
+"""Quarantines damaged objects, with the records that name them, so that the next run makes them again.
 
-An object is set aside by copying it to damaged/ and then deleting it. Nothing reads it there: it is for a person to
-look at, and is collected with other garbage. What a pin, a release or a list names stays as it is, since nothing can
+A quarantined object is copied to damaged/ and then deleted. Nothing reads it there: it is for a person to look at, and
+is collected with other garbage. What a pin, a release or a list names stays as it is, since nothing can
 make that again as it was.
 """
 
@@ -24,22 +24,22 @@ from pipeline.store.crash import crash_point
 from pipeline.store.names import is_blob_or_record
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import Record, blob_path, peek_record
-from pipeline.upkeep.reachable import Live, read_or_tell, record_kind
+from pipeline.upkeep.live_set import LiveSet, read_or_tell, record_kind
 
 FOLDER = "damaged/"
 
 
-def set_aside(store: Store, paths: Iterable[str]) -> None:
+def quarantine(store: Store, paths: Iterable[str]) -> None:
     """Moves blobs and records to damaged/, each under its path and the sha256 of its bytes.
 
     Missing objects are passed over.
 
-    Raises UserError where something stands on one of them, and for a path that is neither a blob's nor a record's. Then
-    everything stays.
+    Raises UserError for a protected object (see ``protected_objects``) and for a path that is neither a blob's nor a
+    record's. Then everything stays.
     """
     paths = sorted(set(paths))
     if foreign := [path for path in paths if not is_blob_or_record(path)]:
-        raise UserError(f"{store.url}: {foreign[0]!r} is neither a blob nor a record: see to it by hand")
+        raise UserError(f"{store.url}: {foreign[0]!r} is neither a blob nor a record; only these can be made again")
     for path in paths:
         try:
             data = store.read(path)
@@ -49,15 +49,15 @@ def set_aside(store: Store, paths: Iterable[str]) -> None:
             file = Path(folder, "damaged")
             file.write_bytes(data)
             store.create(f"{FOLDER}{path}.{hashlib.sha256(data).hexdigest()[:16]}", file, move=True)
-    standing = stands_on(store)  # now: somebody may have released or pinned it meanwhile
-    for path in filter(standing.__contains__, paths):
-        raise UserError(f"{store.url}/{path}: {standing[path]}")
+    protected = protected_objects(store)  # after the copies, which take long: somebody may have released one meanwhile
+    for path in filter(protected.__contains__, paths):
+        raise UserError(f"{store.url}/{path}: {protected[path]}")
     crash_point("damage.before_delete", paths[0])
     store.delete(paths)
 
 
-def stands_on(store: Store) -> dict[str, str]:
-    """Returns the paths that pins, releases and lists name, each with what names it and what to do where it is lost.
+def protected_objects(store: Store) -> dict[str, str]:
+    """Returns the paths that pins, releases and lists name, each with what names it and what to do if it is lost.
 
     These are the artefacts of pins, released bundles, their evaluations and models, with their blobs, and rows that a
     list tries again. Raises UserError if a pin, a list's journal or the pointer of a release cannot be read.
@@ -69,8 +69,8 @@ def stands_on(store: Store) -> dict[str, str]:
         words = f"it stays, because {by} names it: put a sound copy in its place; if there is none, {way_out}"
         found.setdefault(path, f"{words}, and run again")
 
-    def stand(key: str, by: str, way_out: str = "") -> Iterable[str]:
-        """Adds an artefact and its blobs. Returns the keys of its inputs, none without a record to be trusted."""
+    def protect(key: str, by: str, way_out: str = "") -> Iterable[str]:
+        """Adds an artefact and its blobs. Returns the keys of its inputs, none if its record cannot be read."""
         if key not in made:
             return ()
         record = peek_record(store, made[key], Artifact)
@@ -81,16 +81,16 @@ def stands_on(store: Store) -> dict[str, str]:
 
     for project in released_projects(store):
         by, way_out = f"the release of {project}", f"roll it back, or delete {release_path(project)}"
-        for move in read_releases(store, project).standing:
-            for key in (move.evaluation, *stand(move.bundle, by, way_out)):
-                stand(key, by, way_out)
+        for move in read_releases(store, project).active:
+            for key in (move.evaluation, *protect(move.bundle, by, way_out)):
+                protect(key, by, way_out)
     for entry in store.list("locks/"):
         if entry.path.startswith(LIST):
             project = entry.path.removeprefix(LIST).removesuffix(".json")
             for blob in read_journal(store, project).retries:
                 note(blob_path(blob), f"the list of {project}", f"take it out of the retries in {entry.path}")
         elif entry.path.endswith(".json") and (pinned := read_pin(store, entry.path)):
-            stand(pinned, f"the pin {entry.path}")
+            protect(pinned, f"the pin {entry.path}")
     return found
 
 
@@ -109,7 +109,7 @@ def find_namers(
             named[blob][path] = None
 
     def read(path: str) -> tuple[str, Record | None]:
-        return path, read_or_tell(store, path, record_kind(path), Live())
+        return path, read_or_tell(store, path, record_kind(path), LiveSet())
 
     def note_all(prefix: str) -> None:
         paths = (entry.path for entry in store.list(prefix) if "/attempts/" not in entry.path)

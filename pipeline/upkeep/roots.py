@@ -16,6 +16,7 @@ from pipeline.data.source.journal import EMPTY, ListJournal
 from pipeline.data.source.journal import FOLDER as LIST
 from pipeline.data.source.stage import Segment, segment_path
 from pipeline.errors import CorruptObject, OtherFormat
+from pipeline.evaluate.figure import DOCUMENT
 from pipeline.graph.artifacts import (
     SEGMENTS,
     Artifact,
@@ -26,7 +27,7 @@ from pipeline.graph.artifacts import (
     read_shards,
     shard_path,
 )
-from pipeline.graph.kinds import ARTIFACT_NAME, Pin, PlannedStage, RunRecord
+from pipeline.graph.records import ARTIFACT_NAME, Pin, PlannedStage, RunRecord
 from pipeline.release.pointer import FOLDER as RELEASES
 from pipeline.release.pointer import Pointer
 from pipeline.store import Store
@@ -34,7 +35,7 @@ from pipeline.store.leases import read_lease
 from pipeline.store.names import is_part
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import R, blob_path, digest, read_plain, read_record
-from pipeline.upkeep.reachable import Live, mark_blobs, read_or_tell, record_kind
+from pipeline.upkeep.live_set import LiveSet, mark_blobs, read_or_tell, record_kind
 
 SILENT_S = 3 * 86_400.0  # without a sign of life of a lease's holder, after which it is dead, wherever it was
 Clean = frozenset[StageKey] | None  # artefacts without forgotten rows; None where no row was forgotten
@@ -47,7 +48,7 @@ class _Project:
     forgettings: int = 0
     runs: dict[str, RunRecord] = field(default_factory=dict)
     modified: dict[str, float] = field(default_factory=dict)
-    whole: bool = True  # whether all of its runs can be read
+    whole: bool = True  # all records of its runs can be read
 
     @property
     def clean(self) -> Clean:
@@ -58,7 +59,7 @@ class _Project:
         return frozenset((stage, asked.key) for stages in later for stage, asked in stages.items())
 
 
-def find_live(store: Store, keep_s: float, now: float, project: str | None = None) -> Live:
+def find_live(store: Store, keep_s: float, now: float, project: str | None = None) -> LiveSet:
     """Returns what is needed, of all runs or of a ``project``'s, beside what pins, releases and lists name.
 
     Reads every artefact record, and the shard table of every artefact that is needed. A run is needed for ``keep_s``
@@ -72,20 +73,20 @@ def find_live(store: Store, keep_s: float, now: float, project: str | None = Non
 
 
 class _Search:
-    """Looks at a store once."""
+    """Searches a store once; its attributes are what it has read so far."""
 
     def __init__(self, store: Store, keep_s: float, now: float, only: str | None):
         self.store, self.keep_s, self.now, self.only = store, keep_s, now, only
-        self.live = Live()
+        self.live = LiveSet()
         self.pinned: set[str] = set()  # keys
-        self.lost_pins: set[str] = set()  # lineages
+        self.lost_pins: set[str] = set()  # lineages of pins that cannot be read
         self.projects: dict[str, _Project] = defaultdict(_Project)
         self.asked: dict[StageKey, PlannedStage] = {}  # by all runs that can be read
         self.made: list[StageKey] = []
         self.segments: set[str] = set()  # names of those that needed runs were planned with
         self.shards: set[str] = set()  # keys of those that stay, also of lists
 
-    def find(self) -> Live:
+    def find(self) -> LiveSet:
         live = self.live
         self._decisions()
         self._runs()
@@ -182,9 +183,7 @@ class _Search:
         if not any(project.runs for project in self.projects.values()):
             for path in (path for path in self.live.unreadable if path.startswith("runs/")):
                 with suppress(CorruptObject):
-                    read_record(
-                        self.store, path, RunRecord
-                    )  # the whole store is of another format, and nothing is known of it
+                    read_record(self.store, path, RunRecord)  # OtherFormat: the whole store is of another format
         for project in self.projects.values():
             if project.forgettings < 0:  # the journal cannot be read, and runs were planned with it
                 project.forgettings = max((run.forgettings for run in project.runs.values()), default=0)
@@ -224,7 +223,7 @@ class _Search:
             name = entry.path.removeprefix(RELEASES).removesuffix(".json")
             pointer = self._read(entry.path, Pointer)
             if pointer is not None:
-                for move in pointer.standing:
+                for move in pointer.active:
                     add(move.bundle, self.projects[name].clean)
             elif entry.path in self.live.unreadable and is_part(name):
                 for stage, key in self.made:
@@ -270,7 +269,7 @@ class _Search:
         self.live.paths.add(artifact_path(evaluation.stage, evaluation.key))
         inputs = {name: key for name, key in evaluation.inputs.items() if name != "bundle"}
         kept = clean is None or inputs.items() <= clean
-        named = (blob for name, blob in evaluation.blobs.items() if kept or name == "evaluation.json")
+        named = (blob for name, blob in evaluation.blobs.items() if kept or name == DOCUMENT)
         self.live.paths.update(map(blob_path, named))
 
     def _needed_runs(self, released: Mapping[str, Clean]) -> list[RunRecord]:
@@ -373,7 +372,7 @@ class _Search:
 
     def _named_by_garbage(self) -> Iterator[str]:
         """Yields the blobs that artefacts, shards and segments name which are garbage themselves."""
-        seen = Live()  # an object that cannot be read names nothing here
+        seen = LiveSet()  # an object that cannot be read names nothing here
         for stage, key in self.made:
             path = artifact_path(stage, key)
             if path not in self.live and (artifact := read_or_tell(self.store, path, Artifact, seen)):

@@ -8,8 +8,8 @@ from textwrap import wrap
 from typing import Any
 
 from pipeline.graph.artifacts import Artifact, StageKey
-from pipeline.graph.kinds import PlannedStage
-from pipeline.graph.stages import direct
+from pipeline.graph.records import PlannedStage
+from pipeline.graph.stages import transitive_reduction
 from pipeline.ledger import Ledger
 from pipeline.progress import counted, duration
 from pipeline.release.pointer import Move
@@ -19,7 +19,7 @@ from pipeline.upkeep.overview import Lineage, Overview, PastRun
 
 WIDTH = 110
 SHORT = 12  # characters of a key
-UNBROKEN = "\0"  # a space at which no line ends
+UNBROKEN = "\0"  # stands for a space while lines are wrapped, so that none ends there
 
 
 def show_overview(found: Overview, now: float) -> str:
@@ -80,14 +80,14 @@ def _depth(stage: str, stages: Mapping[str, PlannedStage]) -> int:
 def show_lineage(found: Lineage, defaults: Mapping[str, Any], now: float) -> str:
     """Returns when, where and of what an artefact was made, and its users. ``defaults``: of its recipe."""
     made = found.artifact
-    standing = [f"release of {project}" for project in found.released] + ["pinned"] * found.pinned
+    kept_by = [f"release of {project}" for project in found.released] + ["pin"] * found.pinned
     lines = [f"{made.stage} {made.key}, version {made.version}"]
     at, took = made.times["finished"], duration(made.times["seconds"])
     lines += _listed("made", [f"{_date(at)} ({_ago(at, now)}), in {took}"])
     lines += _listed("where", _where(made))
     lines += _listed("rows", _rows(made.ledger))
     lines += _listed("recipe", _changed(made.recipe, defaults) or ["as the defaults are"])
-    lines += _listed("stands", standing)
+    lines += _listed("kept by", kept_by)
     if made.inputs:
         lines += ["", "made from", *_tree(found, now)]
     users = (f"{stage} {key[:SHORT]} ({_age(user, now)})" for (stage, key), user in _nearest(found.users).items())
@@ -128,7 +128,7 @@ def _tree(found: Lineage, now: float) -> Iterator[str]:
     """Yields every input below its user, with its own inputs only the first time."""
     root = (found.artifact.stage, found.artifact.key)
     loaded: dict[StageKey, Artifact | None] = {root: found.artifact, **found.behind}
-    inputs = direct({name: list(made.inputs.items()) if made else [] for name, made in loaded.items()})
+    inputs = transitive_reduction({name: list(made.inputs.items()) if made else [] for name, made in loaded.items()})
     seen = set()
 
     def below(name: StageKey, depth: int) -> Iterator[str]:

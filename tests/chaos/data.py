@@ -163,7 +163,7 @@ def run_slice(chosen: Slice, draw: random.Random, reference: Reference, folder: 
 
 
 def finally_run(reference: Reference, folder: Path, store: Store) -> None:
-    """Set aside what is damaged, and run to the end."""
+    """Quarantine what is damaged, and run to the end."""
     config = reference.config(folder, None)
     done(finish(start("data", "check", config, "--repair"), strikes.LIMIT_S))
     for until in ENDS:

@@ -25,7 +25,7 @@ from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
 from pipeline.graph.keys import differences
-from pipeline.graph.runs import remember
+from pipeline.graph.runs import record_run
 from pipeline.store import Store, open_store
 from pipeline.store.records import read_blob
 from pipeline.upkeep.collect import collect
@@ -261,10 +261,10 @@ def test_a_package_in_the_store_stays_as_long_as_the_run_that_asked_for_it(store
     store.create(path, file)
     other = "packages/other.zip"
     store.create(other, b"of nobody")
-    remember(store, "p", {}, [], package=path)
+    record_run(store, "p", {}, [], package=path)
 
     collect(store, keep_s=30 * 86_400, grace_s=0.0, now=time.time(), delete=True)
     assert [entry.path for entry in store.list("packages/")] == [path]
-    remember(store, "p", {}, [])
+    record_run(store, "p", {}, [])
     collect(store, keep_s=30 * 86_400, grace_s=0.0, now=time.time() + 31 * 86_400, delete=True)
     assert list(store.list("packages/")) == []

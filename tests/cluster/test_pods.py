@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cluster.pods import Group, demands, groups, settled
+from cluster.pods import Group, demands, groups, with_fixed_workers
 from pipeline.config import Config, Run, make_config
 from pipeline.errors import UserError
 
@@ -119,13 +119,15 @@ def test_the_driver_trains_on_a_gpu_only_where_the_head_has_one() -> None:
 
 
 def test_a_job_takes_numbers_along_for_a_cluster_that_is_not_there_yet() -> None:
-    run = settled(configured(clip={"workers": 2}), ["clip", "embeddings", "decoder", "curation"])
+    run = with_fixed_workers(configured(clip={"workers": 2}), ["clip", "embeddings", "decoder", "curation"])
     assert (run.curation.workers, run.embeddings.workers, run.decoder.workers, run.clip.workers) == (8, 4, 4, 2)
     assert (run.pairs.workers, run.ray.autoscaler) == ("auto", True)  # which is made already
-    none = settled(configured(kubernetes=SHAPE | {"gpus": 0}, clip={"workers": 2}), ["clip", "embeddings", "decoder"])
+    none = with_fixed_workers(
+        configured(kubernetes=SHAPE | {"gpus": 0}, clip={"workers": 2}), ["clip", "embeddings", "decoder"]
+    )
     assert (none.embeddings.workers, none.embeddings.gpus, none.decoder.workers, none.clip.device) == (8, 0, 0, "cpu")
-    head = settled(configured(kubernetes=SHAPE | {"gpus": 0, "head_gpus": 1}), ["decoder"])
+    head = with_fixed_workers(configured(kubernetes=SHAPE | {"gpus": 0, "head_gpus": 1}), ["decoder"])
     assert (head.decoder.workers, head.decoder.device) == (0, "auto")  # which the driver finds
     config = configured(clip={"workers": 4, "device": "cuda"})
     config = replace(config, clip=replace(config.clip, weights="open_clip:ViT-B-32:openai"))
-    assert list(demands(settled(config, ["clip"]), ["clip"])) == []  # nothing trains
+    assert list(demands(with_fixed_workers(config, ["clip"]), ["clip"])) == []  # nothing trains

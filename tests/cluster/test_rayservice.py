@@ -11,7 +11,7 @@ from ray.serve.schema import ServeDeploySchema
 from jobs.cli import main
 from pipeline.errors import UserError
 from pipeline.parse import parse
-from serve.bundle import Served
+from serve.bundle import ServedBundle
 from serve.guard import read_tokens
 from serve.settings import ServeSettings
 from tests.jobs.test_mistakes import refused
@@ -49,8 +49,8 @@ def test_a_release_is_rendered_as_a_service_that_ray_serve_takes(
     assert deployed.http_options.host == "0.0.0.0"
     (application,) = deployed.applications
     assert application.import_path == "serve.app:application"
-    served = Served("Birds_2", "s3://bucket/birds", project="Birds_2", keys=(KEY,))
-    assert Served(**application.args["served"]) == served
+    served = ServedBundle("Birds_2", "s3://bucket/birds", project="Birds_2", keys=(KEY,))
+    assert ServedBundle(**application.args["served"]) == served
     settings = parse(ServeSettings, application.args["settings"], "serve")
     assert (settings.replicas, settings.idle_replicas, settings.batch, settings.device) == (3, 0, 16, "cuda")
     with pytest.raises(UserError, match="lets others in"):  # as a pod does whose Secret has no UNCLIP_TOKENS

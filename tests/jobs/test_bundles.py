@@ -80,6 +80,6 @@ def test_a_damaged_bundle_is_one_line_that_names_the_command(
     assert store is not None
     Path(store.url, blob_path(bundle.blobs["decoder/model.safetensors"])).write_bytes(b"rot")
     assert main([*words, str(run)]) == 2
-    assert "sets it aside, and the next run makes it again" in capsys.readouterr().err
+    assert "quarantines it, and the next run makes it again" in capsys.readouterr().err
     assert load_artifact(store, "bundle", bundle.key) is not None
     assert not Path("shared").exists()

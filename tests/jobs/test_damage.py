@@ -1,4 +1,4 @@
-"""Damaged objects are named in one line, set aside by a command and made again; a full disk ends a run with a line."""
+"""Damaged objects are named in a line, quarantined by a command and made again; a full disk ends a run with a line."""
 
 import errno
 import json
@@ -44,10 +44,10 @@ def _repaired(command: list[str], path: str, capsys: Output) -> None:
     assert main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {path} "), error
-    way_out = re.search(r": unclip (data check .*) sets it aside, and the next run makes it again$", error)
+    way_out = re.search(r": unclip (data check .*) quarantines it, and the next run makes it again$", error)
     assert way_out, error
     assert main(shlex.split(way_out[1])) == 0
-    assert "set aside" in capsys.readouterr().out
+    assert "quarantined" in capsys.readouterr().out
 
 
 def _blob(store: Store, stage: str, name: str) -> str:
@@ -106,7 +106,7 @@ def test_several_damaged_objects_are_found_at_once(undisturbed: Undisturbed, tmp
     assert {entry.path: entry.version for entry in store.list("")} == before
     assert main(["data", "check", config]) == 1
     said = capsys.readouterr().out
-    assert all(f"{store.url}/{path} has other bytes than its name says: to be set aside" in said for path in paths)
+    assert all(f"{store.url}/{path} has other bytes than its name says: to be quarantined" in said for path in paths)
     assert "\nthe next run makes again what is lost of captions, embeddings, pairs, source; " in said
     assert f"nothing is changed without --repair: unclip data check {config} --repair" in said
     assert main(["data", "check", config, "--repair"]) == 0

@@ -204,7 +204,7 @@ def test_the_error_of_a_reconstruction_is_that_of_its_pixels(edit: Edit) -> None
 
 def test_all_components_are_the_whole_embedding() -> None:
     unclip = replace(make(), ar_prior=None, codec=make_codec(DIM))  # so that nothing is lost
-    swept = edits.components(unclip, IMAGES[0], None, edits.How(4, OPTIONS))
+    swept = edits.components(unclip, IMAGES[0], None, edits.EditSettings(4, OPTIONS))
     *parts, whole, picture = swept.images
     assert len(parts) >= 6  # the paper's 8, in proportion to 16 components, some of which fall together
     cosines = [float(name.rpartition(" ")[2]) for name in swept.names[:-2]]
@@ -237,7 +237,7 @@ def test_priors_differ_by_their_embedding_alone(edit: Edit, unclip: UnCLIP) -> N
 
 def test_a_bundle_of_one_prior_compares_what_it_has(unclip: UnCLIP) -> None:
     one = replace(unclip, ar_prior=None, codec=None)
-    found = edits.priors(one, "a cat", None, edits.How(0, OPTIONS))
+    found = edits.priors(one, "a cat", None, edits.EditSettings(0, OPTIONS))
     assert [name.partition(",")[0] for name in found.names] == ["diffusion prior", "text embedding"]
 
 

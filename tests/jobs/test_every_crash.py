@@ -274,7 +274,7 @@ def test_in_gc(fetched: Callable[[], Path], tmp_path: Path) -> None:
     assert artifact_path("pairs", artifact(stores[1], "pairs").key) in ours
 
 
-def test_while_damage_is_set_aside(fetched: Callable[[], Path], tmp_path: Path) -> None:
+def test_while_damage_is_quarantined(fetched: Callable[[], Path], tmp_path: Path) -> None:
     calm, killed = (fetched() for _ in range(2))
     stores = [open_at(config.parent / "store") for config in (calm, killed)]
     path = blob_path(read_shards(stores[1], artifact(stores[1], "pairs"))[0].blobs["index"])

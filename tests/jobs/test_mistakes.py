@@ -127,5 +127,5 @@ def test_a_damaged_blob_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert guard(damaged, words) == 2
         store = " store=s3://b/c" if "run" in words else ""
-        way_out = f"unclip data check {config} {blob}{store} --repair sets it aside, and the next run makes it again"
+        way_out = f"unclip data check {config} {blob}{store} --repair quarantines it, and the next run makes it again"
         assert capsys.readouterr().err == f"error: {blob} is missing: {way_out}\n"

@@ -14,7 +14,7 @@ from pipeline.graph.keys import flatten
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.release.pointer import release_path
-from pipeline.report.against import against_section
+from pipeline.report.comparison import comparison_section
 from pipeline.report.inputs import ReportInput
 from pipeline.store.records import blob_path, put_blob
 from pipeline.upkeep.check import repair_store
@@ -166,16 +166,16 @@ def test_diff_names_data_recipe_and_figures(made: Made) -> None:
 
 def test_the_report_shows_the_release_beside_the_bundle(made: Made) -> None:
     made.make(0.0)
-    assert against_section(ReportInput(made.store, made.artifacts()), "p") == ""
+    assert comparison_section(ReportInput(made.store, made.artifacts()), "p") == ""
     made.release("promote")
-    assert against_section(ReportInput(made.store, made.artifacts()), "p") == ""  # it is the release
+    assert comparison_section(ReportInput(made.store, made.artifacts()), "p") == ""  # it is the release
     made.make(0.1, OTHER)
-    shown = against_section(ReportInput(made.store, made.artifacts(OTHER)), "p")
+    shown = comparison_section(ReportInput(made.store, made.artifacts(OTHER)), "p")
     assert 'title="better">✓</span></td><td>It draws.</td><td>top</td>' in shown
     assert "<td>+0.1 (0.1 to 0.1)</td>" in shown
     assert "<bdi>decoder.weight_decay 0.01 -&gt; 0.02</bdi>" in shown
     made.make(0.1, OTHER, "evaluation.rows=9")
-    shown = against_section(ReportInput(made.store, made.artifacts(OTHER, "evaluation.rows=9")), "p")
+    shown = comparison_section(ReportInput(made.store, made.artifacts(OTHER, "evaluation.rows=9")), "p")
     assert "No figures are compared: not measured as the release was: " in shown
     assert "evaluation.rows 256 -&gt; 9" in shown
 

@@ -16,13 +16,13 @@ import pytest
 
 from jobs.project import open_project
 from pipeline.errors import UserError
-from pipeline.graph.kinds import RunRecord
+from pipeline.graph.records import RunRecord
 from pipeline.release.pointer import read_releases, release_path
 from pipeline.store import Store, check_conditions, open_store
 from pipeline.store import s3 as store_s3
 from pipeline.store.records import peek_record
 from pipeline.upkeep.collect import collect
-from pipeline.upkeep.repair import set_aside
+from pipeline.upkeep.repair import quarantine
 from tests.chain import MICRO, ROOT, Finished, data_blobs, done, here, keys, open_at, write_config, write_list
 from tests.jobs.test_mistakes import refused
 from tests.pipeline.data.bench import picture
@@ -216,7 +216,7 @@ def test_a_writer_collects_garbage_and_uploads_in_parts(
     assert "blobs/aa/large" not in team.paths()
 
 
-def test_a_writer_sets_damage_aside_and_a_reader_is_told_what_is_lacking(
+def test_a_writer_quarantines_damage_and_a_reader_is_told_what_is_lacking(
     team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer, reader = team.store("writer"), team.store("reader")
@@ -227,9 +227,9 @@ def test_a_writer_sets_damage_aside_and_a_reader_is_told_what_is_lacking(
     writer.create(path, b"{")
     assert peek_record(reader, path, RunRecord) is None
     with pytest.raises(UserError, match=rf"lack s3:PutObject for damaged/{path}"):
-        set_aside(reader, [path])
+        quarantine(reader, [path])
     assert path in team.paths()
-    set_aside(writer, [path])
+    quarantine(writer, [path])
     assert path not in team.paths()
     (aside,) = (entry.path for entry in reader.list("damaged/"))
     assert reader.read(aside) == b"{"
@@ -256,5 +256,5 @@ def test_keys_in_the_address_of_a_store_are_refused_and_not_repeated(
     team: Team, caplog: pytest.LogCaptureFixture
 ) -> None:
     address = f"s3://writer:{SECRETS['writer']}@{BUCKET}/{PREFIX}"
-    process = refused("plan", team.config, f"store={address}", says="no keys in its URL")
+    process = refused("plan", team.config, f"store={address}", says="its URL holds keys")
     assert SECRETS["writer"] not in process.stdout + process.stderr + caplog.text

@@ -11,7 +11,7 @@ from jobs.cli import main
 from jobs.project import open_project
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import flatten
-from pipeline.graph.runs import remember
+from pipeline.graph.runs import record_run
 from pipeline.ledger import Ledger
 from pipeline.store.leases import lead_or_wait
 from tests.chain import ROOT
@@ -26,7 +26,7 @@ def config(tmp_path: Path) -> Path:
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(values))
     project = open_project(str(tmp_path / "p.yaml"), ())
     verdicts = project.plan()
-    remember(project.store, "p", project.graph, verdicts)
+    record_run(project.store, "p", project.graph, verdicts)
     keys = {verdict.stage: verdict.key for verdict in verdicts}
     recipe = flatten(project.graph["source"].recipe)
     publish_artifact(project.store, Artifact("source", keys["source"], {}, recipe, Ledger(1)), 1.0)

@@ -21,7 +21,7 @@ from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact, read_shards
 from pipeline.ledger import Ledger
 from pipeline.store import open_store
-from pipeline.upkeep.repair import stands_on
+from pipeline.upkeep.repair import protected_objects
 from tests.machine import stranger
 from tests.machine.bucket import Bucket
 from tests.machine.disk import Disk
@@ -314,11 +314,11 @@ class Machine(Disk):
             assert not stale, f"{project}: gc has deleted what the last run needs: {stale}"
 
     def _repair(self) -> None:
-        """Sets aside what is damaged. A sound copy is put in the place of what pins, releases and lists need."""
+        """Quarantines what is damaged. A sound copy is put in the place of what pins, releases and lists need."""
         for project in PROJECTS:
             self._do("check", project, row=1)
         for _ in range(2):  # a record first, which says what else is needed
-            self.restore(stands_on(self.store(self.watcher)))
+            self.restore(protected_objects(self.store(self.watcher)))
         for project in PROJECTS:
             found = self._do("check", project, row=0)
             assert found == 0 or self.tainted, f"{project}: is damaged after a repair"

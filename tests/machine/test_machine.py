@@ -134,7 +134,7 @@ def gc_ignores_pins_and_releases(patch: pytest.MonkeyPatch) -> None:
 
 def a_repair_ignores_pins_and_releases(patch: pytest.MonkeyPatch) -> None:
     for module in ("check", "repair"):
-        patch.setattr(f"pipeline.upkeep.{module}.stands_on", lambda _: {})
+        patch.setattr(f"pipeline.upkeep.{module}.protected_objects", lambda _: {})
 
 
 def a_record_is_overwritten(patch: pytest.MonkeyPatch) -> None:

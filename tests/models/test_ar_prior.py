@@ -16,8 +16,8 @@ from models.ar_prior import (
 )
 from models.codec import Codec
 from models.codec_fit import fit_codec
-from models.draw import Draw
 from models.prior_configs import ARPriorConfig, TextTower
+from models.random_streams import RandomStreams
 
 CONFIG = ARPriorConfig(
     text_context=10, prefix=6, text_width=32, text_depth=1, text_heads=2, width=32, depth=2, heads=2, vocabulary=50,
@@ -96,8 +96,8 @@ def test_hidden_text_hides_caption_and_text_embedding_but_not_the_dot_product() 
 def test_sampling_with_a_cache_gives_the_codes_of_full_passes(guidance: float, options: dict[str, Any]) -> None:
     model = make(**options)
     tokens, text, dots, _, keep = make_inputs(16)
-    drawn = sample(model, tokens, text, dots, Draw([(7, 16)]), temperature=0.8, guidance=guidance)
-    uniform = Draw([(7, 16)]).uniform("codes", CODES)
+    drawn = sample(model, tokens, text, dots, RandomStreams([(7, 16)]), temperature=0.8, guidance=guidance)
+    uniform = RandomStreams([(7, 16)]).uniform("codes", CODES)
     codes = torch.zeros(16, CODES, dtype=torch.int64)
     for i in range(CODES):
         logits = (1 + guidance) * model(tokens, text, dots, codes, keep)
@@ -109,9 +109,9 @@ def test_sampling_with_a_cache_gives_the_codes_of_full_passes(guidance: float, o
 def test_a_row_is_drawn_alike_in_any_batch() -> None:
     model = make()
     tokens, text, dots, _, _ = make_inputs(3)
-    together = sample(model, tokens, text, dots, Draw([(5, 1), (6, 1), (7, 1)]))
+    together = sample(model, tokens, text, dots, RandomStreams([(5, 1), (6, 1), (7, 1)]))
     for i in range(3):
-        alone = sample(model, tokens[i : i + 1], text[i : i + 1], dots[i : i + 1], Draw([(5 + i, 1)]))
+        alone = sample(model, tokens[i : i + 1], text[i : i + 1], dots[i : i + 1], RandomStreams([(5 + i, 1)]))
         assert torch.equal(alone[0], together[i])
 
 
@@ -119,7 +119,7 @@ def test_samples_have_the_models_own_probabilities() -> None:
     model = make()
     rows = 5_000
     inputs = [x.expand(rows, *x.shape[1:]) for x in make_inputs(1)]
-    drawn = sample(model.float(), inputs[0], inputs[1].float(), inputs[2], Draw([(0, rows)]))
+    drawn = sample(model.float(), inputs[0], inputs[1].float(), inputs[2], RandomStreams([(0, rows)]))
     first = model(*(x[:1] for x in inputs)).softmax(-1)[0, 0]
     torch.testing.assert_close(torch.bincount(drawn[:, 0], minlength=8) / rows, first, rtol=0, atol=0.02)
 
@@ -141,7 +141,7 @@ def test_inverse_cdf_edges() -> None:
 
 def test_temperature_must_be_positive() -> None:
     with pytest.raises(ValueError, match="temperature is 0"):
-        sample(make(), *make_inputs()[:3], Draw([(0, 3)]), temperature=0)
+        sample(make(), *make_inputs()[:3], RandomStreams([(0, 3)]), temperature=0)
 
 
 def test_loss_is_the_mean_negative_log_likelihood_of_the_codes() -> None:
@@ -150,31 +150,33 @@ def test_loss_is_the_mean_negative_log_likelihood_of_the_codes() -> None:
     codes = codec.encode(batch["image_embedding"])
     dots = codec.encode_dot((batch["image_embedding"].double() * batch["text_embedding"].double()).sum(-1))
     expected = -log_likelihood(model, batch["tokens"], batch["text_embedding"], dots, codes, torch.ones(8).bool())
-    total = ar_prior_loss(model, batch, Draw([(0, 8)]), codec).total
+    total = ar_prior_loss(model, batch, RandomStreams([(0, 8)]), codec).total
     torch.testing.assert_close(total, expected.mean(-1), rtol=0, atol=1e-12)
 
 
 def test_text_is_hidden_from_a_tenth_of_the_training_rows() -> None:
     batch, codec = make_batch(2000)
     model = make().float()
-    seen = ar_prior_loss(model, batch, Draw([(0, 2000)]), codec).total
-    hidden = (seen - ar_prior_loss(model.train(), batch, Draw([(0, 2000)]), codec).total).abs() > 1e-4
+    seen = ar_prior_loss(model, batch, RandomStreams([(0, 2000)]), codec).total
+    hidden = (seen - ar_prior_loss(model.train(), batch, RandomStreams([(0, 2000)]), codec).total).abs() > 1e-4
     assert 160 < hidden.sum() < 240
 
 
 def test_another_codec_is_refused() -> None:
     batch, codec = make_batch(8)
     with pytest.raises(ValueError, match="the codec has 5 codes of 8 buckets, the AR prior 4 of 8"):
-        ar_prior_loss(ARPrior(CONFIG, DIM, 4), batch, Draw([(0, 8)]), codec)
+        ar_prior_loss(ARPrior(CONFIG, DIM, 4), batch, RandomStreams([(0, 8)]), codec)
 
 
 def test_loss_is_fp32_under_autocast() -> None:
     batch, codec = make_batch(8)
     model = ARPrior(CONFIG, DIM, CODES)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total = ar_prior_loss(model, batch, Draw([(0, 8)]), codec).total
+        total = ar_prior_loss(model, batch, RandomStreams([(0, 8)]), codec).total
     assert total.dtype == torch.float32
-    torch.testing.assert_close(total, ar_prior_loss(model, batch, Draw([(0, 8)]), codec).total, rtol=0, atol=0.03)
+    torch.testing.assert_close(
+        total, ar_prior_loss(model, batch, RandomStreams([(0, 8)]), codec).total, rtol=0, atol=0.03
+    )
 
 
 def test_tables_of_buckets_start_as_random_walks() -> None:
@@ -219,10 +221,10 @@ def make_ridge() -> tuple[ARPrior, Tensor, Codec, dict[str, Tensor]]:
 def test_with_a_ridge_each_code_is_predicted_with_its_coordinate_of_what_the_line_says() -> None:
     model, line, codec, batch = make_ridge()
     text, keep = batch["text_embedding"], torch.arange(64) > 0
-    said = model.at_line(batch["tokens"], text, keep)
+    said = model.regress(batch["tokens"], text, keep)
     torch.testing.assert_close(said[1:], line[1:], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(said[0], model.line.image_mean)
-    found = model.at_codes(line)
+    found = model.code_inputs(line)
     coordinates = codec.project(line) / codec.variance.sqrt()
     torch.testing.assert_close(found, coordinates[..., None].float() * model.coordinate_in, rtol=1e-3, atol=1e-3)
     tokens, _, dots, codes, _ = (x[:1] for x in make_inputs())
@@ -252,10 +254,10 @@ def test_an_embedding_is_its_codes_and_across_their_components_what_the_line_say
 
 def test_a_text_embedding_has_noise_in_training_alone() -> None:
     batch, codec = make_batch(4000)
-    noise = noise_along(codec, Draw([(0, 4000)]), 0.6)
+    noise = noise_along(codec, RandomStreams([(0, 4000)]), 0.6)
     spread = (noise.double() @ codec.components.T).square().mean(0) / codec.variance
     torch.testing.assert_close(spread, torch.full((CODES,), 0.072).double(), rtol=0.1, atol=0)  # 0.6 squared, over 5
     quiet, loud = make(drop_text=0).float(), make(drop_text=0, text_noise=0.6).float()
-    seen = ar_prior_loss(loud, batch, Draw([(0, 4000)]), codec).total
-    assert torch.equal(seen, ar_prior_loss(quiet.train(), batch, Draw([(0, 4000)]), codec).total)
-    assert (seen - ar_prior_loss(loud.train(), batch, Draw([(0, 4000)]), codec).total).abs().mean() > 1e-3
+    seen = ar_prior_loss(loud, batch, RandomStreams([(0, 4000)]), codec).total
+    assert torch.equal(seen, ar_prior_loss(quiet.train(), batch, RandomStreams([(0, 4000)]), codec).total)
+    assert (seen - ar_prior_loss(loud.train(), batch, RandomStreams([(0, 4000)]), codec).total).abs().mean() > 1e-3

@@ -12,7 +12,7 @@ from benchmarks.bsr import degrade, load_peer
 from models.degradation import bsr as module
 from models.degradation.blur import blur, gaussian_kernels
 from models.degradation.bsr import FULL, LIGHT, Strength, _kernels, _shrinker
-from models.draw import Draw
+from models.random_streams import RandomStreams
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,8 @@ def drawn(peer: ModuleType) -> dict[str, np.ndarray]:
 
 def drawn_here(strength: Strength) -> dict[str, np.ndarray]:
     """The same of ours."""
-    draw, variances = Draw([(0, ROWS)]), []
-    scale = torch.where(draw.uniform("halve") < 0.25, 2.0, 4.0)
+    rng, variances = RandomStreams([(0, ROWS)]), []
+    scale = torch.where(rng.uniform("halve") < 0.25, 2.0, 4.0)
 
     def record(side: int, angle: torch.Tensor, drawn: torch.Tensor, shift: object = 0.0) -> torch.Tensor:
         variances.append(drawn)
@@ -90,8 +90,8 @@ def drawn_here(strength: Strength) -> dict[str, np.ndarray]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "gaussian_kernels", record)
-        sides = np.array([len(kernel) for kernel in _kernels(draw, "blur", scale, strength)])
-        shrink = _shrinker(draw, scale, strength)
+        sides = np.array([len(kernel) for kernel in _kernels(rng, "blur", scale, strength)])
+        shrink = _shrinker(rng, scale, strength)
         blurred: list[int] = []
         patch.setattr(module, "blur", lambda x, kernel, stride: blurred.append(stride) or x)
         shrink(torch.zeros(ROWS, 3, 8, 8), list(range(ROWS)))

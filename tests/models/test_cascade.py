@@ -18,10 +18,10 @@ from models.codec_fit import fit_codec
 from models.comparison import compare_priors
 from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
-from models.draw import Draw, derive_seed
 from models.folder import load_codec, load_model, save_model
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
+from models.random_streams import RandomStreams, derive_seed
 from models.sampling_config import SamplingConfig, change_sampling
 from models.tokens import cut_tokens, tokenize
 from models.upsampler import Upsampler
@@ -178,10 +178,10 @@ def test_ar_embeddings_are_decoded_codes_of_the_upper_half_of_dot_products() -> 
     unclip, tokens = make(), tokenize(CAPTIONS)
     text, sampling = unclip.clip.encode_text(tokens), dataclasses.replace(SAMPLING, prior="ar", candidates=1)
     embedding = unclip.draw_embedding(tokens, text, [1, 2, 3], sampling)
-    draw = Draw([(derive_seed(seed, "prior", 0), 1) for seed in (1, 2, 3)])
-    dots = unclip.codec.sample_upper_dot(draw)
+    rng = RandomStreams([(derive_seed(seed, "prior", 0), 1) for seed in (1, 2, 3)])
+    dots = unclip.codec.sample_upper_dot(rng)
     assert dots.min() >= 4
-    codes = sample(unclip.ar_prior, tokens, text, dots, draw)
+    codes = sample(unclip.ar_prior, tokens, text, dots, rng)
     torch.testing.assert_close(embedding, F.normalize(unclip.codec.decode(codes), dim=-1), rtol=0, atol=1e-6)
     assert torch.equal(unclip.draw_embedding(tokens, text, list(torch.tensor([1, 2, 3])), sampling), embedding)
     with pytest.raises(TypeError, match="float"):
@@ -324,7 +324,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     save_file({"query": weights["query"]}, tmp_path / "model.safetensors")
     check("describes a larger model")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="says neither format nor kind"):
+    with pytest.raises(ValueError, match="has neither format nor kind"):
         load_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not tensors")
     check("is damaged")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from models.clip import Clip
 from models.clip_loss import augment, clip_loss
-from models.draw import Draw
 from models.prior_configs import ClipConfig
+from models.random_streams import RandomStreams
 from models.tokens import text_ends, tokenize
 
 VIT = ClipConfig(
@@ -107,14 +107,14 @@ def test_a_saved_folder_is_open_clips_local_dir(config: ClipConfig, tmp_path: Pa
 def test_loss_equals_open_clips() -> None:
     clip = Clip.build(VIT, seed=0)
     batch = {"image": views(), "tokens": tokenize(["a cat", "a dog", "a fox", "an owl"])}
-    draw = Draw([(0, 4)])
-    losses = clip_loss(clip, batch, draw)
-    image, text = clip.encode_pixels(augment(batch["image"], draw)), clip.encode_text(batch["tokens"])
+    rng = RandomStreams([(0, 4)])
+    losses = clip_loss(clip, batch, rng)
+    image, text = clip.encode_pixels(augment(batch["image"], rng)), clip.encode_text(batch["tokens"])
     expected = open_clip.ClipLoss()(image, text, clip.model.logit_scale.exp())
     torch.testing.assert_close(losses.total.mean(), expected, rtol=0, atol=1e-6)
     assert losses.total.shape == losses.parts["image_to_text"].shape == (4,)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert clip_loss(clip, batch, draw).total.dtype == torch.float32
+        assert clip_loss(clip, batch, rng).total.dtype == torch.float32
 
 
 def test_gradients_of_parts_of_a_batch_are_those_of_the_whole() -> None:
@@ -124,7 +124,7 @@ def test_gradients_of_parts_of_a_batch_are_those_of_the_whole() -> None:
     def gradients(at_once: int, bf16: bool = False) -> tuple[Tensor, Tensor]:
         clip = Clip.build(VIT, seed=0)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            losses = clip_loss(clip, batch, Draw([(0, 8), (1, 13)]), at_once=at_once).total
+            losses = clip_loss(clip, batch, RandomStreams([(0, 8), (1, 13)]), at_once=at_once).total
         losses.mean().backward()
         return losses.detach(), torch.cat([p.grad.flatten() for p in clip.parameters() if p.grad is not None])
 
@@ -141,13 +141,13 @@ def test_temperature_stops_at_a_hundredth() -> None:
     totals = []
     for scale in (100.0, 1e6):
         clip.model.logit_scale.data = torch.tensor(scale).log()
-        totals.append(clip_loss(clip, batch, Draw([(0, 4)])).total)
+        totals.append(clip_loss(clip, batch, RandomStreams([(0, 4)])).total)
     torch.testing.assert_close(totals[0], totals[1], rtol=0, atol=1e-3)
 
 
 def test_augmentation_crops_but_never_flips() -> None:
     ramp = torch.arange(64, dtype=torch.uint8).expand(200, 3, 64, 64)
-    pixels = augment(ramp, Draw([(0, 200)]))
+    pixels = augment(ramp, RandomStreams([(0, 200)]))
     assert pixels.shape == ramp.shape
     assert 0 <= pixels.min() <= pixels.max() <= 1
     assert (pixels.diff(dim=-1) >= -1e-6).all()  # rises to the right as before
@@ -155,7 +155,7 @@ def test_augmentation_crops_but_never_flips() -> None:
     share = (pixels[..., -1] - pixels[..., 0])[:, 0, 0] * 255 / 63  # the ramp's rise is the crop's side
     assert 0.73 < share.min() < 0.77
     assert 0.97 < share.max() <= 1.001
-    assert torch.equal(augment(ramp, Draw([(0, 200)]), crop=1.0), ramp / 255)
+    assert torch.equal(augment(ramp, RandomStreams([(0, 200)]), crop=1.0), ramp / 255)
 
 
 def test_temperature_begins_where_the_configuration_says() -> None:
@@ -167,8 +167,8 @@ def test_under_autocast_crops_lie_where_they_lie_without() -> None:
     """A coordinate in bf16 would be off by up to half a pixel."""
     waves = (127 + 127 * torch.sin(torch.arange(224) / 3)).to(torch.uint8).expand(4, 3, 224, 224)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = augment(waves, Draw([(0, 4)]))
-    torch.testing.assert_close(found, augment(waves, Draw([(0, 4)])), rtol=0, atol=1e-6)
+        found = augment(waves, RandomStreams([(0, 4)]))
+    torch.testing.assert_close(found, augment(waves, RandomStreams([(0, 4)])), rtol=0, atol=1e-6)
 
 
 def test_it_learns_to_match_eight_pairs() -> None:
@@ -183,7 +183,7 @@ def test_it_learns_to_match_eight_pairs() -> None:
     optimiser = torch.optim.AdamW([{"params": others}, {"params": [embedding], "weight_decay": 0}], 3e-3)
     for step in range(60):
         optimiser.zero_grad()
-        loss = clip_loss(clip, batch, Draw([(step, 8)])).total.mean()
+        loss = clip_loss(clip, batch, RandomStreams([(step, 8)])).total.mean()
         loss.backward()
         optimiser.step()
     similarity = clip.encode_image(batch["image"]) @ clip.encode_text(batch["tokens"]).T

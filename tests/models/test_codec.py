@@ -4,7 +4,7 @@ from torch import Tensor
 
 from models.codec import Codec, digitize
 from models.codec_fit import fit_codec
-from models.draw import Draw
+from models.random_streams import RandomStreams
 
 
 def rows(n: int = 500, d: int = 24, rank: int = 24, seed: int = 0) -> Tensor:
@@ -63,7 +63,7 @@ def test_unseen_values_clamp() -> None:
 
 def test_upper_dots_have_the_distribution_of_the_upper_half() -> None:
     codec = make_codec(rows(), k=5, buckets=8)
-    drawn = codec.sample_upper_dot(Draw([(0, 40_000)]))
+    drawn = codec.sample_upper_dot(RandomStreams([(0, 40_000)]))
     upper = torch.bincount(drawn, minlength=8).double() / 40_000
     cdf = codec.dot_counts.cumsum(0).double() / codec.dot_counts.sum()
     expected = torch.cat([torch.zeros(1), 2 * (cdf - 0.5).clamp(min=0)]).diff()

@@ -8,10 +8,10 @@ from torch import Tensor
 from models.decoder import Decoder, decoder_denoise, decoder_loss
 from models.diffusion.process import error_weight
 from models.diffusion.schedules import make_schedule
-from models.draw import Draw
 from models.image_configs import DecoderConfig
 from models.nn.text_encoder import TextEncoder
 from models.prior_configs import TextTower
+from models.random_streams import RandomStreams
 
 CONFIG = DecoderConfig(
     image_size=8, channels=32, depth=1, multipliers=(1, 2), head_channels=16, attention_resolutions=(4,), dropout=0.0,
@@ -117,7 +117,7 @@ def test_what_every_row_of_a_training_dropped_says_nothing_in_drawing(share: str
 
 def test_with_clips_text_encoder_every_parameter_learns() -> None:
     model, batch = make(**CLIP_TEXT, null_image="learned", drop_image=0.5), make_batch(4)
-    decoder_loss(model, batch, Draw([(0, 4)])).total.sum().backward()
+    decoder_loss(model, batch, RandomStreams([(0, 4)])).total.sum().backward()
     unused = {"text.token.weight", "text.position"}  # rows of tokens and positions that no caption has
     for name, parameter in model.named_parameters():
         assert parameter.grad.any() if name in unused else (parameter.grad != 0).float().mean() > 0.5, name
@@ -160,7 +160,7 @@ def kept(model: Decoder, rows: int) -> Tensor:
 
     model.condition = spy
     with torch.no_grad():
-        decoder_loss(model, make_batch(rows), Draw([(0, rows)]))
+        decoder_loss(model, make_batch(rows), RandomStreams([(0, rows)]))
     return seen[0]
 
 
@@ -176,8 +176,8 @@ def test_embedding_and_caption_are_dropped_independently_at_the_stated_rates_in_
 def test_a_row_s_loss_does_not_depend_on_the_other_rows() -> None:
     model, batch = make().eval(), make_batch(3)
     with torch.no_grad():
-        together = decoder_loss(model, batch, Draw([(5, 1), (6, 1), (7, 1)]))
-        alone = decoder_loss(model, {name: value[[2]] for name, value in batch.items()}, Draw([(7, 1)]))
+        together = decoder_loss(model, batch, RandomStreams([(5, 1), (6, 1), (7, 1)]))
+        alone = decoder_loss(model, {name: value[[2]] for name, value in batch.items()}, RandomStreams([(7, 1)]))
     assert together.total.shape == (3,)
     torch.testing.assert_close(alone.total, together.total[[2]], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(together.total, together.parts["mse"] + together.parts["vb"])
@@ -186,21 +186,21 @@ def test_a_row_s_loss_does_not_depend_on_the_other_rows() -> None:
 def test_autocast_changes_the_loss_by_rounding_only() -> None:
     model, batch = make().eval(), make_batch(8)
     with torch.no_grad():
-        full = decoder_loss(model, batch, Draw([(0, 8)])).total
+        full = decoder_loss(model, batch, RandomStreams([(0, 8)])).total
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            half = decoder_loss(model, batch, Draw([(0, 8)])).total
+            half = decoder_loss(model, batch, RandomStreams([(0, 8)])).total
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, full, atol=0.02, rtol=0.02)
 
 
 def test_max_snr_weighs_the_squared_error_alone() -> None:
-    model, batch, draw = make().eval(), make_batch(8), Draw([(3, 8)])
+    model, batch, rng = make().eval(), make_batch(8), RandomStreams([(3, 8)])
     assert model.config.prediction == "v"
     with torch.no_grad():
-        plain = decoder_loss(model, batch, draw).parts
+        plain = decoder_loss(model, batch, rng).parts
         model.config = dataclasses.replace(model.config, max_snr=5.0)
-        bounded = decoder_loss(model, batch, draw).parts
-    weight = error_weight("v", make_schedule("cosine", 1000).at(draw.integers("t", 1000)), 5.0).float()
+        bounded = decoder_loss(model, batch, rng).parts
+    weight = error_weight("v", make_schedule("cosine", 1000).at(rng.integers("t", 1000)), 5.0).float()
     assert (weight < 1).any()
     torch.testing.assert_close(bounded["mse"], weight * plain["mse"])
     assert torch.equal(bounded["vb"], plain["vb"])

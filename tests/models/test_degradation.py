@@ -11,8 +11,8 @@ from torchvision.transforms.functional import gaussian_blur
 
 from models.degradation.blur import corruption_blur, gaussian_kernels, mirrored
 from models.degradation.bsr import FULL, LIGHT, STEPS, Strength, _noise, _orders, bsr, bsr_mild, jpeg
-from models.draw import Draw
 from models.pixels import from_uint8, resize, to_uint8
+from models.random_streams import RandomStreams
 
 
 def picture(rows: int, height: int, width: int, detail: float = 0.05) -> Tensor:
@@ -82,8 +82,8 @@ def test_jpeg_takes_a_quality_for_each_row() -> None:
     assert errors[0] > errors[1] > errors[2]
 
 
-def draws(rows: int, first: int = 0) -> Draw:
-    return Draw([(seed, 1) for seed in range(first, first + rows)])
+def draws(rows: int, first: int = 0) -> RandomStreams:
+    return RandomStreams([(seed, 1) for seed in range(first, first + rows)])
 
 
 @pytest.mark.parametrize("light", [False, True])
@@ -132,7 +132,7 @@ def test_a_gradient_stays_where_it_is() -> None:
 
 
 def test_the_steps_come_in_every_order_but_the_fit_is_after_the_shrinking() -> None:
-    orders = _orders(Draw([(0, 400)]))
+    orders = _orders(RandomStreams([(0, 400)]))
     assert all(sorted(order) == sorted(STEPS) for order in orders)
     assert all(order.index("shrink") < order.index("fit") for order in orders)
     assert {order[0] for order in orders} == set(STEPS) - {"fit"}
@@ -141,7 +141,7 @@ def test_the_steps_come_in_every_order_but_the_fit_is_after_the_shrinking() -> N
 
 @pytest.mark.parametrize("strength", [FULL, LIGHT], ids=["full", "light"])
 def test_noise_is_grey_coloured_or_correlated_in_the_stated_shares_and_levels(strength: Strength) -> None:
-    noise = _noise(Draw([(0, 500)]), (16, 16), strength) * 255
+    noise = _noise(RandomStreams([(0, 500)]), (16, 16), strength) * 255
     grey = (noise[:, 0] == noise[:, 1]).flatten(1).all(1)
     assert grey.float().mean().item() == pytest.approx(0.4, abs=0.07)
     std = noise[grey].flatten(1).std(1)

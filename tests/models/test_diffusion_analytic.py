@@ -7,7 +7,7 @@ from torch import Tensor
 from models.diffusion.analytic import analytic_variance, fill_in, squared_noise
 from models.diffusion.process import posterior_variance
 from models.diffusion.schedules import Schedule, fast27_grid, log_snr_grid, make_schedule, strided_grid
-from models.draw import Draw
+from models.random_streams import RandomStreams
 from tests.models.closed_form import Gaussian, anisotropic
 
 SCHEDULE = make_schedule("cosine", 1000)
@@ -39,9 +39,9 @@ def test_it_is_the_variance_of_x_s_given_x_t_for_gaussian_data(grid: Tensor) -> 
 def test_measured_on_data_it_is_the_optimum_within_what_sampling_allows() -> None:
     """From 64 timesteps and their noise, on the grid of the paper."""
     data, times = anisotropic(SCHEDULE), strided_grid(1000, 64).flip(0).tolist()
-    draw = Draw([(seed, 500) for seed in range(40)])
-    x0 = data.mean + draw.normal("x0", 3).double() @ torch.linalg.cholesky(data.covariance).T
-    gamma = fill_in(squared_noise(data, x0, times, SCHEDULE, draw).mean(0), times, 1000)
+    rng = RandomStreams([(seed, 500) for seed in range(40)])
+    x0 = data.mean + rng.normal("x0", 3).double() @ torch.linalg.cholesky(data.covariance).T
+    gamma = fill_in(squared_noise(data, x0, times, SCHEDULE, rng).mean(0), times, 1000)
     torch.testing.assert_close(gamma, data.gamma(), atol=0.02, rtol=0)
     grid, mean_square = strided_grid(1000, 64), (data.covariance.diagonal() + data.mean**2).mean().item()
     ours, best = analytic_variance(gamma, SCHEDULE, grid, mean_square), optimal(data, grid)
@@ -51,10 +51,10 @@ def test_measured_on_data_it_is_the_optimum_within_what_sampling_allows() -> Non
 def test_every_row_and_timestep_has_its_own_noise_and_rows_do_not_depend_on_the_batch() -> None:
     data, times = anisotropic(SCHEDULE), [3, 400, 900]
     x0 = data.mean.expand(3, 3)
-    together = squared_noise(data, x0, times, SCHEDULE, Draw([(1, 1), (2, 2)]))
+    together = squared_noise(data, x0, times, SCHEDULE, RandomStreams([(1, 1), (2, 2)]))
     assert together.shape == (3, 3)
     assert len(together.unique()) == 9
-    alone = squared_noise(data, x0[1:], times, SCHEDULE, Draw([(2, 2)]))
+    alone = squared_noise(data, x0[1:], times, SCHEDULE, RandomStreams([(2, 2)]))
     torch.testing.assert_close(together[1:], alone, atol=1e-12, rtol=0)
 
 

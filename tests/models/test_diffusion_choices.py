@@ -10,12 +10,11 @@ from torch import Tensor
 
 from models import cascade
 from models.decoder import Decoder
-from models.diffusion.dpm_solver import dpm_solver
-from models.diffusion.samplers import ancestral, ddim
+from models.diffusion.samplers import ancestral, ddim, dpm_solver
 from models.diffusion.schedules import fast27_grid, log_snr_grid, make_schedule, strided_grid, trailing_grid
 from models.diffusion_prior import diffusion_prior_denoise, diffusion_prior_variance
-from models.draw import Draw
-from models.reverse import Reverse, ignore, sampling_grid
+from models.random_streams import RandomStreams
+from models.reverse import ReverseProcess, sampling_grid, silent
 from models.sampling_config import STEPS as STEPS_OPTION
 from models.sampling_config import SamplingConfig
 from models.tokens import tokenize
@@ -42,11 +41,11 @@ def test_every_sampler_of_the_prior_is_the_one_that_its_name_says(unclip: Any, s
     denoise = diffusion_prior_denoise(model, tokens, unclip.clip.encode_text(tokens))
     grid, noise = trailing_grid(1000, STEPS), torch.randn(3, DIM, generator=torch.Generator().manual_seed(0))
 
-    def draw() -> Draw:
-        return Draw([(0, 3)])
+    def rng() -> RandomStreams:
+        return RandomStreams([(0, 3)])
 
     def sampled(variance: Tensor | str) -> Tensor:
-        return ancestral(denoise, noise, grid, SCHEDULE, draw(), variance)
+        return ancestral(denoise, noise, grid, SCHEDULE, rng(), variance)
 
     expected = {
         "analytic": lambda: sampled(diffusion_prior_variance(model, grid)),
@@ -54,8 +53,8 @@ def test_every_sampler_of_the_prior_is_the_one_that_its_name_says(unclip: Any, s
         "ddim": lambda: ddim(denoise, noise, grid, SCHEDULE),
         "dpm": lambda: dpm_solver(denoise, noise, log_snr_grid(SCHEDULE, STEPS), SCHEDULE),
     }
-    run = Reverse("diffusion_prior", sampler, "small", STEPS, ignore)
-    assert torch.equal(run(model, denoise, noise, draw()), expected[sampler]())
+    run = ReverseProcess("diffusion_prior", sampler, "small", STEPS, silent)
+    assert torch.equal(run(model, denoise, noise, rng()), expected[sampler]())
 
 
 def test_every_sampler_of_the_decoder_is_an_option_and_each_makes_something_of_its_own(unclip: Any) -> None:

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from models.diffusion.analytic import analytic_variance
-from models.diffusion.dpm_solver import dpm_solver
-from models.diffusion.samplers import ancestral, ddim
+from models.diffusion.samplers import ancestral, ddim, dpm_solver
 from models.diffusion.schedules import Schedule
-from models.draw import Draw
+from models.random_streams import RandomStreams
 from tests.models.closed_form import Gaussian, anisotropic, even_log_snr, uneven
 
 SCHEDULE = even_log_snr(769)
-Sampler = Callable[[Gaussian, Tensor, Tensor, Draw], Tensor]
+Sampler = Callable[[Gaussian, Tensor, Tensor, RandomStreams], Tensor]
 
 
-class Deviations(Draw):
+class Deviations(RandomStreams):
     """The mean's row, then one row for each dimension of the start, then of each step's noise: 1 there, else 0."""
 
     def __init__(self, steps: int, dimensions: int):
@@ -38,11 +37,11 @@ class Deviations(Draw):
 
 def moments(data: Gaussian, grid: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the samples, exactly, from x that is distributed as the noised data are."""
-    draw = Deviations(len(grid), len(data.mean))
+    rng = Deviations(len(grid), len(data.mean))
     mean, root = data.start(grid)
-    x = mean.repeat(draw.rows, 1)
+    x = mean.repeat(rng.rows, 1)
     x[1 : 1 + len(root)] += root
-    samples = sampler(data, x, grid, draw)
+    samples = sampler(data, x, grid, rng)
     deviations = samples[1:] - samples[0]
     return samples[0], deviations.T @ deviations
 
@@ -51,18 +50,18 @@ def even(schedule: Schedule, count: int) -> Tensor:
     return torch.arange(0, schedule.steps, (schedule.steps - 1) // count).flip(0)
 
 
-def analytic(data: Gaussian, x: Tensor, grid: Tensor, draw: Draw) -> Tensor:
-    return ancestral(data, x, grid, SCHEDULE, draw, analytic_variance(data.gamma(), SCHEDULE, grid))
+def analytic(data: Gaussian, x: Tensor, grid: Tensor, rng: RandomStreams) -> Tensor:
+    return ancestral(data, x, grid, SCHEDULE, rng, analytic_variance(data.gamma(), SCHEDULE, grid))
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ancestral, small": lambda data, x, grid, draw: ancestral(data, x, grid, SCHEDULE, draw, "small"),
-    "ancestral, learned": lambda data, x, grid, draw: ancestral(data, x, grid, SCHEDULE, draw, "learned"),
+    "ancestral, small": lambda data, x, grid, rng: ancestral(data, x, grid, SCHEDULE, rng, "small"),
+    "ancestral, learned": lambda data, x, grid, rng: ancestral(data, x, grid, SCHEDULE, rng, "learned"),
     "ancestral, analytic": analytic,
-    "ddim, eta 0": lambda data, x, grid, draw: ddim(data, x, grid, SCHEDULE),
-    "ddim, eta 0.5": lambda data, x, grid, draw: ddim(data, x, grid, SCHEDULE, 0.5, draw),
-    "ddim, eta 1": lambda data, x, grid, draw: ddim(data, x, grid, SCHEDULE, 1.0, draw),
-    "dpm": lambda data, x, grid, draw: dpm_solver(data, x, grid, SCHEDULE),
+    "ddim, eta 0": lambda data, x, grid, rng: ddim(data, x, grid, SCHEDULE),
+    "ddim, eta 0.5": lambda data, x, grid, rng: ddim(data, x, grid, SCHEDULE, 0.5, rng),
+    "ddim, eta 1": lambda data, x, grid, rng: ddim(data, x, grid, SCHEDULE, 1.0, rng),
+    "dpm": lambda data, x, grid, rng: dpm_solver(data, x, grid, SCHEDULE),
 }
 
 

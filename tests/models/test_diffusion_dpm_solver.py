@@ -3,9 +3,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from models.diffusion.dpm_solver import dpm_solver
 from models.diffusion.process import Prediction, predict
-from models.diffusion.samplers import ddim
+from models.diffusion.samplers import ddim, dpm_solver
 from models.diffusion.schedules import Schedule, fast27_grid, log_snr_grid, make_schedule, strided_grid
 from tests.models.closed_form import Mixture
 

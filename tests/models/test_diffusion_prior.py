@@ -14,9 +14,9 @@ from models.diffusion_prior import (
     diffusion_prior_loss,
     diffusion_prior_variance,
 )
-from models.draw import Draw
 from models.folder import load_model, save_model
 from models.prior_configs import DiffusionPriorConfig
+from models.random_streams import RandomStreams
 
 CONFIG = DiffusionPriorConfig(text_context=10, width=32, depth=2, heads=2, vocabulary=50)
 DIM = 12
@@ -77,30 +77,30 @@ def test_captions_that_were_read_once_serve_every_step() -> None:
 
 
 def test_loss_is_the_squared_error_at_the_diffusions_scale() -> None:
-    model, batch, draw = make(), make_batch(6), Draw([(0, 4), (1, 2)])
+    model, batch, rng = make(), make_batch(6), RandomStreams([(0, 4), (1, 2)])
     x0 = batch["image_embedding"] * 0.5375 * DIM**0.5
-    t, noise = draw.integers("t", 1000), draw.normal("noise", DIM)
+    t, noise = rng.integers("t", 1000), rng.normal("noise", DIM)
     level = SCHEDULE.alpha_bar[t][:, None]
     x_t = level.sqrt() * x0 + (1 - level).sqrt() * noise
     out = model(x_t, t, batch["tokens"], batch["text_embedding"], torch.ones(6).bool())
-    total = diffusion_prior_loss(model, batch, draw).total
+    total = diffusion_prior_loss(model, batch, rng).total
     torch.testing.assert_close(total, (out - x0).square().mean(1).float(), rtol=1e-4, atol=1e-5)
 
 
 def test_text_is_hidden_from_a_tenth_of_the_training_rows() -> None:
-    model, batch, draw = make().float(), make_batch(2000), Draw([(0, 2000)])
-    seen = diffusion_prior_loss(model, batch, draw).total
-    hidden = (seen - diffusion_prior_loss(model.train(), batch, draw).total).abs() > 1e-4
+    model, batch, rng = make().float(), make_batch(2000), RandomStreams([(0, 2000)])
+    seen = diffusion_prior_loss(model, batch, rng).total
+    hidden = (seen - diffusion_prior_loss(model.train(), batch, rng).total).abs() > 1e-4
     assert 160 < hidden.sum() < 240
 
 
 def test_loss_is_fp32_under_autocast() -> None:
     torch.manual_seed(0)
-    model, batch, draw = DiffusionPrior(CONFIG, DIM), make_batch(8), Draw([(0, 8)])
+    model, batch, rng = DiffusionPrior(CONFIG, DIM), make_batch(8), RandomStreams([(0, 8)])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total = diffusion_prior_loss(model, batch, draw).total
+        total = diffusion_prior_loss(model, batch, rng).total
     assert total.dtype == torch.float32
-    torch.testing.assert_close(total, diffusion_prior_loss(model, batch, draw).total, rtol=0, atol=0.03)
+    torch.testing.assert_close(total, diffusion_prior_loss(model, batch, rng).total, rtol=0, atol=0.03)
 
 
 def test_embeddings_of_samples_have_their_direction_and_unit_norm() -> None:
@@ -122,11 +122,15 @@ def test_gamma_is_the_mean_square_of_the_noise_that_the_prior_predicts() -> None
     """At the first and the last timestep, which are always measured; over all rows of all batches, text shown."""
     model, batch = make(), make_batch(40)
     halves = [{name: column[part] for name, column in batch.items()} for part in (slice(10), slice(10, None))]
-    gamma = diffusion_prior_gamma(model, list(zip(halves, (Draw([(1, 10)]), Draw([(2, 30)])), strict=True)))
+    gamma = diffusion_prior_gamma(
+        model, list(zip(halves, (RandomStreams([(1, 10)]), RandomStreams([(2, 30)])), strict=True))
+    )
     assert (gamma.dtype, gamma.shape) == (torch.float32, (1000,))
     assert torch.isfinite(gamma).all()
     for t in (0, 999):
-        noise = torch.cat([Draw([(1, 10)]).normal(f"gamma{t}", DIM), Draw([(2, 30)]).normal(f"gamma{t}", DIM)])
+        noise = torch.cat(
+            [RandomStreams([(1, 10)]).normal(f"gamma{t}", DIM), RandomStreams([(2, 30)]).normal(f"gamma{t}", DIM)]
+        )
         level = SCHEDULE.alpha_bar[t]
         x_t = q_sample(batch["image_embedding"] * model.scale, noise, level.expand(40))
         out = model(x_t, torch.full((40,), t), batch["tokens"], batch["text_embedding"], torch.ones(40).bool())

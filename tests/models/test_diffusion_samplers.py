@@ -6,13 +6,13 @@ from torch import Tensor
 from models.diffusion.process import Prediction, predict
 from models.diffusion.samplers import Denoise, ancestral, ddim
 from models.diffusion.schedules import fast27_grid, make_schedule, strided_grid
-from models.draw import Draw
+from models.random_streams import RandomStreams
 from tests.models.closed_form import Gaussian
 
 SCHEDULE = make_schedule("cosine", 1000)
 
 
-class SharedNoise(Draw):
+class SharedNoise(RandomStreams):
     """Noise in the order in which a scheduler of diffusers asks its generator for it."""
 
     def __init__(self, rows: int):
@@ -86,11 +86,11 @@ def test_ddim_equals_diffusers() -> None:
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
 def test_a_seed_gives_the_same_image_in_any_batch(sampler: str) -> None:
     def sample(seeds: list[int]) -> Tensor:
-        draw = Draw([(seed, 1) for seed in seeds])
-        noise, grid = draw.normal("x_T", 3, 4, 4), strided_grid(1000, 8)
+        rng = RandomStreams([(seed, 1) for seed in seeds])
+        noise, grid = rng.normal("x_T", 3, 4, 4), strided_grid(1000, 8)
         if sampler == "ancestral":
-            return ancestral(denoise_network(1.0), noise, grid, SCHEDULE, draw)
-        return ddim(denoise_network(1.0), noise, grid, SCHEDULE, 0.7, draw)
+            return ancestral(denoise_network(1.0), noise, grid, SCHEDULE, rng)
+        return ddim(denoise_network(1.0), noise, grid, SCHEDULE, 0.7, rng)
 
     together = sample([11, 12, 13])
     assert not torch.equal(together[0], together[1])
@@ -105,9 +105,9 @@ def test_the_last_step_is_the_predicted_image_and_every_step_is_reported(sampler
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
         return predict("x0", image, x_t, SCHEDULE.at(t))
 
-    grid, draw = strided_grid(1000, 4), Draw([(0, 2)])
+    grid, rng = strided_grid(1000, 4), RandomStreams([(0, 2)])
     if sampler == "ancestral":
-        out = ancestral(denoise, start(), grid, SCHEDULE, draw, "small", lambda i, x: reported.append((i, x)))
+        out = ancestral(denoise, start(), grid, SCHEDULE, rng, "small", lambda i, x: reported.append((i, x)))
     else:
         out = ddim(denoise, start(), grid, SCHEDULE, callback=lambda i, x: reported.append((i, x)))
     torch.testing.assert_close(out, image, atol=1e-6, rtol=0)
@@ -116,18 +116,18 @@ def test_the_last_step_is_the_predicted_image_and_every_step_is_reported(sampler
 
 
 def test_a_wrong_use_of_a_sampler_is_refused() -> None:
-    grid, draw = strided_grid(1000, 4), Draw([(0, 2)])
+    grid, rng = strided_grid(1000, 4), RandomStreams([(0, 2)])
     with pytest.raises(ValueError, match="falling order"):
         ddim(denoise_network(), start(), grid.flip(0), SCHEDULE)
     with pytest.raises(ValueError, match="timestep 1000 is beyond the schedule: it has 1000"):
         ddim(denoise_network(), start(), grid + 1, SCHEDULE)
-    with pytest.raises(ValueError, match="pass a draw"):
+    with pytest.raises(ValueError, match="pass rng"):
         ddim(denoise_network(), start(), grid, SCHEDULE, eta=0.5)
     with pytest.raises(ValueError, match="'huge'"):
-        ancestral(denoise_network(), start(), grid, SCHEDULE, draw, "huge")
+        ancestral(denoise_network(), start(), grid, SCHEDULE, rng, "huge")
 
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
         return predict("eps", x_t, x_t, SCHEDULE.at(t))
 
     with pytest.raises(ValueError, match="'learned' if the model has one"):
-        ancestral(denoise, start(), grid, SCHEDULE, draw, "learned")
+        ancestral(denoise, start(), grid, SCHEDULE, rng, "learned")

@@ -17,7 +17,6 @@ from models.codec import Codec
 from models.codec_fit import fit_codec
 from models.decoder import Decoder, decoder_denoise, decoder_loss
 from models.diffusion_prior import DiffusionPrior, diffusion_prior_denoise, diffusion_prior_loss
-from models.draw import Draw
 from models.folder import load_model, save_model
 from models.frozen_text import FrozenCaption, FrozenText, FrozenTower
 from models.image_configs import DecoderConfig
@@ -25,6 +24,7 @@ from models.interchange import export_decoder, export_prior, import_decoder, imp
 from models.interchange.prior import prior_inputs
 from models.losses import Losses
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig, TextTower
+from models.random_streams import RandomStreams
 from models.tokens import tokenize
 from tests.models.karlo import lively
 
@@ -83,10 +83,10 @@ def make_batch(captions: list[str]) -> dict[str, Tensor]:
 
 
 def loss(kind: str, model: Any, batch: dict[str, Tensor]) -> Losses:
-    draw = Draw([(0, len(batch["tokens"]))])
+    rng = RandomStreams([(0, len(batch["tokens"]))])
     if kind == "ar_prior":
-        return ar_prior_loss(model, batch, draw, codec())
-    return {"decoder": decoder_loss, "diffusion_prior": diffusion_prior_loss}[kind](model, batch, draw)
+        return ar_prior_loss(model, batch, rng, codec())
+    return {"decoder": decoder_loss, "diffusion_prior": diffusion_prior_loss}[kind](model, batch, rng)
 
 
 def states_of(clip: open_clip.CLIP, tokens: Tensor) -> Tensor:

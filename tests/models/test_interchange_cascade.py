@@ -15,10 +15,10 @@ from models.decoder import decoder_denoise
 from models.diffusion.samplers import ancestral
 from models.diffusion.schedules import make_schedule, trailing_grid
 from models.diffusion_prior import diffusion_prior_denoise, diffusion_prior_gamma, diffusion_prior_loss
-from models.draw import Draw, derive_seed
 from models.interchange import import_decoder, import_prior, import_unclip
 from models.pixels import to_uint8
 from models.prior_configs import ClipConfig
+from models.random_streams import RandomStreams, derive_seed
 from models.sampling_config import SamplingConfig
 from models.tokens import tokenize
 from tests.models.karlo import DIM, assert_same
@@ -54,16 +54,16 @@ def test_the_prior_in_the_cascade_is_karlos(unclip: UnCLIP, karlo_folder: Path) 
     tokens = tokenize(CAPTIONS)
     text, sampling = unclip.clip.encode_text(tokens), dataclasses.replace(unclip.sampling, prior_steps=4)
     embedding = unclip.draw_embedding(tokens, text, SEEDS, sampling)
-    prior, draw = import_prior(karlo_folder), Draw([(derive_seed(seed, "prior", 0), 1) for seed in SEEDS])
+    prior, rng = import_prior(karlo_folder), RandomStreams([(derive_seed(seed, "prior", 0), 1) for seed in SEEDS])
     kept, unused = torch.ones(2, dtype=torch.bool), torch.full((2, DIM), torch.nan)
     denoise = diffusion_prior_denoise(prior, tokens, unused, guidance=3.0)
-    noise = draw.normal("x_T", DIM)
+    noise = rng.normal("x_T", DIM)
     first = denoise(noise, torch.tensor([999, 999])).x0
     with torch.no_grad():
         t = torch.tensor([999, 999])
         shown, hidden = (prior(noise, t, tokens, unused, keep) for keep in (kept, ~kept))
     torch.testing.assert_close(first, 4 * shown - 3 * hidden, rtol=0, atol=1e-5)
-    samples = ancestral(denoise, noise, trailing_grid(1000, 4), SCHEDULE, draw, "small")
+    samples = ancestral(denoise, noise, trailing_grid(1000, 4), SCHEDULE, rng, "small")
     with torch.no_grad():
         theirs = PriorTransformer.from_pretrained(karlo_folder / "prior").post_process_latents(samples)
     torch.testing.assert_close(embedding, F.normalize(theirs, dim=-1), rtol=0, atol=1e-6)
@@ -71,9 +71,9 @@ def test_the_prior_in_the_cascade_is_karlos(unclip: UnCLIP, karlo_folder: Path) 
 
 def test_the_decoder_in_the_cascade_is_karlos(unclip: UnCLIP, karlo_folder: Path) -> None:
     pictures = unclip.generate(CAPTIONS, SEEDS, prior_steps=2, decoder_steps=3, upsampler_256_steps=2)
-    draw = Draw([(derive_seed(seed, "decoder"), 1) for seed in SEEDS])
+    rng = RandomStreams([(derive_seed(seed, "decoder"), 1) for seed in SEEDS])
     denoise = decoder_denoise(import_decoder(karlo_folder), pictures.embedding, tokenize(CAPTIONS), guidance=7.0)
-    low = ancestral(denoise, draw.normal("x_T", 3, 16, 16), trailing_grid(1000, 3), SCHEDULE, draw, "learned")
+    low = ancestral(denoise, rng.normal("x_T", 3, 16, 16), trailing_grid(1000, 3), SCHEDULE, rng, "learned")
     assert torch.equal(pictures.images[16], to_uint8(low).permute(0, 2, 3, 1))
     assert list(pictures.images) == [16, 64]
     assert pictures.image.float().std() > 10
@@ -108,11 +108,11 @@ def test_a_clip_prior_is_sampled_only(unclip: UnCLIP) -> None:
     unit = F.normalize(normal(2, DIM), dim=-1)
     batch = {"tokens": tokenize(CAPTIONS), "text_embedding": unit, "image_embedding": unit}
     for use in (
-        lambda draw: diffusion_prior_loss(prior, batch, draw),
-        lambda draw: diffusion_prior_gamma(prior, [(batch, draw)]),
+        lambda rng: diffusion_prior_loss(prior, batch, rng),
+        lambda rng: diffusion_prior_gamma(prior, [(batch, rng)]),
     ):
         with pytest.raises(ValueError, match="can be sampled, but neither trained nor measured"):
-            use(Draw([(0, 2)]))
+            use(RandomStreams([(0, 2)]))
     sampling = dataclasses.replace(unclip.sampling, prior_steps=3)
     plain, analytic = (
         unclip.draw_embedding(batch["tokens"], unit, SEEDS, dataclasses.replace(sampling, prior_sampler=sampler))

@@ -15,7 +15,6 @@ from models.decoder import Decoder
 from models.diffusion.samplers import ancestral
 from models.diffusion.schedules import make_schedule, strided_grid
 from models.diffusion_prior import DiffusionPrior, diffusion_prior_denoise
-from models.draw import Draw
 from models.interchange import (
     export_decoder,
     export_prior,
@@ -24,6 +23,7 @@ from models.interchange import (
     prior_inputs,
 )
 from models.prior_configs import DiffusionPriorConfig
+from models.random_streams import RandomStreams
 from tests.models import karlo
 from tests.models.karlo import (
     CLIP_PRIOR,
@@ -101,10 +101,10 @@ def test_four_steps_of_its_guided_sampling_are_karlos(
     assert x.abs().max() < 1000
 
     prior = import_prior(folder)
-    noises, draw = torch.Generator().manual_seed(4), Draw([(0, 3)])
-    draw.normal = lambda purpose, *shape: torch.randn(3, *shape, generator=noises)
+    noises, rng = torch.Generator().manual_seed(4), RandomStreams([(0, 3)])
+    rng.normal = lambda purpose, *shape: torch.randn(3, *shape, generator=noises)
     denoise = diffusion_prior_denoise(prior, captions(), torch.zeros(3, DIM), guidance=3.0)
-    samples = ancestral(denoise, normal(3, DIM), strided_grid(1000, 4), make_schedule("cosine", 1000), draw, "small")
+    samples = ancestral(denoise, normal(3, DIM), strided_grid(1000, 4), make_schedule("cosine", 1000), rng, "small")
     torch.testing.assert_close(samples, x, atol=1e-4, rtol=0)
     with torch.no_grad():
         expected = F.normalize(theirs.post_process_latents(x), dim=-1)

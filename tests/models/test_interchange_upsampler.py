@@ -13,9 +13,9 @@ from torch import Tensor
 
 from models.diffusion.samplers import ancestral
 from models.diffusion.schedules import make_schedule, strided_grid
-from models.draw import Draw
 from models.image_configs import UpsamplerConfig
 from models.interchange import export_upsampler, import_upsampler
+from models.random_streams import RandomStreams
 from models.upsampler import Upsampler, upsampler_denoise
 from tests.models import karlo
 from tests.models.karlo import UPSAMPLER as CONFIG
@@ -73,10 +73,10 @@ def test_sampling_ends_with_karlos_second_network(folder: Path, theirs: dict[str
         x = scheduler.step(output, t, x, prev_timestep=following, generator=noises).prev_sample
 
     noises = torch.Generator().manual_seed(4)
-    draw = Draw([(0, 3)])
-    draw.normal = lambda purpose, *shape: torch.randn(3, *shape, generator=noises)
+    rng = RandomStreams([(0, 3)])
+    rng.normal = lambda purpose, *shape: torch.randn(3, *shape, generator=noises)
     denoise = upsampler_denoise(import_upsampler(folder), low(4))
-    ours = ancestral(denoise, normal(3, 3, 16, 16), strided_grid(1000, 4), make_schedule("cosine", 1000), draw, "small")
+    ours = ancestral(denoise, normal(3, 3, 16, 16), strided_grid(1000, 4), make_schedule("cosine", 1000), rng, "small")
     torch.testing.assert_close(ours, x, atol=1e-4, rtol=0)
 
 

@@ -157,7 +157,7 @@ def test_where_a_prior_has_a_regression_a_text_difference_is_that_of_its_image_e
 ) -> None:
     one = unclip.invert(IMAGES[:1])
     line = torch.randn(2, one.embedding.shape[1], generator=torch.Generator().manual_seed(3))
-    monkeypatch.setattr(unclip.diffusion_prior, "at_line", lambda tokens, text, keep: line)
+    monkeypatch.setattr(unclip.diffusion_prior, "regress", lambda tokens, text, keep: line)
     strip = unclip.text_difference(one, "a cat", "a dog", [0.5], size=64)
     towards = torch.nn.functional.normalize(line[1:] - line[:1], dim=1)
     torch.testing.assert_close(strip.embedding, slerp(one.embedding, towards, torch.tensor([0.5])))

@@ -19,10 +19,10 @@ from models.decoder import Decoder, decoder_denoise, decoder_loss
 from models.diffusion.samplers import ddim
 from models.diffusion.schedules import make_schedule, strided_grid
 from models.diffusion_prior import DiffusionPrior, diffusion_prior_denoise, diffusion_prior_loss
-from models.draw import Draw
 from models.losses import Losses
 from models.pixels import from_uint8, resize
 from models.prior_configs import TextTower
+from models.random_streams import RandomStreams
 from models.tokens import tokenize
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise, upsampler_loss
 from pipeline.config import preset_config
@@ -52,7 +52,7 @@ def pairs(side: int = 64) -> dict[str, Tensor]:
 
 
 def overfit(
-    model: nn.Module, loss: Callable[[dict[str, Tensor], Draw], Losses], batch: dict[str, Tensor], steps: int,
+    model: nn.Module, loss: Callable[[dict[str, Tensor], RandomStreams], Losses], batch: dict[str, Tensor], steps: int,
     rate: float, repeats: int = 1,
 ) -> None:  # fmt: skip
     """Adam with a rate that falls to nothing, on ``repeats`` copies of the batch a step, each with noise of its own."""
@@ -61,7 +61,7 @@ def overfit(
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1, step / 20) * (1 + math.cos(math.pi * step / steps)) / 2
-        total = loss(many, Draw([(step, ROWS * repeats)])).total.mean()
+        total = loss(many, RandomStreams([(step, ROWS * repeats)])).total.mean()
         optimiser.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -83,7 +83,7 @@ def test_the_ar_prior_reproduces_eight_embeddings() -> None:
     model = ARPrior(exact, DIM, codec.codes, TOWER)
     overfit(model, lambda rows, draw: ar_prior_loss(model, rows, draw, codec), batch, 600, 3e-3)
     dots = codec.encode_dot((batch["image_embedding"] * batch["text_embedding"]).sum(-1))
-    codes = sample_codes(model, batch["tokens"], batch["text_embedding"], dots, Draw([(1, ROWS)]))
+    codes = sample_codes(model, batch["tokens"], batch["text_embedding"], dots, RandomStreams([(1, ROWS)]))
     assert torch.equal(codes, codec.encode(batch["image_embedding"]))
 
 
@@ -93,7 +93,7 @@ def test_the_diffusion_prior_reproduces_eight_embeddings() -> None:
     model = DiffusionPrior(preset_config("nano").diffusion_prior.model, DIM, TOWER)
     overfit(model, lambda rows, draw: diffusion_prior_loss(model, rows, draw), batch, 600, 2e-3, repeats=8)
     denoise = diffusion_prior_denoise(model, batch["tokens"], batch["text_embedding"])
-    noise, schedule = Draw([(1, ROWS)]).normal("x_T", DIM), make_schedule("cosine", 1000)
+    noise, schedule = RandomStreams([(1, ROWS)]).normal("x_T", DIM), make_schedule("cosine", 1000)
     samples = model.image_embedding(ddim(denoise, noise, strided_grid(1000, 50), schedule))
     assert (samples * batch["image_embedding"]).sum(-1).min() > 0.99
 
@@ -104,7 +104,7 @@ def test_the_decoder_reproduces_eight_images() -> None:
     model = Decoder(preset_config("nano").decoder.model, DIM, TOWER)
     overfit(model, lambda rows, draw: decoder_loss(model, rows, draw), batch, 1500, 3e-3, repeats=2)
     denoise = decoder_denoise(model, batch["image_embedding"], batch["tokens"], guidance=0.0)
-    noise, schedule = Draw([(1, ROWS)]).normal("x_T", 3, 64, 64), make_schedule("cosine", 1000)
+    noise, schedule = RandomStreams([(1, ROWS)]).normal("x_T", 3, 64, 64), make_schedule("cosine", 1000)
     found = psnr(ddim(denoise, noise, strided_grid(1000, 50), schedule), batch["image"])
     assert found.min() > 25
 
@@ -121,7 +121,7 @@ def test_an_upsampler_reproduces_eight_images(name: str, smaller: dict[str, Any]
     image = images(config.image_size)[0]
     model = Upsampler(config)
     overfit(model, lambda rows, draw: upsampler_loss(model, rows, draw), {"image": image}, 1000, 3e-3, repeats)
-    small = Draw([(1, ROWS)])
+    small = RandomStreams([(1, ROWS)])
     low = sampling_low(config, resize(from_uint8(image), (config.low_size, config.low_size)), small)
     noise = small.normal("x_T", 3, config.image_size, config.image_size)
     grid, schedule = strided_grid(1000, 15), make_schedule(config.schedule, 1000)

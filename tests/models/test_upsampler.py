@@ -9,9 +9,9 @@ from models.degradation.blur import corruption_blur
 from models.diffusion.process import error_weight
 from models.diffusion.samplers import ddim
 from models.diffusion.schedules import make_schedule, strided_grid
-from models.draw import Draw
 from models.image_configs import UpsamplerConfig
 from models.pixels import from_uint8, resize, to_uint8
+from models.random_streams import RandomStreams
 from models.upsampler import Upsampler, corrupted_low, random_crop, sampling_low, upsampler_denoise, upsampler_loss
 
 CONFIG = UpsamplerConfig(
@@ -31,7 +31,7 @@ def stripes(rows: int, side: int = 64) -> Tensor:
 
 def test_crops_are_aligned_pieces_of_their_own_row() -> None:
     image = torch.arange(6 * 3 * 64 * 64).view(6, 3, 64, 64)
-    crops = random_crop(image, 16, 4, Draw([(3, 6)]))
+    crops = random_crop(image, 16, 4, RandomStreams([(3, 6)]))
     corners = set()
     for row in range(6):
         offset = int(crops[row, 0, 0, 0]) - row * 3 * 64 * 64
@@ -43,7 +43,9 @@ def test_crops_are_aligned_pieces_of_their_own_row() -> None:
 
 
 def test_every_aligned_crop_is_drawn() -> None:
-    places = random_crop(torch.arange(64).view(1, 1, 8, 8).expand(300, 1, 8, 8), 4, 2, Draw([(0, 300)]))[:, 0, 0, 0]
+    places = random_crop(torch.arange(64).view(1, 1, 8, 8).expand(300, 1, 8, 8), 4, 2, RandomStreams([(0, 300)]))[
+        :, 0, 0, 0
+    ]
     assert set(places.tolist()) == {top * 8 + left for top in (0, 2, 4) for left in (0, 2, 4)}
 
 
@@ -51,7 +53,7 @@ def test_every_aligned_crop_is_drawn() -> None:
 def test_the_condition_is_small_and_damaged(corruption: str) -> None:
     config = dataclasses.replace(CONFIG, corruption=corruption)
     crop = from_uint8(stripes(5))
-    low = corrupted_low(config, crop, Draw([(0, 5)]))
+    low = corrupted_low(config, crop, RandomStreams([(0, 5)]))
     clean = resize(crop, (16, 16))
     assert low.shape == clean.shape
     assert low.abs().max() <= 1
@@ -65,19 +67,19 @@ def test_corruption_is_fp32_under_autocast(corruption: str) -> None:
     config, crop = dataclasses.replace(CONFIG, corruption=corruption), from_uint8(stripes(3))
     low = resize(crop, (16, 16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        pair = corrupted_low(config, crop, Draw([(0, 3)])), sampling_low(config, low, Draw([(0, 3)]))
-    assert torch.equal(pair[0], corrupted_low(config, crop, Draw([(0, 3)])))
-    assert torch.equal(pair[1], sampling_low(config, low, Draw([(0, 3)])))
+        pair = corrupted_low(config, crop, RandomStreams([(0, 3)])), sampling_low(config, low, RandomStreams([(0, 3)]))
+    assert torch.equal(pair[0], corrupted_low(config, crop, RandomStreams([(0, 3)])))
+    assert torch.equal(pair[1], sampling_low(config, low, RandomStreams([(0, 3)])))
 
 
 def test_sampling_corrupts_the_condition_mildly_or_not_at_all() -> None:
     low = resize(from_uint8(stripes(4, 16)), (64, 64))
-    draw = Draw([(0, 4)])
-    torch.testing.assert_close(sampling_low(CONFIG, low, draw), corruption_blur(low))
+    rng = RandomStreams([(0, 4)])
+    torch.testing.assert_close(sampling_low(CONFIG, low, rng), corruption_blur(low))
     for corruption in ("bsr", "bsr_light"):
         config = dataclasses.replace(CONFIG, corruption=corruption)
-        assert 0 < (sampling_low(config, low, draw) - low).abs().mean() < 0.03
-        assert sampling_low(dataclasses.replace(config, corrupt_at_inference=False), low, draw) is low
+        assert 0 < (sampling_low(config, low, rng) - low).abs().mean() < 0.03
+        assert sampling_low(dataclasses.replace(config, corrupt_at_inference=False), low, rng) is low
 
 
 def test_an_upsampler_that_predicts_the_image_begins_with_the_enlarged_one() -> None:
@@ -96,12 +98,12 @@ def test_an_upsampler_that_predicts_the_image_begins_with_the_enlarged_one() -> 
 
 def test_max_snr_weighs_the_squared_error() -> None:
     torch.manual_seed(0)
-    model, batch, draw = Upsampler(CONFIG).eval(), {"image": stripes(8)}, Draw([(0, 8)])
+    model, batch, rng = Upsampler(CONFIG).eval(), {"image": stripes(8)}, RandomStreams([(0, 8)])
     with torch.no_grad():
-        plain = upsampler_loss(model, batch, draw).total
+        plain = upsampler_loss(model, batch, rng).total
         model.config = dataclasses.replace(CONFIG, max_snr=5.0)
-        bounded = upsampler_loss(model, batch, draw).total
-    weight = error_weight("v", make_schedule("cosine", 1000).at(draw.integers("t", 1000)), 5.0).float()
+        bounded = upsampler_loss(model, batch, rng).total
+    weight = error_weight("v", make_schedule("cosine", 1000).at(rng.integers("t", 1000)), 5.0).float()
     assert (weight < 1).any()
     torch.testing.assert_close(bounded, weight * plain)
 
@@ -127,9 +129,9 @@ def test_a_correction_of_pixels_starts_as_nothing_and_learns() -> None:
     torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
     plain = Upsampler(dataclasses.replace(config, pixel_channels=0))
     plain.unet.load_state_dict(model.unet.state_dict())
-    draw = Draw([(0, 2)])
-    loss = upsampler_loss(model, batch, draw).total
-    assert torch.equal(loss, upsampler_loss(plain, batch, draw).total)
+    rng = RandomStreams([(0, 2)])
+    loss = upsampler_loss(model, batch, rng).total
+    assert torch.equal(loss, upsampler_loss(plain, batch, rng).total)
     loss.sum().backward()
     assert model.pixels is not None
     assert model.pixels.conv_out.weight.grad.any()
@@ -140,8 +142,8 @@ def test_a_row_s_loss_does_not_depend_on_the_other_rows() -> None:
     model, image = Upsampler(CONFIG).eval(), stripes(3)
     torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
     with torch.no_grad():
-        together = upsampler_loss(model, {"image": image}, Draw([(5, 1), (6, 1), (7, 1)])).total
-        alone = upsampler_loss(model, {"image": image[[1]]}, Draw([(6, 1)])).total
+        together = upsampler_loss(model, {"image": image}, RandomStreams([(5, 1), (6, 1), (7, 1)])).total
+        alone = upsampler_loss(model, {"image": image[[1]]}, RandomStreams([(6, 1)])).total
     torch.testing.assert_close(alone, together[[1]], atol=1e-5, rtol=1e-4)
 
 

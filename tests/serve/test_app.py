@@ -22,9 +22,9 @@ from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.release.pointer import Move, move_release, read_releases
 from pipeline.release.signing import files_of, public_line, read_private_key, signed
 from serve import bundle, model_runner, processes
+from serve.address import listen, url_host
 from serve.app import GatewayDeployment
-from serve.listening import listen, named
-from serve.processes import sized
+from serve.processes import fit_replicas
 from serve.replica import Replica
 from serve.settings import ServeSettings
 from serve.work import Row, Work
@@ -139,7 +139,7 @@ def test_a_new_release_that_is_not_signed_leaves_the_old_one_and_is_said(tmp_pat
 
     promote(first, True)
     second = publish_artifact(store, replace(first, key="c" * 64), 0.0)
-    served = bundle.Served("p", store=store.url, project="p", keys=(public_line(key),))
+    served = bundle.ServedBundle("p", store=store.url, project="p", keys=(public_line(key),))
     replica = Replica(served, ServeSettings(cpus=1, follow_s=0.02))
     until(lambda: (serves(replica), replica.warning) == (first.key, ""))
     promote(second, False)
@@ -166,20 +166,20 @@ def test_a_new_release_that_is_not_signed_leaves_the_old_one_and_is_said(tmp_pat
     ],
 )
 def test_processes_have_room_beside_each_other(cores: list[int], asked: Any, processes: int, share: int) -> None:
-    found = sized(ServeSettings(**asked), cores, gpus=None)
+    found = fit_replicas(ServeSettings(**asked), cores, gpus=None)
     assert (found.replicas, found.cpus) == (processes, share)
 
 
 @pytest.mark.parametrize(("gpus", "processes"), [(0, 1), (1, 1), (4, 4)])
 def test_there_is_one_process_a_gpu_and_one_where_a_cluster_has_to_add_it(gpus: int, processes: int) -> None:
-    assert sized(ServeSettings(device="cuda"), [8, 8], gpus).replicas == processes
+    assert fit_replicas(ServeSettings(device="cuda"), [8, 8], gpus).replicas == processes
 
 
 @pytest.mark.parametrize(
     ("host", "told"), [("0.0.0.0", "127.0.0.1"), ("::1", "[::1]"), ("::", "[::1]"), ("gpu-7", "gpu-7")]
 )
 def test_an_address_is_told_as_a_url_has_it(host: str, told: str) -> None:
-    assert named(host) == told
+    assert url_host(host) == told
 
 
 async def test_a_gateway_behind_rays_proxy_refuses_what_comes_after_its_end(
@@ -187,8 +187,8 @@ async def test_a_gateway_behind_rays_proxy_refuses_what_comes_after_its_end(
 ) -> None:
     """Where it would start a replica again."""
     publish_bundle(tmp_path)
-    monkeypatch.setattr(processes, "size_up", lambda settings: (replace(settings, replicas=1), None))
-    served = bundle.Served("b", key="b", folder=str(tmp_path / "bundle"))
+    monkeypatch.setattr(processes, "fit_to_cluster", lambda settings: (replace(settings, replicas=1), None))
+    served = bundle.ServedBundle("b", key="b", folder=str(tmp_path / "bundle"))
     api = GatewayDeployment(served, ServeSettings(), {}).__serve_build_asgi_app__()
     asked = {"prompt": "a tree", "size": "64x64", "steps": 2}
 
@@ -202,7 +202,7 @@ async def test_a_gateway_behind_rays_proxy_refuses_what_comes_after_its_end(
 @pytest.mark.usefixtures("threads")
 def test_a_process_draws_on_its_own_cores(tmp_path: Path) -> None:
     publish_bundle(tmp_path)
-    Replica(bundle.Served("b", key="b", folder=str(tmp_path / "bundle")), ServeSettings(cpus=1))
+    Replica(bundle.ServedBundle("b", key="b", folder=str(tmp_path / "bundle")), ServeSettings(cpus=1))
     assert torch.get_num_threads() == 1
 
 
@@ -232,7 +232,7 @@ async def test_the_next_batch_is_drawn_while_images_are_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish_bundle(tmp_path)
-    replica = Replica(bundle.Served("b", key="b", folder=str(tmp_path / "bundle")), ServeSettings())
+    replica = Replica(bundle.ServedBundle("b", key="b", folder=str(tmp_path / "bundle")), ServeSettings())
     encode, gate = model_runner.png_with_text, threading.Event()
 
     def slowly(*words: Any) -> bytes:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 import serve.gateway
-from serve.bundle import Served
+from serve.bundle import ServedBundle
 from serve.errors import ApiError
 from serve.gateway import Gateway
-from serve.queue import Died
-from serve.results import Result, Results
+from serve.queue import ReplicaDied
+from serve.results import Result, ResultCache
 from serve.settings import ServeSettings
 from serve.work import Work
 from tests.serve.test_queue import B, Replica, make_queue, work
@@ -23,7 +23,12 @@ async def ask() -> dict[str, Any]:
 
 def make_gateway(replica: Replica) -> Gateway:
     return Gateway(
-        Served("tiny", key="b"), ServeSettings(), make_queue(replica), Results(1 << 20), ask, lambda *_, **__: None
+        ServedBundle("tiny", key="b"),
+        ServeSettings(),
+        make_queue(replica),
+        ResultCache(1 << 20),
+        ask,
+        lambda *_, **__: None,
     )
 
 
@@ -92,7 +97,7 @@ def test_an_image_is_named_by_its_whole_recipe_with_a_key_that_nobody_has() -> N
 
 
 def test_images_that_were_asked_for_last_are_kept_up_to_a_number_of_bytes() -> None:
-    kept = Results(10)
+    kept = ResultCache(10)
     for name in "abc":
         kept.keep(name, Result(b"6bytes", 0, None))
     assert list(kept.kept) == ["c"]
@@ -111,7 +116,7 @@ async def test_a_drawing_that_breaks_is_an_error_of_the_servers() -> None:
 
 async def test_a_server_whose_process_is_gone_says_to_come_back_until_it_has_heard_of_its_bundle() -> None:
     async def gone() -> dict[str, Any]:
-        raise Died("killed")
+        raise ReplicaDied("killed")
 
     one = make_gateway(Replica())
     one.ask = gone

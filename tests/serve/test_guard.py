@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.parse import parse
 from serve import guard
 from serve.api import make_api
-from serve.bundle import Served
+from serve.bundle import ServedBundle
 from serve.guard import Guard, Traffic, read_tokens
 from serve.settings import ServeSettings
 
@@ -238,7 +238,7 @@ def test_only_hashes_of_tokens_travel_to_a_cluster(
     values = json.loads(written)
     assert values["tokens"] == read_tokens(settings)
     assert parse(ServeSettings, values["settings"], "serve").host == "0.0.0.0"
-    assert Served(**values["served"]).folder == str(tmp_path / "tiny")
+    assert ServedBundle(**values["served"]).folder == str(tmp_path / "tiny")
     assert package.files.keys() >= {"serve/__main__.py", "serve/studio/index.html", "pipeline/errors.py"}
     assert package.notes == (
         f"{Path('head.safetensors').absolute()} does not travel: every machine of the cluster must have it there",

@@ -13,7 +13,7 @@ from models.cascade import UnCLIP
 from pipeline.errors import UserError
 from pipeline.sampling.drawing import png_with_text
 from serve.bundle import read_head
-from serve.model_runner import ModelRunner, Stopped
+from serve.model_runner import DrawingCancelled, ModelRunner
 from serve.work import Row, Work
 from tests.models.test_cascade import DIM, make
 
@@ -88,6 +88,6 @@ def test_edits_are_drawn_as_many_at_once_as_the_batch_says(kind: str, monkeypatc
 
 def test_a_drawing_that_nobody_waits_for_stops_at_the_next_step() -> None:
     events: list[tuple[Any, ...]] = []
-    with pytest.raises(Stopped):
+    with pytest.raises(DrawingCancelled):
         ModelRunner("k", make(), 2).draw(WORK, events.append, lambda: len(events) > 3)
     assert not [event for event in events if event[0] == "image"]

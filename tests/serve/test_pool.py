@@ -9,7 +9,7 @@ import pytest
 from serve import pool
 from serve.errors import ApiError
 from serve.pool import ReplicaPool
-from serve.queue import Died, Event
+from serve.queue import Event, ReplicaDied
 from serve.settings import ServeSettings
 from serve.work import Row, Work
 
@@ -78,7 +78,7 @@ async def test_a_replica_that_makes_no_step_is_replaced_and_its_batch_can_be_dra
     made: list[Fake] = []
     drawn = await opened(made, replicas=1, watchdog_s=0.1)
     made[0].hangs = True
-    with pytest.raises(Died):
+    with pytest.raises(ReplicaDied):
         await draw(drawn)
     while len(made) < 2 or not drawn.members:
         await asyncio.sleep(0.01)
@@ -103,7 +103,7 @@ async def test_nobody_waits_for_a_replica_that_is_lost_and_not_yet_replaced() ->
     made[0].hangs = made[0].silent = True
     tasks = [asyncio.create_task(draw(drawn)) for _ in range(3)]
     ends = await asyncio.gather(*tasks, return_exceptions=True)
-    assert isinstance(ends[0], Died)
+    assert isinstance(ends[0], ReplicaDied)
     for end in ends[1:]:
         assert isinstance(end, ApiError)
         assert (end.status, "Retry-After" in end.headers) == (503, True)
@@ -170,7 +170,7 @@ async def test_a_replica_that_hangs_has_ended_before_another_one_is_started() ->
     made: list[Fake] = []
     drawn = await opened(made, make=Stubborn, replicas=1, watchdog_s=0.05)
     made[0].hangs = True
-    with pytest.raises(Died):
+    with pytest.raises(ReplicaDied):
         await draw(drawn)
     await asyncio.sleep(0.2)  # ten pings
     assert (len(made), drawn.ready()) == (1, False)
@@ -184,12 +184,12 @@ async def test_a_replica_that_hangs_has_ended_before_another_one_is_started() ->
 async def test_a_process_that_is_gone_is_not_killed_for_its_number_may_be_anothers() -> None:
     class Gone(Fake):
         async def draw(self, work: Work) -> AsyncGenerator[Event]:
-            raise Died("gone")
+            raise ReplicaDied("gone")
             yield
 
     made: list[Fake] = []
     drawn = await opened(made, make=lambda: Fake() if made else Gone(), replicas=1)
-    with pytest.raises(Died):
+    with pytest.raises(ReplicaDied):
         await draw(drawn)
     while len(made) < 2:
         await asyncio.sleep(0.01)

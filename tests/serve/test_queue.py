@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from serve.errors import ApiError
-from serve.queue import ATTEMPTS, Died, Event, Refused, RequestQueue
+from serve.queue import ATTEMPTS, Event, ReplicaDied, RequestQueue, RequestRefused
 from serve.work import Row, Work
 
 A, B = {"decoder_steps": 2}, {"decoder_steps": 3}
@@ -34,7 +34,7 @@ class Replica:
             for i, row in enumerate(work.rows):
                 if i == 1 and self.deaths:
                     self.deaths -= 1
-                    raise Died("killed")
+                    raise ReplicaDied("killed")
                 yield ("step", "decoder", i, 9)
                 yield ("image", i, f"{row.caption}{row.seed}".encode(), 0.5)
         finally:
@@ -104,11 +104,11 @@ async def test_a_batch_whose_process_dies_is_drawn_again_and_each_image_comes_on
     assert len(replica.works) == 3
     replica = Replica(deaths=ATTEMPTS)
     replica.go.set()
-    with pytest.raises(Died):
+    with pytest.raises(ReplicaDied):
         await images(make_queue(replica), work("a", "b"))
-    replica = Replica(error=Refused("too many steps"))
+    replica = Replica(error=RequestRefused("too many steps"))
     replica.go.set()
-    with pytest.raises(Refused, match="too many steps"):
+    with pytest.raises(RequestRefused, match="too many steps"):
         await images(make_queue(replica), work("a"))
 
 

@@ -15,10 +15,10 @@ from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.ledger import Ledger
 from pipeline.store.records import digest, put_blob
 from serve.api import make_api
-from serve.bundle import Served
+from serve.bundle import ServedBundle
 from serve.gateway import Gateway
-from serve.queue import Event, Refused, RequestQueue
-from serve.results import Results
+from serve.queue import Event, RequestQueue, RequestRefused
+from serve.results import ResultCache
 from serve.settings import ServeSettings
 from serve.work import Work
 from tests.models.test_cascade import make
@@ -68,15 +68,17 @@ def api_of(bench: Bench, settings: ServeSettings, store: str, tokens: Mapping[st
         return {"bundle": bench.made["bundle"].key, "sides": [64, 256], **about}
 
     async def draw(work: Work) -> AsyncGenerator[Event]:
-        raise Refused(" ".join(["nothing is drawn here,", work.kind, "least of all", *map(str, work.more.values())]))
+        raise RequestRefused(
+            " ".join(["nothing is drawn here,", work.kind, "least of all", *map(str, work.more.values())])
+        )
         yield
 
     def observe(name: str, value: float = 1, **labels: str) -> None:
         pass
 
-    served = Served("bench", store=store, key=bench.made["bundle"].key)
+    served = ServedBundle("bench", store=store, key=bench.made["bundle"].key)
     queue = RequestQueue(draw, 1, 1, 1, 0.0, 60.0, observe)
-    return make_api(Gateway(served, settings, queue, Results(0), ask, observe), tokens, bytes)
+    return make_api(Gateway(served, settings, queue, ResultCache(0), ask, observe), tokens, bytes)
 
 
 @contextmanager

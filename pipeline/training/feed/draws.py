@@ -9,32 +9,32 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from models.draw import Draw, Part
+from models.random_streams import RandomStreams, StreamsSlice
 
-DrawCall = tuple[str, tuple[int | str, ...]]
-"""A method of Draw and its arguments."""
-Numbers = Mapping[DrawCall, Tensor]
-
-
-def make_numbers(streams: Sequence[tuple[int, int]], asked: Iterable[DrawCall]) -> dict[DrawCall, Tensor]:
-    """Returns what these calls of a Draw of these streams return, on the CPU."""
-    draw = Draw(streams)
-    return {call: getattr(draw, call[0])(*call[1]) for call in asked}
+StreamCall = tuple[str, tuple[int | str, ...]]
+"""A method of RandomStreams and its arguments."""
+Numbers = Mapping[StreamCall, Tensor]
 
 
-class ReadyDraw(Draw):
-    """Rows [start, stop) of the draw of a batch, some of whose numbers were made before.
+def make_numbers(streams: Sequence[tuple[int, int]], asked: Iterable[StreamCall]) -> dict[StreamCall, Tensor]:
+    """Returns what these calls of RandomStreams of these streams return, on the CPU."""
+    rng = RandomStreams(streams)
+    return {call: getattr(rng, call[0])(*call[1]) for call in asked}
+
+
+class PrecomputedStreams(RandomStreams):
+    """Rows [start, stop) of the streams of a batch, some of whose numbers were made before.
 
     Others are made when a loss draws them, and the calls are added to ``asked``, so that a feed makes them from then
     on. The numbers are the same either way.
 
     Args:
-        part: Draw of these rows.
+        part: Streams of these rows.
         numbers: Numbers of the whole batch that were made before, on the CPU.
         asked: Calls that had to be made here.
     """
 
-    def __init__(self, part: Part, start: int, stop: int, numbers: Numbers, asked: set[DrawCall]):
+    def __init__(self, part: StreamsSlice, start: int, stop: int, numbers: Numbers, asked: set[StreamCall]):
         super().__init__(part.streams, part.device)
         self.part, self.place, self.numbers, self.asked = part, slice(start, stop), numbers, asked
         self.rows = part.rows

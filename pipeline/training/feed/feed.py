@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.draw import Draw, Part, derive_seed
+from models.random_streams import RandomStreams, StreamsSlice, derive_seed
 from models.tokens import tokenize
 from pipeline.data.pairs.row_index import Place
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
-from pipeline.training.feed.draws import DrawCall, Numbers, ReadyDraw, make_numbers, use_one_thread
+from pipeline.training.feed.draws import Numbers, PrecomputedStreams, StreamCall, make_numbers, use_one_thread
 from pipeline.training.feed.order import Order, cut_by_lane, share_of
 from pipeline.training.feed.tables import JoinedRow, Tables
 from pipeline.training.feed.views import CACHE_MB, View, Views, at_once
@@ -42,10 +42,10 @@ class LocalBatch(NamedTuple):
             those that the task's columns name.
             A task that prepares its batches has columns of its own in place of the images.
         keys: Keys of the rows.
-        streams: Pairs (seed, rows), lane by lane, for a Draw; also of rows of its lanes that other workers have.
-        numbers: Numbers of that draw that were made ahead.
-        asked: Set to which those calls of the draw are added whose numbers were not made ahead, so that a feed makes
-            them for later batches.
+        streams: Pairs (seed, rows), lane by lane, for RandomStreams; also of rows of its lanes that other workers have.
+        numbers: Numbers of these streams that were made ahead.
+        asked: Set to which those calls of the streams are added whose numbers were not made ahead, so that a feed
+            makes them for later batches.
         before: Rows of the first lane that another worker has.
     """
 
@@ -53,14 +53,14 @@ class LocalBatch(NamedTuple):
     keys: list[str]
     streams: list[tuple[int, int]]
     numbers: Numbers = MappingProxyType({})
-    asked: set[DrawCall] | None = None
+    asked: set[StreamCall] | None = None
     before: int = 0
 
-    def draw(self, device: torch.device, start: int, stop: int) -> Draw:
-        """Returns the draw of rows [start, stop)."""
+    def rng(self, device: torch.device, start: int, stop: int) -> RandomStreams:
+        """Returns the random numbers of rows [start, stop)."""
         start, stop = start + self.before, stop + self.before
-        part = Part(Draw(self.streams, device), start, stop)
-        return part if self.asked is None else ReadyDraw(part, start, stop, self.numbers, self.asked)
+        part = StreamsSlice(RandomStreams(self.streams, device), start, stop)
+        return part if self.asked is None else PrecomputedStreams(part, start, stop, self.numbers, self.asked)
 
     def pinned(self) -> LocalBatch:
         """Returns the same in pinned memory, from which a GPU copies while the host goes on."""
@@ -165,7 +165,7 @@ class Feed:
     ):
         self.columns, self.recipe, self.pin = task.columns, recipe, pin
         self.prepare = task.prepare if isinstance(task, Prepares) else None
-        self.asked: set[DrawCall] = set()
+        self.asked: set[StreamCall] = set()
         self.per_lane = recipe.batch // recipe.lanes
         self.lanes = cut_by_lane(share_of(rank, size, recipe.batch), self.per_lane)
         contrastive = isinstance(task, Contrastive)
@@ -254,7 +254,7 @@ class Feed:
 
     def _prepared(self, views: Sequence[View], stream: tuple[int, int], own: range) -> Batch:
         assert self.prepare is not None
-        return self.prepare({"image": _stacked(views)}, Part(Draw([stream]), own.start, own.stop))
+        return self.prepare({"image": _stacked(views)}, StreamsSlice(RandomStreams([stream]), own.start, own.stop))
 
     def _views(
         self, rows: Sequence[JoinedRow], images: dict[Place, bytes], submit: Callable[..., View] = at_once

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from models.draw import derive_seed
+from models.random_streams import derive_seed
 
 
 def permutation(length: int, seed: int) -> np.ndarray:

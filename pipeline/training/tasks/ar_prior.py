@@ -11,11 +11,11 @@ from torch import nn
 
 from models.ar_prior import ARPrior, ar_prior_loss
 from models.codec import Codec
-from models.draw import Draw
 from models.folder import save_model
 from models.frozen_text import FrozenTower
 from models.losses import Losses
 from models.prior_configs import ARPriorConfig
+from models.random_streams import RandomStreams
 from pipeline.errors import UserError
 from pipeline.graph.stages import Context
 from pipeline.store.records import read_blob
@@ -56,11 +56,11 @@ class ARPriorTask:
             model.start_from(self.codec)
         return model
 
-    def loss(self, model: ARPrior, batch: Batch, draw: Draw) -> Losses:
+    def loss(self, model: ARPrior, batch: Batch, rng: RandomStreams) -> Losses:
         device = batch["image_embedding"].device
         if self.codec.mean.device != device:
             self.codec = self.codec.to(device)
-        return ar_prior_loss(model, batch, draw, self.codec)
+        return ar_prior_loss(model, batch, rng, self.codec)
 
     def validate(self, model: ARPrior, examples: Examples) -> dict[str, float]:
         """Returns the "loss", its rise with another row's caption and text embedding, and "nats_below_uniform".

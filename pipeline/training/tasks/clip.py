@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from models.clip import Clip
 from models.clip_loss import Gather, alone, clip_loss
-from models.draw import Draw
 from models.losses import Losses
 from models.prior_configs import ClipConfig
+from models.random_streams import RandomStreams
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.stages import Context
@@ -46,8 +46,8 @@ class ClipTask:
     def model(self, seed: int) -> Clip:
         return Clip.build(self.config, seed)
 
-    def loss(self, model: Clip, batch: Batch, draw: Draw) -> Losses:
-        return clip_loss(model, batch, draw, self.gather, self.config.least_crop, self.at_once)
+    def loss(self, model: Clip, batch: Batch, rng: RandomStreams) -> Losses:
+        return clip_loss(model, batch, rng, self.gather, self.config.least_crop, self.at_once)
 
     def validate(self, model: Clip, examples: Examples) -> dict[str, float]:
         """Returns the contrastive "loss" among all validation rows, and "recall_at_1" of captions given images."""

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from models.decoder import Decoder, decoder_denoise, decoder_loss
 from models.diffusion.samplers import ddim
 from models.diffusion.schedules import make_schedule, trailing_grid
-from models.draw import Draw
 from models.folder import save_model
 from models.frozen_text import FrozenTower
 from models.image_configs import DecoderConfig
 from models.losses import Losses
 from models.pixels import to_uint8
+from models.random_streams import RandomStreams
 from pipeline.graph.stages import Context
 from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
@@ -56,19 +56,19 @@ class DecoderTask:
 
         return seeded(begun, seed, self.tower)
 
-    def loss(self, model: Decoder, batch: Batch, draw: Draw) -> Losses:
-        return decoder_loss(model, batch, draw)
+    def loss(self, model: Decoder, batch: Batch, rng: RandomStreams) -> Losses:
+        return decoder_loss(model, batch, rng)
 
     def validate(self, model: Decoder, examples: Examples) -> dict[str, float]:
         """Returns the "loss", and its rise with another row's embedding and caption."""
         conditions = ("image_embedding", "tokens")
         return conditional_figures(partial(self.loss, model), examples, conditions, self.config.steps)
 
-    def preview(self, model: Decoder, batch: Batch, draw: Draw) -> Tensor:
+    def preview(self, model: Decoder, batch: Batch, rng: RandomStreams) -> Tensor:
         """Returns the images, and below them what their embeddings and captions become, without guidance."""
         config = self.config
         denoise = decoder_denoise(model, batch["image_embedding"], batch["tokens"], guidance=0.0)
-        noise = draw.normal("preview", 3, config.image_size, config.image_size)
+        noise = rng.normal("preview", 3, config.image_size, config.image_size)
         timesteps = trailing_grid(config.steps, min(config.steps, _PREVIEW_STEPS))
         drawn = ddim(denoise, noise, timesteps, make_schedule(config.schedule, config.steps))
         return grid(batch["image"], to_uint8(drawn))

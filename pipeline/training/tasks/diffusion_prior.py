@@ -15,11 +15,11 @@ from models.diffusion_prior import (
     diffusion_prior_gamma,
     diffusion_prior_loss,
 )
-from models.draw import Draw
 from models.folder import save_model
 from models.frozen_text import FrozenTower
 from models.losses import Losses
 from models.prior_configs import DiffusionPriorConfig
+from models.random_streams import RandomStreams
 from pipeline.graph.stages import Context
 from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
@@ -57,8 +57,8 @@ class DiffusionPriorTask:
         begin_line(model.line, model.caption, self.tower, self.rows)
         return model
 
-    def loss(self, model: DiffusionPrior, batch: Batch, draw: Draw) -> Losses:
-        return diffusion_prior_loss(model, batch, draw)
+    def loss(self, model: DiffusionPrior, batch: Batch, rng: RandomStreams) -> Losses:
+        return diffusion_prior_loss(model, batch, rng)
 
     def validate(self, model: DiffusionPrior, examples: Examples) -> dict[str, float]:
         """Returns the "loss", its rise with another row's conditions, and cosines to the image embedding."""
@@ -72,11 +72,11 @@ class DiffusionPriorTask:
         For a perfect model the latter is the mean of all its samples.
         """
         of_mean, of_text = [], []
-        for batch, draw in examples:
+        for batch, rng in examples:
             image, text = batch["image_embedding"], batch["text_embedding"]
             denoise = diffusion_prior_denoise(model, batch["tokens"], text)
             last = torch.full((len(image),), self.config.steps - 1, device=image.device)
-            mean = denoise(draw.normal("from_noise", self.embed_dim), last).x0
+            mean = denoise(rng.normal("from_noise", self.embed_dim), last).x0
             of_mean.append(F.cosine_similarity(mean.float(), image.float()))
             of_text.append(F.cosine_similarity(text.float(), image.float()))
         return {"cosine_of_mean": float(torch.cat(of_mean).mean()), "cosine_of_text": float(torch.cat(of_text).mean())}

@@ -8,9 +8,9 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from models.draw import Draw
 from models.frozen_text import FrozenTower
 from models.losses import Losses
+from models.random_streams import RandomStreams
 from pipeline.training.task import Batch, Examples
 
 
@@ -24,18 +24,21 @@ def seeded(make: Callable[[], nn.Module], seed: int, tower: FrozenTower | None =
     return model
 
 
-def by_timestep(losses: Tensor, draws: Sequence[Draw], steps: int) -> dict[str, float]:
+def by_timestep(losses: Tensor, streams: Sequence[RandomStreams], steps: int) -> dict[str, float]:
     """Returns the mean of ``losses`` [rows] in each quarter of the timesteps; "loss_quarter_1" has the least noise.
 
-    ``draws`` are those of the losses, batch after batch. A quarter without rows has no mean.
+    ``streams`` are those of the losses, batch after batch. A quarter without rows has no mean.
     """
-    quarters = torch.cat([draw.integers("t", steps) for draw in draws]) * 4 // steps
+    quarters = torch.cat([rng.integers("t", steps) for rng in streams]) * 4 // steps
     found = {int(quarter) for quarter in quarters.unique()}
     return {f"loss_quarter_{i + 1}": float(losses[quarters == i].mean()) for i in sorted(found)}
 
 
 def conditional_figures(
-    loss: Callable[[Batch, Draw], Losses], examples: Examples, conditions: Sequence[str], steps: int | None = None
+    loss: Callable[[Batch, RandomStreams], Losses],
+    examples: Examples,
+    conditions: Sequence[str],
+    steps: int | None = None,
 ) -> dict[str, float]:
     """Returns the mean "loss", also by timestep where a model has ``steps``, and how the conditions lower it.
 
@@ -45,16 +48,16 @@ def conditional_figures(
     """
     true, wrong = [], []
     before = examples[-1][0]
-    for batch, draw in examples:
+    for batch, rng in examples:
         shifted = batch | {name: torch.cat([before[name][-1:], batch[name][:-1]]) for name in conditions}
         before = batch
-        true.append(loss(batch, draw).total)
-        wrong.append(loss(shifted, draw).total)
+        true.append(loss(batch, rng).total)
+        wrong.append(loss(shifted, rng).total)
     rise = torch.cat(wrong) - torch.cat(true)
     error = float(rise.std()) / sqrt(len(rise)) if len(rise) > 1 else 0.0
     figures = {"loss": float(torch.cat(true).mean())}
     if steps is not None:
-        figures |= by_timestep(torch.cat(true), [draw for _, draw in examples], steps)
+        figures |= by_timestep(torch.cat(true), [rng for _, rng in examples], steps)
     return figures | {"condition_gap": float(rise.mean()), "condition_gap_error": error}
 
 

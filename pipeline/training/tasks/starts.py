@@ -12,7 +12,7 @@ import torch
 from sklearn.linear_model import Ridge as SolvedRidge
 from torch import Tensor, nn
 
-from models.frozen_text import CaptionLine, FrozenCaption, FrozenTower
+from models.frozen_text import CaptionRegression, FrozenCaption, FrozenTower
 from models.tokens import tokenize
 from pipeline.graph.stages import Context
 from pipeline.training.feed.tables import Tables
@@ -54,7 +54,9 @@ def starting_rows(ctx: Context, columns: Sequence[str], captions: str = "first")
     return found
 
 
-def begin_line(line: CaptionLine | None, caption: nn.Module, tower: FrozenTower | None, rows: Batch | None) -> None:
+def begin_line(
+    line: CaptionRegression | None, caption: nn.Module, tower: FrozenTower | None, rows: Batch | None
+) -> None:
     """Solves the regression that a prior begins with, if it has one and there are rows to solve it on."""
     if line is not None and tower is not None and rows is not None:
         assert isinstance(caption, FrozenCaption)

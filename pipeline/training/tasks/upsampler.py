@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from models.diffusion.samplers import ddim
 from models.diffusion.schedules import make_schedule, strided_grid
-from models.draw import Draw
 from models.folder import save_model
 from models.image_configs import UpsamplerConfig
 from models.losses import Losses
 from models.pixels import from_uint8, resize, to_uint8
+from models.random_streams import RandomStreams
 from models.upsampler import Upsampler, sampling_low, training_crop, training_low, upsampler_denoise, upsampler_loss
 from pipeline.graph.stages import Context
 from pipeline.training.task import Batch, Examples
@@ -39,25 +39,25 @@ class UpsamplerTask:
     def model(self, seed: int) -> nn.Module:
         return seeded(lambda: Upsampler(self.config), seed)
 
-    def loss(self, model: Upsampler, batch: Batch, draw: Draw) -> Losses:
-        return upsampler_loss(model, batch, draw)
+    def loss(self, model: Upsampler, batch: Batch, rng: RandomStreams) -> Losses:
+        return upsampler_loss(model, batch, rng)
 
-    def prepare(self, batch: Batch, draw: Draw) -> Batch:
+    def prepare(self, batch: Batch, rng: RandomStreams) -> Batch:
         """Returns the "crop" of each image, and the "low" that is damaged: BSR is many small steps, none for a GPU."""
-        crop = {"crop": training_crop(self.config, batch, draw)}
-        return crop | {"low": training_low(self.config, crop, draw)}
+        crop = {"crop": training_crop(self.config, batch, rng)}
+        return crop | {"low": training_low(self.config, crop, rng)}
 
     def validate(self, model: Upsampler, examples: Examples) -> dict[str, float]:
         """Returns the "loss" on a crop of each image, and its rise with another row's small image."""
-        given = [(batch | {"low": training_low(self.config, batch, draw)}, draw) for batch, draw in examples]
+        given = [(batch | {"low": training_low(self.config, batch, rng)}, rng) for batch, rng in examples]
         return conditional_figures(partial(self.loss, model), given, ("low",), self.config.steps)
 
-    def preview(self, model: Upsampler, batch: Batch, draw: Draw) -> Tensor:
+    def preview(self, model: Upsampler, batch: Batch, rng: RandomStreams) -> Tensor:
         """Returns, from above: small images enlarged by bicubic interpolation, upsampled, and the large images."""
         config = self.config
         small = resize(from_uint8(batch["image"]), (config.low_size, config.low_size))
-        denoise = upsampler_denoise(model, sampling_low(config, small, draw))
-        noise = draw.normal("preview", 3, config.image_size, config.image_size)
+        denoise = upsampler_denoise(model, sampling_low(config, small, rng))
+        noise = rng.normal("preview", 3, config.image_size, config.image_size)
         steps = strided_grid(config.steps, min(config.steps, _PREVIEW_STEPS))
         large = ddim(denoise, noise, steps, make_schedule(config.schedule, config.steps))
         enlarged = resize(small, (config.image_size, config.image_size))

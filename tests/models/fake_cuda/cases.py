@@ -18,13 +18,13 @@ from models.ar_prior import sample as sample_codes
 from models.clip import Clip
 from models.clip_loss import clip_loss
 from models.decoder import decoder_denoise, decoder_loss
-from models.diffusion import dpm_solver, samplers
+from models.diffusion import samplers
 from models.diffusion.schedules import Schedule, make_schedule
 from models.diffusion_prior import DiffusionPrior, best_of, diffusion_prior_denoise, diffusion_prior_loss
-from models.draw import Draw, Part
 from models.losses import Losses
 from models.precision import autocast
-from models.reverse import Progress, Reverse
+from models.random_streams import RandomStreams, StreamsSlice
+from models.reverse import Progress, ReverseProcess
 from models.tokens import END
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise, upsampler_loss
 from pipeline.config import preset_config
@@ -59,7 +59,7 @@ from tests.models.fake_cuda.watch import Watch, pretend
 
 
 def training(
-    model: nn.Module, loss: Callable[[Any, dict[str, Tensor], Draw], Losses], columns: dict[str, Tensor]
+    model: nn.Module, loss: Callable[[Any, dict[str, Tensor], RandomStreams], Losses], columns: dict[str, Tensor]
 ) -> Step:
     """A micro-batch: the rows' loss and its gradient, as the training loop computes them."""
     assert isinstance(model, nn.Module)
@@ -67,7 +67,7 @@ def training(
 
     def step() -> None:
         with autocast(CUDA, "bf16"):
-            total = loss(model, columns, Part(Draw(STREAMS, CUDA), 0, ROWS)).total
+            total = loss(model, columns, StreamsSlice(RandomStreams(STREAMS, CUDA), 0, ROWS)).total
         assert (total.device.type, total.dtype, total.shape) == ("cuda", torch.float32, (ROWS,))
         total.sum().backward()
         gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
@@ -106,7 +106,7 @@ LOSSES: dict[str, Callable[[], Step]] = {
         prior("diffusion_prior", DiffusionPrior, text_encoder="frozen"), diffusion_prior_loss, batch(64)
     ),
     "ar_prior": lambda: training(
-        prior("ar_prior", ARPrior, CODES), lambda model, b, draw: ar_prior_loss(model, b, draw, codec()), batch(64)
+        prior("ar_prior", ARPrior, CODES), lambda model, b, rng: ar_prior_loss(model, b, rng, codec()), batch(64)
     ),
     "upsampler_256": lambda: upsampler_training("upsampler_256"),
     "upsampler_256, pixels": lambda: upsampler_training("upsampler_256", pixel_channels=8),
@@ -125,8 +125,8 @@ def steps(grid: Tensor, schedule: Schedule, x: Tensor) -> Iterator[tuple[int, Te
         yield i, rows * t, rows * previous, previous < 0
 
 
-def draw() -> Draw:
-    return Draw(STREAMS, CUDA)
+def rng() -> RandomStreams:
+    return RandomStreams(STREAMS, CUDA)
 
 
 def decoding(sampler: str, guidance: float = 0.0, eta: float = 0.0, **options: Any) -> Sampling:
@@ -134,8 +134,8 @@ def decoding(sampler: str, guidance: float = 0.0, eta: float = 0.0, **options: A
     denoise = decoder_denoise(model, given["image_embedding"], given["tokens"], guidance, **options)
 
     def sample(progress: Progress) -> Tensor:
-        run = Reverse("decoder", sampler, "learned", 3, progress, eta)
-        return run(model, denoise, draw().normal("x_T", 3, 64, 64), draw())
+        run = ReverseProcess("decoder", sampler, "learned", 3, progress, eta)
+        return run(model, denoise, rng().normal("x_T", 3, 64, 64), rng())
 
     return sample
 
@@ -146,8 +146,8 @@ def priming(sampler: str) -> Sampling:
     denoise = diffusion_prior_denoise(model, given["tokens"], given["text_embedding"], 1.0)
 
     def sample(progress: Progress) -> Tensor:
-        run = Reverse("diffusion_prior", sampler, "small", 3, progress)
-        made = model.image_embedding(run(model, denoise, draw().normal("x_T", DIM), draw()))
+        run = ReverseProcess("diffusion_prior", sampler, "small", 3, progress)
+        made = model.image_embedding(run(model, denoise, rng().normal("x_T", DIM), rng()))
         return best_of(torch.stack([made, made]), given["text_embedding"])
 
     return sample
@@ -157,12 +157,12 @@ def upsampling(stage: str, tile: int = 0, **changes: Any) -> Sampling:
     sizes = config("nano", stage, **changes)
     model = build(lambda: Upsampler(sizes)).eval()
     low = zeros(ROWS, 3, sizes.low_size, sizes.low_size)
-    low = sampling_low(sizes, low, draw()) if sizes.corruption == "blur" else low
+    low = sampling_low(sizes, low, rng()) if sizes.corruption == "blur" else low
     denoise = upsampler_denoise(model, low, tile)
 
     def sample(progress: Progress) -> Tensor:
-        noise = draw().normal("x_T", 3, sizes.image_size, sizes.image_size)
-        return Reverse(stage, "ddim", "small", 3, progress)(model, denoise, noise, draw())
+        noise = rng().normal("x_T", 3, sizes.image_size, sizes.image_size)
+        return ReverseProcess(stage, "ddim", "small", 3, progress)(model, denoise, noise, rng())
 
     return sample
 
@@ -177,7 +177,7 @@ def inverting(progress: Progress) -> Tensor:
 
 def coding(progress: Progress) -> Tensor:
     model, given = prior("ar_prior", ARPrior, CODES).eval(), batch(64)
-    arguments = (given["tokens"], given["text_embedding"], codec().sample_upper_dot(draw()), draw())
+    arguments = (given["tokens"], given["text_embedding"], codec().sample_upper_dot(rng()), rng())
     codes = sample_codes(model, *arguments, 1.0, 1.0, lambda done: progress("ar_prior", done, CODES))
     return codec().decode(codes)
 
@@ -379,7 +379,7 @@ def run(names: list[str]) -> dict[str, Any]:
     for steps_of in {config("nano", stage).steps for stage in ("decoder", "diffusion_prior", "upsampler_256")}:
         for schedule in ("cosine", "linear"):
             make_schedule(schedule, steps_of)  # a table of real values, which outlives a case
-    samplers.grid_steps = dpm_solver.grid_steps = steps
+    samplers.grid_steps = steps
     found: dict[str, Any] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for name in names:

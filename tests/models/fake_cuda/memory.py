@@ -30,10 +30,10 @@ from models.clip_loss import clip_loss
 from models.decoder import Decoder, decoder_loss
 from models.diffusion.schedules import make_schedule
 from models.diffusion_prior import DiffusionPrior, diffusion_prior_loss
-from models.draw import Draw
 from models.image_configs import UpsamplerConfig
 from models.precision import autocast
 from models.prior_configs import TextTower
+from models.random_streams import RandomStreams
 from models.upsampler import Upsampler, upsampler_loss
 from pipeline.config import preset_config
 from pipeline.cost.flops import text_tower
@@ -174,7 +174,7 @@ def run(names: list[str]) -> dict[str, float]:
             gc.collect()
             memory.peak = memory.live
             with autocast(CUDA, "bf16"):
-                total = loss(model.train(), columns, Draw([(1, int(rows))], CUDA)).total
+                total = loss(model.train(), columns, RandomStreams([(1, int(rows))], CUDA)).total
             total.sum().backward()
             del total
             optimizer.step()

@@ -8,8 +8,8 @@ from torch import nn
 
 from models.clip import Clip
 from models.codec import Codec
-from models.draw import Draw
 from models.frozen_text import FrozenTower
+from models.random_streams import RandomStreams
 from models.upsampler import training_low
 from pipeline.config import Config, load_config
 from pipeline.cost.flops import count_clip, count_model
@@ -52,11 +52,11 @@ def test_a_training_counts_the_same(stage: str) -> None:
         "image_embedding": torch.ones(1, dim),
         "text_embedding": torch.ones(1, dim),
     }
-    draw = Draw([(0, 1)])
+    rng = RandomStreams([(0, 1)])
     given = {name: batch[name] for name in task.columns}
     if isinstance(task, UpsamplerTask):  # degrading an image is not the model's work, and depends on the draw
-        given["low"] = training_low(task.config, given, draw)
-    counted = forward_flops(task, model, given, draw)
+        given["low"] = training_low(task.config, given, rng)
+    counted = forward_flops(task, model, given, rng)
     size = count_model(NANO, stage)
     assert size.forward == pytest.approx(counted, rel=0.01)
     assert size.training == 3 * size.forward

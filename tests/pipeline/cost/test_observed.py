@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import flatten
 from pipeline.graph.plan import plan
-from pipeline.graph.runs import remember
+from pipeline.graph.runs import record_run
 from pipeline.graph.stages import Recipes
 from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store
@@ -69,7 +69,7 @@ def publish(store: Store, stage: str, times: dict[str, float], **fields: object)
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     store = open_store(str(tmp_path / "store"))
-    remember(store, "nano", GRAPH, plan(GRAPH, SOURCE, "nano", store, {}))
+    record_run(store, "nano", GRAPH, plan(GRAPH, SOURCE, "nano", store, {}))
     return store
 
 

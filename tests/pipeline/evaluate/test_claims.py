@@ -105,8 +105,8 @@ def of_losses(n: int, found: Losses) -> bool | None:
 def test_a_model_that_ignores_its_condition_fails() -> None:
     x = normal(70, 3)
 
-    def loss(batch: dict[str, Tensor], draw: Any) -> Tensor:
-        return (batch["x"] + draw.normal("noise", 3)).square().sum(1)
+    def loss(batch: dict[str, Tensor], rng: Any) -> Tensor:
+        return (batch["x"] + rng.normal("noise", 3)).square().sum(1)
 
     found = losses(loss, {"x": x, "c": x}, ("c",), derangement(range(70)), seed=0, draws=3)
     assert torch.equal(found.own, found.other)
@@ -116,8 +116,8 @@ def test_a_model_that_ignores_its_condition_fails() -> None:
 def test_a_model_that_uses_its_condition_loses_what_it_must_without() -> None:
     x, other = normal(70, 3), derangement(range(70))
 
-    def loss(batch: dict[str, Tensor], draw: Any) -> Tensor:  # noise common to both sides falls out of the difference
-        return (batch["x"] - batch["c"]).square().sum(1) + draw.normal("noise")
+    def loss(batch: dict[str, Tensor], rng: Any) -> Tensor:  # noise common to both sides falls out of the difference
+        return (batch["x"] - batch["c"]).square().sum(1) + rng.normal("noise")
 
     found = losses(loss, {"x": x, "c": x}, ("c",), other, seed=0, draws=2)
     assert torch.allclose((found.other - found.own).float(), (x - x[other]).square().sum(1), atol=1e-4)
@@ -127,8 +127,8 @@ def test_a_model_that_uses_its_condition_loses_what_it_must_without() -> None:
 
 
 def test_conditions_may_depend_on_the_draw() -> None:
-    def prepare(batch: dict[str, Tensor], draw: Any) -> dict[str, Tensor]:
-        return batch | {"c": batch["x"] + draw.normal("c")}
+    def prepare(batch: dict[str, Tensor], rng: Any) -> dict[str, Tensor]:
+        return batch | {"c": batch["x"] + rng.normal("c")}
 
     x = torch.arange(40.0)
     found = losses(lambda b, _: b["c"] - b["x"], {"x": x}, ("c",), derangement(range(40)), seed=0, prepare=prepare)

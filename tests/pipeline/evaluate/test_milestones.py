@@ -8,7 +8,7 @@ from models.prior_configs import DiffusionPriorConfig
 from pipeline.evaluate.stage import run_evaluation
 from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact
 from pipeline.ledger import Ledger
-from pipeline.release.compare import Measured, changes, load_measured, obstacles
+from pipeline.release.compare import EvaluatedBundle, changes, load_measured, obstacles
 from pipeline.release.gates import failing
 from pipeline.settings import ReleaseGates, TrainingSettings
 from pipeline.training.recipes import DiffusionPriorRecipe
@@ -23,7 +23,7 @@ PRIOR = DiffusionPriorRecipe(
 )  # fmt: skip
 
 
-def evaluated(case: Case, prior: Artifact, name: str) -> Measured:
+def evaluated(case: Case, prior: Artifact, name: str) -> EvaluatedBundle:
     """The case's bundle with this prior in it, evaluated."""
     others = {file: blob for file, blob in case.bundle.blobs.items() if not file.startswith("diffusion_prior/")}
     blobs = others | {f"diffusion_prior/{file}": blob for file, blob in prior.blobs.items()}
@@ -33,7 +33,7 @@ def evaluated(case: Case, prior: Artifact, name: str) -> Measured:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, Measured]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluatedBundle, EvaluatedBundle]:
     """The early and the late bundle."""
     case = make_case(tmp_path_factory.mktemp("milestones"), 3, 56, 72, ("diffusion",))
     settings = TrainingSettings(threads=1, device="cpu", milestones=(EARLY,))
@@ -43,7 +43,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, Measured]:
     return evaluated(case, early, "early"), evaluated(case, late, "late")
 
 
-def test_the_later_wins_where_it_should(both: tuple[Measured, Measured]) -> None:
+def test_the_later_wins_where_it_should(both: tuple[EvaluatedBundle, EvaluatedBundle]) -> None:
     early, late = both
     assert obstacles(early, late) == []
     found = {(change.model, change.name): change for change in changes(early, late)}
@@ -54,7 +54,9 @@ def test_the_later_wins_where_it_should(both: tuple[Measured, Measured]) -> None
     assert set(found) == {("diffusion_prior", "cosine_text"), ("diffusion_prior", "found_text")}
 
 
-def test_the_gates_let_the_later_follow_the_earlier_and_not_the_other_way(both: tuple[Measured, Measured]) -> None:
+def test_the_gates_let_the_later_follow_the_earlier_and_not_the_other_way(
+    both: tuple[EvaluatedBundle, EvaluatedBundle],
+) -> None:
     early, late = both
     assert failing(ReleaseGates(), early.figures, late.figures, changes(early, late)) == []
     lines = failing(ReleaseGates(), late.figures, early.figures, changes(late, early))

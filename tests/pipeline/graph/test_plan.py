@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import differences, flatten
-from pipeline.graph.kinds import PlannedStage
 from pipeline.graph.plan import Verdict, pin_path, plan
+from pipeline.graph.records import PlannedStage
 from pipeline.graph.stages import Kind, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.store import Store

@@ -12,9 +12,9 @@ from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import flatten
-from pipeline.graph.kinds import RunRecord
 from pipeline.graph.plan import plan
-from pipeline.graph.runs import AGAIN_S, last_run, remember, remember_again, run_entries, run_number
+from pipeline.graph.records import RunRecord
+from pipeline.graph.runs import AGAIN_S, last_run, record_repeated_run, record_run, run_entries, run_number
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import create_record, put_blob, read_record
@@ -39,7 +39,7 @@ def test_the_words_of_ones_own_program_are_not_recorded(
 ) -> None:
     monkeypatch.setattr("sys.argv", words)
     verdicts = plan(GRAPH, {"source": "s", "captions": "c"}, "p", store, {})
-    remember(store, "p", GRAPH, verdicts)
+    record_run(store, "p", GRAPH, verdicts)
     (entry,) = store.list("runs/p/")
     run = read_record(store, entry.path, RunRecord)
     assert run
@@ -51,7 +51,7 @@ def test_a_run_that_finds_everything_made_is_recorded_where_no_record_of_today_s
 ) -> None:
     def again(source: str = "s", forgettings: int = 0, wanted: str = "pairs") -> list[str]:
         verdicts = plan(GRAPH, {"source": source, "captions": "c"}, "p", store, {})
-        remember_again(store, "p", GRAPH, verdicts, forgettings, {wanted})
+        record_repeated_run(store, "p", GRAPH, verdicts, forgettings, {wanted})
         return [entry.path for entry in store.list("runs/p/")]
 
     assert len(again()) == len(again()) == 1
@@ -71,7 +71,7 @@ def test_a_run_that_finds_everything_made_of_a_list_that_was_cut_anew_is_recorde
     """Else gc would delete the segments, and every plan read the list."""
     verdicts = plan(GRAPH, {"source": "s", "captions": "c"}, "p", store, {})
     for segments in (["0" * 64], ["1" * 64], ["1" * 64]):
-        remember_again(store, "p", GRAPH, verdicts, 0, {"pairs"}, segments)
+        record_repeated_run(store, "p", GRAPH, verdicts, 0, {"pairs"}, segments)
     runs = [read_record(store, entry.path, RunRecord) for entry in store.list("runs/p/")]
     assert [run.segments for run in runs if run] == [("0" * 64,), ("1" * 64,)]
 
@@ -83,7 +83,7 @@ def test_a_run_follows_the_highest_number_whatever_the_clock_says(
 
     def ask(source: str) -> None:
         verdicts = plan(GRAPH, {"source": source, "captions": "c"}, "p", store, {})
-        remember(store, "p", GRAPH, verdicts)
+        record_run(store, "p", GRAPH, verdicts)
 
     with monkeypatch.context() as ahead:
         ahead.setattr(time, "time", lambda: 4e9)
@@ -99,18 +99,18 @@ def test_runs_that_begin_at_once_share_a_number_and_names_decide(store: Store) -
     for name in ("ffffffff", "00000000"):
         create_record(store, f"runs/p/00000007-{name}.json", run)
     assert [entry.path[-13:-5] for entry in run_entries(store, "p")] == ["00000000", "ffffffff"]
-    remember(store, "p", {}, [])
+    record_run(store, "p", {}, [])
     assert [run_number(entry.path) for entry in run_entries(store, "p")] == [7, 7, 8]
 
 
 def test_a_number_that_nobody_can_follow_is_said(store: Store) -> None:
     create_record(store, "runs/p/99999999-00000000.json", RunRecord("p", {}, 0, ()))
     with pytest.raises(UserError, match=r"runs/p/99999999-00000000\.json has the last number .*: delete it"):
-        remember(store, "p", {}, [])
+        record_run(store, "p", {}, [])
 
 
 def test_what_is_no_run_is_nobodys_last_run(store: Store) -> None:
-    remember(store, "p", GRAPH, plan(GRAPH, {"source": "s", "captions": "c"}, "p", store, {}))
+    record_run(store, "p", GRAPH, plan(GRAPH, {"source": "s", "captions": "c"}, "p", store, {}))
     for name in ("x", "20300101T000000.000000-00000000", "00000002", "x/00000002-00000000"):
         store.create(f"runs/p/{name}.json", b"{}")
     store.create("runs/p/00000003-00000000.json", b"damaged")
@@ -131,7 +131,7 @@ def test_what_a_run_of_today_finds_made_outlives_another_configuration(
         found = project(batch)
         verdicts = found.plan()
         keys = {verdict.stage: verdict.key for verdict in verdicts}
-        remember(found.store, "p", found.graph, verdicts)
+        record_run(found.store, "p", found.graph, verdicts)
         aged(monkeypatch, found.store, run_entries(found.store, "p")[-1].path, age_s)
         for verdict in verdicts:
             stage = found.graph[verdict.stage]

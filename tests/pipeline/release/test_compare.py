@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.ledger import Ledger
-from pipeline.release.compare import Measured, changes, find_comparable, obstacles
+from pipeline.release.compare import EvaluatedBundle, changes, find_comparable, obstacles
 from pipeline.release.gates import failing, unjudged
 from pipeline.settings import ReleaseGates
 
@@ -33,22 +33,22 @@ def absent(model: str, why: str) -> dict[str, Any]:
     return {**figure(model, "found", holds=None), "note": why}
 
 
-def evaluation(*figures: dict[str, Any], clip: str = "clip", **changed: Any) -> Measured:
+def evaluation(*figures: dict[str, Any], clip: str = "clip", **changed: Any) -> EvaluatedBundle:
     document = {"version": 4, "recipe": {"rows": N, "seed": 0}, "rows": ROWS, "figures": list(figures)}
     bundle = Artifact("bundle", "b", {"clip": clip}, {}, Ledger())
     made = Artifact("evaluation", "e", {"bundle": "b"}, {}, Ledger())
-    return Measured(made, bundle, json.loads(json.dumps(document | changed)))
+    return EvaluatedBundle(made, bundle, json.loads(json.dumps(document | changed)))
 
 
 def draws(seed: int, mean: float = 0.0, spread: float = 1.0) -> np.ndarray:
     return np.random.default_rng(seed).normal(mean, spread, N)
 
 
-def gate(old: Measured, new: Measured, gates: ReleaseGates = DEFAULT) -> list[str]:
+def gate(old: EvaluatedBundle, new: EvaluatedBundle, gates: ReleaseGates = DEFAULT) -> list[str]:
     return failing(gates, old.figures, new.figures, changes(old, new))
 
 
-def unknown(old: Measured, new: Measured, gates: ReleaseGates = DEFAULT) -> list[str]:
+def unknown(old: EvaluatedBundle, new: EvaluatedBundle, gates: ReleaseGates = DEFAULT) -> list[str]:
     return unjudged(gates, old.figures, new.figures, changes(old, new))
 
 

@@ -42,7 +42,7 @@ def test_rollbacks_go_back_through_what_was_promoted_and_not_rolled_back() -> No
     assert Releases(None, (a,)).previous is None
     after = Releases(None, (a, b, rollback("a"), c))
     assert (after.current, after.previous) == (c, a)
-    assert Releases(None, (a, b, c, rollback("b"), rollback("a"))).standing == (a,)
+    assert Releases(None, (a, b, c, rollback("b"), rollback("a"))).active == (a,)
 
 
 def test_of_many_at_once_one_moves_it_and_the_others_are_told_who(store: Store) -> None:
@@ -66,7 +66,7 @@ def test_of_many_at_once_one_moves_it_and_the_others_are_told_who(store: Store) 
 def test_the_first_promotion_is_a_race_too(store: Store) -> None:
     seen = read_releases(store, "p")
     move_release(store, "p", seen, promote("a"))
-    with pytest.raises(UserError, match="somebody else has moved the release meanwhile"):
+    with pytest.raises(UserError, match="another process has moved the release meanwhile"):
         move_release(store, "p", seen, promote("b"))
     assert read_releases(store, "p").current == promote("a")
 
@@ -77,7 +77,7 @@ SEALED = seal(Pointer("p", ()), release_path("p"))
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", SEALED.replace(b"moves", b"meows")])
 def test_a_corrupt_pointer_is_reported_and_left_as_it_is(store: Store, damage: bytes) -> None:
     store.create(release_path("p"), damage)
-    with pytest.raises(UserError, match=r"releases/p\.json is corrupt, and nothing can make it again: restore it"):
+    with pytest.raises(UserError, match=r"releases/p\.json is corrupt, and no run can make it again: restore it"):
         read_releases(store, "p")
     assert store.read(release_path("p")) == damage
 

@@ -22,7 +22,7 @@ from pipeline.release.signing import (
 )
 from pipeline.store import Store
 from pipeline.store.records import put_blob, seal
-from serve.bundle import Served
+from serve.bundle import ServedBundle
 
 
 def make_key(folder: Path, name: str = "release.key", kind: str = "ed25519", passphrase: str = "") -> Path:
@@ -154,7 +154,7 @@ def test_who_serves_goes_on_from_what_it_has_seen(team: Team) -> None:
     first, second, _ = team.bundles
     team.move("promote", first)
     old = read_releases(team.store, "p").moves
-    served = Served("p", store=team.store.url, project="p", keys=(team.public,))
+    served = ServedBundle("p", store=team.store.url, project="p", keys=(team.public,))
     assert served.current() == first.key
     team.move("promote", second)
     assert served.current() == second.key
@@ -163,7 +163,7 @@ def test_who_serves_goes_on_from_what_it_has_seen(team: Team) -> None:
         served.current()
     with pytest.raises(Untrusted, match="older state"):
         served.open(second.key, "cpu")
-    assert Served("p", store=team.store.url, project="p", keys=(team.public,)).current() == first.key
+    assert ServedBundle("p", store=team.store.url, project="p", keys=(team.public,)).current() == first.key
     check_signed(team.store, "p", read_releases(team.store, "p"), [team.public])
 
 

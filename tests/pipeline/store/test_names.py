@@ -23,8 +23,8 @@ from pipeline.graph.artifacts import (
     shard_path,
     write_table,
 )
-from pipeline.graph.kinds import RunRecord
 from pipeline.graph.plan import pin_path, read_pin
+from pipeline.graph.records import RunRecord
 from pipeline.graph.runs import last_run
 from pipeline.ledger import Ledger
 from pipeline.release.pointer import Pointer, read_releases, release_path
@@ -83,7 +83,7 @@ def test_only_sha256_names_a_blob(name: Any, store: Store) -> None:
         ("/etc/passwd", False),
     ],
 )
-def test_what_may_be_set_aside(path: str, ours: bool) -> None:
+def test_what_may_be_quarantined(path: str, ours: bool) -> None:
     assert is_blob_or_record(path) is ours
 
 

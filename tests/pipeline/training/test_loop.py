@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from models.ar_prior import SmoothEmbedding
 from models.clip import Clip
-from models.draw import Draw, Part
 from models.folder import KINDS
 from models.losses import Losses
+from models.random_streams import RandomStreams, StreamsSlice
 from pipeline.config import preset_config
 from pipeline.cost.flops import text_tower
 from pipeline.errors import UserError
@@ -72,15 +72,15 @@ def test_micro_batches_add_up_to_the_batch(share: LocalBatch, size: int) -> None
 
 
 def test_a_part_of_a_draw_has_the_numbers_of_the_whole() -> None:
-    draw = Draw([(1, 2), (2, 3), (3, 1)])
+    rng = RandomStreams([(1, 2), (2, 3), (3, 1)])
     for start in range(6):
         for stop in range(start + 1, 7):
-            part = Part(draw, start, stop)
+            part = StreamsSlice(rng, start, stop)
             assert part.rows == stop - start
-            assert torch.equal(part.normal("a", 2, 3), draw.normal("a", 2, 3)[start:stop])
-            assert torch.equal(part.uniform("b"), draw.uniform("b")[start:stop])
-            assert torch.equal(part.integers("c", 9, 2), draw.integers("c", 9, 2)[start:stop])
-            assert torch.equal(part.keep("d", 0.5), draw.keep("d", 0.5)[start:stop])
+            assert torch.equal(part.normal("a", 2, 3), rng.normal("a", 2, 3)[start:stop])
+            assert torch.equal(part.uniform("b"), rng.uniform("b")[start:stop])
+            assert torch.equal(part.integers("c", 9, 2), rng.integers("c", 9, 2)[start:stop])
+            assert torch.equal(part.keep("d", 0.5), rng.keep("d", 0.5)[start:stop])
 
 
 def test_ema_without_half_life_is_the_model_and_statistics_are_copied() -> None:
@@ -200,7 +200,7 @@ class Spiked:
     def model(self, seed: int) -> nn.Module:
         return nn.Linear(1, 1)
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], draw: Draw) -> Losses:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], rng: RandomStreams) -> Losses:
         rows = model(torch.ones(len(batch["image_embedding"]), 1))[:, 0]
         if self.bad is not None and self.steps == self.step:
             rows = rows * torch.ones(len(rows)).index_fill(0, torch.tensor(self.bad), float("nan"))
@@ -256,10 +256,10 @@ class Hungry(Spiked):
         row = {name: column[:1] for name, column in self.share.batch.items()}
         return [LocalBatch(row, self.share.keys[:1], [(0, 1)])]
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], draw: Draw) -> Losses:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], rng: RandomStreams) -> Losses:
         if len(batch["image_embedding"]) > 3:
             torch.empty(1 << 50, dtype=torch.uint8)
-        return super().loss(model, batch, draw)
+        return super().loss(model, batch, rng)
 
 
 def test_as_many_rows_are_computed_at_once_as_fit(share: LocalBatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -280,7 +280,7 @@ def test_as_many_rows_are_computed_at_once_as_fit(share: LocalBatch, caplog: pyt
 
 
 class Starved(Hungry):
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], draw: Draw) -> Losses:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], rng: RandomStreams) -> Losses:
         raise RuntimeError("unable to find an engine")
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.draw import Draw
 from models.losses import Losses
+from models.random_streams import RandomStreams
 from pipeline.training import stage
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.timing import PHASES, StepTimer, forward_flops, matmul_peak, shares_of
@@ -61,11 +61,11 @@ class Attention(nn.Module):
 
 def test_operations_are_those_on_paper() -> None:
     class Task:
-        def loss(self, model: nn.Module, batch: dict[str, Tensor], draw: Draw) -> Losses:
+        def loss(self, model: nn.Module, batch: dict[str, Tensor], rng: RandomStreams) -> Losses:
             return Losses(model(batch["image"]).sum((1, 2, 3)), {})
 
     task: Any = Task()
-    flops = forward_flops(task, Attention(), {"image": torch.randn(3, 5, 8)}, Draw([(0, 3)]))
+    flops = forward_flops(task, Attention(), {"image": torch.randn(3, 5, 8)}, RandomStreams([(0, 3)]))
     assert flops == 3 * (2 * 5 * 8 * 24 + 2 * 2 * 5 * 5 * 8)
 
 

@@ -17,7 +17,7 @@ from pipeline.graph.artifacts import (
 )
 from pipeline.graph.keys import flatten, trajectory
 from pipeline.graph.plan import plan
-from pipeline.graph.runs import remember, run_entries
+from pipeline.graph.runs import record_run, run_entries
 from pipeline.graph.stages import Graph, Stage
 from pipeline.ledger import Ledger
 from pipeline.release.pointer import Move, move_release, read_releases
@@ -52,7 +52,7 @@ def run(
     """
     graph = two_stages(seed)
     verdicts = plan(graph, {}, "p", store, {})
-    remember(store, "p", graph, verdicts, forgettings=forgettings)
+    record_run(store, "p", graph, verdicts, forgettings=forgettings)
     AGES[store.url, run_entries(store, "p")[-1].path] = age_s
     keys = {verdict.stage: verdict.key for verdict in verdicts}
     shards = [

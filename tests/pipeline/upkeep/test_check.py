@@ -1,4 +1,4 @@
-"""A check finds what is damaged; a repair sets it aside, unless a pin, a release or a list names it."""
+"""A check finds what is damaged; a repair quarantines it, unless a pin, a release or a list names it."""
 
 import hashlib
 import json
@@ -26,14 +26,14 @@ from pipeline.graph.artifacts import (
     write_shard_table,
 )
 from pipeline.graph.plan import pin_path, plan, read_pin
-from pipeline.graph.runs import remember
+from pipeline.graph.runs import record_run
 from pipeline.ledger import Ledger
 from pipeline.release.pointer import Move, Releases, move_release, read_releases, release_path
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, create_record, peek_record, put_blob, read_blob, read_record
 from pipeline.upkeep.check import Damage, repair_store, verify_store
 from pipeline.upkeep.collect import collect
-from pipeline.upkeep.repair import set_aside, stands_on
+from pipeline.upkeep.repair import protected_objects, quarantine
 from tests.flips import flip_first_reads
 from tests.pipeline.upkeep.runs import DAY, NOW, forget, lift_when_listed, release, rows, run, sweep, two_stages
 
@@ -121,7 +121,7 @@ def test_the_second_look_takes_other_connections(s3: Any) -> None:
 
 
 def mend(store: Store, *names: str) -> Sequence[Damage]:
-    """Checks what the project p needs, or these objects, and sets aside what is damaged. Returns what stays."""
+    """Checks what the project p needs, or these objects, and quarantines what is damaged. Returns what stays."""
     return [damage for damage in repair_store(store, "p", 30 * DAY, names).damage if damage.stays]
 
 
@@ -191,14 +191,14 @@ def test_neither_what_was_forgotten_nor_what_another_project_needs_is_missed(sto
     assert not verify_store(store, "p", 30 * DAY).damage
     graph = two_stages(2)
     verdicts = plan(graph, {}, "q", store, {})
-    remember(store, "q", graph, verdicts)
+    record_run(store, "q", graph, verdicts)
     path = artifact_path(verdicts[0].stage, verdicts[0].key)
     store.create(path, b"{")
     assert not verify_store(store, "p", 30 * DAY).damage
     assert [damage.path for damage in verify_store(store, "q", 30 * DAY).damage] == [path]
 
 
-def test_a_table_that_is_no_list_of_shards_is_set_aside(store: Store) -> None:
+def test_a_table_that_is_no_list_of_shards_is_quarantined(store: Store) -> None:
     """Its name is that of its bytes, which a stranger may have written."""
     keys = run(store, 0, made=())
     table = put_blob(store, b"no table")
@@ -209,7 +209,7 @@ def test_a_table_that_is_no_list_of_shards_is_set_aside(store: Store) -> None:
     assert load_artifact(store, "pairs", keys["pairs"]) is None
 
 
-def test_setting_aside_again_after_a_kill_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quarantining_again_after_a_kill_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     path = blob_path(put_blob(store, b"1"))
 
     def killed(name: str, about: str) -> None:
@@ -219,10 +219,10 @@ def test_setting_aside_again_after_a_kill_changes_nothing(store: Store, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.upkeep.repair.crash_point", killed)
         with pytest.raises(KeyboardInterrupt):
-            set_aside(store, [path])
+            quarantine(store, [path])
     assert len(contents(store)) == 2
-    set_aside(store, [path, path])
-    set_aside(store, [path])
+    quarantine(store, [path, path])
+    quarantine(store, [path])
     assert list(contents(store).values()) == [b"1"]
 
 
@@ -241,13 +241,13 @@ def test_setting_aside_again_after_a_kill_changes_nothing(store: Store, monkeypa
         "leases/k.json",
     ],
 )
-def test_nothing_but_blobs_and_records_is_set_aside(path: str, tmp_path: Path) -> None:
+def test_nothing_but_blobs_and_records_is_quarantined(path: str, tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     (tmp_path / "precious.txt").write_text("precious")
     for inside in ("locks/pin.json", "releases/p.json", "damaged/x", "leases/k.json"):
         store.create(inside, b"1")
     before = contents(store)
-    for attempt in (set_aside, lambda store, paths: mend(store, *paths)):
+    for attempt in (quarantine, lambda store, paths: mend(store, *paths)):
         with pytest.raises(UserError, match="neither a blob nor a record"):
             attempt(store, [path])
     assert contents(store) == before
@@ -313,10 +313,10 @@ def test_data_behind_a_release_are_made_again(store: Store) -> None:
 
 def test_what_was_rolled_back_is_nobodys_release(store: Store) -> None:
     made = released(store)
-    assert artifact_path("bundle", "bundle-key") in stands_on(store)
+    assert artifact_path("bundle", "bundle-key") in protected_objects(store)
     move = Move("rollback", "bundle-key", "evaluation-key", NOW, "it drew cats")
     move_release(store, "p", read_releases(store, "p"), move)
-    assert not stands_on(store)
+    assert not protected_objects(store)
     path = BEHIND["blob of a model"](made)
     spoil(store, path)
     assert not mend(store, path)
@@ -364,7 +364,7 @@ def test_rows_that_a_list_tries_again_stay(store: Store) -> None:
 
 
 @pytest.mark.parametrize("protector", [pin_path("lineage"), release_path("p"), journal_path("q")])
-def test_with_a_damaged_pin_pointer_or_journal_nothing_is_set_aside(protector: str, store: Store) -> None:
+def test_with_a_damaged_pin_pointer_or_journal_nothing_is_quarantined(protector: str, store: Store) -> None:
     """What it protects cannot be known."""
     path = blob_path(put_blob(store, b"1"))
     spoil(store, path)

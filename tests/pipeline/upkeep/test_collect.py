@@ -13,7 +13,7 @@ from pipeline.data.source.journal import ListJournal, change_journal
 from pipeline.data.source.stage import Segment, SourceShard, segment_path
 from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact, publish_shard
 from pipeline.graph.plan import pin_path, plan
-from pipeline.graph.runs import remember
+from pipeline.graph.runs import record_run
 from pipeline.graph.stages import Stage
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
@@ -133,10 +133,10 @@ def test_a_run_that_makes_a_few_stages_keeps_no_old_shards_of_the_others(store: 
     forget(store, "p")
     graph = two_stages(1)
     verdicts = plan(graph, {}, "p", store, {})
-    remember(store, "p", graph, verdicts, forgettings=1, wanted=["clip"])
+    record_run(store, "p", graph, verdicts, forgettings=1, wanted=["clip"])
     sweep(store)
     assert list(store.list("shards/pairs/")) == []
-    remember(store, "p", graph, verdicts, forgettings=1)
+    record_run(store, "p", graph, verdicts, forgettings=1)
     publish_shard(store, "pairs", 0, "under-way", Ledger(kept=1), {"index": b"index"}, {})
     sweep(store)
     assert len(list(store.list("shards/pairs/"))) == 1
@@ -153,7 +153,7 @@ def test_an_unfinished_run_keeps_segments_of_its_own_list_and_shards_made_from_t
     """Those of other lists, and of before a forgetting, go, though other stages under way have shards of them."""
     recipe, names = two_stages()["pairs"].recipe, {"source": (), "pairs": ("source",), "embeddings": ("pairs",)}
     graph = {name: Stage(name, 1, recipe, inputs, never) for name, inputs in names.items()}
-    remember(store, "p", graph, plan(graph, {}, "p", store, {}), segments=[digest("now")])
+    record_run(store, "p", graph, plan(graph, {}, "p", store, {}), segments=[digest("now")])
     kept, gone = set[str](), {"shards/embeddings/orphan.json"}
     for name in ("now", "then"):
         segment = _segment(store, name)
@@ -207,7 +207,7 @@ def test_before_and_after_a_forgetting_is_what_a_run_was_planned_with_whatever_c
     assert there(store, new)
 
 
-def test_a_release_whose_pairs_were_made_after_a_forgetting_that_its_run_did_not_know_loses_them(store: Store) -> None:
+def test_a_release_loses_rows_forgotten_while_it_was_made(store: Store) -> None:
     old = run(store, 0, made=("clip",))
     forget(store, "p")
     run(store, 0)  # goes on, and makes its pairs with what was forgotten
@@ -298,7 +298,7 @@ def test_files_that_a_recipe_names_stay(store: Store, tmp_path: Path) -> None:
     embeddings = EmbeddingsRecipe(heads={"aesthetic": ContentFile.at(str(head), "heads")})
     recipes = {"pairs": pairs, "embeddings": embeddings}
     graph = {name: Stage(name, 1, recipe, (), never) for name, recipe in recipes.items()}
-    remember(store, "p", graph, plan(graph, {}, "p", store, {}))
+    record_run(store, "p", graph, plan(graph, {}, "p", store, {}))
     blobs = [put_blob(store, file) for file in (hosts, head)]
     sweep(store)
     assert [read_blob(store, blob) for blob in blobs] == [b"example.org", b"weights"]

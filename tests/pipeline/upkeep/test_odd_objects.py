@@ -15,7 +15,7 @@ from pipeline.data.source.journal import ListJournal, change_journal, journal_pa
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact, shard_path
 from pipeline.graph.plan import pin_path, plan, read_pin
-from pipeline.graph.runs import last_run, remember, run_entries
+from pipeline.graph.runs import last_run, record_run, run_entries
 from pipeline.graph.stages import Stage
 from pipeline.ledger import Ledger
 from pipeline.release.pointer import Move, move_release, read_releases, release_path
@@ -26,7 +26,7 @@ from pipeline.store.records import FORMAT, canonical, digest, put_blob, read_blo
 from pipeline.upkeep.check import repair_store, verify_store
 from pipeline.upkeep.collect import TOMBSTONES
 from pipeline.upkeep.overview import overview
-from pipeline.upkeep.repair import stands_on
+from pipeline.upkeep.repair import protected_objects
 from pipeline.upkeep.show import show_overview
 from tests.pipeline.store.test_names import ARTIFACT, BLOB, CHECKPOINT, RELEASE, RUN, SEGMENT, SHARD
 from tests.pipeline.upkeep.runs import (
@@ -131,7 +131,7 @@ def test_an_odd_object_stops_no_collection_and_no_forgetting(name: str, store: S
     assert model(store, kept) == b"model 1 64"
     if not name.startswith(UNNEEDED):
         assert list(found.unreadable) == [path]
-        assert re.search("delete it|restore it|sets it aside|newer version", found.unreadable[path])
+        assert re.search("delete it|restore it|quarantines it|newer version", found.unreadable[path])
         assert store.read(path) == data
     with suppress(UserError):  # one line, of a pin or a newer version
         show_overview(overview(store), NOW)
@@ -163,7 +163,7 @@ def test_an_unreadable_pin_keeps_what_its_stage_has_made(store: Store) -> None:
     run(store, 2)
     spoil(store, pin_path("1" * 64))
     verdicts = plan(graph, {}, "q", store, {})
-    remember(store, "q", graph, [replace(v, lineage="1" * 64 if v.stage == "clip" else None) for v in verdicts])
+    record_run(store, "q", graph, [replace(v, lineage="1" * 64 if v.stage == "clip" else None) for v in verdicts])
     AGES[store.url, run_entries(store, "q")[-1].path] = 0.0
     sweep(store)
     assert there(store, pinned, "clip")
@@ -206,7 +206,7 @@ def test_behind_an_unreadable_released_bundle_stays_what_its_run_says(store: Sto
     graph["bundle"] = Stage("bundle", 1, graph["clip"].recipe, ("clip",), never, "bundle")
     verdicts = plan(graph, {}, "p", store, {})
     keys = {verdict.stage: verdict.key for verdict in verdicts}
-    remember(store, "p", graph, verdicts)
+    record_run(store, "p", graph, verdicts)
     AGES[store.url, run_entries(store, "p")[-1].path] = 90 * DAY
     table = put_blob(store, b"weights")
     publish_artifact(store, Artifact("pairs", keys["pairs"], {}, {}, Ledger()), 1.0)
@@ -226,7 +226,7 @@ def test_an_unreadable_artefact_that_a_run_needs_stays_until_it_is_made_again(st
     path = spoil(store, artifact_path("clip", keys["clip"]))
     found = sweep(store)
     assert list(found.unreadable) == [path]
-    assert found.unreadable[path].endswith("sets it aside, and unclip run makes it again where it is needed")
+    assert found.unreadable[path].endswith("quarantines it, and unclip run makes it again where it is needed")
     assert read_blob(store, clip.blobs["model"])
     repair_store(store, "p", 30 * DAY)
     publish_clip(store, 0, keys, 64)
@@ -299,7 +299,7 @@ def check_any(store: Store, objects: dict[str, Any]) -> None:
         lambda: last_run(store, "p"),
         lambda: read_pin(store, pin_path("1" * 64)),
         lambda: read_releases(store, "p").current,
-        lambda: stands_on(store),
+        lambda: protected_objects(store),
         lambda: verify_store(store, "p", 30 * DAY),
         lambda: verify_store(store, "p", 30 * DAY, [path for path in objects if is_blob_or_record(path)]),
         lambda: show_overview(overview(store), NOW),

@@ -13,8 +13,8 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact, shard_path
 from pipeline.graph.keys import defaults, differences, flatten
 from pipeline.graph.plan import pin_path, plan
-from pipeline.graph.runs import remember
-from pipeline.graph.stages import direct
+from pipeline.graph.runs import record_run
+from pipeline.graph.stages import transitive_reduction
 from pipeline.ledger import Ledger
 from pipeline.release.pointer import Move, Releases, move_release, release_path
 from pipeline.store import Store, open_store
@@ -30,7 +30,7 @@ GRAPH = build(CONFIG)
 def ask(store: Store, project: str = "p", source: str = "s") -> dict[str, str]:
     """Record a run; the keys that it asks for."""
     verdicts = plan(GRAPH, {"source": source, "captions": "c"}, project, store, {})
-    remember(store, project, GRAPH, verdicts)
+    record_run(store, project, GRAPH, verdicts)
     return {verdict.stage: verdict.key for verdict in verdicts}
 
 
@@ -172,4 +172,4 @@ def _dotted(nested: Mapping[str, object], prefix: str = "") -> set[str]:
 
 
 def test_only_the_nearest_inputs_are_direct() -> None:
-    assert direct({1: [], 2: [1], 3: [1, 2], 4: [1, 3]}) == {1: [], 2: [1], 3: [2], 4: [3]}
+    assert transitive_reduction({1: [], 2: [1], 3: [1, 2], 4: [1, 3]}) == {1: [], 2: [1], 3: [2], 4: [3]}

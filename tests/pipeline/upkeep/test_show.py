@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.kinds import PlannedStage
+from pipeline.graph.records import PlannedStage
 from pipeline.ledger import Ledger
 from pipeline.release.pointer import Move
 from pipeline.store.leases import Holder
@@ -145,7 +145,7 @@ def test_the_nearest_users_pins_and_releases() -> None:
         f"source {'source' * 8}, version 7",
         "  made        2025-05-16 15:06 UTC (30 days ago), in 3 min 20 s",
         "  recipe      as the defaults are",
-        "  stands      release of birds, pinned",
+        "  kept by     release of birds, pin",
         "",
         "  used by     pairs pairspairspa (20 days ago)",
     ]

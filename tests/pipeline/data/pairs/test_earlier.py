@@ -10,7 +10,7 @@ import pytest
 from pipeline.data.pairs.row_index import read_opt_outs
 from pipeline.graph.artifacts import read_shards
 from pipeline.graph.plan import plan
-from pipeline.graph.runs import remember
+from pipeline.graph.runs import record_run
 from pipeline.ledger import Ledger
 from pipeline.store.records import blob_path
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list, write_tar
@@ -23,7 +23,7 @@ def _run(folder: Path, paths: list[str], pages: Mapping[str, Page], **pairs: Any
     with serving(pages) as address:
         settings = {"workers": 0, "hosts": {"h": address}, "retries": 0}
         bench = Bench(folder, paths, source={"shard_rows": 4}, run={"pairs": settings}, pairs=pairs)
-        remember(bench.store, "bench", bench.graph, plan(bench.graph, bench.source_keys, "bench", bench.store, {}))
+        record_run(bench.store, "bench", bench.graph, plan(bench.graph, bench.source_keys, "bench", bench.store, {}))
         bench.make("source", "captions", "pairs")
     return bench
 

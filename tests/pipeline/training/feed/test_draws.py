@@ -8,10 +8,10 @@ from itertools import islice
 import pytest
 import torch
 
-from models.draw import Draw, Part
 from models.image_configs import UpsamplerConfig
+from models.random_streams import RandomStreams, StreamsSlice
 from models.upsampler import Upsampler, upsampler_loss
-from pipeline.training.feed.draws import DrawCall, ReadyDraw, make_numbers, use_one_thread
+from pipeline.training.feed.draws import PrecomputedStreams, StreamCall, make_numbers, use_one_thread
 from pipeline.training.feed.feed import Feed, LocalBatch
 from pipeline.training.recipes import UpsamplerRecipe
 from pipeline.training.tasks.upsampler import UpsamplerTask
@@ -20,7 +20,7 @@ from tests.pipeline.training.conftest import World
 CPU = torch.device("cpu")
 CONFIG = UpsamplerConfig(low_size=16, image_size=64, channels=16, depth=1, multipliers=(1, 2), dropout=0.0, crop=0.5)
 RECIPE = UpsamplerRecipe(samples=64, batch=8, lanes=4, model=CONFIG)
-CALLS: list[DrawCall] = [
+CALLS: list[StreamCall] = [
     ("normal", ("noise", 3, 4)),
     ("uniform", ("drop",)),
     ("integers", ("t", 9)),
@@ -32,11 +32,11 @@ def test_numbers_that_lie_ready_are_those_of_the_draw() -> None:
     """Of every part of a batch, with none, some or all of them ready; what was not ready is asked for."""
     streams = [(1, 2), (2, 3), (3, 1)]
     for known in range(len(CALLS) + 1):
-        numbers, asked = make_numbers(streams, CALLS[:known]), set[DrawCall]()
+        numbers, asked = make_numbers(streams, CALLS[:known]), set[StreamCall]()
         for start in range(6):
             for stop in range(start + 1, 7):
-                part = Part(Draw(streams), start, stop)
-                ready = ReadyDraw(part, start, stop, numbers, asked)
+                part = StreamsSlice(RandomStreams(streams), start, stop)
+                ready = PrecomputedStreams(part, start, stop, numbers, asked)
                 assert ready.rows == stop - start
                 for name, arguments in CALLS:
                     assert torch.equal(getattr(ready, name)(*arguments), getattr(part, name)(*arguments))
@@ -75,10 +75,10 @@ def test_an_upsampler_s_loss_is_the_same_from_images_and_from_what_the_feed_made
     for before, after in zip(plain, take(shared_world, made, 3), strict=True):
         assert before.batch.keys() == {"image"}
         assert after.batch.keys() == {"crop", "low"}
-        draw = Draw(before.streams)
+        rng = RandomStreams(before.streams)
         with torch.no_grad():
             assert torch.equal(
-                upsampler_loss(model, before.batch, draw).total, upsampler_loss(model, after.batch, draw).total
+                upsampler_loss(model, before.batch, rng).total, upsampler_loss(model, after.batch, rng).total
             )
 
 
@@ -100,11 +100,11 @@ def test_a_loss_finds_its_numbers_ready_after_the_first_steps(
     with closing(feed.batches(0)) as batches:
         for step, local in enumerate(islice(batches, 9)):
             given = [
-                (local.batch, local.draw(CPU, 0, 8)),
-                ({n: c[3:5] for n, c in local.batch.items()}, local.draw(CPU, 3, 5)),
+                (local.batch, local.rng(CPU, 0, 8)),
+                ({n: c[3:5] for n, c in local.batch.items()}, local.rng(CPU, 3, 5)),
             ]
             expected = [
-                upsampler_loss(model, rows, Part(Draw(local.streams), *cut)).total
+                upsampler_loss(model, rows, StreamsSlice(RandomStreams(local.streams), *cut)).total
                 for (rows, _), cut in zip(given, [(0, 8), (3, 5)], strict=True)
             ]
             with monkeypatch.context() as patch:

@@ -28,7 +28,7 @@ def listen(settings: ServeSettings) -> socket.socket:
     return bound
 
 
-def named(host: str) -> str:
+def url_host(host: str) -> str:
     """Returns how an address is told from this machine that listens at ``host``, as a URL has it."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host

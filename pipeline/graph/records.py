@@ -1,4 +1,4 @@
-"""Declares the records of the graph: shards, artefacts, runs and pins. What does not fit these types is damaged."""
+"""Declares the records of the graph: shards, artefacts, runs and pins. Their fields are their schema."""
 
 from __future__ import annotations
 
@@ -23,8 +23,14 @@ RUN_NAME = re.compile(r"runs/(?P<project>\w[\w.-]*)/(?P<number>[0-9]{8})-[0-9a-f
 class Shard(Record):
     """Describes one shard of an artefact.
 
-    Blobs called ``note.`` are beside the result, such as times: they may differ when a shard is made again. ``counts``
-    are sums that later stages need without opening a blob. ``inputs`` are the keys of the shards that it was made from.
+    Attributes:
+        number: Number of the shard.
+        key: Key of the shard.
+        ledger: Counts of its rows, by how they ended.
+        blobs: Digests of its files by name. Those called ``note.`` are beside the result, such as times: they may
+            differ when the shard is made again.
+        counts: Sums that later stages need without opening a blob.
+        inputs: Keys of the shards that it was made from.
     """
 
     number: Count
@@ -87,7 +93,7 @@ def artifact_path(stage: str, key: str) -> str:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """Says what a run asks of one stage.
+    """Holds the plan of one stage in a run.
 
     ``trajectory`` and ``trunk`` are the keys under which a training keeps its checkpoints (see pipeline.graph.keys);
     ``lineage`` names the pin of a stage that can be pinned.
@@ -104,7 +110,7 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class RunRecord(Record):
-    """Says what a run was asked to make: every stage of its graph, and which of them it ``wanted``.
+    """Holds the request of a run: every stage of its graph, and which of them it ``wanted``.
 
     ``forgettings`` counts those in the list's journal that it was planned with (see pipeline.data.source.journal).
     ``segments`` names the segments of that list (see pipeline.data.source.stage). ``package`` is the path of the code
@@ -124,11 +130,11 @@ class RunRecord(Record):
         if name is None or name["project"] != self.project:
             raise ValueError(f"its name is not that of a run of {self.project}")
         if unknown := sorted(set(self.wanted) - self.stages.keys()):
-            raise ValueError(f"wanted: {unknown[0]} is none of its stages")
+            raise ValueError(f"wanted: {unknown[0]} is not one of its stages")
 
 
 @dataclass(frozen=True)
 class Pin:
-    """Holds the key that all plans of a lineage take for its stage."""
+    """Holds the key that every plan of a lineage takes for its stage."""
 
     key: Part

@@ -11,7 +11,7 @@ import pytest
 from pipeline.evaluate.figure import Figure
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.report.document import document
-from pipeline.report.inputs import Other, ReportInput
+from pipeline.report.inputs import ComparedBundle, ReportInput
 from pipeline.report.page import render
 from pipeline.store import FolderStore, Store
 from pipeline.store.records import digest, put_blob
@@ -51,7 +51,7 @@ def test_figures_differ_to_the_better_or_the_worse(
     elsewhere = FolderStore(str(tmp_path))
     theirs = bundle_of(elsewhere, made, "old", 0.0, better)
     ours = bundle_of(store, made, f"new {better} {gain}", gain, better)
-    given = ReportInput(store, ours, other=Other("tom's & co.yaml", elsewhere, theirs["bundle"]))
+    given = ReportInput(store, ours, other=ComparedBundle("tom's & co.yaml", elsewhere, theirs["bundle"]))
     page = render(given, config(), graph())
     title = "Against tom&#39;s &amp; co.yaml"
     assert page.count(title) == 2 > page.count("&amp;amp;")  # in the contents, too
@@ -77,7 +77,7 @@ def test_samples_of_the_same_captions_stand_in_pairs(
     changed = replace(samples, key=digest("later"), metrics={**samples.metrics, "captions": captions})
     publish_artifact(elsewhere, changed, 1.0)  # the newest of the bundle counts
     ours = bundle_of(store, made, "paired", 0.0, "above")
-    page = render(ReportInput(store, ours, other=Other("old", elsewhere, theirs["bundle"])), config(), graph())
+    page = render(ReportInput(store, ours, other=ComparedBundle("old", elsewhere, theirs["bundle"])), config(), graph())
     pairs = page.partition('<div class="pairs">')[2].partition("<section")[0]
     for caption in captions[:2]:
         assert pairs.count(f'alt="old for: {caption}"') == pairs.count(f'alt="this bundle for: {caption}"') == 1
@@ -88,7 +88,7 @@ def test_what_cannot_be_compared_says_why(store: FolderStore, made: dict[str, Ar
     elsewhere = FolderStore(str(tmp_path))
     bare = publish_artifact(elsewhere, replace(made["bundle"], key=digest("bare"), inputs={}), 1.0)
     ours = bundle_of(store, made, "own", 0.0, "above")
-    page = render(ReportInput(store, ours, other=Other("bare", elsewhere, bare)), config(), graph())
+    page = render(ReportInput(store, ours, other=ComparedBundle("bare", elsewhere, bare)), config(), graph())
     assert "No figures are compared: bare has no evaluation here." in page
-    same = render(ReportInput(store, ours, other=Other("own", store, ours["bundle"])), config(), graph())
+    same = render(ReportInput(store, ours, other=ComparedBundle("own", store, ours["bundle"])), config(), graph())
     assert 'id="against"' not in same

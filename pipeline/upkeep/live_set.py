@@ -1,4 +1,4 @@
-"""Holds what a collection of garbage keeps, and reads records for it: one that cannot be read ends no collection."""
+"""The live set of a garbage collection, and how records are read for it: one that cannot be read ends no collection."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pipeline.data.source.journal import FOLDER as LIST
 from pipeline.data.source.stage import Segment
 from pipeline.errors import CorruptObject, OtherFormat
 from pipeline.graph.artifacts import SEGMENTS, Artifact, Shard
-from pipeline.graph.kinds import RunRecord
+from pipeline.graph.records import RunRecord
 from pipeline.release.pointer import FOLDER as RELEASES
 from pipeline.store import Store
 from pipeline.store.names import is_blob_or_record
 from pipeline.store.records import R, Record, blob_path, read_record
 from pipeline.training.records import CheckpointRecord
 
-ONLY_NAMED = ("packages/", "blobs/")  # stay where an object that cannot be read may name them
+ONLY_NAMED = ("packages/", "blobs/")  # kept while a record that may name them cannot be read
 REMEDIES = {
     RELEASES: "restore it, or delete it and promote again",
     LIST: "restore it: without it, what was forgotten comes back with the next run",
@@ -23,12 +23,12 @@ REMEDIES = {
     "": "delete it",
 }
 """What to do about an object that cannot be read and is not made again, by how its path begins."""
-REPAIR = "unclip data check --repair sets it aside, and unclip run makes it again where it is needed"
+REPAIR = "unclip data check --repair quarantines it, and unclip run makes it again where it is needed"
 
 
 @dataclass
-class Live:
-    """Holds what stays.
+class LiveSet:
+    """Holds the objects that a garbage collection keeps.
 
     Attributes:
         paths: Paths of objects.
@@ -52,7 +52,7 @@ class Live:
         return self.unknown and path.startswith(ONLY_NAMED) and path not in self.disowned
 
 
-def mark_blobs(store: Store, path: str, live: Live) -> None:
+def mark_blobs(store: Store, path: str, live: LiveSet) -> None:
     """Marks the blobs that the record of a shard, a checkpoint or a segment of the list names."""
     if "/attempts/" in path:
         return
@@ -69,7 +69,7 @@ def record_kind(path: str) -> type[Record]:
     return {"artifacts": Artifact, "runs": RunRecord, "checkpoints": CheckpointRecord}[path.partition("/")[0]]
 
 
-def read_or_tell(store: Store, path: str, kind: type[R], live: Live) -> R | None:
+def read_or_tell(store: Store, path: str, kind: type[R], live: LiveSet) -> R | None:
     """Returns a record, None if it is missing or cannot be read: then ``live`` says why, and it stays where it is."""
     try:
         return read_record(store, path, kind)
@@ -78,7 +78,7 @@ def read_or_tell(store: Store, path: str, kind: type[R], live: Live) -> R | None
         return None
 
 
-def told(path: str, error: CorruptObject | OtherFormat) -> str:
+def fault_text(path: str, error: CorruptObject | OtherFormat) -> str:
     """Returns why an object cannot be read, and what a person can do about it."""
     return error.why if isinstance(error, OtherFormat) else f"{error.why}; {remedy(path)}"
 

@@ -15,7 +15,7 @@ from pipeline.release.diff import data_changes, recipes_changed, stages_behind
 from pipeline.release.pointer import read_releases
 from pipeline.report.evaluation import STATES
 from pipeline.report.html import Section, attempt, note, template
-from pipeline.report.inputs import Other, ReportInput
+from pipeline.report.inputs import ComparedBundle, ReportInput
 from pipeline.report.samples import asked_for, sample_image, sample_names
 from pipeline.store import Store
 
@@ -23,10 +23,10 @@ PAIRS_SHOWN = 6
 LINES_SHOWN = 8
 ORDER = ("worse", "better", "")  # of what is compared, by its verdict
 KINDS = {"worse": False, "better": True}
-AGAINST = template("against.html")
+COMPARISON = template("comparison.html")
 
 
-def against_section(given: ReportInput, project: str) -> Markup:
+def comparison_section(given: ReportInput, project: str) -> Markup:
     """Compares with ``given.other``, or else with the project's release; empty where there is nothing to compare."""
     other = find_other(given, project)
     if other is None:
@@ -37,23 +37,23 @@ def against_section(given: ReportInput, project: str) -> Markup:
         attempt("What differs in data and recipes", _differences, given, other),
     ]
     keys = other.bundle.key[:12], given.artifacts["bundle"].key[:12]
-    return Section.of(AGAINST.against, "against", f"Against {other.name}", parts, other.name, *keys)
+    return Section.of(COMPARISON.comparison, "against", f"Against {other.name}", parts, other.name, *keys)
 
 
-def find_other(given: ReportInput, project: str) -> Other | None:
+def find_other(given: ReportInput, project: str) -> ComparedBundle | None:
     """Returns the bundle to compare with; None without one, without an own bundle, or where both are the same."""
     other = given.other or (_release(given.store, project) if "evaluation" in given.artifacts else None)
     own = given.artifacts.get("bundle")
     return other if other and own and other.bundle.key != own.key else None
 
 
-def _release(store: Store, project: str) -> Other | None:
+def _release(store: Store, project: str) -> ComparedBundle | None:
     current = read_releases(store, project).current
     bundle = load_artifact(store, "bundle", current.bundle) if current else None
-    return None if bundle is None else Other("the release", store, bundle)
+    return None if bundle is None else ComparedBundle("the release", store, bundle)
 
 
-def _samples(given: ReportInput, other: Other) -> Markup:
+def _samples(given: ReportInput, other: ComparedBundle) -> Markup:
     """Shows images of the same captions, the other bundle's to the left; equal seeds where both have them."""
     drawn = made_with(other.store, "samples", "bundle", other.bundle.key)
     if not drawn or "samples" not in given.artifacts:
@@ -76,10 +76,10 @@ def _samples(given: ReportInput, other: Other) -> Markup:
                 )
             ]
             cells.append((caption, images))
-    return AGAINST.pairs(cells) if cells else note("No caption was drawn with both.")
+    return COMPARISON.pairs(cells) if cells else note("No caption was drawn with both.")
 
 
-def compared_figures(given: ReportInput, other: Other) -> list[tuple[compare.Change, Mapping[str, Any]]] | str:
+def compared_figures(given: ReportInput, other: ComparedBundle) -> list[tuple[compare.Change, Mapping[str, Any]]] | str:
     """Returns the figures that both have on the same rows, what is worse first, each as measured now; or why none."""
     evaluation = given.artifacts.get("evaluation")
     new = compare.load_measured(given.store, evaluation) if evaluation else None
@@ -93,7 +93,7 @@ def compared_figures(given: ReportInput, other: Other) -> list[tuple[compare.Cha
     return [(change, new.figures[change.model, change.name]) for change in changes]
 
 
-def _figures(given: ReportInput, other: Other) -> Markup:
+def _figures(given: ReportInput, other: ComparedBundle) -> Markup:
     found = compared_figures(given, other)
     if isinstance(found, str):
         return note(f"No figures are compared: {found}.")
@@ -102,14 +102,14 @@ def _figures(given: ReportInput, other: Other) -> Markup:
         state = (*STATES[KINDS.get(change.verdict)][:2], change.verdict or "no more than chance")
         numbers = short(change.now), short(change.then), difference(change.now, change.then, change.interval)
         rows[bool(change.verdict)].append((state, figure["text"], figure["says"], *numbers))
-    return AGAINST.figures(rows[True], rows[False])
+    return COMPARISON.figures(rows[True], rows[False])
 
 
-def _differences(given: ReportInput, other: Other) -> Markup:
-    return AGAINST.differences(*changes_behind(given, other), LINES_SHOWN)
+def _differences(given: ReportInput, other: ComparedBundle) -> Markup:
+    return COMPARISON.differences(*changes_behind(given, other), LINES_SHOWN)
 
 
-def changes_behind(given: ReportInput, other: Other) -> tuple[list[str], list[str]]:
+def changes_behind(given: ReportInput, other: ComparedBundle) -> tuple[list[str], list[str]]:
     """Returns a line for each difference of the data behind both bundles, and of their recipes."""
     then, now = stages_behind(other.store, other.bundle), stages_behind(given.store, given.artifacts["bundle"])
     return data_changes(then, now), recipes_changed(then, now)
