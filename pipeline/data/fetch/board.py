@@ -43,7 +43,7 @@ class Board:
         """Takes the notes of a worker on the machine ``who``, and returns those on these sites that hold now."""
         for origin, note in news.items():
             self._put(origin, note, who)
-        return {origin: note for origin in origins if (note := self._get(origin, who)) is not None}
+        return {origin: known for origin in origins if (known := self._get(origin, who)) is not None}
 
     def _put(self, origin: str, note: Note, who: str) -> None:
         before, witnesses = self._notes.pop(origin, (None, frozenset[str]()))

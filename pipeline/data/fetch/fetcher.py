@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -101,7 +101,7 @@ class Fetcher:
         threads, and MOST_BYTES.
         """
 
-        def places() -> Iterator[int]:
+        def places() -> Generator[int, None, None]:
             with self._asking:
                 yield from spread_hosts(references)
 

@@ -143,7 +143,9 @@ class Packer:
 
         That is None where the row is rejected.
         """
-        members, cells, others = [], [], []
+        members: list[Wanted] = []
+        cells: list[Wanted] = []
+        others: list[Wanted] = []
         for each in wanted:
             url = each[1]["url"]
             (members if is_member(url) else cells if is_cell(url) else others).append(each)
