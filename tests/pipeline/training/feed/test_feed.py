@@ -136,7 +136,7 @@ def test_workers_together_read_what_one_reads(shared_world: World, size: int) ->
 def _drawn(share: LocalBatch, ready: bool, start: int, stop: int) -> Tensor:
     call = ("normal", ("noise", 2))
     made = share._replace(numbers=make_numbers(share.streams, [call] if ready else []), asked=set())
-    return made.draw(torch.device("cpu"), start, stop).normal(*call[1])
+    return made.rng(torch.device("cpu"), start, stop).normal(*call[1])
 
 
 def test_an_epoch_holds_every_curated_training_row(shared_world: World) -> None:
