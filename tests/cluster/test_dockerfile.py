@@ -58,7 +58,8 @@ def test_versions_are_those_of_the_lock_that_the_project_takes() -> None:
     lock = (ROOT / "requirements.lock").read_text().split()
     locked = dict(line.lower().split("==") for line in lock if "==" in line)
     for needed in map(Requirement, PROJECT["project"]["dependencies"]):
-        assert locked[needed.name.lower()] in needed.specifier, needed
+        if needed.marker is None or needed.marker.evaluate():  # else it is for another Python than the lock's
+            assert locked[needed.name.lower()] in needed.specifier, needed
 
 
 def test_it_has_what_nccl_and_torchs_compiler_need() -> None:
