@@ -101,7 +101,8 @@ class Unfinished:
 
         The bytes of the tar depend on the images and their keys alone, not on the order in which they were added.
         """
-        with open(self.path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+        with _opened(self.path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            file.truncate()  # of an earlier worker's
             for row in rows:
                 if (start := self._starts.get(row["key"])) is not None:
                     self._spool.seek(start)
