@@ -7,6 +7,7 @@ import os
 import signal
 import tarfile
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def make_and_die(settings: dict[str, Any], store: Path, source: str, rows: int, 
 
 @pytest.fixture(autouse=True)
 def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    forkserver.ensure_running()  # whose socket would have too long a path in that folder
     folder = tmp_path / "tmp"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
