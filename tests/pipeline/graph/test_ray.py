@@ -60,10 +60,10 @@ def test_what_a_cluster_cannot_place_is_refused_at_the_start_and_waited_for_late
         "run.ray.autoscaler"
     )
     check_room(ray_of(4), {"embeddings": embeddings}, GROWS)
-    for settings in (FIXED, GROWS):
+    for settings, helped in ((FIXED, ""), (GROWS, " and up to 12 decoders of 1 core")):
         with caplog.at_level(logging.WARNING, "unclip"):
             assert wait_for_room(ray_of(4), "embeddings", embeddings, settings).count == 2
-        assert caplog.messages == [f"{said}; waiting for nodes that have it"]
+        assert caplog.messages == [f"{said.replace(' each', f'{helped} each')}; waiting for nodes that have it"]
         caplog.clear()
 
 
