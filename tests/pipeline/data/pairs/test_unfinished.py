@@ -63,7 +63,6 @@ def stored(bench: Bench) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[str]]]:
     """A list, and what is stored of it by a worker that lives."""
-    forkserver.ensure_running()  # its socket would have too long a name in a temporary folder of a test
     folder = tmp_path_factory.mktemp("whole")
     source = write_list(folder / "list.csv", [(f"http://a.test/{i}.png", f"row {i}") for i in range(8)])
     with serving(all_pages()) as address:
