@@ -13,7 +13,7 @@ NOTE_BYTES = 500  # of a note besides its text, in Python
 
 
 class Note(NamedTuple):
-    """What was found at a site.
+    """Says what a worker found at a site.
 
     Attributes:
         found: Bytes of its robots.txt, or the reason why there are none.

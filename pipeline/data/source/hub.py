@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 THREADS = 8  # files that are fetched at once
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FOLDER_FILES = (*IMAGES, *METADATA, *(f".{suffix}" for suffix in SIDECARS))
-# What is read of a dataset: the files with the first of these endings that it has, and what reads them.
+# Endings of the files that hold a data set, the preferred one first, and what reads them.
 KINDS: tuple[tuple[tuple[str, ...], tuple[str, ...], type[FileSource]], ...] = (
     (METADATA, FOLDER_FILES, ImageFolder),
     ((".parquet",), (".parquet",), TableFiles),
