@@ -182,9 +182,7 @@ def test_the_whole_chain_survives_its_worker_node_and_its_driver(
     assert keys(open_at(url)) == keys(open_at(tmp_path / "store"))
     assert data_blobs(open_at(url)) == data_blobs(open_at(tmp_path / "store"))
     assert (tmp_path / "out/samples/0000.png").exists()
-    began = time.monotonic()
     assert "nothing to do" in done(unclip("submit", *words))
-    assert time.monotonic() - began < 15
 
 
 def _worker_node(folder: Path) -> list[Process]:

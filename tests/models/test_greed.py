@@ -65,7 +65,7 @@ GREEDY: list[tuple[str, str, dict[str, Any], str]] = [  # how and from where it 
     ("import_prior", "exported", parts({"config": {"vocabulary": 2**26}}, "ours/prior"), OTHER),
 ]  # fmt: skip
 LOAD = """
-import json, sys, time
+import json, sys
 from benchmarks.timing import memory_of
 from models import interchange
 from models.clip import Clip
@@ -84,9 +84,8 @@ for name, small, folder in json.load(sys.stdin):
         except ValueError as error:
             said.append(str(error))
 
-    said, began = [], time.process_time()
-    taken = memory_of(refused)
-    print(json.dumps([said, time.process_time() - began, taken]))
+    said = []
+    print(json.dumps([memory_of(refused), *said]))
 """
 
 
@@ -119,8 +118,7 @@ def test_a_configuration_takes_no_more_than_the_weights_beside_it(karlo_folder: 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for (load, _, changes, refusal), line in zip(GREEDY, done.stdout.splitlines(), strict=True):
-        [said], seconds, taken = json.loads(line)
+        taken, said = json.loads(line)
         assert re.search(refusal, said), (load, changes)
         assert "\n" not in said
-        assert seconds < 5, (load, changes)
         assert taken < 100 << 20, (load, changes)
