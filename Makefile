@@ -5,12 +5,13 @@ PIP_FLAGS ?= --quiet --disable-pip-version-check
 BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs embeddings streaming near_duplicates \
   training_loop checkpoints reading generation side_by_side tiny
 
-.PHONY: help unit test test-browser test-slow mutants chaos check bench gpu-check lock format peek demo studio clean
+.PHONY: help unit test test-browser test-slow mutants chaos check bench gpu-check lock format peek demo studio site clean
 
 help:
 	@echo "make peek    the whole chain at nano size: images over HTTP to a 1024 px image, in minutes"
 	@echo "make demo    a world of drawings at tiny size; MINUTES=10 or 60 trains less or more than 20"
 	@echo "make studio  a page to draw on with the demo's bundle, or with peek's where there is none"
+	@echo "make site    these pages with the tables of the code, searchable, in build/site/index.html; a warning fails it"
 	@echo "make unit    the tests of functions and classes, in minutes      make check    format, lint, types"
 	@echo "make test    these and all that start servers, clusters and commands      make test-slow    the slow ones"
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
@@ -31,7 +32,7 @@ else
 	@echo "Installing packages into .venv: some minutes, without a word"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install $(PIP_FLAGS) --constraint requirements.lock --editable '.[demo,dev,reference]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install $(PIP_FLAGS) --constraint requirements.lock --editable '.[demo,dev,docs,reference]'
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps bsrgan==0.1.5
 	@touch .venv/ready
 endif
@@ -80,7 +81,7 @@ gpu-check: .venv/ready
 lock:
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install $(PIP_FLAGS) --editable '.[demo,dev,reference]'
+	build/lock/bin/python -m pip install $(PIP_FLAGS) --editable '.[demo,dev,docs,reference]'
 	build/lock/bin/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort --ignore-case > requirements.lock
 	rm -rf build/lock
 
@@ -102,6 +103,10 @@ studio: .venv/ready
 	@if [ -e out/demo/bundle.json ]; then exec $(BIN)/unclip serve out/demo; fi; \
 	echo "out/demo has no bundle yet (make demo): the studio draws with make peek's nano models, which know little"; \
 	if [ ! -e out/nano/bundle.json ]; then $(BIN)/unclip run configs/nano.yaml || exit 1; fi; exec $(BIN)/unclip serve out/nano
+
+site: .venv/ready
+	$(BIN)/python -m tests.site build/docs
+	$(BIN)/zensical build --clean
 
 clean:
 	rm -rf out build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

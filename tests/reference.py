@@ -1,14 +1,12 @@
-"""Writes tables of configuration.md, serve.md, evaluate.md, and pipeline/schema.json: ``python -m tests.reference``.
+"""Makes the tables that the site shows of classes, requests and metrics; ``python -m tests.reference`` writes
+pipeline/schema.json.
 
-A table follows a remark such as ``<!-- fields of RaySettings -->``. After one of several classes it has a column of
-defaults for each, and the fields that all of them have.
+A table of several classes has a column of defaults for each, and the fields that all of them have.
 """
 
 import dataclasses
 import json
-import re
 import sys
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pipeline.build import STAGES
@@ -19,9 +17,6 @@ from pipeline.training.recipes import TrainingRecipe
 from serve.requests import IGNORED, REFUSED, Edit, Generation, Interpolation, Variation
 from serve.settings import ServeSettings
 
-PAGE = Path(__file__).parents[1] / "docs/configuration.md"
-PAGES = (PAGE, PAGE.with_name("serve.md"), PAGE.with_name("evaluate.md"))
-TABLE = re.compile(r"^<!-- fields of ([\w, ]+) -->\n\n((?:\|.*\n)*)", re.MULTILINE)
 KINDS = {kind.__name__: kind for kind in dataclasses_in(config_type())}
 ENDPOINTS = {Generation: "generations", Edit: "edits", Variation: "variations", Interpolation: "interpolations"}
 
@@ -114,20 +109,13 @@ def meaning(text: str, kind: Any) -> str:
     return phrase if ". " not in phrase else text
 
 
-def page(text: str) -> str:
-    """Returns the page with its tables as the code has them."""
-    return TABLE.sub(lambda found: f"<!-- fields of {found[1]} -->\n\n{table(found[1].split(', '))}", text)
-
-
 def schema_text() -> str:
     """Returns the content of pipeline/schema.json."""
     return json.dumps(schema(STAGES), indent=1, sort_keys=True) + "\n"
 
 
 def main() -> int:
-    """Writes all of them."""
-    for file in PAGES:
-        file.write_text(page(file.read_text()))
+    """Writes it."""
     FILE.write_text(schema_text())
     return 0
 

@@ -22,14 +22,14 @@ import yaml
 from jobs.command_line import command_line
 from pipeline.config import Config, Run
 from pipeline.errors import UserError
-from pipeline.ledger import REASONS
 from pipeline.schema import FILE
 from tests.chain import MICRO, ROOT, here, unclip
 from tests.pipeline.data.bench import picture, save_clip, write_list
 from tests.pipeline.data.source.test_imported import write_parts
 from tests.pipeline.data.source.test_sheets import write as write_sheets
 from tests.pipeline.golden import golden_keys
-from tests.reference import KINDS, PAGE, PAGES, TABLE, fields, page, schema_text
+from tests.reference import KINDS, fields, schema_text
+from tests.site import MARKER
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # The commands of the documents that run here as they stand, in this order. Others need a cluster, a GPU or minutes.
@@ -112,15 +112,12 @@ def tables(text: str) -> Iterator[dict[str, str]]:
             yield dict(zip(head, cells, strict=True))
 
 
-def test_tables_and_schema_of_the_configuration_are_those_of_the_code() -> None:
-    text = PAGE.read_text()
-    for file in PAGES:
-        assert file.read_text() == page(file.read_text()), "python -m tests.reference writes the tables again"
+def test_the_configuration_page_and_the_schema_have_every_class_of_the_code() -> None:
+    text = (ROOT / "docs/configuration.md").read_text()
     assert FILE.read_text() == schema_text(), "python -m tests.reference writes the schema anew"
-    shown = {name for names in TABLE.findall(text) for name in names[0].split(", ")}
+    shown = {name for _, names, _ in MARKER.findall(text) for name in names.split(", ")}
     assert shown == KINDS.keys() - {"Config"}
-    [first, *_] = TABLE.split(text)
-    top = {row["field"] for row in tables(first.partition("\n## ")[0])}
+    top = {row["field"] for row in tables(text.partition("\n## ")[0])}
     assert top == {"project", "store", "preset", "scale"}
     for field in dataclasses.fields(Config):
         assert field.name in top or f"\n## {field.name}" in text or f"`{field.name}`" in text, field.name
@@ -133,11 +130,6 @@ def test_the_keys_of_the_first_half_hour_are_those_that_one_sees() -> None:
     shown = re.findall(r"^    +(\w+) .*\b([0-9a-f]{12})\b", (ROOT / "docs/start.md").read_text(), re.M)
     assert {stage for stage, _ in shown} == keys.keys()
     assert [(stage, key) for stage, key in shown if not keys[stage].startswith(key)] == []
-
-
-def test_every_reason_is_explained() -> None:
-    rows = {row["reason"].strip("`"): row["means"] for row in tables((ROOT / "docs/ledger.md").read_text())}
-    assert rows == REASONS
 
 
 def commands(text: str) -> Iterator[tuple[str, bool]]:

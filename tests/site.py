@@ -1,0 +1,146 @@
+"""Prepares the pages of the site, which ``make site`` builds: ``python -m tests.site build/docs``.
+
+A line such as ``[Fields of RaySettings](../pipeline/settings.py)`` becomes the table of that class: who reads the file
+without a site is led to the code that the table is made from. Links to code lead to pages that show it.
+"""
+
+import argparse
+import importlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from jobs.command_line import command_line, leaves
+from pipeline.ledger import REASONS
+from tests.reference import table, written
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {
+    ROOT / "README.md": "index.md",
+    ROOT / "CHANGELOG.md": "changelog.md",
+    ROOT / "CONTRIBUTING.md": "contributing.md",
+    **{file: file.relative_to(DOCS).as_posix() for file in sorted(DOCS.rglob("*")) if file.is_file()},
+}
+MARKER = re.compile(r"^\[(Fields|Table|Reference) of ([\w., ]+)\]\(([^)]+)\)$", re.MULTILINE)
+LINK = re.compile(r"(?<!\\)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```[\s\S]*?^```$|^ {4}.*$", re.MULTILINE)
+MATH = re.compile(r"^```math\n([\s\S]*?)^```$", re.MULTILINE)
+
+
+def generated(kind: str, names: str) -> str:
+    """Returns what takes the place of a marker."""
+    if kind == "Reference":
+        return reference(names)
+    return {"reasons": reason_table, "commands": command_tables}.get(names, lambda: table(names.split(", ")))()
+
+
+def reason_table() -> str:
+    """Returns the table of the reasons for which a row is rejected or deferred."""
+    return written([["reason", "means"], ["---"] * 2, *([f"`{reason}`", text] for reason, text in REASONS.items())])
+
+
+def command_tables() -> str:
+    """Returns a section for each command, with its usage and a table of its words."""
+    return "\n".join(command_section(parser) for parser in leaves(command_line(["run"])))
+
+
+def command_section(parser: argparse.ArgumentParser) -> str:
+    """Returns the section of one command."""
+    actions = [
+        action
+        for action in parser._actions
+        if action.help and action.dest != "help" and action.help != argparse.SUPPRESS
+    ]
+    rows = []
+    for action in actions:
+        shown = ", ".join(f"`{word}`" for word in action.option_strings) or f"`{action.metavar or action.dest}`"
+        if action.option_strings and action.nargs != 0:
+            value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else action.dest.upper())
+            shown += f" {value}".replace("|", "\\|")
+        rows.append([shown, str(action.help).replace("|", "\\|").replace("%%", "%")])
+    head = f"### {parser.prog}\n\n{parser.description or ''}\n\n"
+    return head + written([["word", "meaning"], ["---"] * 2, *rows])
+
+
+def reference(module: str) -> str:
+    """Returns directives that render the docstrings of a module's public names."""
+    names = importlib.import_module(module)
+    found = ""
+    for name in names.__all__:
+        thing = getattr(names, name)
+        if callable(thing):
+            found += f"::: {thing.__module__}.{thing.__qualname__}\n    options:\n      heading_level: 3\n\n"
+    return found
+
+
+def prepared(source: Path, text: str) -> str:
+    """Returns the text of a page as the site has it."""
+    text = MARKER.sub(lambda found: generated(found[1], found[2]), text)
+    text = MATH.sub(lambda found: formula(found[1]), text)
+    kept, parts = 0, []
+    for found in FENCE.finditer(text):
+        parts += [LINK.sub(lambda link: moved(source, link), text[kept : found.start()]), found[0]]
+        kept = found.end()
+    return "".join([*parts, LINK.sub(lambda link: moved(source, link), text[kept:])])
+
+
+def formula(latex: str) -> str:
+    """Returns a formula as MathML, which browsers draw without a script."""
+    from latex2mathml.converter import convert
+
+    return f'<div class="formula">{convert(" ".join(latex.split()), display="block")}</div>'
+
+
+def moved(source: Path, link: re.Match[str]) -> str:
+    """Returns a link between files of the repository as one between pages of the site."""
+    path, _, anchor = link[2].partition("#")
+    if not path or path.startswith(("http://", "https://", "mailto:")):
+        return link[0]
+    target = Path(os.path.normpath(source.parent / path))
+    if target not in PAGES and not target.is_file():
+        return link[1]  # a folder of the code
+    place = PAGES.get(target) or f"code/{target.relative_to(ROOT).as_posix()}.md"
+    here = Path(PAGES[source]).parent
+    return f"[{link[1]}]({os.path.relpath(place, here)}{'#' if anchor else ''}{anchor})"
+
+
+def shown_files(source: Path, text: str) -> Iterator[Path]:
+    """Yields the files of the code that a page links to."""
+    for link in LINK.finditer(MARKER.sub("", text)):
+        target = Path(os.path.normpath(source.parent / link[2].partition("#")[0]))
+        if target.is_file() and target not in PAGES:
+            yield target
+
+
+def code_page(file: Path) -> str:
+    """Returns a page that shows a file, and that the search leaves out."""
+    language = {".py": "python", ".yaml": "yaml", ".json": "json"}.get(file.suffix, "text")
+    name = file.relative_to(ROOT).as_posix()
+    return f"---\ntitle: {name}\nsearch:\n  exclude: true\n---\n\n# {name}\n\n````{language}\n{file.read_text()}````\n"
+
+
+def prepare(folder: Path) -> None:
+    """Writes all pages, and what they show, into an empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    files: set[Path] = set()
+    for source, place in PAGES.items():
+        target = folder / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.suffix != ".md":
+            shutil.copyfile(source, target)
+            continue
+        text = source.read_text()
+        target.write_text(prepared(source, text))
+        files.update(shown_files(source, text))
+    for file in sorted(files):
+        target = folder / f"code/{file.relative_to(ROOT).as_posix()}.md"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(code_page(file))
+
+
+if __name__ == "__main__":
+    prepare(Path(sys.argv[1]))
