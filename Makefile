@@ -109,4 +109,4 @@ site: .venv/ready
 	$(BIN)/zensical build --clean
 
 clean:
-	rm -rf out build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf out build .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -1,4 +1,4 @@
-"""Keys of artefacts, which are known before anything has run (docs/decisions/recipe-keys.md).
+"""Keys of artefacts, which are known before anything has run (docs/store.md).
 
 key = sha256 of the stage's name and version, the recipe fields that differ from their defaults, and the keys of all
 inputs.

@@ -31,7 +31,7 @@ from tests.pipeline.golden import golden_keys
 from tests.reference import KINDS, fields, schema_text
 from tests.site import MARKER
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "lab").glob("*.md"))]
 # The commands of the documents that run here as they stand, in this order. Others need a cluster, a GPU or minutes.
 RUN = [
     "unclip init my-project pairs.csv",
