@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,26 +45,33 @@ def reason_table() -> str:
 
 
 def command_tables() -> str:
-    """Returns a section for each command, with its usage and a table of its words."""
-    return "\n".join(command_section(parser) for parser in leaves(command_line(["run"])))
+    """Returns a section for each command, after a table of the words that many commands share."""
+    rows = {parser: command_words(parser) for parser in leaves(command_line(["run"]))}
+    shared = [row for row, uses in Counter(row for each in rows.values() for row in each).items() if uses > 3]
+    text = section("Words of many commands", "", shared)
+    for parser, own in rows.items():
+        common = ", ".join(row[0].split(" ")[0].rstrip(",") for row in own if row in shared)
+        lead = (parser.description or "") + (f" Takes {common}." if common else "")
+        text += section(parser.prog, lead, [row for row in own if row not in shared])
+    return text
 
 
-def command_section(parser: argparse.ArgumentParser) -> str:
-    """Returns the section of one command."""
-    actions = [
-        action
-        for action in parser._actions
-        if action.help and action.dest != "help" and action.help != argparse.SUPPRESS
-    ]
-    rows = []
-    for action in actions:
-        shown = ", ".join(f"`{word}`" for word in action.option_strings) or f"`{action.metavar or action.dest}`"
-        if action.option_strings and action.nargs != 0:
-            value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else action.dest.upper())
-            shown += f" {value}".replace("|", "\\|")
-        rows.append([shown, str(action.help).replace("|", "\\|").replace("%%", "%")])
-    head = f"### {parser.prog}\n\n{parser.description or ''}\n\n"
-    return head + written([["word", "meaning"], ["---"] * 2, *rows])
+def command_words(parser: argparse.ArgumentParser) -> list[tuple[str, str]]:
+    """Returns the words that a command takes, each with its help."""
+    words = []
+    for action in parser._actions:
+        if action.help and action.dest != "help" and action.help != argparse.SUPPRESS:
+            shown = ", ".join(f"`{word}`" for word in action.option_strings) or f"`{action.metavar or action.dest}`"
+            if action.option_strings and action.nargs != 0:
+                shown += f" {action.metavar or '|'.join(map(str, action.choices or [action.dest.upper()]))}"
+            words.append((shown.replace("|", "\\|"), str(action.help).replace("|", "\\|").replace("%%", "%")))
+    return words
+
+
+def section(title: str, lead: str, rows: list[tuple[str, str]]) -> str:
+    """Returns a heading, a line and a table of words, if there are any."""
+    table = written([["word", "meaning"], ["---"] * 2, *map(list, rows)]) if rows else ""
+    return f"### {title}\n\n{lead}\n\n{table}\n"
 
 
 def reference(module: str) -> str:
