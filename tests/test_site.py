@@ -3,6 +3,7 @@
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from tests.site import LINK, MARKER, PAGES, ROOT, generated, prepare
 
 
 def test_every_page_has_its_place_in_the_navigation() -> None:
-    def pages(part: object) -> list[str]:
+    def pages(part: Any) -> list[str]:
         if isinstance(part, str):
             return [part]
         return [page for below in (part.values() if isinstance(part, dict) else part) for page in pages(below)]
