@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.figure import as_text
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.execute import execute, make_context
-from pipeline.graph.runs import record_repeated_run, record_run
+from pipeline.graph.runs import record_run
 from pipeline.progress import counted, duration
 from pipeline.store import check_conditions
 from pipeline.store.records import materialise
@@ -193,7 +193,7 @@ def confirm(plan: RunPlan) -> None:
     remember_config(project.config)
     asked_for = project.store, project.config.project, project.graph, plan.verdicts
     with suppress(UserError):  # somebody who may only read
-        record_repeated_run(*asked_for, project.journal.forgettings, plan.wanted, project.scan.segments)
+        record_run(*asked_for, None, project.journal.forgettings, plan.wanted, project.scan.segments, repeated=True)
     if not _shows(plan):
         write_output(project)
 

@@ -28,6 +28,10 @@ from pipeline.store.records import Count, blob_path, create_record, put_blob, re
 
 StageKey = tuple[str, str]  # a stage and a key
 NOTE = "note."  # prefix of blobs that are beside the result, such as times: an artefact's table leaves them out
+PACKAGES = (
+    "ray", "torch", "open_clip_torch", "img2dataset", "opencv-python-headless", "numpy", "pyarrow", "pillow",
+    "scikit-learn", "faiss-cpu",
+)  # fmt: skip
 GROUP = 8192  # shards of a table in one row group
 SEGMENTS = "shards/source/segment-"  # prefix of the paths of records of a list's segments
 
@@ -64,19 +68,7 @@ def read_shard(store: Store, stage: str, key: str) -> Shard | None:
 
 def environment() -> dict[str, str]:
     """Returns versions that the bytes of a result may depend on besides its recipe. Recorded, never hashed."""
-    packages = (
-        "ray",
-        "torch",
-        "open_clip_torch",
-        "img2dataset",
-        "opencv-python-headless",
-        "numpy",
-        "pyarrow",
-        "pillow",
-        "scikit-learn",
-        "faiss-cpu",
-    )
-    return {"python": platform.python_version(), "machine": platform.machine()} | {p: version(p) for p in packages}
+    return {"python": platform.python_version(), "machine": platform.machine()} | {p: version(p) for p in PACKAGES}
 
 
 def publish_artifact(store: Store, artifact: Artifact, seconds: float) -> Artifact:

@@ -34,12 +34,22 @@ def record_run(
     forgettings: int = 0,
     wanted: Collection[str] | None = None,
     segments: Sequence[str] = (),
+    repeated: bool = False,
 ) -> None:
     """Records what a run is asked to make, before it starts.
 
-    ``package`` is the path of the code package that is to run it; ``forgettings`` counts those in the journal that the
-    verdicts were planned with (see pipeline.data.source.journal), and ``segments`` names those of the list. ``wanted``:
-    the stages that it makes; all by default.
+    Args:
+        store: Store of the project.
+        project: Name of the project.
+        graph: Its stages.
+        verdicts: The plan.
+        package: Path of the code package that is to run it.
+        forgettings: Number of those in the journal that the verdicts were planned with (see
+            pipeline.data.source.journal).
+        wanted: Stages that the run makes; all by default.
+        segments: Names of the segments of the list.
+        repeated: The run finds everything made. It is recorded unless the last record asks for the same and is younger
+            than a day: garbage collection keeps what recent runs asked for, so artefacts in use need a recent run.
     """
     keys = {v.stage: v.key for v in verdicts}
     stages: dict[str, PlannedStage] = {}
@@ -51,55 +61,36 @@ def record_run(
             for name, recipe in (("trajectory", stage.recipe), ("trunk", dataclasses.replace(stage.recipe, decay=0))):
                 owners[name] = trajectory(stage.name, stage.version, recipe, inputs)
         stages[v.stage] = PlannedStage(v.key, stage.version, flatten(stage.recipe), inputs, **owners, lineage=v.lineage)
-    _write(store, project, stages, forgettings, stages if wanted is None else wanted, package, segments)
-
-
-def record_repeated_run(
-    store: Store,
-    project: str,
-    graph: Graph,
-    verdicts: Sequence[Verdict],
-    forgettings: int,
-    wanted: Collection[str],
-    segments: Sequence[str] = (),
-) -> None:
-    """Records a run that finds everything made, unless the last record asks for the same and is younger than a day.
-
-    Garbage collection keeps what recent runs asked for, so artefacts in use need a recent run.
-    """
-    entry, run = next(_runs(store, project), (None, None))
-    if entry and run:
-        asked = ({v.stage: v.key for v in verdicts}, forgettings, tuple(sorted(wanted)), tuple(segments))
-        last = ({stage: each.key for stage, each in run.stages.items()}, run.forgettings, run.wanted, run.segments)
-    if not entry or asked != last or store.now() - entry.modified > AGAIN_S:
-        record_run(store, project, graph, verdicts, forgettings=forgettings, wanted=wanted, segments=segments)
+    chosen = tuple(sorted(stages if wanted is None else wanted))
+    run = RunRecord(project, stages, forgettings, chosen, tuple(segments), _asked_by(), package)
+    entry, last = next(_runs(store, project), (None, None)) if repeated else (None, None)
+    if not entry or not last or _asks(last) != _asks(run) or store.now() - entry.modified > AGAIN_S:
+        _create(store, run)
 
 
 def record_stage_run(ctx: Context, project: str) -> None:
     """Records that this stage alone is asked for, before it starts."""
     inputs = {name: artifact.key for name, artifact in ctx.inputs.items()}
     asked = PlannedStage(ctx.key, ctx.version, flatten(ctx.recipe), inputs)
-    _write(ctx.store, project, {ctx.stage: asked}, 0, [ctx.stage])
+    _create(ctx.store, RunRecord(project, {ctx.stage: asked}, 0, (ctx.stage,), by=_asked_by()))
 
 
-def _write(
-    store: Store,
-    project: str,
-    stages: Mapping[str, PlannedStage],
-    forgettings: int,
-    wanted: Collection[str],
-    package: str | None = None,
-    segments: Sequence[str] = (),
-) -> None:
+def _asks(run: RunRecord) -> tuple[Any, ...]:
+    return {stage: each.key for stage, each in run.stages.items()}, run.forgettings, run.wanted, run.segments
+
+
+def _create(store: Store, run: RunRecord) -> None:
     """Records a run under the next number. Two that begin at once may have one number; then their names decide."""
     # Numbers and not times: clocks of machines differ.
-    last = max((entry.path for entry in run_entries(store, project)), default=None)
+    last = max((entry.path for entry in run_entries(store, run.project)), default=None)
     number = run_number(last) + 1 if last else 1
     if number > MOST_RUNS:
         raise UserError(f"{store.url}/{last} has the last number that a run can have: delete it, and run again")
-    by = {**whoami(), "command": _command()}
-    run = RunRecord(project, stages, forgettings, tuple(sorted(wanted)), tuple(segments), by, package)
-    create_record(store, f"runs/{project}/{number:08d}-{secrets.token_hex(4)}.json", run)
+    create_record(store, f"runs/{run.project}/{number:08d}-{secrets.token_hex(4)}.json", run)
+
+
+def _asked_by() -> dict[str, str]:
+    return {**whoami(), "command": _command()}
 
 
 def _command() -> str:

@@ -77,11 +77,6 @@ class Pointer(Record):
     project: Part
     moves: tuple[Move, ...]
 
-    @property
-    def active(self) -> tuple[Move, ...]:
-        """Returns the promotions that were not rolled back, the current one last."""
-        return tuple(self.moves[place] for place in _places(self.moves))
-
     def check(self, path: str) -> None:
         if path != release_path(self.project):
             raise ValueError(f"it is the release of {self.project}")

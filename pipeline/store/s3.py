@@ -7,8 +7,8 @@ recognises it by its bytes.
 
 from __future__ import annotations
 
-import io
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,6 +37,7 @@ TIMEOUT_S = 60.0  # without a byte
 LEAST_RATE = 16 << 10  # bytes a second of a body, after TIMEOUT_S
 PART_BYTES = 16 << 20  # a larger file is uploaded in parts, ten at once; S3 takes at most 10,000 of at least 5 MiB
 CONNECTIONS = 32  # for as many threads at once; more wait for one
+END = sys.maxsize  # of any object
 BATCH = 1000  # objects that one request may delete
 
 PERMISSIONS = {  # of AWS; S3 asks for others than the names of its operations
@@ -153,17 +154,7 @@ class S3Store:
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is not None and stop <= start:
             return b""
-        with self._explained(path):
-            for last in _tries():
-                data = io.BytesIO()
-                try:
-                    for chunk in self._chunks(path, start, stop):
-                        data.write(chunk)
-                    return data.getvalue()
-                except HTTPError:  # the body broke off; boto3 retries only until it begins
-                    if last:
-                        raise
-        raise AssertionError("the last try returns or raises")
+        return next(self.read_parts(path, [(start, END if stop is None else stop)]))
 
     def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         given = 0
@@ -178,16 +169,16 @@ class S3Store:
                         yield part
                         given += 1
                     return
-                except HTTPError:
+                except HTTPError:  # the body broke off; boto3 retries only until it begins
                     if last:
                         raise
 
-    def _chunks(self, path: str, start: int, stop: int | None) -> Iterator[bytes]:
+    def _chunks(self, path: str, start: int, stop: int) -> Iterator[bytes]:
         """Yields the body of one request for bytes [start, stop).
 
         Raises FileNotFoundError, and HTTPError where the body ends early, stands still or comes too slowly.
         """
-        asked = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if start or stop is not None else {}
+        asked = {"Range": f"bytes={start}-{'' if stop == END else stop - 1}"} if start or stop != END else {}
         try:
             answer = self._client.get_object(**self._where(path), **asked)
         except ClientError as e:

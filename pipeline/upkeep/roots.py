@@ -29,7 +29,7 @@ from pipeline.graph.artifacts import (
 )
 from pipeline.graph.records import ARTIFACT_NAME, Pin, PlannedStage, RunRecord
 from pipeline.release.pointer import FOLDER as RELEASES
-from pipeline.release.pointer import Pointer
+from pipeline.release.pointer import Pointer, Releases
 from pipeline.store import Store
 from pipeline.store.leases import read_lease
 from pipeline.store.names import is_part
@@ -79,7 +79,7 @@ class _Search:
         self.store, self.keep_s, self.now, self.only = store, keep_s, now, only
         self.live = LiveSet()
         self.pinned: set[str] = set()  # keys
-        self.lost_pins: set[str] = set()  # lineages of pins that cannot be read
+        self.lost_pins = False  # a pin cannot be read
         self.projects: dict[str, _Project] = defaultdict(_Project)
         self.asked: dict[StageKey, PlannedStage] = {}  # by all runs that can be read
         self.made: list[StageKey] = []
@@ -168,7 +168,7 @@ class _Search:
                     project.forgettings = -1
                     self.live.unknown = True  # it may name any blob as rows to be tried again
                 else:
-                    self.lost_pins.add(path.removeprefix("locks/").removesuffix(".json"))
+                    self.lost_pins = True
 
     def _runs(self) -> None:
         for entry in self.store.list("runs/"):
@@ -191,22 +191,16 @@ class _Search:
     def _orphans(self) -> tuple[bool, set[str]]:
         """Returns whether artefacts and checkpoints stay that no readable run names, and stages of which all stay.
 
-        A pin that cannot be read may name any artefact of its stage, and a run that cannot be read any at all: but what
-        other runs of its project name is kept by them.
+        A pin that cannot be read may name any artefact of a stage that is pinned, and a run that cannot be read any at
+        all: but what other runs of its project name is kept by them.
         """
-        of_pins = {lineage: set[str]() for lineage in self.lost_pins}
-        every = set()
-        for (stage, _), asked in self.asked.items():
-            if asked.lineage:
-                every.add(stage)
-                of_pins.get(asked.lineage, set()).add(stage)
-        orphans = not all(project.whole for project in self.projects.values())
-        orphans = orphans or (bool(of_pins) and not every)
+        pinned = {stage for (stage, _), asked in self.asked.items() if asked.lineage} if self.lost_pins else set()
+        orphans = not all(project.whole for project in self.projects.values()) or (self.lost_pins and not pinned)
         if orphans:
             known = {owner for asked in self.asked.values() for owner in (asked.trajectory, asked.trunk)}
             folders = {entry.path.split("/")[1] for entry in self.store.list("checkpoints/")}
             self.live.prefixes |= {f"checkpoints/{owner}/" for owner in folders - known}
-        return orphans, {stage for stages in of_pins.values() for stage in stages or every}
+        return orphans, pinned
 
     def _released(self) -> dict[str, Clean]:
         """Returns for each bundle that is a release, or can be again by rollbacks, what is clean for all its projects.
@@ -223,7 +217,7 @@ class _Search:
             name = entry.path.removeprefix(RELEASES).removesuffix(".json")
             pointer = self._read(entry.path, Pointer)
             if pointer is not None:
-                for move in pointer.active:
+                for move in Releases(None, pointer.moves).active:
                     add(move.bundle, self.projects[name].clean)
             elif entry.path in self.live.unreadable and is_part(name):
                 for stage, key in self.made:

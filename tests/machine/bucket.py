@@ -1,173 +1,115 @@
-"""A bucket in memory behind a real botocore client: answers are lost, fail after the write, and lists are short."""
+"""A bucket in memory behind S3Store: answers are lost, fail after the write, and lists come in short pages.
+
+It answers as a client of botocore that has sent each request again, as tests/pipeline/store/test_s3.py proves of the
+real one.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from email.utils import formatdate
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
-from xml.etree import ElementTree
-from xml.sax.saxutils import escape
 
-import boto3
-from botocore.awsrequest import AWSResponse, HeadersDict
-from botocore.config import Config
-from botocore.exceptions import ConnectionClosedError
-from urllib3.response import HTTPResponse
+from botocore.exceptions import ClientError
 
-from pipeline.store.s3 import TRIES, S3Store
+from pipeline.store.s3 import S3Store
 
 PAGE = 7  # objects of one answer to a list, so that others write between two pages
-BEGAN = "<LastModified>2020-01-01T00:00:00Z</LastModified>"  # the machine knows better
-NO_BODY = ("HEAD", "DELETE")
+BEGAN = datetime(2020, 1, 1, tzinfo=UTC)  # the machine knows better
 
 
 class Bucket:
-    """Objects by their keys. ``faulty``: the share of requests of each kind and path that go wrong, by ``seed``."""
+    """Objects by their keys. ``faulty``: the share of requests of each kind and key that are sent twice."""
 
-    def __init__(self, seed: int, faulty: float, now: Callable[[], float]):
+    meta = SimpleNamespace(service_model=SimpleNamespace(operation_names=("GetObject", "HeadObject", "PutObject")))
+
+    def __init__(self, faulty: float, now: Callable[[], float]):
         self.objects: dict[str, bytes] = {}
-        self.faults: Counter[str] = Counter()
-        self._seed, self._faulty, self._now = seed, faulty, now
-        self._asked: Counter[str] = Counter()
+        self._faulty, self._now, self._asked = faulty, now, Counter[str]()
 
     def store(self) -> S3Store:
         """Returns a store in this bucket."""
         store = S3Store("s3://bucket/machine", "bucket", "machine")
-        client = _client()
-        client.meta.events.unregister("before-send.s3", unique_id="bucket")
-        client.meta.events.register("before-send.s3", self._answer, unique_id="bucket")
-        store.__dict__["_client"] = client
+        store.__dict__["_client"] = self
         return store
 
-    def _answer(self, request: Any, **_: Any) -> AWSResponse:
-        url = urlsplit(request.url)
-        key, query = unquote(url.path).removeprefix("/bucket").lstrip("/"), parse_qs(url.query, keep_blank_values=True)
-        fault = self._fault(f"{request.method} {key} {url.query}")
-        if fault == "refused":
-            raise ConnectionClosedError(endpoint_url=request.url)
-        if fault == "busy":
-            return self._respond(request, 503, _error("SlowDown"))
-        answer = self._serve(request, key, query)
-        if fault == "lost":
-            raise ConnectionClosedError(endpoint_url=request.url)
-        return self._respond(request, 500, _error("InternalError")) if fault == "late" else answer
+    def put_object(self, Key: str, Body: bytes, **condition: str) -> None:
+        if self._is_lost(f"put {Key}"):  # the first try has written, or met what stands; its answer is lost
+            self._put(Key, Body, condition)
+            if status := self._put(Key, Body, condition):
+                raise _error("PutObject", status, retries=1)
+        elif status := self._put(Key, Body, condition):
+            raise _error("PutObject", status)
 
-    def _fault(self, what: str) -> str | None:
-        """Returns what goes wrong with this request, of equal ones by their number; never thrice in a row."""
-        self._asked[what] += 1
-        drawn = hashlib.sha256(f"{self._seed} {what} {self._asked[what]}".encode()).digest()
-        if drawn[0] / 256 >= self._faulty or self._asked[what] % 3 == 0:
-            return None
-        fault = ("refused", "busy", "lost", "late")[drawn[1] % 4]
-        self.faults[fault] += 1
-        return fault
-
-    def _serve(self, request: Any, key: str, query: dict[str, list[str]]) -> AWSResponse:
-        if request.method == "PUT":
-            return self._put(request, key)
-        if request.method == "POST" and "delete" in query:
-            for element in ElementTree.fromstring(_body(request)).iter():
-                if element.tag.rpartition("}")[2] == "Key":
-                    self.objects.pop(element.text or "", None)
-            return self._respond(request, 200, b"<DeleteResult/>")
-        if "list-type" in query:
-            return self._list(request, query)
-        if "uploads" in query:
-            return self._respond(request, 200, b"<ListMultipartUploadsResult/>")
-        return self._get(request, key)
-
-    def _put(self, request: Any, key: str) -> AWSResponse:
-        standing, match = self.objects.get(key), _header(request, "If-Match")
-        if _header(request, "If-None-Match") == "*" and standing is not None:
-            return self._respond(request, 412, _error("PreconditionFailed"))
+    def _put(self, key: str, body: bytes, condition: dict[str, str]) -> int:
+        """Writes an object if the condition holds, and returns the status of the error otherwise."""
+        standing, match = self.objects.get(key), condition.get("IfMatch")
         if match is not None and standing is None:
-            return self._respond(request, 404, _error("NoSuchKey"))
-        if match is not None and standing is not None and match != _etag(standing):
-            return self._respond(request, 412, _error("PreconditionFailed"))
-        self.objects[key] = _body(request)
-        return self._respond(request, 200, b"", {"ETag": _etag(self.objects[key])})
+            return 404
+        if standing is not None and ("IfNoneMatch" in condition or (match is not None and match != _etag(standing))):
+            return 412
+        self.objects[key] = body
+        return 0
 
-    def _get(self, request: Any, key: str) -> AWSResponse:
-        data = self.objects.get(key)
-        if data is None:
-            return self._respond(request, 404, _error("NoSuchKey"))
-        head, status = {"ETag": _etag(data), "Last-Modified": formatdate(0, usegmt=True)}, 200
-        if asked := _header(request, "Range"):
-            first, _, last = asked.removeprefix("bytes=").partition("-")
+    def upload_file(self, file: str, bucket: str, key: str, **_: Any) -> None:
+        self.objects[key] = Path(file).read_bytes()
+
+    def get_object(self, Key: str, Range: str = "", **_: str) -> dict[str, Any]:
+        data = self._find("GetObject", Key)
+        if Range:
+            first, _, last = Range.removeprefix("bytes=").partition("-")
             if int(first) >= len(data):
-                return self._respond(request, 416, _error("InvalidRange"))
-            data, status = data[int(first) : int(last) + 1 if last else None], 206
-        return self._respond(request, status, data, head)
+                raise _error("GetObject", 416)
+            data = data[int(first) : int(last) + 1 if last else None]
+        return {"Body": io.BytesIO(data), "ContentLength": len(data)}
 
-    def _list(self, request: Any, query: dict[str, list[str]]) -> AWSResponse:
-        prefix, after = query.get("prefix", [""])[0], query.get("continuation-token", [""])[0]
-        found = sorted(key for key in self.objects if key.startswith(prefix) and key > after)
-        page = found[: min(PAGE, int(query.get("max-keys", ["1000"])[0]))]
-        parts = [f"<IsTruncated>{str(len(page) < len(found)).lower()}</IsTruncated>"]
-        if len(page) < len(found):
-            parts.append(f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>")
-        for key in page:
-            data = self.objects[key]
-            about = f"<Key>{escape(key)}</Key><Size>{len(data)}</Size><ETag>{escape(_etag(data))}</ETag>{BEGAN}"
-            parts.append(f"<Contents>{about}</Contents>")
-        body = f'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{"".join(parts)}</ListBucketResult>'
-        return self._respond(request, 200, body.encode())
+    def head_object(self, Key: str, **_: str) -> dict[str, Any]:
+        data = self._find("HeadObject", Key)
+        return {"ContentLength": len(data), "ETag": _etag(data), "LastModified": BEGAN}
 
-    def _respond(self, request: Any, status: int, data: bytes, more: dict[str, str] | None = None) -> AWSResponse:
-        headers = {"Content-Length": str(len(data)), "Date": formatdate(self._now(), usegmt=True), **(more or {})}
-        body = b"" if request.method in NO_BODY else data
-        raw = HTTPResponse(io.BytesIO(body), headers, status, preload_content=False, request_method=request.method)
-        return AWSResponse(request.url, status, HeadersDict(headers), raw)
+    def _find(self, operation: str, key: str) -> bytes:
+        if key not in self.objects:
+            raise _error(operation, 404)
+        return self.objects[key]
 
+    def delete_objects(self, Delete: dict[str, Any], **_: str) -> dict[str, Any]:
+        for each in Delete["Objects"]:
+            self.objects.pop(each["Key"], None)
+        return {}
 
-_made: list[Any] = []
+    def list_objects_v2(self, **_: Any) -> dict[str, Any]:
+        return {"ResponseMetadata": {"HTTPHeaders": {"date": formatdate(self._now(), usegmt=True)}}}
 
+    def get_paginator(self, operation: str) -> Any:
+        return SimpleNamespace(paginate=self._pages if operation == "list_objects_v2" else lambda **_: iter(()))
 
-def _client() -> Any:
-    """Returns the one client of this process, which retries at once; to make one takes longer than most programs."""
-    if not _made:
-        retries = {"mode": "standard", "total_max_attempts": TRIES}
-        session = boto3.session.Session("key", "secret", region_name="us-east-1")
-        style = {"addressing_style": "path"}
-        config = Config(retries=retries, s3=style)
-        _made.append(session.client("s3", config=config, endpoint_url="http://bucket.test"))
-    return _made[0]
+    def _pages(self, Prefix: str, **_: str) -> Iterator[dict[str, Any]]:
+        after = ""
+        while found := sorted(key for key in self.objects if key.startswith(Prefix) and key > after)[:PAGE]:
+            sizes = [(key, self.objects[key]) for key in found]
+            yield {
+                "Contents": [
+                    {"Key": key, "Size": len(data), "ETag": _etag(data), "LastModified": BEGAN} for key, data in sizes
+                ]
+            }
+            after = found[-1]
 
-
-def _header(request: Any, name: str) -> str | None:
-    value = request.headers.get(name)
-    return value.decode() if isinstance(value, bytes) else value
+    def _is_lost(self, what: str) -> bool:
+        """Returns whether the answer to this request is lost, of equal ones by their number."""
+        self._asked[what] += 1
+        return hashlib.sha256(f"{what} {self._asked[what]}".encode()).digest()[0] / 256 < self._faulty
 
 
-def _body(request: Any) -> bytes:
-    data = request.body
-    if data is None or isinstance(data, bytes | bytearray):
-        data = bytes(data or b"")
-    else:
-        data.seek(0)
-        data = data.read()
-    return _without_chunks(data) if "aws-chunked" in (_header(request, "Content-Encoding") or "") else data
-
-
-def _without_chunks(data: bytes) -> bytes:
-    """Returns the content of a body in chunks with a checksum behind them, as botocore sends files."""
-    content = b""
-    while data:
-        size, _, data = data.partition(b"\r\n")
-        count = int(size.partition(b";")[0], 16)
-        if not count:
-            break
-        content, data = content + data[:count], data[count + 2 :]
-    return content
+def _error(operation: str, status: int, retries: int = 0) -> ClientError:
+    about: Any = {"HTTPStatusCode": status, "RetryAttempts": retries}
+    return ClientError({"Error": {"Code": str(status)}, "ResponseMetadata": about}, operation)
 
 
 def _etag(data: bytes) -> str:
     return f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
-
-
-def _error(code: str) -> bytes:
-    return f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Container, Iterable
 from typing import Any
 
 from pipeline.graph.artifacts import artifact_path
 from pipeline.store.records import blob_path
-from tests.machine import stranger
 
 
 def is_sound(path: str, data: bytes) -> bool:
     """Returns whether an object is no blob, or has the bytes that its name says."""
-    return not path.startswith("blobs/") or stranger.is_blob_of(path, data)
+    return not path.startswith("blobs/") or hashlib.sha256(data).hexdigest() == path.rpartition("/")[2]
 
 
 def find_holders(objects: dict[str, bytes], projects: Iterable[str], foreign: Container[str]) -> dict[str, set[str]]:

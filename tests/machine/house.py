@@ -44,7 +44,7 @@ from pipeline.graph.artifacts import (
     write_table,
 )
 from pipeline.graph.execute import execute
-from pipeline.graph.runs import record_repeated_run, record_run
+from pipeline.graph.runs import record_run
 from pipeline.graph.stages import Context, Graph, Stage, shard_key, trajectory_key
 from pipeline.ledger import Ledger
 from pipeline.local import PathPolicy
@@ -245,10 +245,10 @@ class House:
         project = self.project(store, name)
         verdicts = project.plan()
         asked: Any = store, name, project.graph, verdicts
-        if all(verdict.state != "stale" for verdict in verdicts):
-            record_repeated_run(*asked, project.journal.forgettings, list(project.graph), project.scan.segments)  # type: ignore[call-arg]
+        made = all(verdict.state != "stale" for verdict in verdicts)
+        record_run(*asked, forgettings=project.journal.forgettings, segments=project.scan.segments, repeated=made)
+        if made:
             return project.finished(verdicts)
-        record_run(*asked, forgettings=project.journal.forgettings, segments=project.scan.segments)
         config, wanted, nothing = project.config, set(project.graph), lambda *_: None
         return execute(project.graph, project.plan(), wanted, store, config, {}, nothing, nothing)
 

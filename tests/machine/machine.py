@@ -8,13 +8,13 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, ClassVar
 
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pipeline.data.source.journal import read_journal, reference_mark
 from pipeline.errors import CorruptObject
@@ -24,7 +24,6 @@ from pipeline.store import open_store
 from pipeline.upkeep.repair import protected_objects
 from tests.machine import stranger
 from tests.machine.bucket import Bucket
-from tests.machine.disk import Disk
 from tests.machine.driver import Clock, Driver, History, StepStore, files, outcome
 from tests.machine.holders import find_holders, is_sound
 from tests.machine.house import House
@@ -40,7 +39,7 @@ GRACE_HOURS = 1.0
 DEAD_S = 4 * 86_400.0  # without a sign of life, after which no lease keeps anything
 
 
-class Machine(Disk):
+class Machine(RuleBasedStateMachine):
     """Two drivers on one store in a folder."""
 
     strangers: ClassVar[bool] = False
@@ -58,13 +57,16 @@ class Machine(Disk):
         self.moves: dict[str, list[Any]] = {name: [] for name in PROJECTS}
         self.decided: dict[str, tuple[set[str], int]] = {name: (set(), 0) for name in PROJECTS}
         self.asked_to_forget: dict[str, set[str]] = {name: set() for name in PROJECTS}
+        self.spoiled: dict[str, tuple[bytes, bytes | None]] = {}  # by path: bytes before, and after; None for lost
+        self.foreign: dict[str, bytes] = {}  # objects that a stranger wrote, as far as they stand
+        self.kept: dict[str, set[str]] = {}  # objects that each pin or release named while it was whole
         self.rows = 0
         self.stack = ExitStack()
         self.folder = tempfile.mkdtemp(prefix="machine-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
         self.stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
         self.stack.enter_context(self.house.living())
         if self.in_bucket:
-            bucket = Bucket(0, FAULTY, self.clock.time)
+            bucket = Bucket(FAULTY, self.clock.time)
             self.inner: Any = bucket.store()
             self.fresh = bucket.store
             self.raw = lambda: {key.removeprefix("machine/"): data for key, data in bucket.objects.items()}
@@ -165,6 +167,41 @@ class Machine(Disk):
             self.foreign[path] = data
             self.history.created(path, data)
             self.tainted |= path.startswith(("artifacts/", "shards/", "checkpoints/", "locks/list-", "runs/"))
+
+    @rule(choice=st.integers(0, 2**16), way=st.sampled_from(("rot", "cut", "lose")))
+    def spoil(self, choice: int, way: str) -> None:
+        """Damages a record or a blob, or loses a blob."""
+        kinds = ("blobs/",) if way == "lose" else ("blobs/", "artifacts/", "shards/")
+        objects = self.raw()
+        paths = sorted(path for path in objects.keys() - self.foreign.keys() if path.startswith(kinds))
+        paths = [path for path in paths if not self.is_damaged(path, objects)]
+        if not paths:
+            return
+        path = paths[choice % len(paths)]
+        before = objects[path]
+        now = {"rot": b"rot" + before[3:], "cut": before[: len(before) // 2], "lose": None}[way]
+        if now != before:
+            self._put(path, now)
+            self.spoiled[path] = before, now
+            self.kept = {holder: named - {path} for holder, named in self.kept.items()}
+
+    def is_damaged(self, path: str, objects: dict[str, bytes]) -> bool:
+        """Returns whether an object is as it was damaged: nobody has made it again since."""
+        return path in self.spoiled and objects.get(path) == self.spoiled[path][1]
+
+    def restore(self, paths: Container[str]) -> None:
+        """Puts a sound copy in the place of those of some objects that were damaged."""
+        objects = self.raw()
+        for path, (before, now) in self.spoiled.items():
+            if path in paths and objects.get(path) in (None, now):
+                self._put(path, before)
+
+    def _put(self, path: str, data: bytes | None) -> None:
+        self.inner.delete([path])
+        self.history.removed([path])
+        if data is not None:
+            assert self.inner.create(path, data)
+            self.history.created(path, data)
 
     @rule(number=st.integers(0, 50))
     def race(self, number: int) -> None:

@@ -5,13 +5,12 @@ Run it before ``pipeline.store.records.FORMAT`` is raised, so that the store of 
 
 from __future__ import annotations
 
-import io
-import json
 import tarfile
+import tempfile
 from pathlib import Path
 
 from pipeline.store import open_store
-from pipeline.store.records import FORMAT, canonical, digest
+from pipeline.store.records import FORMAT
 from tests.machine.driver import Clock, Driver, History, StepStore
 from tests.machine.house import House
 
@@ -38,25 +37,15 @@ def unpack(version: int, folder: Path) -> None:
         tar.extractall(folder, filter="data")
 
 
-def keep(folder: Path, version: int) -> None:
-    """Packs a store; of another version than this one, its records are sealed as that one did."""
-    FOLDER.mkdir(exist_ok=True)
-    with tarfile.open(FOLDER / f"{version}.tar.xz", "w:xz") as tar:
+def keep(folder: Path) -> None:
+    """Packs a store."""
+    with tarfile.open(FOLDER / f"{FORMAT}.tar.xz", "w:xz") as tar:
         for file in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
-            data = file.read_bytes()
-            if version != FORMAT and file.suffix == ".json" and b'"checksum"' in data:
-                body = {**json.loads(data), "format": version}
-                del body["checksum"]
-                data = canonical({**body, "checksum": digest(body)})
-            info = tarfile.TarInfo(str(file.relative_to(folder)))
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+            tar.add(file, file.relative_to(folder))
 
 
 def main() -> None:
     """Makes, releases and pins, and keeps what is in the store then."""
-    import tempfile
-
     made, clock = house()
     with tempfile.TemporaryDirectory() as folder, made.living():
         store = store_in(Path(folder), clock)
@@ -65,9 +54,7 @@ def main() -> None:
         made.data(store, "p", "retry", reason=None)
         made.data(store, "p", "forget", what=[ROWS[0]], file=None)
         made.data(store, "p", "gc", yes=True, keep_days=0.0, grace_hours=1.0)
-        keep(Path(folder), FORMAT)
-        if not (FOLDER / "1.tar.xz").exists():
-            keep(Path(folder), 1)
+        keep(Path(folder))
 
 
 if __name__ == "__main__":

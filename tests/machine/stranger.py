@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gzip
-import hashlib
 import json
 import random
 from typing import Any
@@ -92,8 +91,3 @@ def thing(path: str, records: dict[str, bytes], draw: random.Random) -> bytes:
                     pass
             return data
     return draw.choice(RAW)
-
-
-def is_blob_of(path: str, data: bytes) -> bool:
-    """Returns whether bytes are those that a blob's path names."""
-    return hashlib.sha256(data).hexdigest() == path.rpartition("/")[2]

@@ -27,15 +27,15 @@ def test_the_format_before_this_one_is_kept() -> None:
     assert FORMAT - 1 in KEPT
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("version", [version for version in KEPT if version < FORMAT])
-def test_a_store_of_an_older_format_is_refused_in_a_line(tmp_path: Path, version: int, command: str) -> None:
+def test_a_store_of_an_older_format_is_refused_in_a_line(tmp_path: Path, version: int) -> None:
     unpack(version, tmp_path)
     before = files(str(tmp_path))
     made, clock = house()
-    with made.living(), pytest.raises(UserError, match="older version of this software") as refused:
-        COMMANDS[command](made, store_in(tmp_path, clock))
-    assert "\n" not in str(refused.value)
+    with made.living():
+        for command in COMMANDS.values():
+            with pytest.raises(UserError, match=r"^[^\n]*older version of this software[^\n]*$"):
+                command(made, store_in(tmp_path, clock))
     assert files(str(tmp_path)) == before
 
 

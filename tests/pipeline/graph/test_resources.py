@@ -167,20 +167,11 @@ def test_the_object_store_has_room_for_what_waits_for_a_gpu(monkeypatch: pytest.
         assert object_store_mb(RaySettings(), BOX) == holds
 
 
-@pytest.mark.parametrize(
-    ("team", "said"),
-    [
-        (WorkerGroup(2, 1, Resources(0, 1)), "2 workers with 1 GPU each"),
-        (WorkerGroup(1, 1, Resources(2, 4)), "1 worker with 4 GPUs and 2 cores"),
-        (WorkerGroup(2, 1, Resources(1, 0, 32 << 30)), "2 workers with 1 core and 32,768 MiB each"),
-        (WorkerGroup(2, 1, Resources(1, labels={"pool": "gpu"})), "2 workers with 1 core on nodes with pool=gpu each"),
-        (WorkerGroup(14, 12, Resources(1)), "at least 12 workers with 1 core each"),
-        (WorkerGroup(2, 1, Resources(1), 10), "2 workers with 1 core and 10 decoders of 1 core each"),
-        (WorkerGroup(1, 1, Resources(0, 1), 4, firm=False), "1 worker with 1 GPU and up to 4 decoders of 1 core"),
-    ],
-)
-def test_what_is_asked_for_is_said(team: WorkerGroup, said: str) -> None:
-    assert str(team) == said
+def test_what_is_asked_for_is_said() -> None:
+    assert str(WorkerGroup(14, 12, Resources(1))) == "at least 12 workers with 1 core each"
+    assert str(WorkerGroup(2, 1, Resources(1, 4, 32 << 30, {"pool": "a"}), 10)) == (
+        "2 workers with 4 GPUs and 1 core and 32,768 MiB on nodes with pool=a and 10 decoders of 1 core each"
+    )
 
 
 @pytest.mark.parametrize("path", [None, *sorted((ROOT / "configs").glob("*.yaml"))], ids=str)

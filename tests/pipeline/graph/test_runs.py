@@ -14,7 +14,7 @@ from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import flatten
 from pipeline.graph.plan import plan
 from pipeline.graph.records import RunRecord
-from pipeline.graph.runs import AGAIN_S, last_run, record_repeated_run, record_run, run_entries, run_number
+from pipeline.graph.runs import AGAIN_S, last_run, record_run, run_entries, run_number
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import create_record, put_blob, read_record
@@ -51,7 +51,7 @@ def test_a_run_that_finds_everything_made_is_recorded_where_no_record_of_today_s
 ) -> None:
     def again(source: str = "s", forgettings: int = 0, wanted: str = "pairs") -> list[str]:
         verdicts = plan(GRAPH, {"source": source, "captions": "c"}, "p", store, {})
-        record_repeated_run(store, "p", GRAPH, verdicts, forgettings, {wanted})
+        record_run(store, "p", GRAPH, verdicts, None, forgettings, {wanted}, repeated=True)
         return [entry.path for entry in store.list("runs/p/")]
 
     assert len(again()) == len(again()) == 1
@@ -71,7 +71,7 @@ def test_a_run_that_finds_everything_made_of_a_list_that_was_cut_anew_is_recorde
     """Else gc would delete the segments, and every plan read the list."""
     verdicts = plan(GRAPH, {"source": "s", "captions": "c"}, "p", store, {})
     for segments in (["0" * 64], ["1" * 64], ["1" * 64]):
-        record_repeated_run(store, "p", GRAPH, verdicts, 0, {"pairs"}, segments)
+        record_run(store, "p", GRAPH, verdicts, None, 0, {"pairs"}, segments, repeated=True)
     runs = [read_record(store, entry.path, RunRecord) for entry in store.list("runs/p/")]
     assert [run.segments for run in runs if run] == [("0" * 64,), ("1" * 64,)]
 

@@ -28,7 +28,7 @@ from pipeline.graph.artifacts import (
     write_shard_table,
 )
 from pipeline.graph.ray import start_ray
-from pipeline.graph.shards import _note, map_shards, run_shards
+from pipeline.graph.shards import map_shards, run_shards
 from pipeline.graph.stages import Context
 from pipeline.graph.workers import (
     Part,
@@ -128,15 +128,6 @@ def test_the_work_of_all_passes_counts(store: Store) -> None:
     assert took["fetch_seconds"] == 5 * 2.5
     assert took["made_rows"] == 17 + 18 + 19
     assert took["written_bytes"] == 5 * len(b"shard 0")
-
-
-def test_the_line_of_progress_says_how_busy_workers_are_and_what_is_lost() -> None:
-    work = {"workers": 2, "made_seconds": 10.0, "busy_seconds": 15.0, "written_bytes": 25_000_000}
-    assert _note(work, Counter()) == "2 workers 75% busy, 2.5 MB/s written"
-    lost = Counter({"timeout": 3, "http_4xx": 1200, "truncated": 1})
-    assert _note(work | {"workers": 1}, lost) == (
-        "1 worker 150% busy, 2.5 MB/s written, lost 1,200 http_4xx, 3 timeout"
-    )
 
 
 def test_workers_count_for_rays_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +238,7 @@ def test_a_listing_decides_and_records_are_read_last(store: Store) -> None:
     assert (counted.calls["list"], counted.calls["read"]) == (1, 3)
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 1200])
+@pytest.mark.parametrize("count", [0, 1, 400])
 def test_listed_shards_are_those_that_were_written(tmp_path: Path, count: int) -> None:
     """By place and by number, from several threads; with names that only some have, in any order."""
     store = open_store(str(tmp_path))
@@ -275,39 +266,24 @@ def test_listed_shards_are_those_that_were_written(tmp_path: Path, count: int) -
             listed[place]
 
 
-def test_a_parts_arrays_are_read_where_the_block_has_them() -> None:
-    """Of any kind and size."""
-    made: dict[str, np.ndarray] = {
-        "views": np.arange(24, dtype=np.uint8).reshape(2, 3, 4),
-        "tokens": np.arange(3),
-        "none": np.zeros((0, 7)),
-    }
-    block = pack_part(Part(ShardTask(3, "key-3", {}), 1, made), apart=True)
-    found = unpack_part(block)
-    assert (found.task.key, found.number, block.num_rows) == ("key-3", 1, 1)
-    for name, array in made.items():
-        assert np.array_equal(found.made[name], array)
-        assert found.made[name].shape == array.shape
-        assert array.size == 0 or np.shares_memory(found.made[name], array)
-    assert not np.shares_memory(unpack_part(pack_part(found)).made["views"], made["views"])
-
-
 def _count(task: ShardTask) -> int:
     return task.number % 3 + 1
 
 
 def _prepare(task: ShardTask, part: int) -> Timed:
-    return (f"{task.number}.{part}", os.getpid(), np.full((2, 1 << 20), part, np.uint8)), {"read": 1.0}
+    arrays = np.full((2, 1 << 20), part, np.uint8), np.zeros((0, 7))
+    return (f"{task.number}.{part}", os.getpid(), *arrays), {"read": 1.0}
 
 
 class Worked:
     """Works on parts, of which those of shard 13 are damaged. Another process's array is read where it lies."""
 
-    def __call__(self, task: ShardTask, part: int, prepared: tuple[str, int, np.ndarray]) -> Timed:
+    def __call__(self, task: ShardTask, part: int, prepared: tuple[str, int, np.ndarray, np.ndarray]) -> Timed:
         if task.number == 13:
             raise CorruptObject("blobs/13", "is missing")
-        name, prepared_by, array = prepared
+        name, prepared_by, array, empty = prepared
         assert (array == part).all()
+        assert empty.shape == (0, 7)
         assert array.flags.writeable == (prepared_by == os.getpid())
         return f"<{name}>", {"encode": 2.0}
 

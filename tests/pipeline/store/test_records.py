@@ -1,17 +1,17 @@
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from pipeline.errors import CorruptObject, UserError
 from pipeline.ledger import Ledger, StoredLedger
-from pipeline.store import Store
+from pipeline.store import Store, open_store
 from pipeline.store.records import (
     FORMAT,
     Count,
     Record,
     blob_path,
-    canonical,
     create_record,
     parse_object,
     peek_record,
@@ -26,15 +26,11 @@ class Number(Record):
     x: Count
 
 
-def test_blobs_are_named_by_content(store: Store) -> None:
+def test_blobs_are_named_by_content_and_damage_is_noticed(store: Store) -> None:
     name = put_blob(store, b"hello")
     assert name == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
     assert put_blob(store, b"hello") == name
     assert read_blob(store, name) == b"hello"
-
-
-def test_a_damaged_or_missing_blob_is_noticed(store: Store) -> None:
-    name = put_blob(store, b"hello")
     store.delete([blob_path(name)])
     with pytest.raises(CorruptObject, match="missing"):
         read_blob(store, name)
@@ -50,14 +46,15 @@ def test_the_first_record_stands(store: Store) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"x":1}', b"[]", b'{"x":2,"format":3,"checksum":"0"}'])
-def test_a_corrupt_record_is_an_error_and_stays(store: Store, damage: bytes) -> None:
+def test_a_corrupt_record_is_an_error_and_stays(damage: bytes, tmp_path: Path) -> None:
     """Also where another one is to be created in its place."""
+    store = open_store(str(tmp_path))
     store.create("artifacts/a.json", damage)
     for meet, what in ((read_record, Number), (create_record, Number(1))):
         with pytest.raises(CorruptObject, match=r"^artifacts/a.json: is corrupt$"):
             meet(store, "artifacts/a.json", what)
     assert peek_record(store, "artifacts/a.json", Number) is None
-    assert [(entry.path, store.read(entry.path)) for entry in store.list("")] == [("artifacts/a.json", damage)]
+    assert store.read("artifacts/a.json") == damage
 
 
 @pytest.mark.parametrize(("format_", "said"), [(99, "a newer"), (FORMAT - 1, "an older")])
@@ -66,10 +63,6 @@ def test_another_format_is_refused_and_kept(store: Store, format_: int, said: st
     with pytest.raises(UserError, match=f"{said} version"):
         read_record(store, "artifacts/a.json", Number)
     assert len(list(store.list("artifacts/"))) == 1
-
-
-def test_canonical_json_has_one_spelling() -> None:
-    assert canonical({"b": 1, "a": [1.5, "ü"]}) == '{"a":[1.5,"ü"],"b":1}'.encode()
 
 
 def test_ledger_balances() -> None:

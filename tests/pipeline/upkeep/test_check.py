@@ -144,15 +144,11 @@ def test_what_is_damaged_lies_aside_until_it_is_garbage(store: Store) -> None:
     assert not list(store.list("damaged/"))
 
 
-def _made(store: Store, keys: dict[str, str]) -> tuple[Artifact, Artifact]:
-    pairs, clip = (load_artifact(store, stage, keys[stage]) for stage in ("pairs", "clip"))
-    assert pairs is not None
-    assert clip is not None
-    return pairs, clip
-
-
 def test_all_that_a_project_needs_is_checked(store: Store) -> None:
-    pairs, clip = _made(store, run(store, 0))
+    keys = run(store, 0)
+    pairs, clip = (load_artifact(store, stage, keys[stage]) for stage in ("pairs", "clip"))
+    assert pairs
+    assert clip
     first, second = read_shards(store, pairs)
     index = blob_path(second.blobs["index"])
     (state,) = (entry.path for entry in store.list("checkpoints/"))
@@ -226,30 +222,17 @@ def test_quarantining_again_after_a_kill_changes_nothing(store: Store, monkeypat
     assert list(contents(store).values()) == [b"1"]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "../precious.txt",
-        "blobs/../../precious.txt",
-        "blobs/..",
-        "/precious.txt",
-        "list.tar",
-        "blobs/aa/" + "b" * 64,
-        "locks/pin.json",
-        "releases/p.json",
-        "damaged/x",
-        "leases/k.json",
-    ],
-)
-def test_nothing_but_blobs_and_records_is_quarantined(path: str, tmp_path: Path) -> None:
+def test_nothing_but_blobs_and_records_is_quarantined(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     (tmp_path / "precious.txt").write_text("precious")
-    for inside in ("locks/pin.json", "releases/p.json", "damaged/x", "leases/k.json"):
-        store.create(inside, b"1")
+    inside = ("locks/pin.json", "releases/p.json", "damaged/x", "leases/k.json")
+    for path in inside:
+        store.create(path, b"1")
     before = contents(store)
-    for attempt in (quarantine, lambda store, paths: mend(store, *paths)):
-        with pytest.raises(UserError, match="neither a blob nor a record"):
-            attempt(store, [path])
+    for path in ("../precious.txt", "blobs/../../precious.txt", "/precious.txt", "list.tar", *inside):
+        for attempt in (quarantine, lambda store, paths: mend(store, *paths)):
+            with pytest.raises(UserError, match="neither a blob nor a record"):
+                attempt(store, [path])
     assert contents(store) == before
     assert (tmp_path / "precious.txt").exists()
 
@@ -284,19 +267,19 @@ BEHIND = {
 }
 
 
-@pytest.mark.parametrize("way", ["spoil", "delete"])
-@pytest.mark.parametrize("victim", list(BEHIND))
-def test_what_is_behind_a_release_stays(victim: str, way: str, store: Store) -> None:
-    made = released(store)
+@pytest.mark.parametrize("victim", BEHIND)
+def test_what_is_behind_a_release_stays(victim: str, store: Store) -> None:
+    made, is_blob = released(store), "blob" in victim
     path = BEHIND[victim](made)
     spoil(store, path)
-    if way == "delete" and "blob" in victim:
-        store.delete([path])
-    before = contents(store)
-    way_out = "roll it back, or delete releases/p.json" if "blob" in victim else "delete it"
-    (damage,) = mend(store, path)
-    assert (damage.path, damage.stays) == (path, STAYS.format("the release of p", way_out))
-    assert contents(store) == before
+    way_out = "roll it back, or delete releases/p.json" if is_blob else "delete it"
+    for lost in (False, True)[: 1 + is_blob]:
+        if lost:
+            store.delete([path])
+        before = contents(store)
+        (damage,) = mend(store, path)
+        assert (damage.path, damage.stays) == (path, STAYS.format("the release of p", way_out))
+        assert contents(store) == before
     store.delete([release_path("p")])
     assert not mend(store, path)
     assert path not in contents(store)
