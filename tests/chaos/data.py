@@ -8,20 +8,15 @@ those of a run that nothing disturbed.
 import json
 import os
 import random
-import shutil
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.store import Store
 from pipeline.store.records import blob_path, read_blob
-from tests.chain import DATA_STAGES, done, keys, open_at
+from tests.chain import DATA_STAGES, done, keys
 from tests.chaos import strikes
 from tests.chaos.strikes import Fault, Moment, Slice, cluster, ours, run_to_the_end
 from tests.faults import artifact, assert_sound, copy, finish, forget, start
@@ -32,46 +27,30 @@ ENDS = ("index", "codec")  # what all of them lead to
 COMPARED = (*DATA_STAGES, "thresholds", "index")
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A run that nothing disturbed."""
-
-    folder: Path
-
-    @property
-    def store(self) -> Store:
-        return open_at(self.folder / "store")
-
-    def config(self, folder: Path, stage: str | None) -> Path:
+class Reference(strikes.Reference):
+    def of(self, folder: Path, stage: str | None) -> Path:
         """The same for the store of another folder, with Ray workers for one stage."""
-        folder.mkdir(parents=True, exist_ok=True)
-        values = {
-            "project": "chaos",
-            "preset": "nano",
-            "store": str(folder / "store"),
-            "source": {"paths": [str(self.folder / "list.csv")], "shard_rows": 10},
-            "clip": {"weights": f"local-dir:{self.folder / 'clip'}"},
-            "thresholds": {"similarity": 0.05},
-            "curation": {"near_duplicate": 0.999, "near_held_out": 0.999},
-            "codec": {"components": 12, "buckets": 16},
-            "ar_prior": {"model": {"buckets": 16}},
-            "run": {"output": str(folder / "out"), "lease_s": 2}
-            | {name: {"workers": 2 if name == stage else 0} for name in STAGES},
-        }
-        (folder / "chaos.yaml").write_text(yaml.safe_dump(values))
-        return folder / "chaos.yaml"
+        return self.config(
+            folder,
+            str(folder / "store"),
+            {name: {"workers": 2 if name == stage else 0} for name in STAGES},
+            thresholds={"similarity": 0.05},
+            curation={"near_duplicate": 0.999, "near_held_out": 0.999},
+            codec={"components": 12, "buckets": 16},
+            ar_prior={"model": {"buckets": 16}},
+        )
 
 
 def run_reference(folder: Path) -> Reference:
     """Make it, unless an earlier call has."""
     reference = Reference(folder)
-    if not (folder / "made").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        splits = ["test" if i % 10 == 3 else "validation" if i % 10 == 7 else "train" for i in range(ROWS)]
-        strikes.write_pairs(folder, [i % 55 for i in range(ROWS)], splits)  # the last five are there twice
+
+    def make() -> None:
         for until in ENDS:
-            run_to_the_end(reference.config(folder, None), until)
-        (folder / "made").touch()
+            run_to_the_end(reference.of(folder, None), until)
+
+    splits = ["test" if i % 10 == 3 else "validation" if i % 10 == 7 else "train" for i in range(ROWS)]
+    reference.make_once([i % 55 for i in range(ROWS)], splits, make)  # the last five are there twice
     return reference
 
 
@@ -139,32 +118,30 @@ def plan(number: int, seed: int, reference: Reference) -> tuple[Slice, random.Ra
 
 def run_slice(chosen: Slice, draw: random.Random, reference: Reference, folder: Path) -> dict[str, object]:
     """One faulted run and one to the end. Raises AssertionError if they do not end as the reference."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    store = prepare(reference, folder, chosen.stage)
-    config = reference.config(folder, chosen.stage)
-    began = time.monotonic()
-    with cluster(nodes=2, cpus=2) if chosen.fault == "kill node" else nullcontext(({}, [])) as (environment, nodes):  # type: ignore[attr-defined]
-        process = start("run", config, "--until", chosen.stage, env=environment)
+    with strikes.slice_folder(folder) as said:
+        store = prepare(reference, folder, chosen.stage)
+        config = reference.of(folder, chosen.stage)
+        with cluster(nodes=2, cpus=2) if chosen.fault == "kill node" else nullcontext(({}, [])) as (environment, nodes):  # type: ignore[attr-defined]
+            process = start("run", config, "--until", chosen.stage, env=environment)
 
-        def due() -> bool:
-            return len(list(store.list(f"shards/{chosen.stage}/"))) >= chosen.after
+            def due() -> bool:
+                return len(list(store.list(f"shards/{chosen.stage}/"))) >= chosen.after
 
-        now = Moment(process, ray_workers, nodes, draw, (store, chosen.stage))
-        what, code = strikes.strike(now, FAULTS[chosen.fault], due, always=False)  # it may be faster than we
-    finally_run(reference, folder, store)
-    if "blob" not in chosen.fault:  # else what a pass has left and nobody reads again may stay damaged
-        assert_sound(store)
-    assert keys(store) == keys(reference.store)
-    for stage in COMPARED:
-        assert results(store, stage) == results(reference.store, stage), f"{stage} has other blobs"
-    shutil.rmtree(folder)
-    return {"what": what, "exit": code, "seconds": round(time.monotonic() - began, 1)}
+            now = Moment(process, ray_workers, nodes, draw, (store, chosen.stage))
+            # The command may be faster than we.
+            said["what"], said["exit"] = strikes.strike(now, FAULTS[chosen.fault], due, always=False)
+        finally_run(reference, folder, store)
+        if "blob" not in chosen.fault:  # else what a pass has left and nobody reads again may stay damaged
+            assert_sound(store)
+        assert keys(store) == keys(reference.store)
+        for stage in COMPARED:
+            assert results(store, stage) == results(reference.store, stage), f"{stage} has other blobs"
+    return said
 
 
 def finally_run(reference: Reference, folder: Path, store: Store) -> None:
     """Quarantine what is damaged, and run to the end."""
-    config = reference.config(folder, None)
+    config = reference.of(folder, None)
     done(finish(start("data", "check", config, "--repair"), strikes.LIMIT_S))
     for until in ENDS:
         run_to_the_end(config, until)

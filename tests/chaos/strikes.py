@@ -2,14 +2,19 @@
 
 import os
 import random
+import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from pipeline.store import Store
+from tests.chain import open_at
 from tests.faults import Running, finish, start
 from tests.pipeline.data.bench import picture, save_clip, write_list
 
@@ -24,6 +29,50 @@ class Slice:
     fault: str
     stage: str
     after: int
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run that nothing disturbed, with the list, the pictures and the CLIP of all slices."""
+
+    folder: Path
+
+    @property
+    def store(self) -> Store:
+        return open_at(self.folder / "store")
+
+    def config(self, folder: Path, store: str, settings: Mapping[str, Any], **values: Any) -> Path:
+        """Returns the file of a configuration with this store, run settings by stage, and other values."""
+        folder.mkdir(parents=True, exist_ok=True)
+        common = {
+            "project": "chaos",
+            "preset": "nano",
+            "store": store,
+            "source": {"paths": [str(self.folder / "list.csv")], "shard_rows": 10, "test": 0.0},
+            "clip": {"weights": f"local-dir:{self.folder / 'clip'}"},
+            "run": {"output": str(folder / "out"), "lease_s": 2, **settings},
+        }
+        (folder / "chaos.yaml").write_text(yaml.safe_dump(common | values))
+        return folder / "chaos.yaml"
+
+    def make_once(self, pictures: Sequence[int], splits: Sequence[str], make: Callable[[], None]) -> None:
+        """Writes the list and makes the run, unless an earlier call has."""
+        if not (self.folder / "made").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            write_pairs(self.folder, pictures, splits)
+            make()
+            (self.folder / "made").touch()
+
+
+@contextmanager
+def slice_folder(folder: Path) -> Iterator[dict[str, object]]:
+    """An empty folder for a slice, which goes when it has ended well, and what is said of it, with its seconds."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    began, said = time.monotonic(), dict[str, object]()
+    yield said
+    said["seconds"] = round(time.monotonic() - began, 1)
+    shutil.rmtree(folder)
 
 
 def run_to_the_end(config: Path, until: str) -> None:

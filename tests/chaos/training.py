@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import yaml
-
 from pipeline.store import Store
 from pipeline.store.records import blob_path
 from tests.chain import open_at
@@ -37,47 +35,29 @@ GONE_S = 20.0
 SCRATCH = "48m"  # what a training needs there, and more
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A run that nothing disturbed: its store, and one that has nothing but what a training reads."""
-
-    folder: Path
-
-    @property
-    def store(self) -> Store:
-        return open_at(self.folder / "store")
-
+class Reference(strikes.Reference):
     @property
     def data(self) -> Store:
+        """A store that has nothing but what a training reads."""
         return open_at(self.folder / "data")
 
-    def config(self, folder: Path, store: str) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
+    def of(self, folder: Path, store: str) -> Path:
         training = {"workers": 2, "threads": 1, "device": "cpu", "checkpoint_every_s": 0.5}
-        values = {
-            "project": "chaos",
-            "preset": "nano",
-            "store": store,
-            "source": {"paths": [str(self.folder / "list.csv")], "shard_rows": 10, "test": 0.0},
-            "clip": {"weights": f"local-dir:{self.folder / 'clip'}"},
-            STAGE: {"samples": STEPS * BATCH, "batch": BATCH, "lanes": 4, "model": MODEL},
-            "run": {"output": str(folder / "out"), "lease_s": 2, STAGE: training}
-            | {name: {"workers": 0} for name in ("pairs", "embeddings", "curation", "index", "codec")},
-        }
-        (folder / "chaos.yaml").write_text(yaml.safe_dump(values))
-        return folder / "chaos.yaml"
+        here = {name: {"workers": 0} for name in ("pairs", "embeddings", "curation", "index", "codec")}
+        recipe = {"samples": STEPS * BATCH, "batch": BATCH, "lanes": 4, "model": MODEL}
+        return self.config(folder, store, {STAGE: training, **here}, **{STAGE: recipe})
 
 
 def run_reference(folder: Path) -> Reference:
     """Make it, unless an earlier call has."""
     reference = Reference(folder)
-    if not (folder / "made").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        strikes.write_pairs(folder, range(ROWS), ["validation" if i % 10 == 7 else "train" for i in range(ROWS)])
-        run_to_the_end(reference.config(folder, str(folder / "data")), "curation")
+
+    def make() -> None:
+        run_to_the_end(reference.of(folder, str(folder / "data")), "curation")
         shutil.copytree(folder / "data", folder / "store")
-        run_to_the_end(reference.config(folder, str(folder / "store")), STAGE)
-        (folder / "made").touch()
+        run_to_the_end(reference.of(folder, str(folder / "store")), STAGE)
+
+    reference.make_once(range(ROWS), ["validation" if i % 10 == 7 else "train" for i in range(ROWS)], make)
     return reference
 
 
@@ -194,12 +174,9 @@ def checkpoints(store: Store) -> list[str]:
 
 def run_slice(chosen: Slice, draw: random.Random, reference: Reference, folder: Path) -> dict[str, object]:
     """One faulted run and one to the end. Raises AssertionError if they do not end as the reference."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    began = time.monotonic()
-    with ExitStack() as stack:
+    with strikes.slice_folder(folder) as said, ExitStack() as stack:
         scene = set_up(chosen.fault, reference, folder, stack)
-        config = reference.config(folder, scene.store.url)
+        config = reference.of(folder, scene.store.url)
         process = start("run", config, "--until", STAGE, env=scene.environment)
         begun: set[str] = set()
 
@@ -208,7 +185,7 @@ def run_slice(chosen: Slice, draw: random.Random, reference: Reference, folder: 
             return len(begun) >= chosen.after
 
         now = Moment(process, workers, scene.nodes, draw, scene)
-        what, code = strikes.strike(now, FAULTS[chosen.fault], due)
+        said["what"], said["exit"] = strikes.strike(now, FAULTS[chosen.fault], due)
         if scene.proxy:
             scene.proxy.choose = never
         if scene.scratch:
@@ -218,5 +195,4 @@ def run_slice(chosen: Slice, draw: random.Random, reference: Reference, folder: 
             assert_sound(scene.store)
         made, wanted = artifact(scene.store, STAGE), artifact(reference.store, STAGE)
         assert (made.key, made.blobs, made.metrics) == (wanted.key, wanted.blobs, wanted.metrics), "another model"
-    shutil.rmtree(folder)
-    return {"what": what, "exit": code, "seconds": round(time.monotonic() - began, 1)}
+    return said

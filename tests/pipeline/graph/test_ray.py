@@ -104,20 +104,6 @@ def test_on_this_machine_a_stage_waits_for_those_that_run(
         wait_for_room(here, "codec", replace(codec, cpus=3), FIXED)
 
 
-def test_on_this_machine_no_training_begins_before_the_workers_of_the_last_one_have_started(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Until then Ray calls their cores free."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    one = (TrainingSettings(workers=1, threads=1), 8)
-    monkeypatch.setattr(launch, "_reserve", lambda shares, _: len(shares) <= 2)
-    for free, names in ((2.0, []), (1.0, ["ar_prior", "diffusion_prior"])):
-        here = ray_of(3)
-        here.available_resources = lambda free=free: {"CPU": free}
-        monkeypatch.setattr(launch, "start_ray", lambda _, here=here: here)
-        assert room_beside({"ar_prior": one, "diffusion_prior": one}, {"decoder": one, "clip": one}, FIXED) == names
-
-
 @pytest.mark.usefixtures("on_a_cluster")
 def test_workers_that_would_take_the_cores_of_their_helpers_are_lowered() -> None:
     for settings, workers in ((FIXED, 2), (GROWS, 4)):
@@ -125,36 +111,38 @@ def test_workers_that_would_take_the_cores_of_their_helpers_are_lowered() -> Non
         assert find_team(ray_of(4), "pairs", ShardSettings(9), settings).count == 9
 
 
-def test_on_this_machine_trainings_of_all_threads_run_side_by_side_on_gpus_alone(
-    monkeypatch: pytest.MonkeyPatch,
+def threads(**numbers: int) -> dict[str, tuple[TrainingSettings, int]]:
+    """Trainings on one worker each, by their threads."""
+    return {name: (TrainingSettings(workers=1, threads=number), 8) for name, number in numbers.items()}
+
+
+ALL_THREADS = {"clip": (TrainingSettings(workers=2), 8), "decoder": (TrainingSettings(), 2)}
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "free", "asking", "running", "names"),
+    [
+        (16, 0, 16, ALL_THREADS, {}, []),  # one that takes all cores runs beside none
+        (16, 4, 16, ALL_THREADS, {}, ["clip", "decoder"]),
+        (16, 3, 16, ALL_THREADS, {}, ["clip"]),
+        (4, 0, 4, threads(clip=0, ar_prior=1, decoder=2, small=2, large=1), {}, ["ar_prior", "decoder", "large"]),
+        (3, 0, 1, threads(ar_prior=1, decoder=1), threads(clip=1, small=1), ["ar_prior"]),
+        # Until workers have started Ray calls their cores free.
+        (3, 0, 2, threads(ar_prior=1, decoder=1), threads(clip=1, small=1), []),
+    ],
+)
+def test_trainings_side_by_side_on_this_machine(
+    cpus: float, gpus: float, free: float, asking: Any, running: Any, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def reserve(shares: Any, _: float) -> bool:
+        return sum(share.cpus for share in shares) <= free and sum(share.gpus for share in shares) <= gpus
+
+    here = ray_of(cpus, gpus)
+    here.available_resources = lambda: {"CPU": free, "GPU": gpus}
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    two, all_that_it_can_use = (TrainingSettings(workers=2), 8), (TrainingSettings(), 2)
-    trainings = {"clip": two, "decoder": all_that_it_can_use, "ar_prior": two}
-    for cpus, gpus, names in ((16, 0, []), (16, 5, ["clip", "decoder"]), (16, 2, ["clip"])):
-        here = ray_of(cpus, gpus)
-        monkeypatch.setattr(launch, "start_ray", lambda _, here=here: here)
-        monkeypatch.setattr(launch, "_reserve", lambda shares, _, gpus=gpus: sum(s.gpus for s in shares) <= gpus)
-        assert room_beside(trainings, {}, FIXED) == names
-
-
-def test_on_the_cores_of_this_machine_trainings_with_a_number_of_threads_run_side_by_side(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(launch, "start_ray", lambda _: ray_of(4))
-    monkeypatch.setattr(launch, "_reserve", lambda shares, _: sum(share.cpus for share in shares) <= 4)
-    threads = {"ar_prior": 0, "diffusion_prior": 1, "decoder": 2, "upsampler_256": 2, "upsampler_1024": 1}
-    trainings = {name: (TrainingSettings(workers=1, threads=number), 8) for name, number in threads.items()}
-    assert room_beside(trainings, {}, FIXED) == ["diffusion_prior", "decoder", "upsampler_1024"]
-
-
-@pytest.mark.usefixtures("on_a_cluster")
-def test_trainings_in_this_process_run_beside_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "start_ray", lambda _: ray_of(16))
-    monkeypatch.setattr(launch, "_reserve", lambda *_: True)
-    trainings = {"clip": (TrainingSettings(), 8), "decoder": (TrainingSettings(workers=2), 8)}
-    assert room_beside(trainings, {}, FIXED) == ["decoder"]
+    monkeypatch.setattr(launch, "start_ray", lambda _: here)
+    monkeypatch.setattr(launch, "_reserve", reserve)
+    assert room_beside(asking, running, FIXED) == names
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +174,7 @@ def test_another_version_does_not_join(cluster: Any, monkeypatch: pytest.MonkeyP
 def test_ray_says_what_it_can_place(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     ray = start_ray(RaySettings())
+    assert [find_machine(settings).gpus for settings in (FIXED, GROWS)] == [0, 1]  # nodes that are added may have one
     fits = {
         "pairs": ShardSettings(40),
         "index": ShardSettings(2, {"pool": "in(cpu,gpu)"}, cpus=2),
@@ -237,14 +226,6 @@ def test_what_draws_goes_to_a_gpu_of_the_cluster(cluster: Any, monkeypatch: pyte
         assert (find_machine(FIXED).gpus, find_machine(FIXED).local) == (1, False)
     finally:
         cluster.remove_node(node)
-
-
-def test_a_cluster_that_grows_may_have_a_gpu(on_a_cluster: None) -> None:
-    machines = [launch._machine(ray_of(4), settings) for settings in (FIXED, GROWS)]
-    assert machines == [
-        Machine(4, 0, memory=8 << 30, local=False),
-        Machine(4, 1, memory=8 << 30, local=False, grows=True),
-    ]
 
 
 @pytest.mark.parametrize("found", [0, 8])
