@@ -1,28 +1,19 @@
 """What a run that finds everything made writes down."""
 
 import time
-from pathlib import Path
 
 import pytest
 
-from jobs.project import Project, open_project
-from jobs.run import run
 from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, publish_artifact
-from pipeline.graph.keys import flatten
 from pipeline.graph.plan import plan
 from pipeline.graph.records import RunRecord
 from pipeline.graph.runs import AGAIN_S, last_run, record_run, run_entries, run_number
-from pipeline.ledger import Ledger
 from pipeline.store import Store
-from pipeline.store.records import create_record, put_blob, read_record
-from pipeline.upkeep.collect import collect
+from pipeline.store.records import create_record, read_record
 from pipeline.upkeep.overview import overview
-from tests.aged import aged
 
-DAY_S = 86_400.0
 GRAPH = build(load_config("configs/nano.yaml"))
 
 
@@ -115,36 +106,3 @@ def test_what_is_no_run_is_nobodys_last_run(store: Store) -> None:
         store.create(f"runs/p/{name}.json", b"{}")
     store.create("runs/p/00000003-00000000.json", b"damaged")
     assert last_run(store, "p")["source"].key == "s"
-
-
-def test_what_a_run_of_today_finds_made_outlives_another_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model of two months ago, which a run finds today, is needed, though it is not the project's last any more."""
-    (tmp_path / "list.csv").write_text("url,caption\nhttp://a.test/a.png,a bird\n")
-    values = {"project": "p", "store": str(tmp_path / "store"), "source": {"paths": [str(tmp_path / "list.csv")]}}
-
-    def project(batch: int) -> Project:
-        return open_project({**values, "preset": "nano", "run": {"output": str(tmp_path)}}, [f"decoder.batch={batch}"])
-
-    def make(batch: int, age_s: float) -> None:
-        found = project(batch)
-        verdicts = found.plan()
-        keys = {verdict.stage: verdict.key for verdict in verdicts}
-        record_run(found.store, "p", found.graph, verdicts)
-        aged(monkeypatch, found.store, run_entries(found.store, "p")[-1].path, age_s)
-        for verdict in verdicts:
-            stage = found.graph[verdict.stage]
-            inputs = {name: keys[name] for name in stage.inputs}
-            blobs = {"model.safetensors": put_blob(found.store, verdict.key.encode())}
-            made = Artifact(stage.name, verdict.key, inputs, flatten(stage.recipe), Ledger(), blobs=blobs)
-            publish_artifact(found.store, made, 1.0)
-
-    make(16, 60 * DAY_S)
-    monkeypatch.setattr("jobs.run._shows", lambda *_: True)  # a report of these artefacts cannot be written
-    run(project(16))
-    make(8, 0)
-    store = project(16).store
-    for passed in (0, 2 * DAY_S):
-        collect(store, 30 * DAY_S, DAY_S, store.now() + passed, True)
-    assert not [verdict.stage for verdict in project(16).plan() if verdict.state == "stale"]
