@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from pipeline.data.content import put_content
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardList
 from pipeline.graph.stages import Context
-from pipeline.store.content import put_content
 from pipeline.training.task import Contrastive, Task, takes_micro_batches
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from pipeline.data.content import read_content
 from pipeline.errors import UserError
 from pipeline.parse import ContentFile
 from pipeline.store import Store
-from pipeline.store.content import read_content
 
 HEAD_BYTES = 16 << 20  # of one head, at most: its weight has a few thousand numbers
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+from pipeline.data.content import put_content
 from pipeline.data.fetch.rules import read_deny_lists
 from pipeline.data.pairs.earlier import earlier_shards
 from pipeline.data.pairs.recipe import PairsRecipe
@@ -17,7 +18,6 @@ from pipeline.graph.shards import map_shards
 from pipeline.graph.stages import Context, Stage, shard_key
 from pipeline.graph.workers import ShardTask
 from pipeline.settings import PairsSettings
-from pipeline.store.content import put_content
 
 LONG = 16  # shards of a list that is worth a process where workers share what they know of sites
 BYTES_A_PIXEL = 0.25  # of a stored image, as wide as it is high

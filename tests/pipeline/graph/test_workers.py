@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from types import SimpleNamespace
@@ -11,10 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.graph.ray import start_ray
-from pipeline.graph.shared import call_shared
 from pipeline.graph.workers import Places, ShardTask, WorkerClock, WorkTimes, _counting_deaths
-from pipeline.settings import RaySettings
 
 
 class Cluster:
@@ -100,36 +96,3 @@ def test_time_with_several_shards_under_way_counts_once(monkeypatch: pytest.Monk
     now[0] = 12.0
     one.__exit__(None, None, None)
     assert second == {"wait_seconds": 0.0, "busy_seconds": 2.0}
-
-
-class Notes:
-    def __init__(self) -> None:
-        self.kept: list[str] = []
-
-    def add(self, note: str) -> list[str]:
-        self.kept.append(note)
-        return self.kept
-
-
-class Caller:
-    def tell(self, note: str) -> list[str] | None:
-        return call_shared(Notes, "add", note)
-
-
-@pytest.fixture
-def ray() -> Iterator[Any]:
-    ray = start_ray(RaySettings(cpus=2))
-    yield ray
-    ray.shutdown()
-
-
-def test_workers_share_one_object_and_begin_anew_when_it_is_gone(ray: Any) -> None:
-    first, second = (ray.remote(Caller).options(num_cpus=0).remote() for _ in range(2))
-    assert ray.get(first.tell.remote("a")) == ["a"]
-    assert ray.get(second.tell.remote("b")) == ["a", "b"]
-    assert ray.get(first.tell.remote("c")) == ["a", "b", "c"]
-    ray.kill(first)  # which asked first, so that the object ends, too
-    told: list[str] | None = None
-    while not told or "a" in told:
-        told = ray.get(second.tell.remote("d"))
-    assert set(told) == {"d"}

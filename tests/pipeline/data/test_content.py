@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.content import put_content, read_content
 from pipeline.errors import UserError
 from pipeline.parse import ContentFile
 from pipeline.store import Store, open_store
-from pipeline.store.content import put_content, read_content
 from pipeline.store.records import read_blob
 
 WHERE = "stage.field"
