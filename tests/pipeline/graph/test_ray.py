@@ -228,6 +228,18 @@ def test_what_draws_goes_to_a_gpu_of_the_cluster(cluster: Any, monkeypatch: pyte
         cluster.remove_node(node)
 
 
+def test_a_head_that_does_not_answer_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That of a real cluster: tests/pipeline/graph/test_local_ray.py."""
+    alive, context = iter([True, True, True, False]), SimpleNamespace(gcs_address="127.0.0.1:1")
+    monkeypatch.setattr(launch, "HEAD_S", 0.0)
+    launch._watch_head(SimpleNamespace(is_initialized=lambda: next(alive), get_runtime_context=lambda: context))
+    (message,) = caplog.messages
+    assert message.startswith("the head of the Ray cluster at 127.0.0.1:1 does not answer (")
+    assert "run the same command again" in message
+
+
 @pytest.mark.parametrize("found", [0, 8])
 def test_a_ray_of_this_machine_has_the_gpus_that_torch_can_use(found: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray by itself takes those of NVIDIA's driver, and one on every Apple silicon, whatever torch was built for."""
