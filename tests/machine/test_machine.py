@@ -98,6 +98,7 @@ def test_of_two_decisions_at_once_neither_is_undone(first: str, second: str, pat
     decide_at_once(first, second, path)
 
 
+@pytest.mark.slow
 @AT_ONCE
 def test_a_swap_that_compares_nothing_is_noticed(
     first: str, second: str, path: str, monkeypatch: pytest.MonkeyPatch

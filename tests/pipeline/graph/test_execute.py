@@ -106,14 +106,6 @@ def test_trainings_run_at_once_and_give_what_they_give_one_after_another(house: 
     assert len(house.done) == len(INPUTS)  # nothing is made twice
 
 
-def test_without_room_trainings_run_one_after_another_in_this_thread(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(execution, "room_beside", lambda *_: [])
-    house.execute()
-    assert (house.done, house.here) == (list(INPUTS), set(INPUTS))
-
-
 def test_a_training_that_has_no_room_yet_begins_when_there_is_some(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +171,7 @@ def test_one_that_runs_alone_ends_the_run(house: House, workers: int, monkeypatc
     with pytest.raises(UserError, match=r"^decoder: mend this$"):
         house.execute(workers)
     assert house.done == ["source", "curation", "codec", "ar_prior"]
+    assert house.here == {*house.done, "decoder"}  # without room in this thread, too
 
 
 def test_damage_ends_the_run_after_the_others_have_ended(house: House) -> None:

@@ -40,7 +40,7 @@ class Team:
     """A store with three bundles, and the key of who may release them."""
 
     def __init__(self, store: Store, folder: Path):
-        self.store, self.key = store, read_private_key(make_key(folder))
+        self.store, self.key = store, read_private_key(folder / "release.key")
         self.public = public(folder / "release.key")
         self.bundles = [self.bundle(name) for name in ("a" * 64, "b" * 64, "c" * 64)]
 
@@ -65,9 +65,18 @@ class Team:
         return find_release(self.store, project, read_releases(self.store, project), [self.public])
 
 
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two keys."""
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("release.key", "other.key"):
+        make_key(folder, name)
+    return folder
+
+
 @pytest.fixture
-def team(store: Store, tmp_path: Path) -> Team:
-    return Team(store, tmp_path)
+def team(store: Store, keys: Path) -> Team:
+    return Team(store, keys)
 
 
 def test_what_was_signed_is_found_through_promotions_and_rollbacks(team: Team) -> None:
@@ -83,12 +92,12 @@ def test_what_was_signed_is_found_through_promotions_and_rollbacks(team: Team) -
     assert team.find() == first
 
 
-def test_every_other_pointer_is_refused(team: Team, tmp_path: Path) -> None:
+def test_every_other_pointer_is_refused(team: Team, keys: Path) -> None:
     first, second, third = team.bundles
     for action, bundle in (("promote", first), ("promote", second), ("rollback", first)):
         team.move(action, bundle)
     a, b, back = read_releases(team.store, "p").moves
-    other = read_private_key(make_key(tmp_path, "other.key"))
+    other = read_private_key(keys / "other.key")
     evil = Move("promote", third.key, "e" * 64, 1.0, files=files_of(third))
     history = Releases(None, (a, b, back))
     forged = {
@@ -135,12 +144,12 @@ def test_a_promotion_from_before_the_signatures_is_no_release_again(team: Team) 
         team.find()
 
 
-def test_without_keys_nothing_is_checked_and_with_several_one_is_enough(team: Team, tmp_path: Path) -> None:
+def test_without_keys_nothing_is_checked_and_with_several_one_is_enough(team: Team, keys: Path) -> None:
     first, *_ = team.bundles
     team.move("promote", first, sign=False)
     releases = read_releases(team.store, "p")
     assert find_release(team.store, "p", releases, []) == first
-    other = public(make_key(tmp_path, "other.key"))
+    other = public(keys / "other.key")
     team.write()
     team.move("promote", first)
     releases = read_releases(team.store, "p")
