@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -35,23 +36,16 @@ def in_order(submit: Callable[[T], Future[Any]], items: Iterable[T], ahead: int)
 
     The iterator raises what a call raised in place of its result.
     """
-    rest, waiting = iter(items), deque[Future[Any]]()
-
-    def fill() -> None:
-        while len(waiting) < ahead:
-            try:
-                item = next(rest)
-            except StopIteration:
-                return
-            waiting.append(submit(item))
+    rest = iter(items)
+    waiting = deque(map(submit, islice(rest, ahead)))  # now, and not at the first next() of the generator
 
     def results() -> Iterator[Any]:
         while waiting:
             result = waiting.popleft().result()
-            fill()  # before the yield, so that the next call runs while the caller works on this result
+            # Before the yield, so that the next call runs while the caller works on this result.
+            waiting.extend(map(submit, islice(rest, 1)))
             yield result
 
-    fill()  # now, and not at the first next() of the generator
     return results()
 
 
