@@ -154,7 +154,8 @@ class S3Store:
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is not None and stop <= start:
             return b""
-        return next(self.read_parts(path, [(start, END if stop is None else stop)]))
+        (data,) = self.read_parts(path, [(start, END if stop is None else stop)])
+        return data
 
     def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         given = 0

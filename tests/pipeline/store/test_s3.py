@@ -225,6 +225,7 @@ def test_a_connection_is_used_again(store: S3Store, proxy: FaultProxy) -> None:
     store.create("a", bytes(3 << 20))
     for _ in range(3):
         store.read("a")
+        store.read("a", 5, 9)
         list(store.read_parts("a", [(5, 9), (100, 2 << 20)]))
     assert len(proxy.connections) == 1
 
