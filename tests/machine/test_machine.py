@@ -43,9 +43,8 @@ def run(machine: type[Machine], programs: int, steps: int = 30) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("machine", "programs"), [(Machine, 12), (StrangerMachine, 12), (BucketMachine, 2), (StrangerBucketMachine, 2)]
-)
+@pytest.mark.parametrize("programs", [4, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("machine", [Machine, StrangerMachine, BucketMachine, StrangerBucketMachine])
 def test_nothing_is_lost_undone_or_left_and_every_command_ends_well(machine: type[Machine], programs: int) -> None:
     run(machine, programs)
 

@@ -213,13 +213,11 @@ def test_damage_that_a_step_of_a_stream_finds_is_the_answer_to_its_shard(
         raise CorruptObject("blobs/ab/abc", "is damaged")
 
     store, open_it = open_store("never-written"), damaged if at == "opening" else lambda: damaged
-    [data] = step("pairs", lambda _: 1, open_it, True)()(pack_part(Part(ShardTask(0, "key-0", {}))))["part"].to_pylist()
-    [data] = publisher(store, "pairs", lambda: _join, alone=False)()({"part": [data]})["answer"]
-    with pytest.raises(CorruptObject, match="is damaged"):
-        read_answer(data)
-    [data] = publisher(store, "pairs", damaged, alone=True)()({"part": [data]})["answer"]
-    with pytest.raises(CorruptObject, match="is damaged"):
-        read_answer(data)
+    [part] = step("pairs", lambda _: 1, open_it, True)()(pack_part(Part(ShardTask(0, "key-0", {}))))["part"].to_pylist()
+    for join in (lambda: _join, damaged):
+        [data] = publisher(store, "pairs", join, alone=False)()({"part": [part]})["answer"]
+        with pytest.raises(CorruptObject, match="is damaged"):
+            read_answer(data)
 
 
 def test_nothing_to_map_is_an_empty_artefact(store: Store) -> None:

@@ -165,7 +165,7 @@ def test_a_lease_tells_who_holds_it_until_it_is_released(store: Store) -> None:
     [
         ({"started": "0"}, "is dead"),
         ({"released": True}, "has stopped"),
-        ({"boot": "another"}, "has not moved for 60 s"),  # on another host, who cannot be known to be dead
+        ({"boot": "another"}, "has not moved for 1 min 00 s"),  # on another host, who cannot be known to be dead
     ],
 )
 def test_taking_over_says_why(
