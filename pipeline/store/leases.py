@@ -26,6 +26,7 @@ from pipeline.progress import ProgressLine, duration
 from pipeline.store import Store
 from pipeline.store.records import Count, Seconds, parse_object, read_plain, who, whoami
 
+POLL_S = 1.0  # between two looks
 SAY_EVERY_S = 30.0  # between two lines of a log about the leader's progress
 log = logging.getLogger("unclip")
 
@@ -119,7 +120,6 @@ def lead_or_wait(
     lease_s: float,
     finished: Callable[[], bool],
     activity: Callable[[], str],
-    poll_s: float = 1.0,
     stage: str = "work",
     progress: Callable[[], str] = lambda: "",
 ) -> Lease | None:
@@ -131,7 +131,6 @@ def lead_or_wait(
         lease_s: Seconds without activity after which a waiter takes over.
         finished: Function that tells whether the work is done.
         activity: Function of a text that changes while the leader works, such as the name of its newest checkpoint.
-        poll_s: Seconds between two looks.
         stage: Name of the work, for people.
         progress: Function of a text about the progress, which the lease shows to processes that wait.
     """
@@ -163,7 +162,7 @@ def lead_or_wait(
                 watched = None
                 continue
             line.show(partial(_follow, stage, held))
-            time.sleep(min(poll_s, lease_s / 4))
+            time.sleep(min(POLL_S, lease_s / 4))
 
 
 def lease_path(key: str) -> str:

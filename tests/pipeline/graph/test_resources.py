@@ -106,9 +106,7 @@ def test_the_cores_are_those_that_the_container_may_use(
         (TrainingSettings(), BOX, 64, 8, 1),
         (TrainingSettings(), CLUSTER, 64, 32, 1),
         (TrainingSettings(), CLUSTER, 8, 8, 1),  # no lane is shared
-        (TrainingSettings(workers=2), BOX, 64, 2, 1),
         (TrainingSettings(workers=0), BOX, 64, 0, 1),
-        (TrainingSettings(device="cuda"), BOX, 64, 8, 1),
         (TrainingSettings(device="cpu"), BOX, 64, 0, 0),
         (TrainingSettings(device="cuda:3"), BOX, 64, 0, 1),  # this process, on that GPU
         (TrainingSettings(sharded=True), Machine(64, 6), 64, 6, 1),
@@ -120,10 +118,8 @@ def test_the_cores_are_those_that_the_container_may_use(
         (EmbeddingsSettings(), BOX, 99, 8, 1),
         (EmbeddingsSettings(gpus=0), BOX, 99, 64, 0),
         (EmbeddingsSettings(gpus=0.5), BOX, 99, 16, 0.5),
-        (EmbeddingsSettings(workers=3), BOX, 99, 3, 1),
         (GenerationSettings(), CLUSTER, 99, 32, 1),
         (ShardSettings(), BOX, 99, 64, 0),  # its work has no use for GPUs
-        (ShardSettings(cpus=4), BOX, 99, 16, 0),
         (ShardSettings(), Machine(64, memory=9 * WORKER_BYTES), 99, 9, 0),
         (ShardSettings(memory_mb=1 << 10), Machine(64, memory=16 << 30), 99, 16, 0),
         (ShardSettings(), Machine(1, memory=1 << 30), 99, 1, 0),  # never none
@@ -139,15 +135,12 @@ def test_what_is_there_is_used_where_nothing_is_said(
 @pytest.mark.parametrize(
     ("team", "holds"),
     [
-        (WorkerGroup(20, 1, Resources(1)), 8),
         (WorkerGroup(5, 1, Resources(1)), 5),
         (WorkerGroup(20, 1, Resources(3)), 2),
         (WorkerGroup(99, 1, Resources(0.3)), 26),
         (WorkerGroup(99, 1, Resources(1, memory=3 << 30)), 5),
         (WorkerGroup(9, 1, Resources(9)), 0),
-        (WorkerGroup(9, 1, Resources(1), 1), 4),
         (WorkerGroup(9, 1, Resources(1), 6), 1),
-        (WorkerGroup(9, 1, Resources(0, 1), 6), 1),
         (WorkerGroup(9, 1, Resources(1), 8), 0),
     ],
 )
