@@ -22,6 +22,7 @@ import yaml
 from cluster.job import PROJECT_FILE
 from models.clip_weights import ClipWeights
 from pipeline.config import Config, plain_values
+from pipeline.data.content import put_content
 from pipeline.data.source.journal import FORGOTTEN, ListJournal, reference_marks
 from pipeline.data.source.lists import read_rows, source_at
 from pipeline.data.source.rows import ROWS_SUFFIX, write_rows
@@ -31,7 +32,6 @@ from pipeline.errors import UserError
 from pipeline.local import PathPolicy, names_file
 from pipeline.parse import ContentFile
 from pipeline.store import Store
-from pipeline.store.content import put_content
 
 ROOT = Path(__file__).parents[1]
 CODE = ("models", "pipeline", "jobs", "cluster", "serve")
