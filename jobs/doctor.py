@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.output import print_json, say
+from jobs.plan import plan_run
 from jobs.project import Project, project_of
 from pipeline.build import build
 from pipeline.config import Config, load_config
-from pipeline.cost.estimate import PlanInput, estimate
 from pipeline.cost.limits import lacking
-from pipeline.cost.observed import observe
 from pipeline.cost.table import places
 from pipeline.doctor.clip_weights import check_clips
 from pipeline.doctor.finding import Finding
@@ -22,7 +21,6 @@ from pipeline.doctor.nodes import check_nodes
 from pipeline.doctor.packages import check_packages
 from pipeline.doctor.storage import check_store
 from pipeline.errors import UserError
-from pipeline.graph.ray import find_machine
 from pipeline.held_out import HELD_OUT_SPLITS
 from pipeline.progress import counted
 from pipeline.settings import RaySettings
@@ -80,20 +78,15 @@ def _check_project(config: Config, store: Store | None) -> Iterator[Finding]:
             stale &= {verdict.stage for verdict in project.plan() if verdict.state == "stale"}
     yield from check_clips(config, stale)
     if project and stale:
-        yield from _check_places(project, stale)
+        yield from _check_places(project)
 
 
-def _check_places(project: Project, stale: Collection[str]) -> Iterator[Finding]:
+def _check_places(project: Project) -> Iterator[Finding]:
     """Yields on what the stages will run, and a warning for what this machine lacks for them."""
-    seen = observe(project.store, project.config.project, project.graph, project.held_out)
     try:
-        machine = find_machine(project.config.run.ray)
-        ask = PlanInput(
-            project.config, project.graph, project.rows, project.held_out, seen, machine=machine, looked=True
-        )
-        costs = {stage: estimate(stage, ask) for stage in project.graph if stage in stale}
+        plan = plan_run(project)
     except UserError:  # of a cluster that does not answer, or a CLIP that is nowhere: other checks say so
         return
-    yield Finding("ok", "stages", places(costs, ask))
-    for lack in lacking(costs, ask, project.store):
+    yield Finding("ok", "stages", places(plan.costs, plan.ask))
+    for lack in lacking(plan.costs, plan.ask, project.store):
         yield Finding("warning", "stages", lack.what, lack.advice)

@@ -6,10 +6,10 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.progress import ProgressLine, counts_under_way
@@ -41,30 +41,15 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
-class Events:
-    """Writes what happens in a run to a file, a JSON object a line, each with ``at`` and ``event``."""
-
-    def __init__(self, file: TextIO | None):
-        self._file = file
-        self._lock = threading.Lock()
-
-    def tell(self, event: str, **values: Any) -> None:
-        """Writes one event, if there is a file."""
-        if self._file is not None:
-            line = json.dumps({"at": round(time.time(), 3), "event": event, **values}, default=_plain)
-            with self._lock:
-                self._file.write(line + "\n")
-                self._file.flush()
-
-
 @contextmanager
-def events_to(path: Path | None) -> Iterator[Events]:
-    """Yields events that go to the end of a file, with progress every few seconds and how it ended; to none for None.
+def events_to(path: Path | None) -> Iterator[Callable[..., None]]:
+    """Yields a function that tells an event with its values, to the end of a file, or to nobody for None.
 
-    Raises UserError for a file that cannot be written.
+    Each is a JSON object on a line, with ``at`` and ``event``. Progress is told every few seconds, and in the end how
+    it ended. Raises UserError for a file that cannot be written.
     """
     if path is None:
-        yield Events(None)
+        yield lambda event, **values: None
         return
     try:
         file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed below
@@ -72,21 +57,27 @@ def events_to(path: Path | None) -> Iterator[Events]:
         raise UserError(
             f"--events {path}: cannot be written ({e.strerror}); name a file in a folder that exists"
         ) from e
+    lock, ended = threading.Lock(), threading.Event()
+
+    def tell(event: str, **values: Any) -> None:
+        line = json.dumps({"at": round(time.time(), 3), "event": event, **values}, default=_plain)
+        with lock:
+            file.write(line + "\n")
+            file.flush()
+
+    def follow() -> None:
+        while not ended.wait(PROGRESS_S):
+            for name, done, total, unit in counts_under_way():
+                tell("progress", stage=name, done=done, total=total, unit=unit)
+
     with file:
-        events, ended = Events(file), threading.Event()
-
-        def follow() -> None:
-            while not ended.wait(PROGRESS_S):
-                for name, done, total, unit in counts_under_way():
-                    events.tell("progress", stage=name, done=done, total=total, unit=unit)
-
         follower = threading.Thread(target=follow, daemon=True, name="events")
         follower.start()
         try:
-            yield events
-            events.tell("done")
+            yield tell
+            tell("done")
         except BaseException as e:
-            events.tell("failed", error=str(e) or type(e).__name__)
+            tell("failed", error=str(e) or type(e).__name__)
             raise
         finally:
             ended.set()

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from textwrap import shorten
+from types import MappingProxyType
 from typing import Any
 
 from jobs.output import print_json, say, warn
@@ -38,7 +39,7 @@ def main(arguments: argparse.Namespace) -> int:
     if not 0 < utilisation <= 1:
         raise UserError(f"--utilisation {utilisation:g}: use a share above 0 and at most 1")
     fleet = parse_fleet(arguments.gpus) if arguments.gpus else None
-    rows = arguments.pairs
+    rows, project = arguments.pairs, None
     seen: Observations = {}
     if rows == 0:
         raise UserError("--pairs 0: plan for 1 pair or more")
@@ -59,29 +60,51 @@ def main(arguments: argparse.Namespace) -> int:
         seen = seen | read_profile(arguments.profile, graph)
     if rows is not None:
         ask = PlanInput(config, graph, rows, config.source.test, seen, fleet, utilisation)
-        costs = {stage: estimate(stage, ask) for stage in graph}
-        if arguments.json:
-            print_json(_as_values(config.project, ask, costs))
-            return 0
-        where = f" on {fleet.count} {fleet.name}" if fleet else ""
-        say(f"{config.project}: {_size(rows, ask.shards)}{where}, as if nothing were made")
-        say("\n".join(_cost_lines(costs, ask)))
-        for lack in too_large(costs, ask):
-            say(f"warning: {lack}")
-        return 0
-    verdicts = project.plan()
-    ask = PlanInput(config, graph, project.rows, project.held_out, seen, fleet, utilisation)
-    if any(verdict.state == "stale" for verdict in verdicts):
-        ask = replace(ask, machine=find_machine(config.run.ray), looked=True)
-    costs = _costs(verdicts, set(graph), ask)
-    if arguments.json:
-        print_json(_as_values(config.project, ask, costs, project, verdicts))
-        return 0
+        return _tell_of_size(ask, arguments.json)
+    assert project is not None
     verbose = arguments.verbose or any((arguments.probe, arguments.gpus, arguments.profile))
-    say("\n".join(_plan_lines(project, verdicts, costs, ask, verbose)))
-    for lack in lacking(costs, ask, project.store):
-        say(f"warning: {lack}")
+    plan = plan_run(project, verbose=verbose, seen=seen, fleet=fleet, utilisation=utilisation)
+    lacks = [*map(str, lacking(plan.costs, plan.ask, project.store))]
+    if arguments.json:
+        known = {v.stage: {"state": v.state, "key": v.key, "because": v.because} for v in plan.verdicts}
+        shards, warnings = len(project.scan.shards), [*lacks, *project.warnings(plan.costs)]
+        print_json(_as_values(plan.ask, plan.costs, shards, warnings, project.store.url, known))
+        return 0
+    say("\n".join([str(plan), *(f"warning: {lack}" for lack in lacks)]))
     return 0
+
+
+def _tell_of_size(ask: PlanInput, as_json: bool) -> int:
+    """Prints the costs of a list of some size, as if nothing were made."""
+    costs = {stage: estimate(stage, ask) for stage in ask.graph}
+    lacks = [*map(str, too_large(costs, ask))]
+    if as_json:
+        print_json(_as_values(ask, costs, ask.shards, lacks))
+        return 0
+    where = f" on {ask.fleet.count} {ask.fleet.name}" if ask.fleet else ""
+    say(f"{ask.config.project}: {_size(ask.rows, ask.shards)}{where}, as if nothing were made")
+    say("\n".join([*_cost_lines(costs, ask), *(f"warning: {lack}" for lack in lacks)]))
+    return 0
+
+
+def _as_values(
+    ask: PlanInput,
+    costs: Mapping[str, Cost],
+    shards: int,
+    warnings: Sequence[str],
+    store: str | None = None,
+    known: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Returns what a plan says, for JSON. Times are in seconds, ``disk`` in bytes."""
+    return {
+        "project": ask.config.project,
+        "store": store,
+        "pairs": ask.rows,
+        "shards": shards,
+        "seconds": elapsed(costs, ask),
+        "warnings": warnings,
+        "stages": [{"stage": stage, **known.get(stage, {}), "cost": costs.get(stage)} for stage in ask.graph],
+    }
 
 
 @dataclass(frozen=True, repr=False)
@@ -141,6 +164,8 @@ def plan_run(
     until: str | None = None,
     verbose: bool = False,
     machine_of: Callable[[RaySettings], Machine | None] = find_machine,
+    seen: Observations | None = None,
+    **asked: Any,
 ) -> RunPlan:
     """Plans a run.
 
@@ -151,6 +176,8 @@ def plan_run(
         verbose: True for a plan whose text has all costs and every change.
         machine_of: Function that finds the machine or cluster to run on, or None where it is not known here: nothing is
             estimated then, and the driver of the job, which knows its cluster, plans again.
+        seen: Observations to scale; by default those of the last run.
+        asked: GPUs to plan for, and their utilisation, as ``PlanInput`` has them.
 
     Raises:
         UserError: ``until`` is given beside ``only``, or this lacks an input.
@@ -164,16 +191,13 @@ def plan_run(
     if only and [name for name in stale if name != only]:
         raise UserError(f"--only {only} needs {', '.join(n for n in stale if n != only)} first; use --until {only}")
     machine = machine_of(project.config.run.ray) if stale else None
-    # Where there is nothing to do, nothing is read.
-    seen = observe(project.store, project.config.project, project.graph, project.held_out) if stale else {}
-    ask = PlanInput(project.config, project.graph, project.rows, project.held_out, seen)
-    ask = replace(ask, machine=machine, looked=True) if machine else ask
-    return RunPlan(project, wanted, verdicts, _costs(verdicts, wanted, ask) if machine else {}, ask, verbose)
-
-
-def _costs(verdicts: Sequence[Verdict], wanted: set[str], ask: PlanInput) -> dict[str, Cost]:
-    """Returns the costs of all wanted stages that are stale."""
-    return {v.stage: estimate(v.stage, ask) for v in verdicts if v.state == "stale" and v.stage in wanted}
+    if seen is None and stale:  # where there is nothing to do, nothing is read
+        seen = observe(project.store, project.config.project, project.graph, project.held_out)
+    ask = PlanInput(project.config, project.graph, project.rows, project.held_out, seen or {}, **asked)
+    if machine is None:
+        return RunPlan(project, wanted, verdicts, {}, ask, verbose)
+    ask = replace(ask, machine=machine, looked=True)
+    return RunPlan(project, wanted, verdicts, {name: estimate(name, ask) for name in stale}, ask, verbose)
 
 
 def _plan_lines(
@@ -209,32 +233,6 @@ def _plan_lines(
 
 def _cost_lines(costs: Mapping[str, Cost], ask: PlanInput) -> list[str]:
     return [*cost_table(costs, elapsed(costs, ask), ask.config.run.prices), *remarks(costs, ask)]
-
-
-def _as_values(
-    name: str,
-    ask: PlanInput,
-    costs: Mapping[str, Cost],
-    project: Project | None = None,
-    verdicts: Sequence[Verdict] = (),
-) -> dict[str, Any]:
-    """Returns what a plan says, for JSON. Times are in seconds, ``disk`` in bytes."""
-    said = {v.stage: {"state": v.state, "key": v.key, "because": v.because} for v in verdicts}
-    return {
-        "project": name,
-        "store": project.store.url if project else None,
-        "pairs": ask.rows,
-        "shards": len(project.scan.shards) if project else ask.shards,
-        "seconds": elapsed(costs, ask),
-        "warnings": [*map(str, lacking(costs, ask, project.store)), *project.warnings(costs)]
-        if project
-        else [*map(str, too_large(costs, ask))],
-        "stages": [
-            {"stage": stage, **said.get(stage, {}), "cost": costs.get(stage)}
-            for stage in ask.graph
-            if stage in said or stage in costs
-        ],
-    }
 
 
 def _size(rows: int, shards: int) -> str:

@@ -87,15 +87,15 @@ def main(arguments: argparse.Namespace) -> int:
         if not arguments.yes:
             plan.check()
         return 0
-    with events_to(arguments.events) as events:
+    with events_to(arguments.events) as record:
 
         def tell(event: RunPlan | StageDone) -> None:
             say(event)
             if isinstance(event, RunPlan):
-                events.tell("plan", project=project.config.project, stale=event.stale, keys=event.keys)
+                record("plan", project=project.config.project, stale=event.stale, keys=event.keys)
             else:
                 made = event.artifact
-                events.tell("stage", stage=event.stage, key=made.key, rows=made.ledger, seconds=made.times["seconds"])
+                record("stage", stage=event.stage, key=made.key, rows=made.ledger, seconds=made.times["seconds"])
 
         result = run(*asked, arguments.yes, arguments.verbose, tell)
     say(result)
