@@ -9,11 +9,22 @@ import torch
 
 from jobs.bundles import remember_bundle
 from jobs.cli import main
+from pipeline.data.source import child
 from pipeline.data.source.drawings.server import serving
 from pipeline.store import Store, open_store
 from tests.faults import Undisturbed, run_undisturbed
 from tests.jobs.releases import Made, project_in
 from tests.pipeline.sampling.test_generation import publish_bundle
+from tests.reader_thread import IN_A_THREAD
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _lists_are_read_in_a_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hundreds of commands of these tests need no child for each list, except where lists are a stranger's."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name != "test_foreign_lists.py":
+            patch.setattr(child, "subprocess", IN_A_THREAD)
+        yield
 
 
 @pytest.fixture(scope="session")
