@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from tests.chain import ROOT, done, write_config, write_list
+from tests.pipeline.data.bench import save_clip
 from tests.plugin import install, run_with
 
 EXAMPLE = (ROOT / "examples/add_command.py").read_text()
@@ -19,7 +20,8 @@ def test_it_is_found_helped_and_run(tmp_path: Path, pictures: str) -> None:
     mistake = run_with(site, "contact-shet", "a.yaml")
     assert mistake.returncode == 2
     assert "unknown command contact-shet; did you mean contact-sheet?" in mistake.stderr
-    config = write_config(tmp_path, str(tmp_path / "store"), pictures, [write_list(tmp_path / "list.csv", 0, 20)])
+    rows, clip = [write_list(tmp_path / "list.csv", 30, 50)], {"weights": save_clip(tmp_path / "clip")}
+    config = write_config(tmp_path, str(tmp_path / "store"), pictures, rows, clip=clip)
     file = tmp_path / "sheet.png"
     early = run_with(site, "contact-sheet", config, "-o", file)
     assert early.returncode == 2

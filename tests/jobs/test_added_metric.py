@@ -44,7 +44,7 @@ def config(tmp_path: Path) -> Path:
 
 def test_a_run_the_report_and_a_release_have_it(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = config.parent
-    before = done(here("run", config, cwd=folder))
+    before = done(here("run", config, "--until", "evaluation", cwd=folder))
     assert "Does it learn?" in before
     assert SENTENCE not in before
     store = open_at(folder / "store")
@@ -57,7 +57,7 @@ def test_a_run_the_report_and_a_release_have_it(config: Path, monkeypatch: pytes
     monkeypatch.syspath_prepend(site)
     monkeypatch.delitem(sys.modules, "add_metric", raising=False)
     plugins.cache_clear()
-    said = done(here("run", config, cwd=folder))
+    said = done(here("run", config, "--until", "evaluation", cwd=folder))
     assert SENTENCE in said.partition("Does it learn?")[2]
     assert {stage for stage, found in keys(store).items() if found != made[stage]} == {"evaluation"}
     assert SENTENCE in (folder / "out/report.html").read_text()
@@ -70,7 +70,7 @@ def test_a_run_the_report_and_a_release_have_it(config: Path, monkeypatch: pytes
     assert "colourfulness" in {figure["claim"] for figure in document["figures"]}
 
     done(here("release", "promote", config, cwd=folder))
-    done(here("run", config, "decoder.seed=5", cwd=folder, env={"WORSE": "50"}))
+    done(here("run", config, "decoder.seed=5", "--until", "evaluation", cwd=folder, env={"WORSE": "50"}))
     judged = here("release", "promote", config, "--set", "decoder.seed=5", cwd=folder)
     assert judged.returncode == 1
     assert "  decoder.colourfulness is worse: " in judged.stdout

@@ -10,20 +10,25 @@ import pytest
 import unclip
 from jobs.cli import main
 from pipeline.config import load_config, make_config, resolved_values
-from tests.chain import ROOT, done, here, write_config, write_list
+from tests.chain import ROOT, done, here, write_config
 from tests.jobs.test_mistakes import refused
-from tests.pipeline.data.bench import save_clip
+from tests.pipeline.data.bench import picture, save_clip, write_listed
 
 SMALLER = "pairs.encode_quality=90"
 
 
 @pytest.fixture
-def config(tmp_path: Path, pictures: str) -> Path:
-    """A configuration of which the pairs are stored at another quality than it says."""
-    lists = [write_list(tmp_path / "list.csv", 0, 6)]
-    path = write_config(tmp_path, str(tmp_path / "store"), pictures, lists)
-    assert main(["run", str(path), "--until", "pairs", SMALLER]) == 0
-    return path
+def file(tmp_path: Path) -> Path:
+    """A configuration of six images."""
+    rows = write_listed(tmp_path, [picture(i) for i in range(6)])
+    return write_config(tmp_path, str(tmp_path / "store"), "127.0.0.1:1", [Path(rows)])
+
+
+@pytest.fixture
+def config(file: Path) -> Path:
+    """The same, after a run that stored pairs at another quality than it says."""
+    assert main(["run", str(file), "--until", "pairs", SMALLER]) == 0
+    return file
 
 
 def _made(config: Path) -> dict[str, str]:
@@ -45,17 +50,14 @@ def test_what_follows_a_run_with_overrides_is_that_runs(config: Path, caplog: py
     assert re.search(r"^  pairs +fresh", done(here("plan", config.parent / "out/run.yaml")), re.MULTILINE)
 
 
-def test_a_pin_is_moved_in_the_plan_of_that_run(
-    tmp_path: Path, pictures: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write_config(tmp_path, str(tmp_path / "store"), pictures, [write_list(tmp_path / "list.csv", 0, 6)])
-    clip = f"clip.weights={save_clip(tmp_path / 'clip')}"
-    assert main(["run", str(path), "--until", "clip", clip]) == 0
+def test_a_pin_is_moved_in_the_plan_of_that_run(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clip = f"clip.weights={save_clip(file.parent / 'clip')}"
+    assert main(["run", str(file), "--until", "clip", clip]) == 0
     capsys.readouterr()
-    assert main(["pin", str(path), "clip", "--dry-run"]) == 0
+    assert main(["pin", str(file), "clip", "--dry-run"]) == 0
     assert capsys.readouterr().out == "nothing becomes stale\n"
     says = "unclip run with --until clip makes what the configuration asks for"
-    refused("pin", path, "clip", "--dry-run", "clip.seed=5", says=says)
+    refused("pin", file, "clip", "--dry-run", "clip.seed=5", says=says)
 
 
 def test_a_program_is_warned_that_it_opens_something_else(config: Path) -> None:

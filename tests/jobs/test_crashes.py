@@ -53,6 +53,7 @@ def _assert_undisturbed(store: Store, undisturbed: Undisturbed) -> None:
     assert ours.blobs["model.safetensors"] == theirs.blobs["model.safetensors"]
 
 
+@pytest.mark.slow  # of workers that are killed and replaced, see graph/test_shards
 def test_killed_ray_workers_are_replaced(undisturbed: Undisturbed, tmp_path: Path) -> None:
     store = copy(undisturbed.data, tmp_path)
     forget(store, "pairs")

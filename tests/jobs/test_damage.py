@@ -77,7 +77,11 @@ VICTIMS: dict[str, tuple[Callable[[Store], str], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("victim", VICTIMS)
+# Of the others at once: test_several_damaged_objects_are_found_at_once.
+FAST = ("artefact record", "shard record", "pictures", "index")
+
+
+@pytest.mark.parametrize("victim", [v if v in FAST else pytest.param(v, marks=pytest.mark.slow) for v in VICTIMS])
 def test_what_is_damaged_is_made_again(victim: str, undisturbed: Undisturbed, tmp_path: Path, capsys: Output) -> None:
     store = copy(undisturbed.data, tmp_path)
     find, way, forgotten = VICTIMS[victim]
@@ -113,16 +117,6 @@ def test_several_damaged_objects_are_found_at_once(undisturbed: Undisturbed, tmp
     assert main(["run", config, "--until", "codec"]) == 0
     assert main(["data", "check", config]) == 0
     _assert_healed(store, undisturbed.data)
-
-
-def test_damaged_pictures_are_found_by_a_training(undisturbed: Undisturbed, tmp_path: Path, capsys: Output) -> None:
-    store = copy(undisturbed.data, tmp_path)
-    path = _blob(store, "pairs", "images")
-    _overwrite(store, path)
-    command = ["run", str(undisturbed.config(tmp_path)), "--until", "decoder"]
-    _repaired(command, path, capsys)
-    assert main(command) == 0
-    _assert_healed(store, undisturbed.trained)
 
 
 def test_a_lost_artefact_that_is_pinned_for_other_data_is_not_made_from_these(
@@ -164,7 +158,7 @@ def test_a_changed_picture_in_a_tar_of_the_users(tmp_path: Path, pictures: str, 
     assert main(["run", str(config), "--until", "embeddings"]) == 0
 
 
-@pytest.mark.parametrize("until", ["pairs", "decoder"])
+@pytest.mark.parametrize("until", ["pairs", pytest.param("decoder", marks=pytest.mark.slow)])
 def test_a_full_disk(
     until: str,
     undisturbed: Undisturbed,

@@ -18,6 +18,7 @@ from pipeline.graph.artifacts import load_artifact, read_shards, read_table
 from pipeline.store import Store, open_store
 from tests.chain import done, here, shard_paths, write_config, write_list
 from tests.jobs.test_mistakes import refused
+from tests.pipeline.data.bench import save_clip
 from tests.seaweed import Server
 
 NOBODY = "run.pairs.hosts={drawings.test: '127.0.0.1:1'}"
@@ -29,7 +30,8 @@ def _project(
     """The store, the configuration and the rows of a project of its own."""
     store = open_store(url or str(folder / "store"))
     rows = write_list(folder / "list.csv", 100, stop)
-    return store, write_config(folder, store.url, pictures, [rows]), list(csv.DictReader(rows.open()))
+    config = write_config(folder, store.url, pictures, [rows], clip={"weights": save_clip(folder / "clip")})
+    return store, config, list(csv.DictReader(rows.open()))
 
 
 def _rows(store: Store, config: Path, stage: str) -> list[dict[str, Any]]:
@@ -62,7 +64,7 @@ def _holding(store: Store, *needles: bytes) -> list[str]:
 
 
 def test_what_is_forgotten_is_nowhere_any_more(tmp_path: Path, pictures: str, s3: Server) -> None:
-    store, config, listed = _project(tmp_path, pictures, f"{s3.url}/forget-{tmp_path.name}", 150)
+    store, config, listed = _project(tmp_path, pictures, f"{s3.url}/forget-{tmp_path.name}", 130)
     done(here("run", config, "--until", "curation"))
     before = _rows(store, config, "pairs")
     victim, caption = before[23], listed[23]["caption"].encode()

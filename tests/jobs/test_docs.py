@@ -23,7 +23,7 @@ from jobs.command_line import command_line
 from pipeline.config import Config, Run
 from pipeline.errors import UserError
 from pipeline.schema import FILE
-from tests.chain import MICRO, ROOT, here, unclip
+from tests.chain import MICRO, ROOT, here
 from tests.pipeline.data.bench import picture, save_clip, write_list
 from tests.pipeline.data.source.test_imported import write_parts
 from tests.pipeline.data.source.test_sheets import write as write_sheets
@@ -95,8 +95,6 @@ RUN = [
     "unclip unpin configs/nano.yaml clip",
     'unclip sample "a bell-shaped lime monster with a crown, three eyes and a frown, on magenta"',
 ]
-EXAMPLES = [command for command in RUN if command.startswith("python ")]
-OF_RAY = ("generate",)  # it starts a Ray, and runs in a process of its own
 
 
 def tables(text: str) -> Iterator[dict[str, str]]:
@@ -252,19 +250,25 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
         **config,
         "preset": "nano",
         "bundle": {"models": models, "sampling": sampling},
+        "samples": {"captions": ["a red heart"]},
         **dict.fromkeys(("clip", "ar_prior", "diffusion_prior", "decoder"), short),
         "run": {**MICRO["run"], "output": f"out/{config['project']}"},
     }
 
 
-@pytest.mark.parametrize("command", [command for command in RUN if command not in EXAMPLES])
+@pytest.mark.parametrize("command", RUN)
 def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
-    words = shlex.split(command)[1:]
+    program, *words = shlex.split(command)
+    if program == "python":  # in this process, which need not import torch again
+        with chdir(folder), mock.patch.object(sys, "argv", words):
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        return
     if command.startswith("unclip run my-project.yaml"):
         written = folder / "my-project.yaml"
         written.write_text(yaml.safe_dump(small(yaml.safe_load(written.read_text()))))
-    run = unclip if words[0] in OF_RAY else here
-    process = run(*words, cwd=folder)
+    if words[0] == "generate":  # on workers: test_generate.py
+        words += ["--workers", "0"]
+    process = here(*words, cwd=folder)
     assert process.returncode == 0, process.stderr
     if command.startswith("unclip sample"):
         assert all((folder / line).is_file() for line in process.stdout.splitlines())
@@ -272,11 +276,18 @@ def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
         found = [line.split("\t") for line in process.stdout.splitlines()]
         assert len(found) == (5 if "--count" in command else 10)
         assert all(len(fields) == 5 and "picture " in fields[4] for fields in found)
-        told = json.loads(run(*words, "--json", cwd=folder).stdout)["rows"]
+        told = json.loads(here(*words, "--json", cwd=folder).stdout)["rows"]
         assert [(row["key"], row["split"], row["url"]) for row in told] == [tuple(fields[1:4]) for fields in found]
         if "--image" in command:  # it is in the list itself, so it is the nearest
             assert found[0][3].endswith("/images/3.png")
             assert {fields[2] for fields in found} == {"train"}
+    if command == "unclip run my-project.yaml":  # a small set is told why nothing was measured and what to do
+        why = "Nothing was measured: 3 test pairs, and a figure needs 8; set source.test to 0.2 or add pairs"
+        assert f"\nDoes it learn? {why}\n" in process.stdout
+        page = (folder / "out/my-project/report.html").read_text()
+        assert f'<p class="note">{why}.</p>' in page
+        assert "validation from" not in page
+        assert "and a figure needs 8; set source.validation to 0.2 or add pairs." in page
     if command == "unclip export for-diffusers --to back":  # the last one of the page
         for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), flags=re.DOTALL):
             with chdir(folder):
@@ -285,18 +296,12 @@ def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
         assert "model.dropout 0.0 -> 0.1" in process.stdout
 
 
-@pytest.mark.parametrize("command", EXAMPLES)
-def test_examples_run_as_they_stand(folder: Path, command: str) -> None:
-    """In this process, which need not import torch again."""
-    words = shlex.split(command)[1:]
-    with chdir(folder), mock.patch.object(sys, "argv", words):
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-
-
 def test_every_example_is_run() -> None:
     """A source is no program: test_added_source.py runs it."""
     files = {f"examples/{file.name}" for file in (ROOT / "examples").glob("*.py")}
-    assert {command.split()[1] for command in EXAMPLES} == files - {"examples/add_source.py"}
+    assert {command.split()[1] for command in RUN if command.startswith("python ")} == files - {
+        "examples/add_source.py"
+    }
 
 
 def test_python_of_a_page_runs_as_it_stands(folder: Path) -> None:

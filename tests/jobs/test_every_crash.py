@@ -10,12 +10,10 @@ import inspect
 import multiprocessing
 import os
 import pkgutil
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +29,17 @@ from pipeline.config import make_config
 from pipeline.data.codec import fit as codec_fit
 from pipeline.data.curation import near_rows
 from pipeline.data.neighbours import indices
+from pipeline.data.source import child
 from pipeline.data.source.journal import read_journal
 from pipeline.graph import shards
-from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, read_shards
+from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
 from pipeline.store import Store
 from pipeline.store.records import blob_path
-from tests.chain import open_at
+from tests.chain import keys, open_at
 from tests.faults import artifact
 from tests.pipeline.data import vectors
 from tests.pipeline.data.bench import picture, save_clip, write_list
+from tests.reader_thread import IN_A_THREAD
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload([__name__])
@@ -76,6 +76,7 @@ def workers() -> set[str]:
 
 def _within(environment: Mapping[str, str], target: Callable[..., int | None], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
+    child.subprocess = IN_A_THREAD
     sys.exit(target(*arguments))
 
 
@@ -133,7 +134,8 @@ def make_passes(url: str, inputs: dict[str, Artifact], seen: str) -> None:
 @pytest.mark.parametrize(
     "points",
     [
-        IN_ARTIFACTS,
+        IN_ARTIFACTS[:1],
+        pytest.param(IN_ARTIFACTS[1:], marks=SLOW),
         pytest.param(("shard.before_record",), marks=SLOW),
         pytest.param(("shard.after_record",), marks=SLOW),
         pytest.param(("blob.created",), marks=SLOW),
@@ -206,86 +208,54 @@ def unclip(*words: object) -> int:
 @SLOW
 def test_in_every_stage_of_a_run(clip: str, tmp_path: Path) -> None:
     calm, killed = (configure(tmp_path / name, clip) for name in ("calm", "killed"))
-    every = (*IN_SHARDS, *IN_ARTIFACTS, *IN_DRIVER)
+    every = {*IN_SHARDS, *IN_ARTIFACTS, *IN_DRIVER}
     found = set()
-    for until, points in (
-        ("source", every),
-        ("captions", every),
-        ("pairs", tuple(p for p in every if p != "blob.created")),  # its notes of times are other blobs each time
-        ("embeddings", every),
-        ("index", every),
-        ("codec", every),
-    ):
-        assert forked(unclip, "run", calm, "--until", until) == 0
-        kills = tmp_path / f"kills of {until}"
-        found |= killed_everywhere(points, kills, unclip, "run", killed, "--until", until)
-    assert found == set(every)
-    stores = [open_at(config.parent / "store") for config in (calm, killed)]
-    for stage in ("source", "captions", "pairs", "clip", "embeddings", *(s.name for s in STAGES)):
-        ours, theirs = (contents(store, stage) for store in stores)
-        assert ours == theirs, stage
+    for until in ("source", "captions", "pairs", "embeddings", "index", "codec"):
+        assert unclip("run", calm, "--until", until) == 0
+        # Notes of what pairs took are other blobs each time.
+        points = tuple(every - {"blob.created"} if until == "pairs" else every)
+        found |= killed_everywhere(points, tmp_path / f"until {until}", unclip, "run", killed, "--until", until)
+    assert found == every
+    ours, theirs = (open_at(config.parent / "store") for config in (killed, calm))
+    for stage in keys(theirs):
+        assert contents(ours, stage) == contents(theirs, stage), stage
 
 
-@pytest.fixture(scope="module")
-def fetched(clip: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
-    """Makes configurations of equal stores in which pairs are made."""
-    folder, number = tmp_path_factory.mktemp("fetched"), count()
-    base = configure(folder / "base", clip)
-    assert forked(unclip, "run", base, "--until", "pairs") == 0
+def test_in_what_changes_the_list_and_removes_objects(clip: str, tmp_path: Path) -> None:
+    """In data retry, data forget, data gc and data check --repair, one after another."""
+    calm, killed = (configure(tmp_path / name, clip) for name in ("calm", "killed"))
+    ours, theirs = (open_at(config.parent / "store") for config in (killed, calm))
 
-    def another() -> Path:
-        config = configure(folder / str(next(number)), clip)
-        shutil.copytree(base.parent / "store", config.parent / "store")
-        return config
+    def make() -> None:
+        for config in (calm, killed):
+            assert unclip("run", config, "--until", "pairs") == 0
+        assert contents(ours, "pairs") == contents(theirs, "pairs")
 
-    return another
+    def kill(points: tuple[str, ...], command: str, *words: str) -> None:
+        assert unclip("data", command, calm, *words) == 0
+        folder = tmp_path / f"kills of {command}"
+        assert killed_everywhere(points, folder, unclip, "data", command, killed, *words) == set(points)
+        assert read_journal(ours, "crash") == read_journal(theirs, "crash")
+        assert paths(ours, "artifacts/", "shards/") == paths(theirs, "artifacts/", "shards/")
 
-
-@pytest.mark.parametrize("command", ["forget", "retry"])
-def test_in_what_changes_the_list(command: str, fetched: Callable[[], Path], tmp_path: Path) -> None:
-    calm, killed = (fetched() for _ in range(2))
-    [reason] = artifact(open_at(calm.parent / "store"), "pairs").ledger.rejected
-    words = ("000000000003",) if command == "forget" else ("--reason", reason)
-    points = ("journal.before_swap",) if command == "forget" else ("blob.created", "journal.before_swap")
-    assert forked(unclip, "data", command, calm, *words) == 0
-    assert killed_everywhere(points, tmp_path / "kills", unclip, "data", command, killed, *words) == set(points)
-    stores = [open_at(config.parent / "store") for config in (calm, killed)]
-    ours, theirs = (read_journal(store, "crash") for store in stores)
-    assert ours == theirs
-    assert ours.forgotten or ours.retries
+    make()
+    [reason] = artifact(ours, "pairs").ledger.rejected
+    kill(("blob.created", "journal.before_swap"), "retry", "--reason", reason)
+    kill(("journal.before_swap",), "forget", f"file://{tmp_path}/pictures/3.png")
+    assert read_journal(ours, "crash").retries
+    assert read_journal(ours, "crash").forgotten
+    before = paths(ours, "blobs/", "artifacts/", "shards/")
     for config in (calm, killed):
-        assert forked(unclip, "run", config, "--until", "pairs") == 0
-    assert paths(stores[0], "artifacts/", "shards/") == paths(stores[1], "artifacts/", "shards/")
-
-
-def test_in_gc(fetched: Callable[[], Path], tmp_path: Path) -> None:
-    calm, killed = (fetched() for _ in range(2))
-    stores = [open_at(config.parent / "store") for config in (calm, killed)]
-    for config in (calm, killed):
-        assert forked(unclip, "data", "forget", config, "000000000003") == 0
-        assert forked(unclip, "run", config, "--until", "pairs") == 0
-    before = paths(stores[1], "blobs/", "artifacts/", "shards/")
-    words = ("--yes", "--grace-hours", "0")
-    assert forked(unclip, "data", "gc", calm, *words) == 0
-    assert killed_everywhere(("gc.before_delete",), tmp_path / "kills", unclip, "data", "gc", killed, *words)
-    ours, theirs = (paths(store, "artifacts/", "shards/") for store in stores)
-    assert ours == theirs
-    assert ours < before
-    assert artifact_path("pairs", artifact(stores[1], "pairs").key) in ours
-
-
-def test_while_damage_is_quarantined(fetched: Callable[[], Path], tmp_path: Path) -> None:
-    calm, killed = (fetched() for _ in range(2))
-    stores = [open_at(config.parent / "store") for config in (calm, killed)]
-    path = blob_path(read_shards(stores[1], artifact(stores[1], "pairs"))[0].blobs["index"])
-    Path(stores[1].url, path).write_bytes(b"rot")
-    point = "damage.before_delete"
-    assert killed_everywhere((point,), tmp_path / "kills", unclip, "data", "check", killed, "--repair") == {point}
-    for config in (calm, killed):
-        assert forked(unclip, "run", config, "--until", "embeddings") == 0
-    assert len(list(stores[1].list(f"damaged/{path}."))) == 1
-    for stage in ("pairs", "embeddings"):
-        assert contents(stores[0], stage) == contents(stores[1], stage)
+        assert unclip("run", config, "--until", "pairs") == 0
+    kill(("gc.before_delete",), "gc", "--yes", "--grace-hours", "0")
+    assert before - paths(ours, "blobs/", "artifacts/", "shards/")
+    path = blob_path(read_shards(ours, artifact(ours, "pairs"))[0].blobs["index"])
+    Path(ours.url, path).write_bytes(b"rot")
+    assert killed_everywhere(
+        ("damage.before_delete",), tmp_path / "kills of check", unclip, "data", "check", killed, "--repair"
+    ) == {"damage.before_delete"}
+    make()
+    assert len(list(ours.list(f"damaged/{path}."))) == 1
 
 
 def paths(store: Store, *prefixes: str) -> set[str]:

@@ -14,12 +14,11 @@ from safetensors.torch import load
 from models.codec import Codec
 from pipeline.build import build
 from pipeline.config import PRESETS, make_config, preset_config
-from pipeline.data.pairs.row_index import SPLITS
 from pipeline.graph.artifacts import read_shards, read_table
 from pipeline.store.records import read_blob
 from tests.chain import ROOT
+from tests.faults import Undisturbed, artifact
 from tests.jobs.test_docs import tables
-from tests.pipeline.data.bench import Bench, picture, save_clip, write_listed
 
 FOLDER = ROOT / "docs/how"
 PAGES = sorted(FOLDER.glob("*.md"))
@@ -34,10 +33,10 @@ def names_in(cell: str) -> list[str]:
 
 
 @cache
-def defined(tree: ast.Module) -> set[str]:
+def defined(file: Path) -> set[str]:
     """Functions, classes and their methods, by the names that they have in a module."""
     found = set()
-    for node in tree.body:
+    for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
         if isinstance(node, ast.ClassDef):
@@ -62,7 +61,7 @@ def test_all_code_that_is_named_is_there_and_linked(page: Path) -> None:
     for module, name, link in links:
         file = ROOT / f"{module.replace('.', '/')}.py"
         assert (page.parent / link).resolve() == file, f"{module}: {link}"
-        assert name in defined(ast.parse(file.read_text())), f"{module} has no {name}"
+        assert name in defined(file), f"{module} has no {name}"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -88,44 +87,21 @@ def test_metrics_are_those_that_the_code_has(stage: str) -> None:
             assert f'"{name}"' in code, name
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """The data stages on forty pictures."""
-    folder = tmp_path_factory.mktemp("how")
-    splits = ["validation" if i % 8 == 5 else "test" if i % 8 == 7 else "train" for i in range(40)]
-    listed = write_listed(folder, [picture(i) for i in range(40)], splits)
-    changes = {"thresholds": {"similarity": 0.1}, "run": {"thresholds": {"workers": 0}}}
-    bench = Bench(folder / "store", [listed], clip={"weights": save_clip(folder / "clip")}, **changes)
-    bench.make("source", "captions", "pairs", "clip", "embeddings", "thresholds", "curation", "index", "codec")
-    return bench
-
-
-def columns_of(bench: Bench, stage: str, blob: str) -> list[str]:
-    return read_table(bench.store, read_shards(bench.store, bench.made[stage])[0].blobs[blob]).column_names
-
-
 @pytest.mark.parametrize(
     ("stage", "blob"), [("source", "refs"), ("pairs", "index"), ("embeddings", "embeddings"), ("curation", "rejected")]
 )
-def test_columns_are_those_of_the_tables(bench: Bench, stage: str, blob: str) -> None:
+def test_columns_are_those_of_the_tables(undisturbed: Undisturbed, stage: str, blob: str) -> None:
     head = f"column of `{blob}`"
     rows = [row[head] for row in tables((FOLDER / f"{stage}.md").read_text()) if head in row]
     named = [name for row in rows for name in names_in(row) if name != "score_NAME"]
-    assert sorted(named) == sorted(columns_of(bench, stage, blob))
+    store = undisturbed.data
+    shard, *_ = read_shards(store, artifact(store, stage))
+    assert sorted(named) == sorted(read_table(store, shard.blobs[blob]).column_names)
 
 
-def test_other_blobs_are_those_that_are_named(bench: Bench) -> None:
-    assert columns_of(bench, "captions", "captions") == ["key", "captions"]
-    assert columns_of(bench, "curation", "index") == columns_of(bench, "pairs", "index")
-    assert read_shards(bench.store, bench.made["pairs"])[0].blobs.keys() == {"images", "index"}
-    assert read_shards(bench.store, bench.made["index"])[0].blobs.keys() == set(SPLITS)
-    assert bench.made["clip"].blobs.keys() == {"open_clip_config.json", "open_clip_model.safetensors"}
-    assert bench.made["thresholds"].metrics.keys() == {"min_similarity"}
-
-
-def test_tensors_and_metrics_are_those_of_the_codec(bench: Bench) -> None:
-    codec = bench.made["codec"]
-    tensors = load(read_blob(bench.store, codec.blobs["model.safetensors"]))
+def test_tensors_and_metrics_are_those_of_the_codec(undisturbed: Undisturbed) -> None:
+    codec = artifact(undisturbed.data, "codec")
+    tensors = load(read_blob(undisturbed.data, codec.blobs["model.safetensors"]))
     rows: list[dict[str, Any]] = list(tables((FOLDER / "codec.md").read_text()))
     assert [name for row in rows for name in names_in(row.get("tensor", ""))] == [field.name for field in fields(Codec)]
     assert {field.name for field in fields(Codec)} == tensors.keys()

@@ -166,45 +166,6 @@ def test_other_columns(capsys: Output) -> None:
     assert main(["plan", "mine.yaml"]) == 0
 
 
-def test_what_a_german_excel_saves_is_read(capsys: Output) -> None:
-    """Its CSV in UTF-8, its CSV of Windows, and its text in Unicode."""
-    text = "Bild;Beschreibung\r\nhttp://closed.test/a.png;ein Mädchen, das läuft\r\n"
-    Path("utf8.csv").write_bytes(text.encode("utf-8-sig"))
-    Path("old.csv").write_bytes(text.encode("cp1252"))
-    Path("unicode.txt").write_bytes(text.replace(";", "\t").encode("utf-16"))
-    columns = ("--image-column", "Bild", "--caption-column", "Beschreibung")
-    for name in ("utf8.csv", "old.csv", "unicode.txt"):
-        config = made(name[:-4], name, "--encoding", "cp1252", *columns)
-        assert config.samples.captions == ("ein Mädchen, das läuft",)
-        assert main(["plan", f"{name[:-4]}.yaml"]) == 0
-        assert "1 pair in 1 shard" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["", "pairs.csv"], "project: '' is not a plain name"),
-        (["mine", "tars/{00..10}.tar"], "; patterns are not expanded: name the folder"),
-        (["mine", "links.csv"], "has link, TEXT. Set source.image_column or source.caption_column, here with --image"),
-        (["mine", "two.csv"], "no column caption; prompt and text could be meant"),
-        (["mine", "bare.tsv"], "line 1 has to name the columns, and it is a row (http://closed.test/a.png<tab>a cat)"),
-        (["mine", "old.csv"], "'Mädchen' in cp1252, 'M\u0434dchen' in cp1251"),
-        (["taken", "pairs.csv"], "taken.yaml is there already and stays as it is"),
-    ],
-)
-def test_mistakes_are_one_line_and_write_nothing(words: list[str], says: str, here: Path) -> None:
-    table("csv")
-    (here / "links.csv").write_text("link,TEXT\nhttp://closed.test/a.png,a cat\n")
-    (here / "two.csv").write_text("url,prompt,text\nhttp://closed.test/a.png,a cat,a dog\n")
-    (here / "bare.tsv").write_text("http://closed.test/a.png\ta cat\n")
-    (here / "old.csv").write_bytes("url;caption\nhttp://closed.test/a.png;Mädchen\n".encode("cp1252"))
-    (here / "taken.yaml").write_text("mine\n")
-    before = sorted(here.iterdir())
-    refused("init", *words, says=says, cwd=here)
-    assert sorted(here.iterdir()) == before
-    assert (here / "taken.yaml").read_text() == "mine\n"
-
-
 def listed(rows: int, columns: str = "url,caption", more: Callable[[int], str] = lambda i: "") -> str:
     """A list of references; ``more`` gives what follows the caption of a row."""
     lines = [f"http://closed.test/{i}.png,picture {i}{more(i)}\n" for i in range(rows)]
@@ -381,3 +342,54 @@ def test_embeddings_take_the_clip_that_made_them(here: Path, capsys: Output) -> 
     said = capsys.readouterr().out
     assert "name images with captions as another source (pictures has them), and" in said
     assert said.endswith("unclip run both.yaml\n")
+
+
+# Models for which images are too small are left out, by what is measured or by what the list says.
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "models"), [(72, 64, SAMPLED[:2]), (300, 256, SAMPLED[:3]), (1024, 1024, SAMPLED)]
+)
+def test_models_that_no_picture_is_large_enough_for_are_left_out(side: int, size: int, models: tuple) -> None:
+    Path("pictures").mkdir()
+    for i, scale in enumerate((1, 2)):
+        Path(f"pictures/{i}.jpg").write_bytes(picture(i, 2 * side, side // scale, kind="JPEG"))
+        Path(f"pictures/{i}.txt").write_text("a cat")
+    config = made("mine", "pictures")
+    assert (config.bundle.models, config.bundle.sampling.size) == (models, size)
+    text = Path("mine.yaml").read_text()
+    assert f"first 2 images {int(side >= 1024)} have a short side of 1024 px or more" in text
+
+
+@pytest.mark.parametrize(
+    ("sides", "size", "models", "counts"),
+    [
+        (["300", 1023.0, "nan", None], 256, SAMPLED[:3], "first 2 images 0 have a short side of 1024 px or more, 2 of"),
+        ([300] * 200 + [2000], 256, SAMPLED[:3], "first 201 images 1 have"),
+        ([300] * 90 + [2000], 1024, SAMPLED, "first 91 images 1 have"),
+        ([100, 200], 64, SAMPLED[:2], "0 of 256 px, 2 of 64 px"),
+    ],
+)
+@pytest.mark.parametrize("names", [("WIDTH", "HEIGHT"), ("original_width", "original_height")])
+def test_sizes_that_a_list_states_decide_of_images_on_the_web(
+    names: tuple, sides: list, size: int, models: tuple, counts: str, capsys: Output
+) -> None:
+    rows = [f"http://closed.test/{i}.png,a cat,{side},{2 * float(side or 1)}\n" for i, side in enumerate(sides)]
+    Path("laion.csv").write_text(f"URL,TEXT,{','.join(names)}\n" + "".join(rows))
+    config = made("mine", "laion.csv")
+    assert (config.bundle.models, config.bundle.sampling.size) == (models, size)
+    assert counts in Path("mine.yaml").read_text()
+    left_out = (
+        f"bundle.models leaves {' and '.join(SAMPLED[len(models) :])} out, and samples have {size} px: Of the first"
+    )
+    output = capsys.readouterr().out
+    assert (left_out in output) == (models != SAMPLED)
+    assert ", as the list says." in output or models == SAMPLED
+
+
+def test_where_no_size_is_known_it_says_how_to_leave_a_model_out(capsys: Output) -> None:
+    config = made("mine", table("parquet"))
+    assert config.bundle.models == SAMPLED
+    line = next(line for line in capsys.readouterr().out.splitlines() if "images are measured once" in line)
+    config = load_config("mine.yaml", line.split()[-2:])
+    assert (config.bundle.models, config.bundle.sampling.size) == (SAMPLED[:3], 256)

@@ -17,6 +17,7 @@ from tests.chain import ROOT, done, here, unclip, write_config, write_list
 from tests.jobs.test_mistakes import refused
 
 
+@pytest.mark.slow  # it counts the arithmetic of the largest models; test_for_programs.py plans for a list of some size
 def test_the_table_of_the_documents_is_what_the_command_prints() -> None:
     page = (ROOT / "docs/scale.md").read_text().replace("\\\n", "")
     (command,) = re.findall(r"^    (unclip plan .*--pairs .*)$", page, flags=re.MULTILINE)

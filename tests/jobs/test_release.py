@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 import jobs.release
+from jobs.cli import main
 from jobs.project import open_project
 from models.sampling_config import MODELS
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
@@ -19,6 +20,7 @@ from pipeline.report.inputs import ReportInput
 from pipeline.store.records import blob_path, put_blob
 from pipeline.upkeep.check import repair_store
 from tests.jobs.releases import DATA, FEW, LATER, OTHER, Made
+from tests.jobs.test_mistakes import refused
 
 
 def test_before_anything_is_made_or_released(made: Made) -> None:
@@ -229,17 +231,6 @@ def test_a_bundle_that_is_gone_is_not_gone_back_to(made: Made) -> None:
     assert made.current == better
 
 
-def test_the_release_can_be_taken_into_a_folder(made: Made, tmp_path: Path) -> None:
-    from jobs.bundles import find_bundle
-
-    first = made.make(0.0)
-    made.make(0.1, OTHER)
-    made.release("promote")
-    assert "unclip sample --from" in made.release("take", str(tmp_path / "released"))
-    store, artifact = find_bundle(str(tmp_path / "released")).stored()
-    assert (store.url, artifact.key) == (made.store.url, first)
-
-
 def test_a_configuration_may_begin_with_the_weights_of_the_release(made: Made) -> None:
     assert "no current release exists yet" in made.release("weights", code=2)
     first = made.make(0.0)
@@ -256,3 +247,26 @@ def test_a_configuration_may_begin_with_the_weights_of_the_release(made: Made) -
     other = made.release("weights", "--set", "codec.components=5")
     assert f"# not ar_prior: it speaks the codes of codec {artifact.inputs['codec'][:12]}" in other
     assert yaml.safe_load(other).keys() == set(MODELS) - {"ar_prior"}
+
+
+def test_another_bundle_is_a_key_a_project_a_folder_or_a_release(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, better = made.make(0.0), made.make(0.1, OTHER)
+    made.release("promote")
+    values = yaml.safe_load(made.path.read_text())
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/bundle.json").write_text(json.dumps({"store": made.store.url, "bundle": first, "files": ""}))
+    report = ["report", str(made.path), OTHER, "--output", str(tmp_path / "report.html"), "--against"]
+    project = str(tmp_path / "b.yaml")
+    for name in ("current", first[:10], project, str(tmp_path / "out"), f"release:{project}"):
+        assert main([*report, name]) == 0, capsys.readouterr()
+        found = json.loads((tmp_path / "report.json").read_text())["against"]
+        assert (found["name"], found["bundle"]) == (name, first)
+        assert found["recipes"] == ["decoder.weight_decay 0.01 -> 0.02"]
+        assert [change["verdict"] for change in found["figures"]] == ["better"]
+    for name, why in ((better[:10], "is the same bundle"), ("feed", "no bundle in"), ("absent.yaml", "absent.yaml")):
+        refused(*report, name, says=why)
+    refused(*report[:3], "--output", tmp_path, says="is a folder; name a file, such as")
+    refused(*report[:3], "--output", tmp_path / "report.json", says="ends with .json, where the figures go")

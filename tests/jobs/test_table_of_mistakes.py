@@ -22,12 +22,10 @@ plan mine                                         | mine: no such configuration;
 plan list.csv                                     | expected a mapping of stages; if it is a list, unclip init
 plan tab.yaml                                     | tab.yaml: not valid YAML: ~line 2, column 1
 plan empty.yaml                                   | empty.yaml is empty; unclip init writes a configuration
-plan list.yaml                                    | list.yaml: expected a mapping of stages
 run mine.yaml --unitl pairs                       | unclip run: unknown option --unitl; did you mean --until?
 run mine.yaml --until pair                        | unknown stage pair; did you mean pairs?
 run mine.yaml --only decoder                      | --only decoder needs source, ~use --until decoder
 run mine.yaml --only decoder --until pairs        | --only and --until exclude each other
-submit mine.yaml --to local --only codec --until pairs | --only and --until exclude each other
 submit mine.yaml --to http://[::1:8265            | http://[::1:8265 is not the address of a dashboard
 run mine.yaml -q -v                               | -v/--verbose ~exclude each other; leave one of them out
 run mine.yaml --decoder.samples=100               | values are written without dashes: decoder.samples=100
@@ -41,7 +39,6 @@ plan mine.yaml decoder=3                          | decoder: expected a mapping,
 plan mine.yaml project=../up                      | '../up' is not a plain name; use letters, digits
 plan mine.yaml store=list.csv                     | store list.csv: is a file; name a folder
 plan mine.yaml run.trackers=tensorboard           | run.trackers: expected a list, got ~; write [tensorboard]
-plan mine.yaml source.paths=[gone.csv]            | gone.csv: no such file or folder in
 plan mine.yaml source.paths=list.csv              | source.paths: expected a list, got 'list.csv'
 plan mine.yaml source.paths=[rows.csv]            | ~write a line above it, such as url;caption
 plan mine.yaml source.paths=[old.csv]             | not UTF-8: ~'Mädchen' in cp1252, ~set source.encoding
@@ -58,9 +55,14 @@ plan mine.yaml --utilisation 2                    | --utilisation 2: use a share
 submit mine.yaml                                  | unclip submit: --to is missing
 submit mine.yaml --to slurm                       | --to slurm: write http://slurm:8265 if that is a cluster's head
 submit mine.yaml --to http://127.0.0.1:9          | no Ray cluster answers at http://127.0.0.1:9 ~start it, or correct
-serve --to http://127.0.0.1:9                     | no Ray cluster answers at http://127.0.0.1:9 ~start it, or correct
 submit mine.yaml --to kuberay                     | is a folder, which no pod can reach; use s3://BUCKET/PREFIX
-init                                              | unclip init: NAME is missing
+init "" list.csv                                  | project: '' is not a plain name
+init my tars/{00..10}.tar                         | ; patterns are not expanded: name the folder
+init my links.csv                                 | has link, TEXT. Set source.image_column ~here with --image
+init my two.csv                                   | no column caption; prompt and text could be meant
+init my bare.tsv                                  | line 1 has to name the columns, and it is a row ~<tab>a cat)
+init my old.csv                                   | 'Mädchen' in cp1252, 'Mдdchen' in cp1251
+init mine list.csv                                | mine.yaml is there already and stays as it is
 init ../photos                                    | a name comes first; write unclip init my-project ../photos
 init list.csv                                     | a name comes first; write unclip init my-project list.csv
 init my photos                                    | no rows; it has no image, tar or table: 1 file ~readme.md
@@ -69,44 +71,28 @@ init my array.jsonl                               | array.jsonl: line 1 ~write a
 init my book.xlsx                                 | book.xlsx: not a spreadsheet that can be read
 init my book.docx                                 | book.docx: not a .parquet, .csv, ~save it as one
 init my gone.csv                                  | gone.csv: no such file or folder in
-init my ~gone.csv                                 | ~gone.csv: no such file or folder in
-init my list.csv --from none                      | none: no finished bundle there; name a run's output folder
-sample                                            | unclip sample: CAPTION is missing
 sample cat                                        | no finished bundle under out/; run one first
 sample cat --from none                            | none: no finished bundle there; name a run's output folder
 sample cat --seed -1                              | --seed -1 is below 0
 sample cat --seed x                               | --seed: 'x' is not a number
 sample cat --device gpu                           | --device: unknown value gpu; did you mean cpu?
-sample cat --steps 5                              | unknown option --steps
-edit                                              | unclip edit: KIND is missing
 edit varation cat.gif                             | unknown command varation; did you mean variations?
 edit variations gone.png --from none              | gone.png: cannot be read (No such file or directory); name an image
 edit textdiff cat.gif a a --from none             | both captions are 'a'; let AFTER say
 edit variations cat.gif --count 0 --from none     | --count 0 is below 1
-edit variations cat.gif --size 100                | unknown option --size
 show                                              | name a configuration, or --store URL
 show mine.yaml abc                                | no artefact in ~unclip show without a key lists
-show mine.yaml a b                                | unclip show: b: not understood here
 show --store gone                                 | --store gone: no such folder; name a store
 show --store none run.lease_s=3                   | neither a configuration nor values
 show none                                         | no store in none to take; name a configuration, or --store URL
 report mine.yaml                                  | nothing of it is made yet; unclip run makes it
-data                                              | unclip data: COMMAND is missing
-data serch mine.yaml                              | unknown command serch; did you mean search?
 data search mine.yaml                             | CAPTION or --image: one of them is needed
 data search mine.yaml cat                         | not made for the current list ~with --until index
 data search mine.yaml cat --count 0               | --count 0 is below 1
 data retry mine.yaml --reason timout              | unknown reason timout; did you mean timeout?
 data forget mine.yaml                             | nothing to forget: give keys, references or hashes, or --file
 data forget mine.yaml --file gone.txt             | --file gone.txt: cannot be read (No such file or directory)
-data gc mine.yaml --keep-days x                   | --keep-days: 'x' is not a number
-data gc mine.yaml --keep-days -1                  | --keep-days -1 is below 0
 data gc mine.yaml --grace-hours -1 --yes          | --grace-hours -1 is below 0
-data export mine.yaml                             | unclip data export: -o/--to is missing
-release promte mine.yaml                          | unknown command promte; did you mean promote?
-release promote mine.yaml                         | not made for the current list ~with --until evaluation
-release take mine.yaml                            | unclip release take: FOLDER is missing
-pin mine.yaml                                     | unclip pin: STAGE is missing
 pin mine.yaml decoder                             | decoder cannot be pinned; clip, codec can
 pin mine.yaml clip                                | unclip run with --until clip makes what the configuration asks for
 completion bsh                                    | unknown value bsh; did you mean bash?
@@ -124,10 +110,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "list.csv": f"url,caption\n{row},a\n",
         "rows.csv": "numbers/000.jpg;a dog, number 0\n",
         "bare.csv": f"url\n{row}\n",
+        "bare.tsv": f"{row}\ta cat\n",
+        "links.csv": f"link,TEXT\n{row},a cat\n",
+        "two.csv": f"url,prompt,text\n{row},a cat,a dog\n",
         "header.csv": "url,caption\n",
         "tab.yaml": "project: p\n\tstore: s\n",
         "empty.yaml": "",
-        "list.yaml": "- a\n",
         "cat.gif": "GIF89a",
         "array.jsonl": '[{"url": "a.png", "caption": "a"}]\n',
         "book.xlsx": "PK\3\4",
@@ -136,12 +124,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
-    (folder / "old.csv").write_bytes(f"url;caption\n{row};ein Mädchen\n".encode("cp1252"))
+    (folder / "old.csv").write_bytes(f"url;caption\n{row};Mädchen\n".encode("cp1252"))
     values = {**MICRO, "store": "store", "source": {"paths": ["list.csv"]}}
     (folder / "mine.yaml").write_text(yaml.safe_dump(values))
     return folder
 
 
 @pytest.mark.parametrize(("words", "says"), ROWS, ids=[words for words, _ in ROWS])
-def test_one_line_says_what_to_type(words: str, says: str, folder: Path) -> None:
+def test_one_line_says_what_to_type_and_nothing_is_written(words: str, says: str, folder: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     refused(*shlex.split(words), says=says.split("~"), cwd=folder)
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
