@@ -11,7 +11,7 @@ from jobs.bundles import remember_bundle
 from jobs.cli import main
 from pipeline.data.source import child
 from pipeline.data.source.drawings.server import serving
-from pipeline.store import Store, open_store
+from pipeline.store import open_store
 from tests.faults import Undisturbed, run_undisturbed
 from tests.jobs.releases import Made, project_in
 from tests.pipeline.sampling.test_generation import publish_bundle
@@ -88,9 +88,3 @@ def draw(run: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[Pa
 def made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Made:
     """A project in a folder."""
     return project_in(open_store(str(tmp_path / "store")), tmp_path, capsys)
-
-
-@pytest.fixture
-def made_anywhere(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Made:
-    """The same in a folder and on S3."""
-    return project_in(store, tmp_path, capsys)

@@ -1,4 +1,4 @@
-"""``unclip release`` on made-up artefacts of a small configuration, in a folder and on S3."""
+"""``unclip release`` on made-up artefacts of a small configuration. On S3: test_security.py."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,6 @@ from pipeline.release.pointer import release_path
 from pipeline.report.comparison import comparison_section
 from pipeline.report.inputs import ReportInput
 from pipeline.store.records import blob_path, put_blob
-from pipeline.upkeep.check import repair_store
 from tests.jobs.releases import DATA, FEW, LATER, OTHER, Made
 from tests.jobs.test_mistakes import refused
 
@@ -33,8 +32,7 @@ def test_before_anything_is_made_or_released(made: Made) -> None:
     assert list(made.store.list("")) == []
 
 
-def test_a_better_bundle_is_promoted_and_rolled_back(made_anywhere: Made) -> None:
-    made = made_anywhere
+def test_a_better_bundle_is_promoted_and_rolled_back(made: Made) -> None:
     first, better = made.make(0.0), made.make(0.1, OTHER)
     made.release("promote")
     assert f"p: {first[:12]} is the release already" in made.release("promote")
@@ -210,15 +208,6 @@ def test_a_damaged_evaluation_of_the_release_stays_and_is_not_compared_with(made
     said = made.release("promote", *LATER, code=1)
     assert "has no evaluation in" in said
     assert load_artifact(made.store, "evaluation", found.evaluation.key) is not None
-
-
-def test_a_damaged_evaluation_is_made_again(made: Made) -> None:
-    bundle = made.make(0.0)
-    (found,) = jobs.release.evaluations(made.store, bundle)
-    made.store.delete([blob_path(found.evaluation.blobs["evaluation.json"])])
-    assert jobs.release.evaluations(made.store, bundle) == []
-    repair_store(made.store, "p", 0, [blob_path(found.evaluation.blobs["evaluation.json"])])
-    assert load_artifact(made.store, "evaluation", found.evaluation.key) is None
 
 
 def test_a_bundle_that_is_gone_is_not_gone_back_to(made: Made) -> None:
