@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +53,7 @@ def config() -> Any:
     return SimpleNamespace(project="shapes", run=RaySettings())
 
 
+@cache
 def graph(*overrides: str) -> Graph:
     """Returns the stages of the quick start's configuration, with these overrides."""
     return build(load_config(ROOT / "configs/nano.yaml", overrides))
@@ -213,7 +215,7 @@ def _trained(store: Store, stage: str) -> Artifact:
             lines.append({"samples": step * 128, "validation_loss": loss * 1.1, "validation_rows": 40} | quarters)
     blobs = {"metrics.jsonl": put_blob(store, "\n".join(map(json.dumps, lines)).encode())}
     if stage in ("decoder", "upsampler_256", "upsampler_1024"):
-        side = {"decoder": 64, "upsampler_256": 128, "upsampler_1024": 256}[stage]
+        side = {"decoder": 64, "upsampler_256": 96, "upsampler_1024": 128}[stage]
         for samples, blur in ((0, 1.0), (12_800, 0.6), (25_600, 0.25), (51_200, 0.05)):
             blobs[f"previews/{samples:012d}.png"] = blobs["preview.png"] = put_blob(store, _grid(side, blur))
     metrics = {"loss": 0.0312, "validation_loss": 0.0345, "gradient_norm": 0.41, "samples_seen": 51_200}
@@ -243,7 +245,7 @@ def _grid(side: int, blur: float) -> bytes:
 def _samples(store: Store, caption: str | None) -> Artifact:
     blobs = {}
     for i in range(6):
-        final = drawn(1024, COLOURS[i], SHAPES[i % 3], 0.02, i)
+        final = drawn(512, COLOURS[i], SHAPES[i % 3], 0.02, i)
         blobs[f"{i:04d}.png"] = put_blob(store, encoded(final))
         blobs[f"{i:04d}-64.png"] = put_blob(store, encoded(final.resize((64, 64))))
     captions = [caption or f"a {COLOURS[i]} {SHAPES[i % 3]} on white" for i in range(6)]

@@ -40,11 +40,6 @@ def test_noise_gets_a_lower_quality_to_fit() -> None:
     assert len(low) < 160_000 < len(high)
 
 
-def test_alpha_goes_over_white() -> None:
-    data, _, _ = shrink(encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 0))), 64, 90_000)
-    assert Image.open(io.BytesIO(data)).convert("RGB").getpixel((4, 4)) == (255, 255, 255)
-
-
 @pytest.mark.parametrize("data", [b"", b"not an image", encoded(noise(64))[:500], b"GIF89a" + bytes(50)])
 def test_other_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="not a readable"):

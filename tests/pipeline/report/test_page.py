@@ -1,11 +1,9 @@
 """Tests that the page is complete, safe, small, balanced and atomic, and never fails for what a store holds."""
 
-import os
 import random
 import re
-import subprocess
-import sys
-import textwrap
+import shutil
+import signal
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -98,8 +96,8 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     assert re.findall(r'<li><h2><a href="#(\w+)">(\w+)</a></h2>', page) == TILES
     assert "a crimson circle on white" in page
     assert "http-equiv" not in page
-    # Funnel, sizes, lengths, similarity, spectrum, six losses, four by timestep, lineage.
-    assert page.count('role="img"') == 16
+    # Funnel, sizes, lengths, similarity, spectrum, six losses, four by timestep.
+    assert page.count('role="img"') == 15
     assert page.count('alt="preview of decoder after') == 4
     # Three lines, and in the table of all numbers three lines and four figures.
     assert (page.count(">✓<"), page.count(">✗<"), page.count(">·<")) == (1 + 1 + 2, 1 + 1 + 1, 1 + 1 + 1)
@@ -123,13 +121,10 @@ def test_every_beginning_and_every_gap_works(store: FolderStore, made: dict[str,
         assert ('http-equiv="refresh"' in page) == (not {"samples", "evaluation"} <= set(names))
 
 
-def test_nothing_made_yet(store: FolderStore) -> None:
-    page = render(store, config(), graph(), {})
-    checked(page)
-    assert "0 of 16 stages are done; next is source." in page
-
-
 def test_the_chain_is_that_of_the_configuration(store: FolderStore, made: dict[str, Artifact]) -> None:
+    nothing = render(store, config(), graph(), {})
+    checked(nothing)
+    assert "0 of 16 stages are done; next is source." in nothing
     small = graph(
         "bundle.models=[diffusion_prior, decoder]", "bundle.sampling.prior=diffusion", "bundle.sampling.size=64"
     )
@@ -139,13 +134,10 @@ def test_the_chain_is_that_of_the_configuration(store: FolderStore, made: dict[s
         *(("open", name) for name in ("captions", "pairs", "clip", "embeddings", "curation", "index")),
         *(("open", name) for name in ("diffusion_prior", "decoder", "bundle", "samples", "evaluation")),
     ]
-
-
-def test_without_results_nothing_is_waited_for(store: FolderStore, made: dict[str, Artifact]) -> None:
     data = {name: stage for name, stage in graph().items() if stage.kind in ("source", "data") or name == "clip"}
     del data["codec"]
     page = render(store, config(), data, {"source": made["source"]})
-    assert "http-equiv" not in page
+    assert "http-equiv" not in page  # there are no results to be waited for
     assert "1 of 7 stages" in page
 
 
@@ -165,9 +157,8 @@ def test_hostile_captions_are_escaped_and_shortened(tmp_path: Path) -> None:
     assert "&lt;b&gt;odd" in page
 
 
-def test_missing_blobs_become_lines(tmp_path: Path) -> None:
-    store = FolderStore(str(tmp_path))
-    made = chain(store)
+def test_missing_blobs_become_lines(store: FolderStore, made: dict[str, Artifact], tmp_path: Path) -> None:
+    store = FolderStore(shutil.copytree(store.url, str(tmp_path / "copy")))
     decoder, samples = made["decoder"].blobs, made["samples"].blobs
     gone = [decoder["metrics.jsonl"], decoder["preview.png"], samples["0002.png"]]
     gone += [made["embeddings"].shard_table or "", made["captions"].shard_table or ""]
@@ -190,39 +181,29 @@ def test_an_empty_store_and_odd_metrics_never_fail(tmp_path: Path, made: dict[st
     assert page.count("cannot be shown") > 10
 
 
-def test_many_large_noisy_images_stay_within_the_limit(tmp_path: Path) -> None:
-    store = FolderStore(str(tmp_path))
+def test_many_large_noisy_images_stay_within_the_limit(store: FolderStore, made: dict[str, Artifact]) -> None:
     noise = Image.frombytes("RGB", (640, 640), random.Random(0).randbytes(3 * 640 * 640))
     blob = put_blob(store, encoded(noise))
-    made = chain(store)
-    made["samples"] = replace(made["samples"], blobs={f"{i:04d}.png": blob for i in range(200)})
+    noisy = {"samples": replace(made["samples"], blobs={f"{i:04d}.png": blob for i in range(200)})}
     for stage in ("clip", "ar_prior", "decoder", "upsampler_256", "upsampler_1024"):
-        made[stage] = replace(made[stage], blobs={f"previews/{i}.png": blob for i in range(50)})
-    page = render(store, config(), graph(), made)
+        noisy[stage] = replace(made[stage], blobs={f"previews/{i}.png": blob for i in range(50)})
+    page = render(store, config(), graph(), made | noisy)
     checked(page)
     assert "188 more are in the folder of samples" in page
 
 
-def test_the_old_report_stands_when_the_writer_dies(tmp_path: Path) -> None:
+def test_the_old_report_stands_when_the_writer_dies(
+    store: FolderStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/jobs/test_every_crash.py kills the process there."""
     path = tmp_path / "report.html"
-    path.write_text("old")
-    code = textwrap.dedent(
-        f"""
-        import sys
-        from pathlib import Path
-        from pipeline.report.page import write_report
-        from pipeline.store import FolderStore
-        from tests.pipeline.report.made_up import config, graph
-        write_report(FolderStore({str(tmp_path)!r}), config(), graph(), {{}}, Path({str(path)!r}))
-        assert not {{"torch", "ray"}} & set(sys.modules), "a report needs neither"
-        """
-    )
-    environment = {**os.environ, "UNCLIP_CRASH": f"report.before_replace@{tmp_path / 'crashed'}"}
-    run = [sys.executable, "-c", code]
-    assert subprocess.run(run, env=environment, check=False).returncode == -9
-    assert path.read_text() == "old"
-    assert subprocess.run(run, env=environment, check=False).returncode == 0
-    checked(path.read_text())
+    write_report(store, config(), graph(), {}, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(report, "crash_point", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        write_report(store, config(), graph(), {}, path)
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
 
 
 def test_a_report_that_cannot_be_written_is_explained(store: FolderStore, tmp_path: Path) -> None:

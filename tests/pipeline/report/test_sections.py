@@ -5,42 +5,37 @@ import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from pipeline.data.pairs.row_index import index_table
 from pipeline.evaluate.figure import Figure
-from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, read_shards, write_shard_table, write_table
+from pipeline.graph.artifacts import Artifact, Shard, read_shards, write_shard_table, write_table
 from pipeline.ledger import Ledger
-from pipeline.report.data import data_section, spread
+from pipeline.report.data import data_section
 from pipeline.report.evaluation import evaluation_section
 from pipeline.report.inputs import ReportInput
-from pipeline.report.rows import read_first_shards, thumbnail
-from pipeline.report.training import codec_section, preview_names, read_curve, training_section
+from pipeline.report.rows import read_first_shards
+from pipeline.report.training import preview_names, read_curve
 from pipeline.store import Entry, FolderStore
 from pipeline.store.records import put_blob
-from tests.pipeline.report.made_up import MODELS, SHARDS, WITH_TIMESTEPS
+from tests.pipeline.report.made_up import SHARDS
 
 
 def test_curves_from_json_lines() -> None:
-    lines = [
-        {"samples": 0, "validation_loss": 1.5, "validation_rows": 4},
-        {"samples": 128, "loss": 1.0},
-        {"samples": 256, "loss": 0.5, "validation_loss": 0.75},
-        {"samples": 512, "validation_rows": 0},
-    ]
-    curve = read_curve("\n".join(map(json.dumps, lines)).encode())
-    assert curve.train == [(128, 1.0), (256, 0.5)]
-    assert curve.validation == [(0, 1.5), (256, 0.75)]
-    assert curve.unread == 0
-
-
-def test_losses_by_timestep_are_those_of_the_latest_look_that_has_any() -> None:
     early = {f"validation_loss_quarter_{i}": 0.1 * i for i in range(1, 5)}
     late = {"validation_loss_quarter_4": 0.02, "validation_loss_quarter_2": 0.5}  # no row fell into the others
-    lines = [{"samples": 0, **early}, {"samples": 640, "validation_loss": 0.3, **late}, {"samples": 900, "loss": 1}]
-    curve = read_curve("\n".join(map(json.dumps, lines)).encode())
-    assert (curve.quarters, curve.quarters_at) == ({2: 0.5, 4: 0.02}, 640)
-    assert read_curve(b'{"samples": 9, "validation_loss_quarter_1": NaN}').unread == 1
+    lines = [
+        {"samples": 0, "validation_loss": 1.5, "validation_rows": 4, **early},
+        {"samples": 128, "loss": 1.0},
+        {"samples": 256, "loss": 0.5, "validation_loss": 0.75, **late},
+        {"samples": 512, "validation_rows": 0},
+    ]
+    odd = [b"{", b"\xff\xfe", b"[1]", b"5", b"", b'{"loss": 1}', b'{"samples": 1, "loss": NaN}']
+    odd += [b'{"samples": 1, "loss": []}', b'{"samples": 1, "validation_loss": null}']
+    curve = read_curve(b"\n".join([*odd, *(json.dumps(line).encode() for line in lines)]))
+    assert curve.train == [(128, 1.0), (256, 0.5)]
+    assert curve.validation == [(0, 1.5), (256, 0.75)]
+    assert (curve.quarters, curve.quarters_at) == ({2: 0.5, 4: 0.02}, 256)
+    assert curve.unread == len(odd)
 
 
 def test_why_nothing_was_measured_is_escaped(store: FolderStore) -> None:
@@ -55,42 +50,11 @@ def test_why_nothing_was_measured_is_escaped(store: FolderStore) -> None:
     assert not any(tag in page + more for tag in ("<script", "<i>", "<b>draws"))
 
 
-def test_only_models_with_timesteps_show_losses_by_them(store: FolderStore, made: dict[str, Artifact]) -> None:
-    page = training_section(ReportInput(store, {}), [made[stage] for stage in MODELS if stage != "codec"])
-    shown = re.findall(
-        r"<figcaption>Validation loss of (\w+) by quarter of its timesteps, after ([\d,]+) samples", page
-    )
-    assert shown == [(stage, "51,072") for stage in WITH_TIMESTEPS]
-
-
-def test_odd_lines_are_counted_and_passed_over() -> None:
-    odd = [b"{", b"\xff\xfe", b"[1]", b"5", b"", b'{"loss": 1}', b'{"samples": 1, "loss": NaN}']
-    odd += [b'{"samples": 1, "loss": []}', b'{"samples": 1, "validation_loss": null}']
-    curve = read_curve(b"\n".join([*odd, b'{"samples": 9, "loss": 2}']))
-    assert curve.train == [(9, 2.0)]
-    assert curve.validation == []
-    assert curve.unread == len(odd)
-
-
 def test_previews_in_order_of_samples() -> None:
     numbered = {f"previews/{samples:012d}.png": str(samples) for samples in range(900, -1, -100)}
     found = preview_names(numbered | {"preview.png": "900", "model.safetensors": "m"})
     assert found == [(f"previews/{samples:012d}.png", samples) for samples in (0, 300, 600, 900)]
     assert preview_names({}) == []
-
-
-def test_spread_takes_evenly_and_never_twice() -> None:
-    assert spread(range(10), 5) == [0, 2, 4, 6, 8]
-    assert spread(range(3), 24) == [0, 1, 2]
-    assert spread([], 5) == []
-
-
-def test_first_shards_agree_with_curation(store: FolderStore, made: dict[str, Artifact]) -> None:
-    shards = read_first_shards(ReportInput(store, made))
-    assert sum(len(shard.kept_rows) for shard in shards) == made["curation"].ledger.kept
-    early = read_first_shards(ReportInput(store, {"pairs": made["pairs"]}))
-    assert sum(len(shard.kept_rows) for shard in early) == made["pairs"].ledger.kept
-    assert all(shard.captions == {} for shard in early)
 
 
 def test_reasons_are_counted_once_and_explained(store: FolderStore, made: dict[str, Artifact]) -> None:
@@ -154,13 +118,6 @@ def test_a_damaged_image_costs_one_image(store: FolderStore, made: dict[str, Art
     assert f"Row {victim['key']} cannot be shown" in page
 
 
-def test_an_image_without_a_caption_has_an_alternative_text(store: FolderStore, made: dict[str, Artifact]) -> None:
-    [first, *_] = read_first_shards(ReportInput(store, made))
-    row = first.kept_rows[0]
-    shown = thumbnail(ReportInput(store, made), replace(first, captions={row["key"]: ""}), row)
-    assert f'alt="row {row["key"]}"' in shown.image
-
-
 @dataclass(frozen=True)
 class Counting:
     """Remembers what was read from a store."""
@@ -189,15 +146,3 @@ def test_of_many_shards_few_are_read(store: FolderStore, made: dict[str, Artifac
     counting = Counting(store)
     data_section(ReportInput(counting, many))
     assert len(counting.reads) < 60
-
-
-def test_codec_without_a_spectrum_says_so(store: FolderStore) -> None:
-    artifact = publish_artifact(store, Artifact("codec", "odd", {}, {}, Ledger(), metrics={"explained": 0.5}), 0.0)
-    page = codec_section(ReportInput(store, {"codec": artifact}))
-    assert "The spectrum cannot be shown" in page
-    assert "0.5" in page
-
-
-def test_sections_of_nothing_are_empty(tmp_path: Path) -> None:
-    nothing = ReportInput(FolderStore(str(tmp_path)), {})
-    assert data_section(nothing) == codec_section(nothing) == ""
