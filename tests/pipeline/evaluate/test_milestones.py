@@ -14,8 +14,9 @@ from pipeline.settings import ReleaseGates, TrainingSettings
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.results import at_stop
 from pipeline.training.stage import train
-from tests.pipeline.evaluate.test_stage import RECIPE, Case, few_threads, make_case  # noqa: F401  # a fixture of its own
+from tests.pipeline.evaluate.made_up import RECIPE, Case, make_case
 
+pytestmark = pytest.mark.slow  # tests/pipeline/release compares figures that are made up, and judges them by gates
 EARLY = 64
 PRIOR = DiffusionPriorRecipe(
     samples=1024, batch=16, lanes=8, window=5, learning_rate=1e-2, ema_half_life=64, warmup_steps=2,

@@ -4,13 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.evaluate.figure import Figure
-from pipeline.evaluate.priors import COSINE, FOUND, baselines, first_places
-from pipeline.evaluate.statistics import ranks
+from pipeline.evaluate.priors import COSINE, FOUND, baselines
 from tests.pipeline.evaluate.made_up import normal, rows, subject
 
 D, TRAINING, N = 16, 1500, 200
@@ -79,16 +77,3 @@ def test_the_baselines_are_what_they_are_called() -> None:
     noise = {name: F.normalize(normal(40, D, seed=seed), dim=1) for seed, name in enumerate(KNOWN)}
     said = baselines(TEXT, noise)["ridge"][1]  # where nothing can be known, it says little
     assert float(said.var(0).mean()) < 0.1 * float(noise["image_embedding"].var(0).mean())
-
-
-def test_ranks_against_a_loop() -> None:
-    gallery = torch.cat([normal(6, 4, seed=1), normal(3, 4, seed=2)])
-    queries = normal(6, 4, seed=3)
-    queries[5] = 0  # as near to all
-    scores = F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T
-    expected = [1 + int((scores[i] > scores[i, i]).sum()) for i in range(5)]
-    assert ranks(queries, gallery).tolist() == [*expected, 5.0]
-
-
-def test_of_few_rows_fewer_places_count() -> None:
-    assert [first_places(n) for n in (8, 25, 100, 5000)] == [1, 2, 10, 10]

@@ -1,119 +1,23 @@
 """The stage as the graph runs it, on a small world and a bundle of models that have hardly learnt."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from models.ar_prior import ARPrior
-from models.cascade import UnCLIP
 from models.clip import Clip
-from models.codec_fit import fit_codec
-from models.decoder import Decoder
-from models.diffusion_prior import DiffusionPrior
-from models.image_configs import DecoderConfig, UpsamplerConfig
-from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
-from models.sampling_config import SamplingConfig
-from models.upsampler import Upsampler
-from pipeline.data.source.drawings.world import Drawing
 from pipeline.evaluate.figure import as_text, by_claim
-from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import SplitRows, held_out, training_rows
 from pipeline.evaluate.stage import run_evaluation
-from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact, write_shard_table
-from pipeline.graph.stages import Context, Stage, stage_key
-from pipeline.ledger import Ledger
+from pipeline.graph.artifacts import artifact_path, write_shard_table
 from pipeline.report.evaluation import evaluation_section
 from pipeline.report.inputs import ReportInput
-from pipeline.store.records import put_blob, read_blob
-from pipeline.training.tasks.figures import seeded
-from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
-
-PLANETS = [
-    Drawing("planets", (surface, colour, "blue", ring, "one"))
-    for surface, colour, ring in (("plain", "pink", "none"), ("banded", "red", "thin"), ("capped", "green", "broad"))
-]
-TEXT = {"text_context": 16, "text_width": 16, "text_depth": 1, "text_heads": 1}
-SMALL = {"channels": 8, "depth": 1, "multipliers": (1,), "dropout": 0.0, "steps": 20}
-DECODER = DecoderConfig(**SMALL, **TEXT, head_channels=8, attention_resolutions=(8,), patch=8)
-CLIP = ClipConfig(
-    embed_dim=EMBED_DIM, image_size=32, layers=(1,), width=32, patch=16, text_width=16, text_layers=1, text_heads=1
-)
-RECIPE = EvaluationRecipe(rows=10, image_rows=9, upsampler_rows=8, samples=2)
-READS = ("pairs", "captions", "embeddings", "curation")  # the inputs of a decoder with a text encoder of its own
-SAMPLING = SamplingConfig(prior_steps=2, decoder_steps=2, decoder_sampler="ddim", upsampler_256_steps=2, size=256)
-
-
-def awake(model: Decoder) -> Decoder:
-    """Without the zeros with which a training begins, and with which all conditions give the same image."""
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def unclip(priors: tuple[str, ...] = ("ar", "diffusion")) -> UnCLIP:
-    z = F.normalize(torch.randn(60, EMBED_DIM, generator=torch.Generator().manual_seed(0)), dim=1)
-    codec = fit_codec(z, z[:, 0].double(), 4, 8).codec
-    ar = ARPriorConfig(**TEXT, prefix=4, width=16, depth=1, heads=1, buckets=8)
-    diffusion = DiffusionPriorConfig(text_context=16, width=16, depth=1, heads=1, steps=20)
-    upsampler = UpsamplerConfig(**SMALL, patch=8)
-
-    def build() -> UnCLIP:
-        return UnCLIP(
-            clip=Clip.build(CLIP, 0),
-            decoder=awake(Decoder(DECODER, EMBED_DIM)),
-            diffusion_prior=DiffusionPrior(diffusion, EMBED_DIM) if "diffusion" in priors else None,
-            ar_prior=ARPrior(ar, EMBED_DIM, 4) if "ar" in priors else None,
-            codec=codec,
-            upsampler_256=Upsampler(upsampler),
-            sampling=replace(SAMPLING, prior=priors[-1]),
-        )
-
-    return seeded(build, 0)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A world with a bundle in its store."""
-
-    world: World
-    bundle: Artifact
-
-    def context(self, recipe: EvaluationRecipe = RECIPE) -> Context:
-        inputs = {name: self.world.inputs[name] for name in (*READS, "source")} | {"bundle": self.bundle}
-        stage = Stage("evaluation", 1, recipe, tuple(inputs), run_evaluation)
-        key = stage_key(stage, {name: artifact.key for name, artifact in inputs.items()})
-        return Context(self.world.store, "evaluation", 1, key, recipe, None, inputs)
-
-    def document(self, artifact: Artifact) -> dict[str, Any]:
-        return json.loads(read_blob(self.world.store, artifact.blobs["evaluation.json"]))
-
-
-def make_case(
-    folder: Path, shards: int, rows: int, side: int, priors: tuple[str, ...] = ("ar", "diffusion"),
-    drawings: Sequence[Drawing] = (),
-) -> Case:  # fmt: skip
-    """Returns a world whose bundle has these priors, and whose references name these drawings."""
-    world = make_world(folder / "store", [rows + number for number in range(shards)], side, drawings)
-    unclip(priors).save(folder / "bundle")
-    files = [file for file in sorted((folder / "bundle").rglob("*")) if file.is_file()]
-    blobs = {str(file.relative_to(folder / "bundle")): put_blob(world.store, file) for file in files}
-    return Case(world, publish_artifact(world.store, Artifact("bundle", "b" * 64, {}, {}, Ledger(), blobs), 0.0))
-
-
-@pytest.fixture(autouse=True)
-def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests run side by side."""
-    monkeypatch.setattr("pipeline.sampling.drawing.cores", torch.get_num_threads)
+from pipeline.store.records import read_blob
+from tests.pipeline.evaluate.made_up import CLIP, PLANETS, RECIPE, Case, make_case
+from tests.pipeline.training.conftest import World, make_world
 
 
 def test_it_measures_every_model_against_the_drawn_truth_and_repeats_to_the_byte(tmp_path: Path) -> None:
@@ -159,8 +63,7 @@ def test_it_measures_every_model_against_the_drawn_truth_and_repeats_to_the_byte
     assert run_evaluation(case.context()).blobs == artifact.blobs
 
 
-def test_other_peoples_images_keep_the_claims_that_need_no_truth(tmp_path: Path) -> None:
-    case = make_case(tmp_path, 4, 20, 72, ("diffusion",))
+def test_other_peoples_images_keep_the_claims_that_need_no_truth(case: Case, tmp_path: Path) -> None:
     first = run_evaluation(case.context())
     assert set(first.blobs) == {"evaluation.json", "held-out.png"}
     names = {(f["model"], f["name"]) for f in first.metrics["figures"]}
@@ -218,8 +121,7 @@ def test_held_out_rows_are_the_first_with_their_images(shared_world: World) -> N
     assert {shared_world.examples[key].split for key in trained.keys} == {"train"}
 
 
-def test_groups_and_references_are_those_of_the_source_and_else_rows_are_by_themselves(tmp_path: Path) -> None:
-    case = make_case(tmp_path, 4, 20, 72)
+def test_groups_and_references_are_those_of_the_source_and_else_rows_are_by_themselves(case: Case) -> None:
     inputs = case.context().inputs
     found = held_out(case.world.store, inputs, 10)
     assert isinstance(found, SplitRows)
