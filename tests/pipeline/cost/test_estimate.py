@@ -1,7 +1,6 @@
 """What stages cost: as they were measured, scaled; or by arithmetic."""
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +26,9 @@ from pipeline.cost.estimate import (
 )
 from pipeline.cost.limits import lacking
 from pipeline.cost.observed import Observation, shape
-from pipeline.cost.table import cost_table, remarks, size
+from pipeline.cost.table import cost_table, remarks
 from pipeline.errors import UserError
-from pipeline.graph.resources import DECODERS, Machine, cores
+from pipeline.graph.resources import DECODERS, Machine
 from pipeline.settings import Prices
 from pipeline.store import open_store
 
@@ -71,18 +70,16 @@ def test_nothing_made_yet_is_a_guess() -> None:
 
 def test_what_was_measured_scales_with_rows_samples_and_workers() -> None:
     ask = measured(
-        pairs=Observation(100, 15.0, 20.0, 2, {}), decoder=Observation(NANO.decoder.samples / 2, 15.0, 10.0, 1, {})
+        pairs=Observation(100, 15.0, 20.0, 2, {}, disk=900.0),
+        decoder=Observation(NANO.decoder.samples / 2, 15.0, 10.0, 1, {}),
     )
-    assert estimate("pairs", replace(ask, rows=250)).seconds == pytest.approx(5.0 + 25.0)
+    pairs = estimate("pairs", replace(ask, rows=250))
+    assert (pairs.seconds, pairs.disk) == (pytest.approx(5.0 + 25.0), pytest.approx(2250))
+    assert list(remarks({"pairs": pairs}, ask)) == ["measured and scaled: pairs"]
     four = load_config(ROOT / "configs/nano.yaml", ["run.pairs.workers=4"])
     assert estimate("pairs", replace(again(ask, four), rows=250)).seconds == pytest.approx(5.0 + 12.5)
     cost = estimate("decoder", ask)
     assert (cost.seconds, cost.startup, cost.basis) == (pytest.approx(25.0), pytest.approx(5.0), "measured")
-
-
-def test_more_workers_than_shards_are_idle() -> None:
-    config = load_config(ROOT / "configs/nano.yaml", ["run.pairs.workers=100"])
-    assert estimate("pairs", asked(config)).cores == 4
 
 
 def test_another_model_is_a_guess_again() -> None:
@@ -105,7 +102,7 @@ def test_an_evaluation_scales_with_the_passes_that_it_makes() -> None:
 # --- on GPUs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", TRAININGS)
+@pytest.mark.parametrize("stage", ["ar_prior", "upsampler_1024"])
 def test_a_training_on_gpus_is_its_arithmetic(stage: str) -> None:
     recipe, ask = getattr(PAPER, stage), asked(PAPER, 650_000_000, H100S)
     cost = estimate(stage, ask)
@@ -149,6 +146,9 @@ def test_a_utilisation_that_was_measured_on_a_gpu_goes_before_the_assumed_one() 
 def test_what_a_gpu_took_says_nothing_of_a_machine_without_one() -> None:
     """Else days on a CPU would be planned as minutes on a GPU that is not there, and not be refused."""
     one = Observation(100, 10.0, 10.0, 1, {}, device="cuda")
+    ask = measured(decoder=replace(one, device="cpu"))
+    bases = [estimate("decoder", replace(ask, machine=Machine(8, gpus))).basis for gpus in (0, 1)]
+    assert bases == ["measured", "counted"]  # nor the other way round
     ask = measured(decoder=one, embeddings=one, samples=replace(one, passes={"decoder": 250.0}))
     for stage in ("decoder", "embeddings", "samples"):
         assert estimate(stage, ask).basis == "measured"  # of a cluster that was not looked at
@@ -182,12 +182,13 @@ def test_ray_s_driver_bounds_the_embeddings_of_many_gpus_and_small_shards() -> N
 
 
 def test_gpus_that_are_there_are_counted_as_those_that_are_asked_for() -> None:
-    box = replace(asked(PAPER, 10**6), machine=Machine(64, 8, "NVIDIA H100 80GB HBM3"))
+    box = replace(asked(NANO, 10**6), machine=Machine(64, 8, "NVIDIA H100 80GB HBM3"))
     for stage in TRAININGS:
-        assert estimate(stage, box) == estimate(stage, asked(PAPER, 10**6, Fleet(8, "H100")))
+        assert estimate(stage, box) == estimate(stage, asked(NANO, 10**6, Fleet(8, "H100")))
     gpus = {stage: estimate(stage, box).gpus for stage in ("pairs", "embeddings", "samples", "evaluation")}
     assert gpus == {"pairs": 0, "embeddings": 8, "samples": 1, "evaluation": 1}
-    plain = again(box, paper("run.decoder.device=cpu", "run.embeddings.gpus=0"))
+    cpu = load_config(ROOT / "configs/nano.yaml", ["run.decoder.device=cpu", "run.embeddings.gpus=0"])
+    plain = again(box, cpu)
     assert [estimate(stage, plain).gpus for stage in ("decoder", "embeddings")] == [0, 0]
 
 
@@ -221,12 +222,6 @@ def test_no_more_cores_decode_than_a_stage_takes_or_has_rows_for() -> None:
         assert f" {taken} decoding core{'' if taken == 1 else 's'} for each encoder, which waits for them" in said
 
 
-def test_what_a_cpu_took_says_nothing_of_a_gpu() -> None:
-    ask = measured(decoder=Observation(100, 10.0, 10.0, 1, {}))
-    bases = [estimate("decoder", replace(ask, machine=Machine(8, gpus))).basis for gpus in (0, 1)]
-    assert bases == ["measured", "counted"]
-
-
 def test_a_plan_says_what_a_prior_costs_that_sampling_does_not_take() -> None:
     said = {}
     for name, overrides in {
@@ -236,7 +231,7 @@ def test_a_plan_says_what_a_prior_costs_that_sampling_does_not_take() -> None:
         "one": ["bundle.models=[diffusion_prior,decoder]", "bundle.sampling.size=64"],
     }.items():
         ask = asked(paper(*overrides), 10**6, H100S)
-        costs = {stage: estimate(stage, ask) for stage in ask.graph}
+        costs = {stage: estimate(stage, ask) for stage in ("ar_prior", "diffusion_prior") if stage in ask.graph}
         said[name] = [line for line in remarks(costs, ask) if "sampling takes" in line]
     hours = 64 * estimate("ar_prior", asked(PAPER, 10**6, H100S)).seconds / 3600
     rest = "and sampling takes diffusion_prior; leave it out of bundle.models to save them"
@@ -273,16 +268,8 @@ def test_what_runs_side_by_side_is_not_added_up() -> None:
     assert elapsed({}, asked()) == 0
 
 
-def test_the_cores_of_a_training_are_its_threads() -> None:
-    demo = load_config(ROOT / "configs/demo.yaml")
-    machine = Machine(4)
-    one, all_four = (estimate("decoder", replace(asked(c), machine=machine)) for c in (demo, NANO))
-    assert one.cores == 1
-    assert all_four.cores == cores()
-
-
 def test_data_stages_grow_with_pairs_and_trainings_do_not() -> None:
-    small, large = ({s: estimate(s, asked(PAPER, n, H100S)) for s in build(PAPER)} for n in (10**7, 10**9))
+    small, large = ({s: estimate(s, asked(NANO, n, H100S)) for s in build(NANO)} for n in (10**7, 10**9))
     for stage in ("source", "pairs", "embeddings", "curation", "index", "codec"):
         assert large[stage].seconds > 20 * small[stage].seconds, stage
         assert large[stage].disk == pytest.approx(100 * small[stage].disk), stage
@@ -297,11 +284,6 @@ def test_a_training_stores_its_model_and_the_checkpoints_that_stay() -> None:
     assert estimate("decoder", asked()).disk == (4 + 2 * 16) * parameters
     kept = load_config(ROOT / "configs/nano.yaml", ["run.decoder.keep_checkpoints=5"])
     assert estimate("decoder", asked(kept)).disk == (4 + 5 * 16) * parameters
-
-
-def test_bytes_that_were_seen_scale_with_rows() -> None:
-    ask = measured(pairs=Observation(80, 5.0, 5.0, 1, {}, disk=900.0))
-    assert estimate("pairs", replace(ask, rows=800)).disk == pytest.approx(9000)
 
 
 def test_a_disk_that_is_too_small_is_told_of_before_anything_is_made(tmp_path: Path) -> None:
@@ -334,31 +316,15 @@ def test_the_table_has_money_where_there_are_prices() -> None:
     assert paid[4] == "storage: 40.00 EUR a month"
 
 
-def test_sizes() -> None:
-    sizes = {0: "0 B", 999: "999 B", 1000: "1 kB", 123_456: "123 kB", 2.5e9: "2.5 GB", 3e15: "3.0 PB"}
-    assert {value: size(value) for value in sizes} == sizes
-
-
-def test_a_plan_whose_stages_were_all_measured_assumes_nothing() -> None:
-    ask = measured(pairs=Observation(100, 15.0, 20.0, 2, {}))
-    assert list(remarks({"pairs": estimate("pairs", ask)}, ask)) == ["measured and scaled: pairs"]
-
-
 # --- words of the command ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("parse", "texts", "words"),
-    [
-        (parse_fleet, ("", "64", "H100", "0xH100", "64H100", "-1xH100"), "not a number of GPUs; write it"),
-        (parse_fleet, ("64xT4",), "unknown kind T4; name the known one that is nearest to it: A100, H100, H200, B200"),
-    ],
-)
-def test_other_words_are_refused(parse: Callable[[str], object], texts: tuple[str, ...], words: str) -> None:
-    for text in texts:
-        with pytest.raises(UserError, match=words) as e:
-            parse(text)
-        assert "\n" not in str(e.value)
+def test_other_words_are_refused() -> None:
+    for text in ("", "64", "H100", "0xH100", "64H100", "-1xH100"):
+        with pytest.raises(UserError, match="not a number of GPUs; write it"):
+            parse_fleet(text)
+    with pytest.raises(UserError, match="unknown kind T4; name the known one that is nearest to it: A100, H100, H200"):
+        parse_fleet("64xT4")
 
 
 def test_what_is_drawn_on_gpus_is_counted_in_the_precision_that_draws() -> None:
