@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.cli import main
 from pipeline.config import make_config
 from pipeline.doctor import readiness
-from pipeline.doctor.nodes import Answer, versions
+from pipeline.doctor.machine import check_shared_memory
+from pipeline.doctor.nodes import Answer, check_nodes, versions
 from pipeline.errors import UserError
 from pipeline.graph.ray import ClusterNode, ask_every_node, start_ray
 from pipeline.settings import RaySettings, TrainingSettings
@@ -107,8 +107,11 @@ def empty(store: str) -> bool:
 
 
 def test_a_healthy_cluster_is_left_as_it_was(cluster: Any, s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """tests/jobs/test_chain.py goes on from here, through a job."""
+    """tests/jobs/test_chain.py goes on from here, through a job. What a question raises on a node comes back."""
     import ray
+
+    def fails() -> None:
+        raise FileNotFoundError("no such thing")
 
     store = f"{s3.url}/healthy-{os.getpid()}"
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
@@ -116,65 +119,48 @@ def test_a_healthy_cluster_is_left_as_it_was(cluster: Any, s3: Server, monkeypat
     try:
         readiness.check_ready(config, open_store(store), ["source", "pairs", "embeddings"])
         assert ray.is_initialized()
-    finally:
-        ray.shutdown()
-    assert empty(store)
-
-
-def test_the_doctor_asks_every_node(
-    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """And leaves nothing; what a question raises there comes back, too."""
-    import ray
-
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    monkeypatch.chdir(tmp_path)
-    rows = [f"http://closed.test/{i},a,{('train', 'validation', 'test')[i % 3]}\n" for i in range(24)]
-    (tmp_path / "pairs.csv").write_text("url,caption,split\n" + "".join(rows))
-    (tmp_path / "mine.yaml").write_text("project: p\npreset: nano\nstore: store\nsource: {paths: [pairs.csv]}\n")
-    assert main(["doctor", "mine.yaml"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("ok       ray       2 nodes, 1 CPUs, 0 GPUs") for line in lines)
-    assert any(line.startswith("ok       nodes") and line.endswith("see the store") for line in lines)
-    assert not any(line.split()[1] == "shm" for line in lines)
-    assert not ray.is_initialized()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml", "pairs.csv"]
-
-    def fails() -> None:
-        raise FileNotFoundError("no such thing")
-
-    try:
         answers = ask_every_node(start_ray(RaySettings()), fails, 60)
         assert [str(answer) for _, answer in answers] == ["no such thing"] * 2
     finally:
         ray.shutdown()
-
-
-def test_a_node_without_credentials(cluster: Any, s3: Server, tmp_path: Path) -> None:
-    store = f"{s3.url}/unseen-{os.getpid()}"
-    node = cluster.add_node(num_cpus=1, object_store_memory=MEMORY, env_vars=UNKNOWN)
-    try:
-        line = refused(run(cluster, tmp_path, store))
-    finally:
-        cluster.remove_node(node)
-    assert f"does not see the store {store} (store {store}: no AWS credentials" in line
-    assert line.count("does not see") == 1
     assert empty(store)
 
 
-def test_a_node_with_other_code(cluster: Any, tmp_path: Path) -> None:
-    """And the store in a folder is left as it was: not there."""
-    for package in ("models", "pipeline"):
-        shutil.copytree(ROOT / package, tmp_path / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "code/pipeline/more.py").write_text("")
-    node = cluster.add_node(num_cpus=1, object_store_memory=MEMORY, env_vars={"PYTHONPATH": str(tmp_path / "code")})
-    try:
-        line = refused(run(cluster, tmp_path, tmp_path / "store"))
-    finally:
-        cluster.remove_node(node)
-    assert f" (here {versions()['code']}); install the same on every node" in line
-    assert line.count(" has code ") == 1
+def test_the_doctor_asks_every_node(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves nothing."""
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    assert list(check_shared_memory(RaySettings())) == []  # that of this machine is not asked for
+    first, second = map(str, check_nodes(RaySettings(), open_store(str(tmp_path / "store"))))
+    assert first.startswith("ok       ray       2 nodes, 1 CPUs, 0 GPUs")
+    assert second.startswith("ok       nodes")
+    assert second.endswith("see the store")
+    assert not ray.is_initialized()
     assert not (tmp_path / "store").exists()
+
+
+def test_nodes_without_credentials_and_with_other_code(cluster: Any, s3: Server, tmp_path: Path) -> None:
+    store = f"{s3.url}/unseen-{os.getpid()}"
+    other = {"PYTHONPATH": str(other_code(tmp_path / "code"))}
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=MEMORY, env_vars=each) for each in (UNKNOWN, other)]
+    try:
+        line = refused(run(cluster, tmp_path, store))
+    finally:
+        for node in nodes:
+            cluster.remove_node(node)
+    assert f"does not see the store {store} (store {store}: no AWS credentials" in line
+    assert f" (here {versions()['code']}); install the same on every node" in line
+    assert line.count("does not see") == line.count(" has code ") == 1
+    assert empty(store)
+
+
+def other_code(folder: Path) -> Path:
+    """Our packages with a file more, in a folder."""
+    for package in ("models", "pipeline"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "pipeline/more.py").write_text("")
+    return folder
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -203,11 +189,10 @@ print(versions()["code"])
 """
 
 
+@pytest.mark.slow  # tests/jobs/test_chain.py submits a job to nodes with this code
 def test_shipped_code_is_what_counts(cluster: Any, tmp_path: Path) -> None:
     """As ray job submit --working-dir ships it, to nodes that have another version of ours."""
-    for package in ("models", "pipeline"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "pipeline/more.py").write_text("")
+    other_code(tmp_path)
     environment = os.environ | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": ""}
     command = [sys.executable, "-c", SHIPPED]
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
