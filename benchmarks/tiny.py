@@ -163,7 +163,7 @@ def sized_config(preset: str) -> Config:
         sizes["embed_dim"], image["image_size"], "vit", (image["layers"],), image["width"], image["patch_size"],
         text["width"], text["layers"], text["heads"],
     )  # fmt: skip
-    return replace(config, clip=replace(config.clip, model=model))
+    return replace(config, clip=replace(config.clip, model=model))  # type: ignore[call-arg]
 
 
 def generator(preset: str) -> UnCLIP:

@@ -21,13 +21,12 @@ import yaml
 
 from cluster.job import PROJECT_FILE
 from models.clip_weights import ClipWeights
-from pipeline.config import Config, plain_values
+from pipeline.config import Config, named_weights, plain_values
 from pipeline.data.content import put_content
 from pipeline.data.source.journal import FORGOTTEN, ListJournal, reference_marks
 from pipeline.data.source.lists import read_rows, source_at
 from pipeline.data.source.rows import ROWS_SUFFIX, write_rows
 from pipeline.data.source.source import ListRow, Source
-from pipeline.doctor.clip_weights import named_weights
 from pipeline.errors import UserError
 from pipeline.local import PathPolicy, names_file
 from pipeline.parse import ContentFile

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any, NamedTuple, NoReturn
 
 from pipeline.errors import UserError, did_you_mean
-from pipeline.progress import read_count
+from pipeline.parse import read_count
 
 # A dotted name, or a plain one whose value has no space in it; "E=mc2 on a blackboard" is a caption.
 OVERRIDE = re.compile(r"[A-Za-z_]\w*((\.\w+)+=.*|=\S*)", re.DOTALL)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,31 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import yaml
 from pydantic import Field, PositiveFloat
 
+from models.clip_weights import PATTERN
 from pipeline.build import STAGES, all_stages
-from pipeline.data.codec.recipe import CodecRecipe
-from pipeline.data.curation.stage import CurationRecipe
-from pipeline.data.curation.thresholds import ThresholdsRecipe
-from pipeline.data.embeddings.stage import EmbeddingsRecipe
-from pipeline.data.neighbours.stage import IndexRecipe
-from pipeline.data.pairs.recipe import PairsRecipe
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
-from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.graph.stages import Stage
 from pipeline.local import read_local
-from pipeline.parse import ContentFile, load_yaml, overlay, parse, read_value
-from pipeline.progress import read_count
-from pipeline.sampling.bundle import BundleRecipe
-from pipeline.sampling.samples import SamplesRecipe
+from pipeline.parse import ContentFile, load_yaml, overlay, parse, read_count, read_value
 from pipeline.settings import KubernetesSettings, Prices, RaySettings, ReleaseGates
 from pipeline.store.names import is_part
-from pipeline.training.recipes import (
-    ARPriorRecipe,
-    ClipRecipe,
-    DecoderRecipe,
-    DiffusionPriorRecipe,
-    UpsamplerRecipe,
-)
+from pipeline.training.recipes import ClipRecipe
 
 CONFIG_BYTES = 16 << 20
 # Fields that hold a path, or a list of paths.
@@ -85,9 +70,8 @@ class Run:
 class Config:
     """Describes one project: its list, its store, and a recipe for every stage.
 
-    The recipes of the pipeline's own stages are written out, although each stage declares its own, so that types are
-    checked wherever one is read by name. All else comes from the declarations: ``config_type`` returns the class of
-    whole configurations, whose ``run`` has the settings of every stage.
+    ``config_type`` returns the class of whole configurations, in which every stage's recipe stands under its name, and
+    its settings under ``run``.
 
     Attributes:
         stages: Declarations of all stages, in order.
@@ -103,26 +87,14 @@ class Config:
     project: str
     store: str
     source: SourceRecipe
-    pairs: PairsRecipe = field(default_factory=PairsRecipe)
-    clip: ClipRecipe = field(default_factory=ClipRecipe)
-    embeddings: EmbeddingsRecipe = field(default_factory=EmbeddingsRecipe)
-    thresholds: ThresholdsRecipe = field(default_factory=ThresholdsRecipe)
-    curation: CurationRecipe = field(default_factory=CurationRecipe)
-    index: IndexRecipe = field(default_factory=IndexRecipe)
-    codec: CodecRecipe = field(default_factory=CodecRecipe)
-    ar_prior: ARPriorRecipe = field(default_factory=ARPriorRecipe)
-    diffusion_prior: DiffusionPriorRecipe = field(default_factory=DiffusionPriorRecipe)
-    decoder: DecoderRecipe = field(default_factory=DecoderRecipe)
-    upsampler_256: UpsamplerRecipe = field(default_factory=UpsamplerRecipe)
-    upsampler_1024: UpsamplerRecipe = field(default_factory=UpsamplerRecipe)
-    bundle: BundleRecipe = field(default_factory=BundleRecipe)
-    samples: SamplesRecipe = field(default_factory=SamplesRecipe)
-    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     release: ReleaseGates = field(default_factory=ReleaseGates)
     run: Run = field(default_factory=Run)
 
+    if TYPE_CHECKING:  # the recipe of each stage, by its name
 
-SECTIONS = (*(each.name for each in fields(Config)), "preset", "scale")
+        def __getattr__(self, name: str) -> Any: ...
+
+
 TRAININGS = tuple(stage.name for stage in STAGES if stage.kind == "training")
 
 
@@ -132,13 +104,13 @@ def config_type(stages: tuple[Stage, ...] = STAGES) -> type[Config]:
 
     Raises UserError for a stage that is named as something else there.
     """
-    added = [(stage.name, stage.recipe, field(default_factory=stage.recipe)) for stage in stages if stage not in STAGES]
-    for name, *_ in added:
-        if name in SECTIONS or name in {each.name for each in fields(Run)}:
-            raise UserError(f"stage {name}: the configuration has something else of this name; take another one")
+    taken = {each.name for kind in (Config, Run) for each in fields(kind)} | {*sections(STAGES), "preset", "scale"}
+    if wrong := next((stage.name for stage in stages if stage not in STAGES and stage.name in taken), ""):
+        raise UserError(f"stage {wrong}: the configuration has something else of this name; take another one")
     settings = [(each.name, each.settings, field(default_factory=each.settings)) for each in stages if each.settings]
     run = make_dataclass("Run", settings, bases=(Run,), frozen=True, namespace={"__doc__": Run.__doc__})
-    whole = [*added, ("run", run, field(default_factory=run))]
+    own = [(stage.name, stage.recipe) for stage in stages if stage.kind != "source"]
+    whole = [(name, kind, field(default_factory=kind)) for name, kind in (*own, ("run", run))]
     namespace = {"__doc__": Config.__doc__, "stages": stages}
     return make_dataclass("Config", whole, bases=(Config,), frozen=True, namespace=namespace)
 
@@ -276,6 +248,14 @@ def make_config(values: Mapping[str, Any], stages: tuple[Stage, ...] = ()) -> Co
     return config
 
 
+def named_weights(config: Config, stages: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yields the setting and the value of each CLIP that somebody else has trained and that these stages load."""
+    for stage in (stage.bound(config) for stage in config.stages if stage.name in stages):
+        for name in stage.clips:
+            if re.fullmatch(PATTERN, value := getattr(stage.recipe, name) or ""):
+                yield f"{stage.name}.{name}", value
+
+
 def preset_config(name: str) -> Config:
     """Returns a configuration of nothing but a preset, for callers that need models and trainings without a list."""
     return make_config({"project": name, "store": name, "source": {"paths": [name]}, "preset": name})
@@ -309,8 +289,9 @@ def _scaled(config: Config, scale: Any) -> Config:
 
 def _with_clip_as_it_is(config: Config) -> Config:
     """Returns ``config`` without the training of a CLIP that exists: it happens nowhere, and must not count in keys."""
-    clip = config.clip
-    return dataclasses.replace(config, clip=ClipRecipe(weights=clip.weights)) if clip.pretrained else config
+    if not config.clip.pretrained:
+        return config
+    return dataclasses.replace(config, clip=ClipRecipe(weights=config.clip.weights))  # type: ignore[call-arg]
 
 
 def _preset(name: Any) -> Mapping[str, Any]:

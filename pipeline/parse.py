@@ -25,8 +25,8 @@ from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
 from pipeline.errors import UserError, did_you_mean
 from pipeline.local import open_local
-from pipeline.progress import read_count
 
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}  # of counts that a person writes
 MAX_ALIASED = 10_000  # values that all aliases of a document stand for together; nested ones multiply
 
 _EXPECTED = {
@@ -156,6 +156,13 @@ def read_value(text: str, where: str) -> Any:
         return load_yaml(text)
     except ValueError:
         raise UserError(f"{where}: {text} is not YAML; write a number, a word, or a list such as [a, b]") from None
+
+
+def read_count(text: str) -> int | None:
+    """Returns a count that a person has written, such as 7000, 7_000, 100k, 1.5B or 1e6; None if it is not one."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\+?\d\d?)?)([kMBG]?)", text.replace("_", "").replace(",", ""))
+    number = float(found[1]) * UNITS[found[2]] if found else 0.5
+    return round(number) if abs(number - round(number)) < 1e-6 else None
 
 
 def _validate(kind: Any, given: list[Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,6 @@ from pipeline.terminal import printable
 
 T = TypeVar("T")
 END = object()
-UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
 
 def duration(seconds: float) -> str:
@@ -37,13 +35,6 @@ def duration(seconds: float) -> str:
 def counted(count: int, noun: str) -> str:
     """Returns a text such as '1 row' or '7,016 rows'."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def read_count(text: str) -> int | None:
-    """Returns a count that a person has written, such as 7000, 7_000, 100k, 1.5B or 1e6; None if it is not one."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\+?\d\d?)?)([kMBG]?)", text.replace("_", "").replace(",", ""))
-    number = float(found[1]) * UNITS[found[2]] if found else 0.5
-    return round(number) if abs(number - round(number)) < 1e-6 else None
 
 
 def add(total: dict[str, float], more: Mapping[str, float]) -> None:

@@ -10,7 +10,7 @@ import sys
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pipeline.build import STAGES
-from pipeline.config import Config, config_type
+from pipeline.config import config_type
 from pipeline.evaluate.run import OURS
 from pipeline.schema import FILE, dataclasses_in, descriptions, schema
 from pipeline.training.recipes import TrainingRecipe
@@ -44,7 +44,7 @@ def table(names: list[str]) -> str:
     columns = ["default"]
     if len(kinds) > 1:
         shown = {name: field for name, field in shown.items() if all(name in fields(kind) for kind in kinds)}
-        holders = {field.default_factory: field.name for field in reversed(dataclasses.fields(Config))}
+        holders = {field.default_factory: field.name for field in reversed(dataclasses.fields(config_type()))}
         columns = [holders[kind] for kind in kinds]
     elif issubclass(kinds[0], TrainingRecipe):
         shown = {name: field for name, field in shown.items() if name not in fields(TrainingRecipe)}

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from models.clip_weights import PATTERN, ClipWeights
-from pipeline.config import Config
+from models.clip_weights import ClipWeights
+from pipeline.config import Config, named_weights
 from pipeline.doctor.finding import Finding
 from pipeline.errors import UserError, did_you_mean
 
 ANSWER_S = 10.0  # for a server to say that it has a file
-
-
-def named_weights(config: Config, stages: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yields the setting and the value of each CLIP that somebody else has trained and that these stages load."""
-    for stage in (stage.bound(config) for stage in config.stages if stage.name in stages):
-        for name in stage.clips:
-            if re.fullmatch(PATTERN, value := getattr(stage.recipe, name) or ""):
-                yield f"{stage.name}.{name}", value
 
 
 def check_clips(config: Config, stages: Collection[str]) -> Iterator[Finding]:

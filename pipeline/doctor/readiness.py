@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 
-from pipeline.config import Config
-from pipeline.doctor.clip_weights import find_weights, named_weights
+from pipeline.config import Config, named_weights
+from pipeline.doctor.clip_weights import find_weights
 from pipeline.doctor.nodes import ask_nodes, judge, versions
 from pipeline.errors import UserError
 from pipeline.graph.ray import check_room, start_ray, uses_ray

@@ -129,5 +129,6 @@ def test_a_job_takes_numbers_along_for_a_cluster_that_is_not_there_yet() -> None
     head = with_fixed_workers(configured(kubernetes=SHAPE | {"gpus": 0, "head_gpus": 1}), ["decoder"])
     assert (head.decoder.workers, head.decoder.device) == (0, "auto")  # which the driver finds
     config = configured(clip={"workers": 4, "device": "cuda"})
-    config = replace(config, clip=replace(config.clip, weights="open_clip:ViT-B-32:openai"))
+    named = replace(config.clip, weights="open_clip:ViT-B-32:openai")
+    config = replace(config, clip=named)  # type: ignore[call-arg]
     assert list(demands(with_fixed_workers(config, ["clip"]), ["clip"])) == []  # nothing trains

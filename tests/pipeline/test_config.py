@@ -2,13 +2,13 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 import yaml
 
 from pipeline.build import STAGES, build
-from pipeline.config import PRESETS, TRAININGS, Config, config_type, load_config, make_config, preset_config
+from pipeline.config import PRESETS, TRAININGS, load_config, make_config, preset_config
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -32,14 +32,11 @@ def test_a_configuration_needs_a_project_a_store_and_a_list() -> None:
         make_config({**LEAST, "source": {}})
 
 
-def test_config_writes_out_the_sections_that_the_stages_declare() -> None:
-    """For type checkers; all else of a stage stands in its declaration alone."""
-    declared = {stage.section or stage.name: stage.recipe for stage in STAGES}
-    written = {name: kind for name, kind in get_type_hints(Config).items() if name in declared}
-    assert list(written.items()) == list(declared.items())
-    assert get_type_hints(config_type()).keys() == get_type_hints(Config).keys()
-    settings = get_type_hints(get_type_hints(config_type())["run"])
-    assert [stage.name for stage in STAGES if stage.name in settings] == [s.name for s in STAGES if s.settings]
+def test_a_configuration_has_what_its_stages_declare() -> None:
+    config = make_config(LEAST)
+    for stage in STAGES:
+        assert isinstance(getattr(config, stage.section or stage.name), stage.recipe)
+        assert not stage.settings or isinstance(getattr(config.run, stage.name), stage.settings)
 
 
 def test_the_api_takes_plain_values_and_leaves_them_as_they_were() -> None:
@@ -52,6 +49,7 @@ def test_the_api_takes_plain_values_and_leaves_them_as_they_were() -> None:
 
 
 def test_scale_changes_how_long_every_model_trains_and_nothing_else() -> None:
+    assert make_config(LEAST) == make_config({**LEAST, "preset": "paper"})
     whole = make_config({**LEAST, "preset": "tiny", "decoder": {"samples": 1000}})
     for scale in (0.25, 1, 3, 1e-9):
         config = make_config({**LEAST, "preset": "tiny", "decoder": {"samples": 1000}, "scale": scale})
@@ -61,6 +59,8 @@ def test_scale_changes_how_long_every_model_trains_and_nothing_else() -> None:
             decay = min(samples, round(scale * before.decay))
             assert after == dataclasses.replace(before, samples=samples, decay=decay)
         assert config.evaluation == whole.evaluation
+    demo = load_config(ROOT / "configs/demo.yaml", ["scale=0.1"])  # whose rate falls: it was a traceback once
+    assert 0 < demo.decoder.decay < load_config(ROOT / "configs/demo.yaml").decoder.decay
 
 
 def test_a_clip_that_exists_is_the_same_whatever_trainings_are() -> None:
@@ -81,18 +81,6 @@ def test_other_samples_than_a_preset_s_keep_the_share_over_which_its_rate_falls(
     assert own.decay == 0
     with pytest.raises(UserError, match="decoder: decay is 2000: use at most samples, 1000"):
         make_config({**LEAST, "preset": "tiny", "decoder": {"samples": 1000, "decay": 2000}})
-
-
-@pytest.mark.parametrize("scale", [0.1, 1e-9, 2])
-def test_scale_stretches_the_fall_of_the_learning_rate_and_leaves_its_rise(scale: float) -> None:
-    """As the shipped configuration whose rate falls: at a tenth it used to be refused with a traceback."""
-    config = load_config(ROOT / "configs/demo.yaml", [f"scale={scale}"])
-    plain = load_config(ROOT / "configs/demo.yaml").decoder
-    assert plain.decay > 0
-    assert config.decoder.decay == round(scale * plain.decay)
-    assert config.decoder.warmup_steps == plain.warmup_steps > 0
-    if scale != 1e-9:
-        assert config.decoder.fork / config.decoder.samples == pytest.approx(plain.fork / plain.samples, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -154,10 +142,6 @@ def test_a_preset_fills_every_model(preset: str) -> None:
         assert {name: json.loads(json.dumps(getattr(recipe, name))) for name in fields} == fields
         inner = getattr(recipe, "sampling" if stage == "bundle" else "model", None)
         assert {name: json.loads(json.dumps(getattr(inner, name))) for name in model} == model
-
-
-def test_without_a_preset_it_is_the_papers() -> None:
-    assert make_config(LEAST) == make_config({**LEAST, "preset": "paper"})
 
 
 def test_a_stage_may_have_a_preset_of_its_own_and_single_fields_win() -> None:

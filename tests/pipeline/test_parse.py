@@ -5,7 +5,7 @@ import pytest
 from pydantic import NonNegativeFloat
 
 from pipeline.errors import UserError
-from pipeline.parse import MAX_ALIASED, load_yaml, overlay, parse
+from pipeline.parse import MAX_ALIASED, load_yaml, overlay, parse, read_count
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,13 @@ def test_mistakes_are_one_line(value: Any, message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(Outer, value)
     assert str(caught.value) == message
+
+
+def test_counts_are_read_as_people_write_them() -> None:
+    counts = {"650M": 650_000_000, "1.5B": 1_500_000_000, "1G": 10**9, "10k": 10_000, "7000": 7000, "7_000": 7000}
+    counts |= {"7,000": 7000, "1e6": 10**6, "1.5e3": 1500, "0": 0}
+    assert {text: read_count(text) for text in counts} == counts
+    assert [read_count(text) for text in ("", "M", "650m", "-3", "0.2", "650 M", "650MB", "1e", "nan")] == [None] * 9
 
 
 def test_an_overlay_is_deep() -> None:
