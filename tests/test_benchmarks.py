@@ -14,7 +14,7 @@ import torch
 from benchmarks.gpu.bench import Bench, Outcome
 from benchmarks.gpu_check import PARTS
 from benchmarks.gpu_check import main as check_gpu
-from benchmarks.timing import interleave, ratio
+from benchmarks.timing import ratio
 from pipeline.build import build
 from pipeline.config import preset_config
 from pipeline.cost.observed import read_profile
@@ -95,18 +95,6 @@ def test_a_part_that_breaks_or_finds_something_fails_alone(
     ]
 
 
-def test_rounds_run_every_case_in_turn() -> None:
-    calls: list[str] = []
-    seconds = interleave({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=2, warmup=1)
-    assert "".join(calls) == "abc" + "bca" + "cab"
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2, "c": 2}
-
-
-def test_no_rounds_are_refused() -> None:
-    with pytest.raises(ValueError, match="use 1 or more"):
-        interleave({"a": list}, rounds=0)
-
-
 def test_a_ratio_is_the_median_of_those_of_the_rounds() -> None:
     assert ratio({"a": [1.0, 9.0, 4.0], "b": [1.0, 3.0, 2.0]}, "a", "b") == 2.0  # of the medians it would be 2 as well
     assert ratio({"a": [1.0, 2.0, 8.0], "b": [4.0, 1.0, 2.0]}, "a", "b") == 2.0  # here 1
@@ -124,6 +112,7 @@ print(memory_of(step))
 """
 
 
+@pytest.mark.slow  # one process that imports torch
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_counts_what_is_freed_again_and_not_what_was_there() -> None:
     """In a fresh process, as benchmarks measure: an old one's allocator may have room that it gives back to nobody."""

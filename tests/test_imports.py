@@ -4,7 +4,6 @@ import ast
 import re
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 from benchmarks.house import floors, import_graph
@@ -87,34 +86,3 @@ def test_files_with_tests_in_a_browser_say_so_in_the_line_that_make_looks_for() 
     texts = {file: file.read_text() for file in _files("tests") if file != Path(__file__)}
     marked = {file for file, text in texts.items() if "pytest.mark.browser" in text}
     assert marked == {file for file, text in texts.items() if "\npytestmark = pytest.mark.browser\n" in text}
-
-
-def test_tests_and_benchmarks_import_what_is_there() -> None:
-    """Checks names that mypy does not see, and benchmarks that only slow tests run."""
-    for file in _files("tests", "benchmarks"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in OURS:
-                for alias in node.names:
-                    assert _is_there(node.module or "", alias.name), f"{file}: {node.module}.{alias.name}"
-
-
-def _is_there(module: str, name: str) -> bool:
-    """Returns whether a module of ours has a name: as a module below it, or at its top level."""
-    path = ROOT.joinpath(*module.split("."))
-    if (path / f"{name}.py").is_file() or (path / name).is_dir():
-        return True
-    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return file.is_file() and name in _named(file)
-
-
-@cache
-def _named(file: Path) -> set[str]:
-    """Returns the names at the top level of a file, and some that are not."""
-    tree = ast.parse(file.read_text())
-    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            named.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            named |= {alias.asname or alias.name for alias in node.names}
-    return named

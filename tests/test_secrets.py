@@ -52,12 +52,6 @@ def test_a_secret_is_found_however_it_is_packed(data: bytes) -> None:
     assert leaks([("place", data)], SECRETS) == ["place: password"]
 
 
-def test_what_is_none_is_not(tmp_path: Path) -> None:
-    (tmp_path / "empty").touch()
-    places = [tmp_path, ("text", SECRET[:-1]), ("table", write_table({"n": [1, 2], "url": ["x", None]}))]
-    assert leaks(places, SECRETS) == []
-
-
 def test_files_in_folders_and_objects_of_a_store(tmp_path: Path) -> None:
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/log").write_text(f"said {SECRET}")

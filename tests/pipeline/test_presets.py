@@ -12,7 +12,6 @@ from models.clip import config_of
 from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
 from models.image_configs import DecoderConfig, UpsamplerConfig
-from models.interchange.cascade import KARLO_SAMPLING
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig, TextTower
 from models.upsampler import Upsampler
 from pipeline.build import build as build_graph
@@ -142,17 +141,3 @@ def test_large_trainings_warm_up_and_clip_gradients_however_short_they_are(name:
             recipe = getattr(config, stage)
             assert recipe.clip_norm == 1.0
             assert 100 <= recipe.warmup_steps <= recipe.samples / recipe.batch / 2
-
-
-@pytest.mark.parametrize("stage", TRAININGS)
-@pytest.mark.parametrize("name", ["karlo", "paper"])
-def test_presets_for_many_gpus_shuffle_100_000_rows_in_lanes_for_all(name: str, stage: str) -> None:
-    recipe = getattr(preset_config(name), stage)
-    assert recipe.pretrained or (recipe.lanes >= 8 * 64 and recipe.lanes * recipe.window > 100_000)
-
-
-def test_karlo_samples_what_it_trains() -> None:
-    """Karlo's seven steps end with one of a second network; a model of the preset has none, and takes GLIDE's 27."""
-    assert preset_config("karlo").upsampler_256.model.last_unet is False
-    assert preset_config("karlo").bundle.sampling.upsampler_256_steps == 27
-    assert KARLO_SAMPLING.upsampler_256_steps == 7

@@ -23,11 +23,8 @@ def test_what_controls_a_terminal_is_escaped_and_the_rest_stays() -> None:
 
 def test_the_reset_of_colours_at_exit_is_not_printed() -> None:
     """A run on a terminal ended with a line of four escaped characters."""
-    import ray  # noqa: F401 - brings colorama
-    from colorama.ansitowin32 import AnsiToWin32  # type: ignore[import-untyped,unused-ignore]
-
     terminal = Terminal()
-    AnsiToWin32(Printable(terminal)).reset_all()
+    Printable(terminal).write("\x1b[0m")  # as colorama does, which comes with Ray
     assert terminal.getvalue() == ""
 
 
