@@ -26,8 +26,7 @@ from models.random_streams import RandomStreams, derive_seed
 from models.tokens import tokenize
 from pipeline.build import build
 from pipeline.config import Config
-from pipeline.training.feed.draws import StreamCall, make_numbers, use_one_thread
-from pipeline.training.feed.feed import LocalBatch, read_ahead
+from pipeline.training.feed.feed import LocalBatch, read_ahead, use_one_thread
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.task import Batch, Prepares, Task
 from pipeline.training.tasks.ar_prior import ARPriorTask
@@ -184,7 +183,7 @@ def make_rows(task: Task, rows: int, dim: int) -> Batch:
 class Repeated:
     """A feed without data: the same rows at every step, from pinned memory, with draws that go on unless ``still``.
 
-    Like the real one, it prepares rows and draws ahead. ``first`` is the place of its first row in the batch of all
+    Like the real one, it prepares rows. ``first`` is the place of its first row in the batch of all
     workers.
     """
 
@@ -194,7 +193,6 @@ class Repeated:
         self.bench, self.recipe, self.still = bench, recipe, still
         self.places = range(first, first + len(next(iter(batch.values()))))
         self.batch = task.prepare(batch, RandomStreams(self._streams(0))) if isinstance(task, Prepares) else batch
-        self.asked: set[StreamCall] = set()
 
     def _streams(self, step: int) -> list[tuple[int, int]]:
         return [(derive_seed("gpu_check", 0 if self.still else step, row), 1) for row in self.places]
@@ -206,9 +204,7 @@ class Repeated:
     def _batches(self, step: int) -> Generator[LocalBatch, None, None]:
         use_one_thread()
         while True:
-            streams = self._streams(step)
-            numbers = make_numbers(streams, tuple(self.asked))
-            local = LocalBatch(self.batch, [str(row) for row in self.places], streams, numbers, self.asked)
+            local = LocalBatch(self.batch, [str(row) for row in self.places], self._streams(step))
             yield local.pinned() if self.bench.cuda else local
             step += 1
 

@@ -7,17 +7,13 @@ from collections.abc import Generator
 from contextlib import closing
 from time import perf_counter, thread_time
 
-import torch
-
 from benchmarks.gpu.bench import Bench, Outcome, make_task, of_rows, trainings
 from benchmarks.gpu.steps import Trainer
 from benchmarks.images import publish
-from models.decoder import Decoder
 from pipeline.store import open_store
 from pipeline.training.checkpoints import Checkpoints, snapshot
 from pipeline.training.feed.feed import Feed, LocalBatch
 from pipeline.training.recipes import DecoderRecipe, UpsamplerRecipe
-from pipeline.training.task import Task
 
 SHARDS = 4
 
@@ -37,10 +33,10 @@ def feed(bench: Bench) -> Outcome:
             source = Feed(store, inputs, task, of_rows(recipe, batch, 1), cache_mb=0, pin=bench.cuda)
             steps = max(1, shards * rows // batch - 2)
             with closing(source.batches(0)) as batches:
-                _learn(source, task, next(batches))
+                next(batches)
                 began, own = perf_counter(), 0.0
                 for _ in range(steps):
-                    own += _host_seconds(bench, source, batches)
+                    own += _host_seconds(bench, batches)
                 seconds = perf_counter() - began
         rate = steps * batch / seconds
         outcome.values[stage] = {"side": side, "rows_per_second": rate, "host_seconds_per_row": own / (steps * batch)}
@@ -56,23 +52,11 @@ def feed(bench: Bench) -> Outcome:
     return outcome
 
 
-def _learn(source: Feed, task: Task, local: LocalBatch) -> None:
-    """Lets the loss draw once, so that the feed knows what to make ahead. The network is none."""
-    model = task.model(0)
-    parts = 2 if isinstance(model, Decoder) else 1  # the decoder's output has its variance, too
-    model.forward = lambda x_t, *_: torch.cat([torch.zeros_like(x_t)] * parts, dim=1)
-    task.loss(model, local.batch, local.rng(torch.device("cpu"), 0, len(local.keys)))
-
-
-def _host_seconds(bench: Bench, source: Feed, batches: Generator[LocalBatch, None, None]) -> float:
-    """Returns the processor time of this thread for a batch and its draws, on their way to the device."""
+def _host_seconds(bench: Bench, batches: Generator[LocalBatch, None, None]) -> float:
+    """Returns the processor time of this thread for a batch on its way to the device."""
     began = thread_time()
-    local = next(batches)
-    for column in local.batch.values():
+    for column in next(batches).batch.values():
         column.to(bench.device, non_blocking=True)
-    rng = local.rng(bench.device, 0, len(local.keys))
-    for call, arguments in tuple(source.asked):
-        getattr(rng, call)(*arguments)
     return thread_time() - began
 
 

@@ -1,6 +1,6 @@
 """Makes the batches of one worker in threads, ahead of the training.
 
-They read the rows of the order, decode images, prepare what a task computes without its model, and draw numbers.
+They read the rows of the order, decode images, and prepare what a task computes without its model.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from itertools import accumulate, pairwise, repeat
-from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from models.random_streams import RandomStreams, StreamsSlice, derive_seed
@@ -22,7 +22,6 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
-from pipeline.training.feed.draws import Numbers, PrecomputedStreams, StreamCall, make_numbers, use_one_thread
 from pipeline.training.feed.order import Order, cut_by_lane, share_of
 from pipeline.training.feed.tables import JoinedRow, Tables
 from pipeline.training.feed.views import CACHE_MB, View, Views, at_once
@@ -43,29 +42,21 @@ class LocalBatch(NamedTuple):
             A task that prepares its batches has columns of its own in place of the images.
         keys: Keys of the rows.
         streams: Pairs (seed, rows), lane by lane, for RandomStreams; also of rows of its lanes that other workers have.
-        numbers: Numbers of these streams that were made ahead.
-        asked: Set to which those calls of the streams are added whose numbers were not made ahead, so that a feed
-            makes them for later batches.
         before: Rows of the first lane that another worker has.
     """
 
     batch: Batch
     keys: list[str]
     streams: list[tuple[int, int]]
-    numbers: Numbers = MappingProxyType({})
-    asked: set[StreamCall] | None = None
     before: int = 0
 
     def rng(self, device: torch.device, start: int, stop: int) -> RandomStreams:
         """Returns the random numbers of rows [start, stop)."""
-        start, stop = start + self.before, stop + self.before
-        part = StreamsSlice(RandomStreams(self.streams, device), start, stop)
-        return part if self.asked is None else PrecomputedStreams(part, start, stop, self.numbers, self.asked)
+        return StreamsSlice(RandomStreams(self.streams, device), start + self.before, stop + self.before)
 
     def pinned(self) -> LocalBatch:
         """Returns the same in pinned memory, from which a GPU copies while the host goes on."""
-        batch = {name: column.pin_memory() for name, column in self.batch.items()}
-        return self._replace(batch=batch, numbers={call: made.pin_memory() for call, made in self.numbers.items()})
+        return self._replace(batch={name: column.pin_memory() for name, column in self.batch.items()})
 
 
 class Batches(Protocol):
@@ -165,7 +156,6 @@ class Feed:
     ):
         self.columns, self.recipe, self.pin = task.columns, recipe, pin
         self.prepare = task.prepare if isinstance(task, Prepares) else None
-        self.asked: set[StreamCall] = set()
         self.per_lane = recipe.batch // recipe.lanes
         self.lanes = cut_by_lane(share_of(rank, size, recipe.batch), self.per_lane)
         contrastive = isinstance(task, Contrastive)
@@ -212,8 +202,6 @@ class Feed:
                 step, present = step + 1, coming
                 coming = self._begin(step, windows, decoders)
                 local = self._batch(present)
-                # What losses have drawn by now; none knows the rest before the first of them.
-                local = local._replace(numbers=make_numbers(local.streams, tuple(self.asked)), asked=self.asked)
                 yield local.pinned() if self.pin else local
         finally:
             readers.shutdown(cancel_futures=True)
@@ -298,6 +286,15 @@ def _places(rows: Sequence[JoinedRow]) -> list[Place]:
         if row.place is None:
             raise UserError(f"row {row.key} has an imported embedding and no image to train on: take it off the list")
     return [row.place for row in rows if row.place]
+
+
+def use_one_thread() -> None:
+    """Computes on one thread in the thread that calls it, and in no other.
+
+    A feed has threads of its own, and OpenMP would give each of them a team as large as the training's.
+    """
+    torch.get_num_threads()  # sets the number of a new thread, which would undo the next line later
+    threadpool_limits(1, user_api="openmp")
 
 
 def read_ahead(source: Generator[Item, None, None]) -> Generator[Item, None, None]:

@@ -27,7 +27,6 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, Shard, read_shards
 from pipeline.ledger import Ledger
 from pipeline.store.records import blob_path
-from pipeline.training.feed.draws import make_numbers
 from pipeline.training.feed.feed import Feed, LocalBatch
 from pipeline.training.feed.tables import Tables
 from pipeline.training.recipes import DecoderRecipe
@@ -124,19 +123,16 @@ def test_workers_together_read_what_one_reads(shared_world: World, size: int) ->
     for step, share in enumerate(alone):
         parts = [shares[step] for shares in together]
         assert share.keys == [key for part in parts for key in part.keys]
-        for ready in (False, True):  # numbers are drawn, or made before for whole lanes
-            drawn = [_drawn(part, ready, 0, len(part.keys)) for part in (share, *parts)]
-            assert torch.equal(drawn[0], torch.cat(drawn[1:]))
+        drawn = [_drawn(part, 0, len(part.keys)) for part in (share, *parts)]
+        assert torch.equal(drawn[0], torch.cat(drawn[1:]))
         last = parts[-1]
-        assert torch.equal(_drawn(last, True, len(last.keys) - 1, len(last.keys)), drawn[0][-1:])
+        assert torch.equal(_drawn(last, len(last.keys) - 1, len(last.keys)), drawn[0][-1:])
         for name, column in share.batch.items():
             assert torch.equal(column, torch.cat([part.batch[name] for part in parts]))
 
 
-def _drawn(share: LocalBatch, ready: bool, start: int, stop: int) -> Tensor:
-    call = ("normal", ("noise", 2))
-    made = share._replace(numbers=make_numbers(share.streams, [call] if ready else []), asked=set())
-    return made.rng(torch.device("cpu"), start, stop).normal(*call[1])
+def _drawn(share: LocalBatch, start: int, stop: int) -> Tensor:
+    return share.rng(torch.device("cpu"), start, stop).normal("noise", 2)
 
 
 def test_an_epoch_holds_every_curated_training_row(shared_world: World) -> None:
