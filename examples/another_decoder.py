@@ -17,7 +17,6 @@ from models.image_configs import DecoderConfig
 from models.nn.embedding import timestep_embedding
 from pipeline.config import preset_config
 from pipeline.training.tasks.decoder import DecoderTask
-from pipeline.training.tasks.figures import seeded
 
 
 class Blocks(nn.Module):
@@ -59,8 +58,8 @@ class BlockDecoder(Decoder):
 class BlockDecoderTask(DecoderTask):
     """The decoder's task with that model."""
 
-    def model(self, seed: int) -> nn.Module:
-        return seeded(lambda: BlockDecoder(self.config, self.embed_dim), seed)
+    def begun(self) -> BlockDecoder:
+        return BlockDecoder(self.config, self.embed_dim)
 
 
 # With this line it can be saved and loaded, wherever it has run.

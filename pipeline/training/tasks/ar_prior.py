@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from math import log
-from pathlib import Path
 
 from safetensors.torch import load
-from torch import nn
 
 from models.ar_prior import ARPrior, ar_prior_loss
 from models.codec import Codec
-from models.folder import save_model
 from models.frozen_text import FrozenTower
 from models.losses import Losses
 from models.prior_configs import ARPriorConfig
@@ -21,18 +18,16 @@ from pipeline.graph.stages import Context
 from pipeline.store.records import read_blob
 from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
-from pipeline.training.tasks.figures import conditional_figures, seeded
-from pipeline.training.tasks.frozen import frozen_tower
-from pipeline.training.tasks.starts import begin_line, starting_rows
+from pipeline.training.tasks.figures import FolderTask, conditional_figures
+from pipeline.training.tasks.starts import begin_line, frozen_tower, starting_rows
 
 
-class ARPriorTask:
+class ARPriorTask(FolderTask):
     """Trains by the cross-entropy of codes, in nats a code. ``codec`` turns embeddings into codes."""
 
     columns: tuple[str, ...] = ("tokens", "image_embedding", "text_embedding")
     min_side = 0
     image_size = 0
-    splittable = True
     validation_rows = 256
     validation_batch = 32
 
@@ -46,10 +41,7 @@ class ARPriorTask:
     ):
         self.config, self.embed_dim, self.codec, self.tower, self.rows = config, embed_dim, codec, tower, rows
 
-    def model(self, seed: int) -> nn.Module:
-        return seeded(self._begun, seed, self.tower)
-
-    def _begun(self) -> ARPrior:
+    def begun(self) -> ARPrior:
         model = ARPrior(self.config, self.embed_dim, self.codec.codes, self.tower and self.tower.sizes)
         begin_line(model.line, model.caption, self.tower, self.rows)
         if self.config.ridge:
@@ -69,9 +61,6 @@ class ARPriorTask:
         """
         figures = conditional_figures(partial(self.loss, model), examples, ("tokens", "text_embedding"))
         return figures | {"nats_below_uniform": log(self.config.buckets) - figures["loss"]}
-
-    def save(self, model: ARPrior, folder: Path) -> None:
-        save_model(folder, model)
 
 
 def make(ctx: Context) -> ARPriorTask:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.decoder import Decoder, decoder_denoise, decoder_loss
 from models.diffusion.samplers import ddim
 from models.diffusion.schedules import make_schedule, trailing_grid
-from models.folder import save_model
 from models.frozen_text import FrozenTower
 from models.image_configs import DecoderConfig
 from models.losses import Losses
@@ -19,18 +17,16 @@ from models.random_streams import RandomStreams
 from pipeline.graph.stages import Context
 from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
-from pipeline.training.tasks.figures import conditional_figures, grid, seeded
-from pipeline.training.tasks.frozen import frozen_tower
-from pipeline.training.tasks.starts import starting_rows
+from pipeline.training.tasks.figures import FolderTask, conditional_figures, grid
+from pipeline.training.tasks.starts import frozen_tower, starting_rows
 
 _PREVIEW_STEPS = 25
 
 
-class DecoderTask:
+class DecoderTask(FolderTask):
     """Trains by the hybrid loss on images of the decoder's size, given embeddings and captions."""
 
     columns: tuple[str, ...] = ("image", "tokens", "image_embedding")
-    splittable = True
     validation_rows = 128
     validation_batch = 32
     preview_rows = 8
@@ -45,16 +41,11 @@ class DecoderTask:
         self.config, self.embed_dim, self.tower, self.embeddings = config, embed_dim, tower, embeddings
         self.min_side = self.image_size = config.image_size
 
-    def model(self, seed: int) -> nn.Module:
-        sizes = self.tower and self.tower.sizes
-
-        def begun() -> Decoder:
-            model = Decoder(self.config, self.embed_dim, sizes)
-            if model.whitening is not None and self.embeddings is not None:
-                model.whitening.fit(self.embeddings)
-            return model
-
-        return seeded(begun, seed, self.tower)
+    def begun(self) -> Decoder:
+        model = Decoder(self.config, self.embed_dim, self.tower and self.tower.sizes)
+        if model.whitening is not None and self.embeddings is not None:
+            model.whitening.fit(self.embeddings)
+        return model
 
     def loss(self, model: Decoder, batch: Batch, rng: RandomStreams) -> Losses:
         return decoder_loss(model, batch, rng)
@@ -72,9 +63,6 @@ class DecoderTask:
         timesteps = trailing_grid(config.steps, min(config.steps, _PREVIEW_STEPS))
         drawn = ddim(denoise, noise, timesteps, make_schedule(config.schedule, config.steps))
         return grid(batch["image"], to_uint8(drawn))
-
-    def save(self, model: Decoder, folder: Path) -> None:
-        save_model(folder, model)
 
 
 def make(ctx: Context) -> DecoderTask:

@@ -23,18 +23,16 @@ from models.random_streams import RandomStreams
 from pipeline.graph.stages import Context
 from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
-from pipeline.training.tasks.figures import conditional_figures, seeded
-from pipeline.training.tasks.frozen import frozen_tower
-from pipeline.training.tasks.starts import begin_line, starting_rows
+from pipeline.training.tasks.figures import FolderTask, conditional_figures
+from pipeline.training.tasks.starts import begin_line, frozen_tower, starting_rows
 
 
-class DiffusionPriorTask:
+class DiffusionPriorTask(FolderTask):
     """Trains by the squared error of the clean embedding."""
 
     columns: tuple[str, ...] = ("tokens", "image_embedding", "text_embedding")
     min_side = 0
     image_size = 0
-    splittable = True
     validation_rows = 512
     validation_batch = 64
     finish_rows = 128  # at 64 timesteps each: as expensive as a training on 2,700 samples
@@ -49,10 +47,7 @@ class DiffusionPriorTask:
     ):
         self.config, self.embed_dim, self.tower, self.rows = config, embed_dim, tower, rows
 
-    def model(self, seed: int) -> nn.Module:
-        return seeded(self._begun, seed, self.tower)
-
-    def _begun(self) -> DiffusionPrior:
+    def begun(self) -> DiffusionPrior:
         model = DiffusionPrior(self.config, self.embed_dim, self.tower and self.tower.sizes)
         begin_line(model.line, model.caption, self.tower, self.rows)
         return model
@@ -85,7 +80,7 @@ class DiffusionPriorTask:
         """Returns Analytic-DPM's "gamma"."""
         return {"gamma": diffusion_prior_gamma(model, examples)}
 
-    def save(self, model: DiffusionPrior, folder: Path, statistics: dict[str, Tensor] | None = None) -> None:
+    def save(self, model: nn.Module, folder: Path, statistics: dict[str, Tensor] | None = None) -> None:
         save_model(folder, model, model.state_dict() | (statistics or {}))
 
 

@@ -1,27 +1,52 @@
-"""Validation metrics and previews that several tasks share."""
+"""What the tasks of several models share: how models are made and saved, validation metrics, previews."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import sqrt
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from models.folder import save_model
 from models.frozen_text import FrozenTower
 from models.losses import Losses
 from models.random_streams import RandomStreams
 from pipeline.training.task import Batch, Examples
 
 
-def seeded(make: Callable[[], nn.Module], seed: int, tower: FrozenTower | None = None) -> nn.Module:
-    """Returns ``make()`` with random weights that depend on ``seed`` alone, and those of a frozen ``tower``."""
+def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Returns ``make()`` with random weights that depend on ``seed`` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = make()
-    if tower is not None:
-        tower.put_into(model)
-    return model
+        return make()
+
+
+class FolderTask:
+    """Trains a model that ``models.folder`` saves, with a loss a row.
+
+    Attributes:
+        tower: Text tower of the run's CLIP where the model reads it frozen.
+    """
+
+    splittable = True
+    tower: FrozenTower | None = None
+
+    def begun(self) -> nn.Module:
+        """Returns the model as it begins, with weights from torch's own generator."""
+        raise NotImplementedError
+
+    def model(self, seed: int) -> nn.Module:
+        """Returns a new model whose random weights depend on ``seed`` alone."""
+        model = seeded(self.begun, seed)
+        if self.tower is not None:
+            self.tower.put_into(model)
+        return model
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Writes the model as the files of its artefact."""
+        save_model(folder, model)
 
 
 def by_timestep(losses: Tensor, streams: Sequence[RandomStreams], steps: int) -> dict[str, float]:

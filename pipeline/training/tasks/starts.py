@@ -1,7 +1,8 @@
-"""What models begin with instead of random weights: statistics of the embeddings of training rows."""
+"""What models begin with instead of random weights: CLIP's text tower, and statistics of training rows."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from itertools import islice
@@ -9,12 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import load
 from sklearn.linear_model import Ridge as SolvedRidge
 from torch import Tensor, nn
 
 from models.frozen_text import CaptionRegression, FrozenCaption, FrozenTower
 from models.tokens import tokenize
+from pipeline.errors import UserError
 from pipeline.graph.stages import Context
+from pipeline.store.records import read_blob
 from pipeline.training.feed.tables import Tables
 from pipeline.training.task import Batch
 
@@ -28,6 +32,21 @@ class Ridge(NamedTuple):
     weight: Tensor
     mean: Tensor
     image_mean: Tensor
+
+
+def frozen_tower(ctx: Context) -> FrozenTower | None:
+    """Returns the text tower of the run's CLIP where the stage's model reads it frozen, else None.
+
+    Raises UserError for a CLIP whose text tower is of another kind, and CorruptObject.
+    """
+    if ctx.recipe.model.text_encoder != "frozen":
+        return None
+    blobs = ctx.inputs["clip"].blobs
+    model_config = json.loads(read_blob(ctx.store, blobs["open_clip_config.json"]))["model_cfg"]
+    try:
+        return FrozenTower.of(model_config, load(read_blob(ctx.store, blobs["open_clip_model.safetensors"])))
+    except ValueError as e:
+        raise UserError(f"{ctx.stage}.model: {e}") from e
 
 
 def starting_rows(ctx: Context, columns: Sequence[str], captions: str = "first") -> Batch:

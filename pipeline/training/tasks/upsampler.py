@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.diffusion.samplers import ddim
 from models.diffusion.schedules import make_schedule, strided_grid
-from models.folder import save_model
 from models.image_configs import UpsamplerConfig
 from models.losses import Losses
 from models.pixels import from_uint8, resize, to_uint8
@@ -17,17 +15,16 @@ from models.random_streams import RandomStreams
 from models.upsampler import Upsampler, sampling_low, training_crop, training_low, upsampler_denoise, upsampler_loss
 from pipeline.graph.stages import Context
 from pipeline.training.task import Batch, Examples
-from pipeline.training.tasks.figures import conditional_figures, grid, seeded
+from pipeline.training.tasks.figures import FolderTask, conditional_figures, grid
 
 _PREVIEW_STEPS = 15
 PREVIEW_WIDTH = 1024  # pixels
 
 
-class UpsamplerTask:
+class UpsamplerTask(FolderTask):
     """Trains by squared error on crops of images that are at least as large as the upsampler's output."""
 
     columns: tuple[str, ...] = ("image",)
-    splittable = True
     validation_rows = 32
     validation_batch = 8
 
@@ -36,8 +33,8 @@ class UpsamplerTask:
         self.min_side = self.image_size = config.image_size
         self.preview_rows = max(1, PREVIEW_WIDTH // config.image_size)
 
-    def model(self, seed: int) -> nn.Module:
-        return seeded(lambda: Upsampler(self.config), seed)
+    def begun(self) -> Upsampler:
+        return Upsampler(self.config)
 
     def loss(self, model: Upsampler, batch: Batch, rng: RandomStreams) -> Losses:
         return upsampler_loss(model, batch, rng)
@@ -62,9 +59,6 @@ class UpsamplerTask:
         large = ddim(denoise, noise, steps, make_schedule(config.schedule, config.steps))
         enlarged = resize(small, (config.image_size, config.image_size))
         return grid(to_uint8(enlarged), to_uint8(large), batch["image"])
-
-    def save(self, model: Upsampler, folder: Path) -> None:
-        save_model(folder, model)
 
 
 def make(ctx: Context) -> UpsamplerTask:
