@@ -17,7 +17,6 @@ from pipeline.config import preset_config
 
 CUDA = torch.device("cuda")
 ROWS, DIM, CODES = 4, 64, 8
-TOWER = TextTower(512, 12, 8)
 STREAMS = [(1, 2), (2, 2)]
 Step = Callable[[], Any]
 Sampling = Callable[[Progress], Tensor]
@@ -62,11 +61,12 @@ def clip(config: ClipConfig) -> Clip:
     return Clip(model, sizes)
 
 
-def decoder(preset: str = "nano", **changes: Any) -> Decoder:
+def decoder(preset: str = "nano", layers: int = 1, **changes: Any) -> Decoder:
+    """Returns a decoder, which may read a frozen tower of so many layers."""
     chosen = config(preset, "decoder", **changes)
-    return build(lambda: Decoder(chosen, DIM, TOWER if chosen.text_encoder == "frozen" else None))
+    return build(lambda: Decoder(chosen, DIM, TextTower(512, layers, 8)))
 
 
-def prior(stage: str, kind: type, *sizes: int, **changes: Any) -> Any:
-    chosen = config("nano", stage, **changes)
-    return build(lambda: kind(chosen, DIM, *sizes, TOWER if chosen.text_encoder == "frozen" else None))
+def prior(stage: str, kind: type, *sizes: int) -> Any:
+    """Returns the prior of nano, which reads a frozen tower."""
+    return build(lambda: kind(config("nano", stage), DIM, *sizes, TextTower(512, 1, 8)))

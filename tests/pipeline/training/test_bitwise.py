@@ -19,9 +19,8 @@ from pipeline.store.records import read_blob, read_record
 from pipeline.training.recipes import ARPriorRecipe, DecoderRecipe, UpsamplerRecipe
 from pipeline.training.records import CheckpointRecord
 from tests.pipeline.training.conftest import World, make_world, with_codec
-from tests.pipeline.training.distributed.test_launch import CLIP
 from tests.pipeline.training.test_stage import RECIPE
-from tests.pipeline.training.trainings import DECODER
+from tests.pipeline.training.trainings import CLIP_RECIPE, DECODER
 
 pytestmark = pytest.mark.slow
 STEPS, BATCH, KILLS = 200, 8, 5
@@ -36,7 +35,7 @@ AR_PRIOR = ARPriorConfig(
     dropout=DROPOUT,
 )  # fmt: skip
 RECIPES = {
-    "clip": replace(CLIP, precision="bf16", **SHARED),
+    "clip": replace(CLIP_RECIPE, precision="bf16", **SHARED),
     "ar_prior": ARPriorRecipe(model=AR_PRIOR, **SHARED),
     "diffusion_prior": replace(RECIPE, **SHARED),
     "decoder": DecoderRecipe(model=replace(DECODER, dropout=DROPOUT), **SHARED),

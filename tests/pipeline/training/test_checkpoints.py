@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.errors import Superseded
-from pipeline.store import Store
+from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, read_record
 from pipeline.training.checkpoints import Checkpoints, last_attempt, snapshot, take_attempt
 from pipeline.training.distributed.process_group import ProcessGroup
@@ -23,6 +24,12 @@ from tests.pipeline.upkeep.test_check import released
 RECIPE = DiffusionPriorRecipe(
     samples=64, batch=16, lanes=8, optimizer="muon", model=DiffusionPriorConfig(width=8, depth=1, heads=1)
 )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A folder. Stores are alike, and some tests here look at both."""
+    return open_store(str(tmp_path / "store"))
 
 
 def make_state(steps: int = 0, seed: int = 0) -> TrainState:
@@ -48,7 +55,8 @@ def same(a: TrainState, b: TrainState) -> bool:
     return equal and a.samples == b.samples and a.journal == b.journal
 
 
-def test_a_state_comes_back_bit_by_bit(store: Store) -> None:
+def test_a_state_comes_back_bit_by_bit(make_store: Callable[[], Store]) -> None:
+    store = make_store()
     state, other = make_state(steps=3), make_state()
     state.journal.flush(state.samples)
     state.journal.add({"loss": 1 / 3})
@@ -152,7 +160,8 @@ def test_an_unreadable_record_saves_the_blobs_that_it_may_name(store: Store) -> 
     assert blobs <= {entry.path for entry in store.list("blobs/")}
 
 
-def test_old_ones_go_with_their_blobs(store: Store) -> None:
+def test_old_ones_go_with_their_blobs(make_store: Callable[[], Store]) -> None:
+    store = make_store()
     checkpoints = Checkpoints(store, "t", 1, keep=2)
     for steps in (1, 2, 3, 4):
         save(checkpoints, make_state(steps))

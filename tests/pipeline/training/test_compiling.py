@@ -16,8 +16,14 @@ from pipeline.training.compiling import compiles
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.timing import Speed
 from tests.pipeline.training.conftest import World, make_world
-from tests.pipeline.training.distributed.test_workers import RECIPE
-from tests.pipeline.training.trainings import MODEL, SETTINGS, assert_equal_trainings, made, train_together
+from tests.pipeline.training.trainings import (
+    MODEL,
+    PRIOR_RECIPE,
+    SETTINGS,
+    assert_equal_trainings,
+    made,
+    train_together,
+)
 
 COMPILED = replace(SETTINGS, compile=True, micro_batch=3)  # the last of a share has another number of rows
 CUDA = ProcessGroup(device=torch.device("cuda"))
@@ -40,14 +46,14 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[fx.GraphModule]]:
 def test_it_goes_on_from_a_checkpoint_that_was_not_compiled_and_leaves_one_to_it(
     world: World, tmp_path: Path, graphs: list[fx.GraphModule]
 ) -> None:
-    stage.train(world.context("diffusion_prior", replace(RECIPE, samples=16), SETTINGS))
+    stage.train(world.context("diffusion_prior", replace(PRIOR_RECIPE, samples=16), SETTINGS))
     assert not graphs
-    stage.train(world.context("diffusion_prior", replace(RECIPE, samples=32), COMPILED))
+    stage.train(world.context("diffusion_prior", replace(PRIOR_RECIPE, samples=32), COMPILED))
     assert len(graphs) == MODEL.depth * 2  # of three rows and of one
-    artifact = stage.train(world.context("diffusion_prior", RECIPE, SETTINGS))
+    artifact = stage.train(world.context("diffusion_prior", PRIOR_RECIPE, SETTINGS))
     assert len(graphs) == MODEL.depth * 2
     straight = make_world(tmp_path / "straight")
-    expected = stage.train(straight.context("diffusion_prior", RECIPE, SETTINGS))
+    expected = stage.train(straight.context("diffusion_prior", PRIOR_RECIPE, SETTINGS))
     assert_equal_trainings((world, artifact), (straight, expected))
 
 
@@ -59,10 +65,10 @@ def by_aot_autograd(rank: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [{}, {"sharded": True, "recompute": True}, {"recompute": True}])
 def test_so_do_two_workers(kind: Any, world: World, tmp_path: Path) -> None:
-    ctx = world.context("diffusion_prior", RECIPE, replace(COMPILED, workers=2, **kind))
+    ctx = world.context("diffusion_prior", PRIOR_RECIPE, replace(COMPILED, workers=2, **kind))
     train_together(ctx, tmp_path, by_aot_autograd)
     straight = make_world(tmp_path / "straight")
-    expected = stage.train(straight.context("diffusion_prior", RECIPE, SETTINGS))
+    expected = stage.train(straight.context("diffusion_prior", PRIOR_RECIPE, SETTINGS))
     assert_equal_trainings((world, made(world, ctx)), (straight, expected))
 
 

@@ -16,14 +16,13 @@ from pipeline.settings import TrainingSettings
 from pipeline.training import stage
 from pipeline.training.checkpoints import open_checkpoints
 from tests.pipeline.training.conftest import World, make_world
-from tests.pipeline.training.distributed.test_launch import CLIP
-from tests.pipeline.training.trainings import assert_equal_trainings
+from tests.pipeline.training.trainings import CLIP_RECIPE, assert_equal_trainings
 
 pytestmark = pytest.mark.slow
 MEMORY = 100 << 20
 KNOWN_S = 25.0  # Ray's coordinator of resources looks for new machines every 20 s, and a training asks nobody else
 # Long enough to be changed on the way, and slow enough for rounding to stay small.
-RECIPE = replace(CLIP, samples=12 * 1500, lanes=12, learning_rate=1e-5)
+RECIPE = replace(CLIP_RECIPE, samples=12 * 1500, lanes=12, learning_rate=1e-5)
 
 
 @pytest.fixture

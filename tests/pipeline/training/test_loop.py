@@ -118,19 +118,6 @@ def test_weights_are_averaged_with_at_most_a_tenth_of_the_samples_as_half_life(
     assert torch.equal(seen[-1][0], seen[-1][1]) == (half_life == 0)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 50])
-def test_the_average_forgets_the_random_start_at_any_length(share: LocalBatch, steps: int) -> None:
-    """Even where the half-life is five times as long as the training, as with a lower ``samples`` or ``scale``."""
-    recipe = replace(RECIPE, samples=16 * steps, ema_half_life=5 * 16 * steps, learning_rate=1e-6)
-    spiked: Any = Spiked(share, None)
-    state = begin(spiked, recipe, ProcessGroup())
-    for parameter in state.ema.parameters():
-        nn.init.constant_(parameter, 100.0)  # in the place of a random start, to be seen from far away
-    fit("decoder", spiked, recipe, TrainingSettings(), ProcessGroup(), state, lambda _: None)
-    for average, weights in zip(state.ema.parameters(), state.model.parameters(), strict=True):
-        assert torch.allclose(average, weights, atol=1e-3)
-
-
 def test_warm_up_rises_then_stays() -> None:
     recipe = replace(RECIPE, warmup_steps=4, learning_rate=1.0)
     assert [learning_rate(recipe, samples) for samples in (16, 32, 64, 80)] == [0.25, 0.5, 1.0, 1.0]
@@ -248,16 +235,16 @@ def test_a_bad_step_is_noticed_later_and_known_from_then_on(share: LocalBatch) -
 
 
 class Hungry(Spiked):
-    """A task that asks for 2^50 bytes for more than three rows. It has one validation row."""
+    """A task that asks for 2^50 bytes for more than ``most`` rows. It has one validation row."""
 
-    prepare = None
+    prepare, most = None, 3
 
     def validation(self, rows: int, size: int) -> list[LocalBatch]:
         row = {name: column[:1] for name, column in self.share.batch.items()}
         return [LocalBatch(row, self.share.keys[:1], [(0, 1)])]
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], rng: RandomStreams) -> Losses:
-        if len(batch["image_embedding"]) > 3:
+        if len(batch["image_embedding"]) > self.most:
             torch.empty(1 << 50, dtype=torch.uint8)
         return super().loss(model, batch, rng)
 
@@ -277,21 +264,10 @@ def test_as_many_rows_are_computed_at_once_as_fit(share: LocalBatch, caplog: pyt
     with pytest.raises(OutOfMemory) as caught:
         fit("decoder", hungry, RECIPE, TrainingSettings(micro_batch=5), ProcessGroup(), state, lambda _: None)
     assert caught.value.args == ("5 rows at once", 5)
-
-
-class Starved(Hungry):
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], rng: RandomStreams) -> Losses:
-        raise RuntimeError("unable to find an engine")
-
-
-def test_where_not_even_one_row_fits_the_words_for_it_are_kept(
-    share: LocalBatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """They may be those of something else than a lack of memory."""
-    starved: Any = Starved(share, None)
-    with pytest.raises(OutOfMemory):
-        fitting_rows("decoder", starved, RECIPE, 4, ProcessGroup(), begin(starved, RECIPE, ProcessGroup()))
-    assert "decoder: one row: unable to find an engine" in caplog.text
+    hungry.most = 0
+    with pytest.raises(OutOfMemory):  # in words that may be those of something else than a lack of memory
+        fitting_rows("decoder", hungry, RECIPE, 4, ProcessGroup(), state)
+    assert "decoder: one row: [enforce fail" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,8 @@ def test_the_ar_prior_uses_the_codec(shared_world: World) -> None:
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
-MILESTONE = replace(SETTINGS, milestones=(64,))
+MILESTONES = replace(SETTINGS, milestones=(32, 58))  # the second within a batch, which ends at 64
+SHORT = replace(RECIPE, samples=96)
 POINTS = ("checkpoint.before_record", "checkpoint.after_record", "training.before_artifact", "artifact.before_record")
 
 
@@ -145,7 +146,7 @@ def train_until_killed(folder: Path) -> None:
     """Trains in a process that is killed at the first of the points at which none before it was."""
     world = make_world(folder / "store")
     os.environ["UNCLIP_CRASH"] = ",".join(f"{point}@{folder / point}" for point in POINTS)
-    stage.train(world.context("diffusion_prior", RECIPE, MILESTONE))
+    stage.train(world.context("diffusion_prior", SHORT, MILESTONES))
 
 
 def results(world: World) -> dict[str, bytes]:
@@ -160,9 +161,9 @@ def results(world: World) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a training in one go leaves: a model and a milestone."""
+    """What a training in one go leaves: a model and two milestones."""
     world = make_world(tmp_path_factory.mktemp("undisturbed"))
-    stage.train(world.context("diffusion_prior", RECIPE, MILESTONE))
+    stage.train(world.context("diffusion_prior", SHORT, MILESTONES))
     return results(world)
 
 
@@ -179,52 +180,34 @@ def test_killed_at_every_point_and_started_again_the_bytes_are_the_same(
     assert all((tmp_path / point).exists() for point in POINTS)
     world = make_world(tmp_path / "store")
     assert results(world) == undisturbed
-    assert len(undisturbed) == 6
+    assert len(undisturbed) == 9
 
 
-def test_raising_samples_goes_on(world: World, undisturbed: dict[str, bytes], caplog: pytest.LogCaptureFixture) -> None:
-    """And ends with the weights of a training in one go."""
-    short, long = replace(RECIPE, samples=96), RECIPE
-    contexts = [world.context("diffusion_prior", recipe, SETTINGS) for recipe in (short, long)]
-    assert trajectory_key(contexts[0]) == trajectory_key(contexts[1])
-    first = stage.train(contexts[0])
+def test_raising_samples_goes_on_and_a_milestone_is_the_artefact_of_the_shorter_recipe(
+    world: World, undisturbed: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stopped twice on the way it ends bit for bit as in one go, and what it left there are that one's milestones."""
+    contexts = [world.context("diffusion_prior", replace(SHORT, samples=samples), SETTINGS) for samples in (32, 58, 96)]
+    assert len({trajectory_key(ctx) for ctx in contexts}) == 1
+    assert len({ctx.key for ctx in contexts}) == 3
+    contexts[-1] = replace(contexts[-1], settings=replace(SETTINGS, milestones=(16,)))
     with caplog.at_level(logging.INFO):
-        second = stage.train(contexts[1])
-    assert "resuming diffusion_prior at sample 96" in caplog.text
-    assert first.key != second.key
-    assert second.metrics["samples_seen"] == 192
-    assert read_blob(world.store, second.blobs["model.safetensors"]) == undisturbed["192 model.safetensors"]
-
-
-def test_a_milestone_is_the_artefact_of_the_shorter_recipe(world: World, tmp_path: Path) -> None:
-    fresh = make_world(tmp_path / "fresh")
-    settings = replace(SETTINGS, milestones=(64, 90))
-    stage.train(world.context("diffusion_prior", replace(RECIPE, samples=112), settings))
-    for milestone, seen in ((64, 64), (90, 96)):
-        found = made(world, world.context("diffusion_prior", replace(RECIPE, samples=milestone)))
-        assert found.recipe["samples"] == milestone
-        assert found.metrics["samples_seen"] == seen
-        own = stage.train(fresh.context("diffusion_prior", replace(RECIPE, samples=milestone), SETTINGS))
-        assert found.blobs["model.safetensors"] == own.blobs["model.safetensors"]
-        validated = [{n: v for n, v in one.metrics.items() if n.startswith("validation_")} for one in (found, own)]
-        assert validated[0] == validated[1] != {}
-
-
-def test_a_milestone_before_the_checkpoint_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    stage.train(world.context("diffusion_prior", replace(RECIPE, samples=96), SETTINGS))
-    with caplog.at_level(logging.WARNING):
-        stage.train(world.context("diffusion_prior", RECIPE, replace(SETTINGS, milestones=(64, 128))))
+        seen = [stage.train(ctx).metrics["samples_seen"] for ctx in contexts]
+    assert seen == [32, 64, 96]
+    for reached in (32, 64):
+        assert f"resuming diffusion_prior at sample {reached}" in caplog.text
     told = [record.getMessage() for record in caplog.records if "milestone" in record.getMessage()]
     assert told == [
-        "diffusion_prior: the milestone at 64 samples lies before the checkpoint that is gone on from, and is not made"
+        "diffusion_prior: the milestone at 16 samples lies before the checkpoint that is gone on from, and is not made"
     ]
+    assert results(world) == undisturbed
 
 
 def test_an_end_within_a_batch_is_found_again(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """90 samples in batches of 16 end at 96; killed there, a training goes on there, though it keeps no other."""
-    ctx = world.context("diffusion_prior", replace(RECIPE, samples=90), replace(SETTINGS, keep_checkpoints=1))
+    """26 samples in batches of 16 end at 32; killed there, a training goes on there, though it keeps no other."""
+    ctx = world.context("diffusion_prior", replace(RECIPE, samples=26), replace(SETTINGS, keep_checkpoints=1))
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -234,16 +217,16 @@ def test_an_end_within_a_batch_is_found_again(
         with pytest.raises(KeyboardInterrupt):
             stage.train(ctx)
     with caplog.at_level(logging.INFO):
-        assert stage.train(ctx).metrics["samples_seen"] == 96
-    assert "resuming diffusion_prior at sample 96" in caplog.text
+        assert stage.train(ctx).metrics["samples_seen"] == 32
+    assert "resuming diffusion_prior at sample 32" in caplog.text
 
 
 def test_a_second_start_takes_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    ctx = world.context("diffusion_prior", RECIPE, SETTINGS)
+    ctx = world.context("diffusion_prior", replace(RECIPE, samples=48), SETTINGS)
     publish = Checkpoints.publish
 
     def publish_after_another_began(self: Any, taken: Any, *rest: Any) -> None:
-        if taken.samples == 64 and self.attempt == 1:
+        if taken.samples == 32 and self.attempt == 1:
             take_attempt(world.store, trajectory_key(ctx))
         publish(self, taken, *rest)
 
@@ -259,34 +242,34 @@ def test_seeds_change_weights_and_settings_do_not(world: World) -> None:
     def trained(recipe: Any, settings: TrainingSettings) -> Artifact:
         return stage.train(world.context("diffusion_prior", recipe, settings))
 
-    recipe = replace(RECIPE, samples=48, precision="fp32")
+    recipe = replace(RECIPE, samples=32, precision="fp32")
     whole = trained(recipe, SETTINGS)
     other = trained(replace(recipe, seed=1), SETTINGS)
     assert other.blobs["model.safetensors"] != whole.blobs["model.safetensors"]
-    cut = trained(replace(recipe, samples=47), replace(SETTINGS, micro_batch=5, keep_checkpoints=1))
+    cut = trained(replace(recipe, samples=31), replace(SETTINGS, micro_batch=5, keep_checkpoints=1))
     assert_close(weights(world, cut), weights(world, whole))
 
 
 def test_a_falling_rate_branches_off(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Made from a training whose rate stays, it equals one in one go, bit for bit, and leaves that training alone."""
-    settings = replace(SETTINGS, keep_checkpoints=20, milestones=(64,))
-    falling = replace(RECIPE, samples=160, decay=64)
-    contexts = [world.context("diffusion_prior", recipe, settings) for recipe in (RECIPE, falling)]
+    settings = replace(SETTINGS, keep_checkpoints=20, milestones=(16,))
+    rising, falling = replace(RECIPE, samples=64), replace(RECIPE, samples=80, decay=48)
+    contexts = [world.context("diffusion_prior", recipe, settings) for recipe in (rising, falling)]
     assert trajectory_key(contexts[0]) == trunk_key(contexts[0]) == trunk_key(contexts[1])
-    longer = world.context("diffusion_prior", replace(falling, samples=176), settings)
+    longer = world.context("diffusion_prior", replace(falling, samples=96), settings)
     assert len({trajectory_key(ctx) for ctx in (*contexts, longer)}) == 3
     stage.train(contexts[0])
     with caplog.at_level(logging.INFO):
         branched = stage.train(contexts[1])
-    assert "resuming diffusion_prior at sample 96" in caplog.text
+    assert "resuming diffusion_prior at sample 32" in caplog.text
     fresh = make_world(tmp_path / "fresh")
     straight = stage.train(fresh.context("diffusion_prior", falling, settings))
     assert branched.key == straight.key
     assert branched.blobs == straight.blobs
-    made(fresh, fresh.context("diffusion_prior", replace(RECIPE, samples=64)))  # a milestone of the trunk
+    made(fresh, fresh.context("diffusion_prior", replace(RECIPE, samples=16)))  # a milestone of the trunk
     with caplog.at_level(logging.INFO):
-        stage.train(world.context("diffusion_prior", replace(RECIPE, samples=224), settings))
-    assert "resuming diffusion_prior at sample 192" in caplog.text
+        stage.train(world.context("diffusion_prior", replace(RECIPE, samples=80), settings))
+    assert "resuming diffusion_prior at sample 64" in caplog.text
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -334,21 +317,22 @@ def test_no_rows_are_explained(shared_world: World) -> None:
         stage.train(shared_world.context("upsampler_256", recipe, inputs=("pairs", "curation")))
 
 
-@pytest.mark.parametrize("reached", [16, 0])
-def test_workers_begin_where_all_of_them_can(world: World, reached: int) -> None:
+def test_workers_begin_where_all_of_them_can(world: World) -> None:
     """Another worker finds no newer checkpoint than that, or none."""
+    reached = 0
 
     class Beside(ProcessGroup):
         def collect(self, items: list[Any], group: Any = None) -> list[Any]:
             return [items[0], min(items[0], reached)]
 
     settings = replace(SETTINGS, keep_checkpoints=9)
-    ctx = world.context("diffusion_prior", replace(RECIPE, samples=48), settings)
+    ctx = world.context("diffusion_prior", replace(RECIPE, samples=32), settings)
     stage.train(ctx)
     worker, task = Worker(ctx, open_checkpoints(ctx, begin=False)), task_of(ctx)
-    state = worker.restored(task, Beside())
-    assert state.samples == reached
-    expected = begin(task, ctx.recipe, ProcessGroup())
-    worker.checkpoints.restore(expected, reached)
-    found, wanted = state.model.state_dict(), expected.model.state_dict()
-    assert all(found[name].equal(wanted[name]) for name in wanted)
+    for reached in (16, 0):
+        state = worker.restored(task, Beside())
+        assert state.samples == reached
+        expected = begin(task, ctx.recipe, ProcessGroup())
+        worker.checkpoints.restore(expected, reached)
+        found, wanted = state.model.state_dict(), expected.model.state_dict()
+        assert all(found[name].equal(wanted[name]) for name in wanted)

@@ -20,6 +20,7 @@ from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training.checkpoints import BranchedCheckpoints, open_checkpoints
 from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.recipes import ClipRecipe, DiffusionPriorRecipe
 from pipeline.training.train import Worker
 from tests.pipeline.training.conftest import EMBED_DIM, World
 
@@ -32,6 +33,13 @@ DECODER = DecoderConfig(
     channels=8, depth=1, multipliers=(1, 2), head_channels=8, attention_resolutions=(8,), text_width=16, text_depth=1,
     text_heads=1, patch=4, steps=50,
 )  # fmt: skip
+
+PRIOR_RECIPE = DiffusionPriorRecipe(
+    samples=48, batch=16, lanes=4, precision="fp32", learning_rate=1e-3, ema_half_life=64, clip_norm=1.0, model=MODEL
+)
+CLIP_RECIPE = ClipRecipe(
+    samples=60, batch=12, lanes=3, precision="fp32", warmup_steps=2, learning_rate=1e-3, model=CLIP_MODEL
+)
 
 
 def lines(world: World, artifact: Artifact) -> list[dict[str, Any]]:

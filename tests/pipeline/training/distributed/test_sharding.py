@@ -41,10 +41,17 @@ from pipeline.training.tasks.decoder import DecoderTask
 from pipeline.training.timing import StepTimer
 from pipeline.training.train import backward
 from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
-from tests.pipeline.training.distributed.test_workers import RECIPE, lines, noting
-from tests.pipeline.training.trainings import DECODER, SETTINGS, assert_equal_trainings, made, train_together
+from tests.pipeline.training.distributed.test_workers import lines, noting
+from tests.pipeline.training.trainings import (
+    DECODER,
+    PRIOR_RECIPE,
+    SETTINGS,
+    assert_equal_trainings,
+    made,
+    train_together,
+)
 
-PRIOR = replace(RECIPE, samples=64, optimizer="muon")  # and AdamW for what it does not take
+PRIOR = replace(PRIOR_RECIPE, samples=64, optimizer="muon")  # and AdamW for what it does not take
 PICTURES = DecoderRecipe(
     samples=32, batch=8, lanes=4, precision="fp32", learning_rate=1e-3, ema_half_life=32,
     eps=1e-6,  # a smaller one makes steps of what is only rounding, in biases whose gradients are hardly more than that

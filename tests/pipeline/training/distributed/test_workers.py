@@ -11,14 +11,15 @@ import torch
 from models.clip import Clip
 from pipeline.training import checkpoints as checkpoints_module
 from pipeline.training import memory, stage
-from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from tests.pipeline.training.conftest import World, make_world
-from tests.pipeline.training.distributed.test_launch import CLIP
-from tests.pipeline.training.trainings import MODEL, SETTINGS, assert_equal_trainings, made, train_together
-
-RECIPE = DiffusionPriorRecipe(
-    samples=48, batch=16, lanes=4, precision="fp32", learning_rate=1e-3, ema_half_life=64, clip_norm=1.0, model=MODEL
+from tests.pipeline.training.trainings import (
+    CLIP_RECIPE,
+    PRIOR_RECIPE,
+    SETTINGS,
+    assert_equal_trainings,
+    made,
+    train_together,
 )
 
 
@@ -64,14 +65,14 @@ def noting_and_hungry(folder: Path, rank: int) -> None:
 
 def test_the_first_worker_reads_a_checkpoint_and_all_compute_as_many_rows_as_fit(world: World, tmp_path: Path) -> None:
     """From a checkpoint of one process: what comes out is what one process trains."""
-    stage.train(world.context("diffusion_prior", replace(RECIPE, samples=16), SETTINGS))
-    ctx = world.context("diffusion_prior", RECIPE, replace(SETTINGS, workers=2))
+    stage.train(world.context("diffusion_prior", replace(PRIOR_RECIPE, samples=16), SETTINGS))
+    ctx = world.context("diffusion_prior", PRIOR_RECIPE, replace(SETTINGS, workers=2))
     train_together(ctx, tmp_path, partial(noting_and_hungry, tmp_path))
     assert [len(lines(tmp_path / f"read-{rank}")) for rank in (0, 1)] == [3, 0]
     assert [lines(tmp_path / f"rows-{rank}")[:2] for rank in (0, 1)] == [["8", "4"]] * 2  # of a share of eight
     assert [set(lines(tmp_path / f"rows-{rank}")[2:]) for rank in (0, 1)] == [{"2"}] * 2
     straight = make_world(tmp_path / "straight")
-    expected = stage.train(straight.context("diffusion_prior", RECIPE, SETTINGS))
+    expected = stage.train(straight.context("diffusion_prior", PRIOR_RECIPE, SETTINGS))
     assert_equal_trainings((world, made(world, ctx)), (straight, expected))
 
 
@@ -93,7 +94,7 @@ def hungry_clip(folder: Path, rank: int) -> None:
 
 def test_a_contrastive_loss_encodes_as_many_rows_as_fit_and_compares_all(world: World, tmp_path: Path) -> None:
     """Of unequal shares, 7 and 8 rows of 15."""
-    recipe, inputs = replace(CLIP, samples=60, batch=15), ("pairs", "captions")
+    recipe, inputs = replace(CLIP_RECIPE, samples=60, batch=15), ("pairs", "captions")
     ctx = world.context("clip", recipe, replace(SETTINGS, workers=2), inputs)
     train_together(ctx, tmp_path, partial(hungry_clip, tmp_path))
     assert [lines(tmp_path / f"rows-{rank}")[:2] for rank in (0, 1)] == [["8", "4"]] * 2
@@ -119,7 +120,7 @@ def out_of_memory_later(rank: int) -> None:
 @pytest.mark.timeout(180)
 def test_where_one_worker_runs_out_of_memory_no_other_waits_for_it(world: World, tmp_path: Path) -> None:
     """Each ends by itself; what starts them ends nobody."""
-    ctx = world.context("diffusion_prior", RECIPE, replace(SETTINGS, workers=2))
+    ctx = world.context("diffusion_prior", PRIOR_RECIPE, replace(SETTINGS, workers=2))
     started = train_together(ctx, tmp_path, out_of_memory_later, join=False)
     for process in started.processes:
         process.join(60)
