@@ -106,15 +106,6 @@ def test_sampling_with_a_cache_gives_the_codes_of_full_passes(guidance: float, o
     assert torch.equal(drawn, codes)
 
 
-def test_a_row_is_drawn_alike_in_any_batch() -> None:
-    model = make()
-    tokens, text, dots, _, _ = make_inputs(3)
-    together = sample(model, tokens, text, dots, RandomStreams([(5, 1), (6, 1), (7, 1)]))
-    for i in range(3):
-        alone = sample(model, tokens[i : i + 1], text[i : i + 1], dots[i : i + 1], RandomStreams([(5 + i, 1)]))
-        assert torch.equal(alone[0], together[i])
-
-
 def test_samples_have_the_models_own_probabilities() -> None:
     model = make()
     rows = 5_000

@@ -4,12 +4,6 @@ import torch.nn.functional as F
 
 from models.nn.attention import FEW_KEYS, attend
 
-FAULTS = (
-    (attend, "queries.shape[-1] ** -0.5", "1"),
-    (attend, "dtype=torch.bool).tril()", "dtype=torch.bool)"),
-    (attend, "masked_fill(~mask", "masked_fill(mask"),
-)
-
 
 def equals_fused_attention_in_fp64(dtype: torch.dtype, tolerance: float, keys: int) -> None:
     g = torch.Generator().manual_seed(0)

@@ -68,12 +68,6 @@ def test_every_sampler_of_the_decoder_is_an_option_and_each_makes_something_of_i
     assert [step for name, step, _ in heard if name == "decoder"] == list(range(1, 7)) * len(DECODER_SAMPLERS)
 
 
-def test_a_prior_that_was_never_measured_samples_with_the_variance_of_ddpm(unclip: Any) -> None:
-    old = replace(unclip, diffusion_prior=make().diffusion_prior)
-    made = [old.generate(CAPTIONS, [1, 2, 3], size=64, prior_sampler=name).embedding for name in ("analytic", "ddpm")]
-    assert torch.equal(*made)
-
-
 @pytest.mark.parametrize(("field", "value"), [("prior_sampler", "euler"), ("decoder_sampler", "analytic")])
 def test_an_unknown_sampler_is_refused_with_the_known_ones(field: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{field} is '{value}': use .*'ddpm', 'ddim' or 'dpm'"):

@@ -10,14 +10,6 @@ from tests.models.closed_form import Mixture
 
 SCHEDULE = make_schedule("cosine", 1000)
 GRIDS = [strided_grid(1000, 25), fast27_grid(1000), log_snr_grid(SCHEDULE, 20), strided_grid(1000, 4)]
-FAULTS = (
-    (dpm_solver, "earlier is not None and not last", "False"),
-    (dpm_solver, "h / (2 * h_before)", "h_before / (2 * h)"),
-    (dpm_solver, "earlier = x0, h", "earlier = x0, (h if earlier is None else earlier[1])"),
-    (dpm_solver, "(x0 - x0_before)", "(x0_before - x0)"),
-    (dpm_solver, "(1 - level_previous) / (1 - level)", "level_previous / level"),
-    (dpm_solver, "level_previous.sqrt() *", "level.sqrt() *"),
-)
 
 
 def data(x_t: Tensor, t: Tensor) -> Tensor:
@@ -64,13 +56,3 @@ def ring(schedule: Schedule) -> Mixture:
     """Eight clusters on a circle."""
     angle = torch.arange(8, dtype=torch.float64) * torch.pi / 4
     return Mixture(schedule, torch.stack([angle.cos(), angle.sin()], dim=1), torch.full((8,), 0.15).double())
-
-
-def test_every_step_is_reported_and_the_last_is_the_predicted_image() -> None:
-    reported: list[tuple[int, Tensor]] = []
-    grid = strided_grid(1000, 4)
-    out = dpm_solver(denoise, start(torch.float64), grid, SCHEDULE, lambda i, x: reported.append((i, x)))
-    assert [i for i, _ in reported] == [1, 2, 3, 4]
-    assert torch.equal(reported[-1][1], out)
-    with pytest.raises(ValueError, match="falling order"):
-        dpm_solver(denoise, start(torch.float64), grid.flip(0), SCHEDULE)

@@ -188,12 +188,6 @@ def test_embeddings_that_do_not_fit_are_refused(unclip: UnCLIP, embedding: torch
         unclip.decode(embedding, None, [0], unclip.sampling)
 
 
-def test_captions_that_would_be_cut_are_refused(unclip: UnCLIP) -> None:
-    unclip.generate(["a " * 75], [0], size=64)
-    with pytest.raises(ValueError, match="caption 2 has 76 tokens and CLIP reads 75: shorten it"):
-        unclip.generate(["a cat", "a " * 76], [0, 1], size=64)
-
-
 def test_without_a_caption_the_decoder_draws_from_the_embedding_alone(unclip: UnCLIP) -> None:
     embedding = unclip.invert(IMAGES[:1]).embedding
     tokens = tokenize(["a cat"])

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.distributed import DistError
 
-from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
+from pipeline.errors import CorruptObject, Superseded, UserError
 from pipeline.graph.local_ray import local_logs, ray_logs
 from pipeline.graph.ray import start_ray, uses_ray, wait_for_room
 from pipeline.graph.resources import cores
@@ -41,8 +41,7 @@ DIED = re.compile(
 )
 LONGEST_REASON = 400  # characters
 NCCL_ERROR = re.compile(r"NCCL WARN|NCCL error|Watchdog caught|\bnccl\w*Error\b")
-EXPECTED = (UserError, Unreachable, Superseded, CorruptObject, OutOfMemory)
-RELAYED = {kind.__name__: kind for kind in EXPECTED}
+EXPECTED = (UserError, Superseded, CorruptObject, OutOfMemory)
 
 
 class WorkerLost(Exception):
@@ -50,7 +49,7 @@ class WorkerLost(Exception):
 
 
 class Relayed(Exception):
-    """Carries an expected error to the driver: the name of its type, then its arguments."""
+    """Carries an expected error to the driver as its only argument: Ray would wrap it in errors of its own kinds."""
 
 
 def launch(
@@ -113,7 +112,7 @@ def launch(
 
 
 def _worker(config: Mapping[str, Any]) -> None:
-    """Runs one Ray worker. Sends errors that the driver expects in a form that can be pickled."""
+    """Runs one Ray worker. Raises Relayed for an error that the driver expects."""
     import ray.train
     import ray.train.torch
 
@@ -131,20 +130,15 @@ def _worker(config: Mapping[str, Any]) -> None:
         node = context.get_node_rank()
         group = ProcessGroup(rank, size, device, node, watcher.report, lambda: watcher.leaving, lambda: watcher.steps)
         config["work"](replace(group, sharded=settings.sharded, offload=settings.offload))
-    except CorruptObject as e:
-        raise Relayed("CorruptObject", e.path, e.why) from None
-    except OutOfMemory as e:
-        raise Relayed("OutOfMemory", *e.args) from None
-    except (UserError, Superseded) as e:
-        raise Relayed(type(e).__name__, str(e)) from None
+    except EXPECTED as e:
+        raise Relayed(e) from None
 
 
 def _cause(failures: Sequence[Exception]) -> Exception:
     """Returns the error to raise where workers failed: an expected error, else a death, else the first of the rest."""
     for failure in failures:
         if isinstance(failure, Relayed):
-            name, *arguments = failure.args
-            return RELAYED[name](*arguments)
+            return failure.args[0]
     # What Ray itself raises is about processes and machines; what workers raise keeps its own type. The surviving
     # workers may notice a death before Ray does, and then only their failures are known.
     others = [failure for failure in failures if not _hung_up(failure)]

@@ -58,50 +58,62 @@ from tests.models.fake_cuda.watch import Watch, pretend
 # --- losses: forward and backward under autocast ----------------------------------------------------------------------
 
 
-def training(
-    model: nn.Module, loss: Callable[[Any, dict[str, Tensor], RandomStreams], Losses], columns: dict[str, Tensor]
-) -> Step:
+class Training:
     """A micro-batch: the rows' loss and its gradient, as the training loop computes them."""
-    assert isinstance(model, nn.Module)
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def step() -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, dict[str, Tensor], RandomStreams], Losses],
+        columns: dict[str, Tensor],
+    ):
+        self.model, self.loss, self.columns = model, loss, columns
+
+    def __call__(self) -> None:
         with autocast(CUDA, "bf16"):
-            total = loss(model, columns, StreamsSlice(RandomStreams(STREAMS, CUDA), 0, ROWS)).total
+            total = self.loss(self.model, self.columns, StreamsSlice(RandomStreams(STREAMS, CUDA), 0, ROWS)).total
         assert (total.device.type, total.dtype, total.shape) == ("cuda", torch.float32, (ROWS,))
         total.sum().backward()
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
         assert len(gradients) > 0.9 * len(learning)
         assert {(x.device.type, x.dtype) for x in gradients} == {("cuda", torch.float32)}
         for parameter in learning:
             parameter.grad = None
 
-    return step
+    def compile_whole(self) -> None:
+        """Compiles the network. Raises in a call where the compiler would break its graph.
+
+        The graph runs as it is: breaks are found when it is traced, and compiling it takes minutes.
+        """
+        for name in ("encode_pixels", "encode_text") if isinstance(self.model, Clip) else ("forward",):
+            whole = torch.compile(getattr(self.model, name), fullgraph=True, backend="eager")
+            setattr(self.model, name, whole)
 
 
-def upsampler_training(stage: str, **changes: Any) -> Step:
+def upsampler_training(stage: str, **changes: Any) -> Training:
     """With crops and small images, as the feed makes them; the damage of BSR, whose sizes are drawn, is for the CPU."""
     sizes = replace(config("nano", stage), **changes)
     crop, low = (zeros(ROWS, 3, side, side) for side in (sizes.crop_size, sizes.crop_size // sizes.scale))
     made = {"crop": crop.to(torch.uint8), "low": low}
     columns = batch(sizes.image_size) if sizes.corruption == "blur" else made
-    return training(build(lambda: Upsampler(sizes)), upsampler_loss, columns)
+    return Training(build(lambda: Upsampler(sizes)), upsampler_loss, columns)
 
 
-def clip_training(changes: dict[str, Any]) -> Step:
+def clip_training(changes: dict[str, Any]) -> Training:
     chosen = replace(preset_config("nano").clip.model, **changes)
-    return training(build(lambda: clip(chosen)), clip_loss, batch(chosen.image_size))
+    return Training(build(lambda: clip(chosen)), clip_loss, batch(chosen.image_size))
 
 
 RESNET = {"tower": "resnet", "layers": (1, 1, 1, 1), "image_size": 64, "width": 16}
-LOSSES: dict[str, Callable[[], Step]] = {
+LOSSES: dict[str, Callable[[], Training]] = {
     "clip": lambda: clip_training({}),
     "clip, resnet": lambda: clip_training(RESNET),
-    "decoder, frozen text, layout and pixels": lambda: training(
+    "decoder, frozen text, layout and pixels": lambda: Training(
         decoder(text_encoder="frozen", layout_channels=4, pixel_channels=8), decoder_loss, batch(64)
     ),
-    "diffusion_prior": lambda: training(prior("diffusion_prior", DiffusionPrior), diffusion_prior_loss, batch(64)),
-    "ar_prior": lambda: training(
+    "diffusion_prior": lambda: Training(prior("diffusion_prior", DiffusionPrior), diffusion_prior_loss, batch(64)),
+    "ar_prior": lambda: Training(
         prior("ar_prior", ARPrior, CODES), lambda model, b, rng: ar_prior_loss(model, b, rng, codec()), batch(64)
     ),
     "upsampler_256, pixels": lambda: upsampler_training("upsampler_256", pixel_channels=8),
@@ -246,83 +258,12 @@ def fitting(watch: Watch) -> None:
     assert {x.device.type for moments in state.optimizer.state.values() for x in moments.values()} == {"cuda"}
 
 
-# --- compiled, in one graph each --------------------------------------------------------------------------------------
-
-
-def compiled(network: nn.Module, *given: Any) -> Step:
-    """A network's forward and backward pass under autocast. Raises where the compiler would break its graph.
-
-    The graph runs as it is: breaks are found when it is traced, and compiling it takes minutes.
-    """
-    whole = torch.compile(network, fullgraph=True, backend="eager")
-
-    def step() -> None:
-        with autocast(CUDA, "bf16"):
-            out = whole(*given)
-        out.float().sum().backward()
-
-    return step
-
-
-class Tower(nn.Module):
-    """A CLIP whose call is that of one of its encoders."""
-
-    def __init__(self, model: Clip, encode: str):
-        super().__init__()
-        self.model, self.encode = model, encode
-
-    def forward(self, x: Tensor) -> Tensor:
-        return getattr(self.model, self.encode)(x)
-
-
-def compiled_decoder() -> Step:
-    model, given, keep = decoder(), batch(64), zeros(ROWS, dtype=torch.bool)
-    t = zeros(ROWS, dtype=torch.int64)
-    return compiled(model, zeros(ROWS, 3, 64, 64), t, given["image_embedding"], given["tokens"], keep, keep)
-
-
-def compiled_upsampler(stage: str) -> Step:
-    sizes = config("nano", stage)
-    model = build(lambda: Upsampler(sizes))
-    side = sizes.crop_size
-    low = zeros(ROWS, 3, side // sizes.scale, side // sizes.scale)
-    return compiled(model, zeros(ROWS, 3, side, side), zeros(ROWS, dtype=torch.int64), low)
-
-
-def compiled_prior(stage: str, kind: type, *sizes: int) -> Step:
-    given, keep, whole = batch(64), zeros(ROWS, dtype=torch.bool), torch.int64
-    text = (given["tokens"], given["text_embedding"])
-    if stage == "ar_prior":
-        return compiled(
-            prior(stage, kind, *sizes), *text, zeros(ROWS, dtype=whole), zeros(ROWS, *sizes, dtype=whole), keep
-        )
-    return compiled(prior(stage, kind), zeros(ROWS, DIM), zeros(ROWS, dtype=whole), *text, keep)
-
-
-def compiled_tower(encode: str) -> Step:
-    chosen = preset_config("nano").clip.model
-    side = chosen.image_size
-    given = zeros(ROWS, 3, side, side) if encode == "encode_pixels" else batch(side)["tokens"]
-    return compiled(Tower(build(lambda: clip(chosen)), encode), given)
-
-
-COMPILED: dict[str, Callable[[], Step]] = {
-    "decoder": compiled_decoder,
-    "diffusion_prior": lambda: compiled_prior("diffusion_prior", DiffusionPrior),
-    "ar_prior": lambda: compiled_prior("ar_prior", ARPrior, CODES),
-    "upsampler_256": lambda: compiled_upsampler("upsampler_256"),
-    "upsampler_1024": lambda: compiled_upsampler("upsampler_1024"),
-    "clip's image tower": lambda: compiled_tower("encode_pixels"),
-    "clip's text tower": lambda: compiled_tower("encode_text"),
-}
-
-
 STEPS = {**{f"loss: {name}": case for name, case in LOSSES.items()}, "clip encodes": encoding, "embeddings": embedding}
 SAMPLERS = {f"sampler: {name}": case for name, case in SAMPLERS.items()}
-COMPILED = {f"compiled: {name}": case for name, case in COMPILED.items()}
+COMPILED = {f"compiled: {name}": case for name, case in LOSSES.items()}
 FIT = "the loop of a training"
 LARGE: dict[str, Callable[[], Step]] = {
-    "loss: decoder, small": lambda: training(decoder("small", layers=12), decoder_loss, batch(64)),
+    "loss: decoder, small": lambda: Training(decoder("small", layers=12), decoder_loss, batch(64)),
 }
 FAULTS: dict[str, Callable[[], Step]] = {
     "fault: devices mix": lambda: lambda: zeros(2) + torch.zeros(2),
@@ -337,7 +278,9 @@ def measure(name: str, watch: Watch) -> None:
         fitting(watch)
         return
     if name in COMPILED:  # of which nothing is counted: compilers run a network their own way
-        COMPILED[name]()()
+        case = COMPILED[name]()
+        case.compile_whole()
+        case()
         return
     if name not in SAMPLERS:
         step = (STEPS | LARGE | FAULTS)[name]()

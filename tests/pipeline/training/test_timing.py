@@ -11,7 +11,7 @@ from models.losses import Losses
 from models.random_streams import RandomStreams
 from pipeline.training import stage
 from pipeline.training.recipes import DiffusionPriorRecipe
-from pipeline.training.timing import PHASES, StepTimer, forward_flops, matmul_peak, shares_of
+from pipeline.training.timing import PHASES, StepTimer, forward_flops, shares_of
 from tests.pipeline.training.conftest import World
 from tests.pipeline.training.trainings import MODEL
 
@@ -78,8 +78,3 @@ def test_the_record_says_where_the_time_went(shared_world: World) -> None:
     assert all(value > 0 for value in shares.values())
     rate = times["samples_per_second"] * times["model_flops_per_sample"] / times["matmul_flops_per_second"]
     assert times["utilisation"] == pytest.approx(rate)
-
-
-def test_a_peak_is_measured_once() -> None:
-    device = torch.device("cpu")
-    assert matmul_peak(device, torch.float32, 1) == matmul_peak(device, torch.float32, 1) > 1e8

@@ -41,15 +41,22 @@ def told(ctx: Context, *made: Artifact) -> None:
 FIGURES = [{"model": "decoder", "says": "uses its caption", "value": 0.5, "holds": True}]
 
 
-def told_of_a_decoder(world: World, output: Path, tracker: str) -> tuple[Context, Artifact]:
+DECODER_RECIPE = DecoderRecipe(samples=32, batch=16, lanes=8, precision="fp32", model=DECODER)
+
+
+@pytest.fixture(scope="module")
+def made(shared_world: World) -> Artifact:
+    """A decoder."""
+    return stage.train(shared_world.context("decoder", DECODER_RECIPE))
+
+
+def told_of_a_decoder(world: World, output: Path, tracker: str, made: Artifact) -> Context:
     """Told by two processes, the second of which goes on where the first ended; and of an evaluation."""
-    recipe = DecoderRecipe(samples=32, batch=16, lanes=8, precision="fp32", model=DECODER)
-    ctx = context(world, output, tracker, recipe=recipe, name="decoder")
-    made = stage.train(ctx)
+    ctx = context(world, output, tracker, recipe=DECODER_RECIPE, name="decoder")
     told(ctx, so_far(ctx, made, 16))
     told(ctx, so_far(ctx, made, 16), made)
     tell_result(replace(ctx, stage="evaluation"), replace(made, blobs={}, metrics={"figures": FIGURES}))
-    return ctx, made
+    return ctx
 
 
 def so_far(ctx: Context, made: Artifact, samples: int) -> Artifact:
@@ -59,9 +66,9 @@ def so_far(ctx: Context, made: Artifact, samples: int) -> Artifact:
     return replace(made, blobs={"metrics.jsonl": put_blob(ctx.store, kept)}, metrics={"samples_seen": samples})
 
 
-def test_tensorboard_has_the_journal_once(shared_world: World, tmp_path: Path) -> None:
+def test_tensorboard_has_the_journal_once(shared_world: World, made: Artifact, tmp_path: Path) -> None:
     """Every scalar and every preview, read back from the event files."""
-    ctx, made = told_of_a_decoder(shared_world, tmp_path, "tensorboard")
+    ctx = told_of_a_decoder(shared_world, tmp_path, "tensorboard", made)
     folder = tmp_path / f"tensorboard/decoder-{trajectory_key(ctx)[:12]}"
     (other,) = {*(tmp_path / "tensorboard").iterdir()} - {folder}
     assert other.name == f"evaluation-{made.key[:12]}"
@@ -140,14 +147,14 @@ def test_the_example_of_the_page_and_a_class_of_ones_own(
 
 
 def test_mlflow_has_every_line_image_and_figure_once(
-    shared_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared_world: World, made: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a folder; the client reads it back."""
     from mlflow import MlflowClient
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    _, made = told_of_a_decoder(shared_world, tmp_path / "out", "mlflow")
+    told_of_a_decoder(shared_world, tmp_path / "out", "mlflow", made)
     client = MlflowClient((tmp_path / "out/mlruns").as_uri())
     experiment: Any = client.get_experiment_by_name("out")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
@@ -181,14 +188,14 @@ def leveldb_log(data: bytes) -> Iterator[bytes]:
 
 
 def test_wandb_offline_has_every_line_image_and_figure_once(
-    shared_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared_world: World, made: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes write two files of one run, which wandb sync sends."""
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    _, made = told_of_a_decoder(shared_world, tmp_path / "out", "wandb")
+    told_of_a_decoder(shared_world, tmp_path / "out", "wandb", made)
     wandb.teardown()  # as at the end of a process: what is still on its way is written
     heard: list[tuple[int, float]] = []
     projects, previews, tables = set(), 0, 0

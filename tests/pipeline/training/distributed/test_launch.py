@@ -14,11 +14,12 @@ import pytest
 from ray.exceptions import RayError
 from torch.distributed import DistBackendError
 
-from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
+from pipeline.errors import CorruptObject, OtherFormat, Superseded, Unreachable, UserError
 from pipeline.graph.ray import start_ray
 from pipeline.settings import RaySettings
 from pipeline.training import stage
 from pipeline.training.checkpoints import open_checkpoints
+from pipeline.training.device import OutOfMemory
 from pipeline.training.distributed.launch import Relayed, Watcher, WorkerLost, _cause, _worker, launch
 from pipeline.training.distributed.process_group import ProcessGroup
 from tests.pipeline.training.conftest import World
@@ -54,7 +55,15 @@ def test_ray_workers_train_what_this_process_trains(ray: Any, world: World, capl
 
 
 @pytest.mark.parametrize(
-    "error", [UserError("a"), Superseded("c"), Unreachable("d"), CorruptObject("blobs/ab/abc", "is missing")]
+    "error",
+    [
+        UserError("a"),
+        Superseded("c"),
+        Unreachable("d"),
+        OtherFormat("record", "is newer"),
+        OutOfMemory("3 rows", 3),
+        CorruptObject("blobs/ab/abc", "is missing"),
+    ],
 )
 def test_expected_errors_of_a_worker_keep_their_type(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a worker sends them to the driver, pickled."""
