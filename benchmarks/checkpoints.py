@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from pipeline.store import open_store
-from pipeline.training.checkpoints import BranchedCheckpoints, Checkpoints, snapshot
+from pipeline.training.checkpoints import Checkpoints, snapshot
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.saver import Saver
 from pipeline.training.state import TrainState, parts
@@ -129,8 +129,7 @@ def measure_training(options: argparse.Namespace, server: Server) -> dict[str, l
     trained: dict[str, list[float]] = {"alone": [], "saving": []}
     for number in range(max(1, options.rounds // 2)):
         trained["alone"].append(steps(options.seconds, state, None))
-        own = Checkpoints(store, f"course-{number}", 1)
-        course = BranchedCheckpoints(own, own, fork=0)
+        course = Checkpoints(store, f"course-{number}", 1)
         with Saver(course, ProcessGroup(0, 1, torch.device("cpu")), INTERVAL_S) as saver:
             trained["saving"].append(steps(options.seconds, state, saver))
     return trained

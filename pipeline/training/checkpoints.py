@@ -93,12 +93,17 @@ def _copied(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Reads and writes the checkpoints of one trajectory for one attempt, and keeps the newest ``keep`` of them."""
+    """Reads and writes the checkpoints of one trajectory for one attempt, and keeps the newest ``keep`` of them.
+
+    Where the learning rate falls, checkpoints of up to ``fork`` samples are those of the ``trunk``, on which it stays.
+    """
 
     store: Store
     trajectory: str
     attempt: int
     keep: int = 2
+    trunk: Checkpoints | None = None
+    fork: int = 0
 
     @property
     def folder(self) -> str:
@@ -110,6 +115,9 @@ class Checkpoints:
         All parts are stored at once. Where the state is sharded, each worker stores its blobs, ``collect`` gathers
         their names, and rank 0 publishes the record.
         """
+        if self.trunk and taken.samples <= self.fork:
+            self.trunk.publish(taken, rank, collect)
+            return
         taken.wait()
         names = [part if rank == 0 else f"{part}.{rank:05d}" for part in taken.tensors]
         with ThreadPoolExecutor(len(names) or 1) as pool:
@@ -161,6 +169,8 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raises Superseded if a later attempt has begun."""
+        if self.trunk:
+            self.trunk.check()
         newest = last_attempt(self.store, self.trajectory)
         if newest > self.attempt:
             raise Superseded(f"attempt {self.attempt} of this training stops: attempt {newest} has begun")
@@ -204,7 +214,11 @@ class Checkpoints:
         return found
 
     def records(self) -> list[str]:
-        """Returns the paths of records, the oldest first."""
+        """Returns the paths of records, readable or not, the oldest first."""
+        before = self.trunk._own() if self.trunk else []
+        return [*(path for path in before if _samples(path) <= self.fork), *self._own()]
+
+    def _own(self) -> list[str]:
         paths = (entry.path for entry in self.store.list(self.folder))
         return sorted(path for path in paths if NAME.fullmatch(path.removeprefix(self.folder)))
 
@@ -213,7 +227,7 @@ class Checkpoints:
 
         Records of more samples were skipped as damaged, or belong to a longer training.
         """
-        paths = self.records()
+        paths = self._own()
         own = [path for path in paths if _attempt(path) <= self.attempt and _samples(path) <= samples]
         old, kept = own[: -self.keep], [path for path in paths if path not in own[: -self.keep]]
         gone, needed = self._blobs(old), self._blobs(kept)
@@ -292,46 +306,11 @@ def take_attempt(store: Store, trajectory: str) -> int:
             return number
 
 
-@dataclass(frozen=True)
-class BranchedCheckpoints:
-    """Reads and writes the checkpoints of one training: of the trunk up to ``fork`` samples, then of its own branch.
-
-    Both are the same where the learning rate does not fall.
-    """
-
-    trunk: Checkpoints
-    branch: Checkpoints
-    fork: int
-
-    def at(self, samples: int) -> Checkpoints:
-        """Returns where a checkpoint after ``samples`` samples belongs."""
-        return self.trunk if samples <= self.fork else self.branch
-
-    def records(self) -> set[str]:
-        """Returns the paths of all records, readable or not."""
-        return {*self.trunk.records(), *self.branch.records()}
-
-    def newest(self, at_most: int) -> int:
-        """Returns what Checkpoints.newest returns."""
-        return max(self.branch.newest(at_most), self.trunk.newest(min(at_most, self.fork)))
-
-    def journal(self, at_most: int) -> tuple[int, MetricsJournal] | None:
-        """Returns what Checkpoints.journal returns."""
-        return self.branch.journal(at_most) or self.trunk.journal(min(at_most, self.fork))
-
-    def check(self) -> None:
-        """Raises Superseded if a later attempt has begun."""
-        self.trunk.check()
-        self.branch.check()
-
-    def restore(self, state: TrainState, at_most: int) -> bool:
-        """Restores as Checkpoints.restore does."""
-        return self.branch.restore(state, at_most) or self.trunk.restore(state, min(at_most, self.fork))
-
-
-def open_checkpoints(ctx: Context, begin: bool) -> BranchedCheckpoints:
+def open_checkpoints(ctx: Context, begin: bool) -> Checkpoints:
     """Returns the checkpoints of a training: to ``begin`` a new attempt that writes, or to read."""
-    keep = ctx.settings.keep_checkpoints
-    keys = dict.fromkeys([trunk_key(ctx), trajectory_key(ctx)])
-    made = [Checkpoints(ctx.store, key, take_attempt(ctx.store, key) if begin else 0, keep) for key in keys]
-    return BranchedCheckpoints(made[0], made[-1], ctx.recipe.fork)
+    checkpoints: Checkpoints | None = None
+    for key in dict.fromkeys([trunk_key(ctx), trajectory_key(ctx)]):
+        attempt = take_attempt(ctx.store, key) if begin else 0
+        checkpoints = Checkpoints(ctx.store, key, attempt, ctx.settings.keep_checkpoints, checkpoints, ctx.recipe.fork)
+    assert checkpoints is not None
+    return checkpoints

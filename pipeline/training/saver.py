@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from pipeline.settings import SPARED
-from pipeline.training.checkpoints import BranchedCheckpoints, Snapshot, snapshot
+from pipeline.training.checkpoints import Checkpoints, Snapshot, snapshot
 from pipeline.training.distributed.process_group import CHECK_EVERY, ProcessGroup
 from pipeline.training.state import TrainState
 
@@ -25,7 +25,7 @@ class Saver:
         saved: Samples of the checkpoint that the training went on from.
     """
 
-    def __init__(self, checkpoints: BranchedCheckpoints, group: ProcessGroup, every_s: float = 0.0, saved: int = 0):
+    def __init__(self, checkpoints: Checkpoints, group: ProcessGroup, every_s: float = 0.0, saved: int = 0):
         self.checkpoints, self.group, self.every_s, self.saved = checkpoints, group, every_s, saved
         self.owed = False  # a validation pass is not saved yet: the report shows a running training by its checkpoints
         self._collect = partial(group.collect, group=group.side_group()) if group.sharded else list
@@ -67,7 +67,7 @@ class Saver:
         self.saved, self.owed = state.samples, False
 
     def _publish(self, taken: Snapshot) -> None:
-        self.checkpoints.at(taken.samples).publish(taken, self.group.rank, self._collect)
+        self.checkpoints.publish(taken, self.group.rank, self._collect)
         self._took_s = time.monotonic() - self._began
 
     def wait(self) -> None:

@@ -32,7 +32,7 @@ from pipeline.progress import Progress
 from pipeline.settings import TrainingSettings
 from pipeline.store.crash import crash_point
 from pipeline.store.records import read_blob
-from pipeline.training.checkpoints import BranchedCheckpoints, open_checkpoints
+from pipeline.training.checkpoints import Checkpoints, open_checkpoints
 from pipeline.training.checks import check, most_workers
 from pipeline.training.compiling import compile_layers, compiles
 from pipeline.training.device import OutOfMemory, keep_freed_memory, memory_for
@@ -82,7 +82,7 @@ def run_attempts(ctx: Context, task: Task) -> None:
     Nothing but checkpoints passes from one attempt to the next, so that whatever was lost costs the steps since the
     last one. Losses are forgiven as long as new checkpoints come in between.
     """
-    checkpoints: BranchedCheckpoints | None = None
+    checkpoints: Checkpoints | None = None
     known: set[str] = set()
     lost = 0
     while True:
@@ -91,7 +91,7 @@ def run_attempts(ctx: Context, task: Task) -> None:
                 checkpoints.check()
             checkpoints = open_checkpoints(ctx, begin=True)
             newest = partial(checkpoints.newest, ctx.recipe.whole_samples)
-            if (records := checkpoints.records()) - known:  # even one before a newer checkpoint that is damaged
+            if (records := set(checkpoints.records())) - known:  # even one before a newer checkpoint that is damaged
                 known, lost = records, 0
             if reached := newest():
                 log.info("resuming %s at sample %s", ctx.stage, f"{reached:,}")
@@ -99,7 +99,7 @@ def run_attempts(ctx: Context, task: Task) -> None:
             # The progress line of a worker elsewhere is seen by nobody: here one is drawn from its checkpoints.
             elsewhere = uses_ray(ctx.settings, ctx.ray)
             with following(ctx.stage, ctx.recipe.whole_samples, newest) if elsewhere else nullcontext():
-                name = f"{checkpoints.branch.trajectory[:16]}-{checkpoints.branch.attempt:04d}"
+                name = f"{checkpoints.trajectory[:16]}-{checkpoints.attempt:04d}"
                 launch(Worker(ctx, checkpoints), ctx.stage, name, ctx.settings, ctx.ray, most_workers(ctx, task))
             return
         except (WorkerLost, Unreachable) as e:
@@ -121,7 +121,7 @@ class Worker:
     """Trains as one of the workers. It is pickled, sent to all of them, and called there."""
 
     ctx: Context
-    checkpoints: BranchedCheckpoints
+    checkpoints: Checkpoints
 
     @memory_for("the model, with its average, its optimiser and what is measured of it,")
     def __call__(self, group: ProcessGroup) -> None:

@@ -13,7 +13,7 @@ from pipeline.settings import SPARED
 from pipeline.store.records import put_blob, read_blob, read_record
 from pipeline.training import checkpoints as module
 from pipeline.training import stage
-from pipeline.training.checkpoints import BranchedCheckpoints, Checkpoints, snapshot
+from pipeline.training.checkpoints import Checkpoints, snapshot
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.records import CheckpointRecord
@@ -60,7 +60,7 @@ def test_the_next_save_waits_for_longer_than_the_last_one_took(world: World, mon
     monkeypatch.setattr("pipeline.training.saver.time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(Checkpoints, "publish", lambda *_: now.__setitem__(0, now[0] + 2.0))
     checkpoints = Checkpoints(world.store, "t", 1)
-    with Saver(BranchedCheckpoints(checkpoints, checkpoints, 64), ProcessGroup(), every_s=10.0) as saver:
+    with Saver(checkpoints, ProcessGroup(), every_s=10.0) as saver:
         now[0] = 9.9
         assert not saver.late()
         now[0] = 10.0

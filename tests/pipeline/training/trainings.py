@@ -18,7 +18,7 @@ from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
-from pipeline.training.checkpoints import BranchedCheckpoints, open_checkpoints
+from pipeline.training.checkpoints import Checkpoints, open_checkpoints
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.recipes import ClipRecipe, DiffusionPriorRecipe
 from pipeline.training.train import Worker
@@ -76,7 +76,7 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert all(gap.max() < 1e-4 for gap in gaps.values())
 
 
-def _work(rank: int, ctx: Context, own: BranchedCheckpoints, meeting: Path, before: Callable[[int], None]) -> None:
+def _work(rank: int, ctx: Context, own: Checkpoints, meeting: Path, before: Callable[[int], None]) -> None:
     torch.set_num_threads(1)
     before(rank)
     settings = ctx.settings
@@ -98,6 +98,6 @@ def train_together(ctx: Context, folder: Path, before: Callable[[int], None] = a
     Each calls ``before`` with its rank first. Without ``join`` returns the processes as torch.multiprocessing does.
     """
     own = open_checkpoints(ctx, begin=True)
-    meeting = folder / f"meeting-{own.branch.attempt}"
+    meeting = folder / f"meeting-{own.attempt}"
     given, workers = (ctx, own, meeting, before), ctx.settings.workers
     return multiprocessing.start_processes(_work, given, workers, join, start_method="forkserver")

@@ -223,7 +223,7 @@ def test_a_training_that_comes_further_below_a_damaged_checkpoint_goes_on(
             launch(work, stage, name, *others)
             return
         samples = 32 if len(calls) == 1 else len(calls)
-        world.store.create(f"{work.checkpoints.trunk.folder}{samples:012d}-{len(calls):04d}.json", b"{}")
+        world.store.create(f"{work.checkpoints.folder}{samples:012d}-{len(calls):04d}.json", b"{}")
         raise WorkerLost("a worker died")
 
     monkeypatch.setattr("pipeline.training.train.launch", fragile)
