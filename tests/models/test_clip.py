@@ -119,17 +119,17 @@ def test_loss_equals_open_clips() -> None:
 
 def test_gradients_of_parts_of_a_batch_are_those_of_the_whole() -> None:
     """In fp32 but for the order of sums; under autocast the parts' gradients are not added up in bf16."""
-    batch = {"image": views(21), "tokens": tokenize([f"{n} cats" for n in range(21)])}
+    batch = {"image": views(9), "tokens": tokenize([f"{n} cats" for n in range(9)])}
 
     def gradients(at_once: int, bf16: bool = False) -> tuple[Tensor, Tensor]:
         clip = Clip.build(VIT, seed=0)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            losses = clip_loss(clip, batch, RandomStreams([(0, 8), (1, 13)]), at_once=at_once).total
+            losses = clip_loss(clip, batch, RandomStreams([(0, 4), (1, 5)]), at_once=at_once).total
         losses.mean().backward()
         return losses.detach(), torch.cat([p.grad.flatten() for p in clip.parameters() if p.grad is not None])
 
     exact = gradients(0)
-    for at_once in (1, 4, 20):
+    for at_once in (1, 4, 8):
         torch.testing.assert_close(gradients(at_once), exact, rtol=1e-4, atol=1e-6)
     whole, parts = (gradients(at_once, bf16=True)[1] for at_once in (0, 1))
     assert (parts - exact[1]).norm() < 1.2 * (whole - exact[1]).norm()

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 import socket
 import sys
 import tomllib
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from models.clip import TOKENIZER_FILES, WEIGHTS_FILE, Clip, tokenizer_in
+from models.clip import TOKENIZER_FILES, WEIGHTS_FILE, Clip, config_in, tokenizer_in
 from models.tensors import shapes_only
 from models.view import view
 from pipeline.data.embeddings.encoder import OpenEncoder
@@ -103,13 +104,18 @@ class AutoTokenizer:
         return SimpleNamespace(input_ids=torch.tensor([row + [1] * (max_length - len(row)) for row in rows]))
 
 
-@pytest.fixture
-def siglip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a SigLIP, with a stand-in for transformers."""
-    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoTokenizer=AutoTokenizer))
-    folder = save_siglip(tmp_path / "siglip")
+@pytest.fixture(scope="module")
+def saved_siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_siglip(tmp_path_factory.mktemp("saved") / "siglip")
     (folder / "tokenizer.json").write_text(LETTERS)
     return folder
+
+
+@pytest.fixture
+def siglip(saved_siglip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a SigLIP, to be changed at will, with a stand-in for transformers."""
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoTokenizer=AutoTokenizer))
+    return Path(shutil.copytree(saved_siglip, tmp_path / "siglip"))
 
 
 def save_siglip(folder: Path, tokens: int = 50_000) -> Path:
@@ -236,7 +242,6 @@ def test_a_folder_brings_no_code(
 def test_a_folder_sends_open_clip_nowhere_else(
     tower: str, values: dict, said: str, siglip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Clip.from_folder(siglip)
     change(siglip, tower, values)
     with pytest.raises(ValueError, match=said) as refused:
         Clip.from_folder(siglip)
@@ -250,26 +255,33 @@ def test_a_name_is_one_of_open_clips_own(name: str, monkeypatch: pytest.MonkeyPa
         Clip.pretrained(name, "any")
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of open_clip's by name."""
+    file = tmp_path_factory.mktemp("named") / "test-tiny-vit.json"
+    file.write_text(json.dumps(VIT.model_config()))
+    open_clip.add_model_config(file)
+    return file.stem
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".npz"])
-def test_named_weights_that_are_a_pickle_run_nothing(suffix: str, tmp_path: Path) -> None:
+def test_named_weights_that_are_a_pickle_run_nothing(suffix: str, tiny: str, tmp_path: Path) -> None:
     weights = tmp_path / f"weights{suffix}"
     weights.write_bytes(pickle.dumps(Evil(tmp_path), protocol=2))
     with pytest.raises(ValueError, match="could not be loaded") as refused:
-        Clip.pretrained("ViT-B-32", str(weights))
+        Clip.pretrained(tiny, str(weights))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "ran").exists()
 
 
-def test_named_weights(tmp_path: Path) -> None:
+def test_named_weights(tiny: str, tmp_path: Path) -> None:
     clip = Clip.build(VIT, seed=0).eval()
-    (tmp_path / "test-tiny-vit.json").write_text(json.dumps(clip.model_config))
-    open_clip.add_model_config(tmp_path / "test-tiny-vit.json")
     weights = tmp_path / "weights.pt"
     torch.save({"state_dict": {f"module.{k}": v for k, v in clip.model.state_dict().items()}}, weights)
-    again = Clip.pretrained("test-tiny-vit", str(weights))
+    again = Clip.pretrained(tiny, str(weights))
     assert torch.equal(again.encode_image(views()), clip.encode_image(views()))
     with pytest.raises(ValueError, match=r"weights 'laion9b' could not be loaded .* tags of test-tiny-vit are none"):
-        Clip.pretrained("test-tiny-vit", "laion9b")
+        Clip.pretrained(tiny, "laion9b")
     with pytest.raises(ValueError, match="open_clip has no model 'ViT-Z'"):
         Clip.pretrained("ViT-Z", "openai")
 
@@ -306,7 +318,7 @@ def test_a_tokenizer_names_no_file_by_any_field(said: dict, siglip: Path, tmp_pa
     said = json.loads(json.dumps(said).replace("PATH", str(tmp_path / "credentials")))
     harmless = {"special_tokens_map_file": "/home/a/special_tokens_map.json", "vocab_file": None}
     (siglip / "tokenizer_config.json").write_text(json.dumps(harmless))
-    Clip.from_folder(siglip)
+    config_in(siglip)
     for name in TOKENIZER_FILES:
         (siglip / name).write_text(json.dumps({"eos_token": "</s>", "unk_token": "."} | said))
         with pytest.raises(ValueError, match=rf"{name} names a file of this machine \((vocab(_file)?|model_file|b)\)"):
@@ -349,17 +361,16 @@ def test_a_pickle_beside_the_weights_is_not_read_and_none_in_their_place(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "ViT-B-16-SigLIP", "convnext_base", "ViTamin-S", "coca_ViT-B-32"])
-def test_each_kind_of_tower_is_measured_before_it_is_built(name: str, tmp_path: Path) -> None:
-    """Networks of open_clip and of timm, at random, pass from a folder as they were saved."""
+def test_each_kind_of_tower_is_measured_before_it_is_built(name: str) -> None:
+    """Networks of open_clip and of timm pass with the sizes of their weights."""
     model_config = open_clip.get_model_config(name)
     model_config["text_cfg"].pop("hf_tokenizer_name", None)
     with torch.device("meta"):
         whole = open_clip.create_model(name, load_weights=False, device="meta")
     sizes = {key: tensor.shape for key, tensor in whole.state_dict().items()}
-    file = tmp_path / "weights.safetensors"
-    save_file({key: torch.zeros(shape, dtype=torch.uint8) for key, shape in sizes.items()}, file)
-    with shapes_only(file):
+    numbers = [shape.numel() for shape in sizes.values()]
+    with shapes_only(Path("weights"), numbers):
         again = open_clip.create_model(name, load_weights=False, device="meta")
     assert {key: tensor.shape for key, tensor in again.state_dict().items()} == sizes
-    with pytest.raises(ValueError, match="describes a larger model"), shapes_only(file):
-        torch.nn.Linear(sum(shape.numel() for shape in sizes.values()), 65)
+    with pytest.raises(ValueError, match="describes a larger model"), shapes_only(Path("weights"), numbers):
+        torch.nn.Linear(sum(numbers), 65)

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,27 @@ def _embeddings(group: list[Example]) -> dict[str, Any]:
 def shared_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A world to read from; tests that train in it use recipes of their own."""
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Artifact]:
+    """What one process makes of PRIOR_RECIPE in one go."""
+    from pipeline.training.stage import train
+    from tests.pipeline.training.trainings import PRIOR_RECIPE, SETTINGS
+
+    world = make_world(tmp_path_factory.mktemp("straight"))
+    return world, train(world.context("diffusion_prior", PRIOR_RECIPE, SETTINGS))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_previews() -> Iterator[None]:
+    """Draws previews in three steps."""
+    from pipeline.training.tasks import decoder, upsampler
+
+    with pytest.MonkeyPatch.context() as patch:
+        for task in (decoder, upsampler):
+            patch.setattr(task, "_PREVIEW_STEPS", 3)
+        yield
 
 
 @pytest.fixture

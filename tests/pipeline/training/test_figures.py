@@ -15,6 +15,7 @@ from models.pixels import to_uint8
 from models.prior_configs import DiffusionPriorConfig
 from models.random_streams import RandomStreams
 from pipeline.training.task import Batch
+from pipeline.training.tasks import decoder
 from pipeline.training.tasks.clip import ClipTask
 from pipeline.training.tasks.decoder import DecoderTask
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
@@ -100,5 +101,7 @@ def test_previews_end_before_timestep_0() -> None:
         preview = task.preview(model, batch, RandomStreams([(1, 2)]))
         denoise = decoder_denoise(model, z, batch["tokens"], guidance=0.0)
         noise = RandomStreams([(1, 2)]).normal("preview", 3, config.image_size, config.image_size)
-        drawn = to_uint8(ddim(denoise, noise, trailing_grid(1000, 25), make_schedule(config.schedule, 1000)))
+        drawn = to_uint8(
+            ddim(denoise, noise, trailing_grid(1000, decoder._PREVIEW_STEPS), make_schedule(config.schedule, 1000))
+        )
     assert torch.equal(preview, torch.cat([torch.cat(list(images), 2), torch.cat(list(drawn), 2)], 1))

@@ -7,6 +7,7 @@ import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,6 +53,10 @@ def test_ray_workers_train_what_this_process_trains(ray: Any, world: World, capl
     assert re.search(r"diffusion_prior: a worker died or could not start.*; starting again", caplog.text)
     assert "resuming diffusion_prior at sample 16" in caplog.text
     assert_equal_trainings(made[1], made[0])
+    for changes, said in (({"sharded": True}, "1 core each"), ({"device": "cuda"}, "1 GPU each")):
+        refused = rf"^clip: Ray has no room for 3 workers with {said}; it has 2 cores and 0 "
+        with pytest.raises(UserError, match=refused):
+            launch(die, "clip", "refused", replace(SETTINGS, workers=3, **changes), RaySettings())
 
 
 @pytest.mark.parametrize(
@@ -110,18 +115,14 @@ def die(group: ProcessGroup) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_of_a_worker_that_nccl_has_ended_the_log_is_read(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In which this one says that it has the cores and the memory that it is given. Without room none is started."""
+@pytest.mark.slow
+def test_of_a_worker_that_nccl_has_ended_the_log_is_read(ray: Any) -> None:
+    """In which this one says that it has the cores and the memory that it is given."""
     settings = replace(SETTINGS, workers=1, cpus=2, memory_mb=64)
     with pytest.raises(WorkerLost, match=r"^a worker died or could not start \(.* NCCL WARN .* no route; ") as lost:
         launch(die, "clip", "die", settings, RaySettings())
     assert "'CPU': 2.0" in str(lost.value)
     assert f"'memory': {64 << 20}" in str(lost.value)
-    monkeypatch.setattr("pipeline.graph.ray.PLACING_S", 0.1)
-    for changes, said in (({"sharded": True}, "1 core each"), ({"device": "cuda"}, "1 GPU each")):
-        refused = rf"^clip: Ray has no room for 3 workers with {said}; it has 2 cores and 0 "
-        with pytest.raises(UserError, match=refused):
-            launch(die, "clip", "refused", replace(SETTINGS, workers=3, **changes), RaySettings())
 
 
 @pytest.mark.parametrize(
@@ -135,8 +136,11 @@ def test_of_a_worker_that_nccl_has_ended_the_log_is_read(ray: Any, monkeypatch: 
     ],
     ids=["died", "unavailable"],
 )
-def test_of_a_worker_of_another_machine_ray_is_asked_for_the_log(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_the_log_of_a_worker_is_read_here_or_ray_is_asked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     asked = []
+    failures = [RayError(text), DistBackendError("NCCL error in: a.cpp:7, remote process exited")]
 
     def get_log(**words: Any) -> Iterator[str]:
         asked.append((words["node_ip"], words["pid"]))
@@ -144,9 +148,13 @@ def test_of_a_worker_of_another_machine_ray_is_asked_for_the_log(monkeypatch: py
         yield " WorkNCCL(SeqNum=7)\nterminate called\n"
 
     monkeypatch.setattr("ray.util.state.get_log", get_log)
-    found = _cause([RayError(text), DistBackendError("NCCL error in: a.cpp:7, remote process exited")])
+    found = _cause(failures)
     assert str(found).endswith("([rank3]: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7))")
     assert set(asked) == {("10.0.0.3", 71)}
+    (tmp_path / "worker-ab-71.out").write_text("begins\n[0] socket.cc:50 NCCL WARN socketStartConnect: no route\n")
+    monkeypatch.setattr("pipeline.training.distributed.launch.local_logs", lambda: [tmp_path])
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.3")
+    assert str(_cause(failures)).endswith("([0] socket.cc:50 NCCL WARN socketStartConnect: no route)")
 
 
 @pytest.mark.parametrize(
