@@ -53,7 +53,7 @@ def test_every_look_is_saved_and_shown(shared_world: World, monkeypatch: pytest.
     ctx = context(shared_world, steps=6, seed=1)
     assert so_far(ctx) is None
     shown: list[Artifact] = []
-    with showing(replace(ctx, show=shown.append), every_s=0.01):
+    with showing(replace(ctx, show=shown.append), every_s=0.2):
         made = train(ctx)
         while not shown or shown[-1].metrics["samples_seen"] < ctx.recipe.samples:
             time.sleep(0.01)
@@ -77,7 +77,7 @@ def test_what_cannot_be_shown_for_a_while_is_shown_later(shared_world: World, ca
             raise OSError("the disk is full")
 
     ctx = context(shared_world, steps=2, seed=2)
-    with caplog.at_level(logging.WARNING), showing(replace(ctx, show=broken), every_s=0.001):
+    with caplog.at_level(logging.WARNING), showing(replace(ctx, show=broken), every_s=0.1):
         train(ctx)
         while len(shown) < 3:
             time.sleep(0.01)
