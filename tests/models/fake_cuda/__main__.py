@@ -1,6 +1,6 @@
-"""Runs a module of this package in a process of its own, on a CPU build of torch, and prints what it found as JSON.
+"""Runs cases in a process of its own, on a CPU build of torch, and prints what it found as JSON.
 
-python -m tests.models.fake_cuda LIBRARY cases|memory NAME ...
+python -m tests.models.fake_cuda LIBRARY NAME ...
 """
 
 import ctypes
@@ -27,4 +27,4 @@ def load(library: Path) -> None:
 
 
 load(Path(sys.argv[1]))
-print(json.dumps(import_module(f"tests.models.fake_cuda.{sys.argv[2]}").run(sys.argv[3:])))
+print(json.dumps(import_module("tests.models.fake_cuda.cases").run(sys.argv[2:])))

@@ -36,8 +36,8 @@ def batch(side: int) -> dict[str, Tensor]:
     }
 
 
-def codec(codes: int = CODES, dim: int = DIM) -> Codec:
-    shapes = [(dim,), (codes, dim), (codes,), (codes, 1023), (codes, 1024), (1023,)]
+def codec() -> Codec:
+    shapes = [(DIM,), (CODES, DIM), (CODES,), (CODES, 1023), (CODES, 1024), (1023,)]
     tables: list[Any] = [zeros(*shape, dtype=torch.float64) for shape in shapes]
     return Codec(*tables, zeros(1024, dtype=torch.int64))  # type: ignore[call-arg]
 
