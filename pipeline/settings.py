@@ -155,6 +155,7 @@ class TrainingSettings:
             checkpoint on. CLIP encodes so many at once, and again in the backward pass.
         threads: Threads of a worker; 0 is every core, divided among the workers of one machine. A Ray worker without a
             GPU takes as many cores, so that trainings with a number of threads run side by side on one machine.
+            Threads wait for each other: where other programs keep cores busy, 1 makes more samples than 2.
         checkpoint_every_s: Seconds between checkpoints, at least; where it takes longer to write one, 30 times as
             long as that. 0 saves after every step.
         keep_checkpoints: Number of the newest checkpoints that stay.
