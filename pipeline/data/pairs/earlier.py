@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from pipeline.data.fetch.opener import Evidence
 from pipeline.data.pairs.row_index import Place, read_images, read_opt_outs
@@ -16,35 +15,8 @@ from pipeline.graph.stages import Context
 from pipeline.store import Store
 
 READ = 64  # images in memory at once
+TAKEN_OVER = ("status", "reason", "width", "height", "sha256", "tar", "offset", "size")  # of the earlier index
 log = logging.getLogger("unclip")
-
-
-class Spooled(NamedTuple):
-    """An image in a temporary file."""
-
-    file: IO[bytes]
-    start: int
-    size: int
-
-    def read(self) -> bytes:
-        """Returns its bytes."""
-        self.file.seek(self.start)
-        return self.file.read(self.size)
-
-
-@dataclass(frozen=True)
-class EarlierRow:
-    """Holds how a row ended.
-
-    Attributes:
-        row: Row of the earlier index.
-        image: Image of the row, unless that lies in a tar of the user's.
-        evidence: Evidence of an opt-out; None where there was none.
-    """
-
-    row: Mapping[str, Any]
-    image: Spooled | None
-    evidence: Evidence | None
 
 
 def earlier_shards(ctx: Context) -> dict[int, dict[str, ShardRow]]:
@@ -67,35 +39,33 @@ def earlier_shards(ctx: Context) -> dict[int, dict[str, ShardRow]]:
 
 
 def take_over(
-    store: Store, refs: Sequence[Mapping[str, Any]], source: ShardRow, pairs: ShardRow, spool: IO[bytes]
-) -> dict[int, EarlierRow]:
-    """Returns, by place, the rows of ``refs`` that stood there in the earlier shard too, with the same hash.
+    store: Store, refs: Sequence[Mapping[str, Any]], source: ShardRow, pairs: ShardRow, wanted: Sequence[int]
+) -> Iterator[tuple[int, dict[str, Any], bytes | None]]:
+    """Yields those rows at the ``wanted`` places that stood there in the earlier shard too, with the same hash.
 
-    Their images are written to ``spool``, since memory does not hold those of a large shard. Returns none if what the
-    earlier run made is gone or damaged.
+    Each comes as its place, what the earlier run found out about it, and its image, unless that lies in a tar of the
+    user's. Ends where what the earlier run made is gone or damaged.
     """
     try:
         before = read_table(store, source.blobs["refs"]).to_pylist()
         index = read_table(store, pairs.blobs["index"]).to_pylist()
+        said = {row["key"]: Evidence(row["evidence"], row["seen"].timestamp()) for row in read_opt_outs(store, [pairs])}
         same = [
             i
-            for i, (now, then) in enumerate(zip(refs, before, strict=False))
-            if not now["reject"]
-            and not then["reject"]
-            and all(now[k] == then[k] for k in ("url", "sha256"))
+            for i in wanted
+            if i < len(before)
+            and not before[i]["reject"]
+            and all(refs[i][k] == before[i][k] for k in ("url", "sha256"))
             # Another recipe may allow the address.
             and index[i]["reason"] != "forbidden_address"
         ]
-        own = [i for i in same if index[i]["tar"] is None and index[i]["size"] is not None]
-        images = {}
-        for start in range(0, len(own), READ):
-            part = own[start : start + READ]
-            places = [Place.of(index[i], pairs.blobs.get("images")) for i in part]
-            for i, image in zip(part, read_images(store, places), strict=True):
-                images[i] = Spooled(spool, spool.tell(), len(image))
-                spool.write(image)
-        said = {row["key"]: Evidence(row["evidence"], row["seen"].timestamp()) for row in read_opt_outs(store, [pairs])}
+        for start in range(0, len(same), READ):
+            rows = {i: index[i] for i in same[start : start + READ]}
+            own = {i: row for i, row in rows.items() if row["tar"] is None and row["size"] is not None}
+            images = read_images(store, [Place.of(row, pairs.blobs.get("images")) for row in own.values()])
+            image_of = dict(zip(own, images, strict=True))
+            for i, row in rows.items():
+                found = {name: row[name] for name in TAKEN_OVER} | {"evidence": said.get(row["key"])}
+                yield i, found, image_of.get(i)
     except CorruptObject as e:
-        log.warning("shard %08d is fetched from scratch: of an earlier run, %s", pairs.number, e)
-        return {}
-    return {i: EarlierRow(index[i], images.get(i), said.get(index[i]["key"])) for i in same}
+        log.warning("rows of shard %08d are fetched from scratch: of an earlier run, %s", pairs.number, e)

@@ -14,8 +14,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import Any
 
 from pipeline.data.fetch.board import Board, Note
 from pipeline.data.fetch.fetcher import Fetched, Fetcher
@@ -23,7 +22,7 @@ from pipeline.data.fetch.opener import Evidence, Refused, normal_url
 from pipeline.data.fetch.rules import read_deny_lists
 from pipeline.data.pairs.budget import ShardDecoder
 from pipeline.data.pairs.decoding import shared_decoder
-from pipeline.data.pairs.earlier import EarlierRow, take_over
+from pipeline.data.pairs.earlier import take_over
 from pipeline.data.pairs.recipe import PairsRecipe
 from pipeline.data.pairs.row_index import OPT_OUTS, index_counts, index_table, opt_out_table
 from pipeline.data.pairs.unfinished import Unfinished
@@ -41,14 +40,6 @@ from pipeline.settings import PairsSettings
 from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import digest
-
-TAKEN_OVER = ("status", "reason", "width", "height", "sha256", "tar", "offset", "size")  # of an earlier index
-
-
-def _taken_over(known: EarlierRow) -> dict[str, Any]:
-    """Returns what a row has of the earlier index, and the evidence of an opt-out."""
-    return {name: known.row[name] for name in TAKEN_OVER} | {"evidence": known.evidence}
-
 
 Wanted = tuple[dict[str, Any], Mapping[str, Any]]
 """A row of the index that is still to end, and its reference."""
@@ -75,10 +66,6 @@ class Packer:
         self.fetcher = Fetcher(settings, recipe.max_bytes, self.deny, reach, recipe.allow, exchange)
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        with TemporaryFile() as spool:
-            return self._pack(task, spool)
-
-    def _pack(self, task: ShardTask, spool: IO[bytes]) -> ShardOutput:
         steps = Steps()
         refs = read_table(self.store, task.inputs["source"].blobs["refs"]).to_pylist()
         rows = [
@@ -91,50 +78,52 @@ class Packer:
                 _reject(row, ref["reject"])
             else:
                 self._reject_denied(row, ref["sha256"])  # known by the list's own hash: not even asked for
-        wanted = [i for i, row in enumerate(rows) if row["status"] == "kept"]
-        known: dict[int, EarlierRow] = {}
-        if earlier := task.inputs.get("earlier pairs"):
-            known = take_over(self.store, refs, task.inputs["earlier source"], earlier, spool)
+        left = [i for i, row in enumerate(rows) if row["status"] == "kept"]
+        self._import_embeddings([rows[i] for i in left if is_embedding(refs[i]["url"])])
+        left = [i for i in left if not is_embedding(refs[i]["url"])]
         decoder = ShardDecoder(self.decoder, self.overdrawn)
-        copied = set()  # members of tars that are not used where they lie
-        for i in (i for i in wanted if is_member(refs[i]["url"])):
-            if i in known and known[i].image is None:
-                rows[i] |= _taken_over(known[i])
-            elif i in known or not self._use_in_place(rows[i], refs[i], decoder):
-                copied.add(i)
-        imported = [i for i in wanted if is_embedding(refs[i]["url"])]
-        for i, found in zip(imported, read_imported([refs[i]["url"] for i in imported], self.reach), strict=True):
-            if isinstance(found, str):
-                _reject(rows[i], found)
-            elif entry := self._denied(imported_url(refs[i]["url"])):
-                _reject(rows[i], "denied", Evidence(entry, time.time()))
-            else:  # no image, and so no size
-                rows[i]["sha256"] = hashlib.sha256(found.tobytes()).hexdigest()
-        own = [i for i in wanted if i in copied or not (is_member(refs[i]["url"]) or is_embedding(refs[i]["url"]))]
         with Unfinished(digest([self.store.url, task.key, repr(self.settings)])) as unfinished:
-            left = []
-            for i in own:
-                if ended := unfinished.ended.get(rows[i]["key"]):
-                    rows[i] |= ended
-                    if evidence := rows[i].get("evidence"):
-                        rows[i]["evidence"] = Evidence(*evidence)
-                elif i in known:
-                    rows[i] |= _taken_over(known[i])
-                    unfinished.add(rows[i], spooled.read() if (spooled := known[i].image) else None)
-                else:
-                    left.append((rows[i], refs[i]))
-            for row, image in self._new_images(left, decoder, steps):
+            packed = {i for i in left if rows[i]["key"] in unfinished.ended}  # rows whose images are for the tar
+            for i in packed:
+                rows[i] |= unfinished.ended[rows[i]["key"]]
+                if evidence := rows[i].get("evidence"):
+                    rows[i]["evidence"] = Evidence(*evidence)
+            left = [i for i in left if i not in packed]
+            if earlier := task.inputs.get("earlier pairs"):
+                known = set()
+                for i, found, image in take_over(self.store, refs, task.inputs["earlier source"], earlier, left):
+                    rows[i] |= found
+                    known.add(i)
+                    if image is not None or not is_member(refs[i]["url"]):
+                        unfinished.add(rows[i], image)
+                        packed.add(i)
+                left = [i for i in left if i not in known]
+            left = [
+                i for i in left if not (is_member(refs[i]["url"]) and self._use_in_place(rows[i], refs[i], decoder))
+            ]
+            for row, image in self._new_images([(rows[i], refs[i]) for i in left], decoder, steps):
                 unfinished.add(row, image)
-            if own:
+            packed.update(left)
+            blobs: dict[str, bytes | Path] = {}
+            if packed:
                 with steps("pack"):
-                    unfinished.pack((rows[i] for i in own), self.recipe.encode_format)
-        blobs: dict[str, bytes | Path] = {"index": write_table(index_table(rows))}
-        if own:
-            blobs["images"] = unfinished.path
+                    unfinished.pack((rows[i] for i in sorted(packed)), self.recipe.encode_format)
+                blobs["images"] = unfinished.path
+        blobs["index"] = write_table(index_table(rows))
         if opted_out := [row for row in rows if row.get("evidence")]:
             blobs[OPT_OUTS] = opt_out_table(opted_out)
         ledger = Ledger.count(None if row["status"] == "kept" else row["reason"] for row in rows)
         return ShardOutput(ledger, blobs, index_counts(rows), steps.seconds, unfinished.remove)
+
+    def _import_embeddings(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Checks the embeddings that rows name; such rows have no image, and so no size."""
+        for row, found in zip(rows, read_imported([row["url"] for row in rows], self.reach), strict=True):
+            if isinstance(found, str):
+                _reject(row, found)
+            elif entry := self._denied(imported_url(row["url"])):
+                _reject(row, "denied", Evidence(entry, time.time()))
+            else:
+                row["sha256"] = hashlib.sha256(found.tobytes()).hexdigest()
 
     def _new_images(
         self, wanted: Sequence[Wanted], decoder: ShardDecoder, steps: Steps
@@ -160,32 +149,27 @@ class Packer:
     def _judge(
         self, decoder: ShardDecoder, steps: Steps, found: tuple[Wanted, Fetched]
     ) -> tuple[dict[str, Any], bytes | None]:
+        """Ends a row by the answer to its reference, and returns it with what is to be stored."""
         (row, ref), answer = found
-        return row, self._stored(row, ref, answer, decoder, steps)
-
-    def _stored(
-        self, row: dict[str, Any], ref: Mapping[str, Any], answer: Fetched, decoder: ShardDecoder, steps: Steps
-    ) -> bytes | None:
-        """Returns what is stored of an answer, and how its row has ended in the row."""
         if answer.data is None:
             _reject(row, answer.reason, answer.evidence)
-            return None
+            return row, None
         hashed = ref["sha256"] or self.deny.sha256  # else nobody asks for the hash of what was fetched
         if hashed and self._reject_hash(row, ref, hashlib.sha256(answer.data).hexdigest()):
-            return None
+            return row, None
         r = self.recipe
         with steps("decode"):
             image = decoder.prepare(_origin(ref["url"]), answer.data, r.max_pixels, r.storing)
         if isinstance(image, str):
             _reject(row, image)
-            return None
+            return row, None
         row |= {
             "width": image.width,
             "height": image.height,
             "size": len(image.data),
             "sha256": hashlib.sha256(image.data).hexdigest(),
         }
-        return image.data
+        return row, image.data
 
     def _member(self, place: Mapping[str, Any] | None) -> Fetched:
         """Reads a member of an existing tar."""
