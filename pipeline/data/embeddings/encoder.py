@@ -158,24 +158,24 @@ def embedding_metrics(ctx: Context, opened: OpenEncoder, parts: ImageParts, made
 def cosine_error(ctx: Context, opened: OpenEncoder, parts: ImageParts, made: Sequence[Shard]) -> dict[str, float]:
     """Returns "cosine_error" if some shards were made in bf16.
 
-    It is the largest difference from 1 of the cosine of an image's published embedding and that in fp32. A worker
-    compares the images of the first shards, CHECKED rows or a little more.
+    It is the largest difference from 1 of the cosine of an image's published embedding and that in fp32. Workers
+    compare the images of the first shards, CHECKED rows or a little more.
     """
-    if not any(shard.counts.get("bf16") for shard in made):
-        return {}
     pairs = {shard.number: shard for shard in read_shards(ctx.store, ctx.inputs["pairs"])}
-    inputs: dict[str, ShardRow] = {}
+    tasks: list[ShardTask] = []
     rows = 0
-    for shard in (shard for shard in made if shard.counts.get("bf16")):
-        if rows >= CHECKED:
-            break
-        rows += shard.counts["bf16"]
-        embeddings = ShardRow(shard.number, shard.key, shard.ledger.kept, 0, shard.blobs, {})
-        inputs |= {f"pairs {shard.number:08d}": pairs[shard.number], f"embeddings {shard.number:08d}": embeddings}
-    task = ShardTask(0, shard_key(ctx, {"pass": "fp32"} | {name: shard.key for name, shard in inputs.items()}), inputs)
+    for shard in made:
+        if shard.counts.get("bf16") and rows < CHECKED:
+            rows += shard.counts["bf16"]
+            embeddings = ShardRow(shard.number, shard.key, shard.ledger.kept, 0, shard.blobs, {})
+            inputs = {"pairs": pairs[shard.number], "embeddings": embeddings}
+            key = shard_key(ctx, {"pass": "fp32"} | {name: each.key for name, each in inputs.items()})
+            tasks.append(ShardTask(shard.number, key, inputs))
+    if not tasks:
+        return {}
     check = partial(_open_check, replace(opened, bf16=False), parts)
-    [[checked], _] = run_shards(ctx, [task], check, "rows", rows, f"{ctx.stage} against fp32")
-    return {"cosine_error": json.loads(read_blob(ctx.store, checked.blobs["error"]))}
+    checked, _ = run_shards(ctx, tasks, check, "rows", rows, f"{ctx.stage} against fp32")
+    return {"cosine_error": max(json.loads(read_blob(ctx.store, shard.blobs["error"])) for shard in checked)}
 
 
 def _open_check(opened: OpenEncoder, parts: ImageParts) -> ShardWorker:
@@ -183,21 +183,16 @@ def _open_check(opened: OpenEncoder, parts: ImageParts) -> ShardWorker:
 
 
 def _check(encoder: Encoder, parts: ImageParts, task: ShardTask) -> ShardOutput:
-    """Makes the "error" of the shards "embeddings NUMBER", which were made of the shards "pairs NUMBER"."""
+    """Makes the "error" of a shard: the largest of its first rows."""
+    keys, stored, *_ = read_embeddings(parts.store, task.inputs["embeddings"].blobs["embeddings"])
+    place = {key: i for i, key in enumerate(keys)}
     errors = [0.0]
-    for name, pairs in sorted(task.inputs.items()):
-        if name.startswith("pairs"):
-            keys, stored, *_ = read_embeddings(
-                parts.store, task.inputs[name.replace("pairs", "embeddings")].blobs["embeddings"]
-            )
-            place = {key: i for i, key in enumerate(keys)}
-            own = ShardTask(pairs.number, "", {"pairs": pairs})
-            for part in range(parts.count(own)):
-                rows, views = parts.read(own, part, Steps())
-                ours = stored[[place[row["key"]] for row in rows]].astype(np.float64)
-                exact = encoder.images(views)().astype(np.float64)
-                norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(exact, axis=1)
-                errors += (1 - (ours * exact).sum(1) / norms).tolist()
-                if len(errors) > CHECKED:
-                    break
+    for part in range(parts.count(task)):
+        rows, views = parts.read(task, part, Steps())
+        ours = stored[[place[row["key"]] for row in rows]].astype(np.float64)
+        exact = encoder.images(views)().astype(np.float64)
+        norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(exact, axis=1)
+        errors += (1 - (ours * exact).sum(1) / norms).tolist()
+        if len(errors) > CHECKED:
+            break
     return ShardOutput(Ledger(kept=len(errors) - 1), {"error": json.dumps(max(errors)).encode()})
