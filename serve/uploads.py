@@ -6,6 +6,7 @@ import asyncio
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from fastapi import UploadFile
 from PIL import Image
@@ -31,7 +32,7 @@ async def read_image(file: UploadFile, field: str) -> bytes:
 
 async def read_mask(file: UploadFile) -> bytes:
     """Returns how opaque an upload is as a PNG of the same view, white where it is opaque. Raises ApiError."""
-    return await _opened(shared_decoder().opacity, file, "mask")
+    return await _opened(partial(shared_decoder().prepare, opacity=True), file, "mask")
 
 
 async def read_caption(file: UploadFile) -> str:

@@ -39,7 +39,6 @@ from pipeline.data.pairs.image import (
     inspect,
     load_resizer,
     measure,
-    opacity,
     prepare,
     read_foreign_pixels,
     read_pixels,
@@ -116,19 +115,10 @@ class ImageDecoder:
         atexit.register(self.close)
 
     def prepare(
-        self, data: bytes, max_pixels: int, storing: Storing, work: Decoding | None = None
+        self, data: bytes, max_pixels: int, storing: Storing, work: Decoding | None = None, opacity: bool = False
     ) -> StoredImage | str:
         """Calls image.prepare."""
-        return self._stored("prepare", data, max_pixels, storing, work)
-
-    def opacity(self, data: bytes, max_pixels: int, storing: Storing) -> StoredImage | str:
-        """Calls image.opacity."""
-        return self._stored("opacity", data, max_pixels, storing, None)
-
-    def _stored(
-        self, name: str, data: bytes, max_pixels: int, storing: Storing, work: Decoding | None
-    ) -> StoredImage | str:
-        said, body = self._ask(name, data, max_pixels, [max_pixels, astuple(storing)], work)
+        said, body = self._ask("prepare", data, max_pixels, [max_pixels, astuple(storing), opacity], work)
         return said if isinstance(said, str) else StoredImage(body, *said)
 
     def inspect(self, data: bytes, max_pixels: int, work: Decoding | None = None) -> tuple[int, int] | str | None:
@@ -287,7 +277,7 @@ def _is_sound(name: str, said: Any) -> bool:
     """Returns whether a function of this name can have said that. What took a child over may say anything."""
     if said is None or isinstance(said, str):
         return said in REASONS or (said is None and name == "inspect")
-    *sides, extension = said if name in ("prepare", "opacity") else (*said, "jpg")
+    *sides, extension = said if name == "prepare" else (*said, "jpg")
     return (
         len(sides) == 2
         and all(type(side) is int and 0 < side <= MOST_PIXELS for side in sides)
@@ -320,9 +310,8 @@ def _answer(name: str, arguments: list[Any], data: bytes, clock: _Clock) -> tupl
         if name == "read_pixels":
             pixels = read_foreign_pixels(data, *arguments, starts=clock.starts)
             return (pixels, b"") if isinstance(pixels, str) else (pixels.shape[:2], pixels.tobytes())
-        max_pixels, storing = arguments
-        made = opacity if name == "opacity" else prepare
-        found = made(data, max_pixels, Storing(*storing), starts=clock.starts)
+        max_pixels, storing, opacity = arguments
+        found = prepare(data, max_pixels, Storing(*storing), opacity, starts=clock.starts)
     except MemoryError:
         return "decode_error", b""
     return (found, b"") if isinstance(found, str) else ([found.width, found.height, found.extension], found.data)

@@ -77,18 +77,18 @@ def prepare(
     data: bytes,
     max_pixels: int,
     storing: Storing,
+    opacity: bool = False,
     *,
     starts: Callable[[int], object] = int,
-    shown: Callable[[Image.Image], Image.Image] = upright_rgb,
 ) -> StoredImage | str:
     """Returns the image in ``data`` as it is to be stored, or the reason why it cannot be.
 
     Takes images of the kinds READ by their first bytes (of an animation the first frame). The header's pixel count and
     a JPEG's scans are checked before anything is decoded; ``starts`` is called with that count when decoding
-    starts. Images become what ``shown`` makes of them, in three channels. The long side may be LONGEST_SIDE
-    times ``image_size``, which bounds what is stored. Equal input gives equal bytes.
+    starts. With ``opacity`` the image is replaced by how opaque it is, white where it is wholly. The long side may be
+    LONGEST_SIDE times ``image_size``, which bounds what is stored. Equal input gives equal bytes.
     """
-    upright = _decode(data, max_pixels, starts, shown)
+    upright = _decode(data, max_pixels, starts, _opaque if opacity else upright_rgb)
     if isinstance(upright, str):
         return upright
     most = LONGEST_SIDE * storing.image_size
@@ -139,13 +139,6 @@ def _keep_ratio(pixels: np.ndarray, storing: Storing) -> tuple[bytes | None, int
     except cv2.error as error:  # such as too wide
         return None, width, height, str(error)
     return encoded.tobytes() if done else None, width, height, None
-
-
-def opacity(
-    data: bytes, max_pixels: int, storing: Storing, *, starts: Callable[[int], object] = int
-) -> StoredImage | str:
-    """Returns how opaque the image in ``data`` is, white where it is wholly, as ``prepare`` would store it."""
-    return prepare(data, max_pixels, storing, starts=starts, shown=_opaque)
 
 
 def _opaque(image: Image.Image) -> Image.Image:
