@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.data.curation.stage import CURATION
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.imported import imported_url
@@ -30,7 +31,7 @@ from pipeline.store import Store, local_folder
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import blob_path, read_blob
 
-STAGES = ("pairs", "captions", "embeddings", "curation")
+STAGES = (CURATION.name, *CURATION.inputs)
 ABOUT = "export.json"
 BATCH = 64  # images in memory at once, of each thread
 THREADS = 4

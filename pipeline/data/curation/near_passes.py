@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from pipeline.data.curation.rejected import Rejected, rejected_table
-from pipeline.data.neighbours.blocks import candidates, input_name, is_a, read_samples
+from pipeline.data.neighbours.blocks import candidates, input_name, is_a, read_samples, shards_of
 from pipeline.data.neighbours.clusters import NONE, PROBES, Clusters, Rows, compare, fit_clusters
 from pipeline.data.pairs.row_index import SPLITS, STAGE_SIDES
 from pipeline.errors import CorruptObject
@@ -134,7 +134,7 @@ class MergeFound:
                     for key, near in zip(said["keys"].tolist(), said[reason].tolist(), strict=True):
                         found[key] = min(near, found.get(key, NONE))
             reasons |= {key: (reason, near) for key, near in found.items() if near != NONE}
-        judged = [shard for name, shard in task.inputs.items() if is_a(name, "curated")]
+        judged = [shard for shard, _ in shards_of(task)]
         rejected = [Rejected(f"{key:012d}", reason, f"{near:012d}") for key, (reason, near) in reasons.items()]
         blobs = {}
         for shard in judged:

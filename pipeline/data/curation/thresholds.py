@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import load, save
 
-from pipeline.data.neighbours.blocks import cut_blocks, is_a, pass_task, run_pass
+from pipeline.data.neighbours.blocks import cut_blocks, pass_task, run_pass, shards_of
 from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards, read_table
 from pipeline.graph.stages import Context, Stage
 from pipeline.graph.workers import ShardOutput, ShardTask
@@ -47,14 +47,12 @@ class CountSimilarities:
 
     def __call__(self, task: ShardTask) -> ShardOutput:
         counts = np.zeros(BINS, np.int64)
-        for name, pairs in sorted(task.inputs.items()):
-            if is_a(name, "curated"):
-                index = read_table(self.store, pairs.blobs["index"], ["key", "split"]).to_pydict()
-                training = {k for k, split in zip(index["key"], index["split"], strict=True) if split == "train"}
-                blob = task.inputs[name.replace("curated", "embeddings")].blobs["embeddings"]
-                table = read_table(self.store, blob, ["key", "similarity"]).to_pydict()
-                values = [s for key, s in zip(table["key"], table["similarity"], strict=True) if key in training]
-                counts += count_by_bin(np.array(values))
+        for pairs, embeddings in shards_of(task):
+            index = read_table(self.store, pairs.blobs["index"], ["key", "split"]).to_pydict()
+            training = {k for k, split in zip(index["key"], index["split"], strict=True) if split == "train"}
+            table = read_table(self.store, embeddings.blobs["embeddings"], ["key", "similarity"]).to_pydict()
+            values = [s for key, s in zip(table["key"], table["similarity"], strict=True) if key in training]
+            counts += count_by_bin(np.array(values))
         return ShardOutput(Ledger(kept=int(counts.sum())), {"counts": save({"counts": counts})})
 
 

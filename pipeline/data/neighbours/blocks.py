@@ -84,7 +84,7 @@ def run_pass(
 ) -> list[Shard]:
     """Runs one pass and returns the shard of each task, in their order. Tasks with one key are made once."""
     distinct = {task.key: task for task in tasks}
-    rows = sum(shard.kept for task in distinct.values() for name, shard in task.inputs.items() if is_a(name, "curated"))
+    rows = sum(curated.kept for task in distinct.values() for curated, _ in shards_of(task))
     amount = rows if unit == "rows" else len(distinct)
     shards, _ = run_shards(ctx, list(distinct.values()), OneThread(worker), unit, amount, f"{ctx.stage} {title}")
     made = {shard.key: shard for shard in shards}
@@ -115,19 +115,24 @@ class OneThread:
         return self.worker
 
 
+def shards_of(task: ShardTask) -> Iterator[tuple[ShardRow, ShardRow]]:
+    """Yields the curated shards of a task's block, in order, each with its embeddings."""
+    for name, curated in sorted(task.inputs.items()):
+        if is_a(name, "curated"):
+            yield curated, task.inputs[name.replace("curated", "embeddings")]
+
+
 def candidates(store: Store, task: ShardTask) -> Iterator[tuple[list[dict[str, Any]], np.ndarray, np.ndarray]]:
     """Yields the index rows of each curated shard of a block, in order, and their embeddings float16 [n, d].
 
     The embeddings are those of images and of first captions.
     """
-    for name, curated in sorted(task.inputs.items()):
-        if is_a(name, "curated"):
-            embeddings = task.inputs[name.replace("curated", "embeddings")]
-            rows = read_table(store, curated.blobs["index"], ["key", "split", "width", "height"]).to_pylist()
-            keys, image, text, _ = read_embeddings(store, embeddings.blobs["embeddings"])
-            place = {key: i for i, key in enumerate(keys)}
-            places = [place[row["key"]] for row in rows]
-            yield rows, image[places], text[places]
+    for curated, embeddings in shards_of(task):
+        rows = read_table(store, curated.blobs["index"], ["key", "split", "width", "height"]).to_pylist()
+        keys, image, text, _ = read_embeddings(store, embeddings.blobs["embeddings"])
+        place = {key: i for i, key in enumerate(keys)}
+        places = [place[row["key"]] for row in rows]
+        yield rows, image[places], text[places]
 
 
 @dataclass(frozen=True)

@@ -22,37 +22,33 @@ from pipeline.terminal import printable
 OPT_OUTS = f"{NOTE}opt_outs"
 SPLITS = ("train", "validation", "test")
 STAGE_SIDES = (0, 64, 256, 1024)  # counts are kept for images whose short side is at least this
-INDEX_COLUMNS = (
-    "key",
-    "url",
-    "width",
-    "height",
-    "sha256",
-    "tar",
-    "offset",
-    "size",
-    "split",
-    "status",
-    "reason",
-    "license",
-    "attribution",
+INDEX = pa.schema(
+    {
+        "key": pa.string(),
+        "url": pa.string(),
+        "width": pa.int64(),
+        "height": pa.int64(),
+        "sha256": pa.string(),
+        "tar": pa.string(),
+        "offset": pa.int64(),
+        "size": pa.int64(),
+        "split": pa.string(),
+        "status": pa.string(),
+        "reason": pa.string(),
+        "license": pa.string(),
+        "attribution": pa.string(),
+    }.items()
 )
-_WIDE = {"width", "height", "offset", "size"}
 
 
-def index_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Returns the table of index rows.
+def index_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Returns the table of index rows, whose other values are left out.
 
     ``tar`` is null where the image lies in the shard's own ``images`` blob, else the path of an existing tar.
     ``offset`` and ``size`` are bytes; ``sha256`` is of the stored bytes; ``status`` is kept, rejected or deferred. A
     kept row that imports embeddings has no image, neither a place nor a size, and ``sha256`` is of its embeddings.
     """
-    return pa.table(
-        {
-            name: pa.array([row.get(name) for row in rows], pa.int64() if name in _WIDE else pa.string())
-            for name in INDEX_COLUMNS
-        }
-    )
+    return pa.Table.from_pylist(rows, INDEX)
 
 
 def index_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
