@@ -45,7 +45,7 @@ class Listed:
 
 def publish(store: Store, listed: Listed, similarity: np.ndarray | None = None) -> dict[str, Artifact]:
     """The artefacts that curation reads. Shards with the same rows have the same keys. ``similarity`` [n] is 1 if not
-    given."""
+    given; text embeddings are those of the images, with their numbers moved on by a place."""
     similarity = np.ones(len(listed.splits), np.float32) if similarity is None else similarity
     keys = listed.row_keys
     made: dict[str, list] = {"pairs": [], "captions": [], "embeddings": []}
@@ -55,8 +55,10 @@ def publish(store: Store, listed: Listed, similarity: np.ndarray | None = None) 
             {"key": key, "status": "kept", "split": split, "width": side, "height": side, "url": f"file:///{key}.png"}
             for key, split, side in zip(keys[part], listed.splits[part], listed.sides[part], strict=True)
         ]
-        vectors = pa.FixedSizeListArray.from_arrays(pa.array(listed.vectors[part].reshape(-1)), listed.vectors.shape[1])
-        embeddings = {"key": keys[part], "image_embedding": vectors, "text_embedding": vectors}
+        embeddings = {"key": keys[part]}
+        for i, name in enumerate(("image_embedding", "text_embedding")):
+            vectors = np.roll(listed.vectors[part], i, axis=1)
+            embeddings[name] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         embeddings["similarity"] = pa.array(similarity[part])
         captions = {"key": keys[part], "captions": [[f"row {key}"] for key in keys[part]]}
         tables = {

@@ -10,59 +10,50 @@ from safetensors.torch import load
 from models.codec import Codec
 from models.codec_fit import fit_codec
 from pipeline.data.codec import fit
-from pipeline.data.codec.stage import run_codec
-from pipeline.data.embeddings.parts import read_embeddings
+from pipeline.data.codec.recipe import CodecRecipe
+from pipeline.data.codec.stage import CODEC, run_codec
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact
-from pipeline.settings import RaySettings, ShardSettings
+from pipeline.graph.stages import Context
+from pipeline.store import open_store
 from pipeline.store.records import read_blob
-from tests.pipeline.data.bench import Bench, picture, save_clip, write_list, write_listed
+from tests.pipeline.data.vectors import Listed, context, curate, publish, unit
 
-ROWS = 60
-STAGES = ("source", "captions", "pairs", "clip", "embeddings", "curation")
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    folder = tmp_path_factory.mktemp("codec")
-    splits = ["test" if i % 10 == 3 else "validation" if i % 10 == 7 else "train" for i in range(ROWS)]
-    weights = save_clip(folder / "clip")
-    recipe = {"components": 12, "buckets": 16}
-    path = write_listed(folder, [picture(i) for i in range(ROWS)], splits)
-    bench = Bench(
-        folder / "store", [path], clip={"weights": weights}, codec=recipe, ar_prior={"model": {"buckets": 16}}
-    )
-    bench.make(*STAGES, "codec")
-    return bench
+ROWS, DIM = 60, 16
+RECIPE = CodecRecipe(components=12, buckets=16)
+SPLITS = ["test" if i % 10 == 3 else "validation" if i % 10 == 7 else "train" for i in range(ROWS)]
 
 
-def _codec(bench: Bench, artifact: Artifact) -> dict[str, torch.Tensor]:
-    return load(read_blob(bench.store, artifact.blobs["model.safetensors"]))
+def ready(folder: Path, rows: Listed, recipe: CodecRecipe = RECIPE, **curation: float) -> Context:
+    """The context of a codec whose inputs are made of these rows."""
+    store = open_store(str(folder))
+    inputs = publish(store, rows, np.linspace(-1, 1, len(rows.splits), dtype=np.float32))
+    inputs["curation"] = curate(store, inputs, near_duplicate=None, near_held_out=None, **curation)
+    return context(store, replace(CODEC, recipe=recipe), inputs)
 
 
-def _training_rows(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image embeddings of the curated training rows, in order, and their dot products with the text."""
-    train = {row["key"] for row in bench.rows("curation") if row["split"] == "train"}
-    images, texts = [], []
-    for _, blobs in bench.blobs("embeddings"):
-        keys, image, text, _ = read_embeddings(bench.store, blobs["embeddings"])
-        chosen = [key in train for key in keys]
-        images.append(torch.from_numpy(image[chosen].astype(np.float64)))
-        texts.append(torch.from_numpy(text[chosen].astype(np.float64)))
-    return torch.cat(images), (torch.cat(images) * torch.cat(texts)).sum(1)
+def drawn(rows: int, seed: int = 0) -> Listed:
+    vectors = unit(np.random.default_rng(seed).standard_normal((rows, DIM)))
+    return Listed(vectors, SPLITS[:rows], [64] * rows)
 
 
-def _check_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-7, atol=1e-9, msg=name)
+@pytest.fixture
+def ctx(tmp_path: Path) -> Context:
+    return ready(tmp_path, drawn(ROWS))
 
 
-def test_it_is_the_codec_of_the_training_rows(bench: Bench) -> None:
-    z, dots = _training_rows(bench)
+def training_rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Image embeddings of the training rows, in order, and their dot products with the text."""
+    rows = drawn(ROWS)
+    z = torch.from_numpy(rows.vectors[[split == "train" for split in SPLITS]].astype(np.float64))
+    return z, (z * z.roll(1, 1)).sum(1)  # as publish makes texts
+
+
+def test_it_is_the_codec_of_the_training_rows(ctx: Context) -> None:
+    z, dots = training_rows()
     expected = fit_codec(z, dots, 12, 16)
-    found, made = _codec(bench, bench.made["codec"]), bench.made["codec"]
-    _check_equal(found, expected.codec.tensors())
+    made = run_codec(ctx)
+    found = load(read_blob(ctx.store, made.blobs["model.safetensors"]))
+    torch.testing.assert_close(found, expected.codec.tensors(), rtol=1e-7, atol=1e-9)
     assert made.ledger.kept == made.metrics["rows"] == made.metrics["training_rows"] == len(z) == 48
     assert made.metrics["components"] == made.metrics["requested"] == 12
     assert made.metrics["explained"] == pytest.approx(sum(expected.explained))
@@ -73,86 +64,44 @@ def test_it_is_the_codec_of_the_training_rows(bench: Bench) -> None:
     assert made.metrics["round_trip_error"] > made.metrics["reconstruction_error"] > 0
 
 
-def test_a_sample_has_the_size_that_is_asked_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From every block its share; another seed draws other rows, and the same seed the same."""
+def test_a_sample_has_the_size_that_is_asked_for(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From every block its share; another seed draws other rows."""
     monkeypatch.setattr(fit, "BLOCK_ROWS", 20)
-    z, _ = _training_rows(bench)
-    ctx = bench.context("codec")
-    drawn = []
+    taught = {row.tobytes() for row in training_rows()[0].numpy().astype(np.float16)}
+    samples = []
     for seed in (0, 1):
-        sampled = replace(ctx, recipe=replace(ctx.recipe, sample_rows=31, seed=seed))
-        training, shards = fit.sample_training_rows(sampled)
-        parts = [numpy_load(read_blob(bench.store, shard.blobs["sample"])) for shard in shards]
+        training, shards = fit.sample_training_rows(replace(ctx, recipe=replace(RECIPE, sample_rows=31, seed=seed)))
+        parts = [numpy_load(read_blob(ctx.store, shard.blobs["sample"])) for shard in shards]
         sizes = [len(part["dot"]) for part in parts]
-        assert (training, sum(sizes)) == (48, 31)
-        assert len(sizes) == 3
-        assert max(sizes) - min(sizes) <= 4
-        rows = np.concatenate([part["image"] for part in parts])
-        assert len({row.tobytes() for row in rows} & {row.tobytes() for row in z.numpy().astype(np.float16)}) == 31
-        made = run_codec(replace(sampled, key=f"seed-{seed}"))
-        assert (made.metrics["rows"], made.metrics["training_rows"]) == (31, 48)
-        drawn.append((rows, made.blobs))
-    assert not np.array_equal(drawn[0][0], drawn[1][0])
-    assert drawn[0][1] != drawn[1][1]
-
-
-@pytest.mark.slow
-def test_any_number_of_workers_gives_the_same_bits(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many blocks, and of all rows in one block up to rounding."""
-    import ray
-
-    monkeypatch.setattr(fit, "BLOCK_ROWS", 10)
-    made = {}
-    try:
-        for workers in (0, 1, 3):
-            ctx = replace(bench.context("codec"), settings=ShardSettings(workers), ray=RaySettings(cpus=4))
-            ctx = replace(ctx, key=f"{workers}-workers", version=1000 + workers)
-            made[workers] = run_codec(ctx)
-    finally:
-        ray.shutdown()
-    assert all(artifact.blobs == made[0].blobs for artifact in made.values())
-    assert all(artifact.metrics == made[0].metrics for artifact in made.values())
-    _check_equal(_codec(bench, made[0]), _codec(bench, bench.made["codec"]))
+        assert (training, sizes) == (48, [12, 13, 6])  # of 20, 20 and 8 training rows
+        samples.append({row.tobytes() for part in parts for row in part["image"]})
+        assert len(samples[-1] & taught) == 31
+    assert samples[0] != samples[1]
 
 
 def test_more_components_than_rows_is_a_warning(tmp_path: Path) -> None:
-    path = write_listed(tmp_path, [picture(i) for i in range(5)])
-    bench = Bench(tmp_path / "store", [path], clip={"weights": save_clip(tmp_path / "clip")})
-    codec = bench.make(*STAGES, "codec")
-    assert codec.metrics["requested"] == 32
+    codec = run_codec(ready(tmp_path, replace(drawn(5), splits=["train"] * 5)))
     assert codec.metrics["components"] == 4
-    assert codec.metrics["warnings"] == ["k lowered from 32 to 4, the rank of 5 embeddings"]
-    assert len(codec.metrics["explained_variance_ratio"]) == 4
+    assert codec.metrics["warnings"] == ["k lowered from 12 to 4, the rank of 5 embeddings"]
     assert codec.metrics["explained"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
-    ("seeds", "splits", "said"),
+    ("rows", "said"),
     [
-        ([0, 1, 2], ["test"] * 3, "codec: 0 training rows are left after curation; see the report"),
-        ([0, 1, 2], ["train", "validation", "test"], "codec: 1 training rows are left after curation; see"),
-        ([1, 1, 1, 1], [], "all 4 embeddings are equal"),
+        (replace(drawn(3), splits=["test"] * 3), "codec: 0 training rows are left after curation; see the report"),
+        (replace(drawn(3), splits=["train", "validation", "test"]), "codec: 1 training rows are left after curation"),
+        (replace(drawn(4), vectors=drawn(1).vectors[[0] * 4], splits=["train"] * 4), "all 4 embeddings are equal"),
     ],
 )
-def test_too_few_different_training_rows_is_a_mistake_of_the_user(
-    tmp_path: Path, seeds: list[int], splits: list[str], said: str
-) -> None:
-    path = write_listed(tmp_path, [picture(seed) for seed in seeds], splits)
-    bench = Bench(tmp_path / "store", [path], clip={"weights": save_clip(tmp_path / "clip")})
-    bench.make(*STAGES)
+def test_too_few_different_training_rows_is_a_mistake_of_the_user(tmp_path: Path, rows: Listed, said: str) -> None:
+    ctx = ready(tmp_path, rows)
     with pytest.raises(UserError, match=said):
-        bench.make("codec")
+        run_codec(ctx)
 
 
 def test_why_no_training_row_is_left(tmp_path: Path) -> None:
-    captions = ["long " * 20, "long " * 20, "x"]
-    for i in range(len(captions)):
-        (tmp_path / f"{i}.png").write_bytes(picture(i))
-    rows = [(f"file://{tmp_path}/{i}.png", caption, "train") for i, caption in enumerate(captions)]
-    path = write_list(tmp_path / "list.csv", rows)
-    curation = {"min_caption": 2, "max_caption": 9}
-    bench = Bench(tmp_path / "store", [path], clip={"weights": save_clip(tmp_path / "clip")}, curation=curation)
-    bench.make(*STAGES)
-    said = "codec: 0 training rows .*, which rejected 2 rows for caption_too_long and 1 row for caption_too_short; see"
+    ctx = ready(tmp_path, replace(drawn(3), sides=[16, 16, 64]), min_similarity=2)
+    said = "codec: 0 training rows .*, which rejected 2 rows for too_small and 1 row for low_similarity; see"
     with pytest.raises(UserError, match=said):
-        bench.make("codec")
+        run_codec(ctx)
