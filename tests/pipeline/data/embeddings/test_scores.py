@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,28 +32,38 @@ def save_head(file: Path, seed: int, dim: int = DIM, bias: float = 0.5) -> torch
 
 
 @pytest.fixture(scope="module")
-def listed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Rows with the scores of two heads, whose files lie beside the list."""
     folder = tmp_path_factory.mktemp("scores")
     for i in range(ROWS):
         (folder / f"{i}.png").write_bytes(picture(i, 80 + i, 100))
     urls = [f"file://{folder}/{i}.png" for i in range(ROWS)]
     pq.write_table(pa.table({"url": urls, "caption": CAPTIONS}), folder / "list.parquet")
-    return str(folder / "list.parquet"), save_clip(folder / "clip")
-
-
-def make_bench(folder: Path, listed: tuple[str, str], **heads: Path) -> Bench:
-    embeddings = {"heads": {name: str(file) for name, file in heads.items()}}
-    return Bench(folder, [listed[0]], clip={"weights": listed[1]}, embeddings=embeddings)
-
-
-def test_scores_are_those_of_a_linear_layer_on_unit_embeddings(listed: tuple[str, str], tmp_path: Path) -> None:
-    layers = {"aesthetic": save_head(tmp_path / "a", 1), "nsfw": save_head(tmp_path / "b", 2, bias=-3)}
-    bench = make_bench(tmp_path / "store", listed, aesthetic=tmp_path / "a", nsfw=tmp_path / "b")
+    save_head(folder / "aesthetic", 1)
+    save_head(folder / "nsfw", 2, bias=-3)
+    heads = {name: str(folder / name) for name in ("aesthetic", "nsfw")}
+    clip = {"weights": save_clip(folder / "clip")}
+    bench = Bench(folder / "store", [str(folder / "list.parquet")], clip=clip, embeddings={"heads": heads})
     bench.make("source", "captions", "pairs", "clip", "embeddings")
-    (_, blobs), *more = bench.blobs("embeddings")
-    assert not more
-    table = read_table(bench.store, blobs["embeddings"])
+    return bench
+
+
+def with_heads(bench: Bench, heads: dict[str, Path], **curation: Any) -> Bench:
+    """A bench of the same rows with other heads; what was made before them stands."""
+    embeddings = {"heads": {name: str(file) for name, file in heads.items()}}
+    clip = {"weights": bench.config.clip.weights}
+    return Bench(Path(bench.store.url), bench.config.source.paths, clip=clip, embeddings=embeddings, curation=curation)
+
+
+def embedded(bench: Bench) -> pa.Table:
+    [(_, blobs)] = bench.blobs("embeddings")
+    return read_table(bench.store, blobs["embeddings"])
+
+
+def test_scores_are_those_of_a_linear_layer_on_unit_embeddings(bench: Bench, tmp_path: Path) -> None:
+    table = embedded(bench)
     stored = torch.from_numpy(np.array(table["image_embedding"].to_pylist(), np.float32))
+    layers = {"aesthetic": save_head(tmp_path / "a", 1), "nsfw": save_head(tmp_path / "b", 2, bias=-3)}
     for name, layer in layers.items():
         expected = layer(torch.nn.functional.normalize(stored, dim=1))[:, 0].detach()
         scores = torch.tensor(table[f"score_{name}"].to_pylist())
@@ -77,9 +88,9 @@ def test_a_score_does_not_depend_on_neighbours(tmp_path: Path) -> None:
     assert head(rows).dtype == np.float32
 
 
-def test_content_is_in_the_key_and_the_path_is_not(listed: tuple[str, str], tmp_path: Path) -> None:
+def test_content_is_in_the_key_and_the_path_is_not(bench: Bench, tmp_path: Path) -> None:
     def key(file: Path) -> str:
-        stage = make_bench(tmp_path / "store", listed, aesthetic=file).graph["embeddings"]
+        stage = with_heads(bench, {"aesthetic": file}).graph["embeddings"]
         return stage_key(stage, {"pairs": "p", "captions": "c", "clip": "k"})
 
     save_head(tmp_path / "a", 1)
@@ -110,34 +121,32 @@ def test_a_head_that_is_none_is_one_line(tmp_path: Path) -> None:
         load_heads(STORE, {"aesthetic": before}, DIM)
 
 
-def test_a_head_that_is_absent_or_has_an_odd_name_stops_the_plan(listed: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"embeddings\.heads\.aesthetic: .*none cannot be read"):
-        make_bench(tmp_path, listed, aesthetic=tmp_path / "none")
-    save_head(tmp_path / "a", 1)
-    with pytest.raises(UserError, match="'Watermark-2' is not the name of a column"):
-        make_bench(tmp_path, listed, **{"Watermark-2": tmp_path / "a"})
+@pytest.mark.parametrize(
+    ("heads", "curation", "said"),
+    [
+        ({"aesthetic": "none"}, {}, r"embeddings\.heads\.aesthetic: .*none cannot be read"),
+        ({"Watermark-2": "aesthetic"}, {}, "'Watermark-2' is not the name of a column"),
+        ({}, {"max_score": {"nsfw": 0.1}}, r"curation\.max_score\.nsfw: embeddings\.heads has no nsfw"),
+    ],
+)
+def test_a_head_that_cannot_be_had_stops_the_plan(
+    bench: Bench, heads: dict[str, str], curation: dict[str, Any], said: str
+) -> None:
+    folder = Path(bench.config.source.paths[0]).parent
+    with pytest.raises(UserError, match=said):
+        with_heads(bench, {name: folder / file for name, file in heads.items()}, **curation)
 
 
-def test_curation_goes_by_a_score(listed: tuple[str, str], tmp_path: Path) -> None:
-    save_head(tmp_path / "a", 1)
-    bench = make_bench(tmp_path / "store", listed, aesthetic=tmp_path / "a")
-    bench.make("source", "captions", "pairs", "clip", "embeddings")
-    table = read_table(bench.store, bench.blobs("embeddings")[0][1]["embeddings"]).to_pydict()
+@pytest.mark.parametrize("bound", ["min_score", "max_score"])
+def test_curation_goes_by_a_score(bench: Bench, bound: str) -> None:
+    table = embedded(bench).to_pydict()
     scores = dict(zip(table["key"], table["score_aesthetic"], strict=True))
     median = sorted(scores.values())[ROWS // 2]
-    for bound, kept in (("min_score", lambda s: s >= median), ("max_score", lambda s: s <= median)):
-        changes = {
-            "embeddings": {"heads": {"aesthetic": str(tmp_path / "a")}},
-            "curation": {bound: {"aesthetic": median}},
-        }
-        again = Bench(tmp_path / "store", [listed[0]], clip={"weights": listed[1]}, **changes)
-        again.make("source", "captions", "pairs", "clip", "embeddings", "curation")
-        expected = [key for key, score in scores.items() if kept(score) and key != f"{CAPTIONS.index(''):012d}"]
-        assert [row["key"] for row in again.rows("curation")] == expected
-        assert 2 <= len(expected) < ROWS - 1
-        assert again.made["embeddings"] == bench.made["embeddings"]
-
-
-def test_a_bound_on_a_score_that_nobody_makes_is_a_mistake(listed: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"curation\.max_score\.nsfw: embeddings\.heads has no nsfw"):
-        Bench(tmp_path / "store", [listed[0]], curation={"max_score": {"nsfw": 0.1}})
+    folder = Path(bench.config.source.paths[0]).parent
+    heads = {name: folder / name for name in ("aesthetic", "nsfw")}
+    again = with_heads(bench, heads, **{bound: {"aesthetic": median}})
+    again.made |= bench.made
+    again.make("curation")
+    kept = {key for key, score in scores.items() if (score >= median if bound == "min_score" else score <= median)}
+    assert [row["key"] for row in again.rows("curation")] == sorted(kept - {f"{CAPTIONS.index(''):012d}"})
+    assert 2 <= len(kept) < ROWS - 1
