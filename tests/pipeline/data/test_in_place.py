@@ -14,7 +14,7 @@ from PIL import Image
 from models.view import open_view, upright_rgb
 from pipeline.data.curation.reading import PairReader
 from pipeline.data.pairs import decoding, image
-from pipeline.data.pairs.decoding import read_pair_pixels
+from pipeline.data.pairs.decoding import ONLY_PIXELS, read_pair_pixels
 from pipeline.data.pairs.image import IN_PLACE_PIXELS, IN_PLACE_SCANS, inspect, read_foreign_pixels
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.errors import UserError
@@ -66,15 +66,12 @@ def opened_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_a_stored_image_is_opened_here(opened_here: list[str]) -> None:
-    """So the next test sees what it looks for."""
-    for data in KINDS.values():
-        read_pair_pixels("0", data, SIZE, in_place=False)
-    assert opened_here == [hashlib.sha256(data).hexdigest() for data in KINDS.values()]
-
-
 def test_no_stage_opens_them_in_its_own_process(bench: Bench, opened_here: list[str]) -> None:
     """Neither embeddings, nor the feed of trainings and evaluation, nor readers of pairs, nor the report."""
+    for data in KINDS.values():  # as a stored image is, so the test sees what it looks for
+        read_pair_pixels("0", data, SIZE, in_place=False)
+    assert opened_here == [hashlib.sha256(data).hexdigest() for data in KINDS.values()]
+    opened_here.clear()
     found = places(bench)
     bench.make("embeddings")
     Views(bench.store, SIZE).views(found, {})
@@ -109,7 +106,7 @@ def test_one_that_kills_its_decoder_then_costs_one_line(tmp_path: Path, monkeypa
     bench = tar_bench(tmp_path, {"0.png": picture(0), "1.png": with_word("SEGFAULT")})
     bench.make("source", "captions", "pairs")
     sound, killer = places(bench)
-    with closing(wrapped(tmp_path)) as child:
+    with closing(wrapped(tmp_path, 60, ONLY_PIXELS)) as child:
         monkeypatch.setattr(decoding, "_idle", [child])
         views = Views(bench.store, SIZE)
         with pytest.raises(UserError, match=rf"row {killer.key} cannot be opened \(decoding the image killed"):
@@ -131,7 +128,7 @@ def scans(count: int) -> bytes:
 LARGE = encoded(Image.new("1", (4000, IN_PLACE_PIXELS // 4000 + 1)), "PNG")
 
 
-def test_an_image_that_would_cost_every_epoch_dear_is_stored(tmp_path: Path) -> None:
+def test_an_image_that_would_cost_every_epoch_dear_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = {"0.jpg": scans(IN_PLACE_SCANS), "1.jpg": scans(IN_PLACE_SCANS + 1), "2.png": LARGE, "3.png": picture(3)}
     bench = tar_bench(tmp_path, images)
     bench.make("source", "captions", "pairs")
@@ -142,13 +139,8 @@ def test_an_image_that_would_cost_every_epoch_dear_is_stored(tmp_path: Path) -> 
     assert stored[1] != images["1.jpg"]
     rows = bench.rows("pairs")
     assert [(row["width"], row["height"]) for row in rows] == [(80, 72), (80, 72), (1024, 1024), (80, 72)]
-
-
-def test_so_is_one_that_took_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = picture(0)
-    assert inspect(data, 10**6) == (80, 72)
-    monkeypatch.setattr(image, "IN_PLACE_S", 0.0)
-    assert inspect(data, 10**6) is None
+    monkeypatch.setattr(image, "IN_PLACE_S", 0.0)  # so is one that took long
+    assert inspect(images["0.jpg"], 10**6) is None
 
 
 def test_later_stages_take_no_more_than_pairs_does() -> None:

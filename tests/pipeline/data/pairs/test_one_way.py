@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from models.view import open_view, upright_rgb, view
-from pipeline.data.neighbours.search import embed_image
+from pipeline.data.neighbours import search
 from pipeline.data.pairs.decoding import open_image, shared_decoder
 from pipeline.data.pairs.image import heif_is_there
 from pipeline.data.pairs.row_index import Place, read_images
@@ -57,25 +57,21 @@ def read(bench: Bench) -> dict[str, list[bytes]]:
     return found
 
 
-def test_every_way_gives_the_same_pixels(bench: Bench) -> None:
+def test_every_way_gives_the_same_pixels(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(bench.config.source.paths[0]).parent
-    clip = _clip(bench)
+    model = search.read_clip(bench.store, bench.made["clip"])
+    monkeypatch.setattr(search, "read_clip", lambda *_: model)
     for name, (fetched, in_place) in read(bench).items():
         expected = open_view(fetched, SIZE)
         given = open_image(folder / name)
         assert np.array_equal(open_view(in_place, SIZE), expected), name
         assert np.array_equal(view(given, SIZE), expected), name
-        embedded = embed_image(bench.store, bench.made["clip"], str(folder / name))
-        assert np.array_equal(embedded, clip(expected)), name
+        embedded = search.embed_image(bench.store, bench.made["clip"], str(folder / name))
+        with torch.no_grad():
+            of_view = model.encode_image(torch.from_numpy(expected.transpose(2, 0, 1)[None].copy()))
+        assert np.array_equal(embedded, of_view.numpy()), name
         shown = Image.open(io.BytesIO(shrink(in_place, 100, 10**6)[0])).convert("RGB")
         assert np.array_equal(np.asarray(shown), np.asarray(given)), name
-
-
-def _clip(bench: Bench) -> object:
-    from pipeline.data.neighbours.search import _numbers, read_clip
-
-    model = read_clip(bench.store, bench.made["clip"])
-    return lambda pixels: _numbers(model.encode_image, torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy()))
 
 
 def test_of_a_tar_only_what_trainings_cannot_decode_is_copied(bench: Bench) -> None:
@@ -122,5 +118,5 @@ def test_an_image_that_is_named_has_the_limits_of_the_list(bench: Bench, tmp_pat
     file = tmp_path / "bomb.png"
     file.write_bytes(encoded(Image.new("1", (10_000, 10_000)), "png"))
     with pytest.raises(UserError, match=r"bomb\.png: cannot be taken \(too_many_pixels"):
-        open_image(file) if command == "edit" else embed_image(bench.store, bench.made["clip"], str(file))
+        open_image(file) if command == "edit" else search.embed_image(bench.store, bench.made["clip"], str(file))
     assert shared_decoder()._process is not None

@@ -1,6 +1,5 @@
 """A look at a list before there is a configuration: its head, its size, and words that all its captions share."""
 
-import random
 from pathlib import Path
 
 import pytest
@@ -30,33 +29,6 @@ def test_a_look_at_a_long_list_ends_early_but_sees_the_head_of_every_list(
         preview.preview(SourceRecipe((first, "bad.csv")))
 
 
-def framed_slowly(rows: list[tuple[str, ...]]) -> int:
-    """How many rows have shared words in every caption, each compared with every different caption."""
-    texts = [caption.split() for caption in {caption for row in rows for caption in row}]
-    long = [words for words in texts if len(words) > 3]
-
-    def shared(caption: str) -> bool:
-        own = caption.split()
-        begins = sum(other[:3] == own[:3] for other in long)
-        ends = sum(other[-3:] == own[-3:] for other in long)
-        return len(own) > 3 and max(begins, ends) >= 10 and 10 * max(begins, ends) >= len(texts)
-
-    return sum(bool(row) and all(map(shared, row)) for row in rows)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_rows_of_captions_that_share_their_words_are_counted(seed: int) -> None:
-    chance = random.Random(seed)
-    words = ["a", "photo", "of", "red", "cat"][: 2 + seed % 4]
-    rows = [
-        tuple(" ".join(chance.choices(words, k=chance.randint(1, 6))) for _ in range(chance.randint(0, 2)))
-        for _ in range(60)
-    ]
-    found = preview.framed_rows(rows)
-    assert found.rows == framed_slowly(rows)
-    assert bool(found.words) == bool(found.rows)
-
-
 @pytest.mark.parametrize(
     ("rows", "found"),
     [
@@ -72,6 +44,7 @@ def test_what_counts_as_shared_words(rows: list[tuple[str, ...]], found: tuple[i
     assert words == found[1] or words in ("a flat icon", "one old photo")
 
 
+@pytest.mark.slow
 def test_the_quick_starts_own_captions_are_no_frames() -> None:
     rows = [row.captions for row in drawing_rows("full")]
     assert preview.framed_rows(rows).rows == 0

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.pairs.row_index import INDEX_COLUMNS, STAGE_SIDES, Place, index_counts, index_table, read_images
+from pipeline.data.pairs.row_index import STAGE_SIDES, Place, index_counts, read_images
 from pipeline.errors import CorruptObject
-from pipeline.graph.artifacts import read_table, write_table
 from pipeline.store import Store
 from pipeline.store.records import blob_path, put_blob
 from tests.counted import Counted
@@ -72,16 +71,6 @@ def test_damage_is_named(store: Store) -> None:
     store.delete([blob_path(blob)])
     with pytest.raises(CorruptObject, match="is missing"):
         _read(store, blob, rows)
-
-
-def test_the_table_keeps_every_column_and_leaves_null_what_is_not_known(store: Store) -> None:
-    table = index_table([_row(b"x", 512, status="kept"), {"key": "1", "status": "rejected", "reason": "timeout"}])
-    assert tuple(table.column_names) == INDEX_COLUMNS
-    back = read_table(store, put_blob(store, write_table(table))).to_pylist()
-    assert back[0]["offset"] == 512
-    assert back[1]["offset"] is None
-    assert index_table([]).num_rows == 0
-    assert index_table([]).schema == table.schema
 
 
 def test_counts_by_split_and_side() -> None:
