@@ -29,6 +29,7 @@ from PIL import Image
 
 from pipeline.data.pairs.image import (
     IN_PLACE_PIXELS,
+    KEEP_RATIO,
     MAX_BYTES,
     MAX_PIXELS,
     MOST_PIXELS,
@@ -61,7 +62,6 @@ IDLE_S = 60  # after which a child ends; the next request starts another
 BASE_BYTES, BYTES_PER_PIXEL = 256 << 20, 20  # what the child may map for it
 MODULE = "pipeline.data.pairs.decoding"
 COMMAND = (sys.executable, "-P", "-m", MODULE)  # -P: the current folder may be a stranger's, and have a json.py
-ONLY_PIXELS = "only-pixels"  # argument for a child that stores nothing: half the memory, and half the time to start
 # glibc gives the pixels of every image back to the system and faults them in again for the next one, a third of the
 # child's time. These keep 128 MiB instead, in blocks of up to 32.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
@@ -233,7 +233,7 @@ def _read_in_child(data: bytes, size: int | None) -> np.ndarray:
     try:
         decoder = _idle.pop()
     except IndexError:
-        decoder = ImageDecoder((*COMMAND, ONLY_PIXELS))
+        decoder = ImageDecoder()
     try:
         return decoder.read_pixels(data, size)
     finally:
@@ -319,9 +319,9 @@ def _answer(name: str, arguments: list[Any], data: bytes, clock: _Clock) -> tupl
 
 def main() -> None:
     """Answers requests until stdin closes, the parent is gone, or no request came for a while."""
-    if ONLY_PIXELS not in sys.argv:
-        load_resizer()  # before memory is limited by what is mapped
-        heif_is_there()
+    import cv2  # noqa: F401 - before memory is limited by what is mapped
+
+    heif_is_there()
     with contextlib.suppress(OSError):  # Linux: if memory ends, this process is the first to go
         Path("/proc/self/oom_score_adj").write_text("1000")
     warnings.simplefilter("ignore")  # of odd metadata and large images, which are judged here
@@ -330,13 +330,18 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print must not get between answers
     requests = os.fdopen(os.dup(0), "rb")
     give_up_rights()
-    mapped = memory_mapped()
+    mapped, resizer = memory_mapped(), None
     send(pipe, _READY, b"")
     while _request_comes(requests, parent):
         try:
             (name, arguments, max_pixels, limit), data = receive(requests)
         except EOFError:
             return
+        if not resizer and name == "prepare" and Storing(*arguments[1]).resize_mode != KEEP_RATIO:
+            # Not at the start, four fifths of which it would take: most lists do without it.
+            limit_memory(sys.maxsize)
+            limit_time(LONGEST.base_s)
+            resizer, mapped = load_resizer(), memory_mapped()
         limit_memory(mapped + BASE_BYTES + BYTES_PER_PIXEL * max_pixels)
         clock = _Clock(TimeLimit(*limit))
         said, body = _answer(name, arguments, data, clock)

@@ -42,6 +42,7 @@ BRANDS = dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "
     (b"avif", b"avis"), "AVIF"
 )
 MAX_SCANS = 500  # of a JPEG; encoders write about 10
+KEEP_RATIO = "keep_ratio"  # the resize mode that does without img2dataset's package
 LONGEST_SIDE = 8  # times image_size: the long side of what is stored
 # The markers of a JPEG behind which libjpeg reads a length. It passes over others by two bytes, and what follows may be
 # a scan: TEM (01), RST (D0 to D7) and, where it looks for a restart, reserved ones (02 to BF).
@@ -69,7 +70,7 @@ class Storing:
     image_size: int
     encode_format: str = "jpg"
     encode_quality: int = 95
-    resize_mode: str = "keep_ratio"
+    resize_mode: str = KEEP_RATIO
     min_image_size: int = 0
 
 
@@ -93,7 +94,7 @@ def prepare(
         return upright
     most = LONGEST_SIDE * storing.image_size
     size = upright.size
-    if storing.resize_mode == "keep_ratio":
+    if storing.resize_mode == KEEP_RATIO:
         stored, width, height, error = _keep_ratio(np.asarray(upright), storing)
     else:
         plain = _bitmap(upright)

@@ -14,7 +14,7 @@ from PIL import Image
 from models.view import open_view, upright_rgb
 from pipeline.data.curation.reading import PairReader
 from pipeline.data.pairs import decoding, image
-from pipeline.data.pairs.decoding import ONLY_PIXELS, read_pair_pixels
+from pipeline.data.pairs.decoding import read_pair_pixels
 from pipeline.data.pairs.image import IN_PLACE_PIXELS, IN_PLACE_SCANS, inspect, read_foreign_pixels
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.errors import UserError
@@ -106,7 +106,7 @@ def test_one_that_kills_its_decoder_then_costs_one_line(tmp_path: Path, monkeypa
     bench = tar_bench(tmp_path, {"0.png": picture(0), "1.png": with_word("SEGFAULT")})
     bench.make("source", "captions", "pairs")
     sound, killer = places(bench)
-    with closing(wrapped(tmp_path, 60, ONLY_PIXELS)) as child:
+    with closing(wrapped(tmp_path)) as child:
         monkeypatch.setattr(decoding, "_idle", [child])
         views = Views(bench.store, SIZE)
         with pytest.raises(UserError, match=rf"row {killer.key} cannot be opened \(decoding the image killed"):

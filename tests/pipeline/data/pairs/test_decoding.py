@@ -20,7 +20,6 @@ from pipeline.data.pairs.decoding import (
     BASE_BYTES,
     BYTES_PER_PIXEL,
     KEEP_MEMORY,
-    ONLY_PIXELS,
     Decoding,
     ImageDecoder,
     TimeLimit,
@@ -78,20 +77,13 @@ decoding.main()
 """
 
 
-def wrapped(folder: Path, idle_s: int = 60, *more: str) -> ImageDecoder:
-    return ImageDecoder((sys.executable, "-c", WRAPPED, str(folder / "once"), str(idle_s), *more))
+def wrapped(folder: Path, idle_s: int = 60) -> ImageDecoder:
+    return ImageDecoder((sys.executable, "-c", WRAPPED, str(folder / "once"), str(idle_s)))
 
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageDecoder]:
     with closing(wrapped(tmp_path_factory.mktemp("decoder"))) as decoder:
-        yield decoder
-
-
-@pytest.fixture(scope="module")
-def inspector(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageDecoder]:
-    """One that stores nothing, and so starts in half the time."""
-    with closing(wrapped(tmp_path_factory.mktemp("inspector"), 60, ONLY_PIXELS)) as decoder:
         yield decoder
 
 
@@ -101,13 +93,13 @@ def with_word(word: str) -> bytes:
 
 
 @pytest.mark.parametrize("word", ["SEGFAULT", "EXIT", "LIES", "LIST", "ENDLESS"])
-def test_a_picture_that_kills_its_decoder_costs_itself(inspector: ImageDecoder, word: str) -> None:
-    assert inspector.inspect(with_word(word), 1_000_000) == "decoder_crashed"
-    assert inspector.inspect(picture(2), 1_000_000) == (80, 72)
+def test_a_picture_that_kills_its_decoder_costs_itself(decoder: ImageDecoder, word: str) -> None:
+    assert decoder.inspect(with_word(word), 1_000_000) == "decoder_crashed"
+    assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
 
 
 def test_one_that_was_killed_once_has_another_try(tmp_path: Path) -> None:
-    with closing(wrapped(tmp_path, 60, ONLY_PIXELS)) as decoder:
+    with closing(wrapped(tmp_path)) as decoder:
         assert decoder.inspect(with_word("ONCE"), 1_000_000) == (80, 72)
 
 
@@ -131,29 +123,29 @@ def test_answers_are_those_of_the_functions_whatever_is_printed(decoder: ImageDe
 SHORT = TimeLimit(0.2, 1e-6)
 
 
-def test_one_that_takes_more_processor_time_than_its_pixels_may_is_not_tried_again(inspector: ImageDecoder) -> None:
+def test_one_that_takes_more_processor_time_than_its_pixels_may_is_not_tried_again(decoder: ImageDecoder) -> None:
     work = Decoding(SHORT)
-    assert inspector.inspect(with_word("SPIN"), 10**9, work) == "decode_timeout"
+    assert decoder.inspect(with_word("SPIN"), 10**9, work) == "decode_timeout"
     assert work.seconds > 0.15  # the kernel ends it at a tick near 0.2
     work = Decoding(SHORT)
-    assert inspector.inspect(picture(2), 10**9, work) == (80, 72)
+    assert decoder.inspect(picture(2), 10**9, work) == (80, 72)
     assert work.pixels == 80 * 72
     assert work.seconds > 0
 
 
-def test_one_that_only_waits_is_ended_by_the_clock(inspector: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_only_waits_is_ended_by_the_clock(decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "LONGEST", TimeLimit(1.0, 1e-6))
-    assert inspector.inspect(with_word("SLEEP"), 1) == "decode_timeout"
+    assert decoder.inspect(with_word("SLEEP"), 1) == "decode_timeout"
     monkeypatch.undo()
-    assert inspector.inspect(picture(2), 1_000_000) == (80, 72)
+    assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
 
 
-def test_want_of_memory_costs_that_picture_and_not_the_child(inspector: ImageDecoder) -> None:
-    assert inspector.inspect(picture(2), 1_000_000) == (80, 72)
-    child = inspector._process
-    assert inspector.inspect(with_word("GREEDY"), 1_000_000) == "decode_error"
-    assert inspector.inspect(picture(2), 1_000_000) == (80, 72)
-    assert inspector._process is child
+def test_want_of_memory_costs_that_picture_and_not_the_child(decoder: ImageDecoder) -> None:
+    assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
+    child = decoder._process
+    assert decoder.inspect(with_word("GREEDY"), 1_000_000) == "decode_error"
+    assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
+    assert decoder._process is child
 
 
 def test_the_child_has_no_secrets_no_rights_and_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +224,7 @@ def test_the_child_has_no_network_and_neither_reads_nor_writes_files(tmp_path: P
 
 
 def test_an_idle_child_ends_and_the_next_picture_starts_another(tmp_path: Path) -> None:
-    with closing(wrapped(tmp_path, 1, ONLY_PIXELS)) as decoder:
+    with closing(wrapped(tmp_path, 1)) as decoder:
         first = decoder.inspect(picture(1), 1_000_000)
         assert decoder._process is not None
         decoder._process.wait(120)
