@@ -140,7 +140,8 @@ def test_what_came_out_goes_in(made: Made, tmp_path: Path) -> None:
     again.make("source", "captions", "pairs")
     found = [row for row in again.rows("pairs") if row["status"] == "kept"]
     assert [row["sha256"] for row in found] == [row["sha256"] for row in rows]
-    imported = Bench(tmp_path / "imported", [str(made.folder / "clip-retrieval")])
+    clip = {"weights": made.bench.config.clip.weights}
+    imported = Bench(tmp_path / "imported", [str(made.folder / "clip-retrieval")], clip=clip)
     imported.make("source")
     shards = read_shards(imported.store, imported.made["source"])
     urls = [row["url"] for s in shards for row in read_table(imported.store, s.blobs["refs"]).to_pylist()]
