@@ -90,35 +90,29 @@ def pod(settings: KubernetesSettings) -> Machine:
 def groups(run: Run, stages: Collection[str]) -> list[Group]:
     """Returns the groups of worker pods for these stages; none where the driver does everything.
 
-    Workers join the first group of their kind whose labels do not contradict theirs, so a training, which asks for no
-    label, runs on the pods of another stage. A group has room for all of its stages at once.
+    Workers join the first group of their kind that has their label selector, or is free of one. Those that ask for no
+    label, as a training does, run on the pods of another stage. A group has room for all of its stages at once.
 
     Raises:
         UserError: A worker fits into no pod, or a training in the driver wants a GPU that its pod lacks.
     """
     settings, found, homes = run.kubernetes, list[Group](), list[int]()
-    refused: list[list[Mapping[str, str]]] = []  # the selectors of each group's stages
+    selectors: list[Mapping[str, str]] = []  # of each group
     asked = list(demands(run, stages))
     for stage, _, share in asked:
-        labels = _labels(share.labels)
         kind, shape = "cpu", (settings.cpus, settings.memory_gb, 0)
         if share.gpus:
             kind, shape = "gpu", (settings.gpu_cpus, settings.gpu_memory_gb, settings.gpus)
         alike = [i for i, group in enumerate(found) if group.name.startswith(kind)]
-        fitting = (
-            i
-            for i in alike
-            if all(found[i].labels.get(name, value) == value for name, value in labels.items())
-            and not any(_refuses(selector, {**found[i].labels, **labels}) for selector in (share.labels, *refused[i]))
-        )
-        home = next(fitting, len(found))
+        joined = (i for i in alike if not share.labels or not selectors[i] or selectors[i] == share.labels)
+        home = next(joined, len(found))
         if home == len(found):
-            refused.append([])
+            selectors.append({})
             found.append(Group(f"{kind}-{len(alike) + 1}" if alike else kind, 0, *shape))
-        store = OF_IMAGES if isinstance(getattr(run, stage), EmbeddingsSettings) else OF_TASKS
-        group = found[home]
-        found[home] = replace(group, labels={**group.labels, **labels}, object_store=max(group.object_store, store))
-        refused[home].append(share.labels)
+        selectors[home] = selectors[home] or share.labels
+        group, store = found[home], OF_IMAGES if isinstance(getattr(run, stage), EmbeddingsSettings) else OF_TASKS
+        labels = _labels(selectors[home])
+        found[home] = replace(group, labels=labels, object_store=max(group.object_store, store))
         homes.append(home)
     for (stage, workers, share), home in zip(asked, homes, strict=True):
         pods = math.ceil(workers / _workers_of_a_pod(stage, share, found[home]))
@@ -153,15 +147,6 @@ def _labels(selector: Mapping[str, str]) -> dict[str, str]:
     """Returns labels that satisfy a label selector of Ray's; "!a" is satisfied where the label is missing."""
     values = {name: re.sub(r"^in\(([^,)]*).*\)$", r"\1", value).strip() for name, value in selector.items()}
     return {name: value for name, value in values.items() if not value.startswith("!")}
-
-
-def _refuses(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    """Returns whether a label selector of Ray's says "not" to one of these labels."""
-    return any(
-        labels[name] in re.sub(r"^in\((.*)\)$", r"\1", value[1:]).replace(" ", "").split(",")
-        for name, value in selector.items()
-        if value.startswith("!") and name in labels
-    )
 
 
 def _workers_of_a_pod(stage: str, share: Resources, group: Group) -> int:

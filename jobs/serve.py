@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from cluster.client import Cluster, check_answers
 from cluster.job import DRIVER_CPUS, DRIVER_MB, Job, public_environment
+from cluster.manifests import SERVED_AT, render_service
 from cluster.package import Package, code
-from cluster.rayservice import PORT, render_service
 from cluster.submission import KUBERAY, attach_or_submit, check_reach, stop
 from jobs.bundles import RELEASE, find_bundle
 from jobs.output import say
@@ -109,7 +109,7 @@ def _rayservice(source: str | None, settings: ServeSettings) -> str:
     if lost := [path for path in (settings.prompt_head, settings.image_head) if path and not Path(path).is_absolute()]:
         raise UserError(f"{lost[0]} does not travel to pods; name its absolute path in their image")
     if settings.port != ServeSettings().port:
-        raise UserError(f"port={settings.port}: a RayService listens at {PORT}; leave it out")
+        raise UserError(f"port={settings.port}: a RayService listens at {SERVED_AT}; leave it out")
     most = settings.replicas or max(1, settings.idle_replicas)
     # Pods listen for others, so that a Secret without UNCLIP_TOKENS is refused.
     settings = replace(settings, host="0.0.0.0", replicas=most)

@@ -11,9 +11,9 @@ from pathlib import Path
 from cluster.client import Cluster
 from cluster.job import Job, make_job, public_environment
 from cluster.local import end_idle, start
+from cluster.manifests import render_job
 from cluster.package import Package, make_package
 from cluster.pods import pod, with_fixed_workers
-from cluster.rayjob import render
 from cluster.submission import KUBERAY, LOCAL, attach_or_submit, check_reach, put_package, running, stop
 from jobs.interrupt import exit_code
 from jobs.output import say, warn
@@ -106,11 +106,11 @@ def _rayjob(plan: RunPlan, job: Job) -> str:
     """Returns the RayJob, after its package is stored."""
     run = with_fixed_workers(plan.project.config, plan.stale)  # pods come when a stage asks for them
     project = replace(plan.project, config=replace(plan.project.config, run=run))
-    render(job, "", run, plan.stale)  # raises for wrong settings before anything is sent
+    render_job(job, "", run, plan.stale)  # raises for wrong settings before anything is sent
     path = put_package(project.store, _package(project))
     asked_for = project.store, project.config.project, project.graph, plan.verdicts
     record_run(*asked_for, path, project.journal.forgettings, plan.wanted, project.scan.segments)
-    return render(job, f"{project.store.url}/{path}", run, plan.stale)
+    return render_job(job, f"{project.store.url}/{path}", run, plan.stale)
 
 
 def follow(cluster: Cluster, submission_id: str) -> int:

@@ -16,11 +16,8 @@ class Node:
     """A pod as a Ray node: what KubeRay would start it with, and its container's environment."""
 
     group: str
-    cpus: int
-    gpus: int
     memory: int  # bytes
     object_store: int
-    labels: Mapping[str, str]
     environment: Mapping[str, str]
     secrets: Sequence[str]  # names of Secrets whose entries are in its environment too
 
@@ -53,14 +50,10 @@ def parse(text: str) -> Rendered:
 
 def _node(group: Mapping[str, Any]) -> Node:
     container = group["template"]["spec"]["containers"][0]
-    limits, given = container["resources"]["limits"], group["rayStartParams"]
     return Node(
         group["groupName"],
-        int(given.get("num-cpus", limits["cpu"])),
-        int(given.get("num-gpus", limits.get("nvidia.com/gpu", 0))),
-        quantity(limits["memory"]),
-        int(given["object-store-memory"]),
-        group.get("labels", {}),
+        quantity(container["resources"]["limits"]["memory"]),
+        int(group["rayStartParams"]["object-store-memory"]),
         {entry["name"]: entry["value"] for entry in container["env"]},
         [entry["secretRef"]["name"] for entry in container.get("envFrom", [])],
     )

@@ -1,6 +1,5 @@
 """cluster/aws.yaml: Ray accepts it, it publishes nothing, and what AWS has not on spot comes on demand. No AWS here."""
 
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -50,17 +49,6 @@ def test_aws_takes_what_a_machine_is_started_with(name: str) -> None:
     assert "Unknown" in ParamValidator().validate(given | {"Subnet": "a"}, asked).generate_report()
 
 
-def test_machines_with_gpus_are_in_one_zone_and_one_placement_group() -> None:
-    kinds = {name: kind["node_config"] for name, kind in TYPES.items() if kind["resources"].get("GPU")}
-    assert kinds.keys() == {"gpu", "gpu-spot", "gpu-efa"}
-    assert {json.dumps(kind["Placement"]) for kind in kinds.values()} == {'{"GroupName": "unclip-gpu"}'}
-    cards = kinds["gpu-efa"]["NetworkInterfaces"]
-    assert [(card["InterfaceType"], card["NetworkCardIndex"]) for card in cards] == [("efa", i) for i in range(4)]
-    assert not {"SubnetIds", "SecurityGroupIds"} & kinds["gpu-efa"].keys()  # Ray refuses them beside interfaces
-    places = [kinds[name]["SubnetIds"] for name in ("gpu", "gpu-spot")] + [[card["SubnetId"]] for card in cards]
-    assert {json.dumps(place) for place in places} == {'["subnet-CHANGE"]'}
-
-
 def test_the_token_is_wanted_and_nothing_is_published() -> None:
     assert "-e RAY_AUTH_MODE=token" in CONFIG["docker"]["run_options"]
     assert CONFIG["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
@@ -85,14 +73,6 @@ def test_every_spot_type_has_its_like_on_demand_and_the_head_is_none() -> None:
         assert rare["node_config"]["InstanceType"] == twin["node_config"]["InstanceType"]
     assert CONFIG["head_node_type"] == "head"
     assert TYPES["head"]["resources"] == {"CPU": 0}
-
-
-def test_values_to_change_are_marked() -> None:
-    """Whoever starts the cluster must find every value that stands for one of their own."""
-    for line in TEXT.splitlines():
-        mine = ("us-west-2", "ACCOUNT", "ami-", "subnet-", "sg-")
-        if any(word in line.partition(" # ")[0] for word in mine) and not line.startswith("#"):
-            assert "# CHANGE" in line, line
 
 
 # --- what is launched -------------------------------------------------------------------------------------------------
@@ -133,22 +113,6 @@ def test_what_aws_has_not_on_spot_comes_on_demand_for_half_an_hour() -> None:
     assert launched([{"GPU": 1}] * 4, tracker) == {"gpu-spot": 1}
 
 
-def test_without_either_it_goes_on_asking_for_spot() -> None:
-    tracker = NodeProviderAvailabilityTracker()
-    for name in ("cpu-spot", "cpu"):
-        tracker.update_node_availability(name, int(time.time()), NONE_LEFT)
-    assert launched([{"CPU": 1}], tracker) == {"cpu-spot": 1}
-
-
 def test_more_than_the_spot_machines_allowed_come_on_demand() -> None:
     most = TYPES["gpu-spot"]["max_workers"]
     assert launched([{"GPU": 4}] * (most + 2), NodeProviderAvailabilityTracker()) == {"gpu-spot": most, "gpu": 2}
-
-
-def test_what_fits_nowhere_is_scored_nowhere_and_spot_before_its_like() -> None:
-    summary = NodeProviderAvailabilityTracker().summary()
-    rare, twin = (spot.score({"CPU": 16}, [{"CPU": 1}], n, node_availability_summary=summary) for n in ("a-spot", "b"))
-    assert rare is not None
-    assert twin is not None
-    assert rare > twin
-    assert spot.score({"CPU": 16}, [{"GPU": 1}], "cpu-spot", node_availability_summary=summary) is None

@@ -10,7 +10,6 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[2]
@@ -51,20 +50,10 @@ def test_nothing_comes_from_an_address_or_holds_a_secret() -> None:
     assert not re.search(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY", named, re.IGNORECASE)
 
 
-def test_versions_are_those_of_the_lock_that_the_project_takes() -> None:
+def test_versions_are_those_of_the_lock() -> None:
     installs = [command for command in words("RUN") if "pip install" in command]
     assert [shlex.split(command)[-1] for command in installs] == ["torchvision", ".[${EXTRAS}]"]
     assert all("--constraint requirements.lock" in command for command in installs)
-    lock = (ROOT / "requirements.lock").read_text().split()
-    locked = dict(line.lower().split("==") for line in lock if "==" in line)
-    for needed in map(Requirement, PROJECT["project"]["dependencies"]):
-        if needed.marker is None or needed.marker.evaluate():  # else it is for another Python than the lock's
-            assert locked[needed.name.lower()] in needed.specifier, needed
-
-
-def test_it_has_what_nccl_and_torchs_compiler_need() -> None:
-    (command,) = (command for command in words("RUN") if "apt-get" in command)
-    assert {"libibverbs1", "ibverbs-providers", "librdmacm1", "gcc", "libc6-dev"} <= set(command.split())
 
 
 def test_the_variant_for_efa_brings_no_other_code_and_ends_as_the_same_user() -> None:
@@ -92,8 +81,8 @@ def test_what_is_copied_is_enough_to_install_the_project(tmp_path: Path) -> None
             shutil.copytree(ROOT / source, tmp_path / source, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / source, tmp_path / source)
-    command = "-m pip wheel --quiet --no-deps --no-build-isolation --disable-pip-version-check --no-index ."
-    subprocess.run([sys.executable, *command.split()], cwd=tmp_path, check=True, timeout=120)
+    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import io
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import yaml
 from safetensors.numpy import save_file
 
 import cluster.package
-from cluster.package import Package, check_size, make_package, package_path, send_weights, write_zip
+from cluster.package import Package, check_size, make_package, send_weights, write_zip
 from cluster.submission import put_package
 from pipeline.config import Config, load_config, make_config
 from pipeline.data.source.forget import Request, find
@@ -25,10 +24,8 @@ from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
 from pipeline.graph.keys import differences
-from pipeline.graph.runs import record_run
-from pipeline.store import Store, open_store
+from pipeline.store import open_store
 from pipeline.store.records import read_blob
-from pipeline.upkeep.collect import collect
 from tests.chain import ROOT
 from tests.secrets import leaks
 
@@ -100,11 +97,12 @@ def test_same_files_same_bytes(tmp_path: Path) -> None:
     again = make_package(config, URL, "out", EMPTY)
     assert first.read_bytes() == write_zip(again, tmp_path / "2.zip").read_bytes()
     assert again.key == one.key
-    assert make_package(config, URL, "elsewhere", EMPTY).key != one.key
+    assert dataclasses.replace(one, files=one.files | {"project.yaml": b"another"}).key != one.key
     with zipfile.ZipFile(first) as archive:
         assert [row["url"] for row in _rows(archive.read("lists/0/list.rows"))] == ["http://a/1.png"]
         assert [row["url"] for row in _rows(archive.read("lists/1/list.rows"))] == ["s3://b/1"]
-    assert _project(config)["source"]["paths"] == ["lists/0/list.rows", "lists/1/list.rows"]
+        project = yaml.safe_load(archive.read("project.yaml"))
+    assert project["source"]["paths"] == ["lists/0/list.rows", "lists/1/list.rows"]
 
 
 def _rows(data: bytes) -> list[dict[str, Any]]:
@@ -112,11 +110,12 @@ def _rows(data: bytes) -> list[dict[str, Any]]:
 
 
 def test_a_list_travels_as_it_is_read_masked_and_without_what_was_forgotten(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To a cluster, and into the store for Kubernetes; keys and splits do not move. A row that may not name its file
     keeps no list here, and is refused there."""
     monkeypatch.chdir(tmp_path)
+    store = open_store(str(tmp_path / "store"))
     table = tmp_path / "list.csv"
     lines = ["https://ana:hunter2pw@h.test/a.png,masked,a,train"]
     lines += [f"http://h.test/{i}.png,caption {i},group {i % 7}," for i in range(40)]
@@ -172,7 +171,8 @@ def test_what_lies_in_files_stays_and_a_line_says_so(tmp_path: Path, monkeypatch
     assert make_package(config, URL, "out", EMPTY, here=True).notes == ()
 
 
-def test_files_of_recipes_travel_and_weights_go_through_the_store(tmp_path: Path, store: Store) -> None:
+def test_files_of_recipes_travel_and_weights_go_through_the_store(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
     hosts, weights = tmp_path / "hosts.txt", tmp_path / "decoder.safetensors"
     hosts.write_text("bad.example\n")
     save_file({"w": np.ones(3, np.float32)}, weights)
@@ -198,20 +198,13 @@ def test_files_of_recipes_travel_and_weights_go_through_the_store(tmp_path: Path
 
 
 def test_a_package_that_is_too_large_names_its_largest_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [hashlib.sha256(str(j).encode()).hexdigest() for j in range(2100)]  # which cannot be compressed
-    urls = [f"http://a/{name}.png" for name in names]
-    lists = [_list(tmp_path / f"{i}.csv", *urls[: 300 * (7 - i)]) for i in range(7)]
-    config = _config(tmp_path, lists)
-    check_size(make_package(config, URL, "out", EMPTY))
-    monkeypatch.setattr(cluster.package, "LARGEST", 1 << 20)
-    with pytest.raises(UserError) as refused:
-        make_package(config, URL, "out", EMPTY)
-    named = [f"lists/{i}/{i}.rows (0." for i in range(4)]
-    places = [str(refused.value).index(name) for name in named]
-    assert places == sorted(places)
-    assert "over 1 MiB" in str(refused.value)
-    assert "\n" not in str(refused.value)
-    assert "lists/5/" not in str(refused.value)
+    files = {f"{i}.bin": bytes(i) for i in range(9)}
+    check_size(Package(files))
+    monkeypatch.setattr(cluster.package, "LARGEST", 35)
+    with pytest.raises(UserError, match=r"over 0 MiB: 8\.bin .*, 7\.bin .*, 6\.bin .*, 5\.bin .*, 4\.bin [^,]*; cut"):
+        check_size(Package(files))
+    with pytest.raises(UserError, match=r"the package of this job has .* over 0 MiB"):
+        make_package(_config(tmp_path, ["drawings:nano"]), URL, "out", EMPTY)
 
 
 @pytest.mark.parametrize(
@@ -251,20 +244,3 @@ def test_a_tracker_of_the_users_travels(tmp_path: Path, monkeypatch: pytest.Monk
     run = dataclasses.replace(config.run, trackers=("mine.tracker:make",))
     package = make_package(dataclasses.replace(config, run=run), URL, "out", EMPTY)
     assert package.files["mine/tracker.py"] == tmp_path / "mine/tracker.py"
-
-
-def test_a_package_in_the_store_stays_as_long_as_the_run_that_asked_for_it(store: Store, tmp_path: Path) -> None:
-    package = make_package(_config(tmp_path, ["drawings:nano"]), URL, "out", EMPTY)
-    file = write_zip(package, tmp_path / "p.zip")
-    path = package_path(file)
-    assert path == package_path(write_zip(package, tmp_path / "q.zip"))
-    store.create(path, file)
-    other = "packages/other.zip"
-    store.create(other, b"of nobody")
-    record_run(store, "p", {}, [], package=path)
-
-    collect(store, keep_s=30 * 86_400, grace_s=0.0, now=time.time(), delete=True)
-    assert [entry.path for entry in store.list("packages/")] == [path]
-    record_run(store, "p", {}, [])
-    collect(store, keep_s=30 * 86_400, grace_s=0.0, now=time.time() + 31 * 86_400, delete=True)
-    assert list(store.list("packages/")) == []

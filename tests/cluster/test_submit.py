@@ -99,12 +99,6 @@ def test_a_budget_is_not_judged_by_a_machine_that_is_not_the_clusters(project: P
     there.check()
 
 
-def test_run_settings_do_not_change_what_is_asked(project: Project) -> None:
-    run = dataclasses.replace(project.config.run, lease_s=7.0, output="elsewhere")
-    config = dataclasses.replace(project.config, run=run)
-    assert _job(project).id == _job(dataclasses.replace(project, config=config)).id
-
-
 def test_mistakes_cost_one_line_and_leave_nothing(tmp_path: Path, s3: Server) -> None:
     rows = write_list(tmp_path / "list.csv", 0, 3)
     nowhere = "http://127.0.0.1:9"
@@ -134,6 +128,7 @@ def test_what_is_fresh_is_not_submitted(tmp_path: Path) -> None:
     [
         ("SUCCEEDED", 0, 0, ""),
         ("FAILED", 2, 2, "job failed (exit code 2); submit it again to go on where it was\n"),
+        ("FAILED", -9, 137, "job failed (exit code 137); submit it again to go on where it was\n"),
         ("FAILED", None, 1, "job failed (no node); submit it again to go on where it was\n"),
         ("STOPPED", None, 1, "job was stopped; submit it again to go on where it was\n"),
         ("RUNNING", None, 130, "\njob goes on: the same command attaches to it, --stop stops it\n"),
@@ -156,8 +151,5 @@ def test_only_jobs_of_the_project_are_stopped(tmp_path: Path, monkeypatch: pytes
     assert "nothing of micro runs there" in done(here(*words))
     cluster.seen.append(JobInfo("mine", "RUNNING", "", None, about))
     assert done(here(*words)) == "mine was stopped (stopped); what it has made stays made\n"
-
-
-def test_stop_where_nothing_runs(tmp_path: Path) -> None:
-    config = write_config(tmp_path, str(tmp_path / "store"), "http://127.0.0.1:9", [tmp_path / "no-list.csv"])
+    monkeypatch.undo()
     assert "nothing of micro runs there" in done(here("submit", config, "--to", "local", "--stop"))

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jobs.cli import main
-from tests.chain import done, here, open_at, unclip, write_config, write_list
+from tests.chain import done, here, open_at, write_config, write_list
 from tests.cluster.kuberay import parse
 from tests.seaweed import Server
 
@@ -26,7 +26,7 @@ def test_the_rayjob_is_all_there_is_on_standard_output(s3: Server, tmp_path: Pat
     # Another name of this machine, for one that says loopback is refused.
     elsewhere = s3.environment | {"AWS_ENDPOINT_URL": s3.endpoint.replace("127.0.0.1", "127.1")}
     words = ("submit", config(tmp_path, store), "--to", "kuberay", "--until", "pairs", IMAGE, "run.pairs.workers=3")
-    process = unclip(*words, env=elsewhere)
+    process = here(*words, env=elsewhere)
     assert process.returncode == 0, process.stderr
     found = parse(process.stdout)
     assert found.job.command == ("python", "-m", "jobs.cli", "run", "project.yaml", "--until=pairs")

@@ -1,8 +1,9 @@
-"""Fills the templates of cluster/kuberay, in YAML: here the RayJob of a job. Pure; nothing is sent.
+"""Fills the templates of cluster/kuberay, in YAML: the RayJob of a job, the RayService of a release. Nothing is sent.
 
-The cluster comes with the job and goes with it. KubeRay's autoscaler adds pods while a stage asks for them and removes
-those that are idle, so no GPU stands by while images are fetched. A job that fails is tried again on a new cluster,
-because what a stage has done is in the store and is not done again.
+The cluster of a RayJob comes with the job and goes with it. KubeRay's autoscaler adds pods while a stage asks for them
+and removes those that are idle, so no GPU stands by while images are fetched. A job that fails is tried again on a new
+cluster, because what a stage has done is in the store and is not done again. For a RayService KubeRay keeps the
+application running, and replaces a cluster by a new one beside it.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from pipeline.errors import UserError
 from pipeline.settings import NO_SECRET, SECRETS, KubernetesSettings
 
 HEAD_MB = 2048  # MiB of the head's memory for Ray's own processes there
+SERVED_AT = 8000  # the port of a RayService
 LONGEST_NAME = 47  # characters; KubeRay adds to it and has to stay below 63
 
 
-def render(job: Job, package: str, run: Run, stages: Collection[str]) -> str:
+def render_job(job: Job, package: str, run: Run, stages: Collection[str]) -> str:
     """Returns the YAML of the RayJob that runs ``job``.
 
     Args:
@@ -42,7 +44,7 @@ def render(job: Job, package: str, run: Run, stages: Collection[str]) -> str:
     """
     settings = run.kubernetes
     _check(job, package, settings)
-    return fill(
+    return _fill(
         "rayjob",
         settings,
         {**settings.env, **job.environment},
@@ -56,8 +58,51 @@ def render(job: Job, package: str, run: Run, stages: Collection[str]) -> str:
     )
 
 
+def render_service(
+    project: str,
+    arguments: Mapping[str, Any],
+    replicas: int,
+    settings: KubernetesSettings,
+    environment: Mapping[str, str],
+) -> str:
+    """Returns the YAML of the RayService of a project.
+
+    Args:
+        project: Name of the project, from which the RayService gets its own.
+        arguments: Arguments of the application's builder.
+        replicas: Pods that draw, at most; the autoscaler adds and removes them.
+        settings: Settings of the pods.
+        environment: Environment variables of the submitter, which pods get besides those of the settings.
+
+    Raises:
+        UserError: Without an image or the Secret that holds the tokens, and for a secret among the environment.
+    """
+    _check_pods(settings, environment)
+    if not settings.secret:
+        raise UserError(
+            "run.kubernetes.secret: missing; name a Secret whose entry UNCLIP_TOKENS holds lines NAME TOKEN, without "
+            "which anybody could draw"
+        )
+    gpus = settings.gpus
+    shape = settings.cpus, settings.memory_gb
+    if gpus:  # a pod draws on one GPU, so it takes that GPU's share of a node
+        shape = max(1, settings.gpu_cpus // gpus), max(1, settings.gpu_memory_gb // gpus)
+    return _fill(
+        "rayservice",
+        settings,
+        {**environment, **settings.env},
+        [Group("replicas", replicas, *shape, min(gpus, 1))],
+        grows=True,
+        labels={},
+        name=f"unclip-{re.sub(r'[^a-z0-9]+', '-', project.lower()).strip('-')}"[:LONGEST_NAME].strip("-"),
+        arguments=arguments,
+        port=SERVED_AT,
+        drain_s=math.ceil(arguments["settings"]["drain_s"]),
+    )
+
+
 def _check(job: Job, package: str, settings: KubernetesSettings) -> None:
-    check_pods(settings, job.environment)
+    _check_pods(settings, job.environment)
     if len(job.id) > LONGEST_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", job.id):
         raise UserError(f"{job.id}: not a name for a RayJob, which has up to {LONGEST_NAME} of a-z, 0-9 and -")
     for name, value in {"package": package, **job.environment}.items():
@@ -71,7 +116,7 @@ def _check(job: Job, package: str, settings: KubernetesSettings) -> None:
         )
 
 
-def check_pods(settings: KubernetesSettings, names: Iterable[str]) -> None:
+def _check_pods(settings: KubernetesSettings, names: Iterable[str]) -> None:
     """Raises UserError without an image, and for a variable of the environment that is called like a secret."""
     if not settings.image:
         raise UserError("run.kubernetes.image: missing; build cluster/Dockerfile, push it, and name it here")
@@ -80,7 +125,7 @@ def check_pods(settings: KubernetesSettings, names: Iterable[str]) -> None:
             raise UserError(f"{name}: {NO_SECRET}")
 
 
-def fill(
+def _fill(
     template: str,
     settings: KubernetesSettings,
     environment: Mapping[str, str],
