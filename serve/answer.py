@@ -1,9 +1,10 @@
-"""One request's answer: a body, or server-sent events as OpenAI's clients read them."""
+"""One request's answer: a body, or server-sent events as OpenAI's clients read them, in the format asked for."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -11,13 +12,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.encoding import encode
+from PIL import Image
+
 from serve.errors import ApiError
-from serve.gateway import Gateway
-from serve.requests import Common
-from serve.results import Result
+from serve.gateway import Gateway, Result
+from serve.requests import BEST, Common
 from serve.work import Work
 
+MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 USAGE = {  # what OpenAI's clients require; nothing is counted in tokens here
     "input_tokens": 0,
     "output_tokens": 0,
@@ -122,6 +124,25 @@ class Answer:
     def _event(self, kind: str, about: dict[str, Any]) -> bytes:
         name = f"{self.event}.{kind}"
         return _sse(name, {"type": name, "created_at": self.created, **self._common(), **about})
+
+
+def encode(png: bytes, output_format: str, compression: int = BEST) -> bytes:
+    """Returns an image in one of MEDIA_TYPES; a PNG as it is, with its recipe, which the other formats do not carry.
+
+    Equal arguments give equal bytes.
+
+    Args:
+        png: The finished image, a PNG of this server's.
+        output_format: Name of the format.
+        compression: Quality of JPEG and WebP, 0 to 100, where 100 is best; PNG is lossless.
+    """
+    if output_format == "png":
+        return png
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as image:
+        # Colours at full resolution, as a PNG has them; WebP knows no such choice.
+        image.convert("RGB").save(out, output_format.upper(), quality=compression, subsampling=0)
+    return out.getvalue()
 
 
 def _size(side: int) -> str:

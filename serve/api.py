@@ -20,13 +20,13 @@ from starlette.middleware.cors import CORSMiddleware
 
 from models.tokens import check_captions
 from serve import neighbours
-from serve.answer import Answer
-from serve.encoding import BEST, MEDIA_TYPES, encode
+from serve.answer import MEDIA_TYPES, Answer, encode
 from serve.errors import ApiError, invalid, unreadable
 from serve.gateway import Gateway
 from serve.guard import Guard
 from serve.requests import (
     ALIASES,
+    BEST,
     LARGEST_SEED,
     PROMPT,
     Common,

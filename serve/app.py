@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,59 +18,17 @@ from pipeline.settings import RaySettings
 from serve.address import url_host
 from serve.api import make_api
 from serve.bundle import ServedBundle
-from serve.gateway import Gateway
+from serve.gateway import Gateway, ResultCache
 from serve.guard import CONNECTIONS, read_tokens, requests_log
 from serve.metrics import Metrics
 from serve.pool import Handle, ReplicaPool
-from serve.queue import Event, RequestQueue, RequestRefused
+from serve.queue import RequestQueue
 from serve.replica import Replica
-from serve.results import ResultCache
-from serve.server import CLOSING_S, Server
+from serve.server import Server
 from serve.settings import ServeSettings
-from serve.work import Work
 
-WAIT_S = 0.02  # that a batch waits for more requests like its first, which costs one that is alone as much
 HEAD = {"node:__internal_head__": 0.001}  # where the gateway is: the end of another node ends nobody's wait
 log = logging.getLogger("unclip")
-
-
-class LocalReplica:
-    """The gateway's handle of a replica in this process."""
-
-    def __init__(self, replica: Replica):
-        self.replica = replica
-
-    @classmethod
-    async def start(cls, served: ServedBundle, settings: ServeSettings) -> LocalReplica:
-        """Loads the bundle. Raises UserError."""
-        return cls(await asyncio.to_thread(Replica, served, settings))
-
-    async def describe(self) -> dict[str, Any]:
-        """Returns what is drawn with."""
-        return self.replica.describe()
-
-    async def draw(self, work: Work) -> AsyncGenerator[Event]:
-        """Yields the events of drawing. Raises RequestRefused, and what went wrong."""
-        async for event in self.replica.draw(work):
-            if event[0] == "refused":
-                raise RequestRefused(event[1])
-            yield event
-
-    async def close(self) -> None:
-        """Gives the memory of the models back."""
-        drawn = asyncio.wrap_future(self.replica.drawing.submit(int))  # behind all that is drawn
-        self.replica.close()
-        try:
-            await asyncio.wait_for(drawn, CLOSING_S)
-        except TimeoutError:  # Python would wait for the thread for ever, if it hangs in a driver
-            log.warning("drawing does not end, and is left with its process")
-            os._exit(0)
-
-    async def kill(self) -> None:
-        """Ends this process: a thread that hangs in a driver cannot be ended alone."""
-        await asyncio.sleep(CLOSING_S)  # for the errors of requests that wait
-        log.error("serve: drawing hangs, and this process ends; start it again")
-        os._exit(1)
 
 
 class Service:
@@ -87,21 +45,13 @@ class Service:
 
         async def start() -> Handle:
             if gpu is None:
-                return await LocalReplica.start(served, settings)
+                return await asyncio.to_thread(Replica, served, settings)
             from serve.processes import RemoteReplica
 
             return await RemoteReplica.start(served, settings, gpu)
 
         self.pool = ReplicaPool(start, settings, self.metrics, lambda hangs: self.queue.tell_hang(hangs))
-        self.queue = RequestQueue(
-            self.pool.draw,
-            settings.replicas,
-            settings.batch,
-            settings.queue,
-            WAIT_S,
-            settings.deadline_s,
-            self.metrics,
-        )
+        self.queue = RequestQueue(self.pool.draw, settings, self.metrics)
         results, pool = ResultCache(settings.results_mb << 20), self.pool
         self.gateway = Gateway(served, settings, self.queue, results, pool.describe, self.metrics, pool.ready)
         self.api = make_api(self.gateway, tokens, self.metrics.text)

@@ -9,6 +9,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 # Upper bounds of the histograms' buckets: a cached image takes milliseconds, one of 1024 px on a CPU minutes.
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 SIZES = (1, 2, 4, 8, 16, 32, 64)
+KINDS: dict[str, tuple[Any, str]] = {
+    "gauge": (Gauge, "set"), "counter": (Counter, "inc"), "histogram": (Histogram, "observe")
+}  # fmt: skip
 FIGURES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "num_queue_reqs": ("gauge", "Requests that wait.", ()),
     "num_running_reqs": ("gauge", "Requests that are being drawn.", ()),
@@ -34,19 +37,12 @@ class Metrics:
         for name, (kind, about, labels) in FIGURES.items():
             full, bounds = f"unclip_{name}", SIZES if name == "batch_size" else SECONDS
             more = {"buckets": bounds} if kind == "histogram" else {}
-            made = {"gauge": Gauge, "counter": Counter, "histogram": Histogram}[kind]
-            self.figures[name] = made(full, about, labels, registry=self.registry, **more)
+            self.figures[name] = KINDS[kind][0](full, about, labels, registry=self.registry, **more)
 
     def __call__(self, name: str, value: float = 1, **labels: str) -> None:
         """Sets a gauge, adds to a counter, or adds an observation to a histogram."""
-        kind = FIGURES[name][0]
         figure = self.figures[name].labels(**labels) if labels else self.figures[name]
-        if kind == "gauge":
-            figure.set(value)
-        elif kind == "counter":
-            figure.inc(value)
-        else:
-            figure.observe(value)
+        getattr(figure, KINDS[FIGURES[name][0]][1])(value)
 
     def text(self) -> bytes:
         """Returns all figures in Prometheus' text format."""

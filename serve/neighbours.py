@@ -6,11 +6,11 @@ import asyncio
 import base64
 import io
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Form, Request, UploadFile
 from PIL import Image
@@ -34,6 +34,7 @@ SEARCHING = ThreadPoolExecutor(2)  # each holds a block of the index in memory, 
 MAKE = "unclip run CONFIG --until index makes it, and the bundle has to be served from that project's store"
 log = logging.getLogger("unclip")
 router = APIRouter()
+Found = TypeVar("Found")
 
 
 @router.post("/v1/unclip/neighbours")
@@ -41,19 +42,34 @@ async def neighbours(
     request: Request, image: UploadFile, count: Annotated[int, Form(ge=1, le=MOST)] = 8
 ) -> dict[str, Any]:
     """Returns the training images nearest to an image, nearest first."""
+    opened = await read_image(image, "image")
+    return {"object": "list", "data": await _ask(request, lambda training: training.nearest(opened, count))}
+
+
+async def nearest_caption(request: Request, image: bytes) -> str:
+    """Returns the caption of the training image nearest to an image, "" where the rows have no index."""
+    try:
+        return await _ask(request, lambda training: training.caption(image))
+    except ApiError:
+        return ""
+    except UserError as e:  # an image can be changed without it
+        log.warning("nearest caption: %s", e)
+        return ""
+
+
+async def _ask(request: Request, question: Callable[[TrainingSet], Found]) -> Found:
+    """Returns the answer of the rows that the served bundle was trained on. Raises ApiError if they have no index."""
     gateway = request.app.state.gateway
     bundle = (await gateway.described())["bundle"]
-    opened = await read_image(image, "image")
     try:
         training = await asyncio.to_thread(training_set_of, gateway.served, bundle, gateway.settings.licenses)
-        found = await asyncio.get_running_loop().run_in_executor(SEARCHING, training.nearest, opened, count)
+        return await asyncio.get_running_loop().run_in_executor(SEARCHING, question, training)
     except CorruptObject as e:  # since it was looked up, such as by data forget and data gc
         training_set_of.cache_clear()
         log.warning("neighbours: %s", e)
         raise ApiError(
             404, "no_index", f"The rows that this bundle was trained on have no index any more: {MAKE}"
         ) from e
-    return {"object": "list", "data": found}
 
 
 @dataclass(frozen=True)
@@ -77,14 +93,15 @@ class TrainingSet:
 
     def nearest(self, image: bytes, count: int) -> list[dict[str, Any]]:
         """Returns the training rows nearest to an image, a PNG as ``read_image`` gives it, nearest first, as JSON."""
-        embedding = embed_opened(self.clip, Image.open(io.BytesIO(image)))
-        return [self._described(row) for row in look_up(self.store, self.artifacts, embedding, count, ("train",))]
+        return [self._described(row) for row in self._found(image, count)]
 
     def caption(self, image: bytes) -> str:
         """Returns the caption of the training row nearest to an image, a PNG as ``read_image`` gives it."""
+        return next((row.caption for row in self._found(image, 1)), "")
+
+    def _found(self, image: bytes, count: int) -> list[FoundRow]:
         embedding = embed_opened(self.clip, Image.open(io.BytesIO(image)))
-        found = look_up(self.store, self.artifacts, embedding, 1, ("train",))
-        return found[0].caption if found else ""
+        return look_up(self.store, self.artifacts, embedding, count, ("train",))
 
     def _described(self, row: FoundRow) -> dict[str, Any]:
         # Paths of this machine stay private, and a URL may hold a password or a signature.
@@ -109,21 +126,6 @@ class TrainingSet:
             return None
         found = shared_decoder().prepare(data, MAX_PIXELS, THUMBNAIL)
         return None if isinstance(found, str) else base64.b64encode(found.data).decode()
-
-
-async def nearest_caption(request: Request, image: bytes) -> str:
-    """Returns the caption of the training image nearest to an image, "" where the rows have no index."""
-    gateway = request.app.state.gateway
-    bundle = (await gateway.described())["bundle"]
-    try:
-        training = await asyncio.to_thread(training_set_of, gateway.served, bundle, gateway.settings.licenses)
-        return await asyncio.get_running_loop().run_in_executor(SEARCHING, training.caption, image)
-    except ApiError:  # it has none
-        return ""
-    except (CorruptObject, UserError) as e:  # an image can be changed without it
-        training_set_of.cache_clear()
-        log.warning("nearest caption: %s", e)
-        return ""
 
 
 def find_training_set(store: Store, bundle: Artifact, licenses: Collection[str] = ()) -> TrainingSet | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 import signal
@@ -18,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import UserError
 from serve.bundle import ServedBundle
-from serve.queue import Event, ReplicaDied, RequestRefused
+from serve.queue import Event, ReplicaDied
 from serve.replica import Replica
 from serve.settings import ServeSettings
 from serve.work import Work
@@ -29,7 +28,6 @@ class ReplicaProcess:
 
     def __init__(self) -> None:
         logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-        self.unwanted: set[int] = set()
 
     async def load(self, served: ServedBundle, settings: ServeSettings) -> tuple[int, str]:
         """Loads the bundle. Returns the process's id and that of its node."""
@@ -38,26 +36,17 @@ class ReplicaProcess:
 
     async def describe(self) -> dict[str, Any]:
         """Returns what is drawn with."""
-        return self.replica.describe()
+        return await self.replica.describe()
 
-    async def draw(self, number: int, work: Work) -> AsyncGenerator[Event]:
-        """Yields the events of drawing until ``stop`` is called with the same number."""
+    async def draw(self, work: Work) -> AsyncGenerator[Event]:
+        """Yields the events of drawing until it is cancelled."""
         async with aclosing(self.replica.draw(work)) as events:
             async for event in events:
-                if number in self.unwanted:
-                    break
                 yield event
-        self.unwanted.discard(number)
-
-    async def stop(self, number: int) -> None:
-        """Ends a drawing at its next event."""
-        self.unwanted.add(number)
 
 
 class RemoteReplica:
     """The gateway's handle of a ``ReplicaProcess``."""
-
-    numbers = itertools.count()
 
     def __init__(self, actor: Any, pid: int, node: str):
         self.actor, self.pid, self.node = actor, pid, node
@@ -85,22 +74,16 @@ class RemoteReplica:
 
     async def draw(self, work: Work) -> AsyncGenerator[Event]:
         """Yields the events of drawing. Raises ReplicaDied, RequestRefused, and what went wrong."""
-        number = next(self.numbers)
-        ended = False
+        drawing = self.actor.draw.options(num_returns="streaming").remote(work)
         try:
-            async for answer in self.actor.draw.options(num_returns="streaming").remote(number, work):
-                event = await answer
-                if event[0] == "refused":
-                    raise RequestRefused(event[1])
-                yield event
-            ended = True
+            async for answer in drawing:
+                yield await answer
         except RayTaskError as e:
             raise e.cause from e
         except RayError as e:
             raise ReplicaDied(type(e).__name__) from None
         finally:
-            if not ended:
-                self.actor.stop.remote(number)
+            ray.cancel(drawing)  # for one that has ended it does nothing
 
     async def close(self) -> None:
         """Ends the process."""

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from serve.errors import ApiError
+from serve.settings import ServeSettings
 from serve.work import Row, Work
 
+WAIT_S = 0.02  # that a batch waits for more requests like its first, which costs one that is alone as much
 AGAIN_S = 5  # in which a server that is stopped, or one beside it, may be there again
 ATTEMPTS = 3  # at a batch whose replica dies: it may be the batch that kills it
 log = logging.getLogger("unclip")
@@ -86,24 +88,16 @@ class Job:
 
 
 class RequestQueue:
-    """Draws jobs in the order in which they came, ``lanes`` batches of up to ``batch`` images at once.
+    """Draws jobs in the order in which they came, as many batches at once as there are replicas.
 
     Args:
         draw: Function that draws one batch.
-        lanes: Largest number of batches that are drawn at once, each by a process.
-        batch: Images of a batch; a request is never split.
-        limit: Images that may wait.
-        wait: Seconds that a batch waits for more of its kind.
-        deadline: Seconds after which a request that is not drawn is answered with an error.
+        settings: Settings, of which it reads replicas, batch, queue and deadline_s. A request is never split.
         observe: Function that records a metric.
     """
 
-    def __init__(
-        self, draw: RunWork, lanes: int, batch: int, limit: int, wait: float, deadline: float, observe: Observe
-    ):
-        self.draw, self.lanes, self.batch, self.limit, self.wait = draw, lanes, batch, limit, wait
-        self.deadline = deadline
-        self.observe = observe
+    def __init__(self, draw: RunWork, settings: ServeSettings, observe: Observe):
+        self.draw, self.settings, self.observe = draw, settings, observe
         self.waiting: deque[Job] = deque()
         self.running: list[list[Job]] = []  # batches
         self.tasks: set[asyncio.Task[None]] = set()  # lanes
@@ -125,15 +119,15 @@ class RequestQueue:
             raise stopping()
         if self.hangs:
             raise hanging()
-        if self.waiting and self.images() + len(work.rows) > self.limit:
-            again = self.seconds * self.images() / (self.batch * self.lanes)
+        if self.waiting and self.images() + len(work.rows) > self.settings.queue:
+            again = self.seconds * self.images() / (self.settings.batch * self.settings.replicas)
             raise ApiError(
                 429, "queue_full", f"{len(self.waiting)} requests wait already: try again later", retry_after=again
             )
         job = Job(work)
         self.waiting.append(job)
         job.tell(("place", len(self.waiting) - 1 + len(self.running)))
-        if len(self.tasks) < self.lanes:
+        if len(self.tasks) < self.settings.replicas:
             # In a context of its own: Ray Serve ends what a request has begun when its client goes.
             task = asyncio.create_task(self._lane(), context=Context())
             self.tasks.add(task)
@@ -143,10 +137,10 @@ class RequestQueue:
         try:
             while missing:
                 try:
-                    left = job.came + self.deadline - time.monotonic()
+                    left = job.came + self.settings.deadline_s - time.monotonic()
                     event = await asyncio.wait_for(job.events.get(), max(0, left))
                 except TimeoutError:
-                    raise late(self.deadline) from None
+                    raise late(self.settings.deadline_s) from None
                 if isinstance(event, Exception):
                     raise event
                 if event[0] == "withheld":
@@ -172,8 +166,8 @@ class RequestQueue:
 
     async def _batches(self) -> None:
         while self.waiting:
-            if self.wait and self.images() < self.batch:
-                await asyncio.sleep(self.wait)
+            if self.images() < self.settings.batch:
+                await asyncio.sleep(WAIT_S)
             jobs = self._take()
             if not jobs:
                 continue
@@ -224,7 +218,7 @@ class RequestQueue:
     def _take(self) -> list[Job]:
         """Returns the first job with those behind it that have equal settings, as long as the batch has room."""
         taken: list[Job] = []
-        room = self.batch
+        room = self.settings.batch
         for job in list(self.waiting):
             first = taken[0].work if taken else job.work
             alike = (job.work.kind, job.work.options, job.work.side) == (first.kind, first.options, first.side)

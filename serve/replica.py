@@ -1,9 +1,10 @@
-"""A replica: a bundle in this process, and the thread that draws with it."""
+"""A replica: a bundle in this process, and the thread that draws with it. It is its own ``Handle`` (serve/pool.py)."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event as Flag
@@ -16,9 +17,9 @@ from pipeline.errors import UserError
 from pipeline.release.signing import Untrusted
 from pipeline.sampling.drawing import refusals
 from serve.bundle import ServedBundle, read_head
-from serve.model_runner import DrawingCancelled, ModelRunner
-from serve.queue import Event
-from serve.settings import ServeSettings
+from serve.model_runner import ModelRunner
+from serve.queue import Event, RequestRefused
+from serve.settings import CLOSING_S, ServeSettings
 from serve.work import Work
 
 SELDOM_S = 600.0  # between two looks at a release that cannot be loaded
@@ -77,21 +78,19 @@ class Replica:
                 self.warning = f"the release {what}, and the one before goes on: see the log"
                 log.warning("bundle %s goes on: the release could not be loaded (%s)", self.runner.key[:12], e)
 
-    def _switch(self) -> None:
+    async def describe(self) -> dict[str, Any]:
+        """Returns what this replica draws with, and the slowest step of its warm-up in seconds."""
         if self.next is not None:
             self.runner, self.next = self.next, None
-
-    def describe(self) -> dict[str, Any]:
-        """Returns what this replica draws with, and the slowest step of its warm-up in seconds."""
-        self._switch()
         return self.runner.describe() | {"warning": self.warning, "slowest_s": self.runner.slowest}
 
     async def draw(self, work: Work) -> AsyncGenerator[Event]:
-        """Yields ("bundle", its description), then the events of ``ModelRunner.draw``, or ("refused", why).
+        """Yields ("bundle", its description), then the events of ``ModelRunner.draw``.
 
-        ("drawn",) comes where the next batch can be drawn; images may follow it.
+        ("drawn",) comes where the next batch can be drawn; images may follow it. Raises RequestRefused, and what went
+        wrong.
         """
-        about = self.describe()
+        about = await self.describe()
         runner, loop, stop = self.runner, asyncio.get_running_loop(), Flag()
         events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
 
@@ -117,10 +116,7 @@ class Replica:
                 event = await events.get()
                 if isinstance(event, UserError):
                     log.warning("%s was refused: %s", work.kind, event)
-                    yield ("refused", str(event))
-                    return
-                if isinstance(event, DrawingCancelled):
-                    return
+                    raise RequestRefused(str(event))
                 if isinstance(event, BaseException):
                     raise event
                 missing -= event[0] in ("image", "withheld")
@@ -129,8 +125,20 @@ class Replica:
         finally:
             stop.set()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Gives the memory of the models back, as soon as nothing is drawn."""
+        drawn = asyncio.wrap_future(self.drawing.submit(int))  # behind all that is drawn
         self.closed.set()
         self.drawing.shutdown(wait=False)
         self.encoding.shutdown(wait=False)
+        try:
+            await asyncio.wait_for(drawn, CLOSING_S)
+        except TimeoutError:  # Python would wait for the thread for ever, if it hangs in a driver
+            log.warning("drawing does not end, and is left with its process")
+            os._exit(0)
+
+    async def kill(self) -> None:
+        """Ends this process: a thread that hangs in a driver cannot be ended alone."""
+        await asyncio.sleep(CLOSING_S)  # for the errors of requests that wait
+        log.error("serve: drawing hangs, and this process ends; start it again")
+        os._exit(1)

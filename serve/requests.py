@@ -11,11 +11,11 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticKnownError
 
 from pipeline.errors import did_you_mean
-from serve.encoding import BEST
 from serve.errors import ApiError, invalid
 from serve.settings import MOST_IMAGES
 from serve.work import Row
 
+BEST = 100  # OpenAI's default of output_compression
 LARGEST_SEED = 2**53  # what JavaScript counts to exactly
 PROMPT = 4000  # characters; the tokenizer's own limit is lower and is said in tokens
 SIZES = (64, 256, 512, 1024)

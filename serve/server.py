@@ -15,13 +15,14 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from serve.settings import CLOSING_S
+
 HEADERS_S = 10.0  # in which the header of a request has to arrive
 HEADER_BYTES = 32 << 10
 PART = 4 << 10  # of what arrives at once, as long as it may be a header
 UNFINISHED = 256  # connections whose header is still to come: a quarter of the usual limit of open files
 READING_S = 60.0  # in which a client has to read something of an answer that waits for it
 KEEP_ALIVE_S = 65  # longer than the 60 s of usual load balancers, which must be the ones to close
-CLOSING_S = 2.0  # for the last bytes of answers
 log = logging.getLogger("unclip")
 
 

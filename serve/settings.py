@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 MOST_IMAGES = 10  # of a request, as OpenAI has it
+CLOSING_S = 2.0  # at the end of a process, for the last bytes of answers
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LIMITS = {"requests": 60.0, "megapixels": 120.0, "megabytes": 600.0}  # of a token in a minute, where others are let in
 

@@ -1,14 +1,21 @@
 import asyncio
 import inspect
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import openai
 import pytest
 
+from serve import queue
+from serve.app import Service
+from serve.bundle import ServedBundle
+from serve.guard import requests_log
+from serve.settings import ServeSettings
 from tests.faults import Running, start
 from tests.models.test_cascade import make
+from tests.serve.trained import running
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -21,7 +28,15 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No batch waits for more requests, and what a server in this process has set for its log ends with the test."""
+    monkeypatch.setattr(queue, "WAIT_S", 0.0)
+    yield
+    requests_log.handlers, requests_log.propagate = [], True
+
+
+@pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of random weights, of 16, 64 and 256 px, whose name has a space."""
     folder = tmp_path_factory.mktemp("bundle") / "tiny fox"
@@ -31,8 +46,22 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(bundle: Path) -> Iterator[str]:
-    """The address of ``unclip serve`` with that bundle."""
-    yield from serving(bundle)
+    """The address of a server of that bundle, in a thread."""
+    service = Service(named(bundle), ServeSettings(replicas=1), {}, None)
+
+    @asynccontextmanager
+    async def lifespan(_: object) -> AsyncIterator[None]:
+        await service.pool.open(1)
+        yield
+        await service.pool.close()
+
+    service.api.router.lifespan_context = lifespan
+    with running(service.api) as url:
+        yield url
+
+
+def named(bundle: Path) -> ServedBundle:
+    return ServedBundle(bundle.name, key="b" * 64, folder=str(bundle))
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,15 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 from PIL import Image
 
-RAW = ("huge body", "slow body", "goes", "nonsense")
-KINDS = ("prompt of 1 MB", "nested JSON", "path", "bomb", "cut image", *RAW)
+GOES = "goes"  # before it is answered
 PATHS = ("/../../etc/passwd", "/v1/images/files/../../secrets.png", "/%2e%2e/%2e%2e/etc/passwd", "/v1/\0")
 NAMES = ("fox", "house", "sea", "tree", "heart", "cat")
 
@@ -68,51 +67,48 @@ async def honest(url: str, seen: Seen, until: float, client: random.Random, step
             seen.bundles.append(json.loads(info["made"])["bundle"])
 
 
-async def raw(host: str, port: int, data: bytes, kind: str) -> str:
-    """Sends bytes as they are, and returns the status of the answer."""
-    reader, writer = await asyncio.open_connection(host, port)
-    try:
-        writer.write(data)
-        await writer.drain()
-        if kind == "goes":
-            await asyncio.sleep(random.random())
-            return "gone"
-        found = re.match(rb"HTTP/1.1 (\d+)", await asyncio.wait_for(reader.read(64), 60))
-        return found[1].decode() if found else "closed"
-    finally:
-        writer.close()
+def hostile_requests(client: random.Random) -> dict[str, bytes]:
+    """What nobody should send, by what it is."""
+
+    def post(
+        body: bytes, path: str = "/v1/images/generations", kind: str = "application/json", length: int = 0
+    ) -> bytes:
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\n"
+        return f"{head}Content-Length: {length or len(body)}\r\n\r\n".encode() + body
+
+    def variation(image: bytes) -> bytes:
+        part = (
+            b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + image + b"\r\n--x--\r\n"
+        )
+        return post(part, "/v1/images/variations", "multipart/form-data; boundary=x")
+
+    return {
+        "prompt of 1 MB": post(json.dumps({"prompt": "x" * 1_000_000}).encode()),
+        "nested JSON": post(b'{"prompt": ' + b"[" * 30000),
+        "path": post(b"{}", client.choice(PATHS)),
+        "bomb": variation(bomb()),
+        "cut image": variation(bomb()[:200]),
+        "huge body": post(bytes(1 << 20), length=1 << 40),
+        "slow body": post(b"{}", length=100),
+        GOES: post(json.dumps({"prompt": f"a tree {client.random()}", "steps": 30, "stream": True}).encode()),
+        "nonsense": b"\x00\x01 nonsense\r\n\r\n",
+    }
 
 
 async def hostile(url: str, seen: Seen, until: float, client: random.Random) -> None:
     """Sends what nobody should, and counts how it was answered; "closed" means that no answer came."""
-    host, port = urlsplit(url).hostname or "", urlsplit(url).port or 0
     while time.monotonic() < until:
-        kind = client.choice(KINDS)
-        path, content, form, rest = "/v1/images/generations", b"{}", b"", b""
-        if kind == "prompt of 1 MB":
-            content = json.dumps({"prompt": "x" * 1_000_000}).encode()
-        elif kind == "nested JSON":
-            content = b'{"prompt": ' + b"[" * 30000
-        elif kind == "path":
-            path = client.choice(PATHS)
-        elif kind in ("bomb", "cut image"):
-            path, form = "/v1/images/variations", bomb()[: None if kind == "bomb" else 200]
-        elif kind == "goes":
-            rest = json.dumps({"prompt": f"a tree {client.random()}", "steps": 30, "stream": True}).encode()
-        length = {"huge body": 1 << 40, "slow body": 100}.get(kind, len(rest))
-        head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-        head = "\x00\x01 nonsense\r\n\r\n" if kind == "nonsense" else f"{head}Content-Length: {length}\r\n\r\n"
-        try:
-            if kind in RAW:
-                status = await raw(host, port, head.encode() + (bytes(1 << 20) if kind == "huge body" else rest), kind)
-            else:
-                async with httpx.AsyncClient(timeout=120) as http:
-                    headers = {"Content-Type": "application/json"}
-                    sent: dict[str, Any] = {"content": content, "headers": headers}
-                    answer = await http.post(url + path, **({"files": {"image": form}} if form else sent))
-                    status = str(answer.status_code)
-        except (OSError, httpx.HTTPError, httpx.InvalidURL, TimeoutError, asyncio.IncompleteReadError):
-            status = "closed"
+        kind, data = client.choice([*hostile_requests(client).items()])
+        status = "closed"
+        with suppress(OSError, TimeoutError):
+            reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port)
+            with closing(writer):
+                writer.write(data)
+                await writer.drain()
+                if kind == GOES:
+                    await asyncio.sleep(client.random())
+                elif found := re.match(rb"HTTP/1.1 (\d+)", await asyncio.wait_for(reader.read(64), 60)):
+                    status = found[1].decode()
         seen.hostile[f"{kind}:{status}"] += 1
         await asyncio.sleep(0.05)
 

@@ -4,10 +4,8 @@ import base64
 import io
 import json
 import re
-import subprocess
 import urllib.request
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,9 +13,9 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from serve.encoding import encode
 
 from models.view import view
-from serve.encoding import encode
 from serve.metrics import FIGURES
 from tests.chain import ROOT
 from tests.serve.load import figure, until
@@ -69,7 +67,7 @@ def test_a_client_that_goes_before_its_answer_ends_its_drawing(served: str) -> N
     drawn = 'images_total{kind="generation"}'
     before = figure(served, drawn)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{served}/v1/images/generations", json={"prompt": "gone", "steps": 1000}, timeout=2)
+        httpx.post(f"{served}/v1/images/generations", json={"prompt": "gone", "steps": 1000}, timeout=1)
     until(lambda: figure(served, "num_running_reqs") == 0)
     assert figure(served, drawn) == before
 
@@ -324,18 +322,3 @@ def test_an_upload_is_opened_in_the_one_way_and_refused_with_a_reason(
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=f"image: cannot be taken .{says}"):
         client.images.create_variation(image=("a.png", sent), **SMALL)
-
-
-def test_the_commands_of_the_page_run_as_they_stand(served: str, tmp_path: Path) -> None:
-    page = (ROOT / "docs/serve.md").read_text()
-    (script,) = re.findall(r"^```sh\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    mask = Image.new("RGBA", (64, 64), "black")
-    mask.paste((0, 0, 0, 0), (32, 0, 64, 64))
-    mask.save(tmp_path / "mask.png")
-    script = "set -euo pipefail\n" + script.replace("http://127.0.0.1:8000", served)
-    ended = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    made = {file.name: Image.open(file).size for file in tmp_path.glob("*.png") if file.name != "mask.png"}
-    assert made == dict.fromkeys(("monster.png", "other.png", "edited.png", "turned.png"), (64, 64))
-    assert ended.stdout.count("event: image_generation.partial_image") == 1
-    assert ended.stdout.count("event: image_generation.completed") == 1

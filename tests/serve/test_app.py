@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,17 +20,18 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.release.pointer import Move, move_release, read_releases
 from pipeline.release.signing import files_of, public_line, read_private_key, signed
-from serve import bundle, model_runner, processes
+from serve import bundle as bundles
+from serve import model_runner, processes
 from serve.address import listen, url_host
-from serve.app import GatewayDeployment
+from serve.app import GatewayDeployment, Service
 from serve.processes import fit_replicas
 from serve.replica import Replica
 from serve.settings import ServeSettings
 from serve.work import Row, Work
-from tests.chain import ROOT
-from tests.faults import start
+from tests.chain import ROOT, here, unclip
 from tests.pipeline.release.test_signing import make_key
 from tests.pipeline.sampling.test_generation import publish_bundle
+from tests.serve.conftest import named
 from tests.serve.load import until
 
 
@@ -69,20 +69,11 @@ def test_a_setting_that_is_given_twice_is_refused() -> None:
         read_settings(["port=9", "port=10"])
 
 
-@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_what_a_process_cannot_load_is_one_line(tmp_path: Path, replicas: int) -> None:
-    publish_bundle(tmp_path)
-    head = f"prompt_head={tmp_path / 'typo.safetensors'}"
-    process = start("serve", tmp_path / "bundle", "--port", "0", f"replicas={replicas}", head)
-    said, errors = process.communicate(timeout=300)
-    assert process.returncode == 2, said + errors
-    assert "Traceback" not in said + errors
-    assert re.search("^error: .*typo.safetensors.*$", errors, flags=re.MULTILINE)
-
-
-def serves(replica: Replica) -> str:
-    """The bundle that the next request is drawn with."""
-    return (replica.next or replica.runner).key
+@pytest.mark.parametrize(("run", "replicas"), [(here, 1), pytest.param(unclip, 2, marks=pytest.mark.slow)])
+def test_what_a_process_cannot_load_is_one_line(bundle: Path, run: Any, replicas: int) -> None:
+    ended = run("serve", bundle, "port=0", f"replicas={replicas}", f"prompt_head={bundle / 'typo.safetensors'}")
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended
+    assert re.search("^error: .*typo.safetensors.*$", ended.stderr, flags=re.MULTILINE)
 
 
 @pytest.fixture
@@ -93,60 +84,37 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-class Releases:
-    """A store whose release, and whether it can be looked up and opened, are as they are set."""
-
-    key = ""
-
-    def __init__(self) -> None:
-        self.release, self.silent, self.broken = "a", False, False
-
-    def current(self) -> str:
-        if self.silent:
-            raise OSError("the bucket does not answer")
-        return self.release
-
-
-def test_a_release_is_followed_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    releases: Any = Releases()
-
-    def opened(_: Replica, key: str) -> Any:
-        if releases.broken:
-            raise OSError("connection reset")
-        return SimpleNamespace(key=key, describe=lambda: {"bundle": key})
-
-    monkeypatch.setattr(Replica, "_open", opened)
-    replica = Replica(releases, ServeSettings(follow_s=0.02))
-    releases.silent = True
-    until(lambda: replica.warning and serves(replica) == "a")
-    releases.silent = False
-    until(lambda: not replica.warning and serves(replica) == "a")
-    releases.broken, releases.release = True, "b"
-    until(lambda: replica.warning and serves(replica) == "a")
-    releases.broken = False
-    until(lambda: not replica.warning and serves(replica) == "b")
-
-
 @pytest.mark.usefixtures("threads")
-def test_a_new_release_that_is_not_signed_leaves_the_old_one_and_is_said(tmp_path: Path) -> None:
+def test_a_release_is_followed_after_one_that_is_not_signed_not_there_or_cannot_be_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, first = publish_bundle(tmp_path)
     key = read_private_key(make_key(tmp_path))
 
-    def promote(artifact: Artifact, sign: bool) -> None:
+    def promote(artifact: Artifact, sign: bool = True) -> None:
         seen = read_releases(store, "p")
         move = Move("promote", artifact.key, "e" * 64, 1.0, files=files_of(artifact))
         move_release(store, "p", seen, signed("p", seen, move, key) if sign else move)
 
-    promote(first, True)
+    def serves(artifact: Artifact, warning: str = "") -> None:
+        until(lambda: (replica.next or replica.runner).key == artifact.key and replica.warning.startswith(warning))
+        until(lambda: bool(replica.warning) == bool(warning))
+
+    promote(first)
     second = publish_artifact(store, replace(first, key="c" * 64), 0.0)
-    served = bundle.ServedBundle("p", store=store.url, project="p", keys=(public_line(key),))
+    served = bundles.ServedBundle("p", store=store.url, project="p", keys=(public_line(key),))
     replica = Replica(served, ServeSettings(cpus=1, follow_s=0.02))
-    until(lambda: (serves(replica), replica.warning) == (first.key, ""))
-    promote(second, False)
-    said = "the release is not signed by a trusted key, and the one before goes on: see the log"
-    until(lambda: (serves(replica), replica.warning) == (first.key, said))
-    promote(second, True)
-    until(lambda: (serves(replica), replica.warning) == (second.key, ""))
+    assert torch.get_num_threads() == 1  # its own cores
+    with monkeypatch.context() as silent:
+        silent.setattr(bundles, "read_releases", lambda *_: 1 / 0)
+        serves(first, "the release could not be loaded, and the one before goes on: see the log")
+    serves(first)
+    promote(second, sign=False)
+    serves(first, "the release is not signed by a trusted key")
+    promote(replace(first, key="d" * 64))
+    serves(first, "the release could not be loaded")
+    promote(second)
+    serves(second)
     with pytest.raises(UserError, match="was moved on from bundle b"):
         replica.served.open(first.key, "cpu")
 
@@ -155,11 +123,9 @@ def test_a_new_release_that_is_not_signed_leaves_the_old_one_and_is_said(tmp_pat
     ("cores", "asked", "processes", "share"),
     [
         ([2], {}, 1, 2),
-        ([8], {"replicas": 2}, 2, 4),
         ([0, 8], {"replicas": 2}, 2, 4),  # a head without work
         ([4, 32], {"replicas": 2}, 2, 16),
         ([1, 2], {"replicas": 2}, 2, 1),
-        ([8, 8], {"replicas": 2}, 2, 8),
         ([8], {"cpus": 8}, 1, 8),
         ([2], {"replicas": 4}, 4, 1),  # which a cluster adds
         ([1], {"idle_replicas": 2}, 2, 1),
@@ -183,13 +149,11 @@ def test_an_address_is_told_as_a_url_has_it(host: str, told: str) -> None:
 
 
 async def test_a_gateway_behind_rays_proxy_refuses_what_comes_after_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it would start a replica again."""
-    publish_bundle(tmp_path)
     monkeypatch.setattr(processes, "fit_to_cluster", lambda settings: (replace(settings, replicas=1), None))
-    served = bundle.ServedBundle("b", key="b", folder=str(tmp_path / "bundle"))
-    api = GatewayDeployment(served, ServeSettings(), {}).__serve_build_asgi_app__()
+    api = GatewayDeployment(named(bundle), ServeSettings(), {}).__serve_build_asgi_app__()
     asked = {"prompt": "a tree", "size": "64x64", "steps": 2}
 
     async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://127.0.0.1") as client:
@@ -199,58 +163,26 @@ async def test_a_gateway_behind_rays_proxy_refuses_what_comes_after_its_end(
         assert (late.status_code, "Retry-After" in late.headers) == (503, True)
 
 
-@pytest.mark.usefixtures("threads")
-def test_a_process_draws_on_its_own_cores(tmp_path: Path) -> None:
-    publish_bundle(tmp_path)
-    Replica(bundle.ServedBundle("b", key="b", folder=str(tmp_path / "bundle")), ServeSettings(cpus=1))
-    assert torch.get_num_threads() == 1
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), "does not fit into memory"),
-        (ValueError("steps must be positive"), "steps must be positive"),
-    ],
-)
-async def test_what_cannot_be_drawn_is_refused_with_its_reason(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+async def test_the_next_batch_is_drawn_while_images_of_the_one_before_are_encoded(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def draw(*_: Any) -> None:
-        raise error
-
-    releases: Any = Releases()
-    releases.key = "a"
-    monkeypatch.setattr(Replica, "_open", lambda *_: SimpleNamespace(key="a", describe=dict, draw=draw, slowest=0.0))
-    work = Work("generation", {}, 64, (Row("a cat", 0),))
-    _, (kind, why) = [event async for event in Replica(releases, ServeSettings()).draw(work)]
-    assert kind == "refused"
-    assert said in why
-
-
-async def test_the_next_batch_is_drawn_while_images_are_encoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish_bundle(tmp_path)
-    replica = Replica(bundle.ServedBundle("b", key="b", folder=str(tmp_path / "bundle")), ServeSettings())
+    """Through queue, pool and replica."""
+    service = Service(named(bundle), ServeSettings(replicas=1, batch=1), {}, None)
+    await service.pool.open(1)
     encode, gate = model_runner.png_with_text, threading.Event()
+    monkeypatch.setattr(model_runner, "png_with_text", lambda *words: gate.wait(60) and encode(*words))
 
-    def slowly(*words: Any) -> bytes:
-        assert gate.wait(60)
-        return encode(*words)
+    async def draw(caption: str, seen: list[Any]) -> None:
+        async for event in service.queue.run(Work("generation", {"decoder_steps": 2}, 64, (Row(caption, 0),))):
+            seen.append(event[:2])
 
-    monkeypatch.setattr(model_runner, "png_with_text", slowly)
-
-    async def kinds(caption: str, seen: list[str]) -> None:
-        async for event in replica.draw(Work("generation", {"decoder_steps": 2}, 64, (Row(caption, 0),))):
-            seen.append(event[0])
-
-    first: list[str] = []
-    second: list[str] = []
-    tasks = [asyncio.create_task(kinds("a", first)), asyncio.create_task(kinds("b", second))]
-    while "drawn" not in second:
+    first: list[Any] = []
+    second: list[Any] = []
+    tasks = [asyncio.create_task(draw("a", first)), asyncio.create_task(draw("b", second))]
+    while ("step", "decoder") not in second:
         await asyncio.sleep(0.01)
-    assert "image" not in first
+    assert ("image", 0) not in first
     gate.set()
     await asyncio.gather(*tasks)
-    assert first[-1] == second[-1] == "image"
+    assert first[-1] == second[-1] == ("image", 0)
+    await service.pool.close()

@@ -1,4 +1,4 @@
-"""Replicas that hang, a server that is told to end or is killed, headers that never end: on real processes."""
+"""Replicas that hang, a server that is told to end or is killed, and how much memory it takes."""
 
 import asyncio
 import io
@@ -7,12 +7,10 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,10 +20,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve.server import UNFINISHED
+from serve import pool, replica
+from serve.address import listen
+from serve.app import run_server
+from serve.model_runner import ModelRunner
+from serve.settings import ServeSettings
 from tests.chain import ROOT
 from tests.faults import Running, start
-from tests.serve.conftest import address
+from tests.pipeline.data.bench import picture
+from tests.serve.conftest import address, named
 from tests.serve.load import figure, processes_below, until
 
 REPLICA = "ray::ReplicaProcess"
@@ -63,127 +66,146 @@ def assert_an_error_of_openais(answer: Any) -> None:
     assert int(answer.headers["retry-after"]) >= 1
 
 
-@pytest.mark.slow
-def test_a_replica_that_hangs_is_killed_and_loses_no_request(bundle: Path) -> None:
-    with server(bundle, "replicas=2", "idle_replicas=2", "batch=1") as (url, process), ThreadPoolExecutor(6) as clients:
-        until(lambda: figure(url, "num_replicas") == 2)
-        asked = [clients.submit(ask, url, seed, 60) for seed in range(6)]
-        until(lambda: figure(url, "num_running_reqs") == 2)
-        hung = replicas(process)[0]
-        os.kill(hung, signal.SIGSTOP)
-        until(lambda: hung not in replicas(process))  # SIGTERM would not end it
-        assert {answer.result().status_code for answer in asked} == {200}
-        assert figure(url, "retries_total") >= 1
-        until(lambda: figure(url, "num_replicas") == 2)
+# --- in this process --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_where_every_replica_hangs_clients_are_told_and_the_next_ones_draw(bundle: Path) -> None:
-    with server(bundle, "replicas=2", "idle_replicas=2", "batch=1") as (url, process), ThreadPoolExecutor(6) as clients:
-        until(lambda: figure(url, "num_replicas") == 2)
-        asked = [clients.submit(ask, url, seed, 300) for seed in range(6)]
-        until(lambda: figure(url, "num_running_reqs") == 2)
-        hung, began = replicas(process), time.monotonic()
-        for pid in hung:
-            os.kill(pid, signal.SIGSTOP)
-        until(lambda: httpx.get(f"{url}/ready").status_code == 503)
-        assert httpx.get(f"{url}/health").status_code == 200
-        for answer in asked:
-            assert_an_error_of_openais(answer.result())
-        assert time.monotonic() - began < 10  # four pings of a second
-        until(lambda: not {*hung} & {*replicas(process)})
-        until(lambda: httpx.get(f"{url}/ready").status_code == 200)
-        assert ask(url, 9, 2).status_code == 200
+@pytest.fixture
+def go_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Drawing of 50 steps or more hangs until this is set, as behind a driver that does not come back."""
+    draw, gate = ModelRunner.draw, threading.Event()
+
+    def stuck(self: ModelRunner, work: Any, *words: Any) -> None:
+        if work.options["decoder_steps"] >= 50:
+            gate.wait()
+        draw(self, work, *words)
+
+    monkeypatch.setattr(ModelRunner, "draw", stuck)
+    monkeypatch.setattr(pool, "PING_S", 0.05)
+    monkeypatch.setattr(replica, "CLOSING_S", 0.1)
+    yield gate
+    gate.set()
 
 
-STUCK = """
-import sys, time
-from pathlib import Path
-from serve.model_runner import ModelRunner
-draw, go_on = ModelRunner.draw, Path(sys.argv.pop())
-def stuck(self, work, *words):
-    while work.options["decoder_steps"] >= 50 and not go_on.exists():
-        time.sleep(0.02)
-    return draw(self, work, *words)
-ModelRunner.draw = stuck
-from jobs.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The codes with which a server has ended this process, which goes on."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    return codes
 
 
-@contextmanager
-def stuck(bundle: Path, *words: str) -> Iterator[tuple[str, Running, Path]]:
-    """A server whose drawing of 50 steps or more hangs until a file exists.
+def serve(bundle: Path, client: Callable[[str], None], **settings: Any) -> None:
+    """Runs a server in this process until its client, in a thread, has come to its end."""
+    asked = ServeSettings(port=0, batch=1, **settings)
+    with listen(asked) as listening, ThreadPoolExecutor(1) as clients:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
 
-    As behind a driver that does not come back, which cannot be had here.
-    """
-    go_on = bundle.with_name("go-on")
-    go_on.unlink(missing_ok=True)
-    command = [sys.executable, "-c", STUCK, "serve", str(bundle), "--port", "0", *words, str(go_on)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        yield address(process), process, go_on
-    finally:
-        process.kill()
-        process.communicate()
+        def run() -> None:
+            try:
+                client(url)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        ready: list[Any] = []
+        tell = lambda line: ready.append(clients.submit(run)) if line.startswith("the studio") else None  # noqa: E731
+        before = signal.signal(signal.SIGTERM, lambda *_: None)  # for one that comes when the server has ended
+        try:
+            run_server(named(bundle), asked, {}, listening, tell)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        ready[0].result()
 
 
-def test_a_drawing_that_hangs_is_said_and_may_go_on(bundle: Path) -> None:
-    with stuck(bundle, "batch=1") as (url, process, go_on), ThreadPoolExecutor(6) as clients:
-        asked = [clients.submit(ask, url, seed, 50) for seed in (0, 1, 2, 2, 2, 2)]
-        until(lambda: figure(url, "num_running_reqs") == 1)
-        until(lambda: httpx.get(f"{url}/ready").status_code == 503)
-        for answer in asked:
-            assert_an_error_of_openais(answer.result())
+def test_a_drawing_that_hangs_is_said_and_may_go_on(bundle: Path, go_on: threading.Event) -> None:
+    def client(url: str) -> None:
+        with ThreadPoolExecutor(6) as clients:
+            asked = [clients.submit(ask, url, seed, 50) for seed in (0, 1, 2, 2, 2, 2)]
+            for answer in asked:
+                assert_an_error_of_openais(answer.result())
+        assert httpx.get(f"{url}/ready").status_code == 503
         assert_an_error_of_openais(ask(url, 9, 2))
-        assert (httpx.get(f"{url}/health").status_code, process.poll()) == (200, None)
-        go_on.touch()
+        assert httpx.get(f"{url}/health").status_code == 200
+        go_on.set()
         until(lambda: httpx.get(f"{url}/ready").status_code == 200)
         assert ask(url, 9, 50).status_code == 200
 
+    serve(bundle, client)
 
-def test_a_process_whose_drawing_hangs_tells_its_clients_and_ends(bundle: Path) -> None:
-    with stuck(bundle, "watchdog_s=1", "batch=1") as (url, process, _):
+
+def test_a_process_whose_drawing_hangs_tells_its_clients_and_ends(
+    bundle: Path, go_on: threading.Event, exits: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    def client(url: str) -> None:
         with ThreadPoolExecutor(3) as clients:
-            asked = [clients.submit(ask, url, seed, 50) for seed in range(3)]
+            for answer in [clients.submit(ask, url, seed, 50) for seed in range(3)]:
+                assert_an_error_of_openais(answer.result())
+        until(lambda: exits)
+        go_on.set()
+
+    serve(bundle, client, watchdog_s=0.1)
+    assert exits == [1]
+    assert "serve: drawing hangs, and this process ends; start it again" in caplog.messages
+
+
+def test_what_was_accepted_is_answered_before_the_end_and_new_requests_are_told_to_come_back(
+    bundle: Path, go_on: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "MISSED", 1 << 20)  # pings: it does not count as hung
+
+    def client(url: str) -> None:
+        with ThreadPoolExecutor(4) as clients:
+            asked = [clients.submit(ask, url, seed, 50) for seed in range(4)]
+            until(lambda: figure(url, "num_queue_reqs") + figure(url, "num_running_reqs") == 4)
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(lambda: httpx.get(f"{url}/ready").status_code == 503)
+            assert_an_error_of_openais(ask(url, 9, 2))
+            assert httpx.get(f"{url}/health").status_code == 200
+            go_on.set()
+            assert [answer.result().status_code for answer in asked] == [200] * 4
+
+    serve(bundle, client, drain_s=300.0)
+
+
+def test_what_is_not_answered_in_time_is_told_to_come_back(
+    bundle: Path, go_on: threading.Event, exits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what waits outside the queue, for an equal request, and where drawing hangs, which is left behind."""
+    monkeypatch.setattr(pool, "MISSED", 1 << 20)
+
+    def client(url: str) -> None:
+        with ThreadPoolExecutor(6) as clients:
+            asked = [clients.submit(ask, url, seed, 50) for seed in (0, 1, 2, 2, 2, 2)]
+            until(lambda: figure(url, "num_queue_reqs") + figure(url, "num_running_reqs") == 3)
+            os.kill(os.getpid(), signal.SIGINT)
             for answer in asked:
                 assert_an_error_of_openais(answer.result())
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 1
-        assert "ERROR serve: drawing hangs, and this process ends; start it again" in errors
-        assert "Traceback" not in errors
+
+    serve(bundle, client, drain_s=0.3)
+    assert exits == [0]
 
 
-@pytest.mark.slow  # of one that draws, see below
-def test_a_process_whose_drawing_hangs_ends_when_it_is_told_to(bundle: Path) -> None:
-    with stuck(bundle, "drain_s=0.5") as (url, process, _):
-        with ThreadPoolExecutor(1) as clients:
-            asked = clients.submit(ask, url, 0, 50)
-            until(lambda: figure(url, "num_running_reqs") == 1)
-            process.terminate()
-            assert_an_error_of_openais(asked.result())
+# --- in processes of their own ----------------------------------------------------------------------------------------
+
+
+def test_it_is_one_process_in_which_the_commands_of_the_page_run_as_they_stand(bundle: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs/serve.md").read_text()
+    (script,) = re.findall(r"^```sh\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    mask = Image.new("RGBA", (64, 64), "black")
+    mask.paste((0, 0, 0, 0), (32, 0, 64, 64))
+    mask.save(tmp_path / "mask.png")
+    with server(bundle) as (url, process):
+        assert processes_below(process.pid) == {}  # without Ray
+        assert _peak(process) < 0.8e9
+        script = "set -euo pipefail\n" + script.replace("http://127.0.0.1:8000", url)
+        ended = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr
+        process.terminate()
         _, errors = process.communicate(timeout=300)
         assert (process.returncode, "Traceback" in errors) == (0, False), errors
-
-
-@pytest.mark.parametrize("words", [(), pytest.param(("replicas=2",), marks=pytest.mark.slow)])
-def test_what_was_accepted_is_answered_before_the_end_and_new_requests_are_told_to_come_back(
-    bundle: Path, words: tuple[str, ...]
-) -> None:
-    words = ("batch=1", "drain_s=300", *words)
-    with server(bundle, *words) as (url, process), ThreadPoolExecutor(8) as clients:
-        if "replicas=2" not in words:  # one process does all of it, without Ray
-            assert processes_below(process.pid) == {}
-            assert _peak(process) < 0.8e9
-        asked = [clients.submit(ask, url, seed, 200) for seed in range(8)]  # the first is drawn when the last comes
-        until(lambda: figure(url, "num_queue_reqs") + figure(url, "num_running_reqs") == 8)
-        process.terminate()
-        until(lambda: httpx.get(f"{url}/ready").status_code == 503)
-        assert_an_error_of_openais(ask(url, 9, 2))
-        assert httpx.get(f"{url}/health").status_code == 200
-        assert [answer.result().status_code for answer in asked] == [200] * 8
-        process.communicate(timeout=300)
-        assert process.returncode == 0
+    made = {file.name: Image.open(file).size for file in tmp_path.glob("*.png") if file.name != "mask.png"}
+    assert made == dict.fromkeys(("monster.png", "other.png", "edited.png", "turned.png"), (64, 64))
+    assert ended.stdout.count("event: image_generation.partial_image") == 1
+    assert ended.stdout.count("event: image_generation.completed") == 1
 
 
 def _peak(process: Running) -> int:
@@ -193,33 +215,62 @@ def _peak(process: Running) -> int:
     return int(kilobytes) * 1024
 
 
-def test_what_is_not_answered_in_time_is_told_to_come_back(bundle: Path) -> None:
-    """Also what waits outside the queue, for an equal request."""
-    with server(bundle, "batch=1", "drain_s=0.5") as (url, process), ThreadPoolExecutor(6) as clients:
-        asked = [clients.submit(ask, url, seed, 900) for seed in (0, 1, 2, 2, 2, 2)]
-        until(lambda: figure(url, "num_queue_reqs") + figure(url, "num_running_reqs") == 3)
-        time.sleep(0.5)  # for those that are equal
-        process.send_signal(signal.SIGINT)
-        for answer in asked:
-            assert_an_error_of_openais(answer.result())
-        _, errors = process.communicate(timeout=300)
-        assert (process.returncode, "Traceback" in errors) == (0, False), errors
+@pytest.fixture
+def two(bundle: Path) -> Iterator[tuple[str, Running]]:
+    """A server of two replicas, each a process of Ray, that are both ready."""
+    with server(bundle, "replicas=2", "idle_replicas=2", "batch=1", "drain_s=300") as (url, process):
+        until(lambda: figure(url, "num_replicas") == 2)
+        yield url, process
 
 
 @pytest.mark.slow
-def test_a_gateway_that_is_killed_closes_its_connections_and_leaves_nothing(bundle: Path) -> None:
-    with server(bundle, "replicas=2", "idle_replicas=2") as (url, process), ThreadPoolExecutor(4) as clients:
+def test_replicas_that_hang_are_killed_and_only_where_all_do_requests_are_lost(two: tuple[str, Running]) -> None:
+    url, process = two
+    same, image = {"prompt": "a cat", "before": "a cat", "size": "64x64"}, {"image": picture(0)}
+    refused = httpx.post(f"{url}/v1/images/edits", data=same, files=image, timeout=300)
+    assert (refused.status_code, "both captions have the same embedding" in refused.text) == (400, True)
+    with ThreadPoolExecutor(6) as clients:
+        asked = [clients.submit(ask, url, seed, 60) for seed in range(6)]
+        until(lambda: figure(url, "num_running_reqs") == 2)
+        hung = replicas(process)[0]
+        os.kill(hung, signal.SIGSTOP)
+        until(lambda: hung not in replicas(process))  # SIGTERM would not end it
+        assert {answer.result().status_code for answer in asked} == {200}
+        assert figure(url, "retries_total") >= 1
         until(lambda: figure(url, "num_replicas") == 2)
+
+        asked = [clients.submit(ask, url, seed, 300) for seed in range(6)]
+        until(lambda: figure(url, "num_running_reqs") == 2)
+        both = replicas(process)
+        for pid in both:
+            os.kill(pid, signal.SIGSTOP)
+        until(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        assert httpx.get(f"{url}/health").status_code == 200
+        for answer in asked:
+            assert_an_error_of_openais(answer.result())
+        until(lambda: not {*both} & {*replicas(process)})
+        until(lambda: httpx.get(f"{url}/ready").status_code == 200)
+        assert ask(url, 9, 2).status_code == 200
+        asked = [clients.submit(ask, url, seed, 200) for seed in range(4)]
+        until(lambda: figure(url, "num_queue_reqs") + figure(url, "num_running_reqs") == 4)
+        process.terminate()
+        assert {answer.result().status_code for answer in asked} == {200}
+
+
+@pytest.mark.slow
+def test_a_gateway_that_is_killed_closes_its_connections_and_leaves_nothing(two: tuple[str, Running]) -> None:
+    url, process = two
+    with ThreadPoolExecutor(4) as clients:
         asked = [clients.submit(ask, url, seed, 900) for seed in range(4)]
         until(lambda: figure(url, "num_running_reqs") >= 1)
         left = processes_below(process.pid)
         process.kill()
         assert {answer.result() for answer in asked} <= {"RemoteProtocolError", "ReadError"}
-        with socket.create_server((urlsplit(url).hostname, urlsplit(url).port)):  # the next one can listen there
-            pass
-        # Two agents of Ray's wait a minute for an answer of the head, which has ended, and hold nothing of ours.
-        until(lambda: not [c for pid, c in left.items() if alive(pid) and not re.search("ray::.*Agent", c)], 20)
-        until(lambda: not [*filter(alive, left)], 120)
+    with socket.create_server((urlsplit(url).hostname, urlsplit(url).port)):  # the next one can listen there
+        pass
+    # Two agents of Ray's wait a minute for an answer of the head, which has ended, and hold nothing of ours.
+    until(lambda: not [c for pid, c in left.items() if alive(pid) and not re.search("ray::.*Agent", c)], 20)
+    until(lambda: not [*filter(alive, left)], 120)
 
 
 def alive(pid: int) -> bool:
@@ -228,38 +279,6 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-@pytest.mark.slow
-def test_half_headers_are_closed_and_keep_nobody_out(bundle: Path) -> None:
-    with server(bundle) as (url, _), ExitStack() as open_ones:
-        where = urlsplit(url).hostname, urlsplit(url).port
-        half = []
-        for _i in range(UNFINISHED + 200):
-            half.append(open_ones.enter_context(socket.create_connection(where, timeout=300)))
-            half[-1].sendall(b"POST /v1/images/generations HTTP/1.1\r\nX-")
-        assert ask(url, 0, 2).status_code == 200
-        assert sum(closed(one) for one in half) >= 200  # the oldest of too many
-        began = time.monotonic()
-        slow = half[-1]
-        while not closed(slow):  # a byte now and then does not keep it
-            assert time.monotonic() - began < 60
-            slow.send(b"x")
-            time.sleep(0.5)
-        for one in half:
-            assert one.recv(1) == b""
-
-
-def closed(one: socket.socket) -> bool:
-    one.setblocking(False)
-    try:
-        return one.recv(1) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionError:
-        return True
-    finally:
-        one.settimeout(60)
 
 
 @pytest.mark.slow

@@ -5,13 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from serve.results import Result, ResultCache
 
 import serve.gateway
 from serve.bundle import ServedBundle
 from serve.errors import ApiError
 from serve.gateway import Gateway
 from serve.queue import ReplicaDied
-from serve.results import Result, ResultCache
 from serve.settings import ServeSettings
 from serve.work import Work
 from tests.serve.test_queue import B, Replica, make_queue, work

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 
 from jobs.serve import read_settings
 from pipeline.graph.artifacts import read_shards
+from pipeline.store import open_store
 from pipeline.store.records import blob_path
 from serve.neighbours import find_training_set
 from serve.settings import ServeSettings
@@ -83,13 +85,13 @@ def test_a_folder_of_a_bundle_alone_says_so(bench: Bench) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_index")
 
 
-def test_an_index_that_is_gone_since_says_so(tmp_path: Path) -> None:
+def test_an_index_that_is_gone_since_says_so(bench: Bench, tmp_path: Path) -> None:
     """As after ``data forget`` and ``data gc``, while the server runs."""
-    own = make_trained(tmp_path)
-    for client in client_of(own, ServeSettings(), own.store.url):
+    store = open_store(str(shutil.copytree(bench.store.url, tmp_path / "store")))
+    for client in client_of(bench, ServeSettings(), store.url):
         assert ask(client, picture(0)).status_code == 200
-        shards = [blob for shard in read_shards(own.store, own.made["curation"]) for blob in shard.blobs.values()]
-        own.store.delete(map(blob_path, [*own.made["index"].blobs.values(), *shards]))
+        shards = [blob for shard in read_shards(store, bench.made["curation"]) for blob in shard.blobs.values()]
+        store.delete(map(blob_path, [*bench.made["index"].blobs.values(), *shards]))
         answer = ask(client, picture(0))
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_index")
 

@@ -65,9 +65,13 @@ async def opened(
 
     found = ReplicaPool(start, ServeSettings(**settings), lambda *_, **__: None, lambda _: None)
     await found.open(first)
-    while len(found.members) < first:
-        await asyncio.sleep(0)
+    await happens(lambda: len(found.members) >= first)
     return found
+
+
+async def happens(event: Callable[[], object]) -> None:
+    while not event():
+        await asyncio.sleep(0)
 
 
 async def draw(drawn: ReplicaPool) -> list[str]:
@@ -80,8 +84,7 @@ async def test_a_replica_that_makes_no_step_is_replaced_and_its_batch_can_be_dra
     made[0].hangs = True
     with pytest.raises(ReplicaDied):
         await draw(drawn)
-    while len(made) < 2 or not drawn.members:
-        await asyncio.sleep(0.01)
+    await happens(lambda: len(made) >= 2 and drawn.members)
     assert (made[0].ended, made[0].closed) == ("killed", 1)
     assert await draw(drawn) == ["bundle", "drawn", "image"]
     await drawn.close()
@@ -116,21 +119,18 @@ async def test_a_silent_replica_gets_no_work_and_is_replaced() -> None:
     made: list[Fake] = []
     drawn = await opened(made, 2, replicas=2, idle_replicas=2)
     made[0].silent = True
-    while drawn.members[0].missed < 2:
-        await asyncio.sleep(0)
+    await happens(lambda: drawn.members[0].missed >= 2)
     assert drawn.ready()
     assert await draw(drawn) == ["bundle", "drawn", "image"]
     assert [member.missed for member in drawn.members if member.handle is made[1]] == [0]
-    while made[0].ended != "killed" or len(made) < 3:
-        await asyncio.sleep(0.01)
+    await happens(lambda: made[0].ended == "killed" and len(made) >= 3)
     await drawn.close()
 
 
 async def test_idle_replicas_end_and_come_back() -> None:
     made: list[Fake] = []
     drawn = await opened(made, replicas=1, idle_replicas=0, idle_s=0.05)
-    while drawn.members:
-        await asyncio.sleep(0.01)
+    await happens(lambda: not drawn.members)
     assert drawn.ready()
     assert await draw(drawn) == ["bundle", "drawn", "image"]
     assert (len(made), made[0].ended) == (2, "closed")
@@ -143,13 +143,11 @@ async def test_a_replica_has_one_batch_at_a_time_while_it_encodes_the_one_before
     made[0].encoded.clear()
     first = asyncio.create_task(draw(drawn))
     (member,) = drawn.members
-    for busy in (True, False):
-        while member.busy is not busy:
-            await asyncio.sleep(0)
+    await happens(lambda: member.busy)
+    await happens(lambda: not member.busy)
     made[0].drawn.clear()
     second = asyncio.create_task(draw(drawn))
-    while not member.busy:
-        await asyncio.sleep(0)
+    await happens(lambda: member.busy)
     made[0].encoded.set()
     await first
     assert member.busy
@@ -175,8 +173,7 @@ async def test_a_replica_that_hangs_has_ended_before_another_one_is_started() ->
     await asyncio.sleep(0.2)  # ten pings
     assert (len(made), drawn.ready()) == (1, False)
     ended.set()
-    while not drawn.members:
-        await asyncio.sleep(0.01)
+    await happens(lambda: drawn.members)
     assert len(made) == 2
     await drawn.close()
 
@@ -191,7 +188,6 @@ async def test_a_process_that_is_gone_is_not_killed_for_its_number_may_be_anothe
     drawn = await opened(made, make=lambda: Fake() if made else Gone(), replicas=1)
     with pytest.raises(ReplicaDied):
         await draw(drawn)
-    while len(made) < 2:
-        await asyncio.sleep(0.01)
+    await happens(lambda: len(made) >= 2)
     assert made[0].ended == "closed"
     await drawn.close()

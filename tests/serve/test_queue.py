@@ -9,6 +9,7 @@ import pytest
 
 from serve.errors import ApiError
 from serve.queue import ATTEMPTS, Event, ReplicaDied, RequestQueue, RequestRefused
+from serve.settings import ServeSettings
 from serve.work import Row, Work
 
 A, B = {"decoder_steps": 2}, {"decoder_steps": 3}
@@ -46,12 +47,12 @@ def work(*captions: str, options: Any = A, kind: str = "generation") -> Work:
 
 
 def make_queue(replica: Any, batch: int = 4, limit: int = 8) -> RequestQueue:
-    return RequestQueue(replica, 1, batch, limit, 0.0, 60.0, lambda *_, **__: None)
+    return RequestQueue(replica, ServeSettings(replicas=1, batch=batch, queue=limit), lambda *_, **__: None)
 
 
-async def images(queue: RequestQueue, asked: Work) -> list[bytes]:
+async def images(of: RequestQueue, asked: Work) -> list[bytes]:
     made: dict[int, bytes] = {}
-    async for event in queue.run(asked):
+    async for event in of.run(asked):
         if event[0] == "image":
             assert event[1] not in made, "an image came twice"
             made[event[1]] = event[2]
@@ -89,7 +90,7 @@ async def test_a_full_queue_says_when_to_come_back_and_places_count_down() -> No
         async for event in drawn.run(work("e")):
             places.extend(event[1:] if event[0] == "place" else ())
 
-    drawn.limit = 9
+    drawn.settings = ServeSettings(replicas=1, queue=9)
     watched = asyncio.create_task(watch())
     await asyncio.sleep(0.01)
     replica.go.set()
@@ -172,42 +173,9 @@ async def test_a_request_that_comes_as_the_last_lane_ends_gets_its_own() -> None
 async def test_a_request_that_is_not_drawn_in_its_time_is_told_to_come_back() -> None:
     replica = Replica()
     drawn = make_queue(replica)
-    drawn.deadline = 0.05
+    drawn.settings = ServeSettings(replicas=1, deadline_s=0.05)
     for asked in (work("a"), work("b", options=B)):  # one is drawn, the other waits behind it
         with pytest.raises(ApiError) as caught:
             await images(drawn, asked)
         assert (caught.value.status, caught.value.code) == (503, "deadline_exceeded")
         assert int(caught.value.headers["Retry-After"]) >= 1
-
-
-async def test_what_is_cut_is_told_to_come_back() -> None:
-    replica = Replica()
-    drawn = make_queue(replica)
-    tasks = [asyncio.create_task(images(drawn, each)) for each in (work("a"), work("b", options=B))]
-    await asyncio.sleep(0.01)
-    drawn.cut()
-    for task in tasks:
-        with pytest.raises(ApiError, match="stopping"):
-            await task
-    with pytest.raises(ApiError, match="stopping"):  # what waited elsewhere, such as for an equal one
-        await images(drawn, work("c"))
-    assert not drawn.waiting
-
-
-async def test_the_next_batch_begins_while_images_of_the_one_before_are_still_encoded() -> None:
-    encoded, begun = asyncio.Event(), []
-
-    async def draw(work: Work) -> AsyncGenerator[Event]:
-        begun.append(work.rows[0].caption)
-        yield ("drawn",)
-        if work.rows[0].caption == "a":
-            await encoded.wait()
-        yield ("image", 0, b"", 0.5)
-
-    drawn = make_queue(draw, batch=1)
-    first = asyncio.create_task(images(drawn, work("a")))
-    await asyncio.sleep(0)
-    await images(drawn, work("b"))
-    assert (begun, first.done()) == (["a", "b"], False)
-    encoded.set()
-    await first

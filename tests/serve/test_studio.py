@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from serve.api import STUDIO
 from serve.settings import ServeSettings
 from tests.browser import Shown
 from tests.pipeline.data.bench import Bench, picture
@@ -79,10 +78,6 @@ def done(page: Page, title: str, how: str = "drawn") -> Locator:
     return run
 
 
-def test_the_page_is_small() -> None:
-    assert sum(file.stat().st_size for file in STUDIO.iterdir()) < 150_000
-
-
 def test_four_candidates_come_smallest_first_with_their_scores(studio: Page) -> None:
     studio.evaluate(
         "window.seen = []; new MutationObserver(() => document.querySelectorAll('.tile span, .going span').forEach("
@@ -111,17 +106,6 @@ def test_it_draws_before_it_knows_the_model(browser: Browser, server: str) -> No
     expect(run).to_contain_text("drawn · 256 px")
     assert shown.complaints == []
     page.context.close()
-
-
-def test_what_was_drawn_outlives_the_page_until_it_is_forgotten(studio: Page) -> None:
-    draw(studio)
-    studio.reload()
-    again = done(studio, CAPTION)
-    assert again.locator("img").evaluate_all("all => all.map(i => i.naturalWidth)") == [64] * 4
-    again.get_by_role("button", name="Delete").click()
-    studio.reload()
-    expect(studio.locator("#empty")).to_be_visible()
-    assert studio.locator("article").count() == 0
 
 
 def test_a_picture_is_taken_along_with_its_recipe(studio: Page, tmp_path: Path) -> None:
@@ -319,3 +303,115 @@ def test_nothing_is_wrong_with_it(browser: Browser, server: str, width: int, sch
         assert shown.page.evaluate("document.querySelector('#viewer').scrollWidth") <= width
         assert shown.findings(unfold=False) == []
     assert shown.complaints == []
+
+
+# --- its layout and its history; nothing is drawn ---------------------------------------------------------------------
+
+WINDOWS = [(1280, 800), (768, 1024), (768, 800), (800, 600), (390, 844), (360, 640)]
+PAGE, RUNS = 8, 100  # runs that are shown at once, and that are kept
+# Rows of four images of 1024 px, as an earlier visit has left them in the database.
+EARLIER = """async (count) => {
+  const canvas = Object.assign(document.createElement("canvas"), { width: 1024, height: 1024 });
+  const pen = canvas.getContext("2d");
+  const opened = await new Promise((done) => {
+    const asked = indexedDB.open("unclip-studio", 1);
+    asked.onsuccess = () => done(asked.result);
+  });
+  for (let id = 1; id <= count; id++) {
+    pen.fillStyle = `hsl(${id * 3} 60% 50%)`;
+    pen.fillRect(0, 0, 1024, 1024);
+    const blob = await new Promise((done) => canvas.toBlob(done));
+    const items = Array.from({ length: 4 }, (_, i) => ({ blob, side: 1024, seed: i, score: 0.5 }));
+    const fields = { prompt: `run ${id}`, n: 4, seed: 0, size: "1024x1024" };
+    const request = { path: "images/generations", fields, images: {} };
+    const run = { id, at: id, title: `run ${id}`, caption: `run ${id}`, request, items, seconds: 1, problem: "" };
+    await new Promise((done) => {
+      const change = opened.transaction("runs", "readwrite");
+      change.objectStore("runs").put(run);
+      change.oncomplete = done;
+    });
+  }
+}"""
+
+
+def with_history(studio: Page, count: int) -> None:
+    studio.evaluate(EARLIER, count)
+    studio.reload()
+    expect(studio.locator("h3", has_text=f"run {count}")).to_be_visible()
+
+
+@pytest.mark.parametrize(("width", "height"), WINDOWS)
+def test_the_mask_lies_where_one_points(studio: Page, width: int, height: int) -> None:
+    studio.set_viewport_size({"width": width, "height": height})
+    with_history(studio, 1)
+    studio.locator(".tile").first.click()
+    studio.locator("#tool-mask summary").click()
+    studio.get_by_role("slider", name="Brush").fill("6")
+    image = studio.locator("#large").bounding_box()
+    assert image
+    assert image["y"] >= 0
+    assert image["y"] + image["height"] <= height  # what is painted on is in view
+    side = min(image["width"], image["height"])  # a square image, in the middle of its box
+    left, top = image["x"] + (image["width"] - side) / 2, image["y"] + (image["height"] - side) / 2
+    studio.mouse.click(left + side / 4, top + side / 4)
+    alpha = pixels(studio.locator("#mask"))[3::4]
+    places = [divmod(i, 64) for i, a in enumerate(alpha) if a > 64]
+    assert places
+    for at in zip(*places, strict=True):
+        assert 0.23 < (sum(at) / len(at) + 0.5) / 64 < 0.27
+    assert painted(studio.locator("#mask")) < 0.01
+
+
+def test_a_long_history_opens_with_its_newest_rows_and_goes_on_as_one_scrolls(studio: Page) -> None:
+    with_history(studio, RUNS)
+    assert 0 < studio.locator("article").count() <= 2 * PAGE  # one more page may lie within the margin
+    for _ in range(RUNS):
+        if studio.locator("article").count() == RUNS:
+            break
+        studio.locator("article").last.scroll_into_view_if_needed()
+        studio.wait_for_timeout(50)
+    titles = studio.locator("article h3").all_text_contents()
+    assert titles == [f"run {id}" for id in range(RUNS, 0, -1)]
+
+
+def test_what_is_deleted_can_be_brought_back_where_it_was(studio: Page) -> None:
+    with_history(studio, 3)
+    row = studio.locator(
+        "article", has=studio.locator("h3", has_text="run 2")
+    )  # a role is not found outside the window
+    row.get_by_role("button", name="Delete").click()
+    expect(row).to_have_count(0)
+    studio.get_by_role("button", name="Undo").click()
+    expect(row.locator("img")).to_have_count(4)
+    studio.wait_for_timeout(500)
+    assert studio.locator("article h3").all_text_contents() == ["run 3", "run 2", "run 1"]
+    studio.reload()
+    expect(row.locator("img")).to_have_count(4)
+
+    row.locator(".tile").nth(1).click()
+    studio.locator("#tool-take summary").click()
+    studio.get_by_role("button", name="Delete this image").click()
+    expect(row.locator("img")).to_have_count(3)
+    studio.reload()
+    expect(row.locator("img")).to_have_count(3)
+
+    studio.on("dialog", lambda dialog: dialog.accept())
+    studio.get_by_role("button", name="Delete all").click()
+    studio.reload()
+    expect(studio.locator("#empty")).to_be_visible()
+
+
+def test_a_tile_of_a_large_image_shows_a_small_copy(studio: Page) -> None:
+    """Which is made when a row is kept: undoing a deletion keeps it again."""
+    with_history(studio, 1)
+    studio.get_by_role("button", name="Delete", exact=True).click()
+    studio.get_by_role("button", name="Undo").click()
+    studio.wait_for_timeout(500)
+    studio.reload()
+    tiles = studio.locator(".tile img")
+    expect(tiles).to_have_count(4)
+    for tile in tiles.all():
+        tile.scroll_into_view_if_needed()
+    assert tiles.evaluate_all("all => Promise.all(all.map(i => i.decode().then(() => i.naturalWidth)))") == [320] * 4
+    tiles.first.click()
+    assert studio.locator("#large").evaluate("i => i.decode().then(() => i.naturalWidth)") == 1024

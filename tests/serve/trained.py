@@ -3,12 +3,14 @@
 import socket
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from serve.results import ResultCache
 
 from jobs.bundles import remember_bundle
 from pipeline.graph.artifacts import Artifact, publish_artifact
@@ -18,7 +20,6 @@ from serve.api import make_api
 from serve.bundle import ServedBundle
 from serve.gateway import Gateway
 from serve.queue import Event, RequestQueue, RequestRefused
-from serve.results import ResultCache
 from serve.settings import ServeSettings
 from serve.work import Work
 from tests.models.test_cascade import make
@@ -77,7 +78,7 @@ def api_of(bench: Bench, settings: ServeSettings, store: str, tokens: Mapping[st
         pass
 
     served = ServedBundle("bench", store=store, key=bench.made["bundle"].key)
-    queue = RequestQueue(draw, 1, 1, 1, 0.0, 60.0, observe)
+    queue = RequestQueue(draw, replace(settings, replicas=1), observe)
     return make_api(Gateway(served, settings, queue, ResultCache(0), ask, observe), tokens, bytes)
 
 
