@@ -75,10 +75,11 @@ def section(title: str, lead: str, rows: list[tuple[str, str]]) -> str:
 
 
 def reference(module: str) -> str:
-    """Returns directives that render the docstrings of a module's public names."""
+    """Returns directives that render the docstrings of a module's public names, or of the classes that it declares."""
     names = importlib.import_module(module)
+    own = [name for name, thing in vars(names).items() if getattr(thing, "__module__", "") == module and name[0] != "_"]
     found = ""
-    for name in names.__all__:
+    for name in getattr(names, "__all__", [name for name in own if isinstance(vars(names)[name], type)]):
         thing = getattr(names, name)
         if callable(thing):
             found += f"::: {thing.__module__}.{thing.__qualname__}\n    options:\n      heading_level: 3\n\n"
