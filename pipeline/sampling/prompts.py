@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from pyarrow import types as t
 
 from pipeline.data.source.columns import Flaw
+from pipeline.data.source.parsers.text import parsed_object
 from pipeline.data.source.tables import table_rows
-from pipeline.data.source.text import parsed_object
 from pipeline.errors import UserError
 from pipeline.local import open_local
 

@@ -151,8 +151,8 @@ class Fetcher:
         with closing(Visit(self._access, self._settings.timeout_s, self._max_bytes, self._check)) as visit:
             fetched = self._tries(visit, lambda: _once(visit, url))
             if not visit.barred:
-                unheard = visit.silent and fetched.reason in DEFERRED
-                self._sites.heard(visit.origin, fetched.reason if unheard else None)
+                unheard = not visit.status and fetched.reason in DEFERRED
+                self._sites.heard(origin_of(visit.url), fetched.reason if unheard else None)
             return replace(fetched if fetched.data is None else self._checked(fetched.data), evidence=visit.evidence)
 
     def _read_s3(self, reference: str) -> Fetched:

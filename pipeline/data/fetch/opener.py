@@ -12,7 +12,6 @@ import contextlib
 import http.client
 import io
 import ipaddress
-import math
 import re
 import socket
 import ssl
@@ -167,17 +166,14 @@ def _without_dots(path: str) -> str:
     return "/" + "/".join(kept)
 
 
-def ask(
-    guard: Guard, url: str, headers: Mapping[str, str], deadline: float, max_bytes: int, silence_s: float = math.inf
-) -> Response:
+def ask(guard: Guard, url: str, headers: Mapping[str, str], deadline: float, max_bytes: int) -> Response:
     """Returns the answer to a GET of a normal URL, whatever its status, its body not yet read.
 
-    ``deadline`` is a time.monotonic(), and the server may be silent for ``silence_s``. What it raises are reasons after
-    failures_as_reasons.
+    ``deadline`` is a time.monotonic(). What it raises are reasons after failures_as_reasons.
     """
     parts = urlsplit(url)
     connection_to = {"http": _HTTPConnection, "https": _HTTPSConnection}[parts.scheme]
-    connection = connection_to(parts.netloc, guard, deadline, max_bytes, silence_s)
+    connection = connection_to(parts.netloc, guard, deadline, max_bytes)
     selector = f"{parts.path}?{parts.query}" if parts.query else parts.path
     try:
         connection.request("GET", selector, headers={**headers, "Connection": "close"})
@@ -216,12 +212,10 @@ def _remaining(deadline: float) -> float:
 
 
 class _HTTPConnection(http.client.HTTPConnection):
-    def __init__(self, place: str, guard: Guard, deadline: float, max_bytes: int, silence_s: float):
+    def __init__(self, place: str, guard: Guard, deadline: float, max_bytes: int):
         super().__init__(place)
         self._guard, self._deadline = guard, deadline
-        self.response_class = partial(  # type: ignore[assignment]
-            Response, deadline=deadline, max_bytes=max_bytes, silence_s=silence_s
-        )
+        self.response_class = partial(Response, deadline=deadline, max_bytes=max_bytes)  # type: ignore[assignment]
 
     def connect(self) -> None:
         self.sock = self._guard.connect(self.host, self.port, self._deadline)
@@ -241,15 +235,13 @@ def _tls_context() -> ssl.SSLContext:
 
 
 class Response(http.client.HTTPResponse):
-    """Stops at the deadline, however slowly bytes drip, and at ``max_bytes``."""
+    """Stops at the deadline of its reader, however slowly bytes drip, and at ``max_bytes``."""
 
-    def __init__(
-        self, sock: socket.socket, *args: Any, deadline: float, max_bytes: int, silence_s: float, **settings: Any
-    ):
+    def __init__(self, sock: socket.socket, *args: Any, deadline: float, max_bytes: int, **settings: Any):
         super().__init__(sock, *args, **settings)
         self._max_bytes = max_bytes
-        self._reader = _DeadlineReader(self.fp.detach(), sock, deadline, silence_s)
-        self.fp = io.BufferedReader(self._reader)
+        self.reader = _DeadlineReader(self.fp.detach(), sock, deadline)
+        self.fp = io.BufferedReader(self.reader)
 
     def read(self, amt: int | None = None) -> bytes:
         if amt is None:
@@ -272,7 +264,7 @@ class Response(http.client.HTTPResponse):
             if len(body) == SMALL_BYTES and not self.isclosed():
                 began = time.monotonic()
                 reserve(self._max_bytes - SMALL_BYTES if self.length is None else self.length)
-                self._reader.deadline += time.monotonic() - began
+                self.reader.deadline += time.monotonic() - began
                 body += self.read(self._max_bytes + 1 - SMALL_BYTES)
         if len(body) > self._max_bytes:
             raise Refused("too_large")
@@ -280,17 +272,17 @@ class Response(http.client.HTTPResponse):
 
 
 class _DeadlineReader(io.RawIOBase):
-    """Reads from a socket's file and waits no longer than until the deadline, nor than ``silence_s`` for a byte."""
+    """Reads from a socket's file and waits no longer than until the deadline, a time.monotonic()."""
 
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float, silence_s: float):
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float):
         super().__init__()
-        self._raw, self._sock, self.deadline, self._silence_s = raw, sock, deadline, silence_s
+        self._raw, self._sock, self.deadline = raw, sock, deadline
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(min(self._silence_s, _remaining(self.deadline)))
+        self._sock.settimeout(_remaining(self.deadline))
         return self._raw.readinto(buffer)
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import string
-from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
+from urllib.parse import parse_qs, quote, unquote, unquote_to_bytes, urlsplit
 
 from pipeline.data.fetch.opener import Refused, normal_url
 from pipeline.local import is_embedding, local_path
@@ -63,6 +63,20 @@ def shown(reference: str) -> str:
         place, behind, url = reference.partition("#")
         return place + behind + shown(unquote(url))
     return _PARAMETER.sub(_masked, without_password(reference))
+
+
+def part_of(reference: str, *numbers: str) -> tuple[str, dict[str, str], list[int]] | None:
+    """Returns the file that a reference to a part of one names, the values of its query, and these ``numbers`` of them.
+
+    None stands for a reference that lacks a number, or has one below 0.
+    """
+    try:
+        parts = urlsplit(reference)
+        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        found = [int(query[name]) for name in numbers]
+    except (KeyError, ValueError):
+        return None
+    return (os.fsdecode(unquote_to_bytes(parts.path)), query, found) if min(found) >= 0 else None
 
 
 def without_password(reference: str) -> str:

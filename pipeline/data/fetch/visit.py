@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from threading import Condition, Lock, Semaphore
 from urllib.parse import urljoin, urlsplit
+from weakref import WeakValueDictionary
 
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
@@ -56,12 +57,6 @@ class Room:
         return 2 * self._used <= self._most
 
 
-@dataclass
-class _Turns:
-    free: Semaphore
-    users: int = 0  # inside, and waiting
-
-
 class Hosts:
     """Knows who is asked now, and until when a host wants to be left alone. Shared by the threads of a worker.
 
@@ -71,7 +66,7 @@ class Hosts:
     def __init__(self, per_host: int):
         self._per_host = per_host
         self._lock = Lock()
-        self._turns: dict[str, _Turns] = {}
+        self._turns = WeakValueDictionary[str, Semaphore]()  # of hosts that somebody asks, or waits for
         self._not_before: dict[str, float] = {}  # time.monotonic()
         self._prune_at = 1000
 
@@ -79,16 +74,9 @@ class Hosts:
     def turn(self, host: str) -> Iterator[None]:
         """Waits for a place among the requests to ``host`` and holds it. Never wait for one while holding another."""
         with self._lock:
-            turns = self._turns.setdefault(host, _Turns(Semaphore(self._per_host)))
-            turns.users += 1
-        try:
-            with turns.free:
-                yield
-        finally:
-            with self._lock:
-                turns.users -= 1
-                if not turns.users:
-                    del self._turns[host]
+            turns = self._turns.setdefault(host, Semaphore(self._per_host))
+        with turns:
+            yield
 
     def hold(self, host: str, seconds: float) -> None:
         """Leaves ``host`` alone for some seconds."""
@@ -130,8 +118,8 @@ class Access:
 class Visit:
     """Asks for one reference, for as long and as often as its limits let it; to be closed.
 
-    ``evidence`` says why a URL was refused. ``barred``: the last URL was refused before it was asked for, so another
-    try is useless. ``origin`` is that of the last URL, ``silent`` that it gave no answer in time.
+    ``url`` is the last one, and ``status`` that of its answer, 0 for none. ``barred``: it was refused before it was
+    asked for, so another try is useless; ``evidence`` says why.
 
     Args:
         access: Guard, hosts, user agent, room and headers that all visits share.
@@ -147,8 +135,8 @@ class Visit:
     ):
         self.deadline = time.monotonic() + timeout_s
         self.evidence: Evidence | None = None
-        self.barred = self.silent = False
-        self.origin = ""
+        self.barred = False
+        self.url, self.status = "", 0
         self._access, self._max_bytes, self._check, self._image = access, max_bytes, check, image
         self._held = ExitStack()
 
@@ -187,9 +175,9 @@ class Visit:
         raise Refused("unreachable")
 
     def _ask(self, url: str) -> Response:
-        host, self.origin = host_of(url), origin_of(url)
+        host = host_of(url)
         self._held.close()
-        self.barred = True
+        self.barred, self.url, self.status = True, url, 0
         began = time.monotonic()
         self._check(url)
         self._held.enter_context(self._access.hosts.turn(host))
@@ -200,10 +188,9 @@ class Visit:
         if pause:
             time.sleep(pause)
         self.barred = False
-        headers = {"User-Agent": self._access.agent, **self._access.headers.get(self.origin, {})}
-        self.silent = True
+        headers = {"User-Agent": self._access.agent, **self._access.headers.get(origin_of(url), {})}
         response = ask(self._access.guard, url, headers, self.deadline, self._max_bytes)
-        self.silent = False
+        self.status = response.status
         return response
 
     def _judge(self, response: http.client.HTTPResponse, url: str) -> str | None:

@@ -5,51 +5,24 @@ A reference names the row group with its size in bytes, so that rows of a file t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby, repeat
+from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
-from urllib.parse import parse_qs, quote, unquote_to_bytes, urlsplit
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pyarrow.types as t
-
-from pipeline.data.source.child import Budget, ListReader
+from pipeline.data.fetch.references import part_of
 from pipeline.data.source.columns import Flaw
+from pipeline.data.source.reader import ListReader
 from pipeline.errors import UserError
-from pipeline.local import CELL, PathPolicy, reason_of
+from pipeline.local import PathPolicy, reason_of
 from pipeline.progress import say_once
-
-BATCH_ROWS, BATCH_BYTES = 64, 16 << 20  # of images at once, about
-PEEKED = 16  # rows by which it is judged whether a column of bytes holds images
-BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")  # of JPEG, PNG, GIF, WebP, TIFF
-
-
-class Cell(NamedTuple):
-    """Says where an image lies: the row of a row group, whose chunks of the column have ``size`` bytes."""
-
-    path: str
-    column: str
-    group: int
-    size: int
-    row: int
-
-
-def cell_references(path: Path, column: str, metadata: pq.FileMetaData) -> Iterator[str]:
-    """Yields a reference for each row of a file."""
-    for group in range(metadata.num_row_groups):
-        place = f"{CELL}{quote(os.fsencode(path))}?column={quote(column, safe='')}&group={group}"
-        place += f"&size={_size(metadata, group, column)}&row="
-        yield from (f"{place}{row}" for row in range(metadata.row_group(group).num_rows))
 
 
 def read_cells(references: Sequence[str], most: int, within: PathPolicy) -> Iterator[bytes | str]:
     """Yields the bytes of each image, at most ``most``, or the reason of pipeline.ledger why there are none."""
     with ListReader() as reader:
-        for (path, column), cells in groupby(map(_cell, references), lambda cell: cell[:2] if cell else ("", "")):
-            places = [cell[2:] if cell else () for cell in cells]
+        for (path, column), cells in groupby(map(_cell, references), itemgetter(0)):
+            places = [place for _, place in cells]
             if not path:
                 yield from repeat("unsupported_reference", len(places))
                 continue
@@ -68,95 +41,8 @@ def read_cells(references: Sequence[str], most: int, within: PathPolicy) -> Iter
             yield from repeat(missing, len(places) - came)
 
 
-def _cell(reference: str) -> Cell | None:
-    """Returns the place that a reference names, None for one that names none."""
-    try:
-        parts = urlsplit(reference)
-        query = parse_qs(parts.query)
-        group, size, row = (int(query[name][0]) for name in ("group", "size", "row"))
-        path = os.fsdecode(unquote_to_bytes(parts.path))
-        return Cell(path, query["column"][0], group, size, row) if path and min(group, size, row) >= 0 else None
-    except (KeyError, ValueError):
-        return None
-
-
-# --- in the child process of pipeline.data.source.child ---------------------------------------------------------------
-
-
-def holds_images(file: pq.ParquetFile, column: str) -> bool:
-    """Returns whether a column holds images: structs with bytes, or bytes that begin as images do."""
-    kind = file.schema_arrow.field(column).type
-    if t.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    plain = kind.value_type if t.is_dictionary(kind) else kind
-    if not (t.is_binary(plain) or t.is_large_binary(plain)):
-        return False
-    batch = next(file.iter_batches(PEEKED, columns=[column], use_threads=False), None)
-    first = next(filter(None, batch[0].to_pylist()), b"") if batch else b""
-    return bool(first.startswith(BEGINNINGS) or first[4:8] == b"ftyp")
-
-
-def cells(
-    opened: BinaryIO, path: Path, budget: Budget, column: str, places: Sequence[tuple[int, int, int]], most: int
-) -> Iterator[bytes | Flaw]:
-    """Yields the image of each place: row group, its size and the row; fastest where they rise."""
-    try:
-        with pq.ParquetFile(opened, buffer_size=1 << 20) as file:
-            reader = _Groups(file, column)
-            for group, size, row in places:
-                data = reader.value(group, size, row)
-                if data is None:
-                    yield Flaw("missing_file", "")
-                else:
-                    yield data if len(data) <= most else Flaw("too_large", "")
-    except MemoryError:  # Arrow's is an ArrowException, too
-        raise
-    except (pa.ArrowException, OSError) as e:
-        raise UserError(f"source {path}: images in it cannot be read ({(str(e) or repr(e)).splitlines()[0]})") from None
-
-
-class _Groups:
-    """Reads the values of a column, few at once."""
-
-    def __init__(self, file: pq.ParquetFile, column: str):
-        self._file, self._column, self._metadata = file, column, file.metadata
-        kind = file.schema_arrow.field(column).type if column in file.schema_arrow.names else pa.null()
-        self._leaf = f"{column}.bytes" if t.is_struct(kind) else column
-        self._group, self._start = -1, 0
-        self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._values: pa.Array = pa.nulls(0)
-
-    def value(self, group: int, size: int, row: int) -> bytes | None:
-        """Returns the bytes in a row; None where there are none, or the file was replaced."""
-        if group >= self._metadata.num_row_groups or _size(self._metadata, group, self._column) != size:
-            return None
-        if row >= self._metadata.row_group(group).num_rows:
-            return None
-        if group != self._group or row < self._start:
-            self._open(group)
-        while row >= self._start + len(self._values):
-            self._start += len(self._values)
-            self._values = next(self._batches)[0]
-            if t.is_struct(self._values.type):
-                self._values = self._values.field("bytes")
-        value = self._values[row - self._start].as_py()
-        return value if isinstance(value, bytes) else None
-
-    def _open(self, group: int) -> None:
-        found = self._metadata.row_group(group)
-        size = sum(found.column(i).total_uncompressed_size for i in chunks_of(self._metadata, self._column))
-        rows = min(BATCH_ROWS, max(1, BATCH_BYTES * found.num_rows // max(1, size)))
-        self._batches = self._file.iter_batches(rows, row_groups=[group], columns=[self._leaf], use_threads=False)
-        self._group, self._start, self._values = group, 0, pa.nulls(0)
-
-
-def chunks_of(metadata: pq.FileMetaData, column: str) -> list[int]:
-    """Returns the numbers of the leaves of a column."""
-    paths = (metadata.schema.column(i).path for i in range(metadata.num_columns))
-    return [i for i, path in enumerate(paths) if path == column or path.startswith(f"{column}.")]
-
-
-def _size(metadata: pq.FileMetaData, group: int, column: str) -> int:
-    """Returns the bytes that a column takes in a row group."""
-    found = metadata.row_group(group)
-    return sum(found.column(i).total_compressed_size for i in chunks_of(metadata, column))
+def _cell(reference: str) -> tuple[tuple[str, str], list[int]]:
+    """Returns file and column of a reference, and its row group, the bytes of that, and its row; "" for no such."""
+    path, query, place = part_of(reference, "group", "size", "row") or ("", {}, [])
+    column = query.get("column", "")
+    return (path, column) if path and column else ("", ""), place

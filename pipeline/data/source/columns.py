@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,19 @@ def bounded_row(row: Sequence[Any]) -> tuple[Sequence[Any] | Flaw, int]:
                 return Flaw("unsupported_reference", what), all_cut
             return Flaw("malformed_row", what.replace("reference", f"value {place + 1}")), all_cut
     return kept, all_cut
+
+
+def characters_of(row: Sequence[Any] | Flaw) -> int:
+    """Returns the characters of a row's values."""
+    if isinstance(row, Flaw):
+        return 0
+    try:
+        return len("".join(filter(None, row)))
+    except TypeError:  # captions
+        flat = (value if isinstance(value, list) else (value,) for value in row)
+        return sum(map(len, filter(None, chain.from_iterable(flat))))
+
+
+def one_line_each(lines: Iterable[str | None]) -> tuple[str, ...]:
+    """Returns texts on one line each, without those that are empty."""
+    return tuple(text for line in lines if line and (text := " ".join(line.split())))

@@ -10,11 +10,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.source.child import ListReader
 from pipeline.data.source.columns import IMAGES, SUFFIXES, Flaw
 from pipeline.data.source.imported import embedding_reference, metadata_parts
+from pipeline.data.source.parsers.sidecars import SIDECARS
+from pipeline.data.source.reader import ListReader
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.data.source.rows import SIDECARS
 from pipeline.data.source.source import METADATA, FileSource, ListRow, suffix_of, walk
 from pipeline.data.source.tables import file_beside, link_refusal, listed_rows, named_file
 from pipeline.local import PathPolicy

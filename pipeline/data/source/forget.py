@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import pyarrow as pa
 
 from pipeline.data.source.journal import reference_mark, reference_marks
-from pipeline.data.source.rows import write_rows, written_rows
+from pipeline.data.source.rows import put_rows, written_rows
 from pipeline.data.source.source import ListRow
 from pipeline.data.source.stage import SourceShard, row_key, shard_of
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table
 from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
-from pipeline.store.records import put_blob, read_blob
+from pipeline.store.records import read_blob
 
 MOST_NAMED = 20  # rows, at most, that are told one by one
 
@@ -100,17 +96,11 @@ def without(store: Store, blob: str, marks: frozenset[str]) -> str:
     if not marks:
         return blob
     data = read_blob(store, blob)
-
-    def rows() -> Iterator[tuple[ListRow, bool]]:
-        for row in written_rows(pa.BufferReader(data)):
-            yield row, not marks.isdisjoint(reference_marks(row.url))
-
-    if not any(hit for _, hit in rows()):
+    hits = [not marks.isdisjoint(reference_marks(row.url)) for row in written_rows(data)]
+    if not any(hits):
         return blob
-    with tempfile.NamedTemporaryFile() as file:
-        write_rows(file, (ListRow("", ()) if hit else row for row, hit in rows()))
-        file.flush()
-        return put_blob(store, Path(file.name))
+    rows = zip(written_rows(data), hits, strict=True)
+    return put_rows(store, (ListRow("", ()) if hit else row for row, hit in rows))[0] or blob
 
 
 def _rows_in(store: Store, shard: SourceShard, marks: set[str]) -> list[tuple[int, str]]:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.source.annotations import AnnotationFile
-from pipeline.data.source.child import ListReader
 from pipeline.data.source.columns import IMAGES, SUFFIXES
 from pipeline.data.source.folders import SPLITS, ImageFolder
+from pipeline.data.source.parsers.sidecars import SIDECARS
+from pipeline.data.source.reader import ListReader
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.remote import MOST_BYTES
-from pipeline.data.source.rows import SIDECARS
 from pipeline.data.source.source import METADATA, FileSource, ListRow, Source
 from pipeline.data.source.tables import TableFiles
 from pipeline.data.source.tars import TarFiles

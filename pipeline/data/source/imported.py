@@ -9,20 +9,20 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
-from urllib.parse import parse_qs, quote, unquote, unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote
 
 import numpy as np
 
-from pipeline.data.source.child import Budget, ListReader
+from pipeline.data.fetch.references import part_of
 from pipeline.data.source.columns import Flaw
+from pipeline.data.source.parsers.npy import KINDS
+from pipeline.data.source.reader import ListReader
 from pipeline.errors import UserError
 from pipeline.local import EMBEDDING, Outside, PathPolicy, is_embedding, open_local, reason_of
 
 NAMES = ("img_emb", "text_emb")
-KINDS = ("float16", "float32")
 
 
 def metadata_parts(folder: Path, reach: PathPolicy, reader: ListReader) -> list[tuple[str, Path]]:
@@ -101,13 +101,9 @@ def read_imported(references: Sequence[str], within: PathPolicy | None = None) -
 
 
 def _place(reference: str) -> tuple[str, str, int] | None:
-    try:
-        parts = urlsplit(reference)
-        query = parse_qs(parts.query)
-        part, row = query["part"][0], int(query["row"][0])
-    except (KeyError, ValueError):
-        return None
-    return (os.fsdecode(unquote_to_bytes(parts.path)), part, row) if part.isdecimal() and row >= 0 else None
+    path, query, numbers = part_of(reference, "row") or ("", {}, [])
+    part = query.get("part", "")
+    return (path, part, numbers[0]) if part.isdecimal() else None
 
 
 def _file(folder: Path, name: str, part: str) -> Path:
@@ -127,18 +123,3 @@ def _open(path: Path, within: PathPolicy | None, reader: ListReader) -> np.memma
         if offset + math.prod(shape) * np.dtype(kind).itemsize > os.fstat(file.fileno()).st_size:
             raise ValueError(f"{path.name} ends before its {tuple(shape)} values")
         return np.memmap(file, kind, "r", offset, tuple(shape), order)
-
-
-def npy_header(opened: BinaryIO, path: Path, budget: Budget) -> Iterator[list[Any] | Flaw]:
-    """Yields what the header of a file of np.save says: type, order (C or F), offset of the first value, and shape."""
-    try:
-        if np.lib.format.read_magic(opened) != (1, 0):
-            raise ValueError
-        shape, fortran, kind = np.lib.format.read_array_header_1_0(opened)
-    except Exception:  # of Python's own parser, too
-        yield Flaw("not_an_embedding", f"{path.name} has a damaged header")
-        return
-    if kind.name not in KINDS or len(shape) != 2:
-        yield Flaw("not_an_embedding", f"{path.name} holds {kind} of shape {shape}, not a matrix of float16 or float32")
-        return
-    yield [kind.name, "F" if fortran else "C", str(opened.tell()), *map(str, shape)]

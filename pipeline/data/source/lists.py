@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.source.annotations import AnnotationFile
-from pipeline.data.source.child import ListReader
 from pipeline.data.source.columns import MAX_CAPTION, MAX_CAPTIONS, SUFFIXES, Flaw, bounded_row
 from pipeline.data.source.drawings.source import Drawings
 from pipeline.data.source.duplicates import merged
 from pipeline.data.source.folders import Embeddings, ImageFolder
 from pipeline.data.source.hub import HubDataset
+from pipeline.data.source.reader import ListReader
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.remote import RemoteTable
 from pipeline.data.source.rows import PackagedRows

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat
 
-from pipeline.data.source.encoding import check_encoding
+from pipeline.data.source.parsers.encoding import check_encoding
 from pipeline.local import PathPolicy
 
 FIRST_RETRY = 500  # the segment of the first rows that are tried again; those before are the list's own

@@ -7,24 +7,24 @@ server's word, and judged as images' addresses are.
 from __future__ import annotations
 
 import hashlib
-import http.client
 import os
 import shutil
 import socket
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.parse import quote, unquote
 
-from pipeline.data.fetch.opener import Guard, Refused, ask, failures_as_reasons, normal_url
+from pipeline.data.fetch.opener import Guard, Refused, Response, failures_as_reasons, normal_url
 from pipeline.data.fetch.references import shown
 from pipeline.data.fetch.rules import user_agent
-from pipeline.data.source.child import ListReader
+from pipeline.data.fetch.visit import Access, Hosts, Room, Visit, host_of
 from pipeline.data.source.columns import SUFFIXES, table_kind
+from pipeline.data.source.reader import ListReader
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.source import ListRow
 from pipeline.data.source.tables import TableFiles, listed_rows
@@ -40,7 +40,6 @@ MOST_S = 6 * 3600.0  # for a whole list
 LEAST_RATE = 16 << 10  # bytes a second, on average after TIMEOUT_S
 MOST_BYTES = 8 << 30  # of a list, and at most half of what is free on the disk
 BY_HAND = "download it and name the file"
-HOPS = 5  # redirects, at most
 
 
 class RemoteTable(TableFiles):
@@ -161,6 +160,7 @@ def _copy_page(path: str, out: BinaryIO, most: int) -> None:
         promised = int(said) if (said := answer.headers["Content-Length"] or "").isdecimal() else None
         _check_size(path, promised or 0, most)
         while data := answer.read1(1 << 20):
+            answer.reader.deadline = min(time.monotonic() + TIMEOUT_S, begun + MOST_S)
             try:
                 out.write(data)
             except OSError as e:
@@ -179,34 +179,28 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 @contextmanager
-def _asked(path: str) -> Iterator[http.client.HTTPResponse]:
+def _asked(path: str) -> Iterator[Response]:
     """Asks a web server, and where it redirects to. Raises UserError for whatever goes wrong, in the body too."""
-    url, deadline = path, time.monotonic() + MOST_S
+    visit = None
     try:
-        with failures_as_reasons():
+        with failures_as_reasons(), ExitStack() as stack:
+            url = normal_url(path)
             # The addresses of the host that the user named, as they are now: a name that changes its address in between
             # must not lead a redirect into a private network.
-            named = {
-                str(found[4][0]).partition("%")[0]
-                for found in socket.getaddrinfo(urlsplit(normal_url(url)).hostname, None)
-            }
-            guard = Guard({}, sorted(named))
-            for _ in range(HOPS + 1):
-                headers = {"User-Agent": user_agent("")}
-                answer = ask(guard, normal_url(url), headers, deadline, MOST_BYTES, TIMEOUT_S)
-                with closing(answer):
-                    if answer.status not in (301, 302, 303, 307, 308):
-                        if answer.status != 200:
-                            said = f"the server answers {answer.status} {answer.reason}; check the URL in a browser"
-                            raise UserError(f"source {path}: {said}")
-                        yield answer
-                        return
-                    url = urljoin(normal_url(url), answer.headers["Location"] or "")
-            raise Refused("unreachable")
+            found = socket.getaddrinfo(host_of(url), None)
+            guard = Guard({}, sorted({str(place[0]).partition("%")[0] for *_, place in found}))
+            access = Access(guard, Hosts(1), user_agent(""), Room(0))
+            visit = stack.enter_context(closing(Visit(access, TIMEOUT_S, MOST_BYTES, lambda _: None, image=False)))
+            yield stack.enter_context(visit.open(url))
     except Refused as e:
-        why, where = str(e), "" if url == path else f", where it redirects to {shown(url)}"
+        why, where = str(e), ""
+        if visit is not None and visit.url not in ("", url):
+            where = f", where it redirects to {shown(visit.url)}"
         if why == "forbidden_address":
             raise UserError(f"source {path}: not fetched{where}: that address is not public; name that URL") from None
+        if visit is not None and visit.status >= 400:
+            said = f"the server answers {visit.status}{where}; check the URL in a browser"
+            raise UserError(f"source {path}: {said}") from None
         raise UserError(
             f"source {path}: cannot be fetched ({why}: {REASONS[why]}{where}); run again, or download it and name "
             "the file"

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from pipeline.data.source.journal import reference_mark
 from pipeline.data.source.recipe import FIRST_RETRY
-from pipeline.data.source.rows import write_rows
+from pipeline.data.source.rows import put_rows
 from pipeline.data.source.source import ListRow
 from pipeline.data.source.stage import SourceShard, segment_of
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.local import PathPolicy
 from pipeline.store import Store
-from pipeline.store.records import put_blob
 
 # How a row may end that another try would only repeat, or that asked not to be tried.
-FINAL = frozenset(
-    (
-        "malformed_row",
-        "not_utf8",
-        "no_reference",
-        "duplicate_url",
-        "forgotten",
-        "opted_out",
-        "denied",
-    )
-)
+FINAL = frozenset(["malformed_row", "not_utf8", "no_reference", "duplicate_url", "forgotten", "opted_out", "denied"])
 
 
 def gather(
@@ -48,10 +35,7 @@ def gather(
     Returns:
         The blob, None without a row, and the number of rows.
     """
-    with tempfile.NamedTemporaryFile() as file:
-        count = write_rows(file, _failed(store, source, pairs, reasons, reaches))
-        file.flush()
-        return (put_blob(store, Path(file.name)) if count else None), count
+    return put_rows(store, _failed(store, source, pairs, reasons, reaches))
 
 
 def _failed(

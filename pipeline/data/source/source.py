@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pipeline.data.source.child import ListReader
 from pipeline.data.source.columns import Flaw
+from pipeline.data.source.reader import ListReader
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.local import PathPolicy, on_web

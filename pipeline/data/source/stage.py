@@ -167,7 +167,7 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal =
         names.append(name)
         segment = read_record(store, segment_path(name), Segment)
         if segment is None:
-            retried = partial(written_rows, pa.BufferReader(read_blob(store, blob)))
+            retried = partial(written_rows, read_blob(store, blob))
             # Not compared with the list: there they failed.
             segment = cutter.cut(name, index, "rows to be tried again", retried, SeenReferences())
         shards += segment.shards

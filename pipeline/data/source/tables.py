@@ -12,11 +12,10 @@ from typing import Any
 from urllib.parse import quote
 
 from pipeline.data.fetch.references import without_password
-from pipeline.data.source.child import ListReader
-from pipeline.data.source.columns import IMAGES, SIZES, SUFFIXES, Flaw, table_kind
+from pipeline.data.source.columns import IMAGES, SIZES, SUFFIXES, Flaw, one_line_each, table_kind
 from pipeline.data.source.duplicates import merged
+from pipeline.data.source.reader import ListReader
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.data.source.rows import one_line_each
 from pipeline.data.source.source import FileSource, ListRow, file_fingerprint, flawed
 from pipeline.errors import UserError
 from pipeline.local import PathPolicy, local_path, reason_of

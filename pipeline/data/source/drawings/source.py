@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from pipeline.data.source.child import ListReader
 from pipeline.data.source.drawings.flaws import flawed_rows
 from pipeline.data.source.drawings.listing import drawing_rows, drawings_fingerprint
 from pipeline.data.source.drawings.server import serving
 from pipeline.data.source.drawings.world import HOST
+from pipeline.data.source.reader import ListReader
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.source import ListRow, Source
 

@@ -1,7 +1,6 @@
 """Deny lists: what they name is neither asked for nor kept, and their content, not their place, is in the key."""
 
 import hashlib
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,17 @@ import yaml
 from pipeline.config import Config, make_config
 from pipeline.data.fetch.opener import Refused, normal_url
 from pipeline.data.fetch.rules import DenyLists, read_deny_lists
+from pipeline.data.fetch.visit import private_headers
 from pipeline.data.pairs.row_index import read_opt_outs
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import read_shards
 from pipeline.graph.keys import differences
-from pipeline.parse import ContentFile
+from pipeline.parse import ContentFile, parse
+from pipeline.settings import PairsSettings
 from pipeline.store import open_store
-from pipeline.store.records import blob_path, put_blob
+from pipeline.store.records import put_blob
 from tests.chain import ROOT
-from tests.pipeline.data.bench import Bench, Page, Pages, picture, serving, write_list
+from tests.pipeline.data.bench import Bench, Page, Pages, picture, serving, write_list, write_tar
 
 
 def sha256(data: bytes) -> str:
@@ -90,15 +91,9 @@ def test_what_is_denied_is_not_asked_for_and_not_kept(tmp_path: Path) -> None:
     pages["/to-url"] = Page(status=302, headers={"Location": "/1.png"})
     (tmp_path / "kept.png").write_bytes(picture(7))
     (tmp_path / "copy.png").write_bytes(picture(2))
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        tar.add(tmp_path / "copy.png", "0.png")
-        (tmp_path / "copy.txt").write_text("a picture")
-        tar.add(tmp_path / "copy.txt", "0.txt")
-    for name, text in (
-        ("hosts", "denied.test"),
-        ("urls", "https://a.test/1.png"),
-        ("sha256", sha256(picture(2)).upper()),
-    ):
+    write_tar(tmp_path / "a.tar", {"0.png": picture(2), "0.txt": b"a picture"})
+    denied = {"hosts": "denied.test", "urls": "https://a.test/1.png", "sha256": sha256(picture(2)).upper()}
+    for name, text in denied.items():
         (tmp_path / name).write_text(text + "\n")
     rows = [  # url, sha256 of the list, and how it must end
         ("http://a.test/0.png", "", None),
@@ -129,24 +124,25 @@ def test_what_is_denied_is_not_asked_for_and_not_kept(tmp_path: Path) -> None:
 
 def test_a_list_that_is_lost_or_changed_on_the_way_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("a.test\n")
-    (tmp_path / "a.png").write_bytes(picture(1))
     source = write_list(tmp_path / "list.csv", [(f"file://{tmp_path}/a.png", "a picture")])
     bench = Bench(tmp_path / "store", [source], pairs={"deny_hosts": str(tmp_path / "hosts")})
-    bench.make("source", "pairs")
-    named = bench.config.pairs.deny_hosts
-    bench.store.delete([blob_path(str(named))])
     with pytest.raises(CorruptObject, match="is missing"):
-        read_deny_lists(bench.store, named, None, None)
+        read_deny_lists(bench.store, bench.config.pairs.deny_hosts, None, None)
     (tmp_path / "hosts").write_text("b.test\n")
     with pytest.raises(UserError, match=r"pairs\.deny_hosts: .*hosts has changed since it was named"):
-        bench.make("pairs")
+        bench.make("source", "pairs")
 
 
-def test_the_lists_that_the_page_shows_can_be_named_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_page_shows_can_be_written_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs/fetch.md").read_text()
-    values = yaml.safe_load(page[page.index("      pairs:\n") : page.index("  Their content")])
+    lists = yaml.safe_load(page[page.index("      pairs:\n") : page.index("  Their content")])
     (tmp_path / "lists").mkdir()
-    for path in values["pairs"].values():
+    for path in lists["pairs"].values():
         (tmp_path / path).touch()
     monkeypatch.chdir(tmp_path)
-    assert config(tmp_path, **values["pairs"]).pairs.deny_lists == (sha256(b""),) * 3
+    assert config(tmp_path, **lists["pairs"]).pairs.deny_lists == (sha256(b""),) * 3
+    values = yaml.safe_load(page[page.index("    run:\n") :])
+    headers = parse(PairsSettings, values["run"]["pairs"], "run.pairs").headers
+    assert private_headers(headers, {"IMAGES_HEADERS": "Cookie: a=b"}) == {
+        "https://images.example.org": {"Cookie": "a=b"}
+    }

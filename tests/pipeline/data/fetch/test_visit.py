@@ -107,17 +107,16 @@ def test_a_redirect_waits_for_its_turn_at_the_host_that_it_leads_to() -> None:
 
 
 def test_waiting_for_a_turn_does_not_count_as_the_servers_time() -> None:
-    with server({}, work_s=0.25) as (address, _):
-        fetched = fetch(address, [f"/{i}" for i in range(10)], per_host=1, timeout_s=2.0)
-    assert [f.reason for f in fetched] == [None] * 10
+    with server({}, work_s=0.2) as (address, _):
+        fetched = fetch(address, [f"/{i}" for i in range(7)], per_host=1, timeout_s=1.2)
+    assert [f.reason for f in fetched] == [None] * 7
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_retry_after_is_waited_for(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_after_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda s: pauses.append(s) or sleep(s))
-    with server({"/a": [(status, {"Retry-After": "1"}), (200, {})]}) as (address, log):
+    with server({"/a": [(503, {"Retry-After": "1"}), (200, {})]}) as (address, log):
         assert fetch(address, ["/a"], retries=1)[0].data == b"/a"
     assert asked(log) == ["/a", "/a"]
     assert sum(pauses) > 0.9  # back-off and the rest of the second
@@ -172,7 +171,8 @@ def test_a_large_body_waits_for_room_and_its_server_is_not_blamed() -> None:
         fetcher = Fetcher(settings, 2 * len(body))
         found = []
         for place, fetched in fetcher.fetch([f"http://a.test{path}" for path in pages]):
-            time.sleep(0.6)  # in which the others wait: the last one for longer than its server has
+            if not found:
+                time.sleep(1.6)  # in which the others wait, for longer than their server has
             assert fetcher._room._used <= len(body) + 1
             found.append((place, len(fetched.data or b"")))
     assert sorted(found) == [(i, len(body)) for i in range(4)] + [(4, 1)]

@@ -1,4 +1,4 @@
-"""Readers of lists that misbehave, for a child of pipeline.data.source.child (see test_child.py)."""
+"""Readers of lists that misbehave, for a child of pipeline.data.source.parsers (see test_child.py)."""
 
 import os
 import socket
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.data.source.child import Budget
-from pipeline.data.source.rows import sidecar  # imports pyarrow, as real readers do, which starts a thread
+import pyarrow as pa  # as real readers do, which starts a thread
+
+from pipeline.data.source.parsers.child import Budget
+from pipeline.data.source.parsers.sidecars import sidecar
 
 
 def rights(file: BinaryIO, path: Path, budget: Budget) -> Iterator[list[Any]]:
@@ -33,21 +35,18 @@ def failing(file: BinaryIO, path: Path, budget: Budget, how: str) -> Iterator[An
     """Yields 5,000 rows, and then fails."""
     for i in range(5_000):
         yield [str(i), "a"]
-    if how == "crash":
-        os.abort()
-    elif how == "spin":
-        while True:
-            pass
-    elif how == "sleep":
-        time.sleep(60)
-    elif how == "eat":
-        held = []
-        while True:
-            held.append(bytes(1 << 20))
-    elif how == "raise":
-        raise KeyError("a bug")
-    elif how == "killed":
-        os.kill(os.getpid(), 9)
+    held = [pa.scalar(0)]
+    match how:
+        case "crash":
+            os.abort()
+        case "killed":
+            os.kill(os.getpid(), 9)
+        case "raise":
+            raise KeyError("a bug")
+        case "sleep":
+            time.sleep(60)
+    while how in ("spin", "eat"):
+        held += [bytes(1 << 20)] * (how == "eat")
 
 
 def broken(file: BinaryIO, path: Path, budget: Budget, *arguments: Any) -> Iterator[Any]:
@@ -55,11 +54,3 @@ def broken(file: BinaryIO, path: Path, budget: Budget, *arguments: Any) -> Itera
     if path.stem == "1":
         os.abort()
     yield from sidecar(file, path, budget, *arguments)
-
-
-def lie(message: bytes) -> None:
-    """Answers a request as a child that has been taken over may."""
-    connection = socket.socket(fileno=os.dup(0))
-    connection.recv(1 << 16)
-    connection.sendall(message)
-    time.sleep(60)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,17 +54,6 @@ def test_verdicts_are_those_of_a_set(lists: list[list[str]]) -> None:
     assert found == plainly(lists)
     distinct = {reference for references in lists for reference in references} - {""}
     assert sorted(fresh) == sorted(hashes_of(distinct))
-
-
-def test_hashes_of_earlier_rows_can_be_handed_over() -> None:
-    rng = np.random.default_rng(0)
-    references = [f"http://h/{i}" for i in rng.integers(0, 30_000, 40_000)]
-    [expected] = plainly([references])
-    begun, second = SeenReferences().judge(references[:25_000]), SeenReferences()
-    assert (begun.fresh[1:] > begun.fresh[:-1]).all()
-    second.add(begun.fresh)
-    rest = second.judge(references[25_000:])
-    assert begun.duplicate.tolist() + rest.duplicate.tolist() == expected
 
 
 # --- in a list --------------------------------------------------------------------------------------------------------
@@ -158,17 +146,6 @@ def _spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def _hashes(store: Store) -> set[str]:
     records = [source.read_record(store, entry.path, source.Segment) for entry in store.list("shards/source/segment-")]
     return {name for record in records if record for name in record.hashes}
-
-
-def test_a_scan_names_the_segments_that_it_has_stored_or_would_store(
-    appended: tuple[Store, SourceRecipe, SourceRecipe],
-) -> None:
-    store, recipe, longer = appended
-    for each in (recipe, longer):
-        named = scan(each, store, write=False).segments
-        assert named == scan(each, store, write=True).segments
-        assert len(named) == len(each.paths)
-        assert {*map(source.segment_path, named)} <= {entry.path for entry in store.list("shards/source/segment-")}
 
 
 def test_without_news_neither_lists_nor_hashes_are_read(

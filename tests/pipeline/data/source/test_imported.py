@@ -1,10 +1,8 @@
-"""Embeddings in clip-retrieval's layout, without a picture anywhere, up to a trained prior."""
+"""Embeddings in clip-retrieval's layout, without a picture anywhere; tests/jobs/test_docs.py trains a prior on them."""
 
 import dataclasses
-import subprocess
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +22,6 @@ DIM = 64  # of the nano preset's CLIP
 PARTS = {"2": 14, "10": 25}  # rows by number, in this order although text sorts otherwise
 ROWS = sum(PARTS.values())
 NAN, ZERO, BARE = 3, 20, 30  # rows that are no embedding, that have no length, that have no caption
-SHORT = {"samples": 64, "batch": 16, "warmup_steps": 0}
 
 
 def url(row: int) -> str:
@@ -63,8 +60,7 @@ class Made:
 
 
 def make_bench(store: Path, paths: list[str], clip: str, **changes: Any) -> Bench:
-    trainings = dict.fromkeys(("ar_prior", "diffusion_prior"), SHORT)
-    return Bench(store, paths, clip={"weights": clip}, codec={"components": 8}, **trainings, **changes)
+    return Bench(store, paths, clip={"weights": clip}, codec={"components": 8}, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +81,8 @@ def test_a_url_that_is_forgotten_or_denied_takes_its_embedding_along(made: Made,
     shards = scan(source, made.bench.store, write=True, journal=journal).shards
     assert sum(shard.ledger.rejected.get("forgotten", 0) for shard in shards) == 1
     (tmp_path / "deny").write_text(url(2))
-    bench = make_bench(
-        tmp_path / "store",
-        [str(made.folder)],
-        save_clip(tmp_path / "clip"),
-        pairs={"deny_urls": str(tmp_path / "deny")},
-    )
+    deny = {"deny_urls": str(tmp_path / "deny")}
+    bench = make_bench(tmp_path / "store", [str(made.folder)], made.bench.config.clip.weights, pairs=deny)
     bench.make("source", "pairs")
     assert bench.made["pairs"].ledger.rejected == {"denied": 1, "not_an_embedding": 2}
     assert bench.rows("pairs")[2]["reason"] == "denied"
@@ -110,9 +102,8 @@ def test_embeddings_are_those_of_the_files_at_unit_norm(made: Made) -> None:
     parts = [read_embeddings(made.bench.store, blobs["embeddings"]) for _, blobs in made.bench.blobs("embeddings")]
     kept = [i for i in range(ROWS) if i not in (NAN, ZERO)]
     for i, expected in ((1, made.image), (2, made.text)):
-        unit = expected[kept].astype(np.float64) / np.linalg.norm(
-            expected[kept].astype(np.float64), axis=1, keepdims=True
-        )
+        whole = expected[kept].astype(np.float64)
+        unit = whole / np.linalg.norm(whole, axis=1, keepdims=True)
         np.testing.assert_allclose(np.concatenate([part[i] for part in parts]), unit, rtol=2**-11, atol=1e-6)
     keys = [row["key"] for row in made.bench.rows("pairs") if row["status"] == "kept"]
     assert [key for part in parts for key in part[0]] == keys
@@ -123,14 +114,6 @@ def test_a_row_is_in_the_split_of_its_picture(made: Made) -> None:
     recipe = made.bench.config.source
     splits = [row["split"] for row in made.bench.rows("pairs")]
     assert splits == [split_by_hash(url(i), recipe.validation, recipe.test) for i in range(ROWS)]
-
-
-def test_priors_are_trained_without_pictures(made: Made) -> None:
-    for stage in ("codec", "ar_prior", "diffusion_prior"):
-        artifact = made.bench.make(stage)
-        assert "model.safetensors" in artifact.blobs
-    training = [row for row in made.bench.rows("curation") if row["split"] == "train"]
-    assert made.bench.made["diffusion_prior"].ledger.kept == len(training) > 20
 
 
 def test_beside_pictures_only_these_teach_what_needs_them(made: Made, tmp_path: Path) -> None:
@@ -152,9 +135,8 @@ def test_one_list_may_hold_both(made: Made, tmp_path: Path) -> None:
     """References to embeddings and to files in one shard; a model that learns from every picture says what is wrong."""
     (tmp_path / "a.png").write_bytes(picture(0))
     imported = [row["url"] for row in made.bench.rows("pairs") if row["status"] == "kept"][:3]
-    rows = [
-        (url, f"caption {i}", "train") for i, url in enumerate([*imported[:2], f"file://{tmp_path}/a.png", imported[2]])
-    ]
+    urls = [*imported[:2], f"file://{tmp_path}/a.png", imported[2]]
+    rows = [(url, f"caption {i}", "train") for i, url in enumerate(urls)]
     paths, source = [write_list(tmp_path / "list.csv", rows)], {"roots": [str(made.folder)]}
     mixed = make_bench(tmp_path / "store", paths, made.bench.config.clip.weights, source=source)
     mixed.make("source", "captions", "pairs", "clip", "embeddings")
@@ -168,9 +150,9 @@ def test_one_list_may_hold_both(made: Made, tmp_path: Path) -> None:
         train.make("source", "captions", "pairs", "clip")
 
 
-def test_files_that_change_or_go_are_named(tmp_path: Path) -> None:
+def test_files_that_change_or_go_are_named(made: Made, tmp_path: Path) -> None:
     image, _ = write_parts(tmp_path / "parts")
-    bench = make_bench(tmp_path / "store", [str(tmp_path / "parts")], save_clip(tmp_path / "clip"))
+    bench = make_bench(tmp_path / "store", [str(tmp_path / "parts")], made.bench.config.clip.weights)
     bench.make("source", "captions", "pairs", "clip")
     image[1, 1] += 1
     np.save(tmp_path / "parts/img_emb/img_emb_2.npy", image[: PARTS["2"]])
@@ -179,12 +161,8 @@ def test_files_that_change_or_go_are_named(tmp_path: Path) -> None:
     (tmp_path / "parts/img_emb/img_emb_2.npy").unlink()
     with pytest.raises(CorruptObject, match="the embedding of row 000000000000 has other values"):
         bench.make("embeddings")
-    gone = make_bench(
-        tmp_path / "other",
-        [str(write_list(tmp_path / "l.csv", [("embedding:///none?part=0&row=0", "c")]))],
-        "local-dir:x",
-        source={"roots": ["/none"]},
-    )
+    listed = write_list(tmp_path / "l.csv", [("embedding:///none?part=0&row=0", "c")])
+    gone = make_bench(tmp_path / "other", [listed], "local-dir:x", source={"roots": ["/none"]})
     assert gone.make("source", "pairs").ledger.rejected == {"missing_file": 1}
 
 
@@ -199,13 +177,6 @@ def test_another_clip_is_a_mistake(made: Made, tmp_path: Path) -> None:
     bench = make_bench(tmp_path / "store", [str(tmp_path)], made.bench.config.clip.weights)
     with pytest.raises(UserError, match=r"has 9 dimensions, and the embeddings of clip\.weights have 64"):
         bench.make("source", "captions", "pairs", "clip", "embeddings")
-
-
-def test_one_child_reads_all_parts(tmp_path: Path) -> None:
-    write_parts(tmp_path)
-    with mock.patch("pipeline.data.source.child.subprocess.Popen", wraps=subprocess.Popen) as started:
-        assert sum(1 for _ in read_rows(str(tmp_path), SourceRecipe((str(tmp_path),)))) == ROWS
-    assert started.call_count == 1
 
 
 @pytest.mark.parametrize(

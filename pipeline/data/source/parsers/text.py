@@ -1,7 +1,5 @@
 """Reads CSV, TSV and JSONL. What cannot be read costs its own row, and says why.
 
-It runs in the child process of pipeline.data.source.child.
-
 A CSV or TSV file is read by its physical lines, each of which is one row, an empty line, or a part of a quoted value
 that spans lines. A quotation mark that is not closed as it should be therefore never swallows the rows behind it. Its
 delimiter is the one by which its first line names the columns. In a JSONL file each line is an object. Files of text
@@ -24,7 +22,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.data.source.child import Budget
 from pipeline.data.source.columns import (
     DELIMITERS,
     IMAGES,
@@ -36,7 +33,8 @@ from pipeline.data.source.columns import (
     table_kind,
     text_of,
 )
-from pipeline.data.source.encoding import HEAD, LONE, encoding_of
+from pipeline.data.source.parsers.child import Budget
+from pipeline.data.source.parsers.encoding import HEAD, LONE, encoding_of
 from pipeline.errors import UserError
 from pipeline.progress import counted, say_once
 

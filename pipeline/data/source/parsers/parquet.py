@@ -1,12 +1,9 @@
-"""Reads Parquet tables, only the columns that are used, and few rows at once where these are large.
-
-It runs in the child process of pipeline.data.source.child.
-"""
+"""Reads Parquet tables, only the columns that are used, and few rows at once where these are large."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as t
 
-from pipeline.data.source.cells import cell_references, chunks_of, holds_images
-from pipeline.data.source.child import Budget
 from pipeline.data.source.columns import LIMIT, Flaw, columns_of, text_of
+from pipeline.data.source.parsers.cells import cell_references, group_batches, holds_images
+from pipeline.data.source.parsers.child import Budget
 from pipeline.errors import UserError
 
 BATCH_ROWS = 4_096  # read at once, at most
@@ -44,7 +41,8 @@ def parquet_rows(
             for i, name in enumerate(found):
                 if name in used:
                     _check_type(path, name, schema.field(name).type, i)
-            for batch in _batches(file, used):
+            groups = range(file.metadata.num_row_groups)
+            for batch in chain.from_iterable(group_batches(file, i, used, BATCH_ROWS, BATCH_BYTES) for i in groups):
                 n = batch.num_rows
                 columns = [_values(batch[name]) if name in used else [None] * n for name in found]
                 if images:
@@ -86,17 +84,6 @@ def _check_type(path: Path, column: str, kind: pa.DataType, place: int) -> None:
         raise UserError(
             f"source {path}: column {column} holds {kind}, not {wants}; write it so, or name another column"
         )
-
-
-def _batches(file: pq.ParquetFile, used: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yields record batches of the used columns, with fewer rows at once where these are large."""
-    metadata = file.metadata
-    chunks = {i for name in used for i in chunks_of(metadata, name)}
-    for group in range(metadata.num_row_groups):
-        found = metadata.row_group(group)
-        size = sum(found.column(i).total_uncompressed_size for i in chunks)
-        rows = min(BATCH_ROWS, max(1, BATCH_BYTES * found.num_rows // max(1, size)))
-        yield from file.iter_batches(rows, row_groups=[group], columns=used, use_threads=False)
 
 
 def _values(array: pa.Array) -> list[Any]:

@@ -9,92 +9,32 @@ that a list read twice is the same list.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
-import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from types import NoneType, TracebackType
+from types import NoneType
 from typing import IO, Any, BinaryIO
 
-from pipeline.data.source.columns import MAX_CAPTION, MAX_CAPTIONS, Flaw, bounded_row
+from pipeline.data.source.columns import MAX_CAPTIONS, Flaw, characters_of
+from pipeline.data.source.parsers.child import Budget
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.local import PathPolicy, open_local
 from pipeline.progress import say_once
-from pipeline.sandbox import bare_environment, give_up_rights, limit_memory, limit_time, memory_mapped, receive, send
+from pipeline.sandbox import bare_environment, receive
 
-READERS = {  # each yields rows: lists of texts, lists of texts and Nones, or a Flaw; cells yields bytes or a Flaw
-    "text": "pipeline.data.source.text:text_rows",
-    "parquet": "pipeline.data.source.parquet:parquet_rows",
-    "annotations": "pipeline.data.source.annotations:annotation_rows",
-    "cells": "pipeline.data.source.cells:cells",
-    "sheet": "pipeline.data.source.sheets:sheet_rows",
-    "count": "pipeline.data.source.parquet:parquet_count",
-    "npy": "pipeline.data.source.imported:npy_header",
-    "tar": "pipeline.data.source.tars:members",
-    "sidecar": "pipeline.data.source.rows:sidecar",
-}
-BATCH_ROWS, BATCH_CHARACTERS = 4096, 256 << 10  # of a message, which one row may exceed
 MOST_MESSAGE = 4 << 20  # bytes: every character of a batch as an escape of six
 MOST_SAID = 100  # lines of a child about a file
 EXIT_S = 10.0  # between the last message of a child and its end
 WAIT_S = 600.0  # without a message: the disk has gone, or the child does something else
 
-# What a list may cost. Each file adds its size times the second number, and a row.
-ROWS = (100_000, 1 / 8)
-CHARACTERS = (32 << 20, 64)  # unpacked, and handed on
-MEMORY = (192 << 20, 16)  # bytes that the child may map besides what Python and Arrow have mapped when they start
-MOST_MEMORY = 2 << 30
-SECONDS = (1.5, 1.5e-6)  # of processor time
-SECONDS_A_FILE = 0.05
-
-_COMMAND = (sys.executable, "-P", "-c", "from pipeline.data.source.child import main; main()")
+_COMMAND = (sys.executable, "-P", "-c", "from pipeline.data.source.parsers.child import main; main()")
 _REMEDY = "name it in smaller parts, and without compression"
-
-
-class Spent(Exception):
-    """Says which budget a list has spent."""
-
-
-@dataclass
-class Budget:
-    """Holds what a list may still cost. Its methods raise Spent."""
-
-    rows: float = ROWS[0]
-    unpacked: float = CHARACTERS[0]
-    characters: float = CHARACTERS[0]
-    size: int = 0
-
-    def grow(self, size: int) -> None:
-        """Adds what a file of this many bytes may cost."""
-        self.size += size
-        self.rows += 1 + size * ROWS[1]
-        self.unpacked += size * CHARACTERS[1]
-        self.characters += size * CHARACTERS[1]
-
-    def unpack(self, size: int) -> None:
-        """Counts bytes that were unpacked, or read again."""
-        self.unpacked -= size
-        if self.unpacked < 0:
-            raise Spent(f"costs more than {CHARACTERS[1]} times its size to unpack")
-
-    def take(self, characters: int) -> None:
-        """Counts a row."""
-        self.rows -= 1
-        self.characters -= characters
-        if self.rows < 0:
-            raise Spent(f"has more than a row for {1 / ROWS[1]:g} bytes of its size")
-        if self.characters < 0:
-            raise Spent(f"has values of more than {CHARACTERS[1]} times its size")
 
 
 class ListReader:
@@ -114,7 +54,7 @@ class ListReader:
     def __enter__(self) -> ListReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, of: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self, wait: bool = False) -> int | None:
@@ -156,6 +96,8 @@ class ListReader:
                 whole = message not in ("rows", "image")
                 if message == "end":
                     return
+                if message == "refused":
+                    raise UserError(batch[0])
                 if message == "spent":
                     break
                 number += len(batch)
@@ -167,8 +109,8 @@ class ListReader:
         self.spent += f", so all behind row {number:,} of {path.name} is left out; {_REMEDY}"
         yield Flaw("budget_spent", self.spent)
 
-    def _answer(self, path: Path, number: int, width: int, most: int) -> tuple[str, Sequence[list[Any] | Flaw | bytes]]:
-        """Returns the next "rows" with their batch, an "image", or "end" or "spent". Raises UserError."""
+    def _answer(self, path: Path, number: int, width: int, most: int) -> tuple[str, Sequence[Any]]:
+        """Returns the next "rows" with their batch, an "image", "refused" with why, or "end" or "spent"."""
         for _ in range(MOST_SAID):
             try:
                 message, data = receive(self._pipe, most)
@@ -178,7 +120,7 @@ class ListReader:
                 if message == "rows":
                     batch = _checked(json.loads(text), width)
                     self._allowed.rows -= len(batch)
-                    self._allowed.characters -= sum(min(_characters(row), MAX_CAPTIONS) for row in batch)
+                    self._allowed.characters -= sum(min(characters_of(row), MAX_CAPTIONS) for row in batch)
                     if not batch or self._allowed.rows < 0 or self._allowed.characters < 0:
                         raise ValueError("more than a sound child sends, or nothing")
                     return message, batch
@@ -189,7 +131,7 @@ class ListReader:
                 self.spent = self._death(path, number, e)
                 return "spent", []
             if message == "refused":
-                raise UserError(text)
+                return message, [text]
             if message == "said":
                 say_once(text)
                 continue
@@ -263,135 +205,3 @@ def _checked(batch: Any, width: int) -> list[list[Any] | Flaw]:
             raise ValueError(f"not a reason: {reason}")
         rows.insert(int(place), Flaw(reason, str(what)))
     return rows
-
-
-def _characters(row: Sequence[Any] | Flaw) -> int:
-    """Returns the characters of a row's values."""
-    if isinstance(row, Flaw):
-        return 0
-    try:
-        return len("".join(filter(None, row)))
-    except TypeError:  # captions
-        flat = (value if isinstance(value, list) else (value,) for value in row)
-        return sum(map(len, filter(None, chain.from_iterable(flat))))
-
-
-# --- in the child -----------------------------------------------------------------------------------------------------
-
-
-class _Batches:
-    """Gathers rows, bounds each, and sends them in batches."""
-
-    def __init__(self, pipe: BinaryIO, budget: Budget):
-        self.cut = 0
-        self._pipe, self._budget = pipe, budget
-        self._rows: list[Sequence[Any]] = []
-        self._flaws: list[tuple[int, str, str]] = []
-        self._characters = 0
-
-    def add(self, row: Sequence[Any] | Flaw | bytes) -> None:
-        """Takes a row, or the bytes of an image. Raises Spent, and then it is left out."""
-        if isinstance(row, bytes):
-            self._budget.unpack(len(row))
-            self.flush()
-            send(self._pipe, "image", row)
-            return
-        characters = _characters(row)
-        if not isinstance(row, Flaw) and characters > MAX_CAPTION:
-            row, cut = bounded_row(row)
-            self.cut += cut
-            characters = MAX_CAPTIONS  # at most: what is cut off took time, too
-        self._budget.take(characters)
-        if isinstance(row, Flaw):
-            self._flaws.append((len(self._rows) + len(self._flaws), row.reason, row.what[:MAX_CAPTION]))
-            characters += 100
-        else:
-            self._rows.append(row)
-        self._characters += characters
-        if len(self._rows) + len(self._flaws) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Sends the rows that are waiting."""
-        if self._rows or self._flaws:
-            batch = json.dumps([list(zip(*self._rows, strict=True)), self._flaws], ensure_ascii=False)
-            # A half of a character becomes the escape that JSON has for it.
-            send(self._pipe, "rows", batch.encode("utf-8", "backslashreplace"))
-        self._rows, self._flaws, self._characters = [], [], 0
-
-
-class _Saying(logging.Handler):
-    """Sends what the readers log to the parent."""
-
-    def __init__(self, pipe: BinaryIO):
-        super().__init__()
-        self._pipe = pipe
-
-    def emit(self, record: logging.LogRecord) -> None:
-        send(self._pipe, "said", record.getMessage()[:MAX_CAPTION].encode("utf-8", "replace"))
-
-
-def _read(pipe: BinaryIO, file: BinaryIO, budget: Budget, request: Any) -> None:
-    """Sends the rows of a file, and how they ended."""
-    kind, path, arguments = request
-    batches = _Batches(pipe, budget)
-    module, _, name = READERS[kind].partition(":")
-    answer = "end", ""
-    try:
-        for row in getattr(importlib.import_module(module), name)(file, Path(path), budget, *arguments):
-            batches.add(row)
-    except UserError as e:
-        answer = "refused", str(e)
-    except Spent as e:
-        answer = "spent", f"source {path}: it {e}"
-    except MemoryError:
-        answer = "spent", f"source {path}: it takes more memory than its size allows"
-    except Exception as e:
-        answer = "refused", f"source {path}: cannot be read ({type(e).__name__}: {e})"
-    batches.flush()
-    said, text = answer
-    text = text or str(batches.cut)
-    send(pipe, said, text[:MAX_CAPTION].encode("utf-8", "replace"))
-
-
-def main() -> None:
-    """Reads files, each of which comes as a request with its descriptor, until the parent is gone."""
-    with contextlib.suppress(OSError):  # Linux: if memory ends, this process is the first to go
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    connection = socket.socket(fileno=os.dup(0))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    pipe = connection.makefile("wb")
-    logger = logging.getLogger("unclip")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(_Saying(pipe))
-    give_up_rights()  # before pyarrow is imported, which starts a thread: a process with threads keeps its network
-    budget, files, mapped, started = Budget(), 0, 0, 0.0
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the parent wants no more rows
-        while request := _request(connection):
-            line, file = request
-            with file:
-                asked = json.loads(line)
-                # What a reader imports is not the list's to pay for.
-                limit_memory(sys.maxsize)
-                before = memory_mapped() if mapped else 0
-                importlib.import_module(READERS[asked[0]].partition(":")[0])
-                mapped += memory_mapped() - before
-                started = started or time.process_time()
-                files += 1
-                budget.grow(os.fstat(file.fileno()).st_size)
-                limit_memory(mapped + min(MOST_MEMORY, MEMORY[0] + MEMORY[1] * budget.size))
-                seconds = SECONDS[0] + SECONDS[1] * budget.size + SECONDS_A_FILE * files
-                limit_time(started + seconds - time.process_time())
-                _read(pipe, file, budget, asked)
-
-
-def _request(connection: socket.socket) -> tuple[bytes, BinaryIO] | None:
-    """Returns the next request and its file, None behind the last one."""
-    line, handles = b"", []
-    while not line.endswith(b"\n"):
-        data, received, _, _ = socket.recv_fds(connection, 1 << 16, 1)
-        if not data:
-            return None
-        line += data
-        handles += received
-    return line, os.fdopen(handles[0], "rb")

@@ -1,7 +1,4 @@
-"""Reads spreadsheets of Excel and LibreOffice, by the package of the extra ``xlsx``.
-
-It runs in the child process of pipeline.data.source.child.
-"""
+"""Reads spreadsheets of Excel and LibreOffice, by the package of the extra ``xlsx``."""
 
 from __future__ import annotations
 
@@ -9,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.data.source.child import Budget
 from pipeline.data.source.columns import Flaw, columns_of, text_of
-from pipeline.data.source.text import check_header
+from pipeline.data.source.parsers.child import Budget
+from pipeline.data.source.parsers.text import check_header
 from pipeline.errors import UserError
 from pipeline.progress import say_once
 

@@ -1,0 +1,1 @@
+"""Readers of the files of lists, which run in the child process that ``child`` is: they import little."""
