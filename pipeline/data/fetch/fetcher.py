@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import BoundedSemaphore, Lock
 from urllib.parse import urlsplit
 
@@ -138,7 +138,7 @@ class Fetcher:
                 if parts.scheme == "s3":
                     return self._read_s3(reference)
                 if path := local_path(reference):
-                    return self._checked(read_local(path, self._max_bytes, self._reach))
+                    return self._checked(Fetched(read_local(path, self._max_bytes, self._reach), None))
         except OSError as e:
             return Fetched(None, reason_of(e))
         except Refused as refusal:
@@ -149,26 +149,21 @@ class Fetcher:
 
     def _download(self, url: str) -> Fetched:
         with closing(Visit(self._access, self._settings.timeout_s, self._max_bytes, self._check)) as visit:
-            fetched = self._tries(visit, lambda: _once(visit, url))
+            fetched = self._tries(visit, lambda: _body(visit, url))
             if not visit.barred:
                 unheard = not visit.status and fetched.reason in DEFERRED
                 self._sites.heard(origin_of(visit.url), fetched.reason if unheard else None)
-            return replace(fetched if fetched.data is None else self._checked(fetched.data), evidence=visit.evidence)
+            return self._checked(fetched)
 
     def _read_s3(self, reference: str) -> Fetched:
         limit = _Limit(time.monotonic() + self._settings.timeout_s)
+        return self._checked(self._tries(limit, lambda: self._s3.read(reference, limit.deadline)))
 
-        def once() -> Fetched:
-            try:
-                return self._checked(self._s3.read(reference, limit.deadline))
-            except Refused as refusal:
-                return Fetched(None, str(refusal))
-
-        return self._tries(limit, once)
-
-    def _checked(self, data: bytes) -> Fetched:
-        self._room.take(len(data), wait=False)  # until it is taken from here
-        return Fetched(data, None) if data else Fetched(None, "zero_bytes")
+    def _checked(self, fetched: Fetched) -> Fetched:
+        if fetched.data is None:
+            return fetched
+        self._room.take(len(fetched.data), wait=False)  # until it is taken from here
+        return fetched if fetched.data else Fetched(None, "zero_bytes")
 
     def _check(self, url: str) -> None:
         """Raises Refused for a URL that must not be asked for."""
@@ -185,15 +180,18 @@ class Fetcher:
         with closing(
             Visit(self._access, self._settings.timeout_s, ROBOTS_BYTES, self._check_denied, image=False)
         ) as visit:
-            fetched = self._tries(visit, lambda: _once(visit, url, robots=True))
+            fetched = self._tries(visit, lambda: _body(visit, url, robots=True))
             if fetched.reason == "truncated":  # of which the rules may have been in the rest
                 return "unreachable"
             return fetched.reason or unpacked(fetched.data or b"")
 
-    def _tries(self, limit: Visit | _Limit, once: Callable[[], Fetched]) -> Fetched:
+    def _tries(self, limit: Visit | _Limit, once: Callable[[], bytes]) -> Fetched:
         """Calls ``once`` until it succeeds, fails for good, or tries or time are used up."""
         for attempt in range(self._settings.retries + 1):
-            fetched = once()
+            try:
+                return Fetched(once(), None)
+            except Refused as refusal:
+                fetched = Fetched(None, str(refusal), refusal.evidence)
             pause = backoff(attempt)
             again = fetched.reason in DEFERRED or fetched.reason == "truncated"  # here: the transfer broke off
             if (
@@ -215,13 +213,10 @@ def backoff(attempt: int, draw: Callable[[], float] = random.random) -> float:
     return _BACKOFF_S * 2**attempt * (0.5 + 0.5 * draw())
 
 
-def _once(visit: Visit, url: str, robots: bool = False) -> Fetched:
-    """Asks once for a body; of a robots.txt for what counts."""
-    try:
-        with visit.open(url) as response, failures_as_reasons():
-            return Fetched(response.read(ROBOTS_BYTES) if robots else response.read_all(visit.reserve), None)
-    except Refused as refusal:
-        return Fetched(None, str(refusal))
+def _body(visit: Visit, url: str, robots: bool = False) -> bytes:
+    """Asks once for a body; of a robots.txt for what counts. Raises Refused."""
+    with visit.open(url) as response, failures_as_reasons():
+        return response.read(ROBOTS_BYTES) if robots else response.read_all(visit.reserve)
 
 
 def spread_hosts(references: Sequence[str]) -> list[int]:

@@ -119,7 +119,7 @@ class Visit:
     """Asks for one reference, for as long and as often as its limits let it; to be closed.
 
     ``url`` is the last one, and ``status`` that of its answer, 0 for none. ``barred``: it was refused before it was
-    asked for, so another try is useless; ``evidence`` says why.
+    asked for, so another try is useless.
 
     Args:
         access: Guard, hosts, user agent, room and headers that all visits share.
@@ -134,19 +134,10 @@ class Visit:
         self, access: Access, timeout_s: float, max_bytes: int, check: Callable[[str], None], image: bool = True
     ):
         self.deadline = time.monotonic() + timeout_s
-        self.evidence: Evidence | None = None
         self.barred = False
         self.url, self.status = "", 0
         self._access, self._max_bytes, self._check, self._image = access, max_bytes, check, image
         self._held = ExitStack()
-
-    def open(self, url: str) -> Response:
-        """Returns the answer to a normal URL, behind at most five redirects, its body not yet read. Raises Refused."""
-        try:
-            return self._follow(url)
-        except Refused as refusal:
-            self.evidence = refusal.evidence
-            raise
 
     def reserve(self, size: int) -> None:
         """Waits until there is room for so much of a body. It counts as the server's time no more than a turn does."""
@@ -159,7 +150,8 @@ class Visit:
         """Gives the turn and the room back."""
         self._held.close()
 
-    def _follow(self, url: str) -> Response:
+    def open(self, url: str) -> Response:
+        """Returns the answer to a normal URL, behind at most five redirects, its body not yet read. Raises Refused."""
         for _ in range(MAX_REDIRECTS + 1):
             with failures_as_reasons():
                 response = self._ask(url)

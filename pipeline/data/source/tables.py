@@ -80,11 +80,10 @@ def table_rows(
             yield from table_rows(path, needed, optional, own, encoding)
         return
     wanted = [*needed, *optional]
-    if table_kind(path.name) == ".parquet" or path.name.lower().endswith(SHEETS):
-        kind = "sheet" if path.name.lower().endswith(SHEETS) else "parquet"
-        yield from reader.rows(kind, path, len(wanted), wanted, len(needed))
-    else:
-        yield from reader.rows("text", path, len(wanted), wanted, len(needed), encoding)
+    kind = (
+        "sheet" if path.name.lower().endswith(SHEETS) else "parquet" if table_kind(path.name) == ".parquet" else "text"
+    )
+    yield from reader.rows(kind, path, len(wanted), wanted, len(needed), *([encoding] if kind == "text" else []))
 
 
 def listed_rows(

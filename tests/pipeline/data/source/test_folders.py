@@ -157,6 +157,7 @@ def test_a_folder_of_tables_is_read_in_the_order_of_their_names(tmp_path: Path) 
     assert unread(str(tmp_path), SourceRecipe((".",))).endswith("1 without a suffix (such as _SUCCESS)")
 
 
+@pytest.mark.slow  # for what it imports; such tars and folders are written by hand below
 def test_what_img2dataset_has_written_is_used_where_it_lies(tmp_path: Path) -> None:
     """By its own writers, as a folder of shards and as one of files; the second image could not be fetched."""
     from img2dataset.writer import FilesSampleWriter, WebDatasetSampleWriter
@@ -273,6 +274,7 @@ def test_captions_in_json_members_of_a_tar_count_where_there_is_no_text(tmp_path
     assert [row.captions for row in found] == [("a cat",), ("text",), ()]
     assert [row.reject for row in found] == [None, None, "malformed_row"]
     (tmp_path / "1.tar.gz").write_bytes(b"")
+    (tmp_path / "0_stats.json").write_text("{}")  # as img2dataset writes beside each
     assert rows_of(tmp_path) == found
     assert unread(str(tmp_path), SourceRecipe((".",))).endswith("1 .gz (such as 1.tar.gz)")
     with tarfile.open(tmp_path / "2.tar", "w"):

@@ -6,10 +6,10 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 import pytest
-from pipeline.data.source.child import Budget
 
-from pipeline.data.source import sheets
 from pipeline.data.source.lists import read_rows
+from pipeline.data.source.parsers import sheets
+from pipeline.data.source.parsers.child import Budget
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.source import ListRow
 from pipeline.errors import UserError
