@@ -190,15 +190,18 @@ def test_rows_that_nobody_wants_leave_no_process_behind(tmp_path: Path) -> None:
     assert children() <= before
 
 
-def test_a_list_that_is_cut_is_the_same_list_each_time(tmp_path: Path) -> None:
-    """80 MB in 200 kB: the rows end where the budget does, and the last one says so."""
+def test_a_list_that_is_cut_is_the_same_list_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows end where the budget does, here a smaller one, and the last one says so."""
+    budget = "c.Budget = lambda budget=c.Budget: budget(unpacked=1 << 20, characters=1 << 20)"
+    code = f"import pipeline.data.source.parsers.child as c; {budget}; c.main()"
+    monkeypatch.setattr(reader, "_COMMAND", (sys.executable, "-P", "-c", code))
     path = tmp_path / "a.csv.gz"
-    lines = "".join(f"http://h/{i},{'x' * 4000}\n" for i in range(20_000))
+    lines = "".join(f"http://h/{i},{'x' * 4000}\n" for i in range(1_000))
     path.write_bytes(gzip.compress(f"url,caption\n{lines}".encode()))
     found, again = (list(read_rows(str(path), SourceRecipe((str(path),)))) for _ in range(2))
     assert found == again
     assert [row.reject for row in found[-2:]] == [None, "budget_spent"]
-    assert CHARACTERS[0] / 4100 < len(found) < (CHARACTERS[0] + CHARACTERS[1] * path.stat().st_size) / 4000
+    assert (1 << 20) / 4100 < len(found) < ((1 << 20) + CHARACTERS[1] * path.stat().st_size) / 4000
 
 
 # --- what hostile lists cost ------------------------------------------------------------------------------------------
