@@ -192,7 +192,7 @@ def test_rows_that_nobody_wants_leave_no_process_behind(tmp_path: Path) -> None:
 
 def test_a_list_that_is_cut_is_the_same_list_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows end where the budget does, here a smaller one, and the last one says so."""
-    budget = "c.Budget = lambda budget=c.Budget: budget(unpacked=1 << 20, characters=1 << 20)"
+    budget = "c.Budget = lambda budget=c.Budget: budget(characters=1 << 20)"
     code = f"import pipeline.data.source.parsers.child as c; {budget}; c.main()"
     monkeypatch.setattr(reader, "_COMMAND", (sys.executable, "-P", "-c", code))
     path = tmp_path / "a.csv.gz"
