@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from pipeline.data.source.columns import MAX_CAPTION, MAX_CAPTIONS, Flaw, bounded_row, characters_of
 from pipeline.errors import UserError
+from pipeline.progress import say_once
 from pipeline.sandbox import give_up_rights, limit_memory, limit_time, memory_mapped, send
 
 READERS = {  # each yields rows: lists of texts, lists of texts and Nones, or a Flaw; cells yields bytes or a Flaw
@@ -173,6 +174,7 @@ def main() -> None:
             line, file = request
             with file:
                 asked = json.loads(line)
+                say_once.cache_clear()  # what is said of a file is for its list, and the parent says it once
                 # What Python is when it starts, and what a reader imports, is not the list's to pay for.
                 limit_memory(sys.maxsize)
                 before = (memory_mapped(), time.process_time()) if files else (0, 0.0)
