@@ -10,7 +10,7 @@ from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.data.source import child
+from pipeline.data.source.parsers import child
 
 
 class ReaderThread:
@@ -38,5 +38,5 @@ class ReaderThread:
         return 0
 
 
-# In the place of ``subprocess`` in pipeline.data.source.child.
+# In the place of ``subprocess`` in pipeline.data.source.reader.
 IN_A_THREAD = SimpleNamespace(Popen=ReaderThread, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired)

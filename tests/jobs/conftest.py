@@ -9,7 +9,7 @@ import torch
 
 from jobs.bundles import remember_bundle
 from jobs.cli import main
-from pipeline.data.source import child
+from pipeline.data.source import reader
 from pipeline.data.source.drawings.server import serving
 from pipeline.store import open_store
 from tests.faults import Undisturbed, run_undisturbed
@@ -23,7 +23,7 @@ def _lists_are_read_in_a_thread(request: pytest.FixtureRequest) -> Iterator[None
     """Hundreds of commands of these tests need no child for each list, except where lists are a stranger's."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.name != "test_foreign_lists.py":
-            patch.setattr(child, "subprocess", IN_A_THREAD)
+            patch.setattr(reader, "subprocess", IN_A_THREAD)
         yield
 
 

@@ -29,7 +29,7 @@ from pipeline.config import make_config
 from pipeline.data.codec import fit as codec_fit
 from pipeline.data.curation import near_rows
 from pipeline.data.neighbours import indices
-from pipeline.data.source import child
+from pipeline.data.source import reader
 from pipeline.data.source.journal import read_journal
 from pipeline.graph import shards
 from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
@@ -76,7 +76,7 @@ def workers() -> set[str]:
 
 def _within(environment: Mapping[str, str], target: Callable[..., int | None], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
-    child.subprocess = IN_A_THREAD
+    reader.subprocess = IN_A_THREAD
     sys.exit(target(*arguments))
 
 
