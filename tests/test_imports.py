@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from benchmarks.house import floors, import_graph
@@ -11,6 +12,7 @@ from benchmarks.house import floors, import_graph
 ROOT = Path(__file__).parents[1]
 SOURCE = ("unclip", "pipeline", "models", "jobs", "cluster", "serve")
 OURS = {*SOURCE, "tests", "benchmarks"}
+OURS = (*SOURCE, "tests", "benchmarks")
 RAY = {
     "cluster/client.py",
     "pipeline/graph/ray.py",
@@ -86,3 +88,25 @@ def test_files_with_tests_in_a_browser_say_so_in_the_line_that_make_looks_for() 
     texts = {file: file.read_text() for file in _files("tests") if file != Path(__file__)}
     marked = {file for file, text in texts.items() if "pytest.mark.browser" in text}
     assert marked == {file for file, text in texts.items() if "\npytestmark = pytest.mark.browser\n" in text}
+
+
+def test_tests_and_benchmarks_import_what_is_there() -> None:
+    """mypy says so, too, but later."""
+    for file in _files("tests", "benchmarks", "examples"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in OURS:
+                for alias in node.names:
+                    assert _is_there(node.module or "", alias.name), f"{file}: {node.module}.{alias.name}"
+
+
+def _is_there(module: str, name: str) -> bool:
+    """Returns whether a module of ours has a name: as a module below it, or somewhere in its file."""
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    below = (path / f"{name}.py").is_file() or (path / name).is_dir()
+    return below or (file.is_file() and name in _words(file))
+
+
+@cache
+def _words(file: Path) -> set[str]:
+    return set(re.findall(r"\w+", file.read_text()))

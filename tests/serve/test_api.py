@@ -13,9 +13,9 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serve.encoding import encode
 
 from models.view import view
+from serve.answer import encode
 from serve.metrics import FIGURES
 from tests.chain import ROOT
 from tests.serve.load import figure, until

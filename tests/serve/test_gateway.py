@@ -5,12 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from serve.results import Result, ResultCache
 
 import serve.gateway
 from serve.bundle import ServedBundle
 from serve.errors import ApiError
-from serve.gateway import Gateway
+from serve.gateway import Gateway, Result, ResultCache
 from serve.queue import ReplicaDied
 from serve.settings import ServeSettings
 from serve.work import Work

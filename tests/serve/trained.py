@@ -10,7 +10,6 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from serve.results import ResultCache
 
 from jobs.bundles import remember_bundle
 from pipeline.graph.artifacts import Artifact, publish_artifact
@@ -18,7 +17,7 @@ from pipeline.ledger import Ledger
 from pipeline.store.records import digest, put_blob
 from serve.api import make_api
 from serve.bundle import ServedBundle
-from serve.gateway import Gateway
+from serve.gateway import Gateway, ResultCache
 from serve.queue import Event, RequestQueue, RequestRefused
 from serve.settings import ServeSettings
 from serve.work import Work
