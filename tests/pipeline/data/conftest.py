@@ -29,9 +29,10 @@ def kept_children(idle_children: list[tuple[Any, ...]], monkeypatch: pytest.Monk
             self._process, self._socket, self._pipe, self.lists = idle_children.pop()  # type: ignore[attr-defined]
         ask(self, *request)
 
-    def left(self: ListReader, *_: object) -> None:
+    def left(self: ListReader, error: type[BaseException] | None, *_: object) -> None:
         lists = getattr(self, "lists", 0) + 1
-        if self._process is None or self.spent or lists > LISTS:
+        # Behind an error there may be rows that nobody has taken.
+        if error or self._process is None or self.spent or lists > LISTS:
             self.close()
         else:
             idle_children.append((self._process, self._socket, self._pipe, lists))

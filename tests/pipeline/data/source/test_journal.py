@@ -205,5 +205,5 @@ def test_rows_are_found_by_key_by_reference_and_by_hash(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", [b"{", b"[]", b'{"forgotten_at": 0.0}', b'{"forgotten": [["mark", [0]]]}'])
 def test_a_journal_of_another_version_is_one_line(folder_store: Store, text: bytes) -> None:
     assert folder_store.swap(journal_path("p"), None, text)
-    with pytest.raises(UserError, match="name another folder_store"):
+    with pytest.raises(UserError, match="name another store"):
         read_journal(folder_store, "p")
