@@ -148,7 +148,7 @@ def test_a_plan_counts_the_tower() -> None:
         counted = replace(config, **{name: replace(recipe, model=replace(recipe.model, text_encoder="frozen"))})
         # A token table of CLIP's width in place of its own, of its own width.
         assert count_model(counted, name).parameters > 49_408 * config.clip.model.text_width
-    named = replace(counted, clip=replace(config.clip, weights="open_clip:ViT-B-16-SigLIP:webli"))
+    named = replace(counted, clip=replace(config.clip, weights="open_clip:ViT-B-16-SigLIP:webli"))  # type: ignore[call-arg]
     with pytest.raises(UserError, match="reads text towers like CLIP's own"):
         count_model(named, "decoder")
 
