@@ -10,7 +10,6 @@ from itertools import islice
 from typing import Any, NamedTuple, NoReturn
 
 from pipeline.errors import UserError, did_you_mean
-from pipeline.parse import read_count
 
 # A dotted name, or a plain one whose value has no space in it; "E=mc2 on a blackboard" is a caption.
 OVERRIDE = re.compile(r"[A-Za-z_]\w*((\.\w+)+=.*|=\S*)", re.DOTALL)
@@ -105,6 +104,8 @@ class Parser(argparse.ArgumentParser):
 
 def count(text: str) -> int:
     """Returns a whole number written as 100, 100k or 1e6."""
+    from pipeline.parse import read_count  # with pydantic, for which no help should wait
+
     number = read_count(text)
     if number is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, such as 100, 10k or 1e6")
