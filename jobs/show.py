@@ -6,10 +6,11 @@ import argparse
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from jobs.output import print_json, say
-from pipeline.config import Config, load_config
+from pipeline.build import all_stages
+from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import StageKey
 from pipeline.graph.keys import defaults
@@ -97,6 +98,4 @@ def _lineage_values(found: Lineage) -> dict[str, Any]:
 
 def _defaults(stage: str) -> dict[str, Any]:
     """Returns the defaults of a stage's recipe; {} if the stage is not part of a configuration, so all is shown."""
-    recipes = get_type_hints(Config)
-    kind = recipes.get("source" if stage == "captions" else stage)
-    return {} if kind is None else defaults(kind)
+    return next((defaults(each.recipe) for each in all_stages() if each.name == stage), {})
