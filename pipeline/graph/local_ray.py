@@ -101,21 +101,26 @@ def start_local_ray(ray: Any, **options: Any) -> None:
         raise UserError(
             f"Ray's files cannot be written below {base} (RAY_TMPDIR, else TMPDIR): {e.strerror}; name another folder"
         ) from e
-    try:
-        ray.init(address="local", _temp_dir=str(folder.path / "ray"), **options)
-    except (TypeError, ValueError):  # wrong options, which are a fault of ours
-        raise
-    except Exception as e:  # Ray raises many types, Exception itself among them
-        if "AF_UNIX" in str(e):
-            raise UserError(
-                "the folder of temporary files (TMPDIR) has too long a name for Ray, whose sockets lie there under "
-                f"names of at most 107 bytes; set RAY_TMPDIR=/tmp ({e})"
-            ) from e
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0].partition(". ")[0]
-        raise UserError(
-            f"Ray did not start ({why}), most often because this machine is too busy: run the same command again, or "
-            f"give Ray fewer cores by run.ray.cpus; {ray_logs()} say more"
-        ) from e
+    for last in (False, True):  # on a machine that is too busy, Ray gives up on itself within half a minute
+        try:
+            ray.init(address="local", _temp_dir=str(folder.path / "ray"), **options)
+            break
+        except (TypeError, ValueError):  # wrong options, which are a fault of ours
+            raise
+        except Exception as e:  # Ray raises many types, Exception itself among them
+            if "AF_UNIX" in str(e):
+                raise UserError(
+                    "the folder of temporary files (TMPDIR) has too long a name for Ray, whose sockets lie there under "
+                    f"names of at most 107 bytes; set RAY_TMPDIR=/tmp ({e})"
+                ) from e
+            why = (str(e).strip().splitlines() or [type(e).__name__])[0].partition(". ")[0]
+            if last:
+                raise UserError(
+                    f"Ray did not start ({why}), most often because this machine is too busy: run the same command "
+                    f"again, or give Ray fewer cores by run.ray.cpus; {ray_logs()} say more"
+                ) from e
+            log.warning("Ray did not start (%s); starting it a second time", why)
+            ray.shutdown()
     node = ray._private.worker._global_node  # Ray has no public name for its processes
     for name, what in WATCHED.items():
         for started in node.all_processes.get(name, ()):

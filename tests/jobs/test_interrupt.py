@@ -81,7 +81,7 @@ def _ready(program: str, *words: str) -> Running:
     command, pipe = [sys.executable, "-c", program, *words], subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    assert process.stdout.readline() == "ready\n", process.communicate()
     return process
 
 

@@ -225,15 +225,21 @@ def test_only_what_a_process_has_left_is_removed(base: Path) -> None:
     assert set(base.iterdir()) == kept
 
 
-def test_a_ray_that_does_not_come_up_is_one_line(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_does_not_come_up_is_started_again_and_then_one_line(
+    base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """As on a machine that is so busy that its raylet does not answer within Ray's half minute."""
+    calls: list[str] = []
 
     def init(**_: object) -> None:
+        calls.append("init")
         raise Exception("The current node timed out during startup. This could happen because\nsome of the processes")
 
     monkeypatch.setenv("RAY_TMPDIR", str(base))
     with pytest.raises(UserError) as refused:
-        start_local_ray(SimpleNamespace(init=init))
+        start_local_ray(SimpleNamespace(init=init, shutdown=lambda: calls.append("shutdown")))
+    assert calls == ["init", "shutdown", "init"]
+    assert "Ray did not start (The current node timed out during startup); starting it a second time" in caplog.text
     said = str(refused.value)
     assert "\n" not in said
     assert said.startswith("Ray did not start (The current node timed out during startup), ")
