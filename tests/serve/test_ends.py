@@ -80,7 +80,7 @@ def go_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         draw(self, work, *words)
 
     monkeypatch.setattr(ModelRunner, "draw", stuck)
-    monkeypatch.setattr(pool, "PING_S", 0.05)
+    monkeypatch.setattr(pool, "PING_S", 0.5)  # four of them: a busy machine makes a step in that time
     monkeypatch.setattr(replica, "CLOSING_S", 0.1)
     yield gate
     gate.set()
