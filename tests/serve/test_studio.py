@@ -345,6 +345,7 @@ def test_the_mask_lies_where_one_points(studio: Page, width: int, height: int) -
     studio.set_viewport_size({"width": width, "height": height})
     with_history(studio, 1)
     studio.locator(".tile").first.click()
+    expect(studio.locator("#large")).to_be_visible()  # its tools are in place
     studio.locator("#tool-mask summary").click()
     studio.get_by_role("slider", name="Brush").fill("6")
     image = studio.locator("#large").bounding_box()
@@ -392,6 +393,7 @@ def test_what_is_deleted_can_be_brought_back_where_it_was(studio: Page) -> None:
     studio.locator("#tool-take summary").click()
     studio.get_by_role("button", name="Delete this image").click()
     expect(row.locator("img")).to_have_count(3)
+    studio.wait_for_timeout(500)
     studio.reload()
     expect(row.locator("img")).to_have_count(3)
 
