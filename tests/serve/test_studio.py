@@ -399,6 +399,7 @@ def test_what_is_deleted_can_be_brought_back_where_it_was(studio: Page) -> None:
 
     studio.on("dialog", lambda dialog: dialog.accept())
     studio.get_by_role("button", name="Delete all").click()
+    studio.wait_for_timeout(500)
     studio.reload()
     expect(studio.locator("#empty")).to_be_visible()
 
