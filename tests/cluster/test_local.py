@@ -137,7 +137,6 @@ sys.exit(main(["submit", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_it_survives_its_submitter_and_the_keys_are_the_laptops(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
