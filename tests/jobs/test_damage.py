@@ -77,7 +77,7 @@ VICTIMS: dict[str, tuple[Callable[[Store], str], str, str]] = {
 }
 
 
-# Of the others at once: test_several_damaged_objects_are_found_at_once.
+# The other kinds, all at once: test_several_damaged_objects_are_found_at_once.
 FAST = ("artefact record", "shard record", "pictures", "index")
 
 

@@ -1,4 +1,4 @@
-"""Who leads, who waits, who takes over and when, on a clock of their own."""
+"""Leases on a clock of their own: who leads, who waits, who takes over and when."""
 
 import json
 import os

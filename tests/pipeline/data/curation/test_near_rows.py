@@ -154,7 +154,7 @@ def test_appended_training_rows_leave_the_shards_before_as_they_are(store: Store
 
 @pytest.mark.usefixtures("small")
 def test_kills_change_nothing(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every run after its tenth shard, in whatever pass, until one has less to do."""
+    """Every run is killed after its tenth shard, in whatever pass, until one has less to do."""
     rows = listed(6, 300)
     calm = open_store(str(tmp_path / "calm"))
     expected = run(calm, rows)
