@@ -92,7 +92,7 @@ format: .venv/ready
 peek: .venv/ready
 	$(BIN)/unclip run configs/nano.yaml
 
-# At 20, which is scale 1, demo takes 20 to 25 on two cores. Trainings see that much more or less.
+# At 20, which is scale 1, demo takes 20 to 30 minutes on two cores. Trainings see that much more or less.
 MINUTES ?= 20
 
 demo: .venv/ready
