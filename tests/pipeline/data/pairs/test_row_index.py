@@ -1,11 +1,12 @@
 import hashlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.data.pairs.row_index import STAGE_SIDES, Place, index_counts, read_images
+from pipeline.data.pairs.row_index import GAP, READERS, STAGE_SIDES, Place, index_counts, read_images
 from pipeline.errors import CorruptObject
 from pipeline.store import Store
 from pipeline.store.records import blob_path, put_blob
@@ -36,7 +37,7 @@ def _packed(sizes: list[int], gap: int) -> tuple[bytes, list[dict[str, Any]]]:
     return packed, rows
 
 
-@pytest.mark.parametrize("gap", [0, 512, 4096, 5000])
+@pytest.mark.parametrize("gap", [0, 512, GAP, GAP + 1])
 def test_pictures_come_in_the_order_of_the_rows(store: Store, gap: int) -> None:
     packed, rows = _packed([10, 700, 3, 4096, 1], gap)
     blob = put_blob(store, packed)
@@ -46,12 +47,25 @@ def test_pictures_come_in_the_order_of_the_rows(store: Store, gap: int) -> None:
     assert _read(store, blob, []) == []
 
 
-@pytest.mark.parametrize(("gap", "reads"), [(512, 1), (4096, 1), (4097, 6)])
+@pytest.mark.parametrize(("gap", "reads"), [(512, 1), (GAP, 1), (GAP + 1, 6)])
 def test_neighbours_are_read_together(store: Store, gap: int, reads: int) -> None:
     packed, rows = _packed([100] * 6, gap)
     counted: Any = Counted(store)
     _read(counted, put_blob(store, packed), rows)
     assert counted.calls["read_parts"] == reads
+
+
+def test_groups_are_read_at_once(store: Store) -> None:
+    packed, rows = _packed([100] * READERS, GAP + 1)
+    together = threading.Barrier(READERS, timeout=30)
+
+    class Meeting(Counted):
+        def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+            together.wait()
+            return store.read_parts(path, parts)
+
+    meeting: Any = Meeting(store)
+    assert len(_read(meeting, put_blob(store, packed), rows)) == READERS
 
 
 def test_rows_of_own_blob_and_of_tars_mix(store: Store, tmp_path: Any) -> None:
