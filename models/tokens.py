@@ -4,7 +4,6 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-import open_clip
 import torch
 from torch import Tensor
 
@@ -17,36 +16,45 @@ CAPTION_CHARACTERS = 2000
 WORDS = 1 << 16  # in the cache, some 20 MB
 
 
-class Bpe(open_clip.SimpleTokenizer):
+class EmptyCache(dict[str, str]):
+    """Keeps nothing."""
+
+    def __setitem__(self, key: str, value: str) -> None:
+        pass
+
+
+class Bpe:
     """Tokenizes as open_clip does, faster and in bounded memory; any thread may use it.
 
     open_clip's cache keeps every word that it ever saw, and a worker may read a billion captions. Here it stays empty,
     and ``words`` has the tokens of the last words.
     """
 
-    cache = property(lambda self: {}, lambda self, value: None)
-
     def __init__(self) -> None:
-        super().__init__()
+        # Here, because open_clip takes seconds to import: trainings that read no captions do without.
+        from open_clip.tokenizer import SimpleTokenizer
+
+        self._theirs = SimpleTokenizer()
+        self._theirs.cache = EmptyCache()
         self.words = self._special()
 
     def _special(self) -> dict[str, list[int]]:
-        return {self.decoder[token]: [token] for token in self.all_special_ids}
+        return {self._theirs.decoder[token]: [token] for token in self._theirs.all_special_ids}
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text of any length, without start and end."""
         if text.isascii() and text.isprintable() and "&" not in text:
             text = " ".join(text.split()).lower()  # in which ftfy finds nothing to mend, and html no entity
         else:
-            text = self.clean_fn(text)
-        words, tokens = self.words, list[int]()
-        for word in self.pat.findall(text):
+            text = self._theirs.clean_fn(text)
+        theirs, words, tokens = self._theirs, self.words, list[int]()
+        for word in theirs.pat.findall(text):
             found = words.get(word)
             if found is None:
                 if len(words) > WORDS:  # a new dictionary, never clear(): other threads may be reading the old one
                     words = self.words = self._special()
-                spelt = "".join(self.byte_encoder[byte] for byte in word.encode())
-                found = words[word] = [self.encoder[piece] for piece in self.bpe(spelt).split(" ")]
+                spelt = "".join(theirs.byte_encoder[byte] for byte in word.encode())
+                found = words[word] = [theirs.encoder[piece] for piece in theirs.bpe(spelt).split(" ")]
             tokens += found
         return tokens
 

@@ -69,6 +69,15 @@ def test_configuration_and_graph_need_neither_ray_nor_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_a_training_without_captions_imports_no_open_clip() -> None:
+    """It takes seconds, in each worker of each attempt."""
+    code = (
+        "import sys; import pipeline.training.train, pipeline.training.tasks.upsampler;"
+        "assert 'open_clip' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_every_relevant_file_is_small() -> None:
     for file in _files(*SOURCE):
         assert len(file.read_text().splitlines()) <= 400, f"{file}: over 400 lines; one idea a file"

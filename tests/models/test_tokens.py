@@ -60,7 +60,7 @@ def test_words_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         text = f"{word} {word * 20} <end_of_text>"
         assert bpe.encode(text) == OPEN_CLIP.encode(text)
         assert len(bpe.words) <= 8 + 3
-        assert not bpe.cache
+        assert not bpe._theirs.cache
 
 
 def test_a_caption_that_would_be_cut_is_refused() -> None:
