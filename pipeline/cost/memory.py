@@ -74,7 +74,7 @@ def footprint(size: Size, recipe: TrainingRecipe, settings: TrainingSettings, wo
 def host_memory(
     size: Size, recipe: TrainingRecipe, settings: TrainingSettings, workers: int, image: float, shard: float
 ) -> float:
-    """Returns the bytes that one of ``workers`` takes of its host.
+    """Returns the most bytes that one of ``workers`` takes of its host.
 
     Args:
         size: Size of the model.
@@ -85,8 +85,9 @@ def host_memory(
         shard: Bytes of what is read of a shard besides.
     """
     lanes = min(recipe.lanes, -(-recipe.lanes // workers) + 1)
-    # The model and its average are built on the CPU; a checkpoint lies in pinned memory until it is written.
-    model = max(2 * 4.0, SAVED_STATE / (workers if settings.sharded else 1)) * size.parameters
+    # The model and its average are built on the CPU, of a sharded one the model on rank 0; a checkpoint lies in pinned
+    # memory until it is written.
+    model = (max(4.0, SAVED_STATE / workers) if settings.sharded else SAVED_STATE) * size.parameters
     # Tables have room for two shards of a lane, whose windows lie in both for a while.
     return WORKER_BYTES + model + settings.cache_mb * 2**20 + lanes * (1.25 * recipe.window * image + 2 * shard)
 

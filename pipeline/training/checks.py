@@ -6,7 +6,7 @@ from pipeline.data.content import put_content
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardList
 from pipeline.graph.stages import Context
-from pipeline.training.task import Contrastive, Task, takes_micro_batches
+from pipeline.training.task import Contrastive, Shardable, Task, takes_micro_batches
 
 
 def most_workers(ctx: Context, task: Task) -> int:
@@ -60,7 +60,7 @@ def check(ctx: Context, task: Task) -> None:
 
 def _check_sharded(ctx: Context, task: Task, workers: int) -> None:
     where = f"run.{ctx.stage}"
-    if isinstance(task, Contrastive):
+    if not isinstance(task, Shardable):
         raise UserError(f"{where}.sharded: a CLIP's temperature is one number, which cannot be sharded; use false")
     if not workers:
         raise UserError(f"{where}.sharded: without workers a model cannot be sharded; set workers to 1 or more")

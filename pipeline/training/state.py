@@ -21,11 +21,11 @@ from models.random_streams import derive_seed
 from pipeline.errors import UserError
 from pipeline.parse import ContentFile
 from pipeline.training.distributed.process_group import ProcessGroup
-from pipeline.training.distributed.sharding import local, recompute
+from pipeline.training.distributed.sharding import fill, local, recompute
 from pipeline.training.journal import MetricsJournal
 from pipeline.training.optimizer import kinds, make_optimizer
 from pipeline.training.recipes import TrainingRecipe
-from pipeline.training.task import Finishes, Objective, Task
+from pipeline.training.task import Finishes, Objective, Shardable, Task
 
 MEMORY = 0.1
 """The half-life of the averaged weights is at most this part of the samples seen."""
@@ -77,10 +77,17 @@ def begin(
         warm: Gives the model other weights.
         recomputing: Recomputes layers in the backward pass (activation checkpointing).
     """
-    model = task.model(derive_seed(recipe.seed, "model"))
-    if warm is not None:
-        warm(model)
-    ema = deepcopy(model).eval().requires_grad_(False)
+    # Rank 0 alone makes the weights of a sharded model, and sends them: no other worker ever holds all of them.
+    whole = task.model(derive_seed(recipe.seed, "model")) if group.is_rank_0 or not group.sharded else None
+    if whole is not None and warm is not None:
+        warm(whole)
+    if group.sharded:
+        assert isinstance(task, Shardable)
+        model, ema = task.empty(), task.empty()
+    else:
+        assert whole is not None
+        model, ema = whole, deepcopy(whole)
+    ema.eval().requires_grad_(False)
     if recomputing:
         recompute(model)
     objective = Objective(task, model)
@@ -88,6 +95,9 @@ def begin(
     half = all(group.collect([computes_in(group.device, recipe.precision) == "bf16"]))
     group.place(objective, half)
     group.place(ema)
+    if group.sharded:
+        fill(objective, None if whole is None else Objective(task, whole), group.device, group.offload)
+        fill(ema, whole, group.device, group.offload)
     return TrainState(objective, ema, make_optimizer(model, recipe, half))
 
 

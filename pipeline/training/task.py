@@ -51,6 +51,14 @@ class Task(Protocol):
         """Writes the model as the files of its artefact."""
 
 
+@runtime_checkable
+class Shardable(Task, Protocol):
+    """Trains a model that may be sharded over the workers."""
+
+    def empty(self) -> nn.Module:
+        """Returns what ``model`` returns on the meta device, without values or memory."""
+
+
 class Objective(nn.Module):
     """Computes a task's loss as a module, so that a data-parallel wrapper contains all of the model."""
 

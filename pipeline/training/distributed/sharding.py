@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -44,6 +45,31 @@ def shard_module(
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else whole
     for part, policy in (*((layer, half) for layer in layers(module)), (module, whole)):
         fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=place)
+
+
+@torch.no_grad()
+def fill(module: nn.Module, whole: nn.Module | None, device: torch.device, offload: bool) -> None:
+    """Gives a sharded module of the meta device memory, and the values of ``whole``, the same module on rank 0.
+
+    They come tensor by tensor, and each worker keeps its rows. Elsewhere ``whole`` is None.
+    """
+    module.to_empty(device="cpu" if offload else device)
+    for part in module.modules():
+        for name, buffer in list(part.named_buffers(recurse=False)):  # which are not offloaded
+            setattr(part, name, buffer.to(device))
+    values = None if whole is None else dict(_tensors(whole))
+    for name, tensor in _tensors(module):
+        full = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        if values is not None:
+            full.copy_(values[name])
+        dist.broadcast(full, 0)
+        own, first = local(tensor), first_row(tensor)
+        own.copy_(full[first : first + len(own)] if is_sharded(tensor) else full)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def recompute(model: nn.Module) -> None:

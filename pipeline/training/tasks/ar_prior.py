@@ -41,12 +41,14 @@ class ARPriorTask(FolderTask):
     ):
         self.config, self.embed_dim, self.codec, self.tower, self.rows = config, embed_dim, codec, tower, rows
 
-    def begun(self) -> ARPrior:
-        model = ARPrior(self.config, self.embed_dim, self.codec.codes, self.tower and self.tower.sizes)
-        begin_line(model.line, model.caption, self.tower, self.rows)
+    def network(self) -> ARPrior:
+        return ARPrior(self.config, self.embed_dim, self.codec.codes, self.tower and self.tower.sizes)
+
+    def start(self, model: ARPrior) -> None:
+        super().start(model)
+        begin_line(model.line, model.caption, self.rows)
         if self.config.ridge:
             model.start_from(self.codec)
-        return model
 
     def loss(self, model: ARPrior, batch: Batch, rng: RandomStreams) -> Losses:
         device = batch["image_embedding"].device

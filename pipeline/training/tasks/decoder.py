@@ -41,11 +41,13 @@ class DecoderTask(FolderTask):
         self.config, self.embed_dim, self.tower, self.embeddings = config, embed_dim, tower, embeddings
         self.min_side = self.image_size = config.image_size
 
-    def begun(self) -> Decoder:
-        model = Decoder(self.config, self.embed_dim, self.tower and self.tower.sizes)
+    def network(self) -> Decoder:
+        return Decoder(self.config, self.embed_dim, self.tower and self.tower.sizes)
+
+    def start(self, model: Decoder) -> None:
+        super().start(model)
         if model.whitening is not None and self.embeddings is not None:
             model.whitening.fit(self.embeddings)
-        return model
 
     def loss(self, model: Decoder, batch: Batch, rng: RandomStreams) -> Losses:
         return decoder_loss(model, batch, rng)

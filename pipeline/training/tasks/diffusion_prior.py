@@ -47,10 +47,12 @@ class DiffusionPriorTask(FolderTask):
     ):
         self.config, self.embed_dim, self.tower, self.rows = config, embed_dim, tower, rows
 
-    def begun(self) -> DiffusionPrior:
-        model = DiffusionPrior(self.config, self.embed_dim, self.tower and self.tower.sizes)
-        begin_line(model.line, model.caption, self.tower, self.rows)
-        return model
+    def network(self) -> DiffusionPrior:
+        return DiffusionPrior(self.config, self.embed_dim, self.tower and self.tower.sizes)
+
+    def start(self, model: DiffusionPrior) -> None:
+        super().start(model)
+        begin_line(model.line, model.caption, self.rows)
 
     def loss(self, model: DiffusionPrior, batch: Batch, rng: RandomStreams) -> Losses:
         return diffusion_prior_loss(model, batch, rng)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +34,25 @@ class FolderTask:
     splittable = True
     tower: FrozenTower | None = None
 
-    def begun(self) -> nn.Module:
-        """Returns the model as it begins, with weights from torch's own generator."""
+    def network(self) -> Any:
+        """Returns a new network, with weights from torch's own generator."""
         raise NotImplementedError
+
+    def start(self, model: Any) -> None:
+        """Gives a new network what it begins with in place of random weights."""
+        if self.tower is not None:
+            self.tower.put_into(model)
 
     def model(self, seed: int) -> nn.Module:
         """Returns a new model whose random weights depend on ``seed`` alone."""
-        model = seeded(self.begun, seed)
-        if self.tower is not None:
-            self.tower.put_into(model)
+        model = seeded(self.network, seed)
+        self.start(model)
         return model
+
+    def empty(self) -> nn.Module:
+        """Returns what ``model`` returns on the meta device, without values or memory."""
+        with torch.device("meta"):
+            return self.network()
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Writes the model as the files of its artefact."""

@@ -73,13 +73,13 @@ def starting_rows(ctx: Context, columns: Sequence[str], captions: str = "first")
     return found
 
 
-def begin_line(
-    line: CaptionRegression | None, caption: nn.Module, tower: FrozenTower | None, rows: Batch | None
-) -> None:
-    """Solves the regression that a prior begins with, if it has one and there are rows to solve it on."""
-    if line is not None and tower is not None and rows is not None:
+def begin_line(line: CaptionRegression | None, caption: nn.Module, rows: Batch | None) -> None:
+    """Solves the regression that a prior begins with, if it has one and there are rows to solve it on.
+
+    It reads captions by CLIP's text tower, whose weights ``caption`` has to have.
+    """
+    if line is not None and rows is not None:
         assert isinstance(caption, FrozenCaption)
-        tower.put_into(caption)
         said = line.inputs(caption.text, rows["tokens"], rows["text_embedding"])
         line.start_from(*ridge(said.detach(), rows["image_embedding"]))
 

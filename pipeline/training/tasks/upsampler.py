@@ -33,7 +33,7 @@ class UpsamplerTask(FolderTask):
         self.min_side = self.image_size = config.image_size
         self.preview_rows = max(1, PREVIEW_WIDTH // config.image_size)
 
-    def begun(self) -> Upsampler:
+    def network(self) -> Upsampler:
         return Upsampler(self.config)
 
     def loss(self, model: Upsampler, batch: Batch, rng: RandomStreams) -> Losses:

@@ -95,6 +95,8 @@ def test_two_and_three_workers_train_what_one_process_trains(world: World, tmp_p
     Of 5, 5 and 6 rows, 3 at once, all are taken in two passes: a sharded model computes only with all workers."""
     check_equal(world, "diffusion_prior", PRIOR, [(16, 0), (32, 2), (48, 3), (64, 0)], tmp_path)
     assert [set(lines(tmp_path / f"rows-{rank}")) for rank in range(3)] == [{"2", "3"}, {"2", "3"}, {"3"}]
+    # One in each of two runs to begin with, and one whose operations are counted: the others get rows alone.
+    assert [len(lines(tmp_path / f"models-{rank}")) for rank in range(3)] == [4, 0, 0]
     # Of the checkpoints at 16 and 32: what is not sharded is in the blobs of the first worker, and of two workers'
     # rows the first of three has none of the second's.
     assert [len(lines(tmp_path / f"read-{rank}")) for rank in range(3)] == [3 + 3, 3 + 6, 6]

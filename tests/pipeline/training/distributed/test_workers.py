@@ -25,8 +25,8 @@ from tests.pipeline.training.trainings import (
 
 
 def noting(folder: Path, rank: int) -> None:
-    """Writes down how many blobs of checkpoints a worker reads, and how many rows it computes at once."""
-    read_blob, loss = checkpoints_module.read_blob, DiffusionPriorTask.loss
+    """Writes down how many blobs of checkpoints a worker reads, how many rows it computes at once, and its models."""
+    read_blob, loss, make = checkpoints_module.read_blob, DiffusionPriorTask.loss, DiffusionPriorTask.model
 
     def note(name: str, line: object) -> None:
         with open(folder / f"{name}-{rank}", "a") as out:
@@ -41,8 +41,12 @@ def noting(folder: Path, rank: int) -> None:
             note("rows", draw.rows)
         return loss(self, model, batch, draw)
 
+    def made(self: Any, seed: int) -> Any:
+        note("models", seed)
+        return make(self, seed)
+
     checkpoints_module.read_blob = read
-    DiffusionPriorTask.loss = noted
+    DiffusionPriorTask.loss, DiffusionPriorTask.model = noted, made
 
 
 def lines(file: Path) -> list[str]:
