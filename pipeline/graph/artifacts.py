@@ -167,7 +167,7 @@ _SHARD_ROW = TypeAdapter(ShardRow)
 
 
 class ShardList:
-    """The shards of an artefact, in order of their numbers, as columns in memory.
+    """The shards of an artefact, in order of their numbers (``numbers``, int64 [shards]), as columns in memory.
 
     Raises:
         CorruptObject: when the table is not a list of shards.
@@ -179,10 +179,10 @@ class ShardList:
         self._blob = artifact.shard_table
         with self._checked():
             self._table = read_table(store, self._blob).combine_chunks()
-            self._numbers = self._table["number"].to_numpy()
+            self.numbers = self._table["number"].to_numpy()
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     def __getitem__(self, place: int) -> ShardRow:
         """Returns a shard by its place. Raises IndexError behind the end."""
@@ -199,8 +199,12 @@ class ShardList:
 
     def find(self, number: int) -> ShardRow | None:
         """Returns the shard of this number, if it is listed."""
-        place = int(self._numbers.searchsorted(number))
-        return self[place] if place < len(self) and self._numbers[place] == number else None
+        place = int(self.numbers.searchsorted(number))
+        return self[place] if place < len(self) and self.numbers[place] == number else None
+
+    def totals(self) -> np.ndarray:
+        """Returns the rows of every shard, kept and lost, int64 [shards]."""
+        return np.sum([self._table[name].to_numpy() for name in ("kept", "rejected", "deferred")], axis=0)
 
     def counts(self, name: str) -> np.ndarray:
         """Returns this count of every shard, int64 [shards]; 0 where a shard does not have it."""

@@ -27,7 +27,7 @@ from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Batches, Feed, LocalBatch
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.state import TrainState
-from pipeline.training.task import Examples, Finishes, Previews, Task
+from pipeline.training.task import Examples, Finishes, Previews, Shardable, Task
 from pipeline.training.timing import Speed
 
 log = logging.getLogger("unclip")
@@ -59,8 +59,9 @@ class Results:
         weights = self.group.whole(state.ema)
         if not self.group.is_rank_0:
             return state.ema
-        model = self.task.model(0).eval().requires_grad_(False)
-        model.load_state_dict(weights)
+        assert isinstance(self.task, Shardable)
+        model = self.task.empty().eval().requires_grad_(False)
+        model.load_state_dict(weights, assign=True)
         return model.to(self.group.device)
 
     def validate(self, state: TrainState, model: nn.Module) -> None:
@@ -94,7 +95,7 @@ class Results:
         if load_artifact(ctx.store, ctx.stage, ctx.key) is not None:
             return
         precision = computes_in(self.group.device, ctx.recipe.precision)
-        bare = self.feed.tables.without_caption
+        bare = self.feed.without_caption
         artifact = ctx.publishable(
             ledger=Ledger(self.feed.order.total, {"no_caption": bare} if bare else {}),
             blobs=self._blobs(state, model),

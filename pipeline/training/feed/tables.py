@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import lru_cache
-from itertools import islice, repeat
+from itertools import repeat
 from threading import Lock
 from typing import NamedTuple
 
@@ -15,13 +15,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.pairs.row_index import Place
-from pipeline.data.source.stage import CAPTIONED, has_caption
+from pipeline.data.source.stage import CAPTIONED
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, ShardList, read_shards, read_table
+from pipeline.graph.artifacts import Artifact, ShardList, read_table
 from pipeline.store import Store
+from pipeline.training.feed.order import share_of
 
+Collect = Callable[[list[int]], list[int]]
 CACHED = 8  # shards
 SHARD_READERS = 8  # shards that are read at once to count their rows
+COUNTED = ["key", "status", "split", "width", "height"]  # columns of an index by which rows are counted
 LOCKS = 64  # of shards that are being read; shards with the same lock wait for each other
 
 
@@ -58,8 +61,7 @@ class JoinedRow(NamedTuple):
 class Tables:
     """Reads the kept rows of one split whose shorter side is at least ``min_side``, by shard.
 
-    Rows are those of "curation", or of "pairs" when CLIP trains, before the curation. ``counts`` are rows by position
-    in ``shards``; ``without_caption`` counts the rows that ``captioned`` leaves out.
+    Rows are those of "curation", or of "pairs" when CLIP trains, before the curation.
 
     Args:
         store: Store of the tables.
@@ -70,6 +72,9 @@ class Tables:
         cached: Number of shards that stay in memory.
         captioned: Leaves out rows without a caption.
     """
+
+    counts: tuple[int, ...]
+    """Rows by position in ``shards``, rows without a caption included."""
 
     def __init__(
         self,
@@ -82,22 +87,21 @@ class Tables:
         captioned: bool = False,
     ):
         self.store, self.columns, self.min_side, self.captioned = store, columns, min_side, captioned
-        self.shards = ShardList(store, inputs["curation" if "curation" in inputs else "pairs"])
+        rows = "curation" if "curation" in inputs else "pairs"
+        self.shards = ShardList(store, inputs[rows])
         wanted = {
             "pairs": "image" in columns,
             "captions": "tokens" in columns,
             "embeddings": not {"image_embedding", "text_embedding"}.isdisjoint(columns),
         }
-        self._others = {name: ShardList(store, inputs[name]) for name in wanted if wanted[name]}
+        self._others = {
+            name: self.shards if name == rows else ShardList(store, inputs[name]) for name in wanted if wanted[name]
+        }
         self._choose(split, cached)
 
     def _choose(self, split: str, cached: int) -> None:
         self.split = split
-        self._listed = self.counts = tuple(self.shards.counts(f"{split}/{self.min_side}").tolist())
-        if self.captioned:
-            with ThreadPoolExecutor(SHARD_READERS) as readers:
-                self.counts = tuple(readers.map(self._captioned, range(len(self.shards))))
-        self.without_caption = sum(self._listed) - sum(self.counts)
+        self.counts = tuple(self.shards.counts(f"{split}/{self.min_side}").tolist())
         self._shard = lru_cache(maxsize=cached)(self._read_shard)
         self._locks = [Lock() for _ in range(LOCKS)]
 
@@ -107,21 +111,45 @@ class Tables:
         other._choose(split, CACHED)
         return other
 
+    def captioned_counts(self, rank: int = 0, size: int = 1, collect: Collect = list) -> tuple[int, ...]:
+        """Returns ``counts`` without the rows that have no caption.
+
+        Shards where every row of the list has a caption are not read. The others are shared out: each worker reads
+        its part, and ``collect`` gathers the numbers of all workers, by rising rank.
+        """
+        captions = self._others["captions"]
+        complete = captions.numbers[captions.counts(CAPTIONED) == captions.totals()]
+        known = np.isin(self.shards.numbers, complete) | (np.array(self.counts, np.int64) == 0)
+        unknown = np.flatnonzero(~known).tolist()
+        own = share_of(rank, size, len(unknown))
+        with ThreadPoolExecutor(SHARD_READERS) as readers:
+            counted = list(readers.map(self._captioned, unknown[own.start : own.stop]))
+        counts = list(self.counts)
+        for position, count in zip(unknown, collect(counted), strict=True):
+            counts[position] = count
+        return tuple(counts)
+
     def first(self, rows: int) -> list[JoinedRow]:
-        """Returns at most ``rows`` rows, in order of shards and of the index."""
-        everything = ((shard, row) for shard, count in enumerate(self.counts) for row in range(count))
-        return self.read(list(islice(everything, rows)))
+        """Returns at most ``rows`` rows, in order of shards and of the index. Reads no shard behind them."""
+        found: list[JoinedRow] = []
+        for shard, count in enumerate(self.counts):
+            if len(found) >= rows:
+                break
+            if count:
+                found += self._opened(shard)[: rows - len(found)]
+        return found
 
     def read(self, positions: Sequence[tuple[int, int]]) -> list[JoinedRow]:
         """Returns rows by (position of the shard, row in it), in that order.
 
         Every shard is opened once, also where several threads ask for it.
         """
-        opened = {}
-        for shard in sorted({shard for shard, _ in positions}):
-            with self._locks[shard % LOCKS]:
-                opened[shard] = self._shard(shard)
+        opened = {shard: self._opened(shard) for shard in sorted({shard for shard, _ in positions})}
         return [opened[shard][row] for shard, row in positions]
+
+    def _opened(self, shard: int) -> list[JoinedRow]:
+        with self._locks[shard % LOCKS]:
+            return self._shard(shard)
 
     def blobs(self, position: int) -> dict[str, Mapping[str, str]]:
         """Returns the blobs of a shard by stage: "rows" first, then the tables that are joined with it."""
@@ -130,25 +158,22 @@ class Tables:
         return {"rows": shard.blobs} | {name: other.blobs for name, other in found.items() if other is not None}
 
     def _captioned(self, position: int) -> int:
-        """Returns how many rows of a shard have a caption. Reads the shard only if some rows have none."""
-        listed = self._others["captions"].find(self.shards[position].number)
-        if not self._listed[position] or (listed and listed.counts.get(CAPTIONED) == listed.kept + listed.lost):
-            return self._listed[position]
-        return self._rows(position).num_rows
+        """Returns how many rows of a shard have a caption."""
+        return self._rows(position, COUNTED).num_rows
 
-    def _rows(self, position: int) -> pa.Table:
+    def _rows(self, position: int, columns: list[str] | None = None) -> pa.Table:
         """Returns the wanted rows of a shard's index. Raises ValueError where its artefact counts other rows."""
         number, blobs = self.shards[position].number, self.blobs(position)
-        index = self._index(blobs["rows"]["index"])
-        if index.num_rows != self._listed[position]:
+        index = self._index(blobs["rows"]["index"], columns)
+        if index.num_rows != self.counts[position]:
             raise ValueError(
                 f"shard {number}: its index has {index.num_rows} {self.split} rows of {self.min_side} px, "
-                f"its artefact counts {self._listed[position]}"
+                f"its artefact counts {self.counts[position]}"
             )
         if not self.captioned:
             return index
-        captions = self._join(number, blobs, "captions", index["key"].to_pylist())["captions"].to_pylist()
-        return index.filter(pa.array([has_caption(each) for each in captions], pa.bool_()))
+        told = _have_caption(self._join(number, blobs, "captions", index["key"])["captions"])
+        return index.filter(pa.array(told))
 
     def _read_shard(self, position: int) -> list[JoinedRow]:
         number, blobs = self.shards[position].number, self.blobs(position)
@@ -166,9 +191,9 @@ class Tables:
                 for key, tar, offset, size, sha256 in zip(keys, *columns, strict=True)
             )
         if "captions" in blobs:
-            captions = self._join(number, blobs, "captions", keys)["captions"].to_pylist()
+            captions = self._join(number, blobs, "captions", index["key"])["captions"].to_pylist()
         if "embeddings" in blobs:
-            table = self._join(number, blobs, "embeddings", keys)
+            table = self._join(number, blobs, "embeddings", index["key"])
             if "image_embedding" in self.columns:
                 image = _matrix(table["image_embedding"])
             if "text_embedding" in self.columns:
@@ -176,30 +201,43 @@ class Tables:
         licenses = index["license"].to_pylist()
         return [JoinedRow(*values) for values in zip(keys, places, captions, image, text, licenses, strict=True)]
 
-    def _index(self, blob: str) -> pa.Table:
-        index = read_table(self.store, blob)
+    def _index(self, blob: str, columns: Sequence[str] | None) -> pa.Table:
+        read = (
+            None if columns is None else [*columns, "status", "split", *(("width", "height") if self.min_side else ())]
+        )
+        index = read_table(self.store, blob, read)
         wanted = pc.and_(pc.equal(index["status"], "kept"), pc.equal(index["split"], self.split))
         if self.min_side:
             short = pc.min_element_wise(index["width"], index["height"])
             wanted = pc.and_(wanted, pc.greater_equal(short, self.min_side))
         return index.filter(wanted)
 
-    def _join(self, number: int, blobs: Mapping[str, Mapping[str, str]], name: str, keys: list[str]) -> pa.Table:
+    def _join(self, number: int, blobs: Mapping[str, Mapping[str, str]], name: str, keys: pa.ChunkedArray) -> pa.Table:
         """Returns the rows of a shard's table by their keys, in that order. Raises ValueError if one is missing."""
         table = read_table(self.store, blobs[name][name])
-        found = pc.index_in(pa.array(keys, pa.string()), value_set=table["key"])
+        found = pc.index_in(keys.combine_chunks(), value_set=table["key"])
         if found.null_count:
-            missing = next(key for key, place in zip(keys, found.to_pylist(), strict=True) if place is None)
+            missing = keys.filter(found.is_null())[0].as_py()
             raise ValueError(f"shard {number}: row {missing} is in the index but not in its {name}")
         return table.take(found)
 
 
 def embedding_dim(store: Store, embeddings: Artifact) -> int:
     """Returns the dimension d of an embeddings artefact, which is CLIP's. Raises UserError if it has no rows."""
-    for shard in read_shards(store, embeddings):
+    shards = ShardList(store, embeddings)
+    for shard in map(shards.__getitem__, range(len(shards))):  # not rows(): of thousands the first will do
         if shard.kept:
             return len(read_table(store, shard.blobs["embeddings"], ["image_embedding"])["image_embedding"][0])
     raise UserError("embeddings: no rows to train on; see why the pairs were rejected")
+
+
+def _have_caption(captions: pa.ChunkedArray) -> np.ndarray:
+    """Returns of each list of captions whether one of them is more than white space, bool [rows]."""
+    lists = captions.combine_chunks()
+    spoken = pc.not_equal(pc.utf8_trim_whitespace(lists.flatten()), "").to_numpy(zero_copy_only=False)
+    found = np.zeros(len(lists), bool)
+    found[pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)[spoken]] = True
+    return found
 
 
 def _by_row(first: np.ndarray, more: pa.ListArray) -> list[np.ndarray]:

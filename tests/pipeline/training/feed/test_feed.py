@@ -5,6 +5,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,9 @@ from pipeline.graph.artifacts import Artifact, Shard, read_shards
 from pipeline.ledger import Ledger
 from pipeline.store.records import blob_path
 from pipeline.training.feed.feed import Feed, LocalBatch
+from pipeline.training.feed.tables import Collect
 from pipeline.training.recipes import DecoderRecipe
+from tests.counted import Counted
 from tests.pipeline.training.conftest import World, listed, make_world, rewritten
 
 ALL = ("image", "tokens", "image_embedding", "text_embedding")
@@ -44,11 +47,12 @@ def make_feed(
     recipe: DecoderRecipe = RECIPE,
     cache_mb: int = 512,
     contrastive: bool = False,
+    collect: Collect | None = None,
 ) -> Feed:
     task: Any = SimpleNamespace(columns=columns, min_side=64, image_size=24)
     if contrastive:
         task.gather, task.at_once, task.local_statistics = alone, 0, False
-    return Feed(world.store, inputs or world.inputs, task, recipe, rank, size, cache_mb)
+    return Feed(world.store, inputs or world.inputs, task, recipe, rank, size, cache_mb, collect=collect)
 
 
 def before_curation(world: World) -> dict[str, Artifact]:
@@ -194,7 +198,7 @@ def test_a_task_that_compares_captions_has_no_row_without_one(shared_world: Worl
     feeds = [make_feed(shared_world, ("image", "tokens"), rank, size, inputs, contrastive=True) for rank in range(size)]
     told = {example.key for example in shared_world.examples.values() if example.captions}
     bare = sum(count for count in everything.tables.counts) - feeds[0].order.total
-    assert 0 < bare == feeds[0].tables.without_caption
+    assert 0 < bare == feeds[0].without_caption
     steps = 2 * -(-feeds[0].order.total // RECIPE.batch)
     seen = [key for feed in feeds for share in take(feed, steps) for key in share.keys]
     assert set(seen) == {key for key in seen if key in told}
@@ -216,9 +220,34 @@ def test_only_shards_of_the_list_with_a_row_without_a_caption_are_read_to_count(
         shards.append(Shard(row.number, row.key, Ledger(kept=row.kept), row.blobs, counts))
     inputs = before_curation(listed(world, "captions", shards))
     feed = make_feed(world, ("image", "tokens"), inputs=inputs, contrastive=True)
-    everything = make_feed(world, ("image", "tokens"), inputs=inputs).tables.counts
-    fewer = [got < all_ for got, all_ in zip(feed.tables.counts, everything, strict=True)]
-    assert fewer == [False, True, False, False]
+    assert (feed.order.counts < np.array(feed.tables.counts)).tolist() == [False, True, False, False]
+
+
+def test_workers_share_what_has_to_be_read_to_count(tmp_path: Path) -> None:
+    """At the start of a training of CLIP: of 24 shards each of 4 workers reads 6, and all know what one would count."""
+    world = make_world(tmp_path, [3] * 24)
+    inputs = before_curation(world)
+    alone = make_feed(world, ("image", "tokens"), inputs=inputs, contrastive=True)
+    barrier, parts = threading.Barrier(4, timeout=60), list[list[int]]([[]] * 4)
+    counted = [Counted(world.store) for _ in range(4)]
+
+    def start(rank: int) -> list[int]:
+        def collect(own: list[int]) -> list[int]:
+            parts[rank] = own
+            barrier.wait()
+            return [count for part in parts for count in part]
+
+        store: Any = counted[rank]
+        feed = make_feed(
+            replace(world, store=store), ("image", "tokens"), rank, 4, inputs, contrastive=True, collect=collect
+        )
+        return feed.order.counts.tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(start, range(4))) == [alone.order.counts.tolist()] * 4
+    tables = 2  # the lists of the shards of pairs and of captions
+    assert [store.calls["read"] for store in counted] == [tables + 2 * 6] * 4
+    assert sum(alone.order.counts) < sum(alone.tables.counts)
 
 
 def test_a_list_whose_training_rows_have_no_caption_is_one_line(world: World) -> None:
