@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
+from torch._dynamo.utils import counters
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.training import compiling, stage
-from pipeline.training.compiling import compiles
+from pipeline.training.compiling import compile_layers, compiles
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.timing import Speed
 from tests.pipeline.training.conftest import World
@@ -54,6 +55,24 @@ def test_it_goes_on_from_a_checkpoint_that_was_not_compiled_and_leaves_one_to_it
     artifact = stage.train(world.context("diffusion_prior", PRIOR_RECIPE, SETTINGS))
     assert len(graphs) == MODEL.depth * 2
     assert_equal_trainings((world, artifact), straight)
+
+
+@pytest.mark.integration  # with a compiler, which takes half a minute
+def test_a_restarted_attempt_finds_what_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder that docs/cluster.md names, without the memory of a process."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        counters.clear()
+        model = nn.Sequential(nn.ModuleList([nn.Linear(8, 8)]))
+        compile_layers(model)
+        model[0][0](torch.ones(3, 8)).sum().backward()
+        found.append({kind: counters["inductor"][f"fxgraph_cache_{kind}"] for kind in ("miss", "hit")})
+    torch._dynamo.reset()
+    first, again = found
+    assert first["miss"] > 0
+    assert again == {"miss": 0, "hit": first["miss"]}
 
 
 def by_aot_autograd(rank: int) -> None:
