@@ -29,7 +29,6 @@ from PIL import Image
 
 from pipeline.data.pairs.image import (
     IN_PLACE_PIXELS,
-    KEEP_RATIO,
     MAX_BYTES,
     MAX_PIXELS,
     MOST_PIXELS,
@@ -337,8 +336,8 @@ def main() -> None:
             (name, arguments, max_pixels, limit), data = receive(requests)
         except EOFError:
             return
-        if not resizer and name == "prepare" and Storing(*arguments[1]).resize_mode != KEEP_RATIO:
-            # Not at the start, four fifths of which it would take: most lists do without it.
+        if not resizer and name == "prepare":
+            # Not at the start, four fifths of which it would take: a child that only reads does without it.
             limit_memory(sys.maxsize)
             limit_time(LONGEST.base_s)
             resizer, mapped = load_resizer(), memory_mapped()

@@ -42,7 +42,6 @@ BRANDS = dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "
     (b"avif", b"avis"), "AVIF"
 )
 MAX_SCANS = 500  # of a JPEG; encoders write about 10
-KEEP_RATIO = "keep_ratio"  # the resize mode that does without img2dataset's package
 LONGEST_SIDE = 8  # times image_size: the long side of what is stored
 # The markers of a JPEG behind which libjpeg reads a length. It passes over others by two bytes, and what follows may be
 # a scan: TEM (01), RST (D0 to D7) and, where it looks for a restart, reserved ones (02 to BF).
@@ -70,7 +69,7 @@ class Storing:
     image_size: int
     encode_format: str = "jpg"
     encode_quality: int = 95
-    resize_mode: str = KEEP_RATIO
+    resize_mode: str = "keep_ratio"
     min_image_size: int = 0
 
 
@@ -92,54 +91,17 @@ def prepare(
     upright = _decode(data, max_pixels, starts, _opaque if opacity else upright_rgb)
     if isinstance(upright, str):
         return upright
-    most = LONGEST_SIDE * storing.image_size
-    size = upright.size
-    if storing.resize_mode == KEEP_RATIO:
-        stored, width, height, error = _keep_ratio(np.asarray(upright), storing)
-    else:
-        plain = _bitmap(upright)
-        del upright  # a large one takes as much memory as what follows
-        stored, width, height, _, _, error = _resizer(storing)(plain)
-    if error == "image too small":
+    most, size = LONGEST_SIDE * storing.image_size, upright.size
+    if min(size) < storing.min_image_size:
         return "too_small"
-    if max((width, height) if stored or width else size) > most:
+    if storing.resize_mode == "keep_ratio" and max(size) * min(1, storing.image_size / min(size)) > most:
+        return "too_long"  # nothing so long is resized or encoded
+    plain = _bitmap(upright)
+    del upright  # a large one takes as much memory as what follows
+    stored, width, height, *_ = _resizer(storing)(plain)
+    if max((width, height) if stored else size) > most:
         return "too_long"
     return StoredImage(stored, width, height, storing.encode_format) if stored else "decode_error"
-
-
-def _keep_ratio(pixels: np.ndarray, storing: Storing) -> tuple[bytes | None, int, int, str | None]:
-    """Resizes and encodes as img2dataset's resizer does by its mode ``keep_ratio``, to the same bytes.
-
-    Its own reads the image again and sets up a transform for each: twice the time of this child.
-
-    Args:
-        pixels: RGB uint8 [height, width, 3].
-        storing: Sizes, format and quality to store it with.
-
-    Returns:
-        The encoded image, its width and height, and what is wrong; without bytes it could not be encoded.
-    """
-    import cv2
-
-    cv2.setNumThreads(1)
-    height, width = pixels.shape[:2]
-    if min(width, height) < storing.min_image_size:
-        return None, width, height, "image too small"
-    scale = storing.image_size / min(width, height)
-    if scale < 1:
-        width, height = round(width * scale), round(height * scale)
-    if max(width, height) > LONGEST_SIDE * storing.image_size:
-        return None, width, height, None  # nothing so long is resized or encoded
-    kind = {"jpg": cv2.IMWRITE_JPEG_QUALITY, "png": cv2.IMWRITE_PNG_COMPRESSION, "webp": cv2.IMWRITE_WEBP_QUALITY}
-    try:
-        if scale < 1:
-            pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-        blue_first = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-        quality = [kind[storing.encode_format], storing.encode_quality]
-        done, encoded = cv2.imencode(f".{storing.encode_format}", blue_first, quality)
-    except cv2.error as error:  # such as too wide
-        return None, width, height, str(error)
-    return encoded.tobytes() if done else None, width, height, None
 
 
 def _opaque(image: Image.Image) -> Image.Image:
@@ -283,7 +245,6 @@ def _resizer(storing: Storing) -> Any:
         resize_only_if_bigger=True,
         encode_format=storing.encode_format,
         encode_quality=storing.encode_quality,
-        min_image_size=storing.min_image_size,
     )
 
 
