@@ -24,10 +24,11 @@ import jobs.pin
 import jobs.release
 from jobs.project import Project
 from pipeline.config import Run
+from pipeline.data.source import lists as source_lists
 from pipeline.data.source import stage as source_stage
 from pipeline.data.source.journal import read_journal
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.data.source.source import ListRow
+from pipeline.data.source.source import ListPart, ListRow
 from pipeline.data.source.stage import run_captions, run_source, scan
 from pipeline.graph import artifacts, runs
 from pipeline.graph import execute as execution
@@ -206,8 +207,8 @@ class House:
                     stack.enter_context(mock.patch.object(module, "time", self.clock))
             for module in (leases, runs):
                 stack.enter_context(mock.patch.object(module, "secrets", tokens))
-            stack.enter_context(mock.patch.object(source_stage, "read_rows", lambda path, _: self.lists[path].read()))
-            stack.enter_context(mock.patch.object(source_stage, "fingerprint", lambda path: self.lists[path].rows[:]))
+            for module in (source_lists, source_stage):
+                stack.enter_context(mock.patch.object(module, "parts_of", self._parts))
             stack.enter_context(mock.patch.object(source_stage, "unread", return_value=""))
             stack.enter_context(mock.patch.object(jobs.data, "path_policy", return_value=PathPolicy()))
             stack.enter_context(mock.patch.object(jobs.data, "build", lambda config: graph(config.source)))
@@ -223,6 +224,9 @@ class House:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             yield
+
+    def _parts(self, path: str) -> list[ListPart]:
+        return [ListPart(path, lambda: self.lists[path].rows[:], self.lists[path].read)]
 
     def config(self, store: StepStore, name: str) -> Any:
         """Returns what stands for a project's configuration."""

@@ -15,9 +15,8 @@ from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS
 from pipeline.data.source.cells import read_cells
 from pipeline.data.source.lists import no_rows, path_policy, read_rows, source_at, unread
-from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.recipe import SourceRecipe, hash_share
 from pipeline.data.source.source import ListRow
-from pipeline.data.source.stage import hash_share
 from pipeline.data.source.tars import tar_place
 from pipeline.errors import UserError
 from pipeline.local import PathPolicy, is_cell, is_embedding, is_member, local_path, on_web, read_local, reason_of

@@ -4,64 +4,130 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from itertools import chain, pairwise
+from typing import Self, TypeAlias
 
 import numpy as np
 
 from pipeline.data.fetch.references import comparable
 from pipeline.data.source.columns import MAX_CAPTIONS
 from pipeline.data.source.source import ListRow
+from pipeline.errors import UserError
 from pipeline.progress import counted
 
 HASH = np.dtype("<u8")  # of a reference
 _NO_HASH = 0  # of an empty reference
 Hashes: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
+Verdicts: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.bool_]]"
+AT_ONCE = 8 << 20  # hashes that are compared at once: some 400 MB
+LOOKED_AT = 16 << 20  # hashes among which those are looked for
 MOST_LATER = 64 << 20  # characters of captions that are kept for the first rows of their images
 MOST_JOINED = 1000  # rows of one image that are in memory at once
 FEW, SHARE = 10, 0.05  # duplicates, and their share of all rows: a list with more has a row for each caption
 log = logging.getLogger("unclip")
 
 
+@contextmanager
+def scratch() -> Iterator[None]:
+    """Makes one sentence of an error of the disk for temporary files."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"the rows of the list do not fit into {tempfile.gettempdir()} ({e.strerror or e}); set TMPDIR to a folder "
+            "with as much room as the list has bytes, and run the same command again"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Judged:
     """Says for each row whether an earlier one has its reference, and has the new hashes, sorted."""
 
-    duplicate: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    duplicate: Verdicts
     fresh: Hashes
 
 
 class SeenReferences:
     """Keeps the hashes of all references so far, 64 bits each, and finds what an earlier row has, too.
 
-    Cutting a list takes some 40 bytes a row, and each row of the lists before it 8. Among a billion rows two references
-    share a hash with a chance of 3 percent, which would cost the later one.
+    They lie in a temporary file, and are compared in ranges of AT_ONCE: of a list memory holds a byte a row. Among a
+    billion rows two references share a hash with a chance of 3 percent, which would cost the later one. Use it in a
+    ``with`` statement.
     """
 
     def __init__(self) -> None:
-        self._parts: list[Hashes] = []
+        with scratch(), ExitStack() as stack:
+            self._file = stack.enter_context(tempfile.TemporaryFile())
+            self._stack = stack.pop_all()
+        self._ends = [0]  # of sorted runs in it, in hashes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def add(self, hashes: Hashes) -> None:
-        """Counts hashes as seen."""
-        self._parts.append(hashes)
+        """Counts sorted hashes as seen."""
+        self._write(hashes)
+        self._ends.append(self._ends[-1] + len(hashes))
 
-    def judge(self, references: Iterable[str]) -> Judged:
+    def judge(self, hashes: Hashes) -> Judged:
         """Looks for the references of further rows, which are seen from then on.
 
-        An empty one is not a reference: never a duplicate, never seen.
+        The hash of an empty one is of no reference: never a duplicate, never seen.
         """
-        hashes = hashes_of(references)
-        distinct, first = np.unique(hashes, return_index=True)
-        known = distinct == _NO_HASH
-        for earlier in self._parts if len(distinct) else ():
-            place = np.minimum(np.searchsorted(distinct, earlier), len(distinct) - 1)
-            known[place[distinct[place] == earlier]] = True
-        duplicate = hashes != _NO_HASH
-        duplicate[first[~known]] = False
-        fresh = distinct[~known]
-        self.add(fresh)
-        return Judged(duplicate, fresh)
+        everything = self._read()
+        earlier = [everything[a:b] for a, b in pairwise(self._ends) if a < b]
+        duplicate = np.array(hashes != _NO_HASH)
+        count = 0
+        ways = max(1, -(-len(hashes) // AT_ONCE))
+        for low, high in pairwise((i << 64) // ways for i in range(ways + 1)):
+            bounds = np.array([low, high - 1], HASH)
+            places = _within(hashes, bounds)
+            distinct, first = np.unique(hashes[places], return_index=True)
+            known = distinct == _NO_HASH
+            for run in earlier:
+                begin, end = np.searchsorted(run, bounds[0]), np.searchsorted(run, bounds[1], "right")
+                _mark(distinct, run[begin:end], known)
+            duplicate[places[first[~known]]] = False
+            self._write(distinct[~known])
+            count += int((~known).sum())
+        self._ends.append(self._ends[-1] + count)
+        return Judged(duplicate, self._read()[self._ends[-2] :])
+
+    def _write(self, hashes: Hashes) -> None:
+        with scratch():
+            self._file.write(hashes.tobytes())
+            self._file.flush()
+
+    def _read(self) -> Hashes:
+        return np.memmap(self._file, HASH, "r") if self._file.tell() else np.empty(0, HASH)
+
+
+def _mark(distinct: Hashes, run: Hashes, known: Verdicts) -> None:
+    """Marks in ``known`` which of some sorted hashes are among others. Either may be much longer than the other."""
+    if not len(distinct) or not len(run):
+        return
+    if len(distinct) < len(run):
+        place = np.minimum(np.searchsorted(run, distinct), len(run) - 1)
+        known |= run[place] == distinct
+    else:
+        place = np.minimum(np.searchsorted(distinct, run), len(distinct) - 1)
+        known[place[distinct[place] == run]] = True
+
+
+def _within(hashes: Hashes, bounds: Hashes) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Returns the places of the hashes from the first bound to the last, in order."""
+    found = [np.empty(0, np.int64)]
+    for at in range(0, len(hashes), LOOKED_AT):
+        some = hashes[at : at + LOOKED_AT]
+        found.append(np.flatnonzero((some >= bounds[0]) & (some <= bounds[1])) + at)
+    return np.concatenate(found)
 
 
 def has_many(duplicates: int, rows: int) -> bool:
@@ -78,20 +144,20 @@ class LaterCaptions:
     # Only for lists with many such rows: in others a row that is appended must not change a shard that is made.
     def __init__(self, rows: Iterable[tuple[ListRow, bool]]):
         """Takes all rows of a list, each with whether it is a duplicate."""
-        self._rows: dict[tuple[str, ...], list[ListRow]] = {}
+        self._captions: dict[bytes, list[tuple[str, ...]]] = {}
         self.left = 0  # rows with captions that no row has taken
         room = MOST_LATER
         for row, again in rows:
             if again and row.captions and not row.reject:
                 self.left += 1
                 if (room := room - sum(map(len, row.captions))) >= 0:
-                    self._rows.setdefault(_agreed(row), []).append(row)
+                    self._captions.setdefault(_agreed(row), []).append(row.captions)
 
     def join(self, row: ListRow) -> ListRow:
         """Returns the first row of an image with the captions of the others."""
-        later = self._rows.pop(_agreed(row), []) if self._rows and not row.reject else []
+        later = self._captions.pop(_agreed(row), []) if self._captions and not row.reject else []
         self.left -= len(later)
-        return _joined([row, *later]) if later else row
+        return _joined(row, later) if later else row
 
 
 def merged(rows: Iterable[ListRow]) -> Iterator[ListRow]:
@@ -102,30 +168,33 @@ def merged(rows: Iterable[ListRow]) -> Iterator[ListRow]:
     same: list[ListRow] = []
     for row in rows:
         if same and not (row.url and row.url == same[0].url and not row.reject and _beyond(row) == _beyond(same[0])):
-            yield _joined(same)
+            yield _as_one(same)
             same = []
         same.append(row)
         if len(same) == MOST_JOINED:
-            same = [_joined(same)]
+            same = [_as_one(same)]
     if same:
-        yield _joined(same)
+        yield _as_one(same)
 
 
-def _joined(rows: list[ListRow]) -> ListRow:
-    """Returns the first row with the captions of all, each once, within MAX_CAPTIONS."""
-    first, *others = rows
+def _as_one(rows: Sequence[ListRow]) -> ListRow:
+    return _joined(rows[0], [other.captions for other in rows[1:]]) if len(rows) > 1 else rows[0]
+
+
+def _joined(first: ListRow, others: Iterable[tuple[str, ...]]) -> ListRow:
+    """Returns a row with its captions and those of others, each once, within MAX_CAPTIONS."""
     captions = dict.fromkeys(first.captions)
     room = MAX_CAPTIONS - sum(map(len, first.captions))
-    for caption in (caption for row in others for caption in row.captions):
+    for caption in chain.from_iterable(others):
         if len(caption) <= room and caption not in captions:
             captions[caption] = None
             room -= len(caption)
-    return replace(first, captions=tuple(captions)) if others else first
+    return replace(first, captions=tuple(captions))
 
 
-def _agreed(row: ListRow) -> tuple[str, ...]:
-    """Returns what rows agree in whose captions are joined."""
-    return comparable(row.url), *_beyond(row)
+def _agreed(row: ListRow) -> bytes:
+    """Returns a digest of what rows agree in whose captions are joined."""
+    return hashlib.blake2b("\0".join((comparable(row.url), *_beyond(row))).encode(), digest_size=16).digest()
 
 
 def _beyond(row: ListRow) -> tuple[str, ...]:
@@ -148,7 +217,7 @@ def warn_of_captions(what: str, again: int, rows: int) -> None:
     if has_many(again, rows):
         log.warning(
             "%s: %s with an image that an earlier row names, whose captions are left out: rows are merged that differ "
-            "in nothing else, within one list",
+            "in nothing else, within one file",
             what,
             counted(again, "row"),
         )

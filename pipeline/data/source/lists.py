@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pipeline.data.source.annotations import AnnotationFile
 from pipeline.data.source.columns import MAX_CAPTION, MAX_CAPTIONS, SUFFIXES, Flaw, bounded_row
@@ -18,9 +18,9 @@ from pipeline.data.source.folders import Embeddings, ImageFolder
 from pipeline.data.source.hub import HubDataset
 from pipeline.data.source.reader import ListReader
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.data.source.remote import RemoteTable
+from pipeline.data.source.remote import RemoteFolder, RemoteTable
 from pipeline.data.source.rows import PackagedRows
-from pipeline.data.source.source import ListRow, Source, flawed
+from pipeline.data.source.source import ListPart, ListRow, Source, flawed
 from pipeline.data.source.tables import TableFiles, file_beside, listed_row
 from pipeline.data.source.tars import TarFiles
 from pipeline.errors import UserError
@@ -31,6 +31,7 @@ from pipeline.progress import counted, say_once
 
 BUILT_IN = (
     Drawings,
+    RemoteFolder,
     RemoteTable,
     HubDataset,
     Embeddings,
@@ -109,14 +110,93 @@ def pinned(path: str) -> str:
     return source.pinned() if source else path
 
 
-def fingerprint(path: str) -> Any:
-    """Returns a value that changes whenever the segment may have changed. An equal one is not read again."""
+def parts_of(path: str) -> Sequence[ListPart]:
+    """Returns the parts of a list in its order, none of which is read for it. Raises UserError."""
     source = source_at(path)
-    with _blamed(type(source)):
+    kind = type(source)
+
+    def version(part: ListPart) -> Any:
+        with _blamed(kind), _readable(path):
+            return part.fingerprint()
+
+    def rows(part: ListPart, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
+        return part.rows(recipe, reader) if kind in BUILT_IN else _bounded(source, part, recipe, reader)
+
+    with _blamed(kind), _readable(path):
+        return [ListPart(part.name, partial(version, part), partial(rows, part)) for part in source.parts()]
+
+
+def check_unchanged(path: str, versions: Mapping[str, Any]) -> None:
+    """Raises UserError unless the parts of a list, by name, have these fingerprints now, as before they were read."""
+    now = {part.name: part for part in parts_of(path)}
+    for name, version in versions.items():
+        if name not in now or now[name].fingerprint() != version:
+            raise UserError(f"source {name}: changed while it was read; run again")
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Makes one sentence of an error about permissions."""
+    try:
+        yield
+    except PermissionError:
+        raise UserError(f"source {path}: no permission to read it") from None
+
+
+class PartReader:
+    """Reads parts of one list, one after the other. Use it in a ``with`` statement.
+
+    Attributes:
+        rows: Rows that were read.
+        flawed: Rows among them that cannot be read.
+        flaw: Fault of the first of these.
+        captioned: Rows with a caption.
+    """
+
+    def __init__(self, path: str, recipe: SourceRecipe):
+        self.rows = self.flawed = self.captioned = 0
+        self.flaw = ""
+        self._path, self._recipe, self._reader, self._cut = path, recipe, ListReader(), 0
+
+    def __enter__(self) -> Self:
+        self._reader.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._reader.__exit__(*error)
+
+    def read(self, part: ListPart) -> Iterator[ListRow]:
+        """Yields the rows of a part. What they may cost, and so where they end, does not depend on other parts."""
+        self._reader.begin()
         try:
-            return source.fingerprint()
-        except PermissionError:
-            raise UserError(f"source {path}: no permission to read it") from None
+            for row in part.rows(self._recipe, self._reader):
+                self.rows += 1
+                self.flawed += bool(row.flaw)
+                self.flaw = self.flaw or row.flaw
+                self.captioned += bool(row.captions)
+                yield row
+        except OSError as e:
+            raise UserError(f"source {part.name}: cannot be read ({e.strerror or e})") from None
+        say_once(self._reader.spent)
+        self._cut += self._reader.cut
+
+    def finish(self, others: bool = False) -> None:
+        """Says how many captions were cut. Raises UserError if no row had one and the list has no ``others``."""
+        path = self._path
+        if self._cut:
+            most = f"{MAX_CAPTION:,} characters, or those of a row to {MAX_CAPTIONS:,}"
+            say_once(f"source {path}: {counted(self._cut, 'caption')} cut to {most}; CLIP reads 77 tokens of each")
+        if self.captioned or others or not self.rows:
+            return
+        if self.flaw:
+            unreadable = f"{self.flawed:,} of {self.rows:,} not at all: {self.flaw}"
+            raise UserError(f"source {path}: no row with a caption can be read, and {unreadable}")
+        left = unread(path, self._recipe)
+        where = source_at(path).caption_place(self._recipe)
+        raise UserError(
+            f"source {path}: no row has a caption, so nothing can be trained on it; {where}"
+            + (f"; and {left}" if left else "")
+        )
 
 
 def read_rows(path: str, recipe: SourceRecipe) -> Iterator[ListRow]:
@@ -125,41 +205,18 @@ def read_rows(path: str, recipe: SourceRecipe) -> Iterator[ListRow]:
     Raises:
         UserError: as ``scan`` does, and behind the last row if none of them can be read, or none has a caption.
     """
-    source = source_at(path)
-    rows = flawed = captioned = 0
-    flaw = ""
-    with ListReader() as reader:
-        try:
-            for row in source.rows(recipe, reader) if type(source) in BUILT_IN else _bounded(source, recipe, reader):
-                rows += 1
-                flawed += bool(row.flaw)
-                flaw = flaw or row.flaw
-                captioned += bool(row.captions)
-                yield row
-        except OSError as e:
-            raise UserError(f"source {path}: cannot be read ({e.strerror or e})") from None
-        say_once(reader.spent)
-        if reader.cut:
-            most = f"{MAX_CAPTION:,} characters, or those of a row to {MAX_CAPTIONS:,}"
-            say_once(f"source {path}: {counted(reader.cut, 'caption')} cut to {most}; CLIP reads 77 tokens of each")
-    if rows and not captioned:
-        if flaw:
-            raise UserError(
-                f"source {path}: no row with a caption can be read, and {flawed:,} of {rows:,} not at all: {flaw}"
-            )
-        left = unread(path, recipe)
-        raise UserError(
-            f"source {path}: no row has a caption, so nothing can be trained on it; {source.caption_place(recipe)}"
-            + (f"; and {left}" if left else "")
-        )
+    with PartReader(path, recipe) as reader:
+        for part in parts_of(path):
+            yield from reader.read(part)
+        reader.finish()
 
 
-def _bounded(source: Source, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
+def _bounded(source: Source, part: ListPart, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
     """Yields the rows of a plug-in, within the limits of rows that a child process has read: they are data, too."""
     may = source.policy(recipe)
 
     def rows() -> Iterator[ListRow]:
-        for number, row in enumerate(source.rows(recipe, reader), 1):
+        for number, row in enumerate(part.rows(recipe, reader), 1):
             said = [row.split, row.sha256, row.license, row.attribution, row.group]
             try:
                 "".join([row.url, *row.captions, *said, row.flaw]).encode()

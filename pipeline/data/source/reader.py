@@ -38,15 +38,14 @@ _REMEDY = "name it in smaller parts, and without compression"
 
 
 class ListReader:
-    """Reads the files of one list, one after the other, in one child process that is started for the first.
+    """Reads the files of lists, one after the other, in one child process that is started for the first.
 
     Use it in a ``with`` statement, which ends the child.
     """
 
     def __init__(self) -> None:
-        self.spent = ""  # why the rest of the list is left out
-        self.cut = 0  # captions that were cut
-        self._allowed = Budget()  # the child counts, too; but it may have been taken over
+        self.begin()
+        self._said: set[str] = set()  # of files, without their names
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._pipe: IO[bytes] | None = None
@@ -56,6 +55,13 @@ class ListReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def begin(self) -> None:
+        """Begins another list, with a budget of its own: what the lists before it have cost does not count."""
+        self.spent = ""  # why the rest of the list is left out
+        self.cut = 0  # captions that were cut
+        self._allowed = Budget()  # the child counts, too; but it may have been taken over
+        self._begins = True  # the child is to be told
 
     def close(self, wait: bool = False) -> int | None:
         """Ends the child, if it is there, or waits until it has ended, and returns its exit code."""
@@ -87,7 +93,8 @@ class ListReader:
             return
         with open_local(path, within) as file:
             self._allowed.grow(os.fstat(file.fileno()).st_size)
-            self._ask(file, [kind, str(path), arguments])
+            self._ask(file, [kind, str(path), arguments, self._begins])
+            self._begins = False
         number, whole = 0, False
         most = MOST_MESSAGE if width else max(MOST_MESSAGE, arguments[-1])
         try:
@@ -133,7 +140,10 @@ class ListReader:
             if message == "refused":
                 return message, [text]
             if message == "said":
-                say_once(text)
+                # Ten thousand files of one kind have the same to say.
+                if (said := text.removeprefix(f"{path.name}: ")) not in self._said:
+                    self._said.add(said)
+                    say_once(text)
                 continue
             self.spent = text
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ class SourceRecipe:
 
     Attributes:
         paths: Lists, in order: ``.parquet``, ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.xlsx``, a folder of images
-            and texts, an imagefolder, a webdataset ``.tar``, a folder of tables or tars, a dataset of the Hugging Face
-            Hub as ``hf://datasets/OWNER/NAME@COMMIT``, embeddings of clip-retrieval, or
+            and texts, an imagefolder, a webdataset ``.tar``, a folder of tables or tars, a folder of tables on S3, a
+            dataset of the Hugging Face Hub as ``hf://datasets/OWNER/NAME@COMMIT``, embeddings of clip-retrieval, or
             drawings by the packages of the ``demo`` extra: ``drawings:full`` (6,600), ``drawings:tiny`` (1,500),
             ``drawings:nano`` (320), ``drawings:flawed`` (nine rows that are all rejected, each for another reason).
         image_column: The image's reference: http(s), s3 or file.
@@ -70,7 +71,17 @@ class SourceRecipe:
         """Returns the folder from which relative paths of images count, for a list that lies in this one."""
         return Path(os.path.expanduser(self.image_folder)).absolute() if self.image_folder else folder
 
+    def split_of(self, value: str) -> str:
+        """Returns 'test', 'validation' or 'train', by a group or a reference alone: a split never moves."""
+        share = hash_share(value)
+        return "test" if share < self.test else "validation" if share < self.test + self.validation else "train"
+
     @property
     def splitting(self) -> tuple[float | str, ...]:
         """Returns what decides which rows are held out, beside the list itself."""
         return self.validation, self.test, self.image_column, self.group_column, self.split_column
+
+
+def hash_share(value: str) -> float:
+    """Returns the place of a group or a reference in [0, 1], by which it is held out or not."""
+    return int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") / 2**64

@@ -1,4 +1,4 @@
-"""Fetches lists that lie on S3 or on a web server, once in a process.
+"""Fetches lists that lie on S3 or on a web server, once in a process, and the tables of a folder on S3 one by one.
 
 The user names the address of a list himself, so it may be a private one; where its server redirects to is the
 server's word, and judged as images' addresses are.
@@ -12,10 +12,11 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 
@@ -24,13 +25,14 @@ from pipeline.data.fetch.references import shown
 from pipeline.data.fetch.rules import user_agent
 from pipeline.data.fetch.visit import Access, Hosts, Room, Visit, host_of
 from pipeline.data.source.columns import SUFFIXES, table_kind
+from pipeline.data.source.duplicates import scratch
 from pipeline.data.source.reader import ListReader
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.data.source.source import ListRow
+from pipeline.data.source.source import ListPart, ListRow, Source, suffix_of, unread_files
 from pipeline.data.source.tables import TableFiles, listed_rows
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
-from pipeline.local import is_cell, on_web
+from pipeline.local import PathPolicy, is_cell, on_web
 from pipeline.progress import say_once
 from pipeline.store import Entry, Store, open_store
 
@@ -62,25 +64,95 @@ class RemoteTable(TableFiles):
         return ["remote", self.path, remote_version(self.path)]
 
     def rows(self, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
-        copy = fetched(self.path)
-        try:
-            for row in listed_rows(copy, recipe, reader, self.policy(recipe), partial(remote_beside, self.path)):
-                if is_cell(row.url):
-                    raise UserError(f"source {self.path}: images inside of a file are read on this machine; {BY_HAND}")
-                yield row
-        except UserError as e:
-            raise UserError(str(e).replace(str(copy), self.path)) from None
+        return _copied_rows(self.path, fetched(self.path), recipe, reader, self.policy(recipe))
+
+
+class RemoteFolder(Source):
+    """A folder of tables on S3, in the order of their keys. Each is fetched when it is read, and its copy deleted."""
+
+    everywhere = True
+
+    @classmethod
+    def matches(cls, path: str) -> bool:
+        return path.startswith("s3://") and table_kind(path) is None
+
+    @property
+    def own(self) -> str:
+        return self.path.rstrip("/")
+
+    def fingerprint(self) -> Any:
+        return [part.fingerprint() for part in self.parts()]
+
+    def parts(self) -> Sequence[ListPart]:
+        """Returns the tables, each known by its key, its size and its ETag. Raises UserError without one."""
+        check_secret(self.path)
+        store = open_store(self.own)
+        found = [
+            ListPart(f"{self.own}/{entry.path}", partial(_version, self.own, entry), partial(self._rows, store, entry))
+            for entry in store.list("")
+            if table_kind(entry.path) and not _hidden(entry.path)
+        ]
+        if not found:
+            raise UserError(
+                f"source {self.path}: no {', '.join(SUFFIXES[:4])} file (or .csv.gz and so on) in this folder on S3, "
+                "and nothing else is read there; download images and tars"
+            )
+        return found
+
+    def rows(self, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
+        for part in self.parts():
+            yield from part.rows(recipe, reader)
+
+    def _rows(self, store: Store, entry: Entry, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
+        path = f"{self.own}/{entry.path}"
+        with tempfile.TemporaryDirectory(prefix="unclip-lists-") as folder:
+            copy = Path(folder, os.path.basename(entry.path))
+            with _new_file(copy) as (out, most):
+                _copy_object(path, store, entry, out, most)
+            yield from _copied_rows(path, copy, recipe, reader, self.policy(recipe))
+
+    def unread(self, recipe: SourceRecipe) -> str:
+        found = defaultdict(list)
+        for entry in open_store(self.own).list(""):
+            if not (table_kind(entry.path) or _hidden(entry.path) or entry.path.endswith("/")):
+                found[suffix_of(PurePosixPath(entry.path))].append(entry.path)
+        return unread_files(self.own, found)
+
+
+def _hidden(path: str) -> bool:
+    """Returns whether an object belongs to what writes a table, as Spark's ``_temporary``, or is hidden."""
+    return any(name.startswith((".", "_")) for name in path.split("/"))
+
+
+def _version(folder: str, entry: Entry) -> Any:
+    return ["remote", folder, entry.path, entry.size, entry.version]
+
+
+def _copied_rows(path: str, copy: Path, recipe: SourceRecipe, reader: ListReader, may: PathPolicy) -> Iterator[ListRow]:
+    """Yields the rows of a copy of a table, in whose messages the table is named."""
+    try:
+        for row in listed_rows(copy, recipe, reader, may, partial(remote_beside, path)):
+            if is_cell(row.url):
+                raise UserError(f"source {path}: images inside of a file are read on this machine; {BY_HAND}")
+            yield row
+    except UserError as e:
+        raise UserError(str(e).replace(str(copy), path)) from None
+
+
+def check_secret(path: str) -> None:
+    """Raises UserError for a URL with a secret: many can read where lists are named."""
+    if shown(path) != path:
+        raise UserError(f"source {shown(path)}: a URL with a secret in it is kept for many to read; download the list")
 
 
 def check_remote(path: str) -> None:
-    """Raises UserError for what is not a table, and for a URL with a secret: many can read where lists are named."""
-    if shown(path) != path:
-        raise UserError(f"source {shown(path)}: a URL with a secret in it is kept for many to read; download the list")
+    """Raises UserError for what is not a table, and as check_secret does."""
+    check_secret(path)
     if path.startswith("https://huggingface.co/datasets/") and table_kind(_plain(path)) is None:
         raise UserError(f"source {path}: of the Hugging Face Hub write hf://datasets/OWNER/NAME")
     if table_kind(_plain(path)) is None:
         raise UserError(
-            f"source {path}: of S3 and the web only {', '.join(SUFFIXES[:4])} files (or .csv.gz and so on) are read; "
+            f"source {path}: of the web only {', '.join(SUFFIXES[:4])} files (or .csv.gz and so on) are read; "
             "download folders and tars, or name each file"
         )
 
@@ -89,7 +161,7 @@ def remote_version(path: str) -> str:
     """Returns what changes whenever a list does. Raises UserError as check_remote does, or if it cannot be reached."""
     check_remote(path)
     if path.startswith("s3://"):
-        return _object(path)[2].version
+        return _object(path)[1].version
     with _asked(path) as answer:
         headers = answer.headers
     said = headers["ETag"] or f"{headers['Last-Modified'] or ''} {headers['Content-Length'] or ''}".strip()
@@ -113,14 +185,14 @@ def _plain(path: str) -> str:
     return path if path.startswith("s3://") else path.partition("?")[0].partition("#")[0]
 
 
-def _object(path: str) -> tuple[Store, str, Entry]:
-    """Returns where a list lies on S3, and what is there. Raises UserError if nothing is."""
+def _object(path: str) -> tuple[Store, Entry]:
+    """Returns the folder of a list on S3, and its object there. Raises UserError if there is none."""
     folder, _, key = path.rpartition("/")
     store = open_store(folder)
     found = store.stat(key)
     if found is None:
         raise UserError(f"source {path}: no such object on S3")
-    return store, key, found
+    return store, found
 
 
 @cache
@@ -129,14 +201,24 @@ def _fetch(path: str, version: str) -> Path:
     name = os.path.basename(unquote(_plain(path)))
     file = Path(_folder().name, hashlib.sha256(f"{path} {version}".encode()).hexdigest()[:16], name)
     file.parent.mkdir(exist_ok=True)
-    most = min(MOST_BYTES, shutil.disk_usage(_folder().name).free // 2)
+    with _new_file(file) as (out, most):
+        if path.startswith("s3://"):
+            _copy_object(path, *_object(path), out, most)
+        else:
+            _copy_page(path, out, most)
+    return file
+
+
+@contextmanager
+def _new_file(file: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Opens a file, which an error deletes. Yields it, and how many bytes it may have."""
+    most = min(MOST_BYTES, shutil.disk_usage(file.parent).free // 2)
     with open(file, "wb") as out:
         try:
-            (_copy_object if path.startswith("s3://") else _copy_page)(path, out, most)
+            yield out, most
         except BaseException:
             file.unlink()
             raise
-    return file
 
 
 def _check_size(path: str, size: int, most: int) -> None:
@@ -144,13 +226,16 @@ def _check_size(path: str, size: int, most: int) -> None:
         raise UserError(f"source {path}: it has {size:,} bytes, and {most:,} at most are fetched; {BY_HAND}")
 
 
-def _copy_object(path: str, out: BinaryIO, most: int) -> None:
+def _copy_object(path: str, store: Store, found: Entry, out: BinaryIO, most: int) -> None:
     """Writes a list on S3, if it has no more than ``most`` bytes."""
-    store, key, found = _object(path)
     _check_size(path, found.size, most)
     parts = [(at, min(at + PART_BYTES, found.size)) for at in range(0, found.size, PART_BYTES)]
-    for part in store.read_parts(key, parts):
-        out.write(part)
+    try:
+        for part in store.read_parts(found.path, parts):
+            with scratch():
+                out.write(part)
+    except FileNotFoundError:
+        raise UserError(f"source {path}: it was deleted while the list was read; run again") from None
 
 
 def _copy_page(path: str, out: BinaryIO, most: int) -> None:

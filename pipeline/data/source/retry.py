@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from pipeline.data.source.journal import reference_mark
 from pipeline.data.source.recipe import FIRST_RETRY
-from pipeline.data.source.rows import put_rows
+from pipeline.data.source.rows import put_rows, stored_rows
 from pipeline.data.source.source import ListRow
 from pipeline.data.source.stage import SourceShard, segment_of
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
@@ -22,8 +23,8 @@ def gather(
 ) -> tuple[str | None, int]:
     """Stores the rows whose last try ended with one of ``reasons``, as the Parquet blob of a segment.
 
-    A split goes along if the list names it; else it is drawn again, by the same group or URL, whatever the shares are
-    by then, so that a group stays on one side. One shard is in memory at a time.
+    Splits that the list does not name are drawn again, whatever the shares are by then, so that a group stays on one
+    side. One shard is in memory at a time.
 
     Args:
         store: Store of the list.
@@ -56,13 +57,10 @@ def _failed(
         places = [i for i, reason in enumerate(ended) if reason in reasons and not refused[i]]
         if not places:
             continue
-        references = table.drop_columns(["reject", "named"]).take(places).to_pylist()
-        named = table["named"].take(places).to_pylist()
-        spoken = read_table(store, listed.captions, ["captions"])["captions"].take(places).to_pylist()
-        for reference, kept, captions in zip(references, named, spoken, strict=True):
-            if tried.get(reference_mark(reference["url"]), 0) <= segment_of(shard.number):
-                split = reference["split"] if kept else ""
-                yield ListRow(**reference | {"split": split}, captions=tuple(captions))
+        captions = read_table(store, listed.captions, ["captions"])
+        for row in stored_rows(table.take(places), captions.take(places)):
+            if tried.get(reference_mark(row.url), 0) <= segment_of(shard.number):
+                yield replace(row, reject=None)
 
 
 def _tried(store: Store, source: Sequence[SourceShard]) -> dict[str, int]:

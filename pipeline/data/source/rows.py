@@ -77,6 +77,18 @@ def written_rows(data: bytes) -> Iterator[ListRow]:
             yield ListRow(**{**row, "captions": tuple(row["captions"])})
 
 
+def stored_rows(references: pa.Table, captions: pa.Table) -> list[ListRow]:
+    """Returns rows of a shard of the list from its two tables, each with how it was rejected.
+
+    A split goes along if the list names it; else it is drawn again, by the same group or URL.
+    """
+    named = references["named"].to_pylist()
+    rows = zip(references.drop_columns("named").to_pylist(), named, captions["captions"].to_pylist(), strict=True)
+    return [
+        ListRow(**row | {"split": row["split"] if kept else ""}, captions=tuple(texts)) for row, kept, texts in rows
+    ]
+
+
 def read_captions(store: Store, shard: ShardRow) -> dict[str, list[str]]:
     """Returns the captions of a shard's rows, by key."""
     return dict(zip(*read_table(store, shard.blobs["captions"]).to_pydict().values(), strict=True))

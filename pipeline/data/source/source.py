@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
 from pipeline.data.source.columns import Flaw
@@ -49,6 +50,21 @@ def flawed(flaw: Flaw) -> ListRow:
 
 
 @dataclass(frozen=True)
+class ListPart:
+    """Describes a part of a list that is read by itself, such as a file of a folder.
+
+    Attributes:
+        name: Path of the part, for messages.
+        fingerprint: Function that returns JSON values, which change whenever the part may have changed.
+        rows: Function that yields the rows, as ``Source.rows`` does.
+    """
+
+    name: str
+    fingerprint: Callable[[], Any]
+    rows: Callable[[SourceRecipe, ListReader], Iterator[ListRow]]
+
+
+@dataclass(frozen=True)
 class Source(ABC):
     """A list. Each kind of list is a subclass, which says all that the pipeline asks of it.
 
@@ -85,6 +101,13 @@ class Source(ABC):
             OSError: if the list cannot be read.
             UserError: for what is wrong with it.
         """
+
+    def parts(self) -> Sequence[ListPart]:
+        """Returns what the rows are read from, in order: the whole list, unless parts of it can be read alone.
+
+        A part that is added behind the others is the only one that is read again.
+        """
+        return [ListPart(self.path, self.fingerprint, self.rows)]
 
     def pinned(self) -> str:
         """Returns the path with the version that it names now, for a list of which a path names the newest one."""
@@ -182,16 +205,43 @@ class FileSource(Source):
                     found.setdefault("link to a folder", []).extend(links)
             for what, file in self.left_out(recipe):
                 found.setdefault(what, []).append(file)
-        if not found:
-            return ""
-        kinds = [
-            f"{len(of):,} {what} (such as {os.path.relpath(of[0], self.file)})" for what, of in sorted(found.items())
+        return unread_files(
+            self.file, {what: [os.path.relpath(file, self.file) for file in of] for what, of in found.items()}
+        )
+
+
+class SplitFiles(FileSource):
+    """A file of rows, or a folder of such files, each of which is read by itself."""
+
+    @abstractmethod
+    def file_rows(self, file: Path, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
+        """Yields the rows of one of the files."""
+
+    def rows(self, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
+        for file in self.files():
+            yield from self.file_rows(file, recipe, reader)
+
+    def parts(self) -> Sequence[ListPart]:
+        if not self.file.is_dir():
+            return super().parts()
+        return [
+            ListPart(str(file), partial(self._version, file), partial(self.file_rows, file)) for file in self.files()
         ]
-        total = sum(map(len, found.values()))
-        return f"{counted(total, 'file')} in {self.file} {'are' if total > 1 else 'is'} not read: {', '.join(kinds)}"
+
+    def _version(self, file: Path) -> Any:
+        return [self.kind, self.own, file_fingerprint(file)]
 
 
-def suffix_of(file: Path) -> str:
+def unread_files(folder: object, found: Mapping[str, Sequence[str]]) -> str:
+    """Returns how many files of a folder are not read, of which kinds, with one of each; "" for none."""
+    if not found:
+        return ""
+    kinds = [f"{len(of):,} {what} (such as {of[0]})" for what, of in sorted(found.items())]
+    total = sum(map(len, found.values()))
+    return f"{counted(total, 'file')} in {folder} {'are' if total > 1 else 'is'} not read: {', '.join(kinds)}"
+
+
+def suffix_of(file: PurePath) -> str:
     """Returns what a file is, by its name."""
     return file.suffix.lower() or "without a suffix"
 

@@ -10,44 +10,48 @@ never download an image again.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.data.fetch.references import comparable
-from pipeline.data.source.duplicates import HASH, LaterCaptions, SeenReferences, has_many, warn_of_captions
+from pipeline.data.source.duplicates import HASH, SeenReferences, warn_of_captions
 from pipeline.data.source.journal import EMPTY, ListJournal, read_journal, reference_marks
-from pipeline.data.source.lists import fingerprint, no_rows, read_rows, unread
+from pipeline.data.source.lists import PartReader, check_unchanged, no_rows, parts_of, unread
 from pipeline.data.source.recipe import FIRST_RETRY, SourceRecipe
-from pipeline.data.source.rows import written_rows
-from pipeline.data.source.source import ListRow
+from pipeline.data.source.rows import stored_rows, written_rows
+from pipeline.data.source.source import ListPart, ListRow
+from pipeline.data.source.spool import RowSpool
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import (
     SEGMENTS,
     Artifact,
     Shard,
     publish_artifact,
+    read_table,
     write_shard_table,
     write_table,
 )
 from pipeline.graph.stages import Context, Stage
 from pipeline.ledger import Ledger, StoredLedger
-from pipeline.progress import counted, say_once
+from pipeline.progress import ProgressLine, counted, say_once
 from pipeline.store import Store
 from pipeline.store.names import Digest
+from pipeline.store.parallel import ordered_map
 from pipeline.store.records import Count, Record, create_record, digest, put_blob, read_blob, read_record
 
 VERSION = 1
 LAYOUT = 11  # of the records of segments, which no key counts
 SEGMENT_SHARDS = 100_000  # shard numbers a segment may use: number = segment * SEGMENT_SHARDS + place
 HASHES_A_BLOB = 1 << 20
+ROWS_A_RECORD = 16 << 20  # of a list of many files, read before they are stored: what an interruption may cost
 LENGTHS = 100  # characters between two counts of the lengths of captions
 CAPTIONED = "captioned"  # how a shard of captions counts its rows that have one
 LAST_SEGMENT = 999  # a shard's number has eight digits
@@ -110,7 +114,12 @@ class Scan:
 
 @dataclass(frozen=True)
 class Segment(Record):
-    """Holds a list as it is stored, with the blobs of the sorted hashes that no earlier segment has."""
+    """Holds a list as it is stored, or its first parts.
+
+    Attributes:
+        shards: Shards, the last of which is cut again when rows are added while it has room.
+        hashes: Blobs of the hashes that no earlier segment has, each sorted.
+    """
 
     shards: list[SourceShard]
     hashes: list[Digest]
@@ -130,10 +139,10 @@ class Segment(Record):
 
 
 def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal = EMPTY) -> Scan:
-    """Reads the list and cuts it into shards, which ``write`` stores.
+    """Cuts the list into shards, which ``write`` stores, and reads of it what is not stored yet.
 
-    A segment that was cut with the same rows forgotten is not read again. Of its references the hashes are read, once
-    there is a new segment to be compared with them.
+    A segment that was cut with the same rows forgotten is not read again, and of one of many files only those behind
+    the ones that it had. References of what is read are compared with the stored hashes of all rows before it.
 
     Raises:
         UserError: for a list that is missing, unreadable or empty, or lacks a column.
@@ -144,34 +153,50 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal =
     reading = [*columns, recipe.encoding, recipe.image_folder, recipe.caption_lines]
     cut = [recipe.shard_rows, recipe.validation, recipe.test, recipe.roots, digest(sorted(journal.forgotten))]
     names: list[str] = []
-    cutter = _Cutter(recipe, journal.forgotten, store, write)
-    seen = SeenReferences()
+    cutter = partial(_Cutter, recipe, journal.forgotten, store, write)
     unseen: list[str] = []  # blobs
-    for index, path in enumerate(recipe.paths):
-        name = digest(["segment", LAYOUT, names[-1] if names else "", fingerprint(path), reading, *cut])
-        names.append(name)
-        segment = read_record(store, segment_path(name), Segment)
-        if segment is None:
-            for blob in unseen:
-                seen.add(np.frombuffer(read_blob(store, blob), HASH))
-            unseen = []
-            say_once(unread(path, recipe))
-            segment = cutter.cut(name, index, f"source {path}", partial(read_rows, path, recipe), seen)
-            if not segment.shards:
+    with SeenReferences() as seen:
+        for index, path in enumerate(recipe.paths):
+            parts = []
+            name = names[-1] if names else ""
+            for part in parts_of(path):
+                version = part.fingerprint()
+                name = digest(["segment", LAYOUT, name, version, reading, *cut])
+                parts.append(_Part(part, version, name))
+            if not parts:
                 raise no_rows(path, recipe)
-        else:
+            names.append(name)
+            segment, stored = _stored(store, [part.name for part in parts])
             unseen += segment.hashes
-        shards += segment.shards
+            if stored < len(parts):
+                for data in ordered_map(partial(read_blob, store), unseen):
+                    seen.add(np.frombuffer(data, HASH))
+                unseen = []
+                segment = _extended(path, recipe, parts[stored:], cutter(index, segment), seen)
+            shards += segment.shards
     for index, blob in enumerate(journal.retries, FIRST_RETRY):
         name = digest(["retry", LAYOUT, index, blob, *cut])
         names.append(name)
-        segment = read_record(store, segment_path(name), Segment)
-        if segment is None:
-            retried = partial(written_rows, read_blob(store, blob))
+        segment, stored = _stored(store, [name])
+        if not stored:
+            retried = cutter(index, segment)
             # Not compared with the list: there they failed.
-            segment = cutter.cut(name, index, "rows to be tried again", retried, SeenReferences())
+            with RowSpool() as spool, SeenReferences() as seen:
+                spool.add(written_rows(read_blob(store, blob)), retried.reference)
+                retried.add(spool, seen)
+                warn_of_captions("rows to be tried again", spool.left, spool.count)
+            segment = retried.keep(name)
         shards += segment.shards
     return Scan(shards, names)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Holds a part of a list with its fingerprint, and the name of the segment of all parts up to this one."""
+
+    part: ListPart
+    version: Any
+    name: str
 
 
 def segment_path(name: str) -> str:
@@ -179,77 +204,120 @@ def segment_path(name: str) -> str:
     return f"{SEGMENTS}{name}.json"
 
 
-@dataclass(frozen=True)
+def _stored(store: Store, names: Sequence[str]) -> tuple[Segment, int]:
+    """Returns the stored segment of the most parts, and their number; ``names`` are those of one part, of two, ..."""
+    there: set[str] | None = None
+    for count in range(len(names), 0, -1):
+        path = segment_path(names[count - 1])
+        if (there is None or path in there) and (segment := read_record(store, path, Segment)):
+            return segment, count
+        if there is None and count > 1:
+            there = {entry.path for entry in store.list(SEGMENTS)}
+    return Segment([], []), 0
+
+
+def _extended(
+    path: str, recipe: SourceRecipe, parts: Sequence[_Part], cutter: _Cutter, seen: SeenReferences
+) -> Segment:
+    """Reads the parts of a list that are not stored, and returns its segment. Raises UserError as ``scan`` does."""
+    what = f"source {path}"
+    say_once(unread(path, recipe))
+    left, done, others = 0, 0, not cutter.empty
+    with PartReader(path, recipe) as reader, ProgressLine() as line:
+
+        def read(part: ListPart) -> Iterator[ListRow]:
+            for number, row in enumerate(islice(reader.read(part), SEGMENT_SHARDS * recipe.shard_rows + 1)):
+                if number % 1000 == 0:
+                    line.show(lambda: f"{what}: {counted(reader.rows, 'row')} read, part {done:,} of {len(parts):,}")
+                yield row
+
+        while (first := done) < len(parts):
+            if done:
+                cutter.keep(parts[done - 1].name)
+            with RowSpool() as spool:
+                while done < len(parts) and spool.count < ROWS_A_RECORD:
+                    done += 1
+                    spool.add(read(parts[done - 1].part), cutter.reference)
+                check_unchanged(path, {each.part.name: each.version for each in parts[first:done]})
+                if done == len(parts):
+                    reader.finish(others)
+                cutter.add(spool, seen)
+                left += spool.left
+        if cutter.empty:
+            raise no_rows(path, recipe)
+    if reader.flawed:
+        rows = counted(reader.flawed, "row")
+        log.warning("%s: %s cannot be read and will be left out; the first: %s", what, rows, reader.flaw)
+    warn_of_captions(what, left, reader.rows)
+    return cutter.keep(parts[-1].name)
+
+
 class _Cutter:
-    """Cuts segments into shards, none of which may hold a reference whose mark is in ``forgotten``."""
+    """Cuts rows behind those of a segment into shards, none of which holds a reference that ``forgotten`` marks."""
 
-    recipe: SourceRecipe
-    forgotten: frozenset[str]
-    store: Store
-    write: bool
+    def __init__(
+        self, recipe: SourceRecipe, forgotten: frozenset[str], store: Store, write: bool, index: int, segment: Segment
+    ):
+        self._recipe, self._forgotten, self._store, self._write = recipe, forgotten, store, write
+        self._index, self._shards, self._hashes = index, list(segment.shards), list(segment.hashes)
+        self._open: list[tuple[ListRow, bool]] = []  # rows of the last shard, each with whether it is a duplicate
+        if self._shards and self._shards[-1].ledger.rows < recipe.shard_rows:
+            last = self._shards.pop()
+            rows = stored_rows(*(read_table(store, blob) for blob in (last.refs, last.captions)))
+            self._open = [(row, False) for row in rows]  # a duplicate is rejected as one
 
-    def cut(
-        self, name: str, segment: int, what: str, rows: Callable[[], Iterator[ListRow]], seen: SeenReferences
-    ) -> Segment:
-        """Reads rows twice: for their references and, once it is known which are duplicates, for shards.
+    @property
+    def empty(self) -> bool:
+        return not (self._shards or self._open)
 
-        Where there are many duplicates, once in between for their captions.
+    def add(self, spool: RowSpool, seen: SeenReferences) -> None:
+        """Cuts the rows of a spool. Those that do not fill a shard wait for more."""
+        judged = seen.judge(spool.hashes())
+        for each in spool.judged(judged.duplicate):
+            self._open.append(each)
+            if len(self._open) == self._recipe.shard_rows:
+                self._shards.append(self._shard())
+                self._open = []
+        if self._write and self._index < FIRST_RETRY:
+            parts = range(0, len(judged.fresh), HASHES_A_BLOB)
+            self._hashes += [put_blob(self._store, judged.fresh[i : i + HASHES_A_BLOB].tobytes()) for i in parts]
+
+    def keep(self, name: str) -> Segment:
+        """Returns the segment of all rows so far, and stores it under this name."""
+        segment = Segment([*self._shards, *([self._shard()] if self._open else [])], list(self._hashes))
+        if self._write and segment.shards:
+            create_record(self._store, segment_path(name), segment)
+        return segment
+
+    def reference(self, row: ListRow) -> str:
+        """Returns the reference of a row as it counts for duplicates.
+
+        Rows that are forgotten or cannot be read have none, nor do rows that may not name their image, since another
+        list may.
         """
-        judged = seen.judge(self.references(islice(rows(), SEGMENT_SHARDS * self.recipe.shard_rows + 1)))
-        many = has_many(int(judged.duplicate.sum()), len(judged.duplicate))
-        later = LaterCaptions(zip(rows(), judged.duplicate.tolist(), strict=False) if many else ())
-        shards: list[SourceShard] = []
-        rest, place = rows(), 0
-        unread, flaw = 0, ""
-        while block := list(islice(rest, self.recipe.shard_rows)):
-            if len(shards) == SEGMENT_SHARDS:
-                raise UserError(f"source: over {SEGMENT_SHARDS:,} shards in one segment; raise source.shard_rows")
-            flags = judged.duplicate[place : place + len(block)].tolist()
-            if len(flags) < len(block):
-                break
-            block = [row if again else later.join(row) for row, again in zip(block, flags, strict=True)]
-            shards.append(self._shard(segment * SEGMENT_SHARDS + len(shards), block, flags))
-            place += len(block)
-            unread += sum(bool(row.flaw) for row in block)
-            flaw = flaw or next((row.flaw for row in block if row.flaw), "")
-        if block or place < len(judged.duplicate):
-            raise UserError(f"{what}: changed while it was read; run again")
-        if unread:
-            log.warning("%s: %s cannot be read and will be left out; the first: %s", what, counted(unread, "row"), flaw)
-        warn_of_captions(what, later.left, place)
-        hashes = []
-        if self.write and shards:
-            if segment < FIRST_RETRY:
-                parts = range(0, len(judged.fresh), HASHES_A_BLOB)
-                hashes = [put_blob(self.store, judged.fresh[i : i + HASHES_A_BLOB].tobytes()) for i in parts]
-            create_record(self.store, segment_path(name), Segment(shards, hashes))
-        return Segment(shards, hashes)
-
-    def references(self, rows: Iterator[ListRow]) -> Iterator[str]:
-        """Yields references as they count for duplicates.
-
-        Rows that are forgotten or cannot be read leave no hash, nor do rows that may not name their image, since
-        another list may.
-        """
-        return ("" if row.reject or self._is_forgotten(row.url) else comparable(row.url) for row in rows)
+        return "" if row.reject or self._is_forgotten(row.url) else comparable(row.url)
 
     def _is_forgotten(self, url: str) -> bool:
-        return bool(self.forgotten) and not self.forgotten.isdisjoint(reference_marks(url))
+        return bool(self._forgotten) and not self._forgotten.isdisjoint(reference_marks(url))
 
-    def _shard(self, number: int, rows: list[ListRow], duplicate: Sequence[bool]) -> SourceShard:
+    def _shard(self) -> SourceShard:
+        """Returns the shard of the rows that wait."""
+        if len(self._shards) == SEGMENT_SHARDS:
+            raise UserError(f"source: over {SEGMENT_SHARDS:,} shards in one segment; raise source.shard_rows")
+        number = self._index * SEGMENT_SHARDS + len(self._shards)
         refs, captions, rejects, named, held_out = [], [], [], [], Counter[str]()
-        for row, again in zip(rows, duplicate, strict=True):
+        for row, again in self._open:
             reject = row.reject or ("no_reference" if not row.url else "duplicate_url" if again else None)
             # Of rows that are tried again, only those have no reference that were blanked.
-            if self._is_forgotten(row.url) or (not row.url and segment_of(number) >= FIRST_RETRY):
+            if self._is_forgotten(row.url) or (not row.url and self._index >= FIRST_RETRY):
                 row, reject = ListRow("", ()), "forgotten"
             rejects.append(reject)
             captions.append(row.captions)
             named.append(bool(row.split))
-            split = row.split or split_by_hash(row.group or row.url, self.recipe.validation, self.recipe.test)
+            split = row.split or self._recipe.split_of(row.group or row.url)
             held_out[split] += reject is None and split != "train"
             refs.append((row.url, row.group, split, row.sha256, row.license, row.attribution, reject))
-        blobs = self._put(number, refs, named, captions) if self.write else {}
+        blobs = self._put(number, refs, named, captions) if self._write else {}
         return SourceShard(
             number,
             digest(["refs", VERSION, number, refs]),
@@ -273,7 +341,7 @@ class _Cutter:
         table["named"] = pa.array(named)  # whether the list names the split
         keys = pa.array([row_key(number, i) for i in range(len(refs))], pa.string())
         said = {"key": keys, "captions": pa.array(captions, pa.list_(pa.string()))}
-        return {"refs": put_blob(self.store, write_table(table)), "captions": put_blob(self.store, write_table(said))}
+        return {"refs": put_blob(self._store, write_table(table)), "captions": put_blob(self._store, write_table(said))}
 
 
 def has_caption(captions: Sequence[str]) -> bool:
@@ -299,17 +367,6 @@ def row_key(number: int, place: int) -> str:
 def shard_of(key: str) -> int:
     """Returns the shard of a row, from its key."""
     return int(key[:-4])
-
-
-def hash_share(value: str) -> float:
-    """Returns the place of a group or a reference in [0, 1], by which it is held out or not."""
-    return int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") / 2**64
-
-
-def split_by_hash(value: str, validation: float, test: float) -> str:
-    """Returns 'test', 'validation' or 'train', by the value alone: a split never moves."""
-    share = hash_share(value)
-    return "test" if share < test else "validation" if share < test + validation else "train"
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

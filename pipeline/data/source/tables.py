@@ -16,7 +16,7 @@ from pipeline.data.source.columns import IMAGES, SIZES, SUFFIXES, Flaw, one_line
 from pipeline.data.source.duplicates import merged
 from pipeline.data.source.reader import ListReader
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.data.source.source import FileSource, ListRow, file_fingerprint, flawed
+from pipeline.data.source.source import ListRow, SplitFiles, file_fingerprint, flawed
 from pipeline.errors import UserError
 from pipeline.local import PathPolicy, local_path, reason_of
 
@@ -28,14 +28,13 @@ LARGE = 256 << 20  # bytes of a file, such as one with images, that is known by 
 PLACED = re.compile(r"/|[A-Za-z][A-Za-z0-9+.-]*:")  # an absolute path, or a URL
 
 
-class TableFiles(FileSource):
+class TableFiles(SplitFiles):
     """A table, or a folder of tables."""
 
     kind, suffixes = "tables", SUFFIXES
 
-    def rows(self, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
-        for file in self.files():
-            yield from listed_rows(file, recipe, reader, self.policy(recipe))
+    def file_rows(self, file: Path, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
+        return listed_rows(file, recipe, reader, self.policy(recipe))
 
     @classmethod
     def matches(cls, path: str) -> bool:

@@ -10,7 +10,7 @@ from pipeline.data.fetch.references import part_of
 from pipeline.data.source.columns import Flaw
 from pipeline.data.source.reader import ListReader
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.data.source.source import FileSource, ListRow, file_fingerprint, flawed
+from pipeline.data.source.source import ListRow, SplitFiles, file_fingerprint, flawed
 
 
 def is_tar(path: str) -> bool:
@@ -27,7 +27,7 @@ def tar_place(reference: str) -> dict[str, Any] | None:
     return {"tar": path, "offset": offset, "size": size}
 
 
-class TarFiles(FileSource):
+class TarFiles(SplitFiles):
     """A webdataset tar, or a folder of them."""
 
     kind, suffixes = "tars", (".tar",)
@@ -39,18 +39,17 @@ class TarFiles(FileSource):
     def fingerprint(self) -> Any:
         return super().fingerprint() if self.file.is_dir() else ["tar", *file_fingerprint(self.file)]
 
-    def rows(self, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
+    def file_rows(self, file: Path, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
         """Yields the samples: members that share a name up to the first dot, as in webdataset; no hidden ones.
 
         One that has no member with the name of an image is a row without a reference.
         """
-        for file in self.files():
-            for row in reader.rows("tar", file, 4, recipe.encoding, recipe.caption_lines):
-                if isinstance(row, Flaw):
-                    yield flawed(row)
-                else:
-                    url, captions, reject, flaw = row
-                    yield ListRow(url or "", tuple(filter(None, captions or ())), reject=reject, flaw=flaw or "")
+        for row in reader.rows("tar", file, 4, recipe.encoding, recipe.caption_lines):
+            if isinstance(row, Flaw):
+                yield flawed(row)
+            else:
+                url, captions, reject, flaw = row
+                yield ListRow(url or "", tuple(filter(None, captions or ())), reject=reject, flaw=flaw or "")
 
     def caption_place(self, recipe: SourceRecipe) -> str:
         return "in a tar, 000.txt, 000.caption or the caption in 000.json belongs to 000.jpg"

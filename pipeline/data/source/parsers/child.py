@@ -136,7 +136,7 @@ class _Saying(logging.Handler):
 
 def _read(pipe: BinaryIO, file: BinaryIO, budget: Budget, request: Any) -> None:
     """Sends the rows of a file, and how they ended."""
-    kind, path, arguments = request
+    kind, path, arguments, _ = request
     batches = _Batches(pipe, budget)
     module, _, name = READERS[kind].partition(":")
     answer = "end", ""
@@ -174,6 +174,8 @@ def main() -> None:
             line, file = request
             with file:
                 asked = json.loads(line)
+                if asked[-1]:  # it begins a list, which owes nothing for the one before it
+                    budget, files, mapped, unpaid = Budget(), 0, 0, 0.0
                 say_once.cache_clear()  # what is said of a file is for its list, and the parent says it once
                 # What Python is when it starts, and what a reader imports, is not the list's to pay for.
                 limit_memory(sys.maxsize)

@@ -11,7 +11,7 @@ import pytest
 from pipeline.data.pairs.preview import preview
 from pipeline.data.source import tables
 from pipeline.data.source.cells import read_cells
-from pipeline.data.source.lists import fingerprint, read_rows
+from pipeline.data.source.lists import read_rows, source_at
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.source import ListRow
 from pipeline.errors import UserError
@@ -133,6 +133,6 @@ def test_a_large_file_is_known_by_its_size_and_time_in_place_of_a_hash(
     path = write(tmp_path / "a.parquet", [picture(0)])
     for largest, same in ((tables.LARGE, True), (10, False)):
         monkeypatch.setattr(tables, "LARGE", largest)
-        before = fingerprint(str(path))
+        before = source_at(str(path)).fingerprint()
         os.utime(path, (largest, largest))
-        assert (fingerprint(str(path)) == before) == same
+        assert (source_at(str(path)).fingerprint() == before) == same

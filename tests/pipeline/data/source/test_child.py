@@ -24,7 +24,9 @@ from pipeline.data.source.lists import read_rows
 from pipeline.data.source.parsers.child import CHARACTERS
 from pipeline.data.source.reader import ListReader
 from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
+from pipeline.store import Store
 from tests.chain import ROOT
 
 PROBES = (
@@ -202,6 +204,28 @@ def test_a_list_that_is_cut_is_the_same_list_each_time(tmp_path: Path, monkeypat
     assert found == again
     assert [row.reject for row in found[-2:]] == [None, "budget_spent"]
     assert (1 << 20) / 4100 < len(found) < ((1 << 20) + CHARACTERS[1] * path.stat().st_size) / 4000
+
+
+def test_what_a_file_may_cost_does_not_depend_on_the_files_before_it(
+    tmp_path: Path, folder_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a file that is appended would end at another row than one that is read with the others."""
+    budget = "c.Budget = lambda budget=c.Budget: budget(characters=1 << 16)"
+    code = f"import pipeline.data.source.parsers.child as c; {budget}; c.main()"
+    monkeypatch.setattr(reader, "_COMMAND", (sys.executable, "-P", "-c", code))
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "a.csv").write_text("url,caption\nhttp://h/a,a cat\n")
+    lines = "".join(f"http://h/{i},{'x' * 4000}\n" for i in range(100))
+    (lists / "b.csv.gz").write_bytes(gzip.compress(f"url,caption\n{lines}".encode()))
+    alone = list(read_rows(str(lists / "b.csv.gz"), SourceRecipe((str(lists / "b.csv.gz"),))))
+    assert alone[-1].reject == "budget_spent"
+    assert len(alone) > 10
+    (lists / "c.csv").write_text("url,caption\nhttp://h/c,a dog\n")
+    recipe = SourceRecipe((str(lists),))
+    (shard,) = scan(recipe, folder_store, write=True).shards
+    assert shard.ledger.rows == len(alone) + 2
+    assert shard.ledger.rejected == {"budget_spent": 1}
 
 
 # --- what hostile lists cost ------------------------------------------------------------------------------------------

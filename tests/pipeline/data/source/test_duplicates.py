@@ -17,11 +17,11 @@ from pipeline.data.source import duplicates
 from pipeline.data.source import stage as source
 from pipeline.data.source.duplicates import SeenReferences, hashes_of
 from pipeline.data.source.journal import ListJournal, reference_mark
-from pipeline.data.source.lists import read_rows
+from pipeline.data.source.lists import PartReader
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.data.source.source import ListRow
+from pipeline.data.source.source import ListPart, ListRow
 from pipeline.data.source.stage import Scan, scan
-from pipeline.errors import CorruptObject, UserError
+from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import read_table
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path
@@ -43,14 +43,20 @@ def plainly(lists: list[list[str]]) -> list[list[bool]]:
     return verdicts
 
 
-@given(LISTS)
-def test_verdicts_are_those_of_a_set(lists: list[list[str]]) -> None:
-    seen = SeenReferences()
+@given(LISTS, st.integers(1, 8), st.integers(1, 8))
+def test_verdicts_are_those_of_a_set(lists: list[list[str]], at_once: int, looked_at: int) -> None:
+    """However few hashes are compared at once."""
     found, fresh = [], []
-    for references in lists:
-        judged = seen.judge(references)
-        found.append(judged.duplicate.tolist())
-        fresh += judged.fresh.tolist()
+    with (
+        mock.patch.object(duplicates, "AT_ONCE", at_once),
+        mock.patch.object(duplicates, "LOOKED_AT", looked_at),
+        SeenReferences() as seen,
+    ):
+        for references in lists:
+            judged = seen.judge(hashes_of(references))
+            assert sorted(judged.fresh) == list(judged.fresh)
+            found.append(judged.duplicate.tolist())
+            fresh += judged.fresh.tolist()
     assert found == plainly(lists)
     distinct = {reference for references in lists for reference in references} - {""}
     assert sorted(fresh) == sorted(hashes_of(distinct))
@@ -83,13 +89,13 @@ def _apart(urls: list[str]) -> list[str]:
     return [url for i, url in enumerate(urls) if not i or not url or url != urls[i - 1]]
 
 
-def _plain_rows(path: str, _: SourceRecipe) -> Iterator[ListRow]:
+def _plain_rows(_: PartReader, part: ListPart) -> Iterator[ListRow]:
     """The rows of such a list, read here: a child process for each would take most of the time."""
-    with open(path, newline="") as file:
+    with open(part.name, newline="") as file:
         yield from (ListRow(row["url"], (row["caption"],)) for row in csv.DictReader(file))
 
 
-@mock.patch.object(source, "read_rows", _plain_rows)
+@mock.patch.object(PartReader, "read", _plain_rows)
 @settings(max_examples=15)
 @given(
     LISTS.map(lambda lists: [_apart(urls) for urls in lists if urls]).filter(bool),
@@ -132,13 +138,8 @@ def appended(tmp_path: Path) -> tuple[Store, SourceRecipe, SourceRecipe]:
 def _spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is read from now on: lists by path, blobs by name."""
     read: list[str] = []
-    blob = source.read_blob
-
-    def rows(path: str, recipe: SourceRecipe) -> Iterator[source.ListRow]:
-        read.append(path)
-        return read_rows(path, recipe)
-
-    monkeypatch.setattr(source, "read_rows", rows)
+    blob, rows = source.read_blob, PartReader.read
+    monkeypatch.setattr(PartReader, "read", lambda self, part: read.append(part.name) or rows(self, part))
     monkeypatch.setattr(source, "read_blob", lambda store, name: read.append(name) or blob(store, name))
     return read
 
@@ -225,14 +226,3 @@ def test_captions_of_few_duplicates_stay_out_so_that_appending_changes_no_shard(
         shards = scan(SourceRecipe((path,), shard_rows=100), open_store(str(tmp_path / "store")), write=False).shards
         keys.append([shard.caption_key for shard in shards[:3]])
     assert keys[0] == keys[1]
-
-
-def test_a_list_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for first, second in ((5, 6), (6, 5)):
-        counts = iter((first, second))
-        monkeypatch.setattr(
-            source, "read_rows", lambda path, _, c=counts: iter([source.ListRow(str(i), ()) for i in range(next(c))])
-        )
-        recipe = SourceRecipe((write_list(tmp_path / "a.csv", [("x", "y")]),), shard_rows=4)
-        with pytest.raises(UserError, match="changed while it was read; run again"):
-            scan(recipe, open_store(str(tmp_path / "store")), write=True)

@@ -15,7 +15,7 @@ import yaml
 
 from jobs.cli import main
 from pipeline.data.source import hub
-from pipeline.data.source.lists import fingerprint, read_rows
+from pipeline.data.source.lists import read_rows, source_at
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.source import ListRow
 from pipeline.errors import UserError
@@ -92,7 +92,7 @@ def test_a_dataset_is_fetched_once_and_kept_to_its_commit(
     assert [path for path in served.asked if "/resolve/" in path] == asked
     served.publish(COMMITS[1], {"data/train-00000-of-00001.parquet": parquet(4)})
     forget()
-    assert fingerprint(PATH) != fingerprint(f"{PATH}@{COMMITS[0]}")
+    assert source_at(PATH).fingerprint() != source_at(f"{PATH}@{COMMITS[0]}").fingerprint()
     assert [row.captions for row in rows_of()] == [("picture 4",)]
     bench = Bench(tmp_path / "store", [f"{PATH}@{COMMITS[0]}"])
     assert bench.make("source", "captions", "pairs").ledger.kept == 4

@@ -12,8 +12,9 @@ import pytest
 from pipeline.data.embeddings.parts import read_embeddings
 from pipeline.data.source.forget import Request, find
 from pipeline.data.source.journal import ListJournal
+from pipeline.data.source.lists import read_rows
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.data.source.stage import read_rows, scan, split_by_hash
+from pipeline.data.source.stage import scan
 from pipeline.errors import CorruptObject, UserError
 from pipeline.training.feed.tables import Tables, embedding_dim
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
@@ -113,7 +114,7 @@ def test_embeddings_are_those_of_the_files_at_unit_norm(made: Made) -> None:
 def test_a_row_is_in_the_split_of_its_picture(made: Made) -> None:
     recipe = made.bench.config.source
     splits = [row["split"] for row in made.bench.rows("pairs")]
-    assert splits == [split_by_hash(url(i), recipe.validation, recipe.test) for i in range(ROWS)]
+    assert splits == [recipe.split_of(url(i)) for i in range(ROWS)]
 
 
 def test_beside_pictures_only_these_teach_what_needs_them(made: Made, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.data.fetch.opener import Refused, normal_url
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.data.source.stage import scan, split_by_hash
+from pipeline.data.source.stage import scan
 from pipeline.data.source.tars import tar_place
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
@@ -64,7 +64,7 @@ def test_split_column_then_group_then_reference(tmp_path: Path, folder_store: St
 
 
 def test_split_shares() -> None:
-    splits = [split_by_hash(str(i), 0.1, 0.2) for i in range(20_000)]
+    splits = [SourceRecipe(("a.csv",), validation=0.1, test=0.2).split_of(str(i)) for i in range(20_000)]
     assert abs(splits.count("test") / 20_000 - 0.2) < 0.01
     assert abs(splits.count("validation") / 20_000 - 0.1) < 0.01
 
