@@ -15,6 +15,7 @@ from pipeline.graph.stages import Graph
 from pipeline.report.comparison import changes_behind, compared_figures, find_other
 from pipeline.report.inputs import ReportInput
 from pipeline.report.lineage import worker_hours
+from pipeline.report.longer import train_longer
 from pipeline.report.samples import asked_for, sample_names
 from pipeline.report.summary import verdict
 
@@ -25,6 +26,7 @@ def document(given: ReportInput, config: Config, graph: Graph, running: Sequence
     """Returns JSON; what cannot be read is null, and ``cannot_be_shown`` says why. docs/report.md names the fields."""
     parts: dict[str, Callable[[], Any]] = {
         "verdict": lambda: verdict(graph, given.artifacts, running),
+        "train_longer": lambda: train_longer(given, config.project),
         "stages": lambda: [
             _stage(name, given.artifacts.get(name)) for name in [*graph, *given.artifacts.keys() - graph]
         ],

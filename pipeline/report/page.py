@@ -23,6 +23,7 @@ from pipeline.report.html import ENVIRONMENT, PARTS, Section, attempt, facts
 from pipeline.report.images import Album
 from pipeline.report.inputs import ComparedBundle, ReportInput
 from pipeline.report.lineage import lineage_section
+from pipeline.report.longer import train_longer
 from pipeline.report.samples import samples_section
 from pipeline.report.summary import HEAD, head
 from pipeline.report.training import codec_section, training_section
@@ -64,12 +65,12 @@ def write_report(
     given = ReportInput(store, artifacts, album or Album(), path.parent, other)
     page = render(given, config, graph, running)
     twin = document(given, config, graph, running)
-    _replace(path.with_suffix(".json"), twin)
-    _replace(path, page)
+    replace_file(path.with_suffix(".json"), twin)
+    replace_file(path, page)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a file, atomically. Raises UserError."""
+def replace_file(path: Path, text: str, remedy: str = "choose another run.output") -> None:
+    """Writes a page or its twin, atomically. Raises UserError."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,7 @@ def _replace(path: Path, text: str) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as e:
-        raise UserError(f"report {path}: cannot be written ({e.strerror}); choose another run.output") from e
+        raise UserError(f"{path}: cannot be written ({e.strerror}); {remedy}") from e
 
 
 def render(given: ReportInput, config: Config, graph: Graph, running: Sequence[Artifact] = ()) -> str:
@@ -93,6 +94,7 @@ def render(given: ReportInput, config: Config, graph: Graph, running: Sequence[A
     compared = attempt("The comparison with another bundle", comparison_section, given, config.project)
     learns = attempt("The evaluation", evaluation_section, given)
     sections = (
+        attempt("What to train longer", _longer, given, config.project),
         attempt("The samples", samples_section, given),
         *((compared, learns) if given.other else (learns, compared)),
         attempt("The data", data_section, given),
@@ -105,7 +107,14 @@ def render(given: ReportInput, config: Config, graph: Graph, running: Sequence[A
     refresh = REFRESH_S if any(s.kind == "result" and s.name not in artifacts for s in graph.values()) else None
     contents = [section for section in sections if isinstance(section, Section)]
     page = ENVIRONMENT.get_template("page.html")
-    return page.render(project=config.project, refresh=refresh, head=shown, sections=sections, contents=contents)
+    return page.render(
+        project=config.project, kind="report", refresh=refresh, head=shown, sections=sections, contents=contents
+    )
+
+
+def _longer(given: ReportInput, project: str) -> Markup:
+    lines = train_longer(given, project)
+    return HEAD.longer(lines) if lines else Markup()
 
 
 def _own_section(given: ReportInput, stage: Stage) -> Markup:
