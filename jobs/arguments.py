@@ -102,6 +102,19 @@ class Parser(argparse.ArgumentParser):
         return " ".join([self.prog, *places, *needed, *values, *more])
 
 
+def takes_lists(parser: Parser, nargs: str, more: str = "") -> None:
+    """Adds ``sources``, lists as ``source.paths`` names them, and options that say how they are read."""
+    text = "a table, a JSON file, a folder of images with texts, tars, embeddings, or hf://datasets/OWNER/NAME"
+    parser.add_argument("sources", nargs=nargs, metavar="SOURCE", help=text + more)
+    text = "column of image URLs or paths (default url)"
+    parser.add_argument("--image-column", default="url", metavar="COLUMN", help=text)
+    text = "column of captions (default caption)"
+    parser.add_argument("--caption-column", default="caption", metavar="COLUMN", help=text)
+    text = "folder from which relative paths of images count, in place of the list's own"
+    parser.add_argument("--image-folder", default="", metavar="FOLDER", help=text)
+    parser.add_argument("--encoding", default="", help="encoding of text that is not UTF-8, such as cp1252")
+
+
 def count(text: str) -> int:
     """Returns a whole number written as 100, 100k or 1e6."""
     from pipeline.parse import read_count  # with pydantic, for which no help should wait

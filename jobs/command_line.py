@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.arguments import Command, Parser, count
+from jobs.arguments import Command, Parser, count, takes_lists
 from jobs.output import say
 
 OVERRIDES = "a value in place of the file's, such as decoder.samples=100k or preset=small"
@@ -118,17 +118,8 @@ def _stages(parser: Parser) -> None:
 
 def _init(parser: Parser) -> None:
     parser.add_argument("name", metavar="NAME", help="the project's name; NAME.yaml is written")
-    kinds = "a table, a JSON file, a folder of images with texts, tars, embeddings, or hf://datasets/OWNER/NAME"
-    parser.add_argument("sources", nargs="*", default=[], metavar="SOURCE", help=kinds)
-    text = "column of image URLs or paths (default url)"
-    parser.add_argument("--image-column", default="url", metavar="COLUMN", help=text)
-    text = "column of captions (default caption)"
-    parser.add_argument("--caption-column", default="caption", metavar="COLUMN", help=text)
-    text = "folder from which relative paths of images count, in place of the list's own"
-    parser.add_argument("--image-folder", default="", metavar="FOLDER", help=text)
-    parser.add_argument("--encoding", default="", help="encoding of text that is not UTF-8, such as cp1252")
-    text = f"fine-tune: go on from the bundle of {PLACES}"
-    parser.add_argument("--from", dest="origin", metavar="WHERE", help=text)
+    takes_lists(parser, "*")
+    parser.add_argument("--from", dest="origin", metavar="WHERE", help=f"fine-tune: go on from the bundle of {PLACES}")
 
 
 def _doctor(parser: Parser) -> None:
@@ -153,8 +144,7 @@ def _plan(parser: Parser) -> None:
     parser.add_argument("--probe", action="store_true", help=text)
     text = "plan for a list of that size, such as 650M, as if nothing were made"
     parser.add_argument("--pairs", type=count, metavar="N", help=text)
-    text = "plan trainings and embeddings on GPUs, such as 64xH100"
-    parser.add_argument("--gpus", metavar="NxKIND", help=text)
+    parser.add_argument("--gpus", metavar="NxKIND", help="plan trainings and embeddings on GPUs, such as 64xH100")
     text = "share of a GPU's bf16 peak that trainings reach, where none was measured (0.3)"
     parser.add_argument("--utilisation", type=float, metavar="SHARE", help=text)
     text = "take what make gpu-check measured of the same models"
@@ -220,8 +210,7 @@ def _generate(parser: Parser) -> None:
     parser.add_argument("--batch", type=count, default=8, help="images that a worker samples at once (8)")
     text = "number of processes; 0 draws in this one (default: one per GPU, or one per core)"
     parser.add_argument("--workers", type=int, help=text)
-    text = "GPUs of each worker (default: 1 if there are any, else 0)"
-    parser.add_argument("--gpus", type=float, help=text)
+    parser.add_argument("--gpus", type=float, help="GPUs of each worker (default: 1 if there are any, else 0)")
     _quiet(parser)
     _drawing(parser)
 
@@ -269,8 +258,7 @@ def _show(parser: Parser) -> None:
     takes_config(parser, "?")
     text = "key of an artefact, whose lineage is shown; its first 12 characters are enough"
     parser.add_argument("key", nargs="?", metavar="KEY", help=text)
-    text = "show all projects of this store, in place of a configuration"
-    parser.add_argument("--store", metavar="URL", help=text)
+    parser.add_argument("--store", metavar="URL", help="show all projects of this store, in place of a configuration")
     _json(parser)
 
 
@@ -287,12 +275,12 @@ def _report(parser: Parser) -> None:
     parser.add_argument("--against", metavar="OTHER", help=text)
 
 
-def _actions(parser: Parser, texts: Mapping[str, str]) -> dict[str, Parser]:
-    """Adds a command below one for each text, each of which names a configuration."""
+def _actions(parser: Parser, texts: Mapping[str, str], lists: Sequence[str] = ()) -> dict[str, Parser]:
+    """Adds a command below one for each text. Each names a configuration, but those of ``lists`` name lists."""
     commands = parser.add_subparsers(dest="action", metavar="COMMAND", required=True)
     found = {name: _below(commands, name, text) for name, text in texts.items()}
-    for one in found.values():
-        takes_config(one)
+    for name in found.keys() - {*lists}:
+        takes_config(found[name])
     return found
 
 
@@ -300,6 +288,7 @@ def _data(parser: Parser) -> None:
     actions = _actions(
         parser,
         {
+            "look": "show what a list holds, what will be rejected and what it takes, before anything is trained",
             "search": "find the images nearest to a caption or an image",
             "retry": "retry rows whose fetch ended with given reasons",
             "forget": "drop images and their captions from everything made from now on",
@@ -307,8 +296,13 @@ def _data(parser: Parser) -> None:
             "check": "verify all that the project needs, and quarantine what is damaged",
             "export": "write curated pairs and embeddings for other tools",
         },
+        lists=("look",),
     )
-    search, retry, forget, gc, check, export = actions.values()
+    look, search, retry, forget, gc, check, export = actions.values()
+    takes_lists(look, "+", "; or a project's YAML file")
+    _set(look, "KEY=VALUE", OVERRIDES)
+    look.add_argument("--images", type=count, default=100, metavar="N", help="images to fetch, drawn at random (100)")
+    look.add_argument("-o", "--output", metavar="FILE", help="where the page goes (look.html)")
     what = search.add_mutually_exclusive_group(required=True)
     what.add_argument("caption", nargs="?", metavar="CAPTION", help="text to search with")
     what.add_argument("--image", metavar="FILE", help="an image to search with, in place of a caption")
@@ -330,7 +324,8 @@ def _data(parser: Parser) -> None:
         one.add_argument("--keep-days", type=float, default=30.0, metavar="DAYS", help=text)
         _json(one)
     gc.add_argument("--grace-hours", type=float, default=24.0, metavar="HOURS", help="from finding to deletion (24)")
-    _json(search)
+    for one in (look, search):
+        _json(one)
 
 
 def _release(parser: Parser) -> None:
@@ -346,8 +341,7 @@ def _release(parser: Parser) -> None:
             "weights": "print how a configuration begins with the release's weights",
         },
     )
-    text = "promote in spite of the gates, and record why"
-    actions["promote"].add_argument("--force", metavar="REASON", help=text)
+    actions["promote"].add_argument("--force", metavar="REASON", help="promote in spite of the gates, and record why")
     actions["rollback"].add_argument("--reason", default="", help="why, for the record")
     for name in ("promote", "rollback"):
         text = "sign the move with this private Ed25519 key, as ssh-keygen writes it"

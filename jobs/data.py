@@ -1,4 +1,4 @@
-"""``unclip data search | export | retry | forget | gc | check CONFIG ...``: searches, exports, changes, checks data."""
+"""``unclip data look SOURCE``, ``data search | export | retry | forget | gc | check CONFIG``: work on data."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ FILE_BYTES = 256 << 20  # of a list of what to forget
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs the command."""
+    if arguments.action == "look":
+        from jobs.look import main as look  # which imports torch
+
+        return look(arguments)
     if arguments.action in ("gc", "check"):  # which say what is damaged, also where the list cannot be opened
         config = load_as_run(arguments.config, arguments.overrides)
         return {"gc": _collect, "check": _check}[arguments.action](config, open_store(config.store), arguments)

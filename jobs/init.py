@@ -10,8 +10,8 @@ from pathlib import Path
 from jobs.bundles import find_bundle
 from jobs.output import say
 from models.sampling_config import UPSAMPLERS
-from models.tokens import CONTEXT, cut_captions
-from pipeline.config import check_project
+from models.tokens import cut_captions
+from pipeline.config import check_project, load_config
 from pipeline.data.curation.stage import CurationRecipe
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.preview import MOST_COUNTED, ListPreview, behind_embeddings, preview
@@ -43,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
     fetched = all(metadata for metadata, _ in lists) and len(lists) == len(source.paths)
     if fetched:
         source = SourceRecipe(tuple(metadata for metadata, _ in lists), **reading)
-    seen = _look(source) if arguments.sources else None
+    seen = preview_named(source) if arguments.sources else None
     origin = Path(os.path.abspath(find_bundle(arguments.origin).folder)) if arguments.origin else None
     gpu = _has_gpu()
     text = starter(arguments.name, gpu, source, seen, origin)
@@ -52,7 +52,8 @@ def main(arguments: argparse.Namespace) -> int:
     with open(path, "x", encoding="utf-8") as file:
         file.write(text)
     say(f"{path} written; open it to see what can be changed")
-    for line in _remarks(seen) if seen else ["put your list under source.paths first"]:
+    context = load_config(path).clip.model.text_context
+    for line in _remarks(seen, context) if seen else ["put your list under source.paths first"]:
         say(line)
     if seen and not imageless and (line := _left_out(seen)):
         say(line)
@@ -90,7 +91,8 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _look(source: SourceRecipe) -> ListPreview:
+def preview_named(source: SourceRecipe) -> ListPreview:
+    """Returns a preview of lists that the command line names. Raises UserError, which names its options."""
     try:
         return preview(source)
     except UserError as e:
@@ -118,8 +120,8 @@ def _left_out(seen: ListPreview) -> str:
     return left_out and f"bundle.models leaves {left_out} out, and samples have {size} px: {sizes_seen(seen)}"
 
 
-def _remarks(seen: ListPreview) -> Iterator[str]:
-    """Yields what was found, and warnings about what a run would reject."""
+def _remarks(seen: ListPreview, context: int) -> Iterator[str]:
+    """Yields what was found, and warnings about what a run would reject, with a CLIP that reads ``context`` tokens."""
     yield f"pairs found: {seen.pairs:,}{' or more' if seen.behind >= MOST_COUNTED else ''}"
     if seen.pairs < ENOUGH:
         yield f"warning: fewer than {ENOUGH:,} pairs are enough to try it, but the models will memorise them"
@@ -135,8 +137,9 @@ def _remarks(seen: ListPreview) -> Iterator[str]:
             f"warning: {long:,} of the first {len(seen.captions):,} captions have more than {most:,} characters, and "
             "curation rejects them once CLIP has trained on them: write curation: {max_caption: ...}, or shorten them"
         )
-    if cut := cut_captions(seen.captions):
-        yield f"{cut:,} of them have more than the {CONTEXT - 2} tokens that CLIP reads; what is behind is cut"
+    if cut := cut_captions(seen.captions, context):
+        many = f"{cut:,} of the first {counted(len(seen.captions), 'caption')}"
+        yield f"{many} have more than the {context - 2} tokens that this CLIP reads; what is behind is cut"
     if seen.forbidden:
         yield (
             f"warning: {len(seen.forbidden):,} rows are left out, which name what a list may not, such as "

@@ -79,17 +79,24 @@ def tokenize(captions: Sequence[str]) -> Tensor:
     return torch.from_numpy(rows)
 
 
+def caption_lengths(captions: Sequence[str]) -> list[int]:
+    """Returns the number of BPE tokens of each caption, start and end not counted, as far as ``tokenize`` would read.
+
+    This count alone decides what is cut from captions of data, and which prompts are refused.
+    """
+    return [len(tokenizer().encode(caption)) for caption in shortened(captions)]
+
+
 def check_captions(captions: Sequence[str]) -> None:
     """Raises ValueError for the first caption that ``tokenize`` would cut. For prompts; captions of data are cut."""
-    for i, caption in enumerate(captions, 1):
-        length = len(tokenizer().encode(caption[: 2 * CAPTION_CHARACTERS]))
+    for i, length in enumerate(caption_lengths(captions), 1):
         if length > CONTEXT - 2:
             raise ValueError(f"caption {i} has {length} tokens and CLIP reads {CONTEXT - 2}: shorten it")
 
 
 def cut_captions(captions: Sequence[str], context: int = CONTEXT) -> int:
     """Returns how many of these captions have more tokens than ``context`` holds, start and end included."""
-    return sum(len(tokenizer().encode(caption)) > context - 2 for caption in shortened(captions))
+    return sum(length > context - 2 for length in caption_lengths(captions))
 
 
 def cut_tokens(tokens: Tensor, context: int, end: int = END) -> Tensor:

@@ -7,11 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jobs.look import look as look
     from jobs.plan import RunPlan as RunPlan
     from jobs.run import RunResult as RunResult
     from jobs.run import StageDone as StageDone
     from pipeline.errors import CorruptObject as CorruptObject
     from pipeline.errors import UserError as UserError
+    from pipeline.look.overview import Look as Look
     from unclip.artifact import Artifact as Artifact
     from unclip.model import Model as Model
     from unclip.model import load as load
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "Artifact": "unclip.artifact",
     "CorruptObject": "pipeline.errors",
+    "Look": "pipeline.look.overview",
     "Model": "unclip.model",
     "Pairs": "unclip.pairs",
     "Project": "unclip.project",
@@ -33,6 +36,7 @@ _PLACES = {
     "StageDone": "jobs.run",
     "UserError": "pipeline.errors",
     "load": "unclip.model",
+    "look": "jobs.look",
     "open": "unclip.project",
     "train": "unclip.training",
 }

@@ -94,19 +94,20 @@ def _first_shards(given: ReportInput, similar: Sequence[Markup]) -> Markup:
     charts = [attempt("The sizes of images and captions", _sizes, shards), *similar]
     return Markup().join(
         (
-            attempt("The images", _thumbnails, given, shards, title),
+            attempt("The images", kept_thumbnails, given, shards, title),
             PARTS.beside(charts),
-            attempt("The rejected rows", _rejects, given, read_worst_shards(given)),
+            attempt("The rejected rows", some_rejects, given, read_worst_shards(given)),
             attempt("The licences", _rights, shards),
         )
     )
 
 
-def _thumbnails(given: ReportInput, shards: Sequence[PairsShard], title: str) -> Markup:
+def kept_thumbnails(given: ReportInput, shards: Sequence[PairsShard], title: str, most: int = THUMBNAILS) -> Markup:
+    """Shows images of kept rows with their captions, ``most`` at most."""
     cells = []
     for i, shard in enumerate(shards):
-        # Equal shares as far as whole numbers go, THUMBNAILS in all.
-        share = THUMBNAILS * (i + 1) // len(shards) - THUMBNAILS * i // len(shards)
+        # Equal shares as far as whole numbers go, ``most`` in all.
+        share = most * (i + 1) // len(shards) - most * i // len(shards)
         shown = [row for row in shard.kept_rows if row["size"] and given.album.may_show(row["license"])]
         cells += [thumbnail(given, shard, row) for row in spread(shown, share)]
     if not cells:
@@ -142,7 +143,7 @@ def spread(rows: Sequence[Any], count: int) -> list[Any]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def _rejects(given: ReportInput, shards: Sequence[PairsShard]) -> Markup:
+def some_rejects(given: ReportInput, shards: Sequence[PairsShard]) -> Markup:
     """Shows rejected rows, one of each reason first: images where they are stored, else their references."""
     found, seen = [], Counter[str]()
     for shard in shards:

@@ -34,6 +34,7 @@ from tests.site import MARKER
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "lab").glob("*.md"))]
 # The commands of the documents that run here as they stand, in this order. Others need a cluster, a GPU or minutes.
 RUN = [
+    "unclip data look pairs.csv",
     "unclip init my-project pairs.csv",
     "unclip init birds images",
     "unclip init scans 00000.tar 00001.tar",

@@ -313,6 +313,11 @@ def metadata_of(folder: Path, column: str, form: str) -> None:
         pq.write_table(table.set_column(0, column, pa.array(values)), file)
 
 
+def test_captions_are_measured_by_the_tokens_that_the_presets_clip_reads(capsys: Output) -> None:
+    made("my-project", folder([*CAPTIONS, "word " * 40]))
+    assert "1 of the first 6 captions have more than the 30 tokens that this CLIP reads" in capsys.readouterr().out
+
+
 def test_embeddings_whose_metadata_name_urls_are_a_list_of_images(here: Path, capsys: Output) -> None:
     metadata_of(here / "laion", "url", "http://pictures.test/{}.jpg")
     assert main(["init", "mine", "laion"]) == 0

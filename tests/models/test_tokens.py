@@ -1,6 +1,7 @@
 """Tokens against open_clip's, which finds them another way."""
 
 import random
+from contextlib import nullcontext
 
 import open_clip
 import pytest
@@ -9,7 +10,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from models import tokens
-from models.tokens import Bpe, check_captions, cut_tokens, tokenize, tokenizer
+from models.tokens import (
+    CONTEXT,
+    Bpe,
+    caption_lengths,
+    check_captions,
+    cut_captions,
+    cut_tokens,
+    tokenize,
+    tokenizer,
+)
 
 OPEN_CLIP = open_clip.SimpleTokenizer()
 PARTS = ["a", "é", "Z", "7", " ", "'s", "'LL", "&amp;", "&", "<b>", "!", "\t", "\x1b[1m", "<start_of_text>"]
@@ -67,3 +77,11 @@ def test_a_caption_that_would_be_cut_is_refused() -> None:
     check_captions(["a " * 75, ""])
     with pytest.raises(ValueError, match="caption 2 has 76 tokens and CLIP reads 75: shorten it"):
         check_captions(["a", "a " * 76])
+
+
+@pytest.mark.parametrize("caption", ["word " * 75, "word " * 76, "  word  " * 75, "\n".join(["word"] * 76), "x" * 5000])
+def test_what_is_cut_from_data_and_what_is_refused_of_a_prompt_is_counted_alike(caption: str) -> None:
+    cut = caption_lengths([caption]) > [CONTEXT - 2]
+    assert cut == bool(cut_captions([caption]))
+    with pytest.raises(ValueError, match="75: shorten it") if cut else nullcontext():
+        check_captions([caption])

@@ -67,6 +67,21 @@ class CurationRecipe:
             raise ValueError(f"min_caption: {self.min_caption} is above max_caption {self.max_caption}")
 
 
+def reject_without_clip(recipe: CurationRecipe, row: Mapping[str, Any], caption: str) -> str | None:
+    """Returns why a row is rejected by its stored size in pixels and its first caption alone, or None."""
+    if row["width"] is not None:  # None: an imported embedding, without an image
+        short, long = sorted((row["width"], row["height"]))
+        if short < recipe.min_side:
+            return "too_small"
+        if long > recipe.max_aspect * short:
+            return "bad_aspect"
+    if not caption:
+        return "no_caption"
+    if len(caption) < recipe.min_caption:
+        return "caption_too_short"
+    return "caption_too_long" if len(caption) > recipe.max_caption else None
+
+
 @dataclass(frozen=True)
 class Judge:
     """Judges the rows of one shard."""
@@ -95,18 +110,8 @@ class Judge:
         ``scores``: "similarity" and the columns of the heads that the recipe bounds.
         """
         r = self.recipe
-        if row["width"] is not None:  # None: an imported embedding, without an image
-            short, long = sorted((row["width"], row["height"]))
-            if short < r.min_side:
-                return "too_small"
-            if long > r.max_aspect * short:
-                return "bad_aspect"
-        if not caption:
-            return "no_caption"
-        if len(caption) < r.min_caption:
-            return "caption_too_short"
-        if len(caption) > r.max_caption:
-            return "caption_too_long"
+        if known := reject_without_clip(r, row, caption):
+            return known
         if scores["similarity"] < r.min_similarity:
             return "low_similarity"
         if any(scores[score_column(name)] < lowest for name, lowest in r.min_score.items()):

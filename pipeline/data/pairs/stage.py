@@ -5,19 +5,27 @@ Captions stay apart, so that new captions never fetch an image again.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from pipeline.data.content import put_content
 from pipeline.data.fetch.rules import read_deny_lists
 from pipeline.data.pairs.earlier import earlier_shards
 from pipeline.data.pairs.recipe import PairsRecipe
 from pipeline.data.source.lists import path_policy, serving_lists
+from pipeline.data.source.recipe import SourceRecipe
 from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.graph.shards import map_shards
 from pipeline.graph.stages import Context, Stage, shard_key
 from pipeline.graph.workers import ShardTask
 from pipeline.settings import PairsSettings
+from pipeline.store import Store
+
+if TYPE_CHECKING:
+    from pipeline.data.pairs.packer import Packer
 
 LONG = 16  # shards of a list that is worth a process where workers share what they know of sites
 BYTES_A_PIXEL = 0.25  # of a stored image, as wide as it is high
@@ -25,8 +33,6 @@ BYTES_A_PIXEL = 0.25  # of a stored image, as wide as it is high
 
 def run_pairs(ctx: Context) -> Artifact:
     """Fetches and packs every source shard. Drawings are served from this machine while the stage runs."""
-    from pipeline.data.pairs.packer import Packer
-
     earlier = earlier_shards(ctx)
     tasks = [
         ShardTask(
@@ -34,16 +40,29 @@ def run_pairs(ctx: Context) -> Artifact:
         )
         for shard in read_shards(ctx.store, ctx.inputs["source"])
     ]
-    may = path_policy(ctx.given, *ctx.given.paths)
-    for name in ("deny_hosts", "deny_urls", "deny_sha256"):
-        if file := getattr(ctx.recipe, name):
-            put_content(ctx.store, file, f"pairs.{name}")
-    read_deny_lists(ctx.store, *ctx.recipe.deny_lists)  # a mistake in one is found before anything is asked for
-    with serving_lists(ctx.given.paths, ctx.settings.hosts) as hosts:
-        settings = replace(ctx.settings, hosts=hosts)
+    with packing(ctx.store, ctx.recipe, ctx.settings, ctx.given) as pack:
         rows = ctx.inputs["source"].ledger.rows
-        make = partial(Packer, ctx.store, ctx.recipe, settings, may, shares=len(tasks) >= LONG)
+        make = partial(pack, shares=len(tasks) >= LONG)
         return map_shards(ctx, tasks, make, "rows", rows, at_once=_at_once(rows / max(1, len(tasks))))
+
+
+@contextmanager
+def packing(
+    store: Store, recipe: PairsRecipe, settings: PairsSettings, source: SourceRecipe
+) -> Iterator[Callable[..., Packer]]:
+    """Runs the servers that lists bring along as long as the block lasts; yields what makes a ``Packer``.
+
+    It takes ``shares``. Raises UserError for a deny list that cannot be read, before anything is asked for.
+    """
+    from pipeline.data.pairs.packer import Packer
+
+    may = path_policy(source, *source.paths)
+    for name in ("deny_hosts", "deny_urls", "deny_sha256"):
+        if file := getattr(recipe, name):
+            put_content(store, file, f"pairs.{name}")
+    read_deny_lists(store, *recipe.deny_lists)
+    with serving_lists(source.paths, settings.hosts) as hosts:
+        yield partial(Packer, store, recipe, replace(settings, hosts=dict(hosts)), may)
 
 
 def _at_once(shard_rows: float) -> int:
