@@ -26,13 +26,14 @@ ifeq ($(PYTHON),)
 	@exit 1
 else
 # Without warnings: the first words that a user reads would be the build tool's remarks on editable installations.
+# editable_mode=compat, because mypy and editors follow a path to this folder, and no import hook.
 # bsrgan, a peer of tests and benchmarks, without its requirements: one would replace OpenCV by another build of it.
 # requirements.lock has the versions that everything was tested with; other packages may come beside them, such as CUDA's.
 .venv/ready: pyproject.toml requirements.lock
 	@echo "Installing packages into .venv: some minutes, without a word"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install $(PIP_FLAGS) --constraint requirements.lock --editable '.[demo,dev,docs,reference]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install $(PIP_FLAGS) --constraint requirements.lock --config-settings editable_mode=compat --editable '.[demo,dev,docs,reference]'
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps bsrgan==0.1.5
 	@touch .venv/ready
 endif

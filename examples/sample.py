@@ -15,14 +15,14 @@ to.mkdir(parents=True, exist_ok=True)
 model = unclip.load(*sys.argv[1:2])
 print(model)
 
-monster, cactus = model.generate(["a square yellow monster", "a cactus in a pink bowl"], seeds=7)
+monster, cactus = model.generate(["a square yellow monster", "a cactus in a pink bowl"], seed=7)
 monster.save(to / "monster.png")
 cactus.save(to / "cactus.png")
 
-for i, image in enumerate(model.vary(monster, count=2, size=64)):
+for i, image in enumerate(model.vary(monster, n=2, size=64)):
     image.save(to / f"monster-varied-{i}.png")
 
-first, *between = model.interpolate(monster, cactus, count=6, size=64)
+first, *between = model.interpolate(monster, cactus, n=6, size=64)
 first.save(to / "monster-to-cactus.webp", save_all=True, append_images=between, duration=200, loop=0)
 
 # CLIP's cosine of each image (a row) to each caption.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from pipeline.errors import UserError, did_you_mean
@@ -24,7 +25,13 @@ _SAID = (
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of a command's words. Where it has ``--set``, a bare KEY=VALUE means the same."""
+    """A parser of a command's words. Where it has ``--set``, a bare KEY=VALUE means the same.
+
+    Attributes:
+        names: Function that returns names which stand as options, too: ``--num-images 4`` is num_images=4.
+    """
+
+    names: Callable[[], Container[str]] = staticmethod(lambda: ())
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses words, the options among them first. Raises UserError for a mistake."""
@@ -50,9 +57,19 @@ class Parser(argparse.ArgumentParser):
                     options.append(f"--set={word}")
                 else:
                     others.append(word)
+            elif (named := self._named(word)) is not None:
+                name, equals, value = named
+                options.append(f"--set={name}={value if equals else next(rest, '')}")
             else:
                 options += [word, *islice(rest, self._takes_next(word))]
         return [*options, *others]
+
+    def _named(self, word: str) -> tuple[str, str, str] | None:
+        """Returns the parts of an option that is none of ours but one of ``names``."""
+        option, equals, value = word.partition("=")
+        name = option.lstrip("-").replace("-", "_")
+        known = option in self._option_string_actions or not option.startswith("--")
+        return None if known or name not in self.names() else (name, equals, value)
 
     def _takes_next(self, word: str) -> int:
         """Returns 1 if the value of this option is the next word, else 0. Raises UserError for an unknown option."""
@@ -113,6 +130,27 @@ def takes_lists(parser: Parser, nargs: str, more: str = "") -> None:
     text = "folder from which relative paths of images count, in place of the list's own"
     parser.add_argument("--image-folder", default="", metavar="FOLDER", help=text)
     parser.add_argument("--encoding", default="", help="encoding of text that is not UTF-8, such as cp1252")
+
+
+def takes_values(parser: Parser, metavar: str, text: str) -> None:
+    """Adds ``overrides``, values as KEY=VALUE."""
+    text = f"{text}; --set may be left out"
+    parser.add_argument("--set", dest="overrides", metavar=metavar, action="append", default=[], help=text)
+
+
+def takes_quiet(parser: Any) -> None:
+    """Adds ``quiet``."""
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but warnings and errors")
+
+
+def takes_place(parser: Parser, metavar: str, text: str) -> None:
+    """Adds ``to``, where something is written."""
+    parser.add_argument("-o", "--to", type=Path, metavar=metavar, help=text)
+
+
+def add_below(commands: Any, name: str, text: str, aliases: Sequence[str] = ()) -> Parser:
+    """Returns the parser of one more command, whose help is a sentence."""
+    return commands.add_parser(name, aliases=aliases, help=text, description=f"{text[0].upper()}{text[1:]}.")
 
 
 def count(text: str) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -140,7 +140,7 @@ def _of_output(output: Path) -> Bundle:
             f"{output}: its bundle in {store.url} has other files than those that were signed; take it again"
         )
     if artifact is None and (copy / "sampling.json").is_file():
-        return _of_folder(copy, output)
+        return replace(_of_folder(copy, output), key=key)  # recipes name it so
     if artifact is None:
         raise UserError(f"{output}: its bundle is not in {store.url} any longer; run its configuration again")
     return _stored(output, store, artifact, files)

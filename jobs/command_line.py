@@ -7,24 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.arguments import Command, Parser, count, takes_lists
+from jobs.arguments import Command, Parser, add_below, count, takes_lists, takes_quiet, takes_values
+from jobs.drawing_words import PLACES, add_edit, add_generate, add_redraw, add_sample
 from jobs.output import say
 
 OVERRIDES = "a value in place of the file's, such as decoder.samples=100k or preset=small"
-OPTIONS = "a sampling option, such as size=64 or decoder_steps=50"
 # What a shell completes to names of files.
-FILES = ("CONFIG", "FILE", "FOLDER", "IMAGE", "A", "B", "PROMPTS", "SOURCE", "WHERE", "BUNDLE")
-EDITS = {
-    "variations": "other images with the same meaning (the paper's section 3.1)",
-    "interpolate": "images on the way from one to another (3.2)",
-    "textdiff": "an image, changed as one caption differs from another (3.3)",
-    "reconstruct": "an image beside what its two latents become (3)",
-    "components": "what the first principal components of an image's embedding say (4)",
-    "priors": "a caption, decoded from each prior's embedding and from its text embedding (5.1)",
-}
-PLACES = (
-    "a run's output folder (out/demo), a project (demo.yaml), its release (release:demo.yaml), or a bundle's folder"
-)
+FILES = ("CONFIG", "FILE", "FOLDER", "IMAGE", "MASK", "A", "B", "PROMPTS", "SOURCE", "WHERE", "BUNDLE")
 SPLITS = ("train", "validation", "test")
 EXPORTS = ("pairs", "clip-retrieval", "embeddings")
 FORMATS = ("bundle", "diffusers")
@@ -47,7 +36,7 @@ def command_line(words: Sequence[str] = ()) -> Parser:
     parser.add_argument("-V", "--version", nargs=0, action=_Version, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="unclip")
     for name, command in (COMMANDS if words and words[0] in COMMANDS else COMMANDS | _installed()).items():
-        below = _below(commands, name, command.text)
+        below = add_below(commands, name, command.text)
         below.set_defaults(main=command.main)
         command.add(below)
     return parser
@@ -72,30 +61,20 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _below(commands: Any, name: str, text: str) -> Parser:
-    """Returns the parser of one more command, whose help is a sentence."""
-    return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-
-
 def leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     """Yields the parsers below one that have no further commands."""
     below = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not below:
         yield parser
     for choices in below:
-        for one in choices.values():
+        for one in dict.fromkeys(choices.values()):  # some have two names
             yield from leaves(one)
 
 
 def takes_config(parser: Parser, nargs: str | None = None) -> None:
     """Adds ``config``, a project's file, and ``overrides``, values in place of the file's."""
     parser.add_argument("config", nargs=nargs, metavar="CONFIG", help="a project's YAML file")
-    _set(parser, "KEY=VALUE", OVERRIDES)
-
-
-def _set(parser: Parser, metavar: str, text: str) -> None:
-    text = f"{text}; --set may be left out"
-    parser.add_argument("--set", dest="overrides", metavar=metavar, action="append", default=[], help=text)
+    takes_values(parser, "KEY=VALUE", OVERRIDES)
 
 
 def _json(parser: Parser) -> None:
@@ -104,10 +83,6 @@ def _json(parser: Parser) -> None:
 
 def _verbose(parser: Any) -> None:
     parser.add_argument("-v", "--verbose", action="store_true", help="print what each stage takes, and every change")
-
-
-def _quiet(parser: Any) -> None:
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but warnings and errors")
 
 
 def _stages(parser: Parser) -> None:
@@ -132,7 +107,7 @@ def _run(parser: Parser) -> None:
     _stages(parser)
     how = parser.add_mutually_exclusive_group()
     _verbose(how)
-    _quiet(how)
+    takes_quiet(how)
     parser.add_argument("-n", "--dry-run", action="store_true", help="print the plan and make nothing")
     text = "append what happens to this file, a JSON object a line"
     parser.add_argument("--events", type=Path, metavar="FILE", help=text)
@@ -167,16 +142,6 @@ def _submit(parser: Parser) -> None:
     what.add_argument("-d", "--detach", action="store_true", help="do not follow the job once it is submitted")
 
 
-def _drawing(parser: Parser) -> None:
-    text = f"the bundle: {PLACES}; by default the newest under out/"
-    parser.add_argument("--from", dest="source", metavar="WHERE", help=text)
-    text = "seed of the first image; each next image adds one (default 0)"
-    parser.add_argument("--seed", type=int, default=0, help=text)
-    text = "where to draw; auto takes a GPU if there is one"
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
-    _set(parser, "NAME=VALUE", OPTIONS)
-
-
 def _serve(parser: Parser) -> None:
     text = f"{PLACES}; a release is followed; by default the newest under out/"
     parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help=text)
@@ -188,61 +153,7 @@ def _serve(parser: Parser) -> None:
     parser.add_argument("--stop", action="store_true", help="end what serves at --to")
     parser.add_argument("--host", metavar="HOST", help="the address to listen on, as host=HOST")
     parser.add_argument("--port", metavar="PORT", help="the port to listen on, as port=PORT")
-    _set(parser, "NAME=VALUE", "a setting, such as port=9000; docs/serve.md has them")
-
-
-def _to(parser: Parser, metavar: str, text: str) -> None:
-    parser.add_argument("-o", "--to", type=Path, metavar=metavar, help=text)
-
-
-def _sample(parser: Parser) -> None:
-    parser.add_argument("captions", nargs="+", metavar="CAPTION", help="what the image shows")
-    _to(parser, "FOLDER", "where the images go (samples, in the run's output folder)")
-    _drawing(parser)
-
-
-def _generate(parser: Parser) -> None:
-    kinds = "a .txt with a prompt a line, or a .csv, .tsv, .jsonl or .parquet with a column of them"
-    parser.add_argument("prompts", type=Path, metavar="PROMPTS", help=kinds)
-    text = "column that holds the prompts (the first of prompt, caption, text)"
-    parser.add_argument("--column", metavar="COLUMN", help=text)
-    _to(parser, "FOLDER", "where tars and tables are written (FOLDER/generated)")
-    parser.add_argument("--batch", type=count, default=8, help="images that a worker samples at once (8)")
-    text = "number of processes; 0 draws in this one (default: one per GPU, or one per core)"
-    parser.add_argument("--workers", type=int, help=text)
-    parser.add_argument("--gpus", type=float, help="GPUs of each worker (default: 1 if there are any, else 0)")
-    _quiet(parser)
-    _drawing(parser)
-
-
-def _edit(parser: Parser) -> None:
-    commands = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    kinds = {name: _below(commands, name, text) for name, text in EDITS.items()}
-    for name in ("variations", "textdiff", "reconstruct", "components"):
-        kinds[name].add_argument("image", type=Path, metavar="IMAGE", help="an image file, such as PNG or JPEG")
-    kind = kinds["variations"]
-    kind.add_argument("--count", type=int, default=8, help="how many (8)")
-    kind.add_argument("--eta", type=float, default=1.0, help="how much they vary, from 0 to 1 (1)")
-    kind = kinds["interpolate"]
-    kind.add_argument("first", type=Path, metavar="A", help="an image file, such as PNG or JPEG")
-    kind.add_argument("second", type=Path, metavar="B", help="another")
-    kind.add_argument("--count", type=int, default=9, help="images, both ends included (9)")
-    kind.add_argument("--animate", action="store_true", help="a WebP that goes forth and back, in place of a strip")
-    kind = kinds["textdiff"]
-    kind.add_argument("before", metavar="BEFORE", help="a caption of the image as it is")
-    kind.add_argument("after", metavar="AFTER", help="a caption of what it should become")
-    kind.add_argument(
-        "--most", type=float, default=0.5, help="how far the last image goes towards AFTER, from 0 to 1 (0.5)"
-    )
-    kind.add_argument("--count", type=int, default=6, help="images, the first unchanged (6)")
-    for name in ("variations", "reconstruct"):
-        kinds[name].add_argument("--caption", help="a caption of the image, for the decoder")
-    kinds["components"].add_argument("--counts", help="such as 20,30,40; by default as in the paper's figure 7")
-    kinds["priors"].add_argument("caption", metavar="CAPTION", help="what the image shows")
-    kinds["priors"].add_argument("--image", type=Path, metavar="FILE", help="an image that the caption is true of")
-    for kind in kinds.values():
-        _to(kind, "FILE", "where the strip goes (edits/NAME in the run's output folder)")
-        _drawing(kind)
+    takes_values(parser, "NAME=VALUE", "a setting, such as port=9000; docs/serve.md has them")
 
 
 def _export(parser: Parser) -> None:
@@ -250,8 +161,8 @@ def _export(parser: Parser) -> None:
     parser.add_argument("-o", "--to", required=True, metavar="FOLDER", help="a new folder, or s3://BUCKET/PREFIX")
     text = "bundle (default) is what every --from takes; diffusers is its layout, with the class of a pipeline"
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=text)
-    _quiet(parser)
-    _set(parser, "KEY=VALUE", OVERRIDES)
+    takes_quiet(parser)
+    takes_values(parser, "KEY=VALUE", OVERRIDES)
 
 
 def _show(parser: Parser) -> None:
@@ -278,7 +189,7 @@ def _report(parser: Parser) -> None:
 def _actions(parser: Parser, texts: Mapping[str, str], lists: Sequence[str] = ()) -> dict[str, Parser]:
     """Adds a command below one for each text. Each names a configuration, but those of ``lists`` name lists."""
     commands = parser.add_subparsers(dest="action", metavar="COMMAND", required=True)
-    found = {name: _below(commands, name, text) for name, text in texts.items()}
+    found = {name: add_below(commands, name, text) for name, text in texts.items()}
     for name in found.keys() - {*lists}:
         takes_config(found[name])
     return found
@@ -300,7 +211,7 @@ def _data(parser: Parser) -> None:
     )
     look, search, retry, forget, gc, check, export = actions.values()
     takes_lists(look, "+", "; or a project's YAML file")
-    _set(look, "KEY=VALUE", OVERRIDES)
+    takes_values(look, "KEY=VALUE", OVERRIDES)
     look.add_argument("--images", type=count, default=100, metavar="N", help="images to fetch, drawn at random (100)")
     look.add_argument("-o", "--output", metavar="FILE", help="where the page goes (look.html)")
     what = search.add_mutually_exclusive_group(required=True)
@@ -314,11 +225,11 @@ def _data(parser: Parser) -> None:
     export.add_argument("-o", "--to", required=True, metavar="FOLDER", help="a folder, or s3://BUCKET/PREFIX")
     export.add_argument("--only", choices=EXPORTS, action="append", default=[], help="write this alone (all three)")
     export.add_argument("--split", choices=SPLITS, action="append", default=[], help="rows of this split only (all)")
-    _quiet(export)
+    takes_quiet(export)
     gc.add_argument("--yes", action="store_true", help="delete; without it, only say what would be")
     check.add_argument("names", nargs="*", default=[], metavar="OBJECT", help="paths of objects (all that is needed)")
     check.add_argument("--repair", action="store_true", help="quarantine it; without it, only say what would be")
-    _quiet(check)
+    takes_quiet(check)
     for one, verb in ((gc, "keep"), (check, "verify")):
         text = f"{verb} all that a run of the last days needs (30)"
         one.add_argument("--keep-days", type=float, default=30.0, metavar="DAYS", help=text)
@@ -377,10 +288,11 @@ COMMANDS = {
     "run": Command("make everything that a configuration asks for, where it is stale", _run),
     "plan": Command("show what a run would make, why, and about what it costs", _plan),
     "submit": Command("run a configuration on a cluster and follow it", _submit),
-    "sample": Command("draw images for captions", _sample),
-    "generate": Command("draw images for a list of prompts, on many workers", _generate),
+    "sample": Command("draw images for captions", add_sample),
+    "generate": Command("draw images for a list of prompts, on many workers", add_generate),
     "serve": Command("draw from a page, and from any client of OpenAI's image API", _serve),
-    "edit": Command("vary, interpolate, change or decompose images of your own", _edit),
+    "edit": Command("vary, interpolate, change or decompose images of your own", add_edit),
+    "redraw": Command("draw an image again from the recipe in it, as it was or with other values", add_redraw),
     "export": Command("write a bundle as a folder to share, or for diffusers", _export),
     "show": Command("show runs, what is being made and where, or the lineage of an artefact", _show),
     "report": Command("write the report again, for example with images of some licences only", _report),

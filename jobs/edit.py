@@ -3,73 +3,106 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.bundles import find_bundle
+from jobs.drawing import file_name, one_file, plain_errors, read_options, write_png
 from jobs.output import say
-from jobs.sample import check_seed, file_name, sampling_option
+from models.sampling_config import own_names
 from pipeline.data.pairs.decoding import open_image
 from pipeline.errors import UserError
+from pipeline.sampling.recipe import OPERATIONS, ImageRecipe, describe
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from models.cascade import UnCLIP
     from pipeline.sampling.edits import Edit
 
 SIZE = 256  # px unless asked for otherwise: a strip of 1024 px images takes minutes on a CPU
-# Arguments that all kinds have, and that others tell.
-NOT_ITS_OWN = ("command", "source", "to", "seed", "overrides", "device")
+STRIPS = ("reconstruct", "components", "priors")  # the kinds whose images mean nothing alone
+ANIMATIONS = (".webp", ".gif")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs ``unclip edit``."""
-    _check(arguments)
-    options = dict(sampling_option(text) for text in arguments.overrides)
-    images = [open_image(path) for path in _named(arguments)]
+    recipe = _described(arguments)
+    kinds = (".png", *ANIMATIONS) if recipe.shares else (".png",)
+    single = one_file(arguments.to, 1, kinds)
+    if arguments.to and not single and recipe.operation in STRIPS:
+        raise UserError(f"--to {arguments.to}: {recipe.operation} makes one strip; name a .png file")
+    files = _named(arguments)
+    images = open_inputs(recipe, files)
     bundle = find_bundle(arguments.source)
-    folder, where = bundle.folder, arguments.to.parent if arguments.to else bundle.output / "edits"
-    where.mkdir(parents=True, exist_ok=True)  # before minutes of drawing
+    folder, where = bundle.folder, arguments.to or bundle.output / "edits"
+    (where.parent if single else where).mkdir(parents=True, exist_ok=True)  # before minutes of drawing
 
     from pipeline.sampling.drawing import open_bundle, refusals
+    from pipeline.sampling.edits import make_edit
+    from pipeline.sampling.operations import with_images
 
     with refusals():
         unclip = open_bundle(folder, arguments.device)
-        edit = _make(unclip, arguments, images, {"size": min(SIZE, unclip.sampling.size)} | options)
-    path = arguments.to or where / _name(arguments, images, edit, bundle.name)
-    _write(path, edit, arguments)
-    say(path)
-    for i, name in enumerate(edit.names, 1):
-        say(f"  {i}: {name}")
+        recipe = replace(recipe, options={"size": min(SIZE, unclip.sampling.size), **recipe.options})
+        edit = make_edit(unclip, recipe, images)
+    done = with_images(recipe.drawn(edit.settings, bundle.key), images, [file.name for file in files])
+    if arguments.to and not single:
+        for row, pixels in zip(done.rows, edit.images[edit.given :], strict=True):
+            one = done.of(row)
+            write_png(where / f"{_name(one, files)}.png", pixels, one)
+        return 0
+    suffix = ".webp" if vars(arguments).get("animate") else ".png"
+    path = where if single else where / f"{_name(replace(done, strip=True), files)}{suffix}"
+    write_strip(path, edit, done)
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """Raises UserError for what would otherwise be found out only after minutes of sampling."""
-    values = vars(arguments)
-    least = 1 if arguments.kind == "variations" else 2
-    check_seed(arguments.seed)
-    if values.get("count", least) < least:
-        raise UserError(f"--count {arguments.count} is below {least}")
-    if not 0 <= values.get("eta", 0) <= 1:
-        raise UserError(f"--eta {arguments.eta} is outside 0 to 1; 0 gives the reconstruction, 1 changes most")
-    if not 0 < values.get("most", 1) <= 1:
-        raise UserError(f"--most {arguments.most} is not above 0 and at most 1; the paper goes up to 0.25 to 0.5")
-    if "before" in values and arguments.before == arguments.after:
-        raise UserError(f"both captions are {arguments.before!r}; let AFTER say what should become of the image")
-    if arguments.to and arguments.to.suffix.lower() != _suffix(arguments):
-        raise UserError(f"--to {arguments.to}: what is made is a {_suffix(arguments)} file; name one")
-    if values.get("counts"):
-        _counts(arguments.counts)
+def open_inputs(recipe: ImageRecipe, files: Sequence[Path]) -> list[Image]:
+    """Opens the images that a recipe begins with. Raises UserError."""
+    return [open_input(recipe, i, file) for i, file in enumerate(files)]
 
 
-def _counts(text: str) -> list[int]:
+def open_input(recipe: ImageRecipe, i: int, file: Path) -> Image:
+    """Opens image ``i`` of those that a recipe begins with; the mask of ``inpaint`` as how opaque it is."""
+    return open_image(file, opacity=recipe.operation == "inpaint" and i == 1)
+
+
+def write_strip(path: Path, edit: Edit, recipe: ImageRecipe) -> None:
+    """Writes a strip, or an animation where the file's name says so, with its recipe, and says what it shows."""
+    from pipeline.sampling.edits import animation, strip
+
+    whole, names = replace(recipe, strip=True), {"images": json.dumps(edit.names)}
+    if path.suffix.lower() in ANIMATIONS:
+        path.write_bytes(animation(edit.images, {**whole.chunks(), **names}, path.suffix[1:].lower()))
+        say(path)
+    else:
+        write_png(path, strip(edit.images), whole, names)
+    for i, name in enumerate(edit.names, 1):
+        say(f"  {i}: {name}")
+
+
+def _described(arguments: argparse.Namespace) -> ImageRecipe:
+    """Returns the recipe that the words describe. Raises UserError for what no bundle can draw."""
+    values, kind = vars(arguments), arguments.kind
+    words: dict[str, Any] = {
+        name: values[name] for name in ("n", "strength", "seed", "eta", "before") if name in values
+    }
+    words["caption"] = values.get("after") if kind == "change" else values.get("caption")
+    turned = OPERATIONS[kind].turned
+    given = {"shares": (1.0,) if turned else (), "counts": _counts(values.get("counts"))}
+    with plain_errors():
+        recipe = describe(kind, {**words, **own_names(read_options(arguments.overrides))}, **given)
+    if turned and len(recipe.shares) < 2:
+        raise UserError(f"n is 1: {kind} makes 2 images or more, of which the first is the given one")
+    return recipe
+
+
+def _counts(text: str | None) -> tuple[int, ...]:
     try:
-        return [int(word) for word in text.split(",")]
+        return tuple(int(word) for word in text.split(",")) if text else ()
     except ValueError:
         raise UserError(f"--counts {text}: write whole numbers with commas, such as 20,30,40") from None
 
@@ -77,56 +110,9 @@ def _counts(text: str) -> list[int]:
 def _named(arguments: argparse.Namespace) -> list[Path]:
     """Returns the images that the arguments name."""
     values = vars(arguments)
-    return [values[name] for name in ("image", "first", "second") if values.get(name)]
+    return [values[name] for name in ("image", "first", "second", "mask") if values.get(name)]
 
 
-def _make(unclip: UnCLIP, a: argparse.Namespace, images: Sequence[Image], options: Mapping[str, Any]) -> Edit:
-    from pipeline.sampling import edits
-
-    settings = edits.EditSettings(a.seed, options)
-    if a.kind == "variations":
-        return edits.variations(unclip, images[0], a.count, a.eta, a.caption, settings)
-    if a.kind == "interpolate":
-        return edits.interpolation(unclip, images[0], images[1], a.count, settings)
-    if a.kind == "textdiff":
-        shares = [a.most * i / (a.count - 1) for i in range(a.count)]
-        return edits.text_difference(unclip, images[0], a.before, a.after, shares, settings)
-    if a.kind == "reconstruct":
-        return edits.reconstruction(unclip, images[0], a.caption, settings)
-    if a.kind == "components":
-        return edits.components(unclip, images[0], _counts(a.counts) if a.counts else None, settings)
-    return edits.priors(unclip, a.caption, images[0] if images else None, settings)
-
-
-def _write(path: Path, edit: Edit, arguments: argparse.Namespace) -> None:
-    """Writes the strip or the animation, with all that it came from in text chunks."""
-    from pipeline.sampling.drawing import png_with_text
-    from pipeline.sampling.edits import animation, strip
-
-    text = {
-        "edit": json.dumps(_asked(arguments), sort_keys=True),
-        "images": json.dumps(edit.names),
-        "seed": str(arguments.seed),
-        "settings": json.dumps(edit.settings, sort_keys=True),
-    }
-    animated = _suffix(arguments) == ".webp"
-    data = animation(edit.images, text) if animated else png_with_text(strip(edit.images), text)
-    path.write_bytes(data)
-
-
-def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the kind and its own arguments, an image by the name of its file."""
-    own = {name: value for name, value in vars(arguments).items() if name not in NOT_ITS_OWN}
-    return {name: value.name if isinstance(value, Path) else value for name, value in own.items()}
-
-
-def _name(arguments: argparse.Namespace, images: Sequence[Image], edit: Edit, bundle: str) -> str:
-    said = [file.stem for file in _named(arguments)]
-    said += [vars(arguments)[name] for name in ("after", "caption") if vars(arguments).get(name)]
-    contents = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
-    request = {"edit": _asked(arguments), "contents": contents, "settings": edit.settings, "bundle": bundle}
-    return f"{arguments.kind}-{file_name(' '.join(said), request, arguments.seed)}{_suffix(arguments)}"
-
-
-def _suffix(arguments: argparse.Namespace) -> str:
-    return ".webp" if vars(arguments).get("animate") else ".png"
+def _name(recipe: ImageRecipe, files: Sequence[Path]) -> str:
+    said = [*(file.stem for file in files), recipe.caption or ""]
+    return f"{recipe.operation}-{file_name(' '.join(said), asdict(recipe), recipe.seed)}"

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import tarfile
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from jobs.bundles import find_bundle
+from jobs.drawing import plain_errors, read_options, slug
 from jobs.output import say
-from jobs.sample import check_seed, sampling_option
 from pipeline.errors import UserError
 from pipeline.graph.ray import find_machine, this_machine
 from pipeline.graph.resources import team_of
 from pipeline.parse import parse
 from pipeline.progress import counted, duration
 from pipeline.sampling.prompts import find_column, read_prompts
+from pipeline.sampling.recipe import ImageRecipe, add_chunks, describe, own_version
 from pipeline.settings import GenerationSettings, RaySettings
 
 log = logging.getLogger("unclip")
@@ -22,7 +27,10 @@ log = logging.getLogger("unclip")
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs ``unclip generate``."""
-    check_seed(arguments.seed)
+    with plain_errors():
+        asked = describe("draw", read_options(arguments.overrides), seed=arguments.seed)
+    if asked.n > 1 or asked.side:
+        raise UserError("generate draws one image of each prompt, of 64, 256 or 1024 px; leave n and other sizes out")
     found = find_bundle(arguments.source)
     to = arguments.to or found.output / "generated"
     if column := find_column(arguments.prompts, arguments.column):
@@ -31,16 +39,37 @@ def main(arguments: argparse.Namespace) -> int:
 
     from pipeline.sampling.generation import ROWS, GenerationRecipe, export, generate
 
-    options = dict(sampling_option(text) for text in arguments.overrides)
-    recipe = parse(GenerationRecipe, {"options": options, "batch": arguments.batch}, "--")
+    recipe = parse(GenerationRecipe, {"options": asked.options, "batch": arguments.batch}, "--")
     settings, ray = _workers(arguments)
-    parts = read_prompts(arguments.prompts, arguments.seed, ROWS, column)
+    parts = read_prompts(arguments.prompts, asked.seed, ROWS, column)
     made = generate(store, bundle, parts, recipe, settings, ray, to)
     tars = list(export(store, made, to))
     lost = "".join(f", {counted(n, 'prompt')} {reason}" for reason, n in made.ledger.rejected.items())
     say(f"{counted(made.ledger.kept, 'image')}{lost}, {duration(made.times['seconds'])}")
     say(f"{counted(len(tars), 'tar')}, each with a table of seeds and scores: {to}")
+    if arguments.png:
+        recipe = replace(asked, caption="", bundle=bundle.key, version=own_version())
+        say(f"{counted(_write_images(tars, to / 'png', recipe), 'PNG')}, each with its recipe: {to / 'png'}")
     return 0
+
+
+def _write_images(tars: Sequence[Path], folder: Path, recipe: ImageRecipe) -> int:
+    """Writes the images of tars as PNG files, named by their keys and prompts, and returns how many there are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = 0
+    for tar in tars:
+        with tarfile.open(tar) as members:
+            files = {member.name: members.extractfile(member) for member in members}
+            for name in sorted(name for name in files if name.endswith(".json")):
+                about, image = (files[name.removesuffix("json") + kind] for kind in ("json", "png"))
+                assert about
+                assert image
+                row = json.loads(about.read())
+                own = replace(recipe, caption=row["prompt"], seed=row["seed"])
+                path = folder / f"{row['key']}-{slug(row['prompt'])}.png"
+                path.write_bytes(add_chunks(image.read(), own.chunks()))
+                written += 1
+    return written
 
 
 def _workers(arguments: argparse.Namespace) -> tuple[GenerationSettings, RaySettings]:

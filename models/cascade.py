@@ -34,9 +34,9 @@ from models.sampling_config import (
     PRIORS,
     UPSAMPLERS,
     SamplingConfig,
-    change_sampling,
-    check_sampling,
+    own_names,
     read_sampling,
+    sampling_for,
     write_sampling,
 )
 from models.tokens import check_captions, tokenize
@@ -366,25 +366,18 @@ class UnCLIP:
         """
         # Inversion assumes a prediction that hardly changes within a step: guidance and thresholding change it more.
         plain: dict[str, object] = {"decoder_guidance": 0.0, "decoder_threshold": 0.0, "decoder_sampler": "ddim"}
-        sampling = self.sampling_with(plain | options)
+        sampling = self.sampling_with(plain | own_names(options))
         if sampling.decoder_sampler != "ddim":
             raise ValueError(f"decoder_sampler is {sampling.decoder_sampler!r}: images are changed by 'ddim' alone")
         return sampling
 
     def sampling_with(self, options: dict[str, object]) -> SamplingConfig:
-        """Returns ``sampling`` with some fields replaced.
+        """Returns ``sampling`` with options, which may have the names of OTHER_NAMES; see ``sampling_for``.
 
-        Another prior is guided as the default one, but for one that never saw a row without its caption. Raises
-        ValueError on an unknown field, a value out of range and one that these models cannot take, before anything is
-        drawn.
+        Raises ValueError on an unknown one, a value out of range and one that these models cannot take.
         """
-        sampling = change_sampling(self.sampling, options)
-        models = {name: getattr(self, name) for name in MODELS}
-        prior = models[PRIORS[sampling.prior]]
-        if sampling.prior != self.sampling.prior and prior is not None and prior.config.drop_text == 0:
-            sampling = change_sampling(self.sampling, {"prior_guidance": 0.0} | options)
-        check_sampling(sampling, {name: model.config for name, model in models.items() if model is not None})
-        return sampling
+        configs = {name: model.config for name in MODELS if (model := getattr(self, name)) is not None}
+        return sampling_for(self.sampling, options, configs)
 
     def _views(self, images: Sequence[Image.Image], side: int) -> Tensor:
         """Returns uint8 [b, 3, side, side]."""

@@ -15,10 +15,12 @@ from models.diffusion.samplers import Callback, Denoise, grid_steps
 from models.diffusion.schedules import Schedule
 from models.pixels import from_uint8
 from models.random_streams import RandomStreams
+from models.sampling_config import BASE
 from models.view import view
 
 RESAMPLINGS = 4  # times that each step of the decoder is taken; the paper's 10 cost as much more
 OPAQUE = 250  # of 255; a resized mask is rarely 255, and less than this is drawn again
+SKEW = 0.02  # by which the shapes of image and mask may differ, since their sides are rounded
 
 
 class KnownRegion:
@@ -31,6 +33,16 @@ class KnownRegion:
         """Returns the image, fp32 [1, 3, side, side] in [-1, 1], and where it is known, bool [1, 1, side, side]."""
         image, mask = (torch.tensor(view(one, side)).permute(2, 0, 1)[None] for one in (self.image, self.mask))
         return from_uint8(image).to(device), (mask[:, :1] >= OPAQUE).to(device)
+
+
+def mask_flaw(image: Image.Image, mask: Image.Image) -> str:
+    """Returns what is wrong with a mask: it has another shape than its image, or leaves nothing to draw; else ""."""
+    (width, height), (wide, high) = image.size, mask.size
+    if abs(width * high - height * wide) > SKEW * width * high:
+        return f"is {wide} x {high} and the image {width} x {height}: give both the same shape"
+    if view(mask, BASE).min() >= OPAQUE:
+        return "is opaque in all of the square that is drawn: make transparent what is to be drawn again"
+    return ""
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 """Sampling defaults of a bundle. No torch here, as in the other configurations."""
 
+import difflib
 import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
@@ -24,6 +26,29 @@ STEPS = {"diffusion_prior": "prior_steps"} | {name: f"{name}_steps" for name in 
 UNEVEN_MODEL, UNEVEN = "upsampler_256", 27
 """This model with this number of steps takes GLIDE's uneven grid, which needs ``UNEVEN_OF`` timesteps or more."""
 UNEVEN_OF = 50
+
+OTHER_NAMES = {
+    **dict.fromkeys(("steps", "num_inference_steps", "decoder_num_inference_steps"), "decoder_steps"),
+    **dict.fromkeys(("guidance", "guidance_scale", "decoder_guidance_scale"), "decoder_guidance"),
+    "prior_num_inference_steps": "prior_steps",
+    "prior_guidance_scale": "prior_guidance",
+    "super_res_num_inference_steps": "upsampler_256_steps",
+    **dict.fromkeys(("num_images", "num_images_per_prompt", "count"), "n"),
+    "seeds": "seed",
+    "prompt": "caption",
+    "most": "strength",
+}
+"""Our names of options and parameters, by the names that diffusers, OpenAI's API, the studio and others have."""
+INSTEAD = {
+    "negative_prompt": "guidance leads away from the empty caption, and from no other: leave it out",
+    "generator": "give its seed, such as seed=7",
+    **dict.fromkeys(("width", "height"), "images are square: give size, such as size=256"),
+    **dict.fromkeys(("cfg", "cfg_scale", "scale"), "give guidance_scale, or guidance, which is one less"),
+    "sampler": "give decoder_sampler or prior_sampler",
+    "scheduler": "give decoder_sampler or prior_sampler",
+    "quality": "give steps, such as steps=50",
+}
+"""What to do instead of what other programs have and these models have not."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +161,53 @@ def _check_guided(what: str, share: float, names: str) -> None:
     require(share > 0, f"{what}, and the model was trained without {names}: use 0, or train with shares above 0")
 
 
+def own_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options and parameters by our names and on our scales, of those of OTHER_NAMES.
+
+    A ``size`` of "256x256" is 256, and of "auto" is left out. Raises ValueError for one of INSTEAD, one that is given
+    by two names, and a size that is not square.
+    """
+    own: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in INSTEAD:
+            raise ValueError(f"{name} is not known here: {INSTEAD[name]}")
+        if (mine := OTHER_NAMES.get(name, name)) in own:
+            raise ValueError(f"{name}: {mine} is given twice; leave one of them out")
+        if name.endswith("guidance_scale") and isinstance(value, Real):
+            value = max(0.0, float(value) - 1)  # where 1 is none
+        if name == "size" and isinstance(value, str):
+            found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", value)
+            if found and found[1] != found[2]:
+                raise ValueError(f"size is {value}, and images are square: use one side, such as 256")
+            value = int(found[1]) if found else value
+        if (name, value) != ("size", "auto"):
+            own[mine] = value
+    return own
+
+
 def change_sampling(sampling: SamplingConfig, options: dict[str, object]) -> SamplingConfig:
     """Returns ``sampling`` with some fields replaced. Raises ValueError on an unknown one or a value out of range."""
     known = [known.name for known in fields(SamplingConfig)]
-    unknown = options.keys() - set(known)
-    if unknown:
-        raise ValueError(f"unknown sampling options {sorted(unknown)}: the known ones are {', '.join(known)}")
+    if unknown := sorted(options.keys() - set(known)):
+        near = difflib.get_close_matches(unknown[0], [*known, *OTHER_NAMES], n=1)
+        said = f"did you mean {near[0]}?" if near else f"the known ones are {', '.join(known)}"
+        raise ValueError(f"unknown sampling options {unknown}: {said}")
     return replace(sampling, **{name: _typed(name, value) for name, value in options.items()})
+
+
+def sampling_for(sampling: SamplingConfig, options: Mapping[str, Any], models: Mapping[str, Any]) -> SamplingConfig:
+    """Returns ``sampling`` with options as ``own_names`` takes them. ``models`` are configurations by name.
+
+    Another prior is guided as the default one, but for one that never saw a row without its caption. Raises ValueError
+    as ``change_sampling`` and ``check_sampling`` do.
+    """
+    own = own_names(options)
+    changed = change_sampling(sampling, own)
+    prior = models.get(PRIORS[changed.prior])
+    if changed.prior != sampling.prior and prior is not None and prior.drop_text == 0:
+        changed = change_sampling(sampling, {"prior_guidance": 0.0} | own)
+    check_sampling(changed, models)
+    return changed
 
 
 def _typed(name: str, value: object) -> Any:

@@ -60,7 +60,7 @@ class Answer:
                 if event[0] == "image":
                     _, i, name, result = event
                     data[i] = await self._image(name, result, self.asked.response_format)
-        size = _size(self.work.side)
+        size = _size(self.work.recipe.side)
         return {"created": self.created, **self._common(), "size": size, "usage": USAGE, "data": data}
 
     async def events(self) -> AsyncGenerator[bytes]:
@@ -89,7 +89,7 @@ class Answer:
         if kind == "image":
             i, name, result = rest
             image = await self._image(name, result, "b64_json") | {"url": self._url(name)}
-            return "completed", {"index": i, "size": _size(self.work.side), "usage": USAGE, **image}
+            return "completed", {"index": i, "size": _size(self.work.recipe.side), "usage": USAGE, **image}
         if kind == "place" and self.asked.progress:
             return "queued", {"place": rest[0]}
         if kind == "step" and self.asked.progress:

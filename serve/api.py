@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from models.tokens import check_captions
+from pipeline.sampling.recipe import CHARACTERS, LARGEST_SEED, ImageRecipe, drawn_side
 from serve import neighbours
 from serve.answer import MEDIA_TYPES, Answer, encode
 from serve.errors import ApiError, invalid, unreadable
@@ -27,8 +28,6 @@ from serve.guard import Guard
 from serve.requests import (
     ALIASES,
     BEST,
-    LARGEST_SEED,
-    PROMPT,
     Common,
     Edit,
     Generation,
@@ -38,7 +37,7 @@ from serve.requests import (
 )
 from serve.settings import MOST_IMAGES
 from serve.uploads import check_mask, read_caption, read_image, read_mask
-from serve.work import Work, drawn_side
+from serve.work import Work
 
 STUDIO = Path(__file__).parent / "studio"
 FORM = Form(media_type="multipart/form-data")
@@ -158,14 +157,14 @@ async def file(
 @router.post("/v1/images/generations")
 async def generations(request: Request, asked: Generation) -> Response:
     """Draws images of a caption."""
-    return await _answer(request, asked, "generation", "image_generation")
+    return await _answer(request, asked, "draw", "image_generation")
 
 
 @router.post("/v1/images/variations")
 async def variations(request: Request, asked: Annotated[Variation, FORM]) -> Response:
     """Draws other images with the meaning of one."""
     images = [await read_image(asked.image[0], "image")]
-    return await _answer(request, asked, "variation", "image_variation", images, eta=asked.eta)
+    return await _answer(request, asked, "vary", "image_variation", images, eta=asked.eta)
 
 
 @router.post("/v1/images/edits")
@@ -175,12 +174,12 @@ async def edits(request: Request, asked: Annotated[Edit, FORM]) -> Response:
     if asked.mask is not None:
         images.append(await read_mask(asked.mask))
         await asyncio.to_thread(check_mask, *images)
-        return await _answer(request, asked, "inpainting", "image_edit", images)
+        return await _answer(request, asked, "inpaint", "image_edit", images)
     if len(images) == 2:
         why = "prompt has no effect: two images are blended by their embeddings"
-        return await _answer(request, asked, "interpolation", "image_edit", images, [why])
+        return await _answer(request, asked, "interpolate", "image_edit", images, [why])
     before, said = await _before(request, asked, images[0])
-    return await _answer(request, asked, "difference", "image_edit", images, said, before=before)
+    return await _answer(request, asked, "change", "image_edit", images, said, before=before)
 
 
 async def _before(request: Request, asked: Edit, image: bytes) -> tuple[str, list[str]]:
@@ -198,7 +197,7 @@ async def _before(request: Request, asked: Edit, image: bytes) -> tuple[str, lis
 async def _differs(caption: str, prompt: str) -> bool:
     """Returns whether there is a direction from a caption that nobody has checked to the prompt."""
     try:
-        await asyncio.to_thread(check_captions, [caption[:PROMPT]])
+        await asyncio.to_thread(check_captions, [caption[:CHARACTERS]])
     except ValueError:
         return False
     return caption.split() not in ([], prompt.split())
@@ -208,13 +207,13 @@ async def _differs(caption: str, prompt: str) -> bool:
 async def interpolations(request: Request, asked: Annotated[Interpolation, FORM]) -> Response:
     """Draws images on the way from one image to another."""
     images = [await read_image(asked.first, "first"), await read_image(asked.second, "second")]
-    return await _answer(request, asked, "interpolation", "image_interpolation", images)
+    return await _answer(request, asked, "interpolate", "image_interpolation", images)
 
 
 async def _answer(
     request: Request,
     asked: Common,
-    kind: str,
+    operation: str,
     event: str,
     images: Sequence[bytes] = (),
     warnings: Sequence[str] = (),
@@ -237,14 +236,21 @@ async def _answer(
     options = asked.options(about["sampling"], about["timesteps"])
     own = about["sampling"]["decoder_steps"]
     cost = max(1, options.get("decoder_steps", own) / own)  # fewer steps save nothing of the upsamplers' work
+    seed = random.SystemRandom().randrange(LARGEST_SEED - MOST_IMAGES) if asked.seed is None else asked.seed
+    given = {"n": asked.n, "seed": seed, "shares": asked.shares(), "side": side, **more}
+    options["size"] = drawn_side(side)
+    try:
+        caption = None if operation == "interpolate" else asked.prompt
+        recipe = ImageRecipe(operation, caption, options=options, **given)
+    except ValueError as e:
+        raise invalid(str(e)) from None
     spent = request.scope["allowance"].spend("megapixels", asked.n * drawn_side(side) ** 2 / 1e6 * cost)
     request.scope["drawing"] = asked.n, side
     if gateway.settings.log_prompts:
-        log.info("%s: %r", kind, asked.prompt)
-    seed = random.SystemRandom().randrange(LARGEST_SEED - MOST_IMAGES) if asked.seed is None else asked.seed
+        log.info("%s: %r", operation, asked.prompt)
     smaller = len([one for one in about["sides"] if one < side])
     partial = min(asked.partial_images, smaller) if asked.stream else 0
-    work = Work(kind, options, side, asked.rows(seed), tuple(images), more, partial > 0)
+    work = Work(recipe, recipe.rows, tuple(images), partial > 0)
     answer = Answer(gateway, asked, work, event, partial, str(request.base_url), warnings)
     try:
         if not asked.stream:

@@ -16,13 +16,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pipeline.sampling.recipe import FROM_NOISE, Row
 from pipeline.store.records import digest
 from serve.bundle import ServedBundle
 from serve.errors import ApiError, broken
 from serve.guard import Traffic
 from serve.queue import Event, Observe, ReplicaDied, RequestQueue, RequestRefused
 from serve.settings import ServeSettings
-from serve.work import Row, Work
+from serve.work import Work
 
 log = logging.getLogger("unclip")
 BEHIND_BYTES = 1 << 29  # of images that requests hold while they wait for an equal one
@@ -136,7 +137,7 @@ class Gateway:
                 self.behind -= held
             names = self._names((await self.described())["bundle"], work)
         kept = {i: found for i, name in enumerate(names) if (found := self.results.get(name))}
-        if len(kept) < len(names) and work.kind not in ("generation", "inpainting"):
+        if len(kept) < len(names) and work.kind not in FROM_NOISE:
             kept = {}  # drawn together from one inversion, which costs as much as an image
         missing = [i for i in range(len(names)) if i not in kept]
         ended = asyncio.get_running_loop().create_future()
@@ -181,19 +182,7 @@ class Gateway:
 
     def _key(self, bundle: str, work: Work, row: Row) -> str:
         """Returns the key of one image: everything that it depends on."""
-        return digest(
-            {
-                "bundle": bundle,
-                "kind": work.kind,
-                "options": work.options,
-                "side": work.side,
-                "caption": row.caption,
-                "seed": row.seed,
-                "share": row.share,
-                "images": work.digests,
-                "more": work.more,
-            }
-        )
+        return digest({**work.identity(row), "bundle": bundle})
 
 
 def _unavailable() -> ApiError:

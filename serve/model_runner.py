@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,14 +18,15 @@ from torch import Tensor
 
 from models.cascade import Generation, Inversion, UnCLIP
 from models.comparison import priors_of
-from models.inpainting import KnownRegion
 from models.pixels import to_uint8
 from models.sampling_config import STEPS
 from models.view import view
 from pipeline.data.embeddings.scores import Head
 from pipeline.sampling.drawing import png_with_text
+from pipeline.sampling.operations import draw_rows, find_latents, made_smaller, resolve_sampling, with_images
+from pipeline.sampling.recipe import DRAWN, ImageRecipe, Row
 from serve.bundle import sides
-from serve.work import Row, Work, drawn_side
+from serve.work import Work
 
 STEP_S = 0.2  # between two reports of steps
 PNG_LEVEL = 1  # of zlib: a fifth of the default's time for files that are a tenth larger
@@ -65,7 +65,8 @@ class ModelRunner:
         """Draws one image of the largest side in as few steps as there may be, so that the first request is quick."""
         least = dict.fromkeys(STEPS.values(), 2)
         times = [time.monotonic()]
-        work = Work("generation", least, max(sides(self.unclip)), (Row("", 0),))
+        recipe = ImageRecipe(caption="", options={**least, "size": max(DRAWN)})
+        work = Work(recipe, recipe.rows)
         self.draw(work, lambda _: times.append(time.monotonic()), lambda: False)
         self.slowest = max(after - before for before, after in pairwise(times))
 
@@ -77,54 +78,25 @@ class ModelRunner:
         cosine of image and caption by CLIP. Raises DrawingCancelled at the first step after ``stopped`` returns True,
         and ValueError for what this bundle cannot draw.
         """
-        options = {**work.options, "size": drawn_side(work.side)}
-        plain = work.kind in ("generation", "inpainting")
-        sampling = self.unclip.sampling_with(options) if plain else self.unclip.manipulation_sampling(options)
-        settings = dataclasses.asdict(sampling)
+        asked = work.recipe
+        settings = dataclasses.asdict(resolve_sampling(self.unclip, asked))
+        images = [opened(png) for png in work.images]
+        named = with_images(asked, images)
         latents: list[Inversion] = []
         for start in range(0, len(work.rows), self.batch):
             rows = work.rows[start : start + self.batch]
             progress = _ProgressEvents(
                 emit, stopped, encode, start, replace(work, partial=work.partial and not self.judges)
             )
-            if not plain and not latents:  # those of an image are found once
-                described = [rows[0].caption] if rows[0].caption and work.kind == "variation" else None
-                latents = [self.unclip.invert([opened(png)], described, progress, **options) for png in work.images]
-            made = self._make(work, rows, latents, options, progress)
+            latents = latents or find_latents(self.unclip, asked, images, progress)  # found once
+            made = draw_rows(self.unclip, asked, rows, images, latents, progress)
             scores, withheld = self._judged(made, rows)
             for i, row in enumerate(rows):
                 if withheld[i]:
                     emit(("withheld", start + i, f"the {withheld[i]} is refused by this server's rules"))
                     continue
-                text = {
-                    "caption": row.caption or "",
-                    "seed": str(row.seed),
-                    "settings": json.dumps(settings, sort_keys=True),
-                    "made": json.dumps({"kind": work.kind, "bundle": self.key, **work.more}, sort_keys=True),
-                }
-                encode(partial(_emit_image, emit, start + i, made.image[i].numpy(), work.side, text, scores[i]))
-
-    def _make(
-        self,
-        work: Work,
-        rows: Sequence[Row],
-        latents: Sequence[Inversion],
-        options: dict[str, Any],
-        progress: Callable[..., None],
-    ) -> Generation:
-        unclip, caption = self.unclip, rows[0].caption
-        seeds, shares = [row.seed for row in rows], [row.share for row in rows]
-        if work.kind == "generation":
-            return unclip.generate([row.caption or "" for row in rows], seeds, progress, **options)
-        if work.kind == "inpainting":
-            known = KnownRegion(*[opened(png) for png in work.images])
-            return unclip.generate([caption or ""] * len(rows), seeds, progress, known, **options)
-        if work.kind == "variation":
-            return unclip.variations(latents[0], seeds, work.more["eta"], progress, **options)
-        if work.kind == "interpolation":
-            return unclip.interpolate(latents[0], latents[1], shares, seeds[0], progress, **options)
-        before = work.more["before"]
-        return unclip.text_difference(latents[0], before, caption or "", shares, seeds[0], progress, **options)
+                recipe = named.of(row).drawn(settings, self.key)
+                encode(partial(_emit_image, emit, start + i, made.image[i].numpy(), asked.side, recipe, scores[i]))
 
     def _judged(self, made: Generation, rows: Sequence[Row]) -> tuple[list[float | None], list[str | None]]:
         """Returns the cosine of each image and its caption, None where it has none, and what of it is refused."""
@@ -162,18 +134,14 @@ class _ProgressEvents:
         if done == steps:
             self.emit(("stage", stage, now - self.began))
             self.began = now
-        if self.work.partial and estimate is not None and done == steps and estimate.shape[-1] < self.work.side:
+        if self.work.partial and estimate is not None and done == steps and estimate.shape[-1] < self.work.recipe.side:
             pixels = to_uint8(estimate).permute(0, 2, 3, 1).cpu().numpy()
             for i, image in enumerate(pixels):
                 self.encode(partial(_emit_partial, self.emit, self.start + i, image))
 
 
-def _emit_image(
-    emit: Emit, row: int, pixels: np.ndarray, side: int, text: Mapping[str, str], score: float | None
-) -> None:
-    if len(pixels) > side:
-        pixels = view(Image.fromarray(pixels), side)
-    emit(("image", row, png_with_text(pixels, text, PNG_LEVEL), score))
+def _emit_image(emit: Emit, row: int, pixels: np.ndarray, side: int, recipe: ImageRecipe, score: float | None) -> None:
+    emit(("image", row, png_with_text(made_smaller(pixels, side), recipe.chunks(), PNG_LEVEL), score))
 
 
 def _emit_partial(emit: Emit, row: int, pixels: np.ndarray) -> None:

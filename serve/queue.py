@@ -12,9 +12,10 @@ from contextvars import Context
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from pipeline.sampling.recipe import Row
 from serve.errors import ApiError
 from serve.settings import ServeSettings
-from serve.work import Row, Work
+from serve.work import Work
 
 WAIT_S = 0.02  # that a batch waits for more requests like its first, which costs one that is alone as much
 AGAIN_S = 5  # in which a server that is stopped, or one beside it, may be there again
@@ -221,9 +222,9 @@ class RequestQueue:
         room = self.settings.batch
         for job in list(self.waiting):
             first = taken[0].work if taken else job.work
-            alike = (job.work.kind, job.work.options, job.work.side) == (first.kind, first.options, first.side)
+            alike = job.work.settings == first.settings
             # Other kinds share latents or a way between two images, which are those of one request.
-            alone = first.kind != "generation" and bool(taken)
+            alone = first.kind != "draw" and bool(taken)
             if alike and not alone and (not taken or len(job.work.rows) <= room):
                 taken.append(job)
                 room -= len(job.work.rows)

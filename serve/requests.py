@@ -10,15 +10,13 @@ from fastapi import UploadFile
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticKnownError
 
+from models.sampling_config import INSTEAD, OTHER_NAMES, own_names
 from pipeline.errors import did_you_mean
+from pipeline.sampling.recipe import CHARACTERS, LARGEST_SEED, SIZES, even_shares
 from serve.errors import ApiError, invalid
 from serve.settings import MOST_IMAGES
-from serve.work import Row
 
 BEST = 100  # OpenAI's default of output_compression
-LARGEST_SEED = 2**53  # what JavaScript counts to exactly
-PROMPT = 4000  # characters; the tokenizer's own limit is lower and is said in tokens
-SIZES = (64, 256, 512, 1024)
 ALIASES = ("dall-e-", "gpt-image-", "chatgpt-image-")
 """The beginnings of OpenAI's names of image models, which clients have built in."""
 QUALITIES = {"low": 0.5, "medium": 1.0, "high": 2.0, "xhigh": 4.0, "max": 8.0}
@@ -110,7 +108,7 @@ class Common(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    prompt: str | None = Field(None, max_length=PROMPT)
+    prompt: str | None = Field(None, max_length=CHARACTERS)
     model: str | None = Field(None, max_length=200)
     n: Whole = Field(1, ge=1, le=MOST_IMAGES)
     size: str = Field("auto", max_length=100)
@@ -131,10 +129,10 @@ class Common(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _possible(cls, values: Any) -> Any:
-        """Leaves out what is null, and raises ApiError for what this model cannot do."""
+        """Leaves out what is null, names what others name, and raises ApiError for what this model cannot do."""
         if not isinstance(values, dict):
             return values
-        given = {name: value for name, value in values.items() if value is not None}
+        given = {cls._own_name(name): value for name, value in values.items() if value is not None}
         for name, value in given.items():
             plain = _plain(name)
             for refused in (plain, f"{plain}={value}" if isinstance(value, str) else plain):
@@ -142,12 +140,18 @@ class Common(BaseModel):
                     raise invalid(f"{refused}: {REFUSED[refused]}", plain)
         return given
 
+    @classmethod
+    def _own_name(cls, name: str) -> str:
+        own = OTHER_NAMES.get(name, name)
+        return own if own in cls.model_fields and name not in cls.model_fields else name
+
     @model_validator(mode="after")
     def _known(self) -> Self:
         """Raises ApiError for a field that no client sends."""
         for name in self._ignored():
             if name not in IGNORED:
-                raise invalid(f"{name}: unknown field{did_you_mean(name, type(self).model_fields)}", name)
+                why = INSTEAD.get(name) or f"unknown field{did_you_mean(name, type(self).model_fields)}"
+                raise invalid(f"{name}: {why}", name)
         return self
 
     def _ignored(self) -> list[str]:
@@ -160,9 +164,9 @@ class Common(BaseModel):
             said.append("output_compression has no effect: PNG is lossless")
         return said
 
-    def rows(self, seed: int) -> tuple[Row, ...]:
-        """Returns the images to draw, the first with ``seed``."""
-        return tuple(Row(self.prompt, seed + i) for i in range(self.n))
+    def shares(self) -> tuple[float, ...]:
+        """Returns how far each image is turned, of an operation that turns images."""
+        return ()
 
     def side(self, sides: Sequence[int]) -> int:
         """Returns the side that ``size`` asks for, of a bundle whose images have these ``sides``. Raises ApiError."""
@@ -190,15 +194,15 @@ class Common(BaseModel):
             sampling: The bundle's sampling defaults.
             timesteps: Timesteps of the decoder, which is as many steps as it can take.
         """
-        steps = self.steps or self.num_inference_steps
+        names = ("steps", "num_inference_steps", "guidance", "guidance_scale", "prior")
+        try:
+            options = own_names({name: value for name in names if (value := getattr(self, name, None)) is not None})
+        except ValueError as e:
+            raise invalid(str(e)) from None
         share = QUALITIES[self.said_quality]
-        if steps is None and share != 1:
-            steps = min(max(2, round(share * sampling["decoder_steps"])), timesteps)
-        guidance = self.guidance
-        if guidance is None and self.guidance_scale is not None:
-            guidance = max(0.0, self.guidance_scale - 1)
-        options = {"decoder_steps": steps, "decoder_guidance": guidance, "prior": getattr(self, "prior", None)}
-        return {name: value for name, value in options.items() if value is not None}
+        if "decoder_steps" not in options and share != 1:
+            options["decoder_steps"] = min(max(2, round(share * sampling["decoder_steps"])), timesteps)
+        return options
 
     @property
     def said_quality(self) -> str:
@@ -214,7 +218,7 @@ class Generation(Common):
         prior: Prior that draws the image embedding; by default the bundle's own.
     """
 
-    prompt: str = Field(max_length=PROMPT)
+    prompt: str = Field(max_length=CHARACTERS)
     prior: Literal["ar", "diffusion"] | None = None
 
     @model_validator(mode="after")
@@ -257,16 +261,16 @@ class Edit(Generation):
 
     image: Upload
     mask: UploadFile | None = None
-    before: str | None = Field(None, max_length=PROMPT)
+    before: str | None = Field(None, max_length=CHARACTERS)
     strength: Share = 0.4
 
-    def rows(self, seed: int) -> tuple[Row, ...]:
-        """Returns the images to draw: with a mask of the next seeds, else of one seed, turned further and further."""
+    def shares(self) -> tuple[float, ...]:
+        """Returns how far the image is turned: with a mask not at all, else further and further."""
         if self.mask is not None:
-            return super().rows(seed)
+            return ()
         if len(self.image) == 2:
-            return tuple(Row(None, seed, (i + 1) / (self.n + 1)) for i in range(self.n))
-        return tuple(Row(self.prompt, seed, self.strength * (i + 1) / self.n) for i in range(self.n))
+            return tuple((i + 1) / (self.n + 1) for i in range(self.n))
+        return tuple(self.strength * (i + 1) / self.n for i in range(self.n))
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -292,9 +296,9 @@ class Interpolation(Common):
     second: UploadFile
     n: Whole = Field(5, ge=2, le=MOST_IMAGES)
 
-    def rows(self, seed: int) -> tuple[Row, ...]:
-        """Returns the images to draw, all of one seed."""
-        return tuple(Row(None, seed, i / (self.n - 1)) for i in range(self.n))
+    def shares(self) -> tuple[float, ...]:
+        """Returns the share of the way of each image."""
+        return even_shares(self.n)
 
 
 def names_model(model: str, served: str, bundle: str) -> bool:

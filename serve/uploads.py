@@ -11,18 +11,14 @@ from functools import partial
 from fastapi import UploadFile
 from PIL import Image
 
-from models.inpainting import OPAQUE
-from models.sampling_config import BASE
-from models.view import view
+from models.inpainting import mask_flaw
 from pipeline.data.pairs.decoding import OWN, shared_decoder
 from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, StoredImage
 from pipeline.ledger import REASONS
+from pipeline.sampling.recipe import text_chunks
 from serve.errors import ApiError
 
 DECODING = ThreadPoolExecutor(1)  # there is one decoder: who waits for it keeps no captions waiting
-CAPTION = b"caption" + 5 * b"\0"  # how a text chunk of ours begins that is neither compressed nor translated
-CHUNKS = 16  # of a PNG that are looked at for it; ours has four before its pixels
-SKEW = 0.02  # by which the shapes of image and mask may differ, since their sides are rounded
 
 
 async def read_image(file: UploadFile, field: str) -> bytes:
@@ -38,32 +34,12 @@ async def read_mask(file: UploadFile) -> bytes:
 async def read_caption(file: UploadFile) -> str:
     """Returns the caption in the recipe that a PNG of this software carries, "" where there is none."""
     await file.seek(0)
-    return recipe_caption(await file.read(MAX_BYTES))
-
-
-def recipe_caption(data: bytes) -> str:
-    """Returns the caption in a PNG's text chunk, "" without one. Reads no pixels and unpacks nothing."""
-    at = 8 if data.startswith(b"\x89PNG\r\n\x1a\n") else len(data)
-    for _ in range(CHUNKS):
-        head = data[at : at + 8]
-        if len(head) < 8 or head[4:] == b"IDAT":
-            break
-        size = int.from_bytes(head[:4])
-        if head[4:] == b"iTXt" and data.startswith(CAPTION, at + 8):
-            return data[at + 8 + len(CAPTION) : at + 8 + size].decode(errors="replace")
-        at += 12 + size  # length, kind and checksum
-    return ""
+    return text_chunks(await file.read(MAX_BYTES)).get("caption", "")
 
 
 def check_mask(image: bytes, mask: bytes) -> None:
     """Raises ApiError for a mask of another shape than its image, and for one that leaves nothing to draw."""
-    (width, height), shown = Image.open(io.BytesIO(image)).size, Image.open(io.BytesIO(mask))
-    why = ""
-    if abs(width * shown.height - height * shown.width) > SKEW * width * shown.height:
-        why = f"is {shown.width} x {shown.height} and the image {width} x {height}: give both the same shape"
-    elif view(shown, BASE).min() >= OPAQUE:
-        why = "is opaque in all of the square that is drawn: make transparent what is to be drawn again"
-    if why:
+    if why := mask_flaw(Image.open(io.BytesIO(image)), Image.open(io.BytesIO(mask))):
         raise ApiError(400, "invalid_image", f"mask: {why}", "mask")
 
 

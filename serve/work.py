@@ -3,49 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Row:
-    """One image to draw; ``share`` is how far it is turned, where a kind turns images."""
-
-    caption: str | None
-    seed: int
-    share: float = 0.0
+from pipeline.sampling.recipe import ImageRecipe, Row
 
 
 @dataclass(frozen=True)
 class Work:
-    """Images of one kind with equal settings.
+    """Images of one operation with equal settings.
 
     Attributes:
-        kind: generation, inpainting, variation, difference or interpolation.
-        options: Sampling options that differ from the bundle's.
-        side: Side of the images to hand out, in pixels; 512 is drawn larger and resized.
+        recipe: Operation, sampling options, and side of the images to hand out, in pixels.
         rows: The images.
         images: PNG files as ``decoding.prepare`` makes them, and of the mask.
-        more: Further inputs of the kind: eta of a variation, the caption before a difference.
         partial: Smaller images are handed out, too.
     """
 
-    kind: str
-    options: Mapping[str, Any]
-    side: int
+    recipe: ImageRecipe
     rows: tuple[Row, ...]
     images: tuple[bytes, ...] = ()
-    more: Mapping[str, Any] = field(default_factory=dict)
     partial: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Returns the name of the operation."""
+        return self.recipe.operation
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """Returns what is equal of works that can be drawn together."""
+        return self.recipe.operation, self.recipe.options, self.recipe.side
 
     @cached_property
     def digests(self) -> list[str]:
         """Returns the sha256 of each of ``images``, which may be large."""
         return [hashlib.sha256(image).hexdigest() for image in self.images]
 
-
-def drawn_side(side: int) -> int:
-    """Returns the side of the smallest of the cascade's images that is not below ``side``."""
-    return min(drawn for drawn in (64, 256, 1024) if drawn >= side)
+    def identity(self, row: Row) -> dict[str, Any]:
+        """Returns everything that an image depends on but the bundle."""
+        return {**asdict(self.recipe.of(row)), "images": self.digests}

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pipeline.errors import UserError as UserError
     from pipeline.look.overview import Look as Look
     from unclip.artifact import Artifact as Artifact
+    from unclip.image import DrawnImage as DrawnImage
+    from unclip.image import ImageLike as ImageLike
     from unclip.model import Model as Model
     from unclip.model import load as load
     from unclip.pairs import Pairs as Pairs
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 _PLACES = {
     "Artifact": "unclip.artifact",
     "CorruptObject": "pipeline.errors",
+    "DrawnImage": "unclip.image",
+    "ImageLike": "unclip.image",
     "Look": "pipeline.look.overview",
     "Model": "unclip.model",
     "Pairs": "unclip.pairs",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from operator import index
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self, Unpack, overload
 
 import numpy as np
 import torch
@@ -15,15 +15,30 @@ from PIL import Image
 from jobs.bundles import find_bundle
 from models.cascade import UnCLIP
 from models.random_streams import check_seeds
-from models.sampling_config import SamplingConfig
-from pipeline.data.pairs.decoding import open_image
-from pipeline.sampling import edits
-from pipeline.sampling.drawing import prior_steps, read_bundle
-from pipeline.sampling.edits import ProgressDisplay, show_progress
+from models.sampling_config import SamplingConfig, own_names
+from pipeline.data.pairs.image import MAX_BYTES
+from pipeline.local import read_local
+from pipeline.sampling.drawing import read_bundle
+from pipeline.sampling.operations import BATCH, ProgressDisplay, draw_recipe, resolve_sampling, with_images
+from pipeline.sampling.recipe import (
+    ImageRecipe,
+    Row,
+    change_recipe,
+    describe,
+    read_recipe,
+)
 from pipeline.training.device import choose_device
-
-ImageLike = Image.Image | np.ndarray | str | Path
-"""An image: PIL's, an array uint8 [height, width, 3], or the path of a file that holds one."""
+from unclip.image import (
+    DrawnImage,
+    ImageLike,
+    check_captions_given,
+    drawn_image,
+    kind_of,
+    looks_like_a_file,
+    opened,
+    opened_mask,
+)
+from unclip.options import Options
 
 
 def load(path: str | Path | None = None, device: str = "auto") -> Model:
@@ -38,25 +53,27 @@ def load(path: str | Path | None = None, device: str = "auto") -> Model:
         UserError: No bundle is finished, or the device does not exist.
         CorruptObject: A file of the bundle is damaged in its store.
     """
-    folder = find_bundle(None if path is None else str(path)).folder
-    return Model(read_bundle(folder, choose_device(device)))
+    bundle = find_bundle(None if path is None else str(path))
+    return Model(read_bundle(bundle.folder, choose_device(device)), bundle.key)
 
 
 class Model:
-    """Draws, varies, interpolates and embeds.
+    """Draws, varies, interpolates, changes, inpaints and embeds.
 
-    Methods that draw take sampling options by name, for that call alone, such as ``size=256`` or ``decoder_steps=50``;
+    Methods that draw take sampling options by name, for that call alone, such as ``size=256`` or ``steps=50``;
     ``sampling`` has all of them with their defaults. They raise ValueError for an unknown option, one that is out of
     range, a seed below 0 and a caption that is too long, TypeError for what is neither caption nor image. Images are
     given as PIL images, as arrays uint8 [height, width, 3] or as paths. ``progress`` is True for a line
     on stderr, False for nothing, or a function that is called with a model's name, the steps done and their number.
+    What is drawn carries its recipe, which ``save`` writes into a PNG and ``redraw`` draws again.
 
     Attributes:
         cascade: The networks, and the same calls on tensors.
+        bundle: Key of the bundle that they come from, for recipes; "" where they come from none.
     """
 
-    def __init__(self, cascade: UnCLIP):
-        self.cascade = cascade
+    def __init__(self, cascade: UnCLIP, bundle: str = ""):
+        self.cascade, self.bundle = cascade, bundle
 
     @property
     def device(self) -> torch.device:
@@ -88,59 +105,91 @@ class Model:
         self.cascade.save(folder)
 
     @overload
-    def generate(self, captions: str, seeds: int | None = None, **options: Any) -> Image.Image: ...
-
-    @overload
-    def generate(self, captions: str, seeds: Sequence[int], **options: Any) -> list[Image.Image]: ...
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts to a type checker
+        self,
+        captions: str,
+        seed: int = 0,
+        *,
+        batch: int = BATCH,
+        progress: ProgressDisplay = True,
+        **options: Unpack[Options],
+    ) -> DrawnImage: ...
 
     @overload
     def generate(
-        self, captions: Sequence[str], seeds: int | Sequence[int] | None = None, **options: Any
-    ) -> list[Image.Image]: ...
+        self,
+        captions: str,
+        seed: Sequence[int],
+        *,
+        batch: int = BATCH,
+        progress: ProgressDisplay = True,
+        **options: Unpack[Options],
+    ) -> list[DrawnImage]: ...
 
+    @overload
     def generate(
         self,
         captions: str | Sequence[str],
-        seeds: int | Sequence[int] | None = None,
-        batch: int = 8,
+        seed: int | Sequence[int] = 0,
+        *,
+        n: int,
+        batch: int = BATCH,
+        progress: ProgressDisplay = True,
+        **options: Unpack[Options],
+    ) -> list[DrawnImage]: ...
+
+    @overload
+    def generate(
+        self,
+        captions: Sequence[str],
+        seed: int | Sequence[int] = 0,
+        *,
+        batch: int = BATCH,
+        progress: ProgressDisplay = True,
+        **options: Unpack[Options],
+    ) -> list[DrawnImage]: ...
+
+    def generate(
+        self,
+        captions: Any,
+        seed: Any = 0,
+        *,
+        n: Any = None,
+        batch: int = BATCH,
         progress: ProgressDisplay = True,
         **options: Any,
-    ) -> Image.Image | list[Image.Image]:
+    ) -> Any:
         """Draws captions. An image depends on its caption, its seed and the options alone, beyond rounding.
 
         Args:
             captions: Caption, or a list of captions.
-            seeds: Seeds, one for each image; a number is the first of consecutive ones, 0 by default. One caption with
-                several seeds gives as many images.
+            seed: Seed of the first image, the next have the next ones; or a list of seeds, one for each image. One
+                caption with several seeds gives as many images.
+            n: Number of images of each caption.
             batch: Number of images that are drawn at once.
             progress: Progress line on stderr, or a function that is called after every step with the model's name, the
                 steps done and all steps.
-            options: Sampling options, such as ``decoder_steps=50``.
+            options: Sampling options, such as ``steps=50``.
 
         Returns:
-            An image for one caption with one seed, else a list.
+            An image for one caption with one seed and no ``n``, else a list.
         """
-        if isinstance(seeds, np.ndarray | torch.Tensor):
-            seeds = seeds.tolist()
-        single = isinstance(captions, str) and not isinstance(seeds, Sequence)
-        if isinstance(captions, str):
-            captions = [captions] * (len(seeds) if isinstance(seeds, Sequence) else 1)
-        elif not isinstance(captions, Sequence) or not all(isinstance(each, str) for each in captions):
-            raise TypeError(f"captions are {_kind(captions)}: give a text, or a list of texts")
-        if not isinstance(seeds, Sequence):
-            check_seeds([seeds or 0])
-            seeds = range(seeds or 0, (seeds or 0) + len(captions))
-        check_seeds(seeds)
+        own = own_names({**options, **({} if n is None else {"n": n})})
+        seed, n = own.pop("seed", seed), own.pop("n", None)
+        seed = seed.tolist() if isinstance(seed, np.ndarray | torch.Tensor) else seed
+        several = isinstance(seed, Sequence)
+        one = isinstance(captions, str)
+        single = one and not several and n is None
+        captions = [each for each in check_captions_given(captions) for _ in range(n or 1)]
+        if several and one and n is None:
+            captions = captions * len(seed)
+        check_seeds(seed if several else [seed])
+        seeds = [index(each) for each in seed] if several else range(index(seed), index(seed) + len(captions))
         if len(seeds) != len(captions):
             raise ValueError(f"got {len(captions)} captions and {len(seeds)} seeds: give one seed for each")
-        sampling = self.cascade.sampling_with(dict(options))
-        starts = range(0, len(captions), batch)
-        steps = len(starts) * prior_steps(self.cascade, asdict(sampling), sampling.prior)
-        images: list[Image.Image] = []
-        with show_progress("drawing", self.cascade, sampling, progress, decodings=len(starts), more=steps) as watch:
-            for start in starts:
-                part = slice(start, start + batch)
-                images += _pil(self.cascade.generate(captions[part], seeds[part], watch, **options).image.numpy())
+        recipe = describe("draw", own, caption="")
+        rows = [Row(caption, seed) for caption, seed in zip(captions, seeds, strict=True)]
+        images = self._draw(recipe, [], progress, batch, rows)
         return images[0] if single else images
 
     __call__ = generate
@@ -148,52 +197,113 @@ class Model:
     def vary(
         self,
         image: ImageLike,
-        count: int = 4,
+        n: int = 4,
         eta: float = 1.0,
         caption: str | None = None,
         seed: int = 0,
         progress: ProgressDisplay = True,
-        **options: Any,
-    ) -> list[Image.Image]:
-        """Returns ``count`` other images with the meaning of an image (section 3.1 of the paper).
+        **options: Unpack[Options],
+    ) -> list[DrawnImage]:
+        """Returns ``n`` other images with the meaning of an image (section 3.1 of the paper).
 
         ``eta`` is from 0, the image reconstructed, to 1, the freest. A caption tells the decoder what is in the image.
         """
-        made = edits.variations(
-            self.cascade, _opened(image), count, eta, caption, edits.EditSettings(seed, options, progress)
-        )
-        return _pil(made.images[1:])
+        recipe = self._asked("vary", {"n": n, "seed": seed}, options, eta=eta, caption=caption)
+        return self._draw(recipe, [opened(image)], progress)
 
     def interpolate(
         self,
         first: ImageLike,
         second: ImageLike,
-        count: int = 9,
+        n: int = 9,
         seed: int = 0,
         progress: ProgressDisplay = True,
-        **options: Any,
-    ) -> list[Image.Image]:
-        """Returns ``count`` images from one image to another, both ends included and reconstructed (section 3.2)."""
-        ends = _opened(first), _opened(second)
-        return _pil(edits.interpolation(self.cascade, *ends, count, edits.EditSettings(seed, options, progress)).images)
+        **options: Unpack[Options],
+    ) -> list[DrawnImage]:
+        """Returns ``n`` images from one image to another, both ends included and reconstructed (section 3.2)."""
+        if (given := own_names({**options})).get("n", n) < 2:
+            raise ValueError(f"an interpolation takes 2 or more images, got {given.get('n', n)}")
+        recipe = self._asked("interpolate", {"n": n, "seed": seed}, options, shares=(0.0, 1.0))
+        return self._draw(recipe, [opened(first), opened(second)], progress)
 
     def change(
         self,
         image: ImageLike,
         before: str,
         after: str,
-        shares: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
+        n: int = 6,
+        strength: float = 0.5,
+        shares: Sequence[float] = (),
         seed: int = 0,
         progress: ProgressDisplay = True,
-        **options: Any,
-    ) -> list[Image.Image]:
-        """Returns an image turned by each share towards what ``after`` says beyond ``before`` (section 3.3)."""
-        whole = _opened(image)
-        return _pil(
-            edits.text_difference(
-                self.cascade, whole, before, after, shares, edits.EditSettings(seed, options, progress)
-            ).images
+        **options: Unpack[Options],
+    ) -> list[DrawnImage]:
+        """Returns an image turned towards what ``after`` says beyond ``before`` (section 3.3).
+
+        ``n`` images go from the image itself to the share ``strength`` of the turn, unless ``shares`` name others.
+        """
+        given = {"shares": tuple(shares)} if shares else {"n": n, "strength": strength}
+        words = {"before": before, "caption": after, "shares": (1.0,)}
+        recipe = self._asked("change", {**given, "seed": seed}, options, **words)
+        return self._draw(recipe, [opened(image)], progress)
+
+    def inpaint(
+        self,
+        image: ImageLike,
+        mask: ImageLike,
+        caption: str,
+        n: int = 1,
+        seed: int = 0,
+        progress: ProgressDisplay = True,
+        **options: Unpack[Options],
+    ) -> list[DrawnImage]:
+        """Returns an image ``n`` times, drawn again where a mask is transparent; ``caption`` is of the whole."""
+        recipe = self._asked("inpaint", {"n": n, "seed": seed}, options, caption=caption)
+        return self._draw(recipe, [opened(image), opened_mask(mask)], progress)
+
+    def redraw(
+        self,
+        image: DrawnImage | str | Path,
+        given: Sequence[ImageLike] = (),
+        progress: ProgressDisplay = True,
+        **changes: Any,
+    ) -> list[DrawnImage]:
+        """Draws the images of a recipe again: the same where the models are, up to rounding.
+
+        Args:
+            image: Image that was drawn here, or the path of a PNG.
+            given: Images that its operation begins with, in their order.
+            progress: As of the other methods.
+            changes: Other sampling options, ``caption``, ``seed`` or ``n`` than the recipe's.
+
+        Raises:
+            UserError: The file has no recipe, or cannot be read.
+        """
+        recipe = (
+            image.recipe if isinstance(image, DrawnImage) else read_recipe(read_local(image, MAX_BYTES), str(image))
         )
+        recipe = change_recipe(recipe, changes)
+        masked = recipe.operation == "inpaint"
+        return self._draw(
+            recipe, [(opened_mask if masked and i else opened)(one) for i, one in enumerate(given)], progress
+        )
+
+    def _asked(self, operation: str, given: dict[str, Any], options: Any, **fields: Any) -> ImageRecipe:
+        check_seeds([given["seed"]])
+        return describe(operation, {**given, **own_names(dict(options))}, **fields)
+
+    def _draw(
+        self,
+        recipe: ImageRecipe,
+        images: list[Image.Image],
+        progress: ProgressDisplay,
+        batch: int = BATCH,
+        rows: Sequence[Row] | None = None,
+    ) -> list[DrawnImage]:
+        made = draw_recipe(self.cascade, recipe, images, progress, batch, rows)
+        done = with_images(recipe.drawn(asdict(resolve_sampling(self.cascade, recipe)), self.bundle), images)
+        rows = recipe.rows if rows is None else rows
+        return [drawn_image(pixels, done.of(row)) for row, pixels in zip(rows, made, strict=True)]
 
     def embed(self, what: ImageLike | Sequence[str] | Sequence[ImageLike]) -> np.ndarray:
         """Returns CLIP's embeddings of captions or images, unit norm: fp32 [d] of one, [n, d] of a list.
@@ -203,13 +313,13 @@ class Model:
         """
         single = isinstance(what, str | Path | Image.Image) or (isinstance(what, np.ndarray) and what.ndim < 4)
         if not single and not isinstance(what, Sequence | np.ndarray):
-            raise TypeError(f"embed takes captions or images, or a list of either, not {_kind(what)}")
+            raise TypeError(f"embed takes captions or images, or a list of either, not {kind_of(what)}")
         several: list[Any] = [what] if single else list(what)  # type: ignore[arg-type]
         captions = [each for each in several if isinstance(each, str)]
         if captions and len(captions) < len(several):
             raise ValueError("this list has captions and images: call embed once for each kind")
         for caption in captions:
-            if Path(caption).suffix.lower() in Image.registered_extensions() or os.path.isfile(caption):
+            if looks_like_a_file(caption):
                 raise ValueError(
                     f"{caption!r} looks like a file, and a str is a caption: embed(Path({caption!r})) embeds the "
                     "image; for the words, end them with a full stop"
@@ -218,7 +328,7 @@ class Model:
             if len(captions) == len(several):
                 found = self.cascade.clip.encode_text(self.cascade.clip.tokenize(several).to(self.device))
             else:
-                found = self.cascade.embed([_opened(each) for each in several])
+                found = self.cascade.embed([opened(each) for each in several])
         vectors = found.cpu().numpy()
         return vectors[0] if single else vectors
 
@@ -226,30 +336,3 @@ class Model:
         parts = [(name, part) for name, part in vars(self.cascade).items() if isinstance(part, torch.nn.Module)]
         lines = [f"  {name:16}{sum(p.numel() for p in part.parameters()):>15,} parameters" for name, part in parts]
         return "\n".join([f"unclip.Model, draws {self.sampling.size} px on {self.device}", *lines])
-
-
-def _pil(images: Iterable[np.ndarray]) -> list[Image.Image]:
-    """Returns images uint8 [s, s, 3] as PIL's."""
-    return [Image.fromarray(image) for image in images]
-
-
-def _opened(image: ImageLike) -> Image.Image:
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-        return Image.fromarray(image)
-    if isinstance(image, str | Path):
-        return open_image(Path(image))
-    if not isinstance(image, Image.Image):
-        raise TypeError(
-            f"an image is {_kind(image)}: give PIL's, a path, or an array uint8 [height, width, 3], which a tensor "
-            "[3, height, width] from 0 to 1 becomes by (255 * tensor).round().byte().permute(1, 2, 0).cpu().numpy()"
-        )
-    return image
-
-
-def _kind(value: object) -> str:
-    """Returns how an error names a value: its type, and what else of an array matters."""
-    if isinstance(value, np.ndarray | torch.Tensor):
-        return f"{type(value).__name__} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    if isinstance(value, list | tuple):
-        return f"{type(value).__name__} of {', '.join(sorted({type(each).__name__ for each in value}))}"
-    return "None" if value is None else f"{type(value).__name__} {value!r}"

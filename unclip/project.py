@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.bundles import Bundle
 from jobs.plan import RunPlan, plan_run
@@ -88,7 +88,12 @@ class Project:
         self._opened.wanted(stage, None)
         return Artifact(self._opened.store, self._opened.made(stage)[stage])
 
-    def pairs(self, split: str | None = None, curated: bool = True, embeddings: bool = False) -> Pairs:
+    def pairs(
+        self,
+        split: Literal["train", "validation", "test"] | None = None,
+        curated: bool = True,
+        embeddings: bool = False,
+    ) -> Pairs:
         """Returns the pairs to iterate over, or as a webdataset or a Ray Dataset.
 
         Args:

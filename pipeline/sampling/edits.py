@@ -1,6 +1,6 @@
-"""The kinds of ``unclip edit``: each returns images to show as a strip, with progress over all steps.
+"""The kinds of ``unclip edit``: images to show as a strip, each with a name, with progress over all steps.
 
-The mathematics is in models.cascade and models.comparison. Sections are those of Ramesh et al. 2022.
+Sections are those of Ramesh et al. 2022.
 """
 
 from __future__ import annotations
@@ -8,25 +8,30 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
-from models import reverse
-from models.cascade import Generation, UnCLIP
+from models.cascade import UnCLIP
 from models.comparison import compare_priors, priors_of
 from models.sampling_config import SamplingConfig
 from models.tokens import check_captions
 from models.view import view
-from pipeline.progress import Progress
-from pipeline.sampling.drawing import decode_steps, prior_steps
+from pipeline.sampling.drawing import prior_steps
+from pipeline.sampling.operations import (
+    ProgressDisplay,
+    draw_recipe,
+    find_latents,
+    resolve_sampling,
+    show_progress,
+)
+from pipeline.sampling.recipe import ImageRecipe, check_recipe
 
 PAPER_COUNTS, PAPER_CODES = (20, 30, 40, 80, 120, 160, 200, 320), 320  # figure 7
 MOST_DB = 100.0  # equal images have an infinite PSNR
@@ -35,149 +40,88 @@ SMALLEST = 128  # px of a tile; pixels of smaller images are repeated
 GAP = 4  # px of white between two tiles
 FRAME_MS, END_MS = 100, 600  # of a frame of an animation, and of its first and last
 DESCRIPTION = 0x010E  # EXIF: ImageDescription
-Options = Mapping[str, Any]
-ProgressDisplay = bool | Callable[[str, int, int], None]
-"""True for a line of progress, False for none, or a function of a model's name, the steps done and all steps."""
-
-
-class EditSettings(NamedTuple):
-    """Holds the seed, the sampling options and the display of progress of an edit."""
-
-    seed: int
-    options: Options
-    watch: ProgressDisplay = True
+Images = Sequence[Image.Image]
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Holds images, uint8 [s, s, 3], a name for each, and their sampling options."""
+    """Holds images, uint8 [s, s, 3], a name for each, their sampling options, and how many of them were given."""
 
     images: tuple[np.ndarray, ...]
     names: tuple[str, ...]
     settings: Mapping[str, Any]
+    given: int = 0
 
 
-def variations(
-    unclip: UnCLIP, image: Image.Image, count: int, eta: float, caption: str | None, settings: EditSettings
-) -> Edit:
-    """Returns the image, then ``count`` others of its embedding, with consecutive seeds (section 3.1)."""
-    sampling, seeds = unclip.manipulation_sampling(dict(settings.options)), range(settings.seed, settings.seed + count)
-    with show_progress("variations", unclip, sampling, settings.watch, inversions=1) as progress:
-        inversion = unclip.invert([image], _listed(caption), progress, **settings.options)
-        made = unclip.variations(inversion, seeds, eta, progress, **settings.options)
-    names = ("the image", *(f"seed {s}" for s in seeds))
-    return _edit([_like(image, made), *_images(made)], names, sampling)
+def make_edit(unclip: UnCLIP, recipe: ImageRecipe, images: Images, watch: ProgressDisplay = True) -> Edit:
+    """Returns what a recipe describes. Raises ValueError for what the bundle cannot draw."""
+    check_recipe(recipe, len(images))
+    if recipe.operation in FIGURES:
+        return FIGURES[recipe.operation](unclip, recipe, images, watch)
+    drawn = draw_recipe(unclip, recipe, images, watch)
+    names = {
+        "interpolate": [f"{row.share:.0%}" for row in recipe.rows],
+        "change": [f"turned by {row.share:.3g}" for row in recipe.rows],
+    }.get(recipe.operation, [f"seed {row.seed}" for row in recipe.rows])
+    if recipe.operation in ("vary", "inpaint"):  # shown beside what they were made of
+        drawn, names = [view(images[0], len(drawn[0])), *drawn], ["the image", *names]
+    return _edit(drawn, names, resolve_sampling(unclip, recipe), len(names) - len(recipe.rows))
 
 
-def interpolation(unclip: UnCLIP, first: Image.Image, second: Image.Image, count: int, settings: EditSettings) -> Edit:
-    """Returns ``count`` images from the first, reconstructed, to the second, reconstructed (section 3.2).
-
-    Raises ValueError on a count below 2.
-    """
-    if count < 2:
-        raise ValueError(f"an interpolation takes 2 or more images, got {count}")
-    shares = [i / (count - 1) for i in range(count)]
-    sampling = unclip.manipulation_sampling(dict(settings.options))
-    with show_progress("interpolation", unclip, sampling, settings.watch, inversions=2) as progress:
-        a, b = (unclip.invert([image], None, progress, **settings.options) for image in (first, second))
-        made = unclip.interpolate(a, b, shares, settings.seed, progress, **settings.options)
-    return _edit(_images(made), [f"{share:.0%}" for share in shares], sampling)
-
-
-def text_difference(
-    unclip: UnCLIP, image: Image.Image, before: str, after: str, shares: Sequence[float], settings: EditSettings
-) -> Edit:
-    """Returns the image turned by each share towards the difference of two captions (section 3.3)."""
-    sampling = unclip.manipulation_sampling(dict(settings.options))
-    check_captions([before, after])
-    with show_progress("text difference", unclip, sampling, settings.watch, inversions=1) as progress:
-        inversion = unclip.invert([image], None, progress, **settings.options)
-        made = unclip.text_difference(inversion, before, after, shares, settings.seed, progress, **settings.options)
-    return _edit(_images(made), [f"turned by {share:.3g}" for share in shares], sampling)
-
-
-def reconstruction(unclip: UnCLIP, image: Image.Image, caption: str | None, settings: EditSettings) -> Edit:
+def reconstruction(unclip: UnCLIP, recipe: ImageRecipe, images: Images, watch: ProgressDisplay) -> Edit:
     """Returns the image and its reconstruction from its latents, with the PSNR at every size (section 3)."""
-    sampling = unclip.manipulation_sampling(dict(settings.options))
-    with show_progress("reconstruction", unclip, sampling, settings.watch, inversions=1) as progress:
-        inversion = unclip.invert([image], _listed(caption), progress, **settings.options)
-        made = unclip.reconstruct(inversion, settings.seed, progress, **settings.options)
-    near = [f"{_psnr(made.images[side], image):.1f} dB at {side} px" for side in made.images]
+    sampling = resolve_sampling(unclip, recipe)
+    with show_progress("reconstruction", unclip, sampling, watch, inversions=1) as progress:
+        [inversion] = find_latents(unclip, recipe, images, progress)
+        made = unclip.reconstruct(inversion, recipe.seed, progress, **recipe.options)
+    near = [f"{_psnr(made.images[side], images[0]):.1f} dB at {side} px" for side in made.images]
     names = ("the image", f"its reconstruction, PSNR {', '.join(near)}")
-    return _edit([_like(image, made), *_images(made)], names, sampling)
+    return _edit([view(images[0], max(made.images)), *made.image.numpy()], names, sampling, 1)
 
 
-def components(unclip: UnCLIP, image: Image.Image, counts: Sequence[int] | None, settings: EditSettings) -> Edit:
+def components(unclip: UnCLIP, recipe: ImageRecipe, images: Images, watch: ProgressDisplay) -> Edit:
     """Returns images of the first principal components, of the whole embedding, and the image (section 4, figure 7).
 
-    All are drawn from one noise. ``counts`` None takes the paper's, in proportion to the components there are.
+    All are drawn from one noise. No ``counts`` take the paper's, in proportion to the components there are.
     """
-    sampling = unclip.manipulation_sampling(dict(settings.options))
+    sampling = resolve_sampling(unclip, recipe)
     codes = unclip.codec.codes if unclip.codec else PAPER_CODES
-    counts = counts or sorted({max(1, round(n * codes / PAPER_CODES)) for n in PAPER_COUNTS})
-    embedding = unclip.embed([image])
-    with show_progress("components", unclip, sampling, settings.watch, decodings=2) as progress:
-        made = unclip.principal_components(embedding, counts, settings.seed, progress, **settings.options)
-        whole = unclip.decode(embedding, None, [settings.seed], sampling, progress)
+    counts = recipe.counts or sorted({max(1, round(n * codes / PAPER_CODES)) for n in PAPER_COUNTS})
+    embedding = unclip.embed(images)
+    with show_progress("components", unclip, sampling, watch, decodings=2) as progress:
+        made = unclip.principal_components(embedding, counts, recipe.seed, progress, **recipe.options)
+        whole = unclip.decode(embedding, None, [recipe.seed], sampling, progress)
     near = cosine_similarity(made.embedding, embedding)
     names = [f"{n} of {codes} components, cosine {c:.3f}" for n, c in zip(counts, near.tolist(), strict=True)]
-    images = [*_images(made), *_images(whole), _like(image, made)]
-    return _edit(images, [*names, "the whole embedding", "the image"], sampling)
+    shown = [*made.image.numpy(), *whole.image.numpy(), view(images[0], max(made.images))]
+    return _edit(shown, [*names, "the whole embedding", "the image"], sampling)
 
 
-def priors(unclip: UnCLIP, caption: str, image: Image.Image | None, settings: EditSettings) -> Edit:
+def priors(unclip: UnCLIP, recipe: ImageRecipe, images: Images, watch: ProgressDisplay) -> Edit:
     """Returns a caption decoded from each prior's embedding, its text's and the image's (section 5.1, figure 8)."""
-    sampling = unclip.sampling_with(dict(settings.options))
+    sampling, caption = resolve_sampling(unclip, recipe), recipe.caption or ""
+    check_captions([caption])
     drawn = sum(prior_steps(unclip, dataclasses.asdict(sampling), option) for _, option in priors_of(unclip))
-    with show_progress("priors", unclip, sampling, settings.watch, more=drawn) as progress:
-        compared = compare_priors(unclip, caption, settings.seed, image, progress, **settings.options)
+    with show_progress("priors", unclip, sampling, watch, more=drawn) as progress:
+        image = images[0] if images else None
+        compared = compare_priors(unclip, caption, recipe.seed, image, progress, **recipe.options)
     made = compared.generation
     near = {"caption": cosine_similarity(made.embedding, compared.text).tolist()}
-    if image is not None:  # its embedding is the last
+    if images:  # its embedding is the last
         near["image"] = cosine_similarity(made.embedding, made.embedding[-1:]).tolist()
     names = [
         f"{name}, cosine {', '.join(f'{values[i]:.3f} to the {what}' for what, values in near.items())}"
         for i, name in enumerate(compared.names)
     ]
-    return _edit(_images(made), names, sampling)
+    return _edit(made.image.numpy(), names, sampling)
 
 
-@contextmanager
-def show_progress(
-    name: str,
-    unclip: UnCLIP,
-    sampling: SamplingConfig,
-    watch: ProgressDisplay,
-    *,
-    inversions: int = 0,
-    decodings: int = 1,
-    more: int = 0,
-) -> Iterator[reverse.Progress]:
-    """Yields a function that shows progress over all steps of ``inversions`` and ``decodings`` and ``more``."""
-    if watch is not True:
-        # Models that make images pass an estimate as a fourth argument.
-        yield (lambda *step: watch(*step[:3])) if watch else reverse.silent
-        return
-    steps = inversions * sampling.decoder_steps + decodings * decode_steps(unclip, dataclasses.asdict(sampling)) + more
-    with Progress(name, steps, "steps") as line:
-        yield lambda stage, *_: line.advance(1, stage)
+FIGURES = {"reconstruct": reconstruction, "components": components, "priors": priors}
+"""The operations that compare: they make a strip, and none of its images alone."""
 
 
-def _edit(images: Sequence[np.ndarray], names: Sequence[str], sampling: SamplingConfig) -> Edit:
-    return Edit(tuple(images), tuple(names), dataclasses.asdict(sampling))
-
-
-def _listed(caption: str | None) -> list[str] | None:
-    return None if caption is None else [caption]
-
-
-def _images(made: Generation) -> list[np.ndarray]:
-    return list(made.image.numpy())
-
-
-def _like(image: Image.Image, made: Generation) -> np.ndarray:
-    """Returns the image at the side of what was made."""
-    return view(image, max(made.images))
+def _edit(images: Any, names: Sequence[str], sampling: SamplingConfig, given: int = 0) -> Edit:
+    return Edit(tuple(images), tuple(names), dataclasses.asdict(sampling), given)
 
 
 def _psnr(made: torch.Tensor, image: Image.Image) -> float:
@@ -210,19 +154,21 @@ def enlarged(image: np.ndarray) -> np.ndarray:
     return image.repeat(times, 0).repeat(times, 1)
 
 
-def animation(images: Sequence[np.ndarray], text: Mapping[str, str]) -> bytes:
-    """Returns images, uint8 [s, s, 3], as a lossless WebP that goes forth and back for ever.
+def animation(images: Sequence[np.ndarray], text: Mapping[str, str], kind: str = "webp") -> bytes:
+    """Returns images, uint8 [s, s, 3], as a lossless WebP, or a GIF, that goes forth and back for ever.
 
     ``n`` images become 2 n - 2 frames; both ends stay for longer. An image that equals the one before adds its
-    time to it. ``text`` is in the EXIF image description, as JSON.
+    time to it. ``text`` is in the EXIF image description, or the comment of a GIF, as JSON.
     """
     forth = [Image.fromarray(enlarged(image)) for image in images]
     frames = forth + forth[-2:0:-1]
     times = [END_MS if frame in (0, len(forth) - 1) else FRAME_MS for frame in range(len(frames))]
-    exif = Image.Exif()
-    exif[DESCRIPTION] = json.dumps(dict(text))
-    out = io.BytesIO()
-    frames[0].save(
-        out, "WEBP", save_all=True, append_images=frames[1:], duration=times, loop=0, lossless=True, exif=exif
-    )
+    about, out = json.dumps(dict(text)), io.BytesIO()
+    how: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+    if kind == "gif":
+        frames[0].save(out, "GIF", comment=about.encode(), **how)
+    else:
+        exif = Image.Exif()
+        exif[DESCRIPTION] = about
+        frames[0].save(out, "WEBP", lossless=True, exif=exif, **how)
     return out.getvalue()

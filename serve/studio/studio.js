@@ -189,6 +189,7 @@ function emptiness() {
   const none = elements.size + older.length === 0;
   $("#empty").hidden = !none;
   $("#clear").hidden = none;
+  selection();
 }
 
 // --- drawing --------------------------------------------------------------------------------------------------------
@@ -311,11 +312,11 @@ function fill(article, run) {
   const best = Math.max(...run.items.map((item) => item.score ?? -1));
   const tiles = run.items.map((item, index) => {
     if (!item.blob) return make("div", { className: "tile" }, make("div", { className: "wait" }));
-    const image = make("img", { loading: "lazy", decoding: "async", src: address(item.thumbnail ?? item.blob), alt: described(run, index), className: item.side < 200 ? "small" : "" });
+    const image = make("img", { loading: "lazy", decoding: "async", src: address(item.thumbnail ?? item.blob), alt: `${described(run, index)}${item.picked ? ", selected" : ""}`, className: item.side < 200 ? "small" : "" });
     const score = item.score == null ? "" : `score ${item.score.toFixed(3)}`;
     const nearest = run.items.length > 1 && item.score === best && !item.partial;
     const note = make("span", {}, item.partial ? `${item.side} px so far` : score, nearest ? make("b", {}, "nearest") : "");
-    return make("button", { type: "button", className: "tile", onclick: () => view(run, index) }, image, note);
+    return make("button", { type: "button", className: `tile${item.picked ? " picked" : ""}`, onclick: () => view(run, index) }, image, note);
   });
   const focused = [...$(".tiles", article).children].indexOf(document.activeElement);
   $(".tiles", article).replaceChildren(...tiles);
@@ -368,7 +369,34 @@ function portray() { // shows the image that is viewed, which may grow
   const facts = [`${item.side} px${item.partial ? " so far" : ""}`, item.seed != null && `seed ${item.seed}`, item.score != null && `score ${item.score.toFixed(3)}: how near it is to the caption`];
   $("#about").textContent = facts.filter(Boolean).join(" · ");
   $("#download").href = address(item.blob);
-  $("#download").download = `${(run.title.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["image"]).join("-").slice(0, 60)}-${item.seed ?? index}.png`;
+  $("#download").download = fileName(run, item, index);
+  $("#enlarge").hidden = item.partial || run.request.path === "own" || item.side >= model.sides.at(-1);
+  $("#enlarge").textContent = `Make it ${model.sides.at(-1)} px`;
+  $("#pick").hidden = item.partial;
+  $("#pick").setAttribute("aria-pressed", Boolean(item.picked));
+}
+
+function fileName(run, item, index) {
+  return `${(run.title.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["image"]).join("-").slice(0, 60)}-${item.seed ?? index}.png`;
+}
+
+function enlarge() { // the same recipe at the largest size: what is smaller of it comes out as it is
+  const { run, index } = viewed, { path, fields, images } = run.request, item = run.items[index];
+  const large = { ...fields, size: `${model.sides.at(-1)}x${model.sides.at(-1)}` };
+  // The images of a way are one drawing; of a change each is a share of the turn.
+  if (path !== "images/interpolations") Object.assign(large, { n: 1, seed: item.seed ?? fields.seed });
+  if (fields.before !== undefined) large.strength = (fields.strength * (index + 1)) / fields.n;
+  draw(run.title, path, large, images, run.caption);
+  $("#viewer").close();
+}
+
+function pick() {
+  const { run, index } = viewed, item = run.items[index];
+  item.picked = !item.picked;
+  $("#pick").setAttribute("aria-pressed", item.picked);
+  if (elements.has(run.id)) fill(elements.get(run.id), run);
+  keep(run);
+  selection();
 }
 
 function use(event) {
@@ -560,9 +588,102 @@ function outputs() {
   $("#summary").textContent = [`${form.n.value} images`, form.size?.value.split("x")[0].concat(" px"), seed].filter(Boolean).join(", ");
 }
 
-async function takeIn(file) {
-  $("#problem").hidden = true;
+// --- the recipe in a file, and files in a zip -----------------------------------------------------------------------
+
+const CHUNKS = 16, CHUNK_BYTES = 1 << 16; // of a PNG that are looked at: it may be anybody's
+
+async function recipe(file) { // what the text chunks of a PNG of this software say; null without them
+  const bytes = new Uint8Array(await file.slice(0, CHUNKS * CHUNK_BYTES).arrayBuffer()), view = new DataView(bytes.buffer);
+  if (String.fromCharCode(...bytes.subarray(1, 4)) !== "PNG") return null;
+  const text = (from, to) => new TextDecoder().decode(bytes.subarray(from, to));
+  const found = {};
+  for (let at = 8, i = 0; i < CHUNKS && at + 8 < bytes.length; i++) {
+    const size = view.getUint32(at), kind = text(at + 4, at + 8), end = at + 8 + size;
+    if (kind === "IDAT") break;
+    const name = bytes.indexOf(0, at + 8);
+    if (kind === "iTXt" && size <= CHUNK_BYTES && name > 0) found[text(at + 8, name)] ??= text(name + 5, end);
+    at = end + 4;
+  }
   try {
+    const made = JSON.parse(found.made ?? "{}"), settings = JSON.parse(found.settings), seed = Number(found.seed);
+    const whole = [made, settings].every((one) => one && typeof one === "object") && Number.isSafeInteger(seed);
+    return whole ? { caption: found.caption, seed, settings, made } : null;
+  } catch {
+    return null;
+  }
+}
+
+function adopt({ caption, seed, settings, made }, name) { // puts a recipe into the form, as far as this model can take it
+  const form = $("#compose").elements, side = made.side ?? settings.size;
+  if (caption) $("#caption").value = String(caption).slice(0, $("#caption").maxLength);
+  if (seed >= 0) [form.seed.value, $("#fresh").checked] = [seed, false];
+  form.n.value = 1;
+  for (const option of ["steps", "guidance"]) {
+    const value = settings[`decoder_${option}`];
+    if (typeof value === "number" && value <= 1000) [form[option].max, form[option].value] = [Math.max(form[option].max, value), value];
+  }
+  for (const [radios, value] of [["size", `${side}x${side}`], ["prior", settings.prior]]) {
+    for (const radio of document.querySelectorAll(`[name=${radios}]`)) if (radio.value === value) radio.checked = true;
+  }
+  $("#settings").open = true;
+  outputs();
+  const other = made.bundle && made.bundle !== model.bundle ? " Another model drew it, so it will look different." : "";
+  const begun = (made.operation ?? "draw") === "draw" ? "" : " It began with an image of its own: open it to do that again.";
+  $("#adopted").textContent = `The recipe of ${name || "the image"} is in the form.${other}${begun}`;
+  $("#adopted").hidden = false;
+}
+
+const CRC = Uint32Array.from({ length: 256 }, (_, n) => Array.from({ length: 8 }).reduce((c) => (c & 1 ? 0xedb88320 ^ (c >>> 1) : c >>> 1), n));
+
+async function zipped(files) { // [name, blob] as one file; images are compressed already
+  const parts = [], index = [];
+  let at = 0;
+  for (const [name, blob] of files) {
+    const bytes = new Uint8Array(await blob.arrayBuffer()), title = new TextEncoder().encode(name);
+    const crc = ~bytes.reduce((sum, byte) => CRC[(sum ^ byte) & 255] ^ (sum >>> 8), -1) >>> 0;
+    const shared = [[0x800, 2], [0, 2], [0, 2], [0x21, 2], [crc, 4], [bytes.length, 4], [bytes.length, 4], [title.length, 2], [0, 2]];
+    parts.push(numbers([0x04034b50, 4], [20, 2], ...shared), title, bytes);
+    index.push(numbers([0x02014b50, 4], [20, 2], [20, 2], ...shared, [0, 2], [0, 2], [0, 2], [0, 4], [at, 4]), title);
+    at += 30 + title.length + bytes.length;
+  }
+  const size = index.reduce((sum, part) => sum + part.length, 0);
+  const end = numbers([0x06054b50, 4], [0, 2], [0, 2], [files.length, 2], [files.length, 2], [size, 4], [at, 4], [0, 2]);
+  return new Blob([...parts, ...index, end], { type: "application/zip" });
+}
+
+function numbers(...fields) { // little-endian, each with its number of bytes
+  return Uint8Array.from(fields.flatMap(([value, bytes]) => Array.from({ length: bytes }, (_, i) => (value >>> (8 * i)) & 255)));
+}
+
+function selected() {
+  return [...runs.values()].flatMap((run) => run.items.flatMap((item, index) => (item.picked && item.blob ? [{ run, item, index }] : [])));
+}
+
+function selection() { // says how many are selected, and offers them
+  const count = selected().length;
+  $("#take-selected").hidden = !count;
+  $("#take-selected").textContent = `Download ${count} selected`;
+}
+
+async function takeSelected() {
+  const names = new Set();
+  const files = selected().map(({ run, item, index }) => {
+    let name = fileName(run, item, index);
+    for (let i = 2; names.has(name); i++) name = fileName(run, item, index).replace(/\.png$/, `-${i}.png`);
+    names.add(name);
+    return [name, item.blob];
+  });
+  const url = URL.createObjectURL(await zipped(files));
+  make("a", { href: url, download: "unclip.zip" }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
+
+// --- an image of one's own ------------------------------------------------------------------------------------------
+
+async function takeIn(file) {
+  $("#problem").hidden = $("#adopted").hidden = true;
+  try {
+    const carried = await recipe(file);
     const bitmap = await createImageBitmap(file); // upright; the model sees the square in the middle
     const short = Math.min(bitmap.width, bitmap.height), side = Math.min(short, 1024);
     const square = make("canvas", { width: side, height: side });
@@ -570,10 +691,12 @@ async function takeIn(file) {
     const blob = await new Promise((resolve) => square.toBlob(resolve));
     const title = file.name?.replace(/\.\w+$/, "") || "An image of your own";
     const run = { id: Date.now() + Math.random(), at: Date.now(), title, seconds: 0, problem: "",
-      request: { path: "own", fields: {}, images: {} }, items: [{ blob, side }] };
+      request: { path: "own", fields: {}, images: {} }, items: [{ blob: carried && bitmap.width === side && bitmap.height === side ? file : blob, side }] };
+    if (carried?.caption) run.caption = carried.caption.slice(0, 1000);
     show(run);
     await keep(run);
-    view(run, 0);
+    if (carried) adopt(carried, file.name);
+    else view(run, 0);
   } catch {
     $("#problem").textContent = `${file.name || "This"} is not an image that this browser can open: take a PNG, JPEG or WebP.`;
     $("#problem").hidden = false;
@@ -611,6 +734,9 @@ $("#clear").addEventListener("click", () => {
   emptiness();
   history("readwrite", (table) => table.clear()); // also what another tab has drawn since
 });
+$("#take-selected").addEventListener("click", takeSelected);
+$("#enlarge").addEventListener("click", enlarge);
+$("#pick").addEventListener("click", pick);
 $("#close").addEventListener("click", () => $("#viewer").close());
 $("#delete-one").addEventListener("click", () => {
   const { run, index } = viewed;

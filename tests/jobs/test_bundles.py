@@ -22,16 +22,21 @@ from tests.jobs.test_mistakes import refused
 Draw = Callable[..., list[Path]]
 
 
+def pixels(file: Path) -> bytes:
+    with Image.open(file) as image:
+        return image.tobytes()
+
+
 def test_a_run_that_was_moved_draws_the_same(run: Path, draw: Draw, tmp_path: Path) -> None:
     (before,) = draw("sample", "a red heart")
-    pixels = before.read_bytes()
+    file = before.read_bytes()
     assert str(tmp_path) not in (run / "bundle.json").read_text()
     shutil.move(run, tmp_path / "elsewhere")
     (after,) = draw("sample", "a red heart", "--from", "elsewhere")
     assert after == Path("elsewhere/samples") / before.name
-    assert after.read_bytes() == pixels
+    assert after.read_bytes() == file
     shutil.rmtree("elsewhere/store")  # the bundle's copy stays
-    assert draw("sample", "a red heart", "--from", "elsewhere")[0].read_bytes() == pixels
+    assert draw("sample", "a red heart", "--from", "elsewhere")[0].read_bytes() == file
 
 
 def test_a_bundles_folder_draws_with_every_command(run: Path, draw: Draw, tmp_path: Path) -> None:
@@ -80,7 +85,7 @@ def test_a_damaged_bundle_is_one_line_that_names_the_command(
 
 
 def test_a_bundle_travels(run: Path, draw: Draw, tmp_path: Path) -> None:
-    before = draw("sample", "a red heart")[0].read_bytes()
+    before = pixels(draw("sample", "a red heart")[0])
     shutil.rmtree(run / "bundle")
     said = done(here("export", run, "--to", tmp_path / "a folder", cwd=tmp_path))
     assert f"next: unclip sample \"a red heart\" --from '{tmp_path / 'a folder'}'" in said
@@ -93,11 +98,11 @@ def test_a_bundle_travels(run: Path, draw: Draw, tmp_path: Path) -> None:
         assert str(tmp_path).encode() not in file.read_bytes(), file
     shutil.rmtree(run)
     (after,) = draw("sample", "a red heart", "--from", "shared")
-    assert after.read_bytes() == before
+    assert pixels(after) == before
 
 
 def test_to_diffusers_and_back(run: Path, draw: Draw, tmp_path: Path) -> None:
-    before = draw("sample", "a red heart")[0].read_bytes()
+    before = pixels(draw("sample", "a red heart")[0])
     (tmp_path / "a bundle/README.md").write_text("# a card\n")
     said = done(here("export", tmp_path / "a bundle", "--to", "theirs", "--format", "diffusers", cwd=tmp_path))
     assert "in classes of diffusers: diffusion_prior; all others are in ours/" in said
@@ -106,7 +111,7 @@ def test_to_diffusers_and_back(run: Path, draw: Draw, tmp_path: Path) -> None:
     refused("sample", "a cat", "--from", tmp_path / "theirs", says=says)
     assert done(here("export", "theirs", "--to", "back", "-q", cwd=tmp_path)) == ""
     (after,) = draw("sample", "a red heart", "--from", "back")
-    assert after.read_bytes() == before
+    assert pixels(after) == before
     refused("export", run, "--to", tmp_path / "back", says=["is not empty; name a new folder with --to"])
     refused("export", run, "a.b=1", "--to", tmp_path / "new", says=["a.b=1", "is not a project"])
 

@@ -28,6 +28,8 @@ SEARCH = {"config": "a.yaml", "caption": "a pink flower", "count": 3, "overrides
         (["release", "diff", "a", "current", "x=1", "--set", "y=2"], {"first": "current", "overrides": ["x=1", "y=2"]}),
         (["sample", "E=mc2 on a board", "size=64"], {"captions": ["E=mc2 on a board"], "overrides": ["size=64"]}),
         (["sample", "size=64", "--", "a=b", "-x"], {"captions": ["a=b", "-x"], "overrides": ["size=64"]}),
+        (["sample", "a cat", "--num-images", "4", "--steps=9"], {"overrides": ["num_images=4", "steps=9"]}),
+        (["edit", "textdiff", "a.png", "a", "b"], {"kind": "change"}),
         (["edit", "priors", "a cat", "prior=ar"], {"caption": "a cat", "overrides": ["prior=ar"]}),
         (["run", "a.yaml", 'samples.captions=["a cat"]'], {"overrides": ['samples.captions=["a cat"]']}),
         (["release", "promote", "a.yaml", "--force", "x=y"], {"force": "x=y", "overrides": []}),
@@ -71,7 +73,7 @@ def test_words_that_stand_here_are_those_of_the_code() -> None:
 def test_completion_knows_commands_options_and_files(shell: str, tmp_path: Path) -> None:
     script = done(here("completion", shell))
     assert gc.isenabled()  # it is off while a command is imported
-    assert "variations" in script
+    assert "interpolate" in script
     assert "--until" in script or "until" in script
     if shell == "bash":
         (tmp_path / "mine.yaml").touch()
@@ -81,7 +83,12 @@ def test_completion_knows_commands_options_and_files(shell: str, tmp_path: Path)
             'unclip "${!#}" ""; echo "${COMPREPLY[@]}"; }; tried re; tried run --unt; tried plan mi; tried data se'
         )
         said = done(subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True))
-        assert [line.strip() for line in said.splitlines()] == ["report release", "--until", "mine.yaml", "search"]
+        assert [line.strip() for line in said.splitlines()] == [
+            "redraw report release",
+            "--until",
+            "mine.yaml",
+            "search",
+        ]
 
 
 def test_a_module_and_an_unknown_command_are_told_apart() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from jobs.bundles import remember_bundle
 from jobs.cli import main
-from jobs.command_line import EDITS
+from jobs.drawing_words import EDITS
 from models.cascade import UnCLIP
 from models.pixels import from_uint8
 from models.tokens import tokenize
@@ -23,6 +23,7 @@ from models.view import view
 from pipeline.evaluate.upsamplers import psnr
 from pipeline.sampling import edits
 from pipeline.sampling.edits import END_MS, FRAME_MS, GAP
+from pipeline.sampling.recipe import OPERATIONS, ImageRecipe, pixels_hash
 from tests.chain import ROOT
 from tests.jobs.test_docs import commands
 from tests.jobs.test_mistakes import refused
@@ -37,12 +38,15 @@ Edit = Callable[..., list[str]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a bundle of random weights and two images. "64 px" images are of 64, the decoder's of 16."""
+    """A folder with a bundle of random weights, two images and a mask. "64 px" images are of 64, the decoder's 16."""
     folder = tmp_path_factory.mktemp("edit")
     store, bundle = publish_bundle(folder)
     remember_bundle(folder / "out/nano", store.url, bundle.key)
     for name, picture in zip(("cat.png", "house.png"), IMAGES, strict=True):
         picture.save(folder / name)
+    mask = Image.new("RGBA", IMAGES[0].size, "black")
+    mask.paste((0, 0, 0, 0), (0, 0, mask.width // 2, mask.height))
+    mask.save(folder / "mask.png")
     return folder
 
 
@@ -90,22 +94,56 @@ def test_the_commands_of_the_page_run_as_they_stand(edit: Edit, folder: Path, mo
     for words in lines:
         path, *names = edit(*words)
         with Image.open(folder / path) as image:
-            assert image.format == ("WEBP" if "--animate" in words else "PNG")
+            assert image.format == ("GIF" if "way.gif" in words else "PNG")
             assert image.height == 128
             assert names[0].startswith("  1: ")
 
 
+def test_each_kind_is_an_operation_with_one_name() -> None:
+    assert EDITS.keys() == OPERATIONS.keys() - {"draw"}
+
+
+def test_other_names_of_kinds_and_values_mean_the_same(edit: Edit, folder: Path) -> None:
+    first, *_ = edit("vary", "cat.png", "-n", 1, *FEW)
+    other, *_ = edit("variations", "cat.png", "--num-images", 1, "--size", "64x64", "num_inference_steps=3", *FEW[4:])
+    assert other == first
+
+
+def test_a_folder_gets_single_images_with_recipes_and_a_gif_moves(edit: Edit, folder: Path) -> None:
+    paths = edit("change", "cat.png", "a cat", "a dog", "-n", 2, *FEW, "-o", "single")
+    assert [Image.open(folder / path).size for path in paths] == [(64, 64)] * 2
+    shares = [json.loads(Image.open(folder / path).info["made"])["shares"] for path in paths]
+    assert shares == [[0.0], [0.5]]
+    path, *_ = edit("interpolate", "cat.png", "house.png", "-n", 3, *FEW, "-o", "way.gif")
+    with Image.open(folder / path) as moving:
+        assert (moving.format, moving.n_frames) == ("GIF", 4)  # type: ignore[attr-defined]
+        assert json.loads(moving.info["comment"])["seed"] == "0"
+    refused("edit", "reconstruct", "cat.png", "-o", "single", says="makes one strip; name a .png file", cwd=folder)
+
+
+def test_a_part_is_drawn_again_where_the_mask_is_transparent(edit: Edit, folder: Path) -> None:
+    path, *names = edit("inpaint", "cat.png", "mask.png", "a dog", "-n", 1, *FEW)
+    whole, drawn = tiles(path, 2)
+    assert names == ["  1: the image", "  2: seed 0"]
+    assert differ(whole[:, 80:], drawn[:, 80:]) <= 1
+    assert differ(whole[:, :48], drawn[:, :48]) > 1
+    words = ("edit", "inpaint", "cat.png", "cat.png", "a dog")
+    refused(*words, says="the mask is opaque in all of the square", cwd=folder)
+
+
 def test_images_are_of_256_px_unless_asked_for_otherwise(edit: Edit) -> None:
-    path, *_ = edit("interpolate", "cat.png", "house.png", "--count", 2, *FEW[2:])
+    path, *_ = edit("interpolate", "cat.png", "house.png", "-n", 2, *FEW[2:])
     assert Image.open(path).size == (2 * 256 + GAP, 256)
 
 
 def test_a_strip_says_how_it_was_made(edit: Edit, folder: Path) -> None:
-    path, *names = edit("variations", "cat.png", "--count", 3, "--caption", "a cät", "--seed", 7, *FEW)
-    assert re.fullmatch(r"out/nano/edits/variations-cat-a-cät-[0-9a-f]{10}-7\.png", path)
+    path, *names = edit("vary", "cat.png", "-n", 3, "--caption", "a cät", "--seed", 7, *FEW)
+    assert re.fullmatch(r"out/nano/edits/vary-cat-a-cät-[0-9a-f]{10}-7\.png", path)
     text: Any = Image.open(folder / path).info
-    assert json.loads(text["edit"])["caption"] == "a cät"
-    assert json.loads(text["edit"])["image"] == "cat.png"
+    assert text["caption"] == "a cät"
+    made = json.loads(text["made"])
+    assert (made["operation"], made["n"], made["strip"]) == ("vary", 3, True)
+    assert made["images"] == [{"name": "cat.png", "sha256": pixels_hash(IMAGES[0])}]
     settings = json.loads(text["settings"])
     assert (settings["size"], settings["decoder_steps"], settings["decoder_sampler"]) == (64, 3, "ddim")
     assert text["seed"] == "7"
@@ -118,13 +156,13 @@ def test_edits_that_differ_have_files_of_their_own(edit: Edit, folder: Path) -> 
     (folder / "other").mkdir()
     IMAGES[1].save(folder / "other/cat.png")
     ways = [
-        ("variations", "cat.png", "--count", 1),
-        ("variations", "cat.png", "--count", 2),
-        ("variations", "cat.png", "--count", 1, "--eta", 0.5),
-        ("variations", "other/cat.png", "--count", 1),
-        ("variations", "cat.png", "--count", 1, "--set", "upsampler_256_steps=3"),
-        ("textdiff", "cat.png", "a cat", "a dog", "--count", 2),
-        ("textdiff", "cat.png", "a house", "a dog", "--count", 2),
+        ("vary", "cat.png", "-n", 1),
+        ("vary", "cat.png", "-n", 2),
+        ("vary", "cat.png", "-n", 1, "--eta", 0.5),
+        ("vary", "other/cat.png", "-n", 1),
+        ("vary", "cat.png", "-n", 1, "--set", "upsampler_256_steps=3"),
+        ("change", "cat.png", "a cat", "a dog", "-n", 2),
+        ("change", "cat.png", "a house", "a dog", "-n", 2),
     ]
     paths = [edit(*words[:2], *FEW, *words[2:])[0] for words in ways]
     assert len(set(paths)) == len(ways)
@@ -136,7 +174,7 @@ def test_edits_that_differ_have_files_of_their_own(edit: Edit, folder: Path) -> 
 def test_variations_come_after_the_image_and_differ_by_eta(edit: Edit, unclip: UnCLIP) -> None:
     strips = {}
     for eta in (0, 1):
-        path, *_ = edit("variations", "cat.png", "--count", 2, "--eta", eta, *FEW)
+        path, *_ = edit("vary", "cat.png", "-n", 2, "--eta", eta, *FEW)
         strips[eta] = tiles(path, 3)
         assert np.array_equal(strips[eta][0], shown(view(IMAGES[0], 64)))
     inversion = unclip.invert(IMAGES[:1], **OPTIONS)
@@ -147,7 +185,7 @@ def test_variations_come_after_the_image_and_differ_by_eta(edit: Edit, unclip: U
 
 
 def test_an_interpolation_ends_at_both_reconstructions(edit: Edit) -> None:
-    path, *names = edit("interpolate", "cat.png", "house.png", "--count", 5, "--seed", 3, *FEW)
+    path, *names = edit("interpolate", "cat.png", "house.png", "-n", 5, "--seed", 3, *FEW)
     way = tiles(path, 5)
     assert Image.open(path).size == (5 * 128 + 4 * GAP, 128)
     assert names == [f"  {i + 1}: {25 * i}%" for i in range(5)]
@@ -158,14 +196,14 @@ def test_an_interpolation_ends_at_both_reconstructions(edit: Edit) -> None:
 
 
 def test_an_animation_goes_forth_and_back(edit: Edit) -> None:
-    words = ("interpolate", "cat.png", "house.png", "--count", 4, *FEW)
+    words = ("interpolate", "cat.png", "house.png", "-n", 4, *FEW)
     way = tiles(edit(*words)[0], 4)
     path = edit(*words, "--animate")[0]
     assert path.endswith(".webp")
     with Image.open(path) as moving:
         assert (moving.n_frames, moving.size, moving.info["loop"]) == (6, (128, 128), 0)  # type: ignore[attr-defined]
         about = json.loads(moving.getexif()[0x010E])
-        assert json.loads(about["edit"])["animate"] is True
+        assert json.loads(about["made"])["operation"] == "interpolate"
         times = []
         for frame, expected in enumerate([0, 1, 2, 3, 2, 1]):
             moving.seek(frame)
@@ -175,8 +213,8 @@ def test_an_animation_goes_forth_and_back(edit: Edit) -> None:
 
 
 def test_a_text_difference_begins_at_the_reconstruction(edit: Edit) -> None:
-    words = ("textdiff", "cat.png", "a cat", "an angry cat")
-    path, *names = edit(*words, "--count", 3, "--most", 0.3, *FEW)
+    words = ("change", "cat.png", "a cat", "an angry cat")
+    path, *names = edit(*words, "-n", 3, "--strength", 0.3, *FEW)
     way = tiles(path, 3)
     alone, *_ = edit("reconstruct", "cat.png", *FEW)
     assert differ(way[0], tiles(alone, 2)[1]) <= 1
@@ -195,7 +233,7 @@ def test_the_error_of_a_reconstruction_is_that_of_its_pixels(edit: Edit) -> None
 
 def test_all_components_are_the_whole_embedding() -> None:
     unclip = replace(make(), ar_prior=None, codec=make_codec(DIM))  # so that nothing is lost
-    swept = edits.components(unclip, IMAGES[0], None, edits.EditSettings(4, OPTIONS))
+    swept = edits.make_edit(unclip, ImageRecipe("components", seed=4, options=OPTIONS), IMAGES[:1])
     *parts, whole, picture = swept.images
     assert len(parts) >= 6  # the paper's 8, in proportion to 16 components, some of which fall together
     cosines = [float(name.rpartition(" ")[2]) for name in swept.names[:-2]]
@@ -228,12 +266,12 @@ def test_priors_differ_by_their_embedding_alone(edit: Edit, unclip: UnCLIP) -> N
 
 def test_a_bundle_of_one_prior_compares_what_it_has(unclip: UnCLIP) -> None:
     one = replace(unclip, ar_prior=None, codec=None)
-    found = edits.priors(one, "a cat", None, edits.EditSettings(0, OPTIONS))
+    found = edits.make_edit(one, ImageRecipe("priors", "a cat", options=OPTIONS), [])
     assert [name.partition(",")[0] for name in found.names] == ["diffusion prior", "text embedding"]
 
 
 def test_progress_counts_every_step(edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ("variations cat.png", "interpolate cat.png house.png", "components cat.png", "priors cat"):
+    for words in ("vary cat.png", "interpolate cat.png house.png", "components cat.png", "priors cat"):
         main(["edit", *words.split(), *FEW])
         said = capsys.readouterr().err.strip().splitlines()[-1]
         done, total = said.partition(": ")[2].split(" steps")[0].split(" of ")
@@ -243,21 +281,21 @@ def test_progress_counts_every_step(edit: Edit, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["variations", "."], ".: cannot be read (Is a directory)"),
-        (["variations", "other.ico"], "other.ico: cannot be taken (not_an_image: the bytes are not an image of a kind"),
-        (["variations", "empty.png"], "empty.png: cannot be taken (zero_bytes"),
+        (["vary", "."], ".: cannot be read (Is a directory)"),
+        (["vary", "other.ico"], "other.ico: cannot be taken (not_an_image: the bytes are not an image of a kind"),
+        (["vary", "empty.png"], "empty.png: cannot be taken (zero_bytes"),
         (["reconstruct", "cut.png"], "cut.png: cannot be taken (truncated"),
         (["reconstruct", "big.png"], "big.png: cannot be taken (too_many_pixels"),
         (["reconstruct", "cat.png", "--caption", "cat " * 80], "caption 1 has 80 tokens"),
-        (["variations", "cat.png", "--eta", "1.5"], "--eta 1.5 is outside 0 to 1"),
-        (["variations", "cat.png", "--set", "sise=64"], "unknown sampling options ['sise']"),
-        (["variations", "cat.png", "--set", "decoder_sampler=dpm"], "decoder_sampler is 'dpm': images are changed by"),
-        (["variations", "cat.png", "--set", "size=["], "--set size=[: [ is not YAML"),
-        (["variations", "cat.png", "--to", "cat.jpg"], "--to cat.jpg: what is made is a .png file"),
+        (["vary", "cat.png", "--eta", "1.5"], "eta 1.5 is outside 0 to 1"),
+        (["vary", "cat.png", "--set", "sise=64"], "unknown sampling options ['sise']: did you mean size?"),
+        (["vary", "cat.png", "--set", "decoder_sampler=dpm"], "decoder_sampler is 'dpm': images are changed by"),
+        (["vary", "cat.png", "--set", "size=["], "--set size=[: [ is not YAML"),
+        (["vary", "cat.png", "--to", "cat.jpg"], "--to cat.jpg: what is made is a .png file"),
         (["reconstruct", "cat.png", "--to", "cat.png/x.png"], "cat.png: File exists; name a place"),
-        (["interpolate", "cat.png", "house.png", "--count", "1"], "--count 1 is below 2"),
-        (["textdiff", "cat.png", "a cat", "cat " * 80], "caption 2 has 80 tokens"),
-        (["textdiff", "cat.png", "a", "b", "--most", "2"], "--most 2.0 is not above 0 and at most 1"),
+        (["interpolate", "cat.png", "house.png", "-n", "1"], "n is 1: interpolate makes 2 images or more"),
+        (["change", "cat.png", "a cat", "cat " * 80], "caption 2 has 80 tokens"),
+        (["change", "cat.png", "a", "b", "--strength", "2"], "strength 2.0 is outside 0 to 1"),
         (["components", "cat.png", "--counts", "1,x"], "--counts 1,x: write whole numbers"),
         (["components", "cat.png", "--counts", "99"], "cannot keep 99 principal components: this codec has 4"),
         (["priors", "cat " * 80], "caption 1 has 80 tokens"),

@@ -1,13 +1,17 @@
 """``unclip generate`` as a user runs it: on workers, one of which is killed."""
 
 import shutil
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from jobs.bundles import remember_bundle
 from jobs.cli import main
 from pipeline.sampling import generation
+from pipeline.sampling.recipe import read_recipe
 from tests.chain import done, unclip
 from tests.jobs.test_mistakes import refused
 from tests.pipeline.sampling.test_generation import publish_bundle
@@ -75,9 +79,26 @@ def test_a_folder_of_other_images_is_refused_before_drawing(
     assert {path.name: path.read_bytes() for path in Path("made").iterdir()} == before
 
 
+def test_single_files_carry_recipes_that_draw_them_again(drawn: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "list.csv", *FEW, "--set", "size=64", "--seed", "7", "-o", "made", "--png"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.endswith("1 PNG, each with its recipe: made/png\n")
+    [file] = Path("made/png").iterdir()
+    assert file.name == "0000000000-a-red-fox.png"
+    with tarfile.open("made/00000.tar") as tar:
+        stored = tar.extractfile("0000000000.png")
+        assert stored
+        assert (np.asarray(Image.open(file)) == np.asarray(Image.open(stored))).all()
+    recipe = read_recipe(file.read_bytes(), file.name)
+    assert (recipe.caption, recipe.seed, recipe.options["size"]) == ("a red fox", 7, 64)
+    assert main(["redraw", str(file)]) == 0
+    said = capsys.readouterr().out.splitlines()[1]
+    assert said == "  the same pixels" or "by 1 of 255" in said  # it was drawn on one thread
+
+
 def test_mistakes_are_told_in_a_line_before_drawing(drawn: list[str]) -> None:
     words = ("generate", "list.csv")
     refused(*words, "--batch", "65", says="--batch: 65 is above 64", cwd=Path())
-    refused(*words, "--seed", "-1", says="--seed -1 is below 0", cwd=Path())
+    refused(*words, "--seed", "-1", says="seed -1 is below 0", cwd=Path())
     refused(*words, "--from", ".", says="no finished bundle there", cwd=Path())
     assert not drawn

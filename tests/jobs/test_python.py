@@ -22,10 +22,12 @@ import unclip
 from models.clip import Clip
 from models.codec_fit import fit_codec
 from models.folder import load_model, save_model
+from models.sampling_config import OTHER_NAMES, SamplingConfig
 from pipeline.config import preset_config
 from tests.chain import ROOT
 from tests.faults import Undisturbed, copy
 from tests.models.test_cascade import make
+from unclip.options import Options
 
 FEW: dict[str, Any] = {"size": 64, "decoder_steps": 2, "prior_steps": 2, "candidates": 1, "progress": False}
 SIDE = 64  # px
@@ -94,14 +96,25 @@ def test_a_package_that_hides_ours_is_named(name: str, tmp_path: Path) -> None:
 def test_a_caption_becomes_an_image_and_a_list_becomes_a_list(model: unclip.Model) -> None:
     heart = model.generate("a red heart", **FEW)
     assert (heart.size, heart.mode) == ((SIDE, SIDE), "RGB")
-    several = model.generate(["a red heart", "a cat", "a red heart"], seeds=[0, 5, 6], batch=2, **FEW)
+    several = model.generate(["a red heart", "a cat", "a red heart"], seed=[0, 5, 6], batch=2, **FEW)
     assert near(several[0], heart)
     assert not near(several[2], heart)
-    assert near(model("a red heart", seeds=6, **FEW), several[2])
-    assert [near(*pair) for pair in zip(model.generate("a cat", seeds=[4, 5], **FEW), several, strict=False)] == [0, 1]
-    assert near(model.generate("a cat", seeds=np.array([5]), **FEW)[0], several[1])
-    second = model.generate(["a cat", "a red heart"], seeds=5, **FEW)[1]
+    assert near(model("a red heart", seed=6, **FEW), several[2])
+    assert [near(*pair) for pair in zip(model.generate("a cat", seed=[4, 5], **FEW), several, strict=False)] == [0, 1]
+    assert near(model.generate("a cat", seed=np.array([5]), **FEW)[0], several[1])
+    second = model.generate(["a cat", "a red heart"], seed=5, **FEW)[1]
     assert near(second, several[2])
+
+
+def test_names_of_other_programs_mean_the_same(model: unclip.Model) -> None:
+    less: dict[str, Any] = {"prior_steps": 2, "candidates": 1, "progress": False}
+    theirs = model.generate("a cat", num_images_per_prompt=2, size="64x64", num_inference_steps=3, **less)
+    ours = model.generate("a cat", n=2, size=64, steps=3, **less)
+    assert [one.recipe for one in theirs] == [one.recipe for one in ours]
+    [scaled] = model.generate("a cat", n=1, size=512, guidance_scale=2.0, steps=2, upsampler_1024_steps=2, **less)
+    assert scaled.recipe.options["decoder_guidance"] == 1.0
+    assert set(SamplingConfig.__dataclass_fields__) < Options.__annotations__.keys()
+    assert Options.__annotations__.keys() - set(SamplingConfig.__dataclass_fields__) < OTHER_NAMES.keys()
 
 
 def near(a: Image.Image, b: Image.Image) -> bool:
@@ -112,11 +125,11 @@ def near(a: Image.Image, b: Image.Image) -> bool:
 def test_images_are_varied_interpolated_changed_and_embedded(model: unclip.Model, tmp_path: Path) -> None:
     heart, cat = model.generate(["a red heart", "a cat"], **FEW)
     heart.save(tmp_path / "heart.png")
-    varied = model.vary(tmp_path / "heart.png", count=2, caption="a red heart", **FEW)
+    varied = model.vary(tmp_path / "heart.png", n=2, caption="a red heart", **FEW)
     assert len(varied) == 2
     assert not near(*varied)
-    [alike] = model.vary(heart, count=1, eta=0.0, **FEW)
-    between = model.interpolate(heart, cat, count=3, **FEW)
+    [alike] = model.vary(heart, n=1, eta=0.0, **FEW)
+    between = model.interpolate(heart, cat, n=3, **FEW)
     changed = model.change(heart, "a red heart", "a blue heart", shares=[0.0, 0.5], **FEW)
     assert len(between) == 3
     assert near(between[0], alike)
@@ -140,8 +153,8 @@ def test_an_image_is_given_as_pils_as_an_array_or_as_a_path(model: unclip.Model,
     np.testing.assert_allclose(several, [one] * 3, atol=1e-6)
     np.testing.assert_allclose(model.embed(np.stack([pixels] * 2)), [one] * 2, atol=1e-6)
     for given in (str(tmp_path / "heart.png"), tmp_path / "heart.png", pixels):
-        [alike] = model.vary(given, count=1, eta=0.0, **FEW)
-        assert near(alike, model.vary(heart, count=1, eta=0.0, **FEW)[0])
+        [alike] = model.vary(given, n=1, eta=0.0, **FEW)
+        assert near(alike, model.vary(heart, n=1, eta=0.0, **FEW)[0])
 
 
 def test_what_is_neither_caption_nor_image_is_named_in_a_line(model: unclip.Model, tmp_path: Path) -> None:
@@ -154,12 +167,16 @@ def test_what_is_neither_caption_nor_image_is_named_in_a_line(model: unclip.Mode
         lambda: model.embed("my heart.JPG"): "looks like a file",
         lambda: model.embed(["a cat", str(tmp_path / "heart")]): "looks like a file",
         lambda: model.embed(["a cat", heart]): "call embed once for each kind",
-        lambda: model.generate("a cat", seeds=-1): "a seed is -1: use a whole number, 0 or more",
-        lambda: model.generate(["a cat", "a dog"], seeds=[1, -2]): "a seed is -2",
-        lambda: model.vary(heart, count=1, seed=-1, **FEW): "a seed is -1",
+        lambda: model.generate("a cat", seed=-1): "a seed is -1: use a whole number, 0 or more",
+        lambda: model.generate(["a cat", "a dog"], seed=[1, -2]): "a seed is -2",
+        lambda: model.vary(heart, n=1, seed=-1, **FEW): "a seed is -1",
         lambda: model.cascade.generate(["a cat"], [-1]): "a seed is -1",
-        lambda: model.generate("a cat", guidance=3): "unknown sampling options",
-        lambda: model.generate(["a cat"], seeds=[1, 2]): "1 captions and 2 seeds",
+        lambda: model.generate(
+            "a cat", guidence=3
+        ): r"unknown sampling options \['guidence'\]: did you mean guidance\?",
+        lambda: model.generate("a cat", generator=7): "generator is not known here: give its seed",
+        lambda: model.generate("a cat", negative_prompt="a dog"): "negative_prompt is not known here",
+        lambda: model.generate(["a cat"], seed=[1, 2]): "1 captions and 2 seeds",
         lambda: model.generate("word " * 100): "shorten it",
     }
     refuses(values, ValueError)
@@ -175,7 +192,7 @@ def test_what_is_neither_caption_nor_image_is_named_in_a_line(model: unclip.Mode
         lambda: model.generate(7): "captions are int 7: give a text, or a list of texts",
         lambda: model.generate(None): "captions are None",
         lambda: model.generate(["a cat", 7]): "captions are list of int, str",
-        lambda: model.generate("a cat", seeds=1.5): r"a seed is 1\.5",
+        lambda: model.generate("a cat", seed=1.5): r"a seed is 1\.5",
     }
     refuses(types, TypeError)
     (tmp_path / "a.png").write_text("no image")

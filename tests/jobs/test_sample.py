@@ -15,7 +15,7 @@ from PIL import Image
 
 import unclip
 from jobs.bundles import remember_bundle
-from jobs.sample import SLUG_BYTES, file_name, slug
+from jobs.drawing import SLUG_BYTES, file_name, slug
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.ledger import Ledger
@@ -61,9 +61,20 @@ def test_a_folder_of_ones_own_and_settings_in_the_file(draw: Draw) -> None:
     assert json.loads(text["settings"])["decoder_steps"] == 2
 
 
+def test_several_images_of_a_caption_have_the_next_seeds_and_one_may_have_a_file(draw: Draw) -> None:
+    files = draw("sample", "a cat", "a dog", "-n", "2", "--seed", "3")
+    texts: Any = [Image.open(file).info for file in files]
+    assert [(text["caption"], text["seed"]) for text in texts] == [
+        ("a cat", "3"), ("a cat", "4"), ("a dog", "5"), ("a dog", "6")
+    ]  # fmt: skip
+    assert draw("sample", "a cat", "num_images=2", "seed=3") == files[:2]
+    assert draw("sample", "a cat", "-o", "mine.png") == [Path("mine.png")]
+    assert Image.open("mine.png").size == (64, 64)
+
+
 def test_captions_and_seeds_are_checked_before_any_is_drawn(run: Path) -> None:
     refused("sample", "a red heart", "tree " * 80, says="caption 2 has 80 tokens", cwd=Path())
-    refused("sample", "a red heart", "--seed", 2**63, says=f"--seed {2**63} is too large", cwd=Path())
+    refused("sample", "a red heart", "--seed", 2**63, says=f"seed {2**63} is too large", cwd=Path())
     assert not list((run / "samples").glob("*"))
 
 

@@ -73,13 +73,25 @@ init my book.docx                                 | book.docx: not a .parquet, .
 init my gone.csv                                  | gone.csv: no such file or folder in
 sample cat                                        | no finished bundle under out/; run one first
 sample cat --from none                            | none: no finished bundle there; name a run's output folder
-sample cat --seed -1                              | --seed -1 is below 0
+sample cat --seed -1                              | seed -1 is below 0
+sample cat --seed 9007199254740992                | seed 9007199254740992 is too large; use one below
+sample cat -n 0                                   | n is 0; use 1 to 1000
+sample cat -n 4 -o cat.png                        | --to cat.png: 4 images do not fit into one file; name a folder
+sample cat -o cat.jpg                             | --to cat.jpg: what is made is a .png file; name one, or a folder
+sample cat --negative-prompt "an ugly dog"        | negative_prompt is not known here: guidance leads away from
+sample cat generator=7                            | generator is not known here: give its seed
+sample cat width=512                              | width is not known here: images are square
+sample cat size=1792x1024                         | size is 1792x1024, and images are square
+sample cat guidance_scal=7                        | ['guidance_scal']: did you mean guidance_scale?
+sample cat steps=20 num_inference_steps=30        | num_inference_steps: decoder_steps is given twice
+redraw gone.png                                   | gone.png: cannot be read (No such file or directory); name a PNG
+redraw cat.gif                                    | cat.gif: has no recipe; PNG files of unclip carry one
 sample cat --seed x                               | --seed: 'x' is not a number
 sample cat --device gpu                           | --device: unknown value gpu; did you mean cpu?
 edit varation cat.gif                             | unknown command varation; did you mean variations?
-edit variations gone.png --from none              | gone.png: cannot be read (No such file or directory); name an image
-edit textdiff cat.gif a a --from none             | both captions are 'a'; let AFTER say
-edit variations cat.gif --count 0 --from none     | --count 0 is below 1
+edit vary gone.png --from none              | gone.png: cannot be read (No such file or directory); name an image
+edit change cat.gif a a --from none               | both captions are 'a'; let the second say
+edit vary cat.gif --count 0 --from none           | n is 0; use 1 to 1000
 show                                              | name a configuration, or --store URL
 show mine.yaml abc                                | no artefact in ~unclip show without a key lists
 show --store gone                                 | --store gone: no such folder; name a store

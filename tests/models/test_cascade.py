@@ -268,6 +268,21 @@ def test_mistakes_of_a_caller_are_named() -> None:
         unclip.generate(["a cat"], [0], guidence=1.0)
     with pytest.raises(ValueError, match="size is 512: use 64, 256 or 1024"):
         unclip.generate(["a cat"], [0], size=512)
+    with pytest.raises(ValueError, match="negative_prompt is not known here: guidance leads away from the empty"):
+        unclip.generate(["a cat"], [0], negative_prompt="a dog")
+    with pytest.raises(ValueError, match="decoder_steps is given twice"):
+        unclip.generate(["a cat"], [0], steps=2, decoder_steps=2)
+
+
+def test_options_have_the_names_of_other_programs_too() -> None:
+    """Those of diffusers' pipelines, whose guidance of 1 is none, and sizes as OpenAI writes them."""
+    theirs = {"num_inference_steps": 3, "guidance_scale": 3, "prior_num_inference_steps": 2, "size": "64x64"}
+    unclip = make()
+    ours = {"decoder_steps": 3, "decoder_guidance": 2.0, "prior_steps": 2, "size": 64}
+    assert unclip.sampling_with(theirs) == unclip.sampling_with(ours)
+    assert unclip.sampling_with({"guidance_scale": 0.5}).decoder_guidance == 0
+    assert unclip.sampling_with({"size": "auto"}) == unclip.sampling
+    assert unclip.manipulation_sampling({"steps": 3}).decoder_steps == 3
 
 
 def test_a_model_folder_keeps_weights_configuration_and_sizes(tmp_path: Path) -> None:

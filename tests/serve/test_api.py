@@ -64,7 +64,7 @@ def test_a_url_holds_the_image_that_base64_would(client: openai.OpenAI) -> None:
 
 
 def test_a_client_that_goes_before_its_answer_ends_its_drawing(served: str) -> None:
-    drawn = 'images_total{kind="generation"}'
+    drawn = 'images_total{kind="draw"}'
     before = figure(served, drawn)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{served}/v1/images/generations", json={"prompt": "gone", "steps": 1000}, timeout=1)
@@ -126,6 +126,9 @@ def test_fields_of_other_servers_mean_what_they_mean_there(client: openai.OpenAI
         ({"prompt": "x", "extra_body": {"steps": 1}}, 400, "steps is 1: use 2 or more"),
         ({"prompt": "x", "extra_body": {"seed": 2**60}}, 400, "seed is .*: use 9007199254740991 or less"),
         ({"prompt": "x", "extra_body": {"width": 512}}, 400, "width: use size"),
+        ({"prompt": "x", "extra_body": {"generator": 7}}, 400, "generator: give its seed"),
+        ({"prompt": "x", "extra_body": {"num_images_per_prompt": 11}}, 400, "n is 11: use 10 or less"),
+        ({"prompt": "x", "extra_body": {"steps": 9, "num_inference_steps": 9}}, 400, "decoder_steps is given twice"),
     ],
 )
 def test_a_mistake_is_said_as_openai_says_it(
@@ -178,7 +181,7 @@ def test_the_figures_that_the_board_shows_are_there_without_captions(client: ope
     assert shown == {f"unclip_{name}" for name in FIGURES}
     for name in shown:
         assert f"# TYPE {name.removesuffix('_total')}" in figures, name
-    assert 'unclip_images_total{kind="generation"}' in figures
+    assert 'unclip_images_total{kind="draw"}' in figures
 
 
 def test_the_model_is_listed_and_found_by_each_of_its_names(client: openai.OpenAI) -> None:
@@ -221,7 +224,8 @@ def test_variations_differ_and_say_how_free_they_are(client: openai.OpenAI) -> N
     assert min(differences(free)) > 0
     assert differences([free[0], bound[0]]) > [0]
     assert [one.info["seed"] for one in free] == ["1", "2", "3"]
-    assert json.loads(bound[0].info["made"]) | {"bundle": ""} == {"kind": "variation", "bundle": "", "eta": 0.0}
+    made = json.loads(bound[0].info["made"])
+    assert (made["operation"], made["eta"], made["bundle"], len(made["images"])) == ("vary", 0.0, "b" * 64, 1)
 
 
 def test_a_mask_keeps_what_is_opaque(client: openai.OpenAI) -> None:
@@ -248,7 +252,7 @@ def test_words_change_an_image_by_their_difference(client: openai.OpenAI) -> Non
     words = {"before": "a cat", "strength": 0.5, "seed": 1, "steps": 8}
     made = client.images.edit(**asked, n=3, extra_body=words)
     assert min(differences(images(made))) > 0
-    with pytest.raises(openai.BadRequestError, match="both captions have the same embedding"):
+    with pytest.raises(openai.BadRequestError, match="both captions are 'an angry cat'"):
         client.images.edit(**asked, extra_body=words | {"before": "an angry cat"})
 
 

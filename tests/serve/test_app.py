@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.release.pointer import Move, move_release, read_releases
 from pipeline.release.signing import files_of, public_line, read_private_key, signed
+from pipeline.sampling.recipe import ImageRecipe, Row
 from serve import bundle as bundles
 from serve import model_runner, processes
 from serve.address import listen, url_host
@@ -27,7 +28,7 @@ from serve.app import GatewayDeployment, Service
 from serve.processes import fit_replicas
 from serve.replica import Replica
 from serve.settings import ServeSettings
-from serve.work import Row, Work
+from serve.work import Work
 from tests.chain import ROOT, here, unclip
 from tests.pipeline.release.test_signing import make_key
 from tests.pipeline.sampling.test_generation import publish_bundle
@@ -172,8 +173,10 @@ async def test_the_next_batch_is_drawn_while_images_of_the_one_before_are_encode
     encode, gate = model_runner.png_with_text, threading.Event()
     monkeypatch.setattr(model_runner, "png_with_text", lambda *words: gate.wait(60) and encode(*words))
 
+    asked = ImageRecipe(options={"decoder_steps": 2, "size": 64}, side=64)
+
     async def draw(caption: str, seen: list[Any]) -> None:
-        async for event in service.queue.run(Work("generation", {"decoder_steps": 2}, 64, (Row(caption, 0),))):
+        async for event in service.queue.run(Work(asked, (Row(caption, 0),))):
             seen.append(event[:2])
 
     first: list[Any] = []

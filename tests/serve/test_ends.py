@@ -75,7 +75,7 @@ def go_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     draw, gate = ModelRunner.draw, threading.Event()
 
     def stuck(self: ModelRunner, work: Any, *words: Any) -> None:
-        if work.options["decoder_steps"] >= 50:
+        if work.recipe.options["decoder_steps"] >= 50:
             gate.wait()
         draw(self, work, *words)
 
@@ -226,7 +226,7 @@ def two(bundle: Path) -> Iterator[tuple[str, Running]]:
 @pytest.mark.slow
 def test_replicas_that_hang_are_killed_and_only_where_all_do_requests_are_lost(two: tuple[str, Running]) -> None:
     url, process = two
-    same, image = {"prompt": "a cat", "before": "a cat", "size": "64x64"}, {"image": picture(0)}
+    same, image = {"prompt": "a cat", "before": "a  cat", "size": "64x64"}, {"image": picture(0)}
     refused = httpx.post(f"{url}/v1/images/edits", data=same, files=image, timeout=300)
     assert (refused.status_code, "both captions have the same embedding" in refused.text) == (400, True)
     with ThreadPoolExecutor(6) as clients:

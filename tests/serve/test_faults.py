@@ -89,7 +89,7 @@ def test_a_client_that_goes_stops_its_drawing(server: Server) -> None:
                 break
     quick = {"prompt": "a tree", "steps": 2, "size": "64x64", "seed": 1}
     assert httpx.post(f"{server.url}/v1/images/generations", json=quick, timeout=120).status_code == 200
-    until(lambda: figure(server.url, 'images_total{kind="generation"}') == 1)  # counted after the answer
+    until(lambda: figure(server.url, 'images_total{kind="draw"}') == 1)  # counted after the answer
     assert figure(server.url, "num_running_reqs") == 0
 
 

@@ -72,7 +72,7 @@ async def test_requests_that_wait_for_an_equal_one_hold_so_many_bytes_of_images(
 
     replica = Replica()
     one = make_gateway(replica)
-    with_images = replace(work("a", kind="variation"), images=(b"3by", b"2b"))
+    with_images = replace(work("a", kind="vary"), images=(b"3by", b"2b"))
     tasks = [asyncio.create_task(drawn(one, each)) for each in [with_images] * 4 + [work("a")] * 20]
     await asyncio.sleep(0.01)
     replica.go.set()
@@ -86,10 +86,13 @@ def test_an_image_is_named_by_its_whole_recipe_with_a_key_that_nobody_has() -> N
     one, other = make_gateway(Replica()), make_gateway(Replica())
     base = work("a")
     (row,) = base.rows
+    changes: Any = [{"operation": "inpaint"}, {"side": 256}, {"options": B}, {"eta": 0.5}, {"before": "b"}]
+    turned = replace(base, recipe=replace(base.recipe, operation="interpolate", shares=(0.0,)))
     recipes = [
-        base, replace(base, kind="inpainting"), replace(base, side=256), replace(base, options=B),
-        *(replace(base, rows=(replace(row, **each),)) for each in ({"seed": 7}, {"caption": "b"}, {"share": 0.5})),
-        replace(base, images=(b"1",)), replace(base, images=(b"2",)), replace(base, more={"eta": 1.0}),
+        base, *(replace(base, recipe=replace(base.recipe, **each)) for each in changes),
+        *(replace(base, rows=(row._replace(**each),)) for each in ({"seed": 7}, {"caption": "b"})),
+        replace(turned, rows=(row._replace(share=0.5),)), turned,
+        replace(base, images=(b"1",)), replace(base, images=(b"2",)),
     ]  # fmt: skip
     names = [one._names(bundle, each)[0] for bundle in ("b", "c") for each in recipes]
     assert len(set(names)) == len(names) == len({*names, other._names("b", base)[0]}) - 1

@@ -12,14 +12,14 @@ from safetensors.numpy import save_file
 from models.cascade import UnCLIP
 from pipeline.errors import UserError
 from pipeline.sampling.drawing import png_with_text
+from pipeline.sampling.recipe import ImageRecipe, Row
 from serve.bundle import read_head
 from serve.model_runner import DrawingCancelled, ModelRunner
-from serve.work import Row, Work
+from serve.work import Work
 from tests.models.test_cascade import DIM, make
 
-WORK = Work(
-    "generation", {"decoder_steps": 2}, 64, (Row("a fox", 1), Row("the sea", 2), Row("a tree", 3)), partial=True
-)
+OPTIONS: Any = {"decoder_steps": 2, "size": 64}
+WORK = Work(ImageRecipe(side=64, options=OPTIONS), (Row("a fox", 1), Row("the sea", 2), Row("a tree", 3)), partial=True)
 
 
 def drawn(runner: ModelRunner, work: Work = WORK) -> list[tuple[Any, ...]]:
@@ -66,17 +66,15 @@ def rows_of(name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-@pytest.mark.parametrize("kind", ["variation", "difference", "interpolation"])
+@pytest.mark.parametrize("kind", ["vary", "change", "interpolate"])
 def test_edits_are_drawn_as_many_at_once_as_the_batch_says(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And are the same images, of latents that are found once."""
     unclip = make()
     made, inverted = (rows_of(name, monkeypatch) for name in ("decode", "invert"))
     png = png_with_text(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), {})
-    rows = tuple(
-        Row(None if kind == "interpolation" else "a fox", seed, share) for seed, share in ((1, 0.0), (1, 0.5), (1, 1.0))
-    )
-    more = {"variation": {"eta": 1.0}, "difference": {"before": "the sea"}, "interpolation": {}}[kind]
-    work = Work(kind, {"decoder_steps": 2}, 64, rows, (png,) * (2 if kind == "interpolation" else 1), more)
+    caption, shares = None if kind == "interpolate" else "a fox", () if kind == "vary" else (0.0, 0.5, 1.0)
+    recipe = ImageRecipe(kind, caption, "the sea", n=3, seed=1, shares=shares, side=64, options=OPTIONS)
+    work = Work(recipe, recipe.rows, (png,) * (2 if kind == "interpolate" else 1))
     alone, together = (
         [e[2] for e in drawn(ModelRunner("k", unclip, batch), work) if e[0] == "image"] for batch in (1, 3)
     )

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
+from pipeline.sampling.recipe import ImageRecipe, Row
 from serve import pool
 from serve.errors import ApiError
 from serve.pool import ReplicaPool
 from serve.queue import Event, ReplicaDied
 from serve.settings import ServeSettings
-from serve.work import Row, Work
+from serve.work import Work
 
-WORK = Work("generation", {}, 64, (Row("a", 0),))
+WORK = Work(ImageRecipe(side=64), (Row("a", 0),))
 
 
 class Fake:

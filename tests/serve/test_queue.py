@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from pipeline.sampling.recipe import ImageRecipe, Row
 from serve.errors import ApiError
 from serve.queue import ATTEMPTS, Event, ReplicaDied, RequestQueue, RequestRefused
 from serve.settings import ServeSettings
-from serve.work import Row, Work
+from serve.work import Work
 
 A, B = {"decoder_steps": 2}, {"decoder_steps": 3}
 BEGUN: ContextVar[list[Any]] = ContextVar("begun")  # by a request, as Ray Serve keeps it
@@ -42,8 +43,9 @@ class Replica:
             self.closed += 1
 
 
-def work(*captions: str, options: Any = A, kind: str = "generation") -> Work:
-    return Work(kind, options, 64, tuple(Row(caption, i) for i, caption in enumerate(captions)))
+def work(*captions: str, options: Any = A, kind: str = "draw") -> Work:
+    recipe = ImageRecipe(kind, side=64, options=options)
+    return Work(recipe, tuple(Row(caption, i) for i, caption in enumerate(captions)))
 
 
 def make_queue(replica: Any, batch: int = 4, limit: int = 8) -> RequestQueue:
@@ -62,7 +64,7 @@ async def images(of: RequestQueue, asked: Work) -> list[bytes]:
 async def test_requests_of_equal_settings_are_drawn_together_in_order_and_get_their_own() -> None:
     replica = Replica()
     drawn = make_queue(replica)
-    asked = [work("z"), work("a", "b"), work("c", options=B), work("d"), work("e", "f"), work("g", kind="edit")]
+    asked = [work("z"), work("a", "b"), work("c", options=B), work("d"), work("e", "f"), work("g", kind="change")]
     tasks = [asyncio.create_task(images(drawn, one)) for one in asked]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -77,7 +79,7 @@ async def test_a_full_queue_says_when_to_come_back_and_places_count_down() -> No
     replica = Replica()
     drawn = make_queue(replica, limit=2)
     tasks = []
-    for steps, caption in enumerate("abc"):
+    for steps, caption in zip((4, 3, 2), "abc", strict=True):
         tasks.append(asyncio.create_task(images(drawn, work(caption, options={"decoder_steps": steps}))))
         await asyncio.sleep(0.01)
     with pytest.raises(ApiError) as caught:
@@ -117,7 +119,7 @@ async def test_a_client_that_goes_leaves_the_queue_and_ends_its_drawing() -> Non
     replica = Replica()
     drawn = make_queue(replica)
     first, second, third = (
-        asyncio.create_task(images(drawn, work(c, options={"decoder_steps": i}))) for i, c in enumerate("abc")
+        asyncio.create_task(images(drawn, work(c, options={"decoder_steps": i}))) for i, c in enumerate("abc", 2)
     )
     await asyncio.sleep(0.01)
     for task in (first, second):

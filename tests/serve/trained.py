@@ -69,7 +69,7 @@ def api_of(bench: Bench, settings: ServeSettings, store: str, tokens: Mapping[st
 
     async def draw(work: Work) -> AsyncGenerator[Event]:
         raise RequestRefused(
-            " ".join(["nothing is drawn here,", work.kind, "least of all", *map(str, work.more.values())])
+            " ".join(["nothing is drawn here,", work.kind, "least of all", *filter(None, [work.recipe.before])])
         )
         yield
 

@@ -239,11 +239,11 @@ def _read_in_child(data: bytes, size: int | None) -> np.ndarray:
         _idle.append(decoder)
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, opacity: bool = False) -> Image.Image:
     """Opens an image that a user names, as pairs would store it, but without loss and with a short side of 1024 px.
 
-    Raises UserError for a file that cannot be read or is of another kind than READ, and for one above the budgets of
-    bytes and pixels that pairs has by default.
+    With ``opacity`` it is how opaque the image is, white where it is wholly. Raises UserError for a file that cannot be
+    read or is of another kind than READ, and for one above the budgets of bytes and pixels that pairs has by default.
     """
     try:
         data = read_local(path, MAX_BYTES)
@@ -251,7 +251,7 @@ def open_image(path: Path) -> Image.Image:
         if isinstance(e, TooLarge):
             raise UserError(f"{path}: more than {MAX_BYTES >> 20} MiB; name a smaller image") from None
         raise UserError(f"{path}: cannot be read ({e.strerror}); name an image") from None
-    found = shared_decoder().prepare(data, MAX_PIXELS, OWN)
+    found = shared_decoder().prepare(data, MAX_PIXELS, OWN, opacity=opacity)
     if isinstance(found, str):
         raise UserError(
             f"{path}: cannot be taken ({found}: {REASONS[found]}); name a {READ} of at most "
