@@ -5,13 +5,14 @@ PIP_FLAGS ?= --quiet --disable-pip-version-check
 BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs embeddings streaming near_duplicates \
   training_loop checkpoints reading generation side_by_side tiny
 
-.PHONY: help unit test test-browser test-slow mutants chaos check bench gpu-check lock format peek demo studio site clean
+.PHONY: help unit test test-browser test-slow mutants chaos check bench gpu-check lock format peek demo studio site dist clean
 
 help:
 	@echo "make peek    the whole chain at nano size: images over HTTP to a 1024 px image, in minutes"
 	@echo "make demo    a world of drawings at tiny size; MINUTES=10 or 60 trains less or more than 20"
 	@echo "make studio  a page to draw on with the demo's bundle, or with peek's where there is none"
 	@echo "make site    these pages with the tables of the code, searchable, in build/site/index.html; a warning fails it"
+	@echo "make dist    wheel and sdist of the commit in dist/, built twice, installed elsewhere and run there"
 	@echo "make unit    the tests of functions and classes, in minutes      make check    format, lint, types"
 	@echo "make test    these and all that start servers, clusters and commands      make test-slow    the slow ones"
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
@@ -91,23 +92,28 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 
 peek: .venv/ready
-	$(BIN)/unclip run configs/nano.yaml
+	$(BIN)/unclip peek
 
 # At 20, which is scale 1, demo takes 20 to 30 minutes on two cores. Trainings see that much more or less.
 MINUTES ?= 20
 
 demo: .venv/ready
-	$(BIN)/unclip run configs/demo.yaml scale=$(shell awk "BEGIN { print $(MINUTES) / 20 }")
+	$(BIN)/unclip demo scale=$(shell awk "BEGIN { print $(MINUTES) / 20 }")
 
 # Without make demo, the models of make peek draw: they are made in minutes, if need be, and draw worse.
 studio: .venv/ready
 	@if [ -e out/demo/bundle.json ]; then exec $(BIN)/unclip serve out/demo; fi; \
 	echo "out/demo has no bundle yet (make demo): the studio draws with make peek's nano models, which know little"; \
-	if [ ! -e out/nano/bundle.json ]; then $(BIN)/unclip run configs/nano.yaml || exit 1; fi; exec $(BIN)/unclip serve out/nano
+	if [ ! -e out/nano/bundle.json ]; then $(BIN)/unclip peek || exit 1; fi; exec $(BIN)/unclip serve out/nano
+
+# Of the commit, not of the working tree, so that whoever builds the commit again gets the same bytes.
+dist: .venv/ready
+	$(BIN)/python -m tests.dist dist
+	$(BIN)/python -m pytest -m slow tests/test_dist.py
 
 site: .venv/ready
 	$(BIN)/python -m tests.site build/docs
 	$(BIN)/zensical build --clean
 
 clean:
-	rm -rf out build .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf out build dist .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -119,7 +119,7 @@ def _newest_output() -> Path:
     files = [*Path("out").glob("bundle.json"), *Path("out").glob("*/bundle.json")]
     found = sorted(files, key=lambda file: file.stat().st_mtime)
     if not found:
-        raise UserError(f"no finished bundle under out/; run one first (make peek), or name with --from {PLACES}")
+        raise UserError(f"no finished bundle under out/; run one first (unclip peek), or name with --from {PLACES}")
     return found[-1].parent
 
 

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from jobs.command_line import command_line
+from jobs.command_line import MODULES, command_line
 from jobs.interrupt import ending_on_signals, exit_code, say_interrupted
 from jobs.output import warn
 from pipeline.errors import CorruptObject, UserError
@@ -37,7 +37,7 @@ def _command(words: Sequence[str]) -> int:
     if arguments.command is None:
         parser.print_help()
         return 2
-    name = "pin" if arguments.command == "unpin" else arguments.command
+    name = MODULES.get(arguments.command, arguments.command)
     ProgressLine.quiet = getattr(arguments, "quiet", False)
     if ProgressLine.quiet:
         logging.getLogger("unclip").setLevel(logging.WARNING)

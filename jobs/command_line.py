@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ EXPORTS = ("pairs", "clip-retrieval", "embeddings")
 FORMATS = ("bundle", "diffusers")
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 GROUP = "unclip.commands"  # of entry points, each named as its command
+MODULES = {"peek": "run", "demo": "run", "unpin": "pin"}  # in jobs, where they are not named as the command
 
 
 def command_line(words: Sequence[str] = ()) -> Parser:
@@ -73,7 +75,7 @@ def leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]
 
 def takes_config(parser: Parser, nargs: str | None = None) -> None:
     """Adds ``config``, a project's file, and ``overrides``, values in place of the file's."""
-    parser.add_argument("config", nargs=nargs, metavar="CONFIG", help="a project's YAML file")
+    parser.add_argument("config", nargs=nargs, metavar="CONFIG", help="a project's YAML file, or nano or demo")
     takes_values(parser, "KEY=VALUE", OVERRIDES)
 
 
@@ -102,28 +104,29 @@ def _doctor(parser: Parser) -> None:
     _json(parser)
 
 
-def _run(parser: Parser) -> None:
-    takes_config(parser)
+def _run(parser: Parser, shipped: str = "") -> None:
+    if shipped:
+        parser.set_defaults(config=shipped)
+        takes_values(parser, "KEY=VALUE", OVERRIDES)
+    else:
+        takes_config(parser)
     _stages(parser)
     how = parser.add_mutually_exclusive_group()
     _verbose(how)
     takes_quiet(how)
     parser.add_argument("-n", "--dry-run", action="store_true", help="print the plan and make nothing")
-    text = "append what happens to this file, a JSON object a line"
-    parser.add_argument("--events", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--events", type=Path, metavar="FILE", help="append events to this file, a JSON object a line")
 
 
 def _plan(parser: Parser) -> None:
     takes_config(parser)
-    text = "measure first, on this machine, with few rows and samples"
-    parser.add_argument("--probe", action="store_true", help=text)
+    parser.add_argument("--probe", action="store_true", help="measure first, here, with few rows and samples")
     text = "plan for a list of that size, such as 650M, as if nothing were made"
     parser.add_argument("--pairs", type=count, metavar="N", help=text)
     parser.add_argument("--gpus", metavar="NxKIND", help="plan trainings and embeddings on GPUs, such as 64xH100")
     text = "share of a GPU's bf16 peak that trainings reach, where none was measured (0.3)"
     parser.add_argument("--utilisation", type=float, metavar="SHARE", help=text)
-    text = "take what make gpu-check measured of the same models"
-    parser.add_argument("--profile", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="use what make gpu-check measured of these models")
     _verbose(parser)
     _json(parser)
 
@@ -175,8 +178,7 @@ def _show(parser: Parser) -> None:
 
 def _report(parser: Parser) -> None:
     takes_config(parser)
-    text = "where to write it; report.html in run.output by default"
-    parser.add_argument("-o", "--output", metavar="FILE", help=text)
+    parser.add_argument("-o", "--output", metavar="FILE", help="where to write it (report.html in run.output)")
     text = "show only the images with this licence, as your list names it; may be given again"
     parser.add_argument("--license", metavar="NAME", action="append", help=text)
     text = (
@@ -285,6 +287,8 @@ def _completion(parser: Parser) -> None:
 COMMANDS = {
     "init": Command("write a commented configuration for image-caption pairs of your own", _init),
     "doctor": Command("check machine, packages, store, list, CLIP and Ray before a run", _doctor),
+    "peek": Command("run the whole chain at nano size, in minutes (run nano)", partial(_run, shipped="nano")),
+    "demo": Command("train the quick start's models, in 20 to 30 minutes (run demo)", partial(_run, shipped="demo")),
     "run": Command("make everything that a configuration asks for, where it is stale", _run),
     "plan": Command("show what a run would make, why, and about what it costs", _plan),
     "submit": Command("run a configuration on a cluster and follow it", _submit),

@@ -46,7 +46,7 @@ class Run:
         output: A local folder for the report and the images.
         budget_hours: Hours; a run whose estimate is above them stops without ``--yes``.
         trackers: Receivers of the metrics of trainings, previews, samples and figures: ``tensorboard``, ``wandb``,
-            ``mlflow``, or a function of yours as ``module:function``.
+            ``mlflow``, ``prometheus``, or a function of yours as ``module:function``.
         lease_s: Seconds without progress after which another run may take over.
         ray: The local Ray.
         kubernetes: The pods of a RayJob.
@@ -106,7 +106,7 @@ def config_type(stages: tuple[Stage, ...] = STAGES) -> type[Config]:
     """
     taken = {each.name for kind in (Config, Run) for each in fields(kind)} | {*sections(STAGES), "preset", "scale"}
     if wrong := next((stage.name for stage in stages if stage not in STAGES and stage.name in taken), ""):
-        raise UserError(f"stage {wrong}: the configuration has something else of this name; take another one")
+        raise UserError(f"stage {wrong}: the configuration has something else of this name; name it differently")
     settings = [(each.name, each.settings, field(default_factory=each.settings)) for each in stages if each.settings]
     run = make_dataclass("Run", settings, bases=(Run,), frozen=True, namespace={"__doc__": Run.__doc__})
     own = [(stage.name, stage.recipe) for stage in stages if stage.kind != "source"]
@@ -134,12 +134,27 @@ def load_config(
     return replace(config, run=replace(config.run, output=os.path.expanduser(config.run.output)))
 
 
+def shipped() -> dict[str, Path]:
+    """Returns the configurations that come with this software, by name; none in a job on a cluster."""
+    here = Path(__file__).parent
+    installed = here / "configs"  # where the wheel puts those of the checkout
+    folder = installed if installed.is_dir() else here.parent / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
 def read_values(path: str | Path) -> Mapping[str, Any]:
-    """Returns the values of a YAML file, whose relative paths count from its folder. Raises UserError."""
+    """Returns the values of a YAML file, whose relative paths count from its folder, or of a shipped one by its name.
+
+    Raises UserError.
+    """
+    ours = shipped()
+    if str(path) in ours and not Path(path).is_file() and not Path(f"{path}.yaml").is_file():
+        # As in the checkout: what they make lies in out/ of the current folder.
+        return _placed(Path("configs"), yaml.safe_load(ours[str(path)].read_text()))
     try:
         text = read_local(path, CONFIG_BYTES).decode()
     except FileNotFoundError:
-        what = "unclip init writes one, the shipped ones are in configs/"
+        what = f"unclip init writes one; shipped are {', '.join(ours)}"
         if Path(f"{path}.yaml").is_file():
             what = f"did you mean {path}.yaml?"
         raise UserError(f"{path}: no such configuration; {what}") from None
@@ -166,6 +181,17 @@ def _from_its_folder(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     folder = path.parent
     if folder.samefile("."):
         return dict(values)
+    store, moved = values.get("store"), _placed(folder, values)
+    if isinstance(store, str) and RELATIVE.match(store) and Path(store).is_dir() and not Path(moved["store"]).exists():
+        raise UserError(
+            f"{path}: store {store} counts from the folder of this file, {folder}, where there is none, and there is "
+            f"one at {Path(store).absolute()}; move it, or write store: {os.path.relpath(store, folder)}"
+        )
+    return moved
+
+
+def _placed(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns values with paths that count from a folder written as they are found from here."""
 
     def found(value: Any, name: str = "") -> Any:
         if isinstance(value, Mapping):
@@ -179,13 +205,8 @@ def _from_its_folder(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         return place if near.startswith("..") else near
 
     given = {name: value for name, value in values.items() if value is not None}  # a heading may have nothing below it
-    store, moved = values.get("store"), found(overlay({"run": {"output": Run.output}}, given))
-    if isinstance(store, str) and RELATIVE.match(store) and Path(store).is_dir() and not Path(moved["store"]).exists():
-        raise UserError(
-            f"{path}: store {store} counts from the folder of this file, {folder}, where there is none, and there is "
-            f"one at {Path(store).absolute()}; move it, or write store: {os.path.relpath(store, folder)}"
-        )
-    return moved
+    placed: dict[str, Any] = found(overlay({"run": {"output": Run.output}}, given))
+    return placed
 
 
 def plain_values(value: Any, place: Callable[[str, Any], Any], name: str = "") -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
 
 
@@ -13,9 +14,21 @@ class UserError(Exception):
 def install(extra: str) -> str:
     """Returns how to install the packages of an extra of pyproject.toml, for the end of a message.
 
-    From the checkout: no index has this project, and somebody who took its name there could run their code.
+    By their own names: no index has this project, and somebody who took its name there could run their code.
     """
-    return f"pip install -e '.[{extra}]' in the checkout installs what is missing"
+    # Imported here: no other message, and no help of a command, should wait for them.
+    from importlib.metadata import PackageNotFoundError, requires
+
+    from packaging.requirements import Requirement
+
+    try:
+        asked = [Requirement(text) for text in requires("unclip-ray") or ()]
+    except PackageNotFoundError:
+        return f"install the extra {extra} of pyproject.toml"
+    wanted = [each for each in asked if each.marker and each.marker.evaluate({"extra": extra})]
+    packages = [each for each in wanted if each.marker and not each.marker.evaluate({"extra": ""})]
+    names = (f"{each.name}[{','.join(each.extras)}]".removesuffix("[]") + str(each.specifier) for each in packages)
+    return f"{shlex.join(['pip', 'install', *names])} installs what is missing"
 
 
 class Unreachable(UserError):

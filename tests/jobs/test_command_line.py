@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command_line import COMMANDS, EXPORTS, FORMATS, SHELLS, SPLITS, command_line, leaves
+from jobs.command_line import COMMANDS, EXPORTS, FORMATS, MODULES, SHELLS, SPLITS, command_line, leaves
 from jobs.export import LOADING
 from pipeline.data import export
 from pipeline.data.pairs import row_index
@@ -24,6 +24,7 @@ SEARCH = {"config": "a.yaml", "caption": "a pink flower", "count": 3, "overrides
         (["data", "search", "a.yaml", "preset=nano", "a pink flower", "--count", "3"], SEARCH),
         (["data", "search", "--count=3", "--set", "preset=nano", "a.yaml", "a pink flower"], SEARCH),
         (["data", "search", "a.yaml", "--count", "3", "--set=preset=nano", "a pink flower"], SEARCH),
+        (["peek", "scale=2", "-q"], {"config": "nano", "overrides": ["scale=2"], "quiet": True}),
         (["pin", "a.yaml", "preset=nano", "clip"], {"stage": "clip", "overrides": ["preset=nano"]}),
         (["release", "diff", "a", "current", "x=1", "--set", "y=2"], {"first": "current", "overrides": ["x=1", "y=2"]}),
         (["sample", "E=mc2 on a board", "size=64"], {"captions": ["E=mc2 on a board"], "overrides": ["size=64"]}),
@@ -55,7 +56,7 @@ def test_help_version_and_completion_import_nothing_heavy() -> None:
 
 def test_every_command_is_a_module_that_takes_its_words() -> None:
     for name in COMMANDS:
-        assert callable(import_module(f"jobs.{name.removeprefix('un')}").main)
+        assert callable(import_module(f"jobs.{MODULES.get(name, name)}").main)
         assert f"\n    {name}" in done(here("help"))
     for leaf in leaves(command_line()):
         assert all(action.help for action in leaf._actions)

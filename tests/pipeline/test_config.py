@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipeline.build import STAGES, build
-from pipeline.config import PRESETS, TRAININGS, load_config, make_config, preset_config
+from pipeline.config import PRESETS, TRAININGS, load_config, make_config, preset_config, shipped
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +30,23 @@ def test_a_configuration_needs_a_project_a_store_and_a_list() -> None:
             make_config({k: v for k, v in LEAST.items() if k != name})
     with pytest.raises(UserError, match=r"^source\.paths: missing"):
         make_config({**LEAST, "source": {}})
+
+
+def test_a_shipped_configuration_is_found_by_its_name_and_makes_its_output_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert load_config("nano") == load_config("configs/nano.yaml")
+    (tmp_path / "nano").mkdir()  # a folder is no configuration
+    monkeypatch.chdir(tmp_path)
+    nano = load_config("nano", ["scale=2"])
+    assert (nano.store, nano.run.output, nano.source.paths) == ("out/nano/store", "out/nano", ("drawings:nano",))
+    assert {"demo", "nano", "paper"} <= shipped().keys()
+    with pytest.raises(UserError, match=r"^mini: no such configuration; .*; shipped are demo, nano, paper$"):
+        load_config("mini")
+    (tmp_path / "demo.yaml").write_text("project: mine\nstore: s\nsource: {paths: [a.csv]}\n")
+    with pytest.raises(UserError, match=r"^demo: no such configuration; did you mean demo\.yaml\?"):
+        load_config("demo")
 
 
 def test_a_configuration_has_what_its_stages_declare() -> None:

@@ -37,7 +37,7 @@ from pipeline.data.source.drawings.world import (
 )
 from pipeline.data.source.lists import read_rows
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.errors import UserError
+from pipeline.errors import UserError, install
 from pipeline.settings import PairsSettings
 from tests.pipeline.data.bench import fetch_all
 
@@ -224,8 +224,10 @@ def test_a_users_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="nano, nano-more, tiny, full"):
         drawing_rows("huge")
     monkeypatch.setitem(world.PACKAGES, "no_such_module", "no-such-package")
-    with pytest.raises(UserError, match=r"no-such-package.*pip install -e '\.\[demo\]' in the checkout"), serving():
+    says = r"no-such-package: pip install dicebear-core==\S+ dicebear-styles==\S+ resvg-py==\S+ installs what"
+    with pytest.raises(UserError, match=says), serving():
         pass
+    assert "'ray[serve]<" in install("serve")
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
