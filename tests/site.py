@@ -13,6 +13,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from jobs.command_line import command_line, leaves
 from pipeline.ledger import REASONS
@@ -132,6 +135,28 @@ def code_page(file: Path) -> str:
     return f"---\ntitle: {name}\nsearch:\n  exclude: true\n---\n\n# {name}\n\n````{language}\n{file.read_text()}````\n"
 
 
+def pages_of(part: Any) -> list[str]:
+    """Returns the pages of a part of the navigation, in order."""
+    if isinstance(part, str):
+        return [part]
+    return [page for below in (part.values() if isinstance(part, dict) else part) for page in pages_of(below)]
+
+
+def outline() -> str:
+    """Returns llms.txt, as https://llmstxt.org has it: every page with its first sentence, by section."""
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    sources = {place: source for source, place in PAGES.items()}
+    text = f"# {site['site_name']}\n\n> {site['site_description']}\n"
+    for section in site["nav"]:
+        text += f"\n## {next(iter(section))}\n\n"
+        for place in pages_of(section):
+            title, lead = sources[place].read_text().split("\n\n", 2)[:2]
+            sentence = re.split(r"(?<=[.?!]) ", LINK.sub(r"\1", " ".join(lead.split())))[0]
+            address = re.sub(r"(?:^|(?<=/))(?:index|README)\.md$", "", place).removesuffix(".md").removesuffix("/")
+            text += f"- [{title.removeprefix('# ')}]({address or '.'}/): {sentence}\n"
+    return text
+
+
 def prepare(folder: Path) -> None:
     """Writes all pages, and what they show, into an empty folder."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -145,6 +170,7 @@ def prepare(folder: Path) -> None:
         text = source.read_text()
         target.write_text(prepared(source, text))
         files.update(shown_files(source, text))
+    (folder / "llms.txt").write_text(outline())
     for file in sorted(files):
         target = folder / f"code/{file.relative_to(ROOT).as_posix()}.md"
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 import inspect
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -11,17 +10,22 @@ import yaml
 from pipeline.ledger import REASONS
 from serve.settings import ServeSettings
 from tests.reference import KINDS
-from tests.site import LINK, MARKER, PAGES, ROOT, generated, prepare
+from tests.site import LINK, MARKER, PAGES, ROOT, generated, outline, pages_of, prepare
 
 
 def test_every_page_has_its_place_in_the_navigation() -> None:
-    def pages(part: Any) -> list[str]:
-        if isinstance(part, str):
-            return [part]
-        return [page for below in (part.values() if isinstance(part, dict) else part) for page in pages(below)]
-
-    shown = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    shown = pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     assert sorted(shown) == sorted(place for place in PAGES.values() if place.endswith(".md"))
+
+
+def test_programs_find_every_page_by_what_one_can_do_after_it() -> None:
+    text = outline()
+    found = dict(re.findall(r"^- \[.+\]\((.+)/\): (.+)$", text, re.MULTILINE))
+    assert len(found) == sum(place.endswith(".md") for place in PAGES.values())
+    assert found["start"].startswith("After this tutorial you have trained a whole unCLIP stack on this machine")
+    assert found["how"].startswith("After these pages you know what each stage reads")
+    assert "](" not in "".join(found.values())
+    assert text.startswith("# unclip-ray\n\n> Train your own unCLIP")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda page: page.stem)

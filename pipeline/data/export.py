@@ -1,5 +1,7 @@
 """Writes curated pairs and embeddings as other tools read them: img2dataset's and clip-retrieval's layouts, Parquet.
 
+A data card, README.md, says what they are.
+
 A folder or a prefix on S3 is written as a store is: an object appears whole, and none is written twice.
 """
 
@@ -18,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.data.card import CardCounts, data_card
 from pipeline.data.curation.stage import CURATION
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import Place, read_images
@@ -31,6 +34,7 @@ from pipeline.store import Store, local_folder
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import blob_path, read_blob
 
+CARD = "README.md"
 STAGES = (CURATION.name, *CURATION.inputs)
 ABOUT = "export.json"
 BATCH = 64  # images in memory at once, of each thread
@@ -56,6 +60,8 @@ def export_pairs(
     target: Store,
     kinds: Sequence[str] = (),
     splits: Sequence[str] = (),
+    title: str = "Image-caption pairs",
+    paths: Sequence[str] = (),
 ) -> dict[str, int]:
     """Writes the curated rows of ``splits`` in some KINDS, all of them by default.
 
@@ -67,6 +73,8 @@ def export_pairs(
         target: Store or folder to write to.
         kinds: Names among KINDS; empty for all.
         splits: Splits of the rows; empty for all.
+        title: Title of the data card.
+        paths: Lists of the source, which the card names.
 
     Returns:
         The number of rows by kind; "pairs" are those that have an image.
@@ -80,7 +88,7 @@ def export_pairs(
     if not target.create(ABOUT, data) and target.read(ABOUT) != data:
         raise UserError(f"{target.url} holds an export of other rows ({ABOUT} says of which); name another folder")
     by_stage = {name: {shard.number: shard for shard in read_shards(store, made[name])} for name in STAGES}
-    counts = dict.fromkeys(kinds or KINDS, 0)
+    counts, tally = dict.fromkeys(kinds or KINDS, 0), CardCounts()
 
     def write(numbered: tuple[int, int]) -> ExportedShard:
         number, shard = numbered
@@ -93,7 +101,10 @@ def export_pairs(
         for part in ordered_map(write, enumerate(sorted(by_stage["curation"])), THREADS):
             for kind in counts:
                 counts[kind] += sum(1 for place in part.places if place) if kind == "pairs" else len(part.rows)
+            tally.add(part.rows)
             progress.advance(part.shards["curation"].kept)
+    judged = {name: made[name] for name in reversed(STAGES)}
+    target.create(CARD, data_card(title, paths, judged, tally).encode())
     return counts
 
 

@@ -1,4 +1,4 @@
-"""Sends a training's journal, and what is measured at the end, to trackers: TensorBoard, W&B, MLflow, or a function.
+"""Sends a training's journal, and what is measured at the end, to trackers: those of TRACKERS, or a function.
 
 The journal in the store comes first; a tracker gets the lines that it lacks. It runs beside the driver, so the number
 of workers does not matter, and an error of it is a warning and does not end the training.
@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -166,7 +167,47 @@ class MLflow:
         self._client.set_terminated(self._id)
 
 
-TRACKERS: Mapping[str, MakeTracker] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+class Prometheus:
+    """Serves the latest value of every metric at /metrics while the run lasts, for Prometheus to scrape.
+
+    All trainings of a process share the server. It listens at OTEL_EXPORTER_PROMETHEUS_HOST and
+    OTEL_EXPORTER_PROMETHEUS_PORT, by default localhost and 9464.
+    """
+
+    def __init__(self, stage: str, key: str, recipe: Mapping[str, Any], output: Path):
+        self._samples, self._values = _gauges()
+        self._training = (output.absolute().name, stage, key[:12])
+        self.last = -1
+
+    def log(self, samples: int, values: Mapping[str, float]) -> None:
+        self._samples.labels(*self._training).set(samples)
+        for name, value in values.items():
+            self._values.labels(*self._training, name).set(value)
+
+    def image(self, samples: int, png: bytes) -> None:
+        """Prometheus has numbers only."""
+
+    def close(self) -> None:
+        """What was measured last is served until the process ends, so that a scrape after the end finds it."""
+
+
+@cache
+def _gauges() -> tuple[Any, Any]:
+    """Starts the server, once in a process, and returns the gauges of samples seen and of all values."""
+    from prometheus_client import CollectorRegistry, Gauge, start_http_server
+
+    registry, training = CollectorRegistry(), ("project", "stage", "key")
+    samples = Gauge("unclip_training_samples", "Samples seen.", training, registry=registry)
+    about = "Latest value of a metric of the journal, such as loss."
+    values = Gauge("unclip_training_value", about, (*training, "name"), registry=registry)
+    host = os.environ.get("OTEL_EXPORTER_PROMETHEUS_HOST", "localhost")
+    start_http_server(int(os.environ.get("OTEL_EXPORTER_PROMETHEUS_PORT", "9464")), host, registry)
+    return samples, values
+
+
+TRACKERS: Mapping[str, MakeTracker] = {
+    "tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "prometheus": Prometheus
+}  # fmt: skip
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 
 

@@ -1,4 +1,7 @@
-"""Stores of older formats, kept as files: every command says in a line that it is older, and changes nothing."""
+"""Stores of older formats, kept as files: those of releases are read.
+
+Of one that no release wrote every command says in a line that it is older, and changes nothing.
+"""
 
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from pipeline.store.records import FORMAT
 from tests.machine.driver import files
 from tests.machine.old import FOLDER, ROWS, house, store_in, unpack
 
+RELEASED = 3  # the format of the first release
 KEPT = sorted(int(file.name.partition(".")[0]) for file in FOLDER.glob("*.tar.xz"))
 COMMANDS = {
     "run": lambda house, store: house.run(store, "p"),
@@ -23,12 +27,12 @@ COMMANDS = {
 }
 
 
-def test_the_format_before_this_one_is_kept() -> None:
-    assert FORMAT - 1 in KEPT
+def test_every_format_is_kept() -> None:
+    assert [*range(1, FORMAT + 1)] == KEPT
 
 
-@pytest.mark.parametrize("version", [version for version in KEPT if version < FORMAT])
-def test_a_store_of_an_older_format_is_refused_in_a_line(tmp_path: Path, version: int) -> None:
+@pytest.mark.parametrize("version", range(1, RELEASED))
+def test_a_store_of_a_format_that_no_release_wrote_is_refused_in_a_line(tmp_path: Path, version: int) -> None:
     unpack(version, tmp_path)
     before = files(str(tmp_path))
     made, clock = house()
@@ -39,9 +43,9 @@ def test_a_store_of_an_older_format_is_refused_in_a_line(tmp_path: Path, version
     assert files(str(tmp_path)) == before
 
 
-def test_a_store_of_this_format_is_read(tmp_path: Path) -> None:
-    if FORMAT in KEPT:
-        unpack(FORMAT, tmp_path)
+@pytest.mark.parametrize("version", range(RELEASED, FORMAT + 1))
+def test_a_store_of_a_released_format_is_read(tmp_path: Path, version: int) -> None:
+    unpack(version, tmp_path)
     made, clock = house()
     with made.living():
         store = store_in(tmp_path, clock)

@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import httpx
 import openai
 import pytest
+import yaml
 from openai.types import image_create_variation_params, image_edit_params, image_generate_params
 from openai.types.image_edit_completed_event import ImageEditCompletedEvent
 from openai.types.image_gen_completed_event import ImageGenCompletedEvent
@@ -26,6 +27,7 @@ from openai.types.images_response import ImagesResponse, Usage
 from PIL import Image
 
 from serve.requests import IGNORED, REFUSED
+from tests.chain import ROOT
 from tests.serve.test_api import noise, opened, png
 
 pytestmark = pytest.mark.filterwarnings("ignore:deprecated")  # OpenAI has given up variations; we have not
@@ -126,6 +128,42 @@ def test_every_value_of_the_clients_types_is_drawn_warned_of_or_refused_with_the
         idle = field in (*IGNORED, "model", "output_compression")
         assert [line.startswith(field) for line in warned] == [True] * idle, (field, value)
         assert not idle or one.b64_json == plain
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs/clients.md").read_text()
+
+
+def block(language: str) -> str:
+    (text,) = re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+    return str(text)
+
+
+def test_the_program_of_the_page_draws(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block("python").replace("http://127.0.0.1:8000", served), names)
+    assert {Image.open(file).size for file in tmp_path.glob("monster-?.png")} == {(256, 256)}
+    assert opened(names["turned"].data[0].b64_json).size == (256, 256)
+
+
+def test_the_settings_of_the_page_are_drawn(served: str) -> None:
+    """The address, the model and the size that Open WebUI and LiteLLM put into their requests."""
+    settings = dict(line.split("=", 1) for line in block("sh").splitlines())
+    (entry,) = yaml.safe_load(block("yaml"))["model_list"]
+    proxied = entry["litellm_params"]
+    for address, model, size in (
+        (settings["IMAGES_OPENAI_API_BASE_URL"], settings["IMAGE_GENERATION_MODEL"], settings["IMAGE_SIZE"]),
+        (settings["IMAGES_EDIT_OPENAI_API_BASE_URL"], settings["IMAGE_EDIT_MODEL"], settings["IMAGE_EDIT_SIZE"]),
+        (proxied["api_base"], proxied["model"].removeprefix("openai/"), "64x64"),
+    ):
+        place = address.replace("http://127.0.0.1:8000", served)
+        asked = {"model": model, "prompt": "a red fox", "n": 1, "size": size}
+        answer = httpx.post(f"{place}/images/generations", json=asked, timeout=300)
+        assert answer.status_code == 200, answer.text
+        side = int(size.partition("x")[0])
+        assert opened(answer.json()["data"][0]["b64_json"]).size == (side, side)
 
 
 # --- other programs ---------------------------------------------------------------------------------------------------

@@ -13,9 +13,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+import yaml
 from embedding_reader import EmbeddingReader
 from PIL import Image
 
+from pipeline.data.card import MOST_LICENCES, CardCounts, _size, data_card
 from pipeline.data.embeddings.parts import read_embeddings
 from pipeline.data.export import _reference, export_pairs
 from pipeline.data.pairs.row_index import Place, read_images
@@ -127,7 +129,31 @@ def test_it_goes_on_and_mixes_nothing(made: Made) -> None:
 def test_a_split_and_a_kind_alone_anywhere(made: Made, make_store: Callable[[], Store]) -> None:
     target = make_store()
     assert export_pairs(made.bench.store, made.bench.made, target, ["embeddings"], ["test"]) == {"embeddings": 1}
-    assert [entry.path for entry in target.list("")] == ["embeddings/00000.parquet", "export.json"]
+    assert [entry.path for entry in target.list("")] == ["README.md", "embeddings/00000.parquet", "export.json"]
+
+
+def test_the_data_card_counts_what_is_there_and_what_is_not(made: Made) -> None:
+    card = (made.folder / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["size_categories"] == ["n<1K"]
+    assert "\n21 rows with 21 captions" in card
+    assert "| test | 1 |\n| train | 19 |\n| validation | 1 |\n" in card
+    assert "| none named | 21 |" in card
+    assert "| curation | 21 | 2 too_small: " in card
+    assert f"| curation | `{made.bench.made['curation'].key}` |" in card
+
+
+def test_a_card_shows_what_strangers_wrote_as_plain_words() -> None:
+    tally = CardCounts()
+    rows = [{"split": "train", "captions": ["a", "b"], "license": f"l{i}"} for i in range(MOST_LICENCES + 5)]
+    tally.add([{"split": "train", "captions": ["a"], "license": "<b>|\n# [x](y)"}] * 9 + rows)
+    assert len(tally.licences) == MOST_LICENCES + 1
+    card = data_card("mine", ["/secret/folder/pairs.csv"], {}, tally)
+    assert "| &lt;b&gt;\\| \\# \\[x\\](y) | 9 |\n| further ones | 6 |\n" in card
+    assert "| others | 981 |" in card
+    assert "secret" not in card
+    sizes = {999: "n<1K", 1000: "1K<n<10K", 10**6: "1M<n<10M", 10**9: "n>1B"}
+    assert {count: _size(count) for count in sizes} == sizes
 
 
 def test_what_came_out_goes_in(made: Made, tmp_path: Path) -> None:

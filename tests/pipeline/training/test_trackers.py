@@ -4,13 +4,16 @@ import importlib.util
 import json
 import logging
 import re
+import socket
 import sys
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
@@ -19,7 +22,8 @@ from pipeline.ledger import Ledger
 from pipeline.store.records import put_blob, read_blob
 from pipeline.training import stage
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe
-from pipeline.training.trackers import TRACKERS, TensorBoard, Trackers, find_tracker, tell_result
+from pipeline.training.trackers import TRACKERS, TensorBoard, Trackers, _gauges, find_tracker, tell_result
+from tests.boards import expressions
 from tests.chain import ROOT
 from tests.pipeline.training.conftest import World
 from tests.pipeline.training.trainings import DECODER, MODEL, lines
@@ -107,6 +111,30 @@ def records(file: Path) -> list[bytes]:
         found.append(data[at + 12 : at + 12 + size])
         at += 16 + size
     return found
+
+
+def test_prometheus_scrapes_what_the_dashboard_shows(
+    shared_world: World, made: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("OTEL_EXPORTER_PROMETHEUS_PORT", str(port))
+    _gauges.cache_clear()
+    ctx = told_of_a_decoder(shared_world, tmp_path, "prometheus", made)
+    _gauges.cache_clear()
+    with urllib.request.urlopen(f"http://localhost:{port}/metrics") as answer:
+        families = [*text_string_to_metric_families(answer.read().decode())]
+    samples = [sample for family in families for sample in family.samples if sample.labels["stage"] == "decoder"]
+    training = {"project": tmp_path.name, "stage": "decoder", "key": trajectory_key(ctx)[:12]}
+    assert all(training.items() <= sample.labels.items() for sample in samples)
+    latest = {name: value for line in lines(shared_world, made) for name, value in line.items() if name != "preview"}
+    assert {sample.labels.get("name", "samples"): sample.value for sample in samples} == pytest.approx(latest)
+
+    shown = " ".join(expressions(ROOT / "docs/training-grafana.json"))
+    assert set(re.findall(r"\bunclip_\w+", shown)) == {sample.name for sample in samples}
+    assert set(re.findall(r'name="(\w+)"', shown)) == {"loss", "gradient_norm"} <= latest.keys()
+    assert any(re.fullmatch(pattern, name) for pattern in re.findall(r'name=~"([^"]+)"', shown) for name in latest)
 
 
 class Recorded:

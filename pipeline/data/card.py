@@ -1,0 +1,123 @@
+"""The data card of an export: what its rows are, where they come from, on what terms, and what was left out."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.source.lists import lists_there
+from pipeline.graph.artifacts import Artifact
+from pipeline.ledger import REASONS
+from pipeline.progress import counted
+
+MOST_LICENCES = 1000  # names that are counted apart: a list may have another one for each of millions of rows
+SHOWN_LICENCES = 20
+SIZES = {1_000: "1K", 10_000: "10K", 100_000: "100K", 10**6: "1M", 10**7: "10M", 10**8: "100M", 10**9: "1B"}
+FOLDERS = """\
+| folder | holds | read with |
+| --- | --- | --- |
+| `pairs` | webdataset tars of images, captions and facts | `load_dataset("webdataset", data_files="pairs/*.tar")` |
+| `embeddings` | CLIP embeddings as Parquet | `load_dataset("parquet", data_files="embeddings/*.parquet")` |
+| `clip-retrieval` | the same as NumPy matrices | clip-retrieval, embedding-reader |
+
+Not every export has all three."""
+LIMITS = """\
+Nobody has looked at each of these images and captions. They were found by their list and kept by rules: people, trade
+marks, errors and prejudice of their sources are in them. Licences are those that the list names. Who trains on them is
+responsible for the right to do so, and for leaving out rows whose authors ask for it (`unclip data forget`)."""
+
+
+class CardCounts:
+    """Counts the rows of an export by what a card says of them.
+
+    Attributes:
+        rows: Rows by split.
+        captions: Captions of all rows.
+        licences: Rows by the licence that the list names; None where it names none.
+    """
+
+    def __init__(self) -> None:
+        self.rows: Counter[str] = Counter()
+        self.captions = 0
+        self.licences: Counter[str | None] = Counter()
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Counts further rows."""
+        for row in rows:
+            self.rows[row["split"]] += 1
+            self.captions += len(row["captions"])
+            licence = row["license"]
+            full = len(self.licences) >= MOST_LICENCES and licence not in self.licences
+            self.licences["further ones" if full else licence] += 1
+
+
+def data_card(title: str, paths: Sequence[str], made: Mapping[str, Artifact], tally: CardCounts) -> str:
+    """Returns the card as Markdown, with the metadata that a hub of data sets reads at its head.
+
+    Args:
+        title: Name of the project.
+        paths: Lists of the source, of which only the names are shown.
+        made: Artefacts of the stages that have judged the rows, by stage.
+        tally: Rows that are exported.
+    """
+    count = tally.rows.total()
+    head = {
+        "pretty_name": title,
+        "task_categories": ["text-to-image"],
+        "size_categories": [_size(count)],
+        "tags": ["image-caption-pairs", "webdataset"],
+    }
+    lists = ", ".join(_cell(Path(path).name) for path in paths)
+    lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items()), "---", ""]
+    lines += [
+        f"# {title}",
+        "",
+        f"{counted(count, 'row')} with {counted(tally.captions, 'caption')}, curated by unclip-ray.",
+        "",
+    ]
+    lines += _table(("split", "rows"), sorted(tally.rows.items()))
+    lines += [FOLDERS, "", "## Where they come from", "", f"Lists: {lists or 'not named'}."]
+    lines += dict.fromkeys(found.credits for found in lists_there(paths) if found.credits)
+    named = [(_cell(name or "none named"), many) for name, many in tally.licences.most_common(SHOWN_LICENCES)]
+    others = tally.licences.total() - sum(many for _, many in named)
+    lines += [
+        "",
+        *_table(("licence, as the lists name it", "rows"), [*named, *([("others", others)] if others else [])]),
+    ]
+    lines += ["## How they were chosen", "", "Of the whole list, all splits:", ""]
+    ended = [
+        (stage, artifact.ledger.kept, f"{many:,} {reason}: {REASONS[reason]}")
+        for stage, artifact in made.items()
+        for reason, many in sorted(artifact.ledger.lost.items())
+    ]
+    lines += _table(("stage", "kept", "left out"), ended)
+    lines += _table(("stage", "key"), [(stage, f"`{artifact.key}`") for stage, artifact in made.items()])
+    return "\n".join([*lines, "## What to know before use", "", LIMITS, ""])
+
+
+def _size(count: int) -> str:
+    """Returns the name that hubs have for a number of rows."""
+    below = "n"
+    for bound, name in SIZES.items():
+        if count < bound:
+            return f"{below}<{name}" if below == "n" else f"{below}<n<{name}"
+        below = name
+    return "n>1B"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Returns the lines of a table and an empty one; nothing without rows."""
+    if not rows:
+        return []
+    cells = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells)] + [""]
+
+
+def _cell(text: str) -> str:
+    """Returns a text of a list as plain words of a table: neither markup nor a line of its own."""
+    plain = "".join(each if each.isprintable() else " " for each in text)[:100]
+    return "".join(f"\\{each}" if each in "\\`*_[]|#!" else each for each in html.escape(plain, quote=False))

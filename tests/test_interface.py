@@ -1,0 +1,51 @@
+"""What a release has promised is still there: docs/versions.md."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.interface import FOLDER, broken, described, interface
+
+RELEASES = sorted(FOLDER.glob("*.txt"))
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda file: file.stem)
+def test_nothing_that_a_release_has_is_gone_or_asks_for_more(release: Path) -> None:
+    """A line here breaks somebody's program, file or script: keep it, or release a version that may break it."""
+    assert broken(release.read_text().splitlines(), interface()) == []
+
+
+def test_the_first_release_is_kept() -> None:
+    assert "0.1.0" in [file.stem for file in RELEASES]
+
+
+def test_what_breaks_a_caller_is_found_and_what_does_not_is_not() -> None:
+    def draw(caption: str, size: int = 64) -> str: ...
+
+    def more(caption: str, size: int = 64, *, seed: int = 0) -> str: ...
+
+    def needs(caption: str, size: int = 64, *, seed: int) -> str: ...
+
+    def moved(size: int = 64, caption: str = "") -> str: ...
+
+    def other(caption: str, size: int = 256) -> str: ...
+
+    def result(caption: str, size: int = 64) -> int: ...
+
+    class Drawing:
+        side: int
+
+        def save(self, path: str) -> None: ...
+
+    then = list(described("draw", draw))
+    assert then == ["draw", "draw(caption) 0", "draw(size) 1 = 64", "draw -> str"]
+    assert broken(then, list(described("draw", more))) == []
+    assert broken(then, list(described("draw", needs))) == ["draw(seed)"]
+    assert broken(then, list(described("draw", moved))) == ["draw(caption) 0", "draw(size) 1 = 64"]
+    assert broken(then, list(described("draw", other))) == ["draw(size) 1 = 64"]
+    assert broken(then, list(described("draw", result))) == ["draw -> str"]
+    assert broken(then, []) == sorted(then)
+    Drawing.__module__ = "unclip.drawing"
+    assert list(described("Drawing", Drawing)) == [
+        "Drawing", "Drawing.save", "Drawing.save(path) 1", "Drawing.save -> None", "Drawing.side"
+    ]  # fmt: skip
