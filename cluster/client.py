@@ -112,7 +112,7 @@ class Cluster:
                         return
                 early = isinstance(e, OSError) or any(word in str(e) for word in NOT_YET)
                 if not early or time.monotonic() > deadline:
-                    raise UserError(f"{self.address} does not take the job: {_last_line(e)}") from e
+                    raise UserError(f"{self.address} refused the job: {_last_line(e)}") from e
                 time.sleep(POLL_S)
 
     def stop(self, submission_id: str) -> JobInfo:
@@ -228,7 +228,7 @@ def _handshake(address: str, token: str | None) -> str | None:
         if e.code == 401 and not token and (own := _own_token()):
             return _handshake(address, own)
         if e.code in (401, 403):
-            raise UserError(f"{address} wants {'another' if token else 'a'} token: {SAY_TOKEN}") from e
+            raise UserError(f"{address} requires {'another' if token else 'a'} token: {SAY_TOKEN}") from e
         raise UserError(f"no Ray cluster answers at {address} (HTTP {e.code}); {SAY_ADDRESS}") from e
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as e:
         raise UserError(

@@ -81,7 +81,7 @@ def attach_or_submit(
         return live[-1].id
     if attempts:
         last = attempts[-1]
-        tell(f"{last.id} has ended ({last.status.lower()}); what it has made stays made")
+        tell(f"{last.id} has ended ({last.status.lower()}); what it has made is kept")
         job = job.again((number_of(job.id, last.id) or 1) + 1)
     with _zipped(store, package) as file:
         size = f"{counted(len(package.files), 'file')}, {file.stat().st_size / 1e6:.1f} MB"

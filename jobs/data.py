@@ -72,7 +72,8 @@ def _search(project: Project, arguments: argparse.Namespace) -> int:
 
 def _export(project: Project, arguments: argparse.Namespace) -> int:
     made, target = project.made(*STAGES), open_store(arguments.to)
-    counts = export_pairs(project.store, made, target, arguments.only, arguments.split)
+    about = project.config.project, project.config.source.paths
+    counts = export_pairs(project.store, made, target, arguments.only, arguments.split, *about)
     for kind, count in counts.items():
         say(f"{target.url}/{kind}: {counted(count, 'row')}")
     return 0
@@ -129,7 +130,7 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
     say(changes(before, after.plan()))
     say(
         f"unclip run {config} makes what is stale again; then unclip data gc {config} --yes deletes what was made with "
-        "them. What is pinned stands, though it was made with them: unclip unpin makes it stale"
+        "them. Pinned artefacts stay, although made with them: unclip unpin makes them stale"
     )
     return 0
 
@@ -163,7 +164,7 @@ def _collect(_: Config, store: Store, arguments: argparse.Namespace) -> int:
     for path, why in sorted(found.unreadable.items())[:MOST_TOLD]:
         say(f"{store.url}/{path} {why}")
     say(
-        f"{counted(len(found.unreadable), 'object')} could not be read; what that may name is kept: see to it as "
+        f"{counted(len(found.unreadable), 'object')} could not be read; what that may name is kept: repair it as "
         "said above, then run unclip data gc again"
     )
     return 1

@@ -77,6 +77,6 @@ def _convert(arguments: argparse.Namespace, made: Path) -> None:
         unclip.save(made)
     else:
         native = export_unclip(unclip, made)
-        say(f"in classes of diffusers: {', '.join(native) or 'none'}; all others are in ours/")
+        say(f"classes of diffusers itself: {', '.join(native) or 'none'}; all others are in ours/")
     if card:
         (made / CARD).write_bytes(card)

@@ -76,7 +76,7 @@ def main(arguments: argparse.Namespace) -> int:
         )
     if seen and seen.pairs < CLIP_PAIRS and trains:
         say(
-            f"warning: a CLIP trained on fewer than {CLIP_PAIRS:,} pairs is poor; take one that exists, which is slow "
+            f"warning: a CLIP trained on fewer than {CLIP_PAIRS:,} pairs is poor; use an existing one, which is slow "
             f"without a GPU: uncomment clip.weights in {path}, or go on from a run's models with --from"
         )
     if seen and 2 * seen.framed.rows > seen.rows and trains:

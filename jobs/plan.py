@@ -145,7 +145,7 @@ class RunPlan:
     def check(self) -> None:
         """Raises UserError for a run above the budget, of days on a CPU, or with too little room on a disk."""
         if lack := next(lacking(self.costs, self.ask, self.project.store), None):
-            raise UserError(f"{lack}; add --yes to go on all the same")
+            raise UserError(f"{lack}; add --yes to go on anyway")
         seconds, hours = elapsed(self.costs, self.ask), self.project.config.run.budget_hours
         if seconds > hours * 3600:
             raise UserError(

@@ -119,7 +119,7 @@ def _promote(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
     if failed and arguments.force is None:
         warn(
             f"error: {key[:12]} is not promoted, see above; unclip release diff {asked.path} shows all figures, "
-            "--force REASON promotes it all the same"
+            "--force REASON promotes it anyway"
         )
         return 1
     files, reason = files_of(made["bundle"]), arguments.force or ""

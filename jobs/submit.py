@@ -141,11 +141,11 @@ def _stop(config: Config, to: str) -> int:
     with running(to, _folder(config)) as cluster:
         ended = stop(cluster, _about(config)) if cluster else []
     for seen in ended:
-        say(f"{seen.id} was stopped ({seen.status.lower()}); what it has made stays made")
+        say(f"{seen.id} was stopped ({seen.status.lower()}); what it has made is kept")
     if to == LOCAL:
         end_idle(_folder(config))
     if not ended:
-        say(f"nothing of {config.project} runs there")
+        say(f"no job of {config.project} runs there")
     return 0
 
 

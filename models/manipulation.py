@@ -73,7 +73,7 @@ def text_difference(before: Tensor, after: Tensor) -> Tensor:
     """
     difference = after - before
     if (difference.norm(dim=-1) < 1e-6).any():
-        raise ValueError("both captions have the same embedding: without a difference to follow; change one of them")
+        raise ValueError("both captions have the same embedding, so no direction to follow: change one of them")
     return F.normalize(difference, dim=-1)
 
 

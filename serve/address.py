@@ -23,7 +23,7 @@ def listen(settings: ServeSettings) -> socket.socket:
     except OSError as e:
         bound.close()
         raise UserError(
-            f"serve: {settings.host}:{settings.port} cannot be listened at ({e.strerror}); name another by port="
+            f"serve: cannot listen at {settings.host}:{settings.port} ({e.strerror}); name another port with port="
         ) from None
     return bound
 

@@ -59,7 +59,7 @@ def stopping() -> ApiError:
 
 def hanging() -> ApiError:
     """Returns the error for requests of which nothing can be drawn now."""
-    return ApiError(503, "unavailable", "Drawing makes no step now: try again later", retry_after=AGAIN_S)
+    return ApiError(503, "unavailable", "Drawing has stalled: try again later", retry_after=AGAIN_S)
 
 
 def late(deadline: float) -> ApiError:
@@ -261,4 +261,4 @@ class RequestQueue:
                 if attempt == ATTEMPTS:
                     raise
                 self.observe("retries_total")
-                log.warning("a replica that drew is gone (%s); its %d images are drawn again", e, len(rows))
+                log.warning("a replica was lost while drawing (%s); its %d images are drawn again", e, len(rows))

@@ -134,7 +134,7 @@ class Replica:
         try:
             await asyncio.wait_for(drawn, CLOSING_S)
         except TimeoutError:  # Python would wait for the thread for ever, if it hangs in a driver
-            log.warning("drawing does not end, and is left with its process")
+            log.warning("drawing did not end in time; it ends with this process")
             os._exit(0)
 
     async def kill(self) -> None:

@@ -68,7 +68,7 @@ def train(
     values = {"project": stage, "store": stage, "source": {"paths": [stage]}, "preset": preset, stage: recipe}
     chosen = getattr(make_config(values), stage)
     if stage == "clip" and chosen.pretrained:
-        raise UserError(f"weights: {chosen.weights} is there already, and is not trained; leave weights out")
+        raise UserError(f"weights: {chosen.weights} exists already, and is not trained; leave weights out")
     if chosen.init_from is not None and not chosen.init_from.path:
         raise UserError("init_from: a sha256 names a file of a store, and this training has none; name a file")
     given = dict(data)

@@ -40,7 +40,7 @@ def check_machine() -> Iterator[Finding]:
             advice = "unset CUDA_VISIBLE_DEVICES"
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs"
         said = f"torch {torch.__version__} for {build} sees none of this machine's GPUs ({there})"
-        yield Finding("warning", "gpu", f"{said}: all runs on cores", advice)
+        yield Finding("warning", "gpu", f"{said}: everything runs on CPU cores", advice)
 
 
 def installed_gpus() -> str:
@@ -131,4 +131,4 @@ def check_shared_memory(settings: RaySettings) -> Iterator[Finding]:
         yield Finding("warning", "shm", f"{text}, of which it takes {gigabytes(taken)}: GPUs may wait for rows", larger)
     else:
         advice = f"{larger}, or lower run.ray.object_store_mb"
-        yield Finding("warning", "shm", f"{text}, which Ray will put on the disk, slowly", advice)
+        yield Finding("warning", "shm", f"{text}: Ray will spill to disk, which is slow", advice)

@@ -119,7 +119,7 @@ def judge(
 def _faults(host: str, answer: Answer | Exception, ours: Mapping[str, str], store: Store | None) -> Iterator[Finding]:
     if isinstance(answer, Exception):
         yield Finding(
-            "problem", "nodes", f"{host} gives no answer ({brief(answer)})",
+            "problem", "nodes", f"{host} does not answer ({brief(answer)})",
             "look at this node with ray status, and install this project on it",
         )  # fmt: skip
         return

@@ -51,6 +51,6 @@ def _fault(requirement: Requirement) -> Finding | None:
             "problem",
             "packages",
             f"{requirement.name} {version} cannot be imported ({brief(e)})",
-            f"install what it misses, or {install} --force-reinstall",
+            f"install what it lacks, or {install} --force-reinstall",
         )
     return None

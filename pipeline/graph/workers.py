@@ -211,7 +211,7 @@ def _counting_deaths(stage: str, task: ShardTask, step: str = "", places: Places
                 rows = max((shard.kept + shard.lost for shard in task.inputs.values()), default=0)
                 raise UserError(
                     f"{stage}: shard {task.number} ({rows:,} rows, whose keys begin with {task.number:08d}) killed "
-                    f"{len(died_on)} workers; Ray's log says how, most often for want of memory: give them more "
+                    f"{len(died_on)} workers; Ray's log says how, most often because memory is short: give them more "
                     f"(run.{stage}.memory_mb) or make shards smaller (source.shard_rows), and run the same command "
                     "again"
                 )

@@ -46,7 +46,7 @@ class Album:
         encoded, kind, size = shrink(data, side, most)
         uri = f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
         if len(uri) > self.left:
-            raise ValueError("the page has reached its size")
+            raise ValueError("the report has reached its size limit")
         self.left -= len(uri)
         return PARTS.image(Markup(uri), size, alt)
 

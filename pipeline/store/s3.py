@@ -129,7 +129,7 @@ class S3Store:
             if passing:
                 raise Unreachable(
                     f"store {self.url}: {e.operation_name} was answered {code} {TRIES} times; the server is overloaded "
-                    f"or ill: wait, or use fewer workers, {again}"
+                    f"or failing: wait, or use fewer workers, {again}"
                 ) from e
             raise
         except exceptions.NoCredentialsError as e:

@@ -112,7 +112,7 @@ def halved(ctx: Context, task: Task, what: str, rows: int) -> TrainingSettings:
     half = -(-rows // 2)
     log.warning(
         "%s: %d rows at once did not fit into memory; going on from the last checkpoint with %d. "
-        "run.%s.micro_batch=%d begins so",
+        "run.%s.micro_batch=%d starts there",
         *(ctx.stage, rows, half, ctx.stage, half),
     )
     return replace(ctx.settings, micro_batch=half)

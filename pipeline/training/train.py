@@ -332,7 +332,7 @@ class BetweenSteps:
             self.saver.wait()
             self.left = True
             if group.is_rank_0:
-                log.warning("a machine of this training is to be taken away; saved at sample %d", state.samples)
+                log.warning("a node of this training is being preempted; saved at sample %d", state.samples)
         self.ticked_at = time.monotonic()  # the pause counts, but not as part of the next step
         state.seconds += self.ticked_at - now
         state.phase_seconds["pause"] = state.phase_seconds.get("pause", 0.0) + self.ticked_at - now

@@ -114,15 +114,15 @@ def find_artifact(store: Store, start: str) -> StageKey:
     made = sorted(name for name in _made(store) if start and name[1].startswith(start))
     if len(made) > 1:
         several = ", ".join(f"{stage} {key[:16]}" for stage, key in made[:5])
-        raise UserError(f"{start}: {len(made)} artefacts in {store.url} have a key that begins so: {several}")
+        raise UserError(f"{start}: {len(made)} artefacts in {store.url} have a key that begins with it: {several}")
     if not made:
         leases = (
             [entry.path for entry in store.list(lease_path(start).removesuffix(".json"))] if start.isalnum() else []
         )
         begun = ": it was begun and is not made yet" if leases else ""
         raise UserError(
-            f"{start}: no artefact in {store.url} has a key that begins so{begun}; unclip show without a key lists "
-            "what the last runs made"
+            f"{start}: no artefact in {store.url} has a key that begins with it{begun}; unclip show without a key "
+            "lists what the last runs made"
         )
     return made[0]
 

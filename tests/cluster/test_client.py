@@ -84,8 +84,8 @@ def test_a_token_is_sent_when_it_is_asked_for_and_otherwise_not(monkeypatch: pyt
         return (200, b'{"ray_version": "1.0.0"}') if known else (403 if authorization else 401, b"")
 
     with _head(wants) as address:
-        assert "wants a token: set RAY_AUTH_TOKEN" in _refusal(address)
-        assert "wants another token" in _refusal(address, "wrong")
+        assert "requires a token: set RAY_AUTH_TOKEN" in _refusal(address)
+        assert "requires another token" in _refusal(address, "wrong")
         monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
         assert "runs Ray 1.0.0" in _refusal(address)
     assert heard == ["", "Bearer wrong", "", "Bearer right"]

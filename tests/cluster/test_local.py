@@ -186,7 +186,7 @@ def test_a_job_that_fails_or_is_stopped_is_said_with_its_exit_code(
         submitter = _start(log, config, other[0], hosts, *to, "--until", "pairs")
         _wait("a second time", lambda: _said(log, "-2 is submitted") or submitter.poll() is not None)
         stopped = done(unclip("submit", config, *to, "--stop"))
-        assert "-2 was stopped (stopped); what it has made stays made" in stopped
+        assert "-2 was stopped (stopped); what it has made is kept" in stopped
         assert submitter.wait(WAIT_S) == 1
         assert "-2 was stopped; submit it again to go on where it was" in log.read_text()
 

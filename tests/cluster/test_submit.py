@@ -148,8 +148,8 @@ def test_only_jobs_of_the_project_are_stopped(tmp_path: Path, monkeypatch: pytes
     cluster = FakeCluster(JobInfo("other", "RUNNING", "", None, {"project": "other"}))
     monkeypatch.setattr("jobs.submit.running", lambda to, folder: nullcontext(cluster))
     words = ("submit", config, "--to", cluster.address, "--stop")
-    assert "nothing of micro runs there" in done(here(*words))
+    assert "no job of micro runs there" in done(here(*words))
     cluster.seen.append(JobInfo("mine", "RUNNING", "", None, about))
-    assert done(here(*words)) == "mine was stopped (stopped); what it has made stays made\n"
+    assert done(here(*words)) == "mine was stopped (stopped); what it has made is kept\n"
     monkeypatch.undo()
-    assert "nothing of micro runs there" in done(here("submit", config, "--to", "local", "--stop"))
+    assert "no job of micro runs there" in done(here("submit", config, "--to", "local", "--stop"))

@@ -105,7 +105,7 @@ def test_to_diffusers_and_back(run: Path, draw: Draw, tmp_path: Path) -> None:
     before = pixels(draw("sample", "a red heart")[0])
     (tmp_path / "a bundle/README.md").write_text("# a card\n")
     said = done(here("export", tmp_path / "a bundle", "--to", "theirs", "--format", "diffusers", cwd=tmp_path))
-    assert "in classes of diffusers: diffusion_prior; all others are in ours/" in said
+    assert "classes of diffusers itself: diffusion_prior; all others are in ours/" in said
     assert (tmp_path / "theirs/README.md").read_text() == "# a card\n"
     says = ["diffusers' layout", "--to NEW makes a bundle of what unclip export wrote"]
     refused("sample", "a cat", "--from", tmp_path / "theirs", says=says)

@@ -355,7 +355,7 @@ def test_nodes_that_differ_or_do_not_see_the_store(here: Path) -> None:
     (other,) = findings(folder, Answer(versions() | {"torch": "1.0"}))
     assert f"node-0 has torch 1.0 (here {versions()['torch']})" in other.text
     (silent,) = findings(folder, ModuleNotFoundError("No module named 'pipeline'"))
-    assert "node-0 gives no answer (ModuleNotFoundError: No module named 'pipeline')" in silent.text
+    assert "node-0 does not answer (ModuleNotFoundError: No module named 'pipeline')" in silent.text
 
 
 @pytest.mark.parametrize(("address", "says"), [("127.0.0.1:1", "refused"), ("http://127.0.0.1:1", "Invalid Ray")])

@@ -217,7 +217,7 @@ def test_groups_are_held_out_whole() -> None:
 def test_a_clip_that_exists_is_named(capsys: Output) -> None:
     """The remark in the file works when it is uncommented."""
     made("mine", table("csv"))
-    says = "warning: a CLIP trained on fewer than 1,000,000 pairs is poor; take one that exists, which is slow without"
+    says = "warning: a CLIP trained on fewer than 1,000,000 pairs is poor; use an existing one, which is slow without"
     assert says in capsys.readouterr().out
     text = Path("mine.yaml").read_text()
     Path("mine.yaml").write_text(text.replace("# clip: {", "clip: {"))

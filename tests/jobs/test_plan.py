@@ -43,7 +43,7 @@ def test_what_a_gpu_does_in_minutes_is_not_left_to_a_cpu_in_silence(
     assert re.search(r"^runs on 1 core \(source, .*decoder\)$", shown.out, re.MULTILINE)
     assert re.fullmatch(
         r"error: decoder needs a GPU: \d+ cores? would take about .* for decoder; run it where there is one, or take "
-        r"preset=tiny, or scale=0\.1; add --yes to go on all the same\n",
+        r"preset=tiny, or scale=0\.1; add --yes to go on anyway\n",
         shown.err,
     )
     assert main(["plan", config]) == 0
@@ -113,7 +113,7 @@ def test_a_disk_that_is_too_small_is_told_of_before_anything_is_made(
     config = _sixty_pairs(tmp_path)
     many = "run.decoder.keep_checkpoints=1000000000000"
     says = rf"the disk of .*the store {tmp_path}/store is too small: about .* PB will be needed, and .* are free; "
-    said = refused("run", config, many, says="; add --yes to go on all the same").stderr
+    said = refused("run", config, many, says="; add --yes to go on anyway").stderr
     assert re.match(f"error: {says}", said)
     assert not (tmp_path / "store").exists()
     assert main(["plan", config, many]) == 0

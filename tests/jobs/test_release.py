@@ -62,7 +62,7 @@ def test_a_worse_bundle_is_not_promoted_but_by_force_with_a_reason(made: Made) -
     said = made.release("promote", *LATER, code=1)
     assert "decoder.top held for the release and fails now" in said
     assert "decoder.top is worse: " in said
-    assert "--force REASON promotes it all the same" in said
+    assert "--force REASON promotes it anyway" in said
     assert made.current == first
     assert "--force needs a reason" in made.release("promote", *LATER, "--force", " ", code=2)
 

@@ -84,7 +84,7 @@ def _asking(path: str) -> Iterator[None]:
     except Exception as e:  # of whatever library it goes through
         said = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(
-            f"source {path}: not to be had from the Hugging Face Hub ({said}); check its name, the network, and "
+            f"source {path}: cannot be fetched from the Hugging Face Hub ({said}); check its name, the network, and "
             "HF_TOKEN if it is private or has terms to accept"
         ) from None
 

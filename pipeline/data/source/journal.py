@@ -82,7 +82,7 @@ def change_journal(store: Store, project: str, change: Callable[[ListJournal], L
         crash_point("journal.before_swap", journal_path(project))
         if changed == journal or store.swap(journal_path(project), version, _as_json(changed)):
             return changed
-    raise UserError(f"the list of {project} is being changed by somebody else all the time; try again")
+    raise UserError(f"others keep changing the list of {project}; try again")
 
 
 def with_forgotten(journal: ListJournal, marks: Iterable[str]) -> ListJournal:

@@ -187,7 +187,7 @@ class ListReader:
         if code == -signal.SIGXCPU:
             raise UserError(f"{where} in the processor time that its size allows; {_REMEDY}")
         if code == -signal.SIGKILL:
-            raise UserError(f"{where}: its reader was killed, as for want of memory; run again")
+            raise UserError(f"{where}: its reader was killed, most often because memory is short; run again")
         if code == 1:  # Python's own, before any rights are given up
             raise UserError(f"{where}: its reader did not start, or failed; the lines above say why")
         return f"source {path}: its reader crashed ({'exit code' if code and code > 0 else 'signal'} {abs(code or 0)})"

@@ -142,7 +142,9 @@ def _copied_rows(path: str, copy: Path, recipe: SourceRecipe, reader: ListReader
 def check_secret(path: str) -> None:
     """Raises UserError for a URL with a secret: many can read where lists are named."""
     if shown(path) != path:
-        raise UserError(f"source {shown(path)}: a URL with a secret in it is kept for many to read; download the list")
+        raise UserError(
+            f"source {shown(path)}: its URL holds a secret, which a store keeps for others to read; download the list"
+        )
 
 
 def check_remote(path: str) -> None:
@@ -251,7 +253,7 @@ def _copy_page(path: str, out: BinaryIO, most: int) -> None:
             except OSError as e:
                 raise UserError(f"source {path}: no room for it in {_folder().name} ({e.strerror})") from None
             if out.tell() > most:
-                raise UserError(f"source {path}: over {most:,} bytes came, and there is no end; {BY_HAND}")
+                raise UserError(f"source {path}: the server sent over {most:,} bytes without an end; {BY_HAND}")
             if out.tell() < LEAST_RATE * (time.monotonic() - begun - TIMEOUT_S):
                 raise UserError(f"source {path}: the server sends less than {LEAST_RATE:,} bytes a second; {BY_HAND}")
     if promised is not None and out.tell() != promised:

@@ -385,7 +385,7 @@ def run_captions(ctx: Context) -> Artifact:
 def _publish(ctx: Context, blob: str, key: str) -> Artifact:
     found = scan(ctx.recipe, ctx.store, write=True, journal=read_journal(ctx.store, ctx.project))
     if found.keys[ctx.stage] != ctx.key:
-        raise UserError("the list, or what is to be tried again or forgotten, has changed since the plan; run again")
+        raise UserError("the list, its retries or its forgotten rows have changed since the plan; run again")
     shards = [
         Shard(s.number, getattr(s, key), s.ledger, {blob: getattr(s, blob)}, {CAPTIONED: s.captioned})
         for s in found.shards

@@ -172,7 +172,7 @@ class Feed:
         if self.without_caption and not any(counts):
             raise UserError(
                 f"none of the {listed:,} training rows has a caption to compare its image with; give them captions, or "
-                "take a CLIP that exists (clip.weights)"
+                "use an existing CLIP (clip.weights)"
             )
         self.held_out = self.tables.of("validation")
         self.views = Views(store, task.image_size, cache_mb)

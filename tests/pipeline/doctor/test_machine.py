@@ -47,7 +47,7 @@ def test_without_a_driver_that_answers_device_files_tell(without_cuda: Path, mon
     for name in ("nvidia0", "nvidia1", "nvidiactl"):
         (without_cuda / name).touch()
     (said,) = warnings()
-    assert "for CPUs sees none of this machine's GPUs (nvidia0, nvidia1): all runs on cores" in said
+    assert "for CPUs sees none of this machine's GPUs (nvidia0, nvidia1): everything runs on CPU cores" in said
     assert said.endswith("install torch for CUDA")
 
 

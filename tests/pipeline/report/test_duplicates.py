@@ -90,7 +90,7 @@ def test_images_without_a_licence_or_room_are_left_out(
     assert page == duplicates(ReportInput(store, found))
     less = duplicates(ReportInput(store, found, Album((1 << 20) - whole.left - 1)))
     assert less.count("<img") == page.count("<img") - 1
-    assert less.count("the page has reached its size") == 1
+    assert less.count("the report has reached its size limit") == 1
     none = duplicates(ReportInput(store, found, Album(1 << 20, {"CC0-1.0"})))
     assert "<img" not in none
     assert "<bdi>" not in none

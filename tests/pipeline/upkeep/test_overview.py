@@ -124,10 +124,10 @@ def test_an_artefact_with_all_that_it_was_made_from_and_into(store: Store) -> No
 def test_a_key_that_is_none(store: Store) -> None:
     keys = ask(store)
     make(store, keys)
-    with pytest.raises(UserError, match=r"no artefact in .* has a key that begins so; unclip show without a key"):
+    with pytest.raises(UserError, match=r"no artefact in .* has a key that begins with it; unclip show without a key"):
         find_artifact(store, "nothing")
     make(store, {stage: f"same{i}" for i, stage in enumerate(keys)})
-    with pytest.raises(UserError, match=f"{len(keys)} artefacts in .* have a key that begins so: "):
+    with pytest.raises(UserError, match=f"{len(keys)} artefacts in .* have a key that begins with it: "):
         find_artifact(store, "same")
     lead_or_wait(store, "begun", 60.0, lambda: False, lambda: "")
     with pytest.raises(UserError, match="it was begun and is not made yet"):

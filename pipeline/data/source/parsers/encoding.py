@@ -84,7 +84,7 @@ def check_encoding(name: str) -> None:
     try:
         io.TextIOWrapper(io.BytesIO(), name)
     except LookupError:
-        raise ValueError(f"encoding: {name!r} is unknown; write such as cp1252, cp1251 or shift_jis") from None
+        raise ValueError(f"encoding: {name!r} is unknown; use a name such as cp1252, cp1251 or shift_jis") from None
 
 
 def _marked(head: bytes) -> str:

@@ -192,7 +192,7 @@ def test_a_paragraph_beside_an_image_is_a_caption_or_a_line_is(
     for path in (tmp_path / "folder", tmp_path / "A.TAR"):
         (row,) = rows_of(path)
         assert row.captions == ("A red bird sits on a branch.", "A bird.")
-        assert "source.caption_lines parts them" in caplog.text
+        assert "source.caption_lines splits it" in caplog.text
         assert rows_of(path, caption_lines=True)[0].captions == ("A red bird sits", "on a branch.", "A bird.")
 
 

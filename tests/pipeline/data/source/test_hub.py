@@ -126,7 +126,7 @@ def test_splits_are_read_from_the_names_of_files_where_all_are_there() -> None:
 @pytest.mark.parametrize(
     ("path", "files", "said"),
     [
-        ("hf://datasets/owner/none", {}, "not to be had from the Hugging Face Hub"),
+        ("hf://datasets/owner/none", {}, "cannot be fetched from the Hugging Face Hub"),
         (
             PATH,
             {"README.md": b"no data"},

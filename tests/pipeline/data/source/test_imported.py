@@ -168,7 +168,7 @@ def test_files_that_change_or_go_are_named(made: Made, tmp_path: Path) -> None:
 
 
 def test_another_clip_is_a_mistake(made: Made, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="imported embeddings teach no CLIP"):
+    with pytest.raises(UserError, match="imported embeddings train no CLIP"):
         make_bench(tmp_path, [str(made.folder)], "train")
     for name in ("img_emb", "text_emb"):
         (tmp_path / name).mkdir()

@@ -75,7 +75,7 @@ def test_mistakes_are_one_line_that_names_the_url() -> None:
             f"http://{address}/gone.csv": "gone.csv: the server answers 404",
             f"http://{address}/a.csv": f"source http://{address}/a.csv: no column url; it has link, caption",
             f"http://{address}/00000.tar": "only .parquet, .csv, .tsv, .jsonl files",
-            f"http://{address}/a.csv?X-Amz-Signature=abc": "a URL with a secret in it",
+            f"http://{address}/a.csv?X-Amz-Signature=abc": "its URL holds a secret",
             "http://127.0.0.1:9/a.csv": "cannot be fetched",
         }.items():
             with pytest.raises(UserError, match=re.escape(says)) as error:
@@ -104,7 +104,7 @@ def test_a_list_without_end_fills_no_disk(monkeypatch: pytest.MonkeyPatch, promi
     with serving({"/a.csv": page}) as address:
         said = refused(f"http://{address}/a.csv")
     assert not any(file.is_file() for file in Path(remote._folder().name).rglob("*"))
-    assert ("over 1,048,576 bytes came" if not promised else "1,048,576 at most are fetched") in said
+    assert ("sent over 1,048,576 bytes" if not promised else "1,048,576 at most are fetched") in said
 
 
 def test_a_list_on_s3_has_the_same_budget_of_bytes(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
