@@ -29,6 +29,7 @@ from pipeline.config import make_config
 from pipeline.data.codec import fit as codec_fit
 from pipeline.data.curation import near_rows
 from pipeline.data.neighbours import indices
+from pipeline.data.neighbours.exchange import Fan
 from pipeline.data.source import reader
 from pipeline.data.source.journal import read_journal
 from pipeline.graph import shards
@@ -112,6 +113,7 @@ def make_passes(url: str, inputs: dict[str, Artifact], seen: str) -> None:
         (near_rows, "BLOCK_ROWS", 120),
         (near_rows, "CLUSTER_ROWS", 25),
         (near_rows, "GROUP_ROWS", 100),
+        (near_rows, "ROWS_FAN", Fan(2, 2)),
         (indices, "CODED_BLOCK_ROWS", 250),
         (codec_fit, "BLOCK_ROWS", 200),
     ):

@@ -1,4 +1,4 @@
-"""Finds near-duplicates and leaks over all shards: five passes of workers around ``neighbours``, in bounded memory.
+"""Finds near-duplicates and leaks over all shards: passes of workers around ``neighbours``, in bounded memory.
 
 Rows come in the order of their keys. They are cut into stretches, each about as long as all stretches before it. Each
 stretch has its own clusters of k-means, which are fitted to training rows before it, and a row is compared with
@@ -6,13 +6,16 @@ earlier rows in the clusters of its stretch. So the duplicates among some rows d
 change none of them, and only the appended rows have to be compared. A whole list costs about twice its last stretch.
 
 The first stretch is small enough for one cluster: every pair in it is compared.
+
+Rows meet by two exchanges: blocks to groups of clusters, and groups of clusters, with what they found, to ranges of
+blocks. So objects and requests grow with the rows, and the driver sees names of blobs, whatever is found.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
 
 from pipeline.data.curation.near_passes import CompareRows, FitClusters, MergeFound, ScatterRows
 from pipeline.data.neighbours.blocks import (
@@ -22,20 +25,26 @@ from pipeline.data.neighbours.blocks import (
     constants,
     cut_blocks,
     input_name,
+    number_of,
     pass_task,
     run_pass,
 )
-from pipeline.graph.artifacts import Shard, ShardRow, write_shard_table
+from pipeline.data.neighbours.exchange import Fan, exchange
+from pipeline.graph.artifacts import Shard, ShardRow
 from pipeline.graph.stages import Context
 from pipeline.graph.workers import ShardTask
 
-# A change of any is a new version of curation.
+# A change of any of these is a new version of curation.
 FIRST_ROWS = 1 << 14  # of the first stretch
 BLOCK_ROWS = 1 << 16  # that a worker holds
 CLUSTER_ROWS = 256  # of the rows before a stretch, in one of its clusters
 CLUSTER_SAMPLES = 16  # that a cluster is fitted to
 MAX_CLUSTERS = 1 << 14
-GROUP_ROWS = 1 << 14  # of the rows before a stretch, in one group of its clusters
+# These change no verdict, only what a worker holds in memory and how many objects and requests there are.
+GROUP_ROWS = 1 << 15  # of the rows before a stretch, in one group of its clusters
+RANGE_BLOCKS = 8  # whose verdicts are one task
+ROWS_FAN = Fan(packs=96, parts=192)  # a merge writes all rows once more, so a billion have one
+FOUND_FAN = Fan(packs=64, parts=8)  # what is found is small
 
 
 @dataclass(frozen=True)
@@ -71,27 +80,24 @@ def cut_stretches(judged: Sequence[ShardRow], embeddings: Mapping[int, ShardRow]
 
 
 def find_near_rows(ctx: Context, judged: Sequence[ShardRow], embeddings: Mapping[int, ShardRow]) -> dict[int, str]:
-    """Returns, by the number of each shard with candidates, the blob of its rows that are too near to others."""
+    """Returns, by the number of each shard that has rows too near to others, the blob of these rows."""
     stretches = cut_stretches(judged, embeddings)
     if not stretches:  # no row is left
         return {}
     blocks = [block for stretch in stretches for block in stretch.blocks]
-    compared = _compare(ctx, stretches, blocks, _fit_clusters(ctx, stretches, blocks))
-    said: dict[str, list[ShardRow]] = defaultdict(list)  # a group of clusters finds nothing in most blocks
-    for shard in compared:
-        for name in shard.blobs:
-            said[name].append(replace(as_input(shard), blobs={name: shard.blobs[name]}))
+    clusters = _fit_clusters(ctx, stretches, blocks)
+    found = _compare(ctx, stretches, _scatter(ctx, stretches, blocks, clusters))
     tasks = []
-    for block in blocks:
-        inputs = block.inputs() | {
-            input_name("said", i): p for i, p in enumerate(said[input_name("block", block.number)])
-        }
-        tasks.append(pass_task(ctx, block.number, "merge", inputs))
-    merged = run_pass(ctx, MergeFound(ctx.store), tasks, "verdicts")
-    blobs: dict[int, str] = {}
-    for block, shard in zip(blocks, merged, strict=True):
-        blobs |= {curated.number: shard.blobs[input_name("shard", curated.number)] for curated, _ in block.shards}
-    return blobs
+    for number, members in groupby(blocks, _range):
+        inputs = {input_name("judged", shard.number): shard for block in members for shard, _ in block.shards}
+        inputs |= {input_name("found", i): ranges[number] for i, ranges in enumerate(found) if number < len(ranges)}
+        tasks.append(pass_task(ctx, number, "verdicts", inputs))
+    merged = run_pass(ctx, MergeFound(ctx.store), tasks, "verdicts", "ranges of rows")
+    return {number_of(name): blob for shard in merged for name, blob in shard.blobs.items()}
+
+
+def _range(block: Block) -> int:
+    return block.number // RANGE_BLOCKS
 
 
 def _fit_clusters(ctx: Context, stretches: Sequence[Stretch], blocks: Sequence[Block]) -> list[Shard]:
@@ -115,28 +121,34 @@ def _fit_clusters(ctx: Context, stretches: Sequence[Stretch], blocks: Sequence[B
     return run_pass(ctx, FitClusters(ctx.store), tasks, "clusters", "stretches")
 
 
-def _compare(
+def _scatter(
     ctx: Context, stretches: Sequence[Stretch], blocks: Sequence[Block], clusters: Sequence[Shard]
-) -> list[Shard]:
-    """Compares the rows in every group of clusters of every stretch."""
-    scatters: list[ShardTask] = []
+) -> list[list[ShardRow]]:
+    """Brings the rows of every stretch and of all before it to its groups of clusters."""
+    tasks: list[ShardTask] = []
     spans = []
     for stretch, fitted in zip(stretches, (None, *clusters), strict=True):
-        groups = 1 if fitted is None else -(-stretch.rows_before // GROUP_ROWS)
-        start = len(scatters)
+        groups = 1 if fitted is None else min(MAX_CLUSTERS, -(-stretch.rows_before // GROUP_ROWS))
+        start = len(tasks)
         for block in blocks[: stretch.blocks_before + len(stretch.blocks)]:
-            given = constants(groups=groups, looks=block.number >= stretch.blocks_before)
+            given = constants(groups=groups, looks=block.number >= stretch.blocks_before, range=_range(block))
             inputs = block.inputs() | {"plan": given} | ({} if fitted is None else {"clusters": as_input(fitted)})
-            scatters.append(pass_task(ctx, len(scatters), "scatter in pieces", inputs))
-        spans.append((groups, slice(start, len(scatters))))
-    scattered = run_pass(ctx, ScatterRows(ctx.store), scatters, "rows by cluster")
+            tasks.append(pass_task(ctx, len(tasks), "scatter", inputs))
+        spans.append((slice(start, len(tasks)), groups))
+    packs = run_pass(ctx, ScatterRows(ctx.store), tasks, "rows by cluster", "blocks")
+    return exchange(ctx, [(packs[span], groups) for span, groups in spans], ROWS_FAN, "merges of rows")
+
+
+def _compare(ctx: Context, stretches: Sequence[Stretch], groups: Sequence[Sequence[ShardRow]]) -> list[list[ShardRow]]:
+    """Compares the rows in every group of clusters of every stretch, and brings what is found to ranges of blocks."""
     tasks: list[ShardTask] = []
-    for groups, span in spans:
-        # A table, not an input for each block: those would be as many as blocks times groups.
-        parts = [replace(shard, number=number) for number, shard in enumerate(scattered[span])]
-        table, _ = write_shard_table(ctx.store, parts)
-        listed = ShardRow(0, table, 0, 0, {"blocks": table}, {})
-        for group in range(groups):
-            tasks.append(pass_task(ctx, len(tasks), "compare", {"blocks": listed, "plan": constants(group=group)}))
+    spans = []
+    for stretch, rows in zip(stretches, groups, strict=True):
+        ranges = _range(stretch.blocks[-1]) + 1
+        start = len(tasks)
+        for group in rows:
+            tasks.append(pass_task(ctx, len(tasks), "compare", {"packs": group, "plan": constants(ranges=ranges)}))
+        spans.append((slice(start, len(tasks)), ranges))
     worker = CompareRows(ctx.store, ctx.recipe.near_duplicate, ctx.recipe.near_held_out)
-    return run_pass(ctx, worker, tasks, "neighbours", "groups of clusters")
+    packs = run_pass(ctx, worker, tasks, "neighbours", "groups of clusters")
+    return exchange(ctx, [(packs[span], ranges) for span, ranges in spans], FOUND_FAN, "merges of neighbours")

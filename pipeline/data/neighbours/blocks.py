@@ -20,6 +20,7 @@ from pipeline.graph.stages import Context, shard_key
 from pipeline.graph.workers import ShardOutput, ShardTask, ShardWorker
 from pipeline.ledger import Ledger
 from pipeline.store import Store
+from pipeline.store.parallel import ordered_map
 from pipeline.store.records import digest, read_blob
 
 
@@ -67,6 +68,11 @@ def cut_blocks(
 def input_name(what: str, number: int) -> str:
     """Returns the name of one of many inputs or blobs; names sort by number."""
     return f"{what} {number:08d}"
+
+
+def number_of(name: str) -> int:
+    """Returns the number in a name that ``input_name`` made."""
+    return int(name.rpartition(" ")[2])
 
 
 def is_a(name: str, what: str) -> bool:
@@ -155,5 +161,5 @@ class SampleVectors:
 
 def read_samples(store: Store, task: ShardTask) -> np.ndarray:
     """Returns the samples of all blocks among a task's inputs, float16 [n, d]."""
-    parts = (part for _, part in sorted(task.inputs.items()) if "sample" in part.blobs)
-    return np.concatenate([load(read_blob(store, part.blobs["sample"]))["sample"] for part in parts])
+    blobs = [part.blobs["sample"] for _, part in sorted(task.inputs.items()) if "sample" in part.blobs]
+    return np.concatenate([load(data)["sample"] for data in ordered_map(lambda blob: read_blob(store, blob), blobs)])

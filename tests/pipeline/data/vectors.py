@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +45,28 @@ class Listed:
         return [f"{i // SHARD_ROWS:08d}{i % SHARD_ROWS:04d}" for i in range(len(self.splits))]
 
 
+class CountedStore:
+    """A store that notes the path of every object that is read or created."""
+
+    def __init__(self, store: Store):
+        self._store, self.read_paths, self.created = store, list[str](), list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def fresh(self) -> "CountedStore":
+        return self
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        self.read_paths.append(path)
+        return self._store.read(path, start, stop)
+
+    def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
+        made = self._store.create(path, data, move)
+        self.created += [path] * made
+        return made
+
+
 def publish(store: Store, listed: Listed, similarity: np.ndarray | None = None) -> dict[str, Artifact]:
     """The artefacts that curation reads. Shards with the same rows have the same keys. ``similarity`` [n] is 1 if not
     given; text embeddings are those of the images, with their numbers moved on by a place."""
@@ -64,7 +88,7 @@ def publish(store: Store, listed: Listed, similarity: np.ndarray | None = None) 
         tables = {
             "pairs": {"index": write_table(index_table(rows))},
             "captions": {"captions": write_table(captions)},
-            "embeddings": {"embeddings": write_table(embeddings)},
+            "embeddings": {"embeddings": write_table(embeddings, dictionary=False)},
         }
         for stage, blobs in tables.items():
             key = hashlib.sha256(f"{stage} {number}".encode() + b"".join(blobs.values())).hexdigest()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.curation.near_passes import pack, read_piece
+from pipeline.data.neighbours.exchange import read_pieces, write_pack
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.journal import change_journal, journal_path
 from pipeline.data.source.stage import Segment
@@ -51,7 +51,8 @@ def contents(store: Store) -> dict[str, bytes]:
 
 
 def _pieces(store: Store) -> bytes:
-    return read_piece(store, put_blob(store, pack([b"one", b"two"], 2)), 1)
+    output = write_pack([b"one", b"two"], 2)
+    return read_pieces(store, put_blob(store, output.blobs["pack"]), 1, 2)[0]
 
 
 def _pictures(store: Store) -> bytes:

@@ -1,6 +1,7 @@
 """Near-duplicates and leaks over shards: against all pairs, and whatever the order of work, kills and appended rows."""
 
 import json
+from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -8,66 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.curation import near_passes, near_rows
-from pipeline.data.curation.rejected import Rejected
+from pipeline.data.curation import near_passes
 from pipeline.data.neighbours import clusters as neighbours
+from pipeline.data.neighbours.exchange import Fan
 from pipeline.data.pairs.row_index import index_counts
 from pipeline.errors import CorruptObject
-from pipeline.graph.artifacts import Artifact, Shard, artifact_path, read_shards, read_table
-from pipeline.graph.stages import Context
-from pipeline.graph.workers import ShardTask
+from pipeline.graph.artifacts import Artifact, artifact_path, read_shards, read_table
 from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path
 from pipeline.upkeep.check import repair_store
-from tests.pipeline.data.vectors import SHARD_ROWS, Listed, curate, planted, publish, rejected, unit
-
-BOUND = 0.8
-ROWS = 600
+from tests.pipeline.data.curation.near import BOUND, ROWS, all_pairs, cut_small, listed, noting, run
+from tests.pipeline.data.vectors import SHARD_ROWS, Listed, curate, publish, rejected, unit
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stretches, blocks, clusters and groups as of a large list, in a short one."""
-    for name, value in {"FIRST_ROWS": 100, "BLOCK_ROWS": 60, "CLUSTER_ROWS": 25, "GROUP_ROWS": 50}.items():
-        monkeypatch.setattr(near_rows, name, value)
+    """Stretches, blocks, clusters, groups and merges as of a large list, in a short one."""
+    cut_small(monkeypatch, Fan(3, 2))
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "store"))
-
-
-def listed(seed: int = 0, rows: int = ROWS) -> Listed:
-    """Every tenth row is held out for validation, every tenth for the test; sides reach different stages."""
-    vectors, *_ = planted(rows, 64, rows // 3, seed, 0.7)
-    vectors = np.random.default_rng(seed).permutation(vectors)
-    splits = ["validation" if i % 10 == 3 else "test" if i % 10 == 7 else "train" for i in range(rows)]
-    g = np.random.default_rng(seed)
-    return Listed(vectors, splits, [(64, 100, 256, 1024)[i] for i in g.integers(0, 4, rows)])
-
-
-def all_pairs(rows: Listed) -> dict[str, Rejected]:
-    """What curation rejects if it looks at every pair."""
-    vectors = rows.vectors.astype(np.float64)
-    near = vectors @ vectors.T >= BOUND
-    near |= (rows.vectors[:, None] == rows.vectors[None]).all(2)
-    splits = np.array(rows.splits)
-    sizes = np.searchsorted([64, 256, 1024], rows.sides, side="right")
-    keys = rows.row_keys
-    found = {}
-    for i in range(len(keys)):
-        held = np.flatnonzero(near[i] & (splits != "train")) if splits[i] == "train" else []
-        twins = np.flatnonzero(near[i, :i] & (splits[:i] == splits[i]) & (sizes[:i] >= sizes[i]))
-        if len(held):
-            found[keys[i]] = Rejected(keys[i], "near_held_out", keys[held[0]])
-        elif len(twins):
-            found[keys[i]] = Rejected(keys[i], "near_duplicate", keys[twins[0]])
-    return found
-
-
-def run(store: Store, rows: Listed, workers: int = 0) -> Artifact:
-    return curate(store, publish(store, rows), workers, near_duplicate=BOUND, near_held_out=BOUND)
 
 
 def blobs(store: Store, artifact: Artifact) -> list[dict[str, str]]:
@@ -103,24 +67,21 @@ def test_a_short_list_is_curated_exactly(store: Store) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_a_long_list_is_curated_by_clusters(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the driver holds grows with the blocks and with the groups of clusters, not with their product."""
-    held: dict[str, tuple[int, int]] = {}
-    original = near_rows.run_pass
-
-    def noting(ctx: Context, worker: object, tasks: list[ShardTask], *rest: str) -> list[Shard]:
-        made = original(ctx, worker, tasks, *rest)
-        held[type(worker).__name__] = (max(len(t.inputs) for t in tasks), max(len(s.blobs) for s in made))
-        return made
-
-    monkeypatch.setattr(near_rows, "run_pass", noting)
+    """No task names as many others as there are blocks or groups of clusters, and none reads as many packs."""
+    held = noting(monkeypatch)
     rows = listed()
     found, expected = rejected(store, run(store, rows)), all_pairs(rows)
     assert len(list(store.list("shards/curation/"))) > 100  # it did take many tasks
     assert {row.key for row in found} <= expected.keys()
     assert len(found) >= 0.95 * len(expected)  # of up to 16 clusters rows look in 8
     assert sum(expected[row.key] == row for row in found) >= 0.95 * len(found)
-    assert held["CompareRows"][0] == 2  # the table of blocks, and the number of the group
-    assert held["ScatterRows"][1] == 1  # all groups of a block
+    for worker in ("ScatterRows", "MergePacks", "CompareRows"):
+        tasks, made = held[worker]
+        assert tasks
+        assert {len(shard.blobs) for shard in made} == {1}
+        read = [part.blobs["packs"] for task in tasks for part in task.inputs.values() if "packs" in part.blobs]
+        assert all(len(read_table(store, table)) <= 3 for table in read)
+        assert worker == "ScatterRows" or max(len(task.inputs) for task in tasks) <= 2
 
 
 @pytest.mark.usefixtures("small")
@@ -185,11 +146,18 @@ def test_what_a_pass_has_left_and_is_lost_is_made_again(store: Store) -> None:
     inputs = publish(store, listed(6, 200))
     bounds = {"near_duplicate": BOUND, "near_held_out": BOUND}
     expected = curate(store, inputs, **bounds)
-    records = {entry.path: json.loads(store.read(entry.path))["blobs"] for entry in store.list("shards/curation/")}
-    found = {name: blob for blobs in records.values() for name, blob in blobs.items()}
-    for name in ("sample", "clusters", "rows", "block 00000001", "shard 00000000"):
-        needed = [path for path, blobs in records.items() if name not in blobs]  # so all that needs it is made again
-        store.delete([blob_path(found[name]), artifact_path("curation", expected.key), *needed])
+    passes: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(dict)  # by the kinds of their inputs
+    for entry in store.list("shards/curation/"):
+        record = json.loads(store.read(entry.path))
+        kinds = tuple(sorted({name.partition(" ")[0] for name in record["inputs"]}))
+        passes[kinds][entry.path] = list(record["blobs"].values())
+    near = [kind for kind in passes if kind not in (("captions", "embeddings", "pairs"), ("judged", "near"))]
+    assert len(near) == 6  # samples and rows without clusters, clusters, rows, merges, comparisons, verdicts
+    for kind in near:
+        needed = [path for other, made in passes.items() if other != kind for path in made]  # so they are made again
+        kept = {blob for other in near if other != kind for made in passes[other].values() for blob in made}
+        lost = next(blob for made in passes[kind].values() for blob in made if blob not in kept)
+        store.delete([blob_path(lost), artifact_path("curation", expected.key), *needed])
         with pytest.raises(CorruptObject, match="is missing") as damage:
             curate(store, inputs, **bounds)
         repair_store(store, "p", 0, [damage.value.path])

@@ -1,0 +1,128 @@
+"""Rows and what is found in them are exchanged: exactly, past the driver, and by requests that grow with the rows."""
+
+import pickle
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from pipeline.data.curation import near_passes, near_rows
+from pipeline.data.curation.rejected import Rejected
+from pipeline.data.curation.stage import CURATION, CurationRecipe
+from pipeline.data.neighbours import exchange
+from pipeline.data.neighbours.clusters import NONE, Rows, compare, fit_clusters
+from pipeline.data.neighbours.exchange import Fan
+from pipeline.data.pairs.row_index import SPLITS, STAGE_SIDES
+from pipeline.graph.artifacts import Shard, ShardRow, read_table
+from pipeline.graph.stages import Context
+from pipeline.graph.workers import ShardTask
+from pipeline.ledger import Ledger
+from pipeline.store import open_store
+from tests.pipeline.data.curation.near import BOUND, ROWS, all_pairs, cut_small, listed, noting, run
+from tests.pipeline.data.vectors import SHARD_ROWS, CountedStore, Listed, context, rejected, unit
+
+
+def alone(rows: Listed) -> dict[str, Rejected]:
+    """What is rejected if each stretch is one array in one process, and nothing is exchanged."""
+    kept = [len(rows.splits[start : start + SHARD_ROWS]) for start in range(0, len(rows.splits), SHARD_ROWS)]
+    shards = [ShardRow(number, "key", count, 0, {}, {}) for number, count in enumerate(kept)]
+    stretches = near_rows.cut_stretches(shards, dict(enumerate(shards)))
+    blocks = [
+        np.concatenate([np.arange(s.number * SHARD_ROWS, s.number * SHARD_ROWS + s.kept) for s, _ in block.shards])
+        for stretch in stretches
+        for block in stretch.blocks
+    ]
+    faiss.omp_set_num_threads(1)  # as workers do
+    keys, train = np.array([int(key) for key in rows.row_keys]), np.array(rows.splits) == "train"
+    splits = np.array([SPLITS.index(split) for split in rows.splits], np.int8)
+    sizes = (np.searchsorted(STAGE_SIDES, rows.sides, side="right") - 1).astype(np.int8)
+    found = np.full((2, len(keys)), NONE)
+    for stretch in stretches:
+        before = stretch.rows_before
+        own = slice(0, before + sum(block.rows for block in stretch.blocks))
+        nearest = np.zeros((own.stop, 1), np.int32)
+        if before:
+            count = -(-before // near_rows.CLUSTER_ROWS)
+            stride = max(1, before // (count * near_rows.CLUSTER_SAMPLES))
+            sample = np.concatenate([block[train[block]][::stride] for block in blocks[: stretch.blocks_before]])
+            nearest = fit_clusters(rows.vectors[sample], count).nearest(rows.vectors[own], near_passes.PROBES)
+        probes = np.where(np.arange(own.stop)[:, None] < before, -1, nearest)
+        whole = Rows(keys[own], splits[own], sizes[own], rows.vectors[own], nearest[:, 0], probes)
+        found[:, own] = np.minimum(found[:, own], compare(whole, BOUND, BOUND))
+    verdicts = {}
+    for key, duplicate, leak in zip(rows.row_keys, *found.tolist(), strict=True):
+        near, reason = (leak, "near_held_out") if leak != NONE else (duplicate, "near_duplicate")
+        if near != NONE:
+            verdicts[key] = Rejected(key, reason, f"{near:012d}")
+    return verdicts
+
+
+@pytest.mark.parametrize(("fan", "group"), [(Fan(2, 2), 50), (Fan(3, 1), 30), (Fan(2, 5), 10), (Fan(64, 64), 200)])
+def test_exchanges_change_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fan: Fan, group: int) -> None:
+    """However many packs are merged and however few rows a group has; in clusters that miss some pairs."""
+    cut_small(monkeypatch, fan, group)
+    monkeypatch.setattr(near_passes, "PROBES", 2)
+    rows, store = listed(group), open_store(str(tmp_path))
+    expected = alone(rows)
+    assert {row.key: row for row in rejected(store, run(store, rows))} == expected
+    assert 0 < len(expected) < len(all_pairs(rows))
+
+
+def test_the_driver_holds_nothing_of_what_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of copies and one without any: the driver gets as many bytes back from the workers."""
+    cut_small(monkeypatch, Fan(3, 2))
+    rows = listed(1)
+    spread = unit(np.random.default_rng(1).standard_normal(rows.vectors.shape))
+    copies = np.repeat(spread[:: ROWS // 20], ROWS // 20, axis=0)
+    sizes, many = [], []
+    for name, vectors in (("spread", spread), ("copies", copies)):
+        with monkeypatch.context() as patch:
+            held = noting(patch)
+            own = open_store(str(tmp_path / name))
+            many.append(len(rejected(own, run(own, replace(rows, vectors=vectors)))))
+        sizes.append([len(pickle.dumps(held["CompareRows"][1])), len(pickle.dumps(held["MergePacks"][1]))])
+    assert many[0] == 0
+    assert many[1] > ROWS / 2
+    assert sizes[0] == sizes[1]
+
+
+def requests(folder: Path, rows: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """Requests and objects a row of all passes over a list of 16,384 rows a shard, of which no row is made.
+
+    Every table, pack and cluster is counted, and the record of every task.
+    """
+    counts, counted = Counter[str](), CountedStore(open_store(str(folder)))
+
+    @cache
+    def listed_packs(table: str) -> int:
+        return len(read_table(counted, table))
+
+    def count(ctx: Context, worker: object, tasks: list[ShardTask], *rest: str) -> list[Shard]:
+        kind = type(worker).__name__
+        for task in tasks:
+            names = Counter(name.partition(" ")[0] for name in task.inputs)
+            counts["read"] += 1 + names["curated"] + names["embeddings"] + names["sample"] + names["clusters"]
+            tables = [part.blobs["packs"] for part in task.inputs.values() if "packs" in part.blobs]
+            counts["read"] += sum(1 + 2 * listed_packs(table) for table in tables)
+            counts["made"] += 1 + (names["judged"] if kind == "MergeFound" else 1)
+        blobs = {"FitClusters": "clusters", "SampleVectors": "sample"}
+        return [Shard(i, t.key, Ledger(1), {blobs.get(kind, "pack"): t.key}) for i, t in enumerate(tasks)]
+
+    for module in (near_rows, exchange):
+        monkeypatch.setattr(module, "run_pass", count)
+    monkeypatch.setattr(near_rows, "number_of", lambda name: 0)
+    shards = [ShardRow(i, f"{i}", 1 << 14, 0, {}, {}) for i in range(rows >> 14)]
+    ctx = context(counted, replace(CURATION, recipe=CurationRecipe(), inputs=()), {})
+    near_rows.find_near_rows(ctx, shards, dict(enumerate(shards)))
+    return counts["read"] / rows, (counts["made"] + len(counted.created)) / rows
+
+
+def test_requests_and_objects_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the driver would have workers do, where rows are merged. Were they not, it would be 16 times as many."""
+    small, large = (requests(tmp_path, rows, monkeypatch) for rows in (1 << 24, 1 << 28))
+    assert large[0] < 1.6 * small[0] < 0.016
+    assert large[1] < 1.6 * small[1] < 0.001
