@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unclip
-from models.decoder import Decoder
-from models.folder import KINDS, Kind
-from models.image_configs import DecoderConfig
-from models.nn.embedding import timestep_embedding
-from pipeline.config import preset_config
-from pipeline.training.tasks.decoder import DecoderTask
+from unclip.architectures import (
+    KINDS,
+    Decoder,
+    DecoderConfig,
+    DecoderTask,
+    Kind,
+    preset_config,
+    timestep_embedding,
+)
 
 
 class Blocks(nn.Module):

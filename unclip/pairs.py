@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
 
 from models.view import view
 from pipeline.data.curation.reading import FACTS, VECTORS, Pair, PairReader
 from pipeline.data.export import SUFFIXES
+from pipeline.errors import UserError
 from pipeline.graph.ray import start_ray
 from pipeline.progress import counted
 from pipeline.settings import RaySettings
@@ -26,7 +29,10 @@ COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class Pairs:
-    """Reads pairs where they lie; ``len`` is their number. Iterating yields a Pair with its image, in order."""
+    """Reads pairs where they lie: a sequence of Pair in the order of the list, so a dataset for torch's DataLoader.
+
+    ``len`` is their number, ``pairs[5]`` one of them, ``pairs[:8]`` a list.
+    """
 
     reader: PairReader
     settings: RaySettings
@@ -38,6 +44,55 @@ class Pairs:
         for position in range(self.reader.shards):
             for pairs in self.reader.read(position):
                 yield from pairs
+
+    @overload
+    def __getitem__(self, place: int) -> Pair: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Pair]: ...
+
+    def __getitem__(self, place: int | slice) -> Pair | list[Pair]:
+        if isinstance(place, slice):
+            return self.__getitems__(range(len(self))[place])
+        try:
+            return self.__getitems__([range(len(self))[place]])[0]
+        except IndexError:
+            raise IndexError(f"pair {place}: there are {len(self):,}") from None
+
+    def __getitems__(self, places: Sequence[int]) -> list[Pair]:
+        """Returns the pairs at these places. torch's DataLoader asks for a batch so: each shard is read once for it."""
+        ends = self.reader.ends
+        shards: dict[int, list[int]] = defaultdict(list)
+        for place in places:
+            shards[int(np.searchsorted(ends, place, "right"))].append(place)
+        found: dict[int, Pair] = {}
+        for position, wanted in shards.items():
+            first = int(ends[position - 1]) if position else 0
+            read = self.reader.read(position, [place - first for place in wanted])
+            found |= zip(wanted, chain.from_iterable(read), strict=True)
+        return [found[place] for place in places]
+
+    def to_hf(self) -> Any:
+        """Returns a datasets.Dataset of the Hugging Face library, which copies all pairs into its own cache.
+
+        Its rows have the fields of Pair, with "image" in place of "data". Raises UserError without the library.
+        """
+        try:
+            import datasets
+        except ImportError:
+            raise UserError("the package datasets is not installed: pip install datasets") from None
+        text, number = datasets.Value("string"), datasets.Value("int32")
+        features = {name: number if name in ("width", "height") else text for name in FACTS}
+        features |= {"captions": datasets.List(text), "image": datasets.Image()}
+        if self.reader.embedded:
+            features |= dict.fromkeys(VECTORS, datasets.List(datasets.Value("float16")))
+        return datasets.Dataset.from_generator(self._dicts, datasets.Features(features))
+
+    def _dicts(self) -> Iterator[dict[str, Any]]:
+        for pair in self:
+            image = None if pair.data is None else {"bytes": pair.data, "path": None}
+            row = {name: getattr(pair, name) for name in (*FACTS, "captions")} | {"image": image}
+            yield row | {name: getattr(pair, name) for name in VECTORS if self.reader.embedded}
 
     def tensors(self, side: int = 0) -> dict[str, Any]:
         """Returns all pairs in memory, as ``unclip.train`` takes them.

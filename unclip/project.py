@@ -12,6 +12,7 @@ from jobs.plan import RunPlan, plan_run
 from jobs.project import Project as Opened
 from jobs.project import last_run_differs, open_project
 from jobs.run import RunResult, Tell, run
+from pipeline.config import resolved_values
 from pipeline.data.curation.reading import PairReader
 from pipeline.graph.stages import Stage
 from unclip.artifact import Artifact
@@ -59,6 +60,14 @@ class Project:
     def stages(self) -> list[str]:
         """Returns the names of its stages, in order."""
         return list(self._opened.graph)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Returns its list, store and recipes as plain values, with presets, ``scale`` and overrides resolved.
+
+        ``unclip.open`` takes them again.
+        """
+        return resolved_values(self._opened.config)
 
     @property
     def report(self) -> Path:

@@ -1,20 +1,23 @@
-"""Trains one model on tensors of a program's own."""
+"""Trains one model on data of a program's own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from models.clip import Clip
 from models.codec import Codec
 from models.frozen_text import FrozenTower
-from models.tokens import CONTEXT, tokenize
+from models.tokens import CONTEXT
 from pipeline.config import TRAININGS, make_config
 from pipeline.errors import UserError
+from pipeline.held_out import FEWEST
 from pipeline.training.device import choose_device
+from pipeline.training.in_process import Examples, TrainedModel, train_on
 from pipeline.training.task import Batch, Task
 from pipeline.training.tasks.ar_prior import ARPriorTask
 from pipeline.training.tasks.clip import ClipTask
@@ -22,77 +25,89 @@ from pipeline.training.tasks.decoder import DecoderTask
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.tasks.starts import ROWS
 from pipeline.training.tasks.upsampler import UpsamplerTask
-from pipeline.training.tensors import train_on
+from unclip.rows import Rows, open_rows
 
-
-class TrainedModel(NamedTuple):
-    """A ``model`` with its averaged weights, in evaluation mode, and the ``journal``, a mapping for each line."""
-
-    model: Any
-    journal: list[dict[str, Any]]
+# What others call the fields of a recipe.
+ELSEWHERE = {
+    "lr": "learning_rate",
+    "batch_size": "batch",
+    "epochs": "samples, the number of rows times the epochs",
+    "steps": "samples, batch times the steps",
+    "max_steps": "samples, batch times the steps",
+    "gradient_clip_val": "clip_norm",
+    "max_grad_norm": "clip_norm",
+    "mixed_precision": "precision",
+}
 
 
 def train(
     stage: str,
-    data: Mapping[str, Any],
+    data: Any,
     preset: str = "nano",
     device: str = "auto",
     clip: Clip | None = None,
     codec: Codec | None = None,
     task: Task | None = None,
     progress: bool = True,
+    *,
+    validation: Any = None,
+    callback: Callable[[TrainedModel], object] | None = None,
+    checkpoint: str | Path | None = None,
     **recipe: Any,
 ) -> TrainedModel:
-    """Trains one model on data in memory, by the pipeline's own loop.
-
-    Nothing is saved on the way: a training that takes days belongs into a project.
+    """Trains one model on data of a program's own, by the pipeline's own loop, in this process.
 
     Args:
         stage: Model to train, by the name of its section in a configuration, such as "decoder".
-        data: Columns, with a row for each example: "image" uint8 [n, 3, s, s] of the model's side, "captions" (n
-            strings) or "tokens" int64 [n, 77], "image_embedding" and "text_embedding" fp [n, d] of unit norm; those
-            that the model reads.
+        data: Columns or a dataset.
+            Columns are a mapping, with a row for each example: "image" uint8 [n, 3, s, s] of the model's side,
+            "captions" (n strings) or "tokens" int64 [n, 77], "image_embedding" and "text_embedding" fp [n, d] of unit
+            norm; those that the model reads.
+            A dataset has len and index, such as torch's, Hugging Face's, ``Pairs`` or a list. Its rows are mappings
+            of the same names (also "caption" or "text", a string or a list of which the first is read) or (image,
+            caption). An image is PIL's of any size, an array uint8 [h, w, 3] or a tensor uint8 [3, h, w], of which
+            the model sees the square centre. Rows are read by threads while the model trains; what a model measures
+            before its first step (``ridge``, ``whiten``) is read of the first 65,536 rows.
         preset: Preset whose values hold for the fields that ``recipe`` leaves out.
         device: "cpu", "cuda", or "auto", which is a GPU where there is one.
         clip: CLIP whose text tower a model with ``text_encoder: frozen`` reads.
         codec: Codec of the AR prior.
         task: Task of your own in place of the stage's.
         progress: Progress line on stderr.
+        validation: Held-out data, as ``data``. The averaged weights are validated on them at the start, after 64
+            steps, 256 and so on, and at the end; the journal has "validation_loss" and the model's other figures.
+        callback: Function that is called with the averaged model and the journal after every line of the journal:
+            each of the first 128 steps, then 64 times a doubling. Training ends if it returns True.
+        checkpoint: File for the state, saved once a minute and at the end. Where it exists, training goes on from it:
+            the same call makes the same model, however often it was ended.
         recipe: Fields of the stage's recipe, such as ``samples=20_000`` or ``model={"width": 128}``.
 
     Raises:
-        UserError: For an unknown stage, a recipe out of range, and data that are missing or of another shape.
+        UserError: For an unknown stage, a recipe out of range, data that are missing or of another shape, and a
+            checkpoint of another recipe.
     """
     if stage not in TRAININGS:
         raise UserError(f"unknown model {stage}; use one of {', '.join(TRAININGS)}")
+    if strange := [name for name in recipe if name in ELSEWHERE]:
+        raise UserError("; ".join(f"{name} is called {ELSEWHERE[name]}" for name in strange))
     values = {"project": stage, "store": stage, "source": {"paths": [stage]}, "preset": preset, stage: recipe}
     chosen = getattr(make_config(values), stage)
     if stage == "clip" and chosen.pretrained:
         raise UserError(f"weights: {chosen.weights} exists already, and is not trained; leave weights out")
     if chosen.init_from is not None and not chosen.init_from.path:
         raise UserError("init_from: a sha256 names a file of a store, and this training has none; name a file")
-    given = dict(data)
-    if "captions" in given:
-        captions = list(given["captions"])
-        if isinstance(given.pop("captions"), str) or not all(isinstance(caption, str) for caption in captions):
-            raise UserError("captions: give a list of strings, one an example")
-        given["tokens"] = tokenize(captions)
-    task = task or _task(stage, chosen.model, given, clip, codec)
-    columns = _columns(stage, task, given)
-    return TrainedModel(*train_on(stage, task, columns, chosen, choose_device(device), progress))
+    rows = open_rows(data)
+    task = task or _task(stage, chosen.model, rows, clip, codec)
+    examples, held_out = _examples(stage, task, rows), None
+    if validation is not None:
+        held_out = _examples(stage, task, open_rows(validation))
+        if held_out.rows < FEWEST:
+            raise UserError(f"validation has {held_out.rows} rows, and a figure needs {FEWEST}")
+    place = None if checkpoint is None else Path(checkpoint)
+    return train_on(stage, task, examples, chosen, choose_device(device), held_out, callback, place, progress)
 
 
-def _tensor(name: str, column: Any) -> Tensor:
-    try:
-        found = torch.as_tensor(column)
-    except (ValueError, TypeError, RuntimeError) as e:
-        raise UserError(f"{name}: not numbers, or not in rows of one length ({e})") from None
-    if not found.ndim:
-        raise UserError(f"{name} is one number; give a row an example")
-    return found
-
-
-def _task(stage: str, model: Any, data: Mapping[str, Any], clip: Clip | None, codec: Codec | None) -> Task:
+def _task(stage: str, model: Any, rows: Rows, clip: Clip | None, codec: Codec | None) -> Task:
     if stage == "clip":
         return ClipTask(model)
     if stage.startswith("upsampler"):
@@ -102,46 +117,47 @@ def _task(stage: str, model: Any, data: Mapping[str, Any], clip: Clip | None, co
         if clip is None:
             raise UserError(f"{stage} of this preset reads CLIP's text tower: pass clip=, such as model.cascade.clip")
         tower = FrozenTower.of(clip.model_config, clip.model.state_dict())
-    embeddings = _tensor("image_embedding", data.get("image_embedding", torch.zeros(0, 0)))
-    dim = embeddings.shape[-1]
+    has = rows.has("image_embedding") and len(rows)
+    dim = (
+        rows.take([0], ("image_embedding",))["image_embedding"].shape[-1] if has else 0
+    )  # _examples says what is missing
     if stage == "ar_prior":
         if codec is None:
             raise UserError("ar_prior predicts a codec's codes: pass codec=, such as project.artifact('codec').model()")
-        return ARPriorTask(model, dim, codec, tower, _rows(data, ARPriorTask) if model.ridge else None)
+        return ARPriorTask(model, dim, codec, tower, _head(rows, ARPriorTask.columns) if model.ridge else None)
     if stage == "decoder":
-        return DecoderTask(model, dim, tower, embeddings[:ROWS].float())
-    return DiffusionPriorTask(model, dim, tower, _rows(data, DiffusionPriorTask) if model.ridge else None)
+        embeddings = _head(rows, ("image_embedding",)) if model.whiten else None
+        return DecoderTask(model, dim, tower, embeddings["image_embedding"] if embeddings else None)
+    return DiffusionPriorTask(model, dim, tower, _head(rows, DiffusionPriorTask.columns) if model.ridge else None)
 
 
-def _rows(data: Mapping[str, Any], task: type[ARPriorTask | DiffusionPriorTask]) -> Batch | None:
-    """Returns the rows of which a prior's regression is made, None where columns are missing: ``_columns`` says so."""
-    if not set(task.columns) <= data.keys():
-        return None
-    return {name: _tensor(name, data[name])[:ROWS] for name in task.columns}
+def _head(rows: Rows, names: Sequence[str]) -> Batch | None:
+    """Returns the first rows, of which a model measures what it begins with; None where a column is missing."""
+    return rows.take(range(min(len(rows), ROWS)), names) if all(map(rows.has, names)) and len(rows) else None
 
 
-def _columns(stage: str, task: Task, data: Mapping[str, Any]) -> Batch:
-    """Returns the task's columns. Raises UserError for those that are missing or of another shape."""
-    if missing := set(task.columns) - data.keys():
-        raise UserError(f"{stage} reads {', '.join(task.columns)}; data has no {', '.join(sorted(missing))}")
-    side = task.image_size
+def _examples(stage: str, task: Task, rows: Rows) -> Examples:
+    """Returns rows with the task's columns.
+
+    Raises UserError for columns that are missing or, by the first row, of another shape.
+    """
+    names, side = task.columns, task.image_size
+    if missing := [name for name in names if not rows.has(name)]:
+        raise UserError(f"{stage} reads {', '.join(names)}; data has no {', '.join(missing)}")
+    if not len(rows):
+        raise UserError("data has no rows")
     shapes = {"image": (3, side, side), "tokens": (CONTEXT,)}
-    found: Batch = {}
-    for name in task.columns:
-        column = _tensor(name, data[name])
-        column = column.float() if name.endswith("_embedding") else column
-        shape = shapes.get(name, tuple(column.shape[1:2]) or ("d",))
-        if tuple(column.shape[1:]) != tuple(shape) or not len(column):
-            raise UserError(f"{name} has shape {list(column.shape)}; {stage} reads [n, {', '.join(map(str, shape))}]")
-        if name == "image" and column.dtype != torch.uint8:
-            raise UserError(f"image is {column.dtype}; give uint8 from 0 to 255")
-        if name == "tokens" and column.is_floating_point():
-            raise UserError(f"tokens are {column.dtype}; give whole numbers, such as models.tokens.tokenize makes")
-        found[name] = column
-    dims = {name: column.shape[1] for name, column in found.items() if name.endswith("_embedding")}
+    first = {name: column[0] for name, column in rows.take([0], names, side).items()}
+    for name, value in first.items():
+        shape = shapes.get(name, tuple(value.shape) if value.ndim == 1 else ("d",))
+        if tuple(value.shape) != shape:
+            wanted = ", ".join(map(str, shape))
+            raise UserError(f"{name} has rows of shape {list(value.shape)}; {stage} reads [{wanted}]")
+        if name == "image" and value.dtype != torch.uint8:
+            raise UserError(f"image is {value.dtype}; give uint8 from 0 to 255")
+        if name == "tokens" and value.is_floating_point():
+            raise UserError(f"tokens are {value.dtype}; give whole numbers, such as models.tokens.tokenize makes")
+    dims = {name: len(value) for name, value in first.items() if name.endswith("_embedding")}
     if len(set(dims.values())) > 1:
         raise UserError(f"embeddings of one CLIP have one length: {dims}")
-    if len({len(column) for column in found.values()}) > 1:
-        sizes = ", ".join(f"{name} {len(column):,}" for name, column in found.items())
-        raise UserError(f"columns have different numbers of rows: {sizes}")
-    return found
+    return Examples(len(rows), partial(rows.take, names=names, side=side))

@@ -4,9 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import unclip
-from models.clip import Clip
-from models.codec_fit import fit_codec
-from models.folder import load_model, save_model
 from models.sampling_config import OTHER_NAMES, SamplingConfig
-from pipeline.config import preset_config
 from tests.chain import ROOT
 from tests.faults import Undisturbed, copy
 from tests.models.test_cascade import make
@@ -245,6 +240,8 @@ def test_values_open_as_their_file_does(undisturbed: Undisturbed, tmp_path: Path
     of_file, of_values = (unclip.open(source, "decoder.seed=1").plan() for source in (path, values))
     assert of_file.verdicts == of_values.verdicts
     assert of_file.verdicts != unclip.open(path).plan().verdicts
+    half = unclip.open(path, "scale=0.5")
+    assert unclip.open(half.config).plan().verdicts == half.plan().verdicts != of_file.verdicts
     refuses({lambda: unclip.open(values, "decodr.seed=1"): "did you mean decoder"})
 
 
@@ -270,7 +267,11 @@ def test_artifacts_are_tables_files_and_models(project: unclip.Project, tmp_path
     refuses(calls)
 
 
-def test_pairs_are_read_in_many_ways(project: unclip.Project, tmp_path: Path) -> None:
+def keys_of(pairs: list[Any]) -> list[str]:
+    return [pair.key for pair in pairs]
+
+
+def test_pairs_are_read_in_many_ways(project: unclip.Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One by one, as a webdataset, by the workers of a DataLoader, by datasets, and as tensors: the same pairs."""
     pairs = project.pairs("train", embeddings=True)
     found = list(pairs)
@@ -292,12 +293,20 @@ def test_pairs_are_read_in_many_ways(project: unclip.Project, tmp_path: Path) ->
     loaded = DataLoader(pairs.webdataset(), batch_size=None, num_workers=2)
     assert sorted(sample["__key__"] for sample in loaded) == sorted(pair.key for pair in found)
 
-    def rows() -> Iterator[dict[str, Any]]:
-        yield from ({"image": pair.image, "caption": pair.caption} for pair in pairs)
+    assert [pairs[place].key for place in (0, 3, -1)] == [found[place].key for place in (0, 3, -1)]
+    assert [pair.key for pair in pairs[5:1:-2]] == [pair.key for pair in found[5:1:-2]]
+    assert pairs[4].data == found[4].data
+    assert (pairs[4].image_embedding == found[4].image_embedding).all()
+    with pytest.raises(IndexError, match="there are"):
+        pairs[len(pairs)]
+    keys = [key for batch in DataLoader(pairs, 5, True, num_workers=2, collate_fn=keys_of) for key in batch]
+    assert sorted(keys) == sorted(pair.key for pair in found) != keys
 
-    theirs = datasets.Dataset.from_generator(rows, cache_dir=str(tmp_path))
-    assert theirs["caption"][:] == [pair.caption for pair in found]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    theirs = pairs.to_hf()
+    assert theirs["captions"][:] == [pair.captions for pair in found]
     assert theirs[0]["image"].size == found[0].image.size
+    assert theirs[0]["image_embedding"] == found[0].image_embedding.tolist()
 
     tensors = pairs.tensors(side=32)
     assert tensors["captions"] == [pair.caption for pair in found]
@@ -312,105 +321,3 @@ def test_pairs_are_a_ray_dataset(project: unclip.Project) -> None:
     for pair in pairs:
         assert rows[pair.key]["captions"] == pair.captions
         assert rows[pair.key]["data"] == pair.data
-
-
-def test_a_model_trained_on_tensors_is_that_of_the_pipeline(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """Rows of one shard in one order, so the same order of rows, the same noise, and the same weights."""
-    copy(undisturbed.data, tmp_path)
-    few = ("source.shard_rows=1000", "diffusion_prior.samples=128", "run.diffusion_prior.threads=1")
-    project = unclip.open(undisturbed.config(tmp_path), *few)
-    project.run(until="diffusion_prior")
-    artifact = project.artifact("diffusion_prior")
-    data = project.pairs("train", embeddings=True).tensors()
-    tower = project.artifact("clip").model()
-    trained = unclip.train("diffusion_prior", data, "nano", "cpu", tower, samples=128, batch=32, captions="first")
-    artifact.save(tmp_path / "prior")
-    expected = load_model(tmp_path / "prior")
-    for name, value in trained.model.state_dict().items():
-        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=1e-6)
-    assert [line["loss"] for line in trained.journal] == pytest.approx(
-        [line["loss"] for line in artifact.table().to_pylist() if line.get("loss") is not None], rel=1e-4
-    )
-
-
-@cache
-def clip() -> Clip:
-    """A CLIP of the preset nano, of fewer dimensions."""
-    return Clip.build(replace(preset_config("nano").clip.model, embed_dim=16), 0)
-
-
-def train(*arguments: Any, **options: Any) -> Any:
-    return unclip.train(*arguments, clip=clip(), **options)
-
-
-@pytest.mark.parametrize("stage", ["clip", "ar_prior", "upsampler_256"])
-def test_every_kind_of_model_is_trained_on_tensors(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The decoder is trained by examples/another_decoder.py, the diffusion prior above."""
-    rows = 24
-    image, text = torch.randn(2, rows, 16, generator=torch.Generator().manual_seed(0)).unbind()
-    image, text = (torch.nn.functional.normalize(each, dim=1) for each in (image, text))
-    side = {"clip": 64, "upsampler_256": 256}.get(stage, 8)
-    data = {
-        "image": torch.randint(256, (rows, 3, side, side), dtype=torch.uint8),
-        "captions": [f"picture {i}" for i in range(rows)],
-        "image_embedding": image,
-        "text_embedding": text,
-    }
-    codec = fit_codec(image, (image * text).sum(1), components=8).codec
-    model, journal = train(stage, data, device="cpu", codec=codec, samples=16, batch=8, progress=False)
-    assert [line["samples"] for line in journal] == [8, 16]
-    assert all(value.isfinite().all() for value in model.state_dict().values())
-    assert not model.training
-    assert capsys.readouterr().err == ""
-
-
-def test_a_decoder_that_whitens_measures_the_rows_that_it_is_given() -> None:
-    image = torch.nn.functional.normalize(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    pixels = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
-    data = {"image": pixels, "captions": ["a picture"] * 8, "image_embedding": image}
-    model, _ = train("decoder", data, device="cpu", samples=8, batch=8, progress=False, model={"whiten": True})
-    torch.testing.assert_close(model.whitening.mean, image.mean(0))
-
-
-def test_weights_to_begin_with_are_taken(tmp_path: Path) -> None:
-    image, text = torch.nn.functional.normalize(
-        torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0)), dim=2
-    )
-    data = {"captions": ["a picture"] * 8, "image_embedding": image, "text_embedding": text}
-    few: dict[str, Any] = {"device": "cpu", "samples": 8, "batch": 8, "progress": False, "warmup_steps": 0}
-    first, _ = train("diffusion_prior", data, **few)
-    save_model(tmp_path, first)
-    still = {"learning_rate": 1e-30, "weight_decay": 0.0, "seed": 5, "init_from": str(tmp_path / "model.safetensors")}
-    again, _ = train("diffusion_prior", data, **few, **still)
-    for name, value in first.state_dict().items():
-        if name != "gamma":  # which is measured
-            torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=1e-20)
-    with pytest.raises(unclip.UserError, match=r"init_from: .* does not fit"):
-        train("diffusion_prior", data, **few, **still, model={"width": 32})
-
-
-EMBEDDINGS = {"image_embedding": torch.zeros(2, 16), "text_embedding": torch.zeros(2, 16)}
-PAIRS: dict[str, Any] = {"captions": ["a", "b"], **EMBEDDINGS}
-
-
-def test_mistakes_in_training_are_one_line() -> None:
-    pixels = torch.zeros(2, 3, 256, 256)
-    calls: dict[Callable[[], object], str] = {
-        lambda: unclip.train("clip", {}, weights="open_clip:ViT-B-32:laion2b_s34b_b79k"): "leave weights out",
-        lambda: unclip.train("clip", {}, init_from="0" * 64): "name a file",
-        lambda: unclip.train("decodr", {}): "unknown model decodr",
-        lambda: unclip.train("decoder", {}, sample=3): "did you mean samples",
-        lambda: unclip.train("diffusion_prior", {}, preset="tiny"): "pass clip=",
-        lambda: unclip.train("upsampler_256", {"image": pixels[..., :9, :9]}): r"reads \[n, 3, 256, 256\]",
-        lambda: unclip.train("upsampler_256", {"image": pixels}): "give uint8",
-        lambda: unclip.train("clip", {"image": pixels[..., :64, :64].byte(), "captions": ["a"]}): "numbers of rows",
-        lambda: train("ar_prior", {}): "pass codec=",
-        lambda: unclip.train("diffusion_prior", PAIRS | {"captions": "ab"}): "give a list of strings",
-        lambda: unclip.train("diffusion_prior", PAIRS | {"captions": [None]}): "give a list of strings",
-        lambda: train("diffusion_prior", {"captions": ["a"], "image_embedding": ["b"]}): "image_embedding: not numbers",
-        lambda: train("diffusion_prior", PAIRS | {"text_embedding": torch.zeros(2, 12)}): "of one CLIP have one length",
-        lambda: train("diffusion_prior", PAIRS | {"text_embedding": torch.zeros(2)}): r"_embedding has shape \[2\]",
-        lambda: train("diffusion_prior", {"tokens": torch.zeros(2, 77), **EMBEDDINGS}): "give whole numbers",
-        lambda: train("diffusion_prior", {"captions": ["a"]}): "data has no image_embedding",
-    }
-    refuses(calls)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardList, read_table
 from pipeline.store import Store
 
+CACHED = 4  # shards whose tables stay in memory
 TOGETHER = 64  # rows whose images are read, and are in memory, at once
 FACTS = ("key", "url", "width", "height", "split", "license", "attribution")
 VECTORS = ("image_embedding", "text_embedding")
@@ -71,6 +73,15 @@ class Pair:
         return Image.fromarray(read_pair_pixels(self.key, self.data, None, in_place=self.in_place))
 
 
+class _ShardTables(NamedTuple):
+    """Holds the tables of a shard's pairs, row by row, and the blob of its images."""
+
+    index: pa.Table
+    captions: pa.ChunkedArray
+    vectors: dict[str, pa.ChunkedArray]
+    images: str | None
+
+
 class PairReader:
     """Reads the pairs of one split, or of all, shard by shard. It can be pickled.
 
@@ -92,7 +103,13 @@ class PairReader:
 
     def __len__(self) -> int:
         """Returns the number of pairs."""
-        return sum(int(self.rows.counts(f"{split}/0").sum()) for split in SPLITS if self.split in (None, split))
+        return int(self.ends[-1]) if self.shards else 0
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """Returns the number of pairs up to the end of each shard, int64 [shards]."""
+        counts = [self.rows.counts(f"{split}/0") for split in SPLITS if self.split in (None, split)]
+        return np.cumsum(np.sum(counts, axis=0))
 
     @property
     def embedded(self) -> bool:
@@ -104,25 +121,21 @@ class PairReader:
         """Returns the number of shards."""
         return len(self.rows)
 
-    def read(self, position: int) -> Iterator[list[Pair]]:
-        """Yields the pairs of a shard, some at a time, in the order of the list. Raises CorruptObject."""
-        shard = self.rows[position]
-        blobs = {name: found.blobs for name, each in self._joined.items() if (found := each.find(shard.number))}
-        index = read_table(self.store, shard.blobs["index"])
-        wanted = pc.equal(index["status"], "kept")
-        if self.split:
-            wanted = pc.and_(wanted, pc.equal(index["split"], self.split))
-        index = index.filter(wanted)
-        captions = self._join(index, blobs["captions"]["captions"], ["captions"])
-        vectors: dict[str, pa.ChunkedArray] = {}
-        if "embeddings" in blobs:
-            joined = self._join(index, blobs["embeddings"]["embeddings"], list(VECTORS))
-            vectors = {name: joined[name] for name in VECTORS}
+    def read(self, position: int, places: Sequence[int] | None = None) -> Iterator[list[Pair]]:
+        """Yields the pairs of a shard, some at a time, in the order of the list, or those at ``places`` among them.
+
+        Raises CorruptObject.
+        """
+        tables = _tables(self, position)
+        index, captions, vectors = tables.index, tables.captions, tables.vectors
+        if places is not None:
+            index, captions = index.take(places), captions.take(places)
+            vectors = {name: column.take(places) for name, column in vectors.items()}
         for start in range(0, index.num_rows, TOGETHER):
             rows = index.slice(start, TOGETHER).to_pylist()
-            texts = captions["captions"].slice(start, TOGETHER).to_pylist()
-            places = [Place.of(row, blobs["pairs"].get("images")) for row in rows if row["size"] is not None]
-            images = dict(zip((place.key for place in places), read_images(self.store, places), strict=True))
+            texts = captions.slice(start, TOGETHER).to_pylist()
+            stored = [Place.of(row, tables.images) for row in rows if row["size"] is not None]
+            images = dict(zip((place.key for place in stored), read_images(self.store, stored), strict=True))
             for row, text in zip(rows, texts, strict=True):
                 row |= {"captions": text, "data": images.get(row["key"]), "url": shown(row["url"])}
                 row["in_place"] = row["tar"] is not None
@@ -131,6 +144,22 @@ class PairReader:
                     row[name] = value.values.to_numpy(zero_copy_only=False)
             yield [Pair(**{field.name: row.get(field.name) for field in fields(Pair)}) for row in rows]
 
+    def tables(self, position: int) -> _ShardTables:
+        """Returns the tables of a shard's pairs. Raises CorruptObject."""
+        shard = self.rows[position]
+        blobs = {name: found.blobs for name, each in self._joined.items() if (found := each.find(shard.number))}
+        index = read_table(self.store, shard.blobs["index"])
+        wanted = pc.equal(index["status"], "kept")
+        if self.split:
+            wanted = pc.and_(wanted, pc.equal(index["split"], self.split))
+        index = index.filter(wanted)
+        captions = self._join(index, blobs["captions"]["captions"], ["captions"])["captions"]
+        vectors: dict[str, pa.ChunkedArray] = {}
+        if "embeddings" in blobs:
+            joined = self._join(index, blobs["embeddings"]["embeddings"], list(VECTORS))
+            vectors = {name: joined[name] for name in VECTORS}
+        return _ShardTables(index, captions, vectors, blobs["pairs"].get("images"))
+
     def _join(self, index: pa.Table, blob: str, columns: list[str]) -> pa.Table:
         """Returns columns of a shard's table for the rows of an index. Raises ValueError where a row is missing."""
         table = read_table(self.store, blob, ["key", *columns])
@@ -138,3 +167,8 @@ class PairReader:
         if found.null_count:
             raise ValueError(f"{found.null_count} rows of the index are not in {columns[0]}")
         return table.take(found)
+
+
+@lru_cache(CACHED)
+def _tables(reader: PairReader, position: int) -> _ShardTables:
+    return reader.tables(position)
