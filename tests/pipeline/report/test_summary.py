@@ -83,7 +83,7 @@ def test_the_twin_never_fails_and_is_json_that_everybody_reads(store: FolderStor
         document(ReportInput(store, odd), config(), graph()), parse_constant=lambda name: pytest.fail(name)
     )
     assert found["figures"] is None
-    assert found["cannot_be_shown"].keys() == {"verdict", "figures"}
+    assert found["cannot_be_shown"].keys() == {"verdict", "train_longer", "figures"}
     assert json.loads(document(ReportInput(store, {}), config(), graph()))["stages"][0] == {
         "stage": "source",
         "made": False,
