@@ -39,7 +39,7 @@ from models.sampling_config import (
     sampling_for,
     write_sampling,
 )
-from models.tokens import check_captions, tokenize
+from models.tokens import prompt_tokens, text_context
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise
 from models.view import view
 
@@ -331,7 +331,6 @@ class UnCLIP:
         The paper goes up to 0.25 to 0.5. x_T stays, and captions are left out. Where a prior has a ridge regression,
         the difference is between the image embeddings that it predicts. Raises ValueError on captions alike.
         """
-        check_captions([before, after])
         tokens, ends = self._tokens([before, after]), self._text([before, after])
         priors, shown = (self.diffusion_prior, self.ar_prior), torch.ones_like(tokens[:, 0], dtype=torch.bool)
         # Text embeddings differ along directions that no image embedding has, and the decoder has seen images only.
@@ -385,8 +384,7 @@ class UnCLIP:
         return views.permute(0, 3, 1, 2).to(self.clip.mean.device)
 
     def _tokens(self, captions: Sequence[str]) -> Tensor:
-        check_captions(captions)
-        return tokenize(list(captions)).to(self.clip.mean.device)
+        return prompt_tokens(captions, text_context(self)).to(self.clip.mean.device)
 
     def _text(self, captions: Sequence[str]) -> Tensor:
         """Returns CLIP's embeddings of captions, fp32 [b, d]."""

@@ -1,7 +1,9 @@
 """Captions as tokens of CLIP's own BPE, by open_clip's tokenizer."""
 
 import functools
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ START, END = VOCABULARY - 2, VOCABULARY - 1
 # 26 characters a token: nothing 77 tokens can hold is cut, and a hostile megabyte costs no minutes of merging pairs.
 CAPTION_CHARACTERS = 2000
 WORDS = 1 << 16  # in the cache, some 20 MB
+log = logging.getLogger("unclip")
 
 
 class EmptyCache(dict[str, str]):
@@ -97,6 +100,30 @@ def check_captions(captions: Sequence[str]) -> None:
 def cut_captions(captions: Sequence[str], context: int = CONTEXT) -> int:
     """Returns how many of these captions have more tokens than ``context`` holds, start and end included."""
     return sum(length > context - 2 for length in caption_lengths(captions))
+
+
+def cut_note(captions: Sequence[str], context: int) -> str:
+    """Returns a sentence about captions of which models that read ``context`` tokens cut a part, "" for none."""
+    cut = cut_captions(captions, context)
+    what = f"{cut} of {len(captions)} captions have" if len(captions) > 1 else "the caption has"
+    return f"{what} more than the {context - 2} tokens that these models read; what is behind is cut" if cut else ""
+
+
+def text_context(bundle: Any) -> int:
+    """Returns how many tokens of a caption at least one model of an UnCLIP reads, start and end included."""
+    models = (bundle.decoder, bundle.diffusion_prior, bundle.ar_prior)
+    return min(CONTEXT, max(bundle.clip.context_length, *(each.config.text_context for each in models if each)))
+
+
+def prompt_tokens(captions: Sequence[str], context: int) -> Tensor:
+    """Returns ``tokenize`` of prompts, and logs where models that read ``context`` tokens cut them.
+
+    Raises ValueError as ``check_captions`` does.
+    """
+    check_captions(captions)
+    if said := cut_note(captions, context):
+        log.warning(said)
+    return tokenize(captions)
 
 
 def cut_tokens(tokens: Tensor, context: int, end: int = END) -> Tensor:

@@ -18,7 +18,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from models.tokens import check_captions
+from models.tokens import check_captions, cut_note
 from pipeline.sampling.recipe import CHARACTERS, LARGEST_SEED, ImageRecipe, drawn_side
 from serve import neighbours
 from serve.answer import MEDIA_TYPES, Answer, encode
@@ -231,6 +231,7 @@ async def _answer(
     try:
         captions = [caption for caption in (asked.prompt, more.get("before")) if caption is not None]
         await asyncio.to_thread(check_captions, captions)  # one word of thousands of letters takes most of a second
+        warnings += filter(None, [await asyncio.to_thread(cut_note, captions, about["context"])])
     except ValueError as e:
         raise ApiError(400, "prompt_too_long", f"prompt: {e}", "prompt") from None
     options = asked.options(about["sampling"], about["timesteps"])

@@ -20,6 +20,7 @@ from models.cascade import Generation, Inversion, UnCLIP
 from models.comparison import priors_of
 from models.pixels import to_uint8
 from models.sampling_config import STEPS
+from models.tokens import text_context
 from models.view import view
 from pipeline.data.embeddings.scores import Head
 from pipeline.sampling.drawing import png_with_text
@@ -58,6 +59,7 @@ class ModelRunner:
             "priors": [option for _, option in priors_of(self.unclip)],
             "sampling": dataclasses.asdict(self.unclip.sampling),
             "timesteps": self.unclip.decoder.config.steps,
+            "context": text_context(self.unclip),
             "device": str(self.unclip.clip.mean.device),
         }
 

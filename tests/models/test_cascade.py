@@ -23,7 +23,7 @@ from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from models.random_streams import RandomStreams, derive_seed
 from models.sampling_config import SamplingConfig, change_sampling
-from models.tokens import cut_tokens, tokenize
+from models.tokens import cut_tokens, text_context, tokenize
 from models.upsampler import Upsampler
 
 DIM, CODES = 16, 4
@@ -98,6 +98,16 @@ def test_priors_are_compared_with_guidance_that_each_of_them_can_take() -> None:
     guided = dataclasses.replace(unclip, sampling=dataclasses.replace(SAMPLING, prior_guidance=3.0))
     assert [guided.sampling_with({"prior": prior}).prior_guidance for prior in ("ar", "diffusion")] == [0.0, 3.0]
     assert len(compare_priors(guided, "a red fox", size=64).names) == 3
+
+
+def test_a_caption_of_which_the_models_read_a_part_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    unclip = make()
+    assert text_context(unclip) == 12
+    unclip.generate(CAPTIONS, [1, 2, 3], size=64)
+    assert not caplog.records
+    unclip.generate(["fox " * 10, "fox " * 11], [1, 2], size=64)
+    said = "1 of 2 captions have more than the 10 tokens that these models read; what is behind is cut"
+    assert [record.message for record in caplog.records] == [said]
 
 
 def test_a_clip_with_its_own_tokenizer_reads_its_own_tokens() -> None:

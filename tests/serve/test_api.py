@@ -194,6 +194,8 @@ def test_the_model_is_listed_and_found_by_each_of_its_names(client: openai.OpenA
         assert client.models.retrieve(name) == model
     made = client.images.generate(prompt="a red fox", model="tiny fox", **SMALL)
     assert made.warnings == []
+    long = client.images.generate(prompt="fox " * 11, **SMALL)
+    assert long.warnings == ["the caption has more than the 10 tokens that these models read; what is behind is cut"]
 
 
 def png(image: Image.Image) -> bytes:

@@ -122,7 +122,8 @@ def api(settings: ServeSettings, tokens: Mapping[str, str]) -> TestClient:
     """The whole application before a gateway that draws nothing."""
 
     async def described() -> dict[str, Any]:
-        return {"bundle": "b" * 64, "sides": [64, 256, 1024], "sampling": {"decoder_steps": 8}, "timesteps": 1000}
+        known = {"sampling": {"decoder_steps": 8}, "timesteps": 1000, "context": 77}
+        return {"bundle": "b" * 64, "sides": [64, 256, 1024], **known}
 
     observe = lambda *_, **__: None  # noqa: E731
     gateway: Any = SimpleNamespace(settings=settings, observe=observe, described=described, traffic=Traffic())

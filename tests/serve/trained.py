@@ -63,6 +63,7 @@ def api_of(bench: Bench, settings: ServeSettings, store: str, tokens: Mapping[st
             "priors": ["diffusion"],
             "sampling": {"prior": "diffusion", "decoder_steps": 4},
             "timesteps": 8,
+            "context": 77,
             "device": "cpu",
         }
         return {"bundle": bench.made["bundle"].key, "sides": [64, 256], **about}
