@@ -11,7 +11,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +38,7 @@ from pipeline.settings import RaySettings, TrainingSettings
 log = logging.getLogger("unclip")
 PLACING_S = 30.0  # for Ray to place workers on nodes that may be busy
 HEAD_S = 5.0  # between two looks at a cluster's head
+NODE_LABEL = "ray.io/node-id"  # by which Ray itself labels each node
 BESIDE_S = 5.0  # the same beside workers that run, where it is asked again later
 Asking = Mapping[str, tuple[TrainingSettings, int]]
 """The settings of stages, and how many workers each can use at most."""
@@ -185,8 +187,11 @@ def this_machine(settings: RaySettings) -> Machine:
     return Machine(cores_of(settings), gpus, name, min(memory, container_memory() or memory))
 
 
-def _machine(ray: Any, settings: RaySettings) -> Machine:
-    total, grows = ray.cluster_resources(), _grows(settings)
+def _machine(ray: Any, settings: RaySettings, left_out: Collection[str] = ()) -> Machine:
+    total, grows = Counter(ray.cluster_resources()), _grows(settings)
+    for node in ray.nodes() if left_out else ():
+        if node["Alive"] and node["NodeID"] in left_out:
+            total.subtract(node["Resources"])
     kind = next((name for name in total if name.startswith("accelerator_type:")), "").partition(":")[2]
     gpus = max(total.get("GPU", 0), int(grows))  # an autoscaler may have a node with a GPU, which has to be asked for
     return Machine(total.get("CPU", 0), gpus, kind, total.get("memory", 0), _local(), grows)
@@ -249,12 +254,26 @@ def check_room(ray: Any, stages: Mapping[str, Settings], settings: RaySettings) 
                 raise _refusal(ray, stage, team)
 
 
-def wait_for_room(ray: Any, stage: str, own: Settings, settings: RaySettings, most: int = sys.maxsize) -> WorkerGroup:
+def wait_for_room(
+    ray: Any,
+    stage: str,
+    own: Settings,
+    settings: RaySettings,
+    most: int = sys.maxsize,
+    left_out: Collection[str] = (),
+) -> WorkerGroup:
     """Returns the workers that a stage can have; logs the resources that a cluster lacks, and keeps waiting for them.
 
     A lost node may come back, and on this machine other stages end. ``most`` bounds the workers by the work that there
-    is. Raises UserError where the Ray of this machine is too small.
+    is. Nodes ``left_out``, by Ray's id, are used only where the others have no room.
+
+    Raises UserError where the Ray of this machine is too small.
     """
+    if left_out and not _local():
+        others = _without(ray, own, settings, most, left_out)
+        if others is not None and place(others):
+            return others
+        log.warning("%s: uses the machines that were left out again: the others have no room for its workers", stage)
     team = find_team(ray, stage, own, settings, most)
     if not place(team):
         whom = "the stages that run" if _local() else "nodes that have it"
@@ -262,6 +281,19 @@ def wait_for_room(ray: Any, stage: str, own: Settings, settings: RaySettings, mo
         while _local() and not place(team):
             pass
     return team
+
+
+def _without(
+    ray: Any, own: Settings, settings: RaySettings, most: int, left_out: Collection[str]
+) -> WorkerGroup | None:
+    """Returns the workers that a stage can have on other nodes than these, all of them; None if too few fit there."""
+    team = team_of(own, _machine(ray, settings, left_out), most)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in left_out]
+    count = min(team.count, sum(map(team.worker.places, nodes)))
+    if count < max(1, team.least):
+        return None
+    labels = {**team.worker.labels, NODE_LABEL: f"!in({','.join(sorted(left_out))})"}
+    return replace(team, count=count, least=count, worker=replace(team.worker, labels=labels))
 
 
 def room_beside(stages: Asking, running: Asking, settings: RaySettings) -> list[str]:

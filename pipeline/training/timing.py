@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from models.precision import computes_in
 from models.random_streams import RandomStreams
+from pipeline.training.distributed.heartbeats import Pulse
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.state import TrainState
@@ -25,14 +26,14 @@ PEAK_SECONDS = 0.2
 
 
 class StepTimer:
-    """Adds the seconds of steps to ``seconds``, by phase.
+    """Adds the seconds of steps to ``seconds``, by phase, and tells ``pulse`` of every phase.
 
     On a CPU every step is timed. Other devices compute asynchronously and have to be waited for, so only one step of
     SAMPLED is timed there, and not the first, in which layers are compiled and memory is taken.
     """
 
-    def __init__(self, seconds: dict[str, float], device: torch.device):
-        self.seconds, self.device = seconds, device
+    def __init__(self, seconds: dict[str, float], device: torch.device, pulse: Pulse | None = None):
+        self.seconds, self.device, self.pulse = seconds, device, pulse or Pulse()
         self.last: float | None = None
         self.begun = False
 
@@ -41,13 +42,16 @@ class StepTimer:
         timed = self.device.type == "cpu" or (self.begun and step % SAMPLED == 0)
         self.begun = True
         self.last = self._now() if timed else None
+        self.pulse.mark("start")
 
     def __call__(self, phase: str) -> None:
         """Counts the time since the last call, or since the start, as this phase."""
         if self.last is not None:
             now = self._now()
             self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+            self.pulse.add(phase, now - self.last)
             self.last = now
+        self.pulse.mark(phase)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,6 +36,7 @@ from pipeline.training.checkpoints import Checkpoints, open_checkpoints
 from pipeline.training.checks import check, most_workers
 from pipeline.training.compiling import compile_layers, compiles
 from pipeline.training.device import OutOfMemory, keep_freed_memory, memory_for
+from pipeline.training.distributed.heartbeats import BETWEEN
 from pipeline.training.distributed.launch import WorkerLost, gave_up, launch
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.distributed.sharding import full_tensor
@@ -80,10 +81,13 @@ def run_attempts(ctx: Context, task: Task) -> None:
     """Launches workers until they have reached the stop. Each attempt goes on from the newest checkpoint.
 
     Nothing but checkpoints passes from one attempt to the next, so that whatever was lost costs the steps since the
-    last one. Losses are forgiven as long as new checkpoints come in between.
+    last one. Losses are forgiven as long as new checkpoints come in between. Machines at which a training hung, whose
+    GPU broke, or whose workers died twice in a row are left out from then on.
     """
     checkpoints: Checkpoints | None = None
     known: set[str] = set()
+    left_out: dict[str, str] = {}
+    suspected: Mapping[str, str] = {}
     lost = 0
     while True:
         try:
@@ -100,14 +104,21 @@ def run_attempts(ctx: Context, task: Task) -> None:
             elsewhere = uses_ray(ctx.settings, ctx.ray)
             with following(ctx.stage, ctx.recipe.whole_samples, newest) if elsewhere else nullcontext():
                 name = f"{checkpoints.trajectory[:16]}-{checkpoints.attempt:04d}"
-                launch(Worker(ctx, checkpoints), ctx.stage, name, ctx.settings, ctx.ray, most_workers(ctx, task))
+                most = most_workers(ctx, task)
+                launch(Worker(ctx, checkpoints), ctx.stage, name, ctx.settings, ctx.ray, most, left_out)
             return
         except (WorkerLost, Unreachable) as e:
             lost += 1
             if lost > RESTARTS:
                 raise gave_up(ctx.stage, e, lost) from e
             wait_s = PATIENCE_S * lost if isinstance(e, Unreachable) else 0.0
-            log.warning("%s: %s; starting again%s", ctx.stage, e, f" in {wait_s:.0f} s" if wait_s else "")
+            how = f" in {wait_s:.0f} s" if wait_s else ""
+            if isinstance(e, WorkerLost):
+                # One death may be chance, or memory that was short; the second in a row is the machine's.
+                bad = {**e.bad, **{node: host for node, host in e.died.items() if node in suspected}}
+                left_out, suspected = left_out | bad, e.died
+                how = f" without {', '.join(sorted(bad.values()))}" if bad else ""
+            log.warning("%s: %s; starting again%s", ctx.stage, e, how)
             sleep(wait_s)
         except OutOfMemory as e:
             ctx = replace(ctx, settings=halved(ctx, task, *e.args))
@@ -139,6 +150,8 @@ class Worker:
         speed = measure_speed(task, state, feed, recipe.precision, group) if group.is_rank_0 else NOT_MEASURED
         shares = [len(share_of(rank, group.size, recipe.batch)) for rank in range(group.size)]
         settings = replace(settings, micro_batch=micro_batch(ctx, task, feed, max(shares), group, state))
+        if group.sharded or isinstance(task, Contrastive):  # whose forward passes wait for the other workers
+            group.pulse.alone = ("wait",)
         if isinstance(task, Contrastive):
             task.gather, task.at_once = partial(group.gather, shares), settings.micro_batch
         if compiles(ctx.stage, settings.compile, speed, recipe.samples - state.samples, group):
@@ -198,10 +211,11 @@ def fit(
     """
     objective = group.wrap(state.objective)
     state.model.train()
-    timer = StepTimer(state.phase_seconds, group.device)
+    timer = StepTimer(state.phase_seconds, group.device, group.pulse)
     unchecked: list[Step] = []  # steps whose losses nobody has looked at yet
     with closing(feed.batches(state.samples)) as batches:
         while True:
+            group.pulse.mark(BETWEEN)
             # Between two steps the state is whole, so that it can be validated, published and saved.
             with memory_for("a validation pass, a milestone or a checkpoint"):
                 between(state)

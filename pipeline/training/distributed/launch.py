@@ -6,14 +6,17 @@ that starts reads the newest checkpoint from the store.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,12 +28,14 @@ from pipeline.graph.ray import start_ray, uses_ray, wait_for_room
 from pipeline.graph.resources import cores
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training.device import OutOfMemory, choose_device
+from pipeline.training.distributed.heartbeats import BEAT_S, DONE, STILL_S, Heartbeats
 from pipeline.training.distributed.process_group import CHECK_EVERY, ProcessGroup
 
 # Workers wait no longer for each other before a training starts again: torchtitan's limit up to the first step, in
 # which layers are compiled. It is above what rank 0 does alone: it restores a checkpoint, validates and publishes.
 # Without GPUs that may take longer, and Ray's 30 minutes stay.
 HUNG_S = 300
+ANSWER_S = 30.0  # for heartbeats: without an answer the next one says the same
 REPORT_EVERY_S = 30.0  # a report waits up to two seconds for the controller's next poll
 LISTEN_EVERY_S = 5.0  # all workers wait for each other when they ask whether a machine is to be taken away
 LOGS, LOG_LINES, LOG_S = 4, 1000, 10  # of how many lost workers a log is read, its lines, how long it is asked for
@@ -41,11 +46,24 @@ DIED = re.compile(
 )
 LONGEST_REASON = 400  # characters
 NCCL_ERROR = re.compile(r"NCCL WARN|NCCL error|Watchdog caught|\bnccl\w*Error\b")
+# CUDA's words for faults of a machine and not of a program.
+BROKEN_GPU = re.compile(r"uncorrectable (ECC|NVLink) error[^\n]*|hardware stack error|GPU is lost|fallen off the bus")
+log = logging.getLogger("unclip")
 EXPECTED = (UserError, Superseded, CorruptObject, OutOfMemory)
 
 
 class WorkerLost(Exception):
-    """Says that a worker or its machine died. The training can go on from its newest checkpoint."""
+    """Says that a worker or its machine died, or hung. The training can go on from its newest checkpoint.
+
+    ``bad`` are the addresses of machines, by Ray's id, that the next attempt had better do without; ``died`` is the
+    machine on which workers died, if it is one of several.
+    """
+
+    def __init__(
+        self, why: str, bad: Mapping[str, str] = MappingProxyType({}), died: Mapping[str, str] = MappingProxyType({})
+    ):
+        super().__init__(why)
+        self.bad, self.died = bad, died
 
 
 class Relayed(Exception):
@@ -59,6 +77,7 @@ def launch(
     settings: TrainingSettings,
     ray_settings: RaySettings,
     most: int = sys.maxsize,
+    left_out: Collection[str] = (),
 ) -> None:
     """Calls ``work`` in Ray workers, or in this process, and waits for all of them.
 
@@ -72,9 +91,10 @@ def launch(
         settings: Settings, with the number of workers.
         ray_settings: Settings of the Ray that is started or joined.
         most: Largest number of workers that the training can use.
+        left_out: Ray's ids of machines to do without, as long as the others have room.
 
     Raises:
-        WorkerLost: A worker died.
+        WorkerLost: A worker died, or hung.
         UserError: Ray has too little room.
         Exception: What a worker raised, if it is one of EXPECTED.
     """
@@ -85,20 +105,25 @@ def launch(
     ray = start_ray(ray_settings)
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    team = wait_for_room(ray, stage, settings, ray_settings, most)
+    team = wait_for_room(ray, stage, settings, ray_settings, most, left_out)
     share, gpus = team.worker, team.worker.gpus > 0
+    elastic = settings.min_workers and not share.labels  # Ray Train counts room on all nodes, whatever their labels
     asked: dict[str, Any] = {
-        "num_workers": (settings.min_workers, team.count) if settings.min_workers else team.count,
+        "num_workers": (settings.min_workers, team.count) if elastic else team.count,
         "use_gpu": gpus,
         "resources_per_worker": share.by_name,
         "label_selector": dict(share.labels) or None,
     }
     backend = "cpu:gloo,cuda:nccl" if gpus and settings.offload else None  # weights on the CPU are added up there
-    with tempfile.TemporaryDirectory(prefix="unclip-train-") as scratch:
+    # On this machine: it must not hang with a worker's.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    heartbeats = ray.remote(num_cpus=0, scheduling_strategy=here)(Heartbeats).remote(STILL_S)
+    with tempfile.TemporaryDirectory(prefix="unclip-train-") as scratch, _watching(ray, stage, heartbeats):
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"work": work, "settings": settings},
+            train_loop_config={"work": work, "settings": settings, "heartbeats": heartbeats},
             torch_config=TorchConfig(backend, timeout_s=HUNG_S if gpus else TorchConfig.timeout_s),
             scaling_config=ScalingConfig(**asked),
             run_config=RunConfig(name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
@@ -106,9 +131,69 @@ def launch(
         try:
             trainer.fit()
         except WorkerGroupError as e:
-            raise _cause(list(e.worker_failures.values())) from e
+            raise _blamed(ray, heartbeats, e.worker_failures) from e
         except TrainingFailedError as e:  # of starting the workers, or of watching them
             raise _cause([e]) from e
+
+
+@contextmanager
+def _watching(ray: Any, stage: str, heartbeats: Any) -> Iterator[None]:
+    """Warns once of each worker that slows a training down, for as long as the context and ``heartbeats`` last."""
+    over = threading.Event()
+
+    def watch() -> None:
+        named = set()
+        while not over.wait(BEAT_S):
+            with suppress(ray.exceptions.RayError):
+                slow = ray.get(heartbeats.slow.remote(), timeout=ANSWER_S)
+                if slow and (slow.rank, slow.host) not in named:
+                    named.add((slow.rank, slow.host))
+                    log.warning(
+                        "%s: worker %d on %s is slow: the others wait for it for %.0f%% of each step",
+                        *(stage, slow.rank, slow.host, 100 * slow.share),
+                    )
+
+    thread = threading.Thread(target=watch, daemon=True, name="slow workers")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        ray.kill(heartbeats)
+
+
+@contextmanager
+def _beating(heartbeats: Any, group: ProcessGroup) -> Iterator[None]:
+    """Tells ``heartbeats`` how far this worker is for as long as the context lasts.
+
+    Ends the process where the training stands still: the thread that trains may wait for ever.
+    """
+    import ray
+
+    over, me = threading.Event(), ray.get_runtime_context().get_node_id()
+    host = ray.util.get_node_ip_address()
+
+    def beat() -> None:
+        last = False
+        while True:
+            with suppress(ray.exceptions.RayError):
+                told = heartbeats.beat.remote(group.rank, group.pulse.beat(group.size, me, host))
+                if why := ray.get(told, timeout=ANSWER_S):
+                    print(why, file=sys.stderr, flush=True)
+                    os._exit(1)
+            if last:
+                return
+            last = over.wait(BEAT_S)
+
+    thread = threading.Thread(target=beat, daemon=True, name="heartbeats")
+    thread.start()
+    try:
+        yield
+    finally:
+        group.pulse.mark(DONE)
+        over.set()
+        thread.join()
 
 
 def _worker(config: Mapping[str, Any]) -> None:
@@ -129,9 +214,34 @@ def _worker(config: Mapping[str, Any]) -> None:
         rank = context.get_world_rank()
         node = context.get_node_rank()
         group = ProcessGroup(rank, size, device, node, watcher.report, lambda: watcher.leaving, lambda: watcher.steps)
-        config["work"](replace(group, sharded=settings.sharded, offload=settings.offload))
+        with _beating(config["heartbeats"], group):
+            config["work"](replace(group, sharded=settings.sharded, offload=settings.offload))
     except EXPECTED as e:
         raise Relayed(e) from None
+
+
+def _blamed(ray: Any, heartbeats: Any, failures: Mapping[int, Exception]) -> Exception:
+    """Returns the error to raise where workers failed, by rank, with the machines that are to blame."""
+    died: dict[str, str] = {}
+    with suppress(ray.exceptions.RayError):
+        if hung := ray.get(heartbeats.hung.remote(), timeout=ANSWER_S):
+            return WorkerLost(hung.why, hung.hosts)
+        for rank, failure in failures.items():
+            host = ray.get(heartbeats.host.remote(rank), timeout=ANSWER_S)
+            if broken := BROKEN_GPU.search(str(failure)):
+                where = "".join(f" on {address}" for address in host.values())
+                return WorkerLost(f"the GPU of worker {rank}{where} is broken ({broken[0]})", host)
+            if _of_ray(failure):
+                died |= host
+    cause = _cause(list(failures.values()))
+    if isinstance(cause, WorkerLost) and len(died) == 1:
+        cause.died = died
+    return cause
+
+
+def _of_ray(failure: Exception) -> bool:
+    """Returns whether Ray itself raised it: those are about processes and machines."""
+    return type(failure).__module__.partition(".")[0] == "ray"
 
 
 def _cause(failures: Sequence[Exception]) -> Exception:
@@ -139,10 +249,10 @@ def _cause(failures: Sequence[Exception]) -> Exception:
     for failure in failures:
         if isinstance(failure, Relayed):
             return failure.args[0]
-    # What Ray itself raises is about processes and machines; what workers raise keeps its own type. The surviving
-    # workers may notice a death before Ray does, and then only their failures are known.
+    # What workers raise keeps its own type. The surviving workers may notice a death before Ray does, and then only
+    # their failures are known.
     others = [failure for failure in failures if not _hung_up(failure)]
-    if not others or any(type(failure).__module__.partition(".")[0] == "ray" for failure in failures):
+    if not others or any(map(_of_ray, failures)):
         reason = _last_words(failures)
         return WorkerLost("a worker died or could not start" + (f" ({reason})" if reason else ""))
     return others[0]

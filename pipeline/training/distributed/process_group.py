@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.graph.resources import container_memory
 from pipeline.settings import STATE_BYTES
+from pipeline.training.distributed.heartbeats import Pulse
 from pipeline.training.distributed.sharding import full_tensor, shard_module, sync_gradients
 
 T = TypeVar("T")
@@ -44,6 +45,7 @@ class ProcessGroup:
         report_steps: Returns after how many steps ``report`` is to be called again, at most.
         sharded: Models are sharded over the workers (FSDP). All workers then act on a model together.
         offload: Sharded weights lie in the memory of the CPU.
+        pulse: Notes how far this worker is.
     """
 
     rank: int = 0
@@ -55,6 +57,7 @@ class ProcessGroup:
     report_steps: Callable[[], int] = lambda: CHECK_EVERY
     sharded: bool = False
     offload: bool = False
+    pulse: Pulse = field(default_factory=Pulse)
 
     @property
     def is_rank_0(self) -> bool:

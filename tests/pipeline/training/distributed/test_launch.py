@@ -6,6 +6,7 @@ import pickle
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,9 +81,10 @@ def test_expected_errors_of_a_worker_keep_their_type(error: Exception, monkeypat
     monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(**{name: lambda: 1 for name in numbers}))
     monkeypatch.setattr("ray.train.torch.get_device", lambda: "cpu")
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    monkeypatch.setattr("pipeline.training.distributed.launch._beating", lambda *_: nullcontext())
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     with pytest.raises(Relayed) as sent:
-        _worker({"work": work, "settings": SETTINGS})
+        _worker({"work": work, "settings": SETTINGS, "heartbeats": None})
     found = _cause([RuntimeError("the other side hung up"), pickle.loads(pickle.dumps(sent.value))])
     assert (type(found), str(found), vars(found)) == (type(error), str(error), vars(error))
 
@@ -185,6 +187,31 @@ def test_a_training_goes_on_after_lost_workers_and_stores(
     monkeypatch.setattr("pipeline.training.train.launch", hopeless)
     with pytest.raises(UserError, match=f"{error} 4 times without a new checkpoint.*{advice}"):
         stage.train(world.context("diffusion_prior", replace(PRIOR_RECIPE, samples=48, seed=1)))
+
+
+def test_machines_at_which_a_training_hung_or_died_twice_are_left_out(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = [
+        WorkerLost("no progress for 120 s", {"a": "10.0.0.1"}),
+        WorkerLost("a worker died", died={"b": "10.0.0.2"}),
+        WorkerLost("a worker died", died={"b": "10.0.0.2"}),
+    ]
+    given = []
+
+    def fragile(work: Any, stage: str, name: str, *others: Any) -> None:
+        given.append(set(others[-1]))
+        if lost:
+            raise lost.pop(0)
+        launch(work, stage, name, *others)
+
+    monkeypatch.setattr("pipeline.training.train.launch", fragile)
+    with caplog.at_level(logging.WARNING):
+        stage.train(world.context("diffusion_prior", replace(PRIOR_RECIPE, samples=32)))
+    assert given == [set(), {"a"}, {"a"}, {"a", "b"}]
+    assert "no progress for 120 s; starting again without 10.0.0.1" in caplog.text
+    assert "a worker died; starting again\n" in caplog.text
+    assert "a worker died; starting again without 10.0.0.2\n" in caplog.text
 
 
 def test_a_driver_that_was_overtaken_begins_no_attempt(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
