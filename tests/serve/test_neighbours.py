@@ -76,7 +76,7 @@ def test_an_edit_by_its_prompt_alone_begins_at_the_nearest_training_caption(benc
     for store, before in ((bench.store.url, "image 2"), ("", "")):
         for client in client_of(bench, ServeSettings(), store):
             answer = client.post("/v1/images/edits", data={"prompt": "a fox"}, files={"image": picture(2)})
-        assert answer.json()["error"]["message"] == f"nothing is drawn here, difference least of all {before}"
+        assert answer.json()["error"]["message"] == f"nothing is drawn here, change least of all {before}"
 
 
 def test_a_folder_of_a_bundle_alone_says_so(bench: Bench) -> None:

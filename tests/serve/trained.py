@@ -70,7 +70,14 @@ def api_of(bench: Bench, settings: ServeSettings, store: str, tokens: Mapping[st
 
     async def draw(work: Work) -> AsyncGenerator[Event]:
         raise RequestRefused(
-            " ".join(["nothing is drawn here,", work.kind, "least of all", *filter(None, [work.recipe.before])])
+            " ".join(
+                [
+                    "nothing is drawn here,",
+                    work.kind,
+                    "least of all",
+                    *([] if work.recipe.before is None else [work.recipe.before]),
+                ]
+            )
         )
         yield
 
