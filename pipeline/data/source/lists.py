@@ -126,12 +126,14 @@ def parts_of(path: str) -> Sequence[ListPart]:
         return [ListPart(part.name, partial(version, part), partial(rows, part)) for part in source.parts()]
 
 
-def check_unchanged(path: str, versions: Mapping[str, Any]) -> None:
-    """Raises UserError unless the parts of a list, by name, have these fingerprints now, as before they were read."""
-    now = {part.name: part for part in parts_of(path)}
-    for name, version in versions.items():
-        if name not in now or now[name].fingerprint() != version:
-            raise UserError(f"source {name}: changed while it was read; run again")
+def check_unchanged(part: ListPart, version: Any) -> None:
+    """Raises UserError unless a part of a list has this fingerprint now, as before it was read."""
+    try:
+        same = part.fingerprint() == version
+    except OSError:  # it is gone
+        same = False
+    if not same:
+        raise UserError(f"source {part.name}: changed while it was read; run again")
 
 
 @contextmanager

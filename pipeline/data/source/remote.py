@@ -109,6 +109,9 @@ class RemoteFolder(Source):
             copy = Path(folder, os.path.basename(entry.path))
             with _new_file(copy) as (out, most):
                 _copy_object(path, store, entry, out, most)
+            now = store.stat(entry.path)
+            if now is None or now.version != entry.version:
+                raise UserError(f"source {path}: changed while the list was read; run again")
             yield from _copied_rows(path, copy, recipe, reader, self.policy(recipe))
 
     def unread(self, recipe: SourceRecipe) -> str:
@@ -237,7 +240,7 @@ def _copy_object(path: str, store: Store, found: Entry, out: BinaryIO, most: int
             with scratch():
                 out.write(part)
     except FileNotFoundError:
-        raise UserError(f"source {path}: it was deleted while the list was read; run again") from None
+        raise UserError(f"source {path}: deleted while the list was read; run again") from None
 
 
 def _copy_page(path: str, out: BinaryIO, most: int) -> None:

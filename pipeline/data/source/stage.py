@@ -238,7 +238,8 @@ def _extended(
                 while done < len(parts) and spool.count < ROWS_A_RECORD:
                     done += 1
                     spool.add(read(parts[done - 1].part), cutter.reference)
-                check_unchanged(path, {each.part.name: each.version for each in parts[first:done]})
+                for each in parts[first:done]:
+                    check_unchanged(each.part, each.version)
                 if done == len(parts):
                     reader.finish(others)
                 cutter.add(spool, seen)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -126,6 +127,14 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         table(folder, "b.csv", 1)
         with pytest.raises(UserError, match=r"b\.csv: changed while it was read; run again"):
             scan(SourceRecipe((str(path),)), folder_store, write=True)
+
+    def deleting(self: PartReader, part: ListPart) -> Iterator[ListRow]:
+        yield from whole(self, part)
+        (folder / "a.csv").unlink(missing_ok=True)
+
+    monkeypatch.setattr(PartReader, "read", deleting)
+    with pytest.raises(UserError, match=r"a\.csv: changed while it was read; run again"):
+        scan(SourceRecipe((str(folder),)), folder_store, write=True)
     assert list(folder_store.list("")) == []
 
 
@@ -279,6 +288,31 @@ def test_a_folder_on_s3_is_listed_and_its_tables_are_read_once(
     assert grown.shards[3].ledger.rejected["duplicate_url"] == found.shards[3].ledger.rejected["duplicate_url"] + 1
     assert scan(recipe, open_store(str(tmp_path / "other")), write=True).shards == grown.shards
     assert list(Path(tempfile.gettempdir()).glob("unclip-lists-*/part.jsonl")) == []
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_table_on_s3_that_changes_before_it_is_read_is_refused(
+    folder_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = open_store(f"s3://{BUCKET}/changing")
+    for name in ("a.jsonl", "b.jsonl"):
+        there.create(name, lines(f"http://h/{name}.png"))
+    recipe, whole = SourceRecipe((f"s3://{BUCKET}/changing",)), PartReader.read
+    for change, says in (
+        (lambda version: there.swap("b.jsonl", version, lines("http://h/c.png")), "changed while the list was read"),
+        (lambda _: there.delete(["b.jsonl"]), "deleted while the list was read"),
+    ):
+
+        def changing(self: PartReader, part: ListPart, change: Any = change) -> Iterator[ListRow]:
+            yield from whole(self, part)
+            if part.name.endswith("a.jsonl"):
+                standing = there.stat("b.jsonl")
+                change(standing and standing.version)
+
+        monkeypatch.setattr(PartReader, "read", changing)
+        with pytest.raises(UserError, match=rf"b\.jsonl: {says}; run again"):
+            scan(recipe, folder_store, write=True)
+    assert list(folder_store.list("")) == []
 
 
 @pytest.mark.usefixtures("s3")
