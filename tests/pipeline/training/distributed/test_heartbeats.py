@@ -52,7 +52,8 @@ def test_the_worker_that_is_behind_is_named() -> None:
 
 
 def test_a_worker_that_does_not_answer_is_named_whatever_it_said_last() -> None:
-    for last in ({"idle_s": 0.1}, {"steps": 0}, {"doing": BETWEEN}):
+    told: list[dict[str, Any]] = [{"idle_s": 0.1}, {"steps": 0}, {"doing": BETWEEN}]
+    for last in told:
         found = judged({3: last}, silent=(3,))
         assert found.why.endswith("worker 3 on 10.0.0.3 does not answer")
         assert found.hosts == {"node-3": "10.0.0.3"}
