@@ -20,17 +20,23 @@ def test_the_first_release_is_kept() -> None:
 
 
 def test_what_breaks_a_caller_is_found_and_what_does_not_is_not() -> None:
-    def draw(caption: str, size: int = 64) -> str: ...
+    def draw(caption: str, size: int = 64) -> str:
+        return caption
 
-    def more(caption: str, size: int = 64, *, seed: int = 0) -> str: ...
+    def more(caption: str, size: int = 64, *, seed: int = 0) -> str:
+        return caption
 
-    def needs(caption: str, size: int = 64, *, seed: int) -> str: ...
+    def needs(caption: str, size: int = 64, *, seed: int) -> str:
+        return caption
 
-    def moved(size: int = 64, caption: str = "") -> str: ...
+    def moved(size: int = 64, caption: str = "") -> str:
+        return caption
 
-    def other(caption: str, size: int = 256) -> str: ...
+    def other(caption: str, size: int = 256) -> str:
+        return caption
 
-    def result(caption: str, size: int = 64) -> int: ...
+    def result(caption: str, size: int = 64) -> int:
+        return size
 
     class Drawing:
         side: int

@@ -187,6 +187,9 @@ class Prometheus:
     def image(self, samples: int, png: bytes) -> None:
         """Prometheus has numbers only."""
 
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Prometheus has numbers only."""
+
     def close(self) -> None:
         """What was measured last is served until the process ends, so that a scrape after the end finds it."""
 
