@@ -8,15 +8,19 @@ from collections.abc import Iterator
 from importlib import metadata
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from pipeline.doctor.finding import Finding, brief
 
 PROJECT = "unclip-ray"
-MODULES = {"faiss-cpu": "faiss", "open_clip_torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml"}
-MODULES |= {
-    "scikit-learn": "sklearn",
+MODULES = {
+    "faiss-cpu": "faiss",
+    "open-clip-torch": "open_clip",
     "opencv-python-headless": "cv2",
-}  # the rest are imported by the name they are installed by
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+}  # by canonical names; the rest are imported by theirs
 
 
 def check_packages() -> Iterator[Finding]:
@@ -45,7 +49,8 @@ def _fault(requirement: Requirement) -> Finding | None:
             "problem", "packages", f"{requirement.name} {version} is outside {requirement.specifier}", install
         )
     try:
-        importlib.import_module(MODULES.get(requirement.name, requirement.name))
+        name = canonicalize_name(requirement.name)  # metadata may have the project's spelling or this one
+        importlib.import_module(MODULES.get(name, name.replace("-", "_")))
     except Exception as e:  # a shared library that is missing is an OSError, and so on
         return Finding(
             "problem",

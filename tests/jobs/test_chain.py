@@ -79,7 +79,8 @@ def test_same_seed_same_picture(chain: Chain) -> None:
     assert first == again
     assert other not in first
     default = Path(done(here("sample", "a red heart", "--from", chain.folder / "out")).strip())
-    assert default.read_bytes() == (chain.folder / "out/samples/0000.png").read_bytes()
+    drawn, by_stage = Image.open(default), Image.open(chain.folder / "out/samples/0000.png")
+    assert drawn.tobytes() == by_stage.tobytes()  # the files differ in the recipe that they carry
 
 
 def test_fine_tuning_goes_on_from_a_bundle(chain: Chain, tmp_path: Path) -> None:
