@@ -20,6 +20,7 @@ MODULES = {
     "pillow": "PIL",
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
+    "tensorboardx": "tensorboardX",
 }  # by canonical names; the rest are imported by theirs
 
 
