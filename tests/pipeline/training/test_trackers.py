@@ -286,7 +286,7 @@ def test_a_tracker_that_fails_costs_a_warning(
 
 def test_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_tracker("tensorboard") is TensorBoard
-    assert TRACKERS.keys() == {"tensorboard", "wandb", "mlflow"}
+    assert TRACKERS.keys() == {"tensorboard", "wandb", "mlflow", "prometheus"}
     with pytest.raises(UserError, match=r"wanbd is neither .*; did you mean wandb\?"):
         find_tracker("wanbd")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)

@@ -8,11 +8,13 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data.fetch import fetcher
 from pipeline.data.fetch.fetcher import Fetcher
 from pipeline.data.fetch.opener import Refused, normal_url
 from pipeline.data.fetch.references import shown
@@ -290,7 +292,7 @@ def test_what_answers_to_robots_txt_mean(page: Page, reason: str | None) -> None
 
 def test_a_site_whose_robots_txt_cannot_be_had_costs_no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(fetcher, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pauses.append))
     pages = Pages({"/robots.txt": Page(status=500)})
     urls = [f"http://a.test/{i}" for i in range(20)]
     assert reasons(pages, *urls, retries=2) == ["http_5xx"] * 20
