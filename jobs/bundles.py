@@ -99,7 +99,7 @@ def find_bundle(source: str | None, overrides: Sequence[str] = ()) -> Bundle:
     if (folder / "model_index.json").is_file():
         raise UserError(
             f"{source}: is in diffusers' layout; unclip export {source} --to NEW makes a bundle of what unclip export "
-            "wrote; for others docs/interchange.md has the lines"
+            "wrote; for others docs/export.md has the lines"
         )
     return _of_output(folder)
 

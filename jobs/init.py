@@ -83,7 +83,7 @@ def main(arguments: argparse.Namespace) -> int:
         say(
             f"warning: every caption of {seen.framed.rows:,} of {seen.rows:,} rows begins or ends with words that many "
             f"share, such as {seen.framed.words!r}, and a CLIP that trains on them learns those words, not the things; "
-            "add the bare text as a second caption of each row: docs/captions.md, Captions that name a style"
+            "add the bare text as a second caption of each row: docs/captions.md"
         )
     until = " --until diffusion_prior" if imageless else ""
     first = "" if gpu or until or origin else f"    unclip run {path} preset=nano    # a first look, in minutes\n"

@@ -50,7 +50,7 @@ SHORTEST = 10  # batches; and the warmup is at most such a part of the training
 
 TEMPLATE = """\
 # yaml-language-server: $schema={schema}
-# For your own pairs, written by unclip init. docs/your-data.md: what to bring; docs/failures.md: when it fails;
+# For your own pairs, written by unclip init. docs/your-data.md: a first run; docs/ledger.md: when it fails;
 # docs/configuration.md: every field and its default.
 project: {project}
 preset: {preset} # nano: a first look in minutes; tiny: CPU cores; small: one GPU; karlo, paper: clusters of them

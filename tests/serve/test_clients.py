@@ -132,7 +132,7 @@ def test_every_value_of_the_clients_types_is_drawn_warned_of_or_refused_with_the
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
-PAGE = (ROOT / "docs/clients.md").read_text()
+(PAGE,) = re.findall(r"^## Other programs\n(.*?)^## ", (ROOT / "docs/serve.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
 def block(language: str) -> str:
@@ -150,7 +150,7 @@ def test_the_program_of_the_page_draws(served: str, tmp_path: Path, monkeypatch:
 
 def test_the_settings_of_the_page_are_drawn(served: str) -> None:
     """The address, the model and the size that Open WebUI and LiteLLM put into their requests."""
-    settings = dict(line.split("=", 1) for line in block("sh").splitlines())
+    settings = dict(line.split("=", 1) for line in block("dotenv").splitlines())
     (entry,) = yaml.safe_load(block("yaml"))["model_list"]
     proxied = entry["litellm_params"]
     for address, model, size in (
