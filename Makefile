@@ -5,7 +5,7 @@ PIP_FLAGS ?= --quiet --disable-pip-version-check
 BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs embeddings streaming near_duplicates \
   training_loop checkpoints reading generation side_by_side tiny
 
-.PHONY: help unit test test-browser test-slow mutants chaos check bench gpu-check lock format peek demo studio site dist clean
+.PHONY: help unit test test-browser test-slow mutants chaos check bench gpu-check lock format peek demo demo-bundle studio site dist clean
 
 help:
 	@echo "make peek    the whole chain at nano size: images over HTTP to a 1024 px image, in minutes"
@@ -99,6 +99,12 @@ MINUTES ?= 20
 
 demo: .venv/ready
 	$(BIN)/unclip demo scale=$(shell awk "BEGIN { print $(MINUTES) / 20 }")
+
+# The file that --from demo fetches, and its hash, by which it is known. They go with a release.
+demo-bundle: demo
+	rm -f out/unclip-demo.zip
+	$(BIN)/unclip export out/demo --to out/unclip-demo.zip --license CC0-1.0
+	cd out && sha256sum unclip-demo.zip > ../configs/demo.sha256
 
 # Without make demo, the models of make peek draw: they are made in minutes, if need be, and draw worse.
 studio: .venv/ready

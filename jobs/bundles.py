@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from jobs.archives import DEMO, archived_bundle, demo_address, is_archive
 from jobs.command_line import PLACES
 from jobs.project import load_as_run, open_as_run
 from pipeline.errors import UserError
@@ -21,6 +23,9 @@ from pipeline.release.signing import files_of, find_release
 from pipeline.store import Store, local_folder, open_store
 from pipeline.store.names import is_digest, is_part
 from pipeline.store.records import digest, materialise, put_blob
+
+if TYPE_CHECKING:
+    from pipeline.sampling.nearest import TrainingImages
 
 RELEASE = "release:"
 
@@ -66,6 +71,20 @@ class Bundle:
         assert self.store is not None
         materialise(self.store, self.blobs, folder)
 
+    def training(self) -> TrainingImages:
+        """Returns the images that it was trained on, to search among. Raises UserError where they are not known."""
+        from pipeline.sampling.nearest import NO_INDEX, find_carried, find_stored  # which import torch
+
+        found: TrainingImages | None
+        if self.store is None:
+            found = find_carried(self.folder)
+        else:
+            artifact = load_artifact(self.store, "bundle", self.key)
+            found = find_stored(self.store, artifact) if artifact else None
+        if found is None:
+            raise UserError(NO_INDEX)
+        return found
+
     def stored(self) -> tuple[Store, Artifact]:
         """Returns the store that holds it and its artefact; a bundle of a folder is put into a store of the output."""
         store = self.store or open_store(str(self.output / "store"))
@@ -94,6 +113,11 @@ def find_bundle(source: str | None, overrides: Sequence[str] = ()) -> Bundle:
         return _stored(Path(project.config.run.output), project.store, project.made("bundle")["bundle"])
     if overrides:
         raise UserError(f"{overrides[0]}: {source} is not a project, which alone takes KEY=VALUE; leave it out")
+    if source == DEMO and not folder.is_dir():
+        source = demo_address()
+    if is_archive(source) and not folder.is_dir():
+        place, name = archived_bundle(source)
+        return _of_folder(place, Path("out") / name)
     if (folder / "sampling.json").is_file():
         return _of_folder(folder, Path("out") / folder.resolve().name)
     if (folder / "model_index.json").is_file():

@@ -161,7 +161,10 @@ def _serve(parser: Parser) -> None:
 
 def _export(parser: Parser) -> None:
     parser.add_argument("source", metavar="WHERE", help=f"{PLACES}, or a folder in diffusers' layout")
-    parser.add_argument("-o", "--to", required=True, metavar="FOLDER", help="a new folder, or s3://BUCKET/PREFIX")
+    text = "a new folder, s3://BUCKET/PREFIX, or one file, FILE.zip, whose weights are in half precision"
+    parser.add_argument("-o", "--to", required=True, metavar="FOLDER", help=text)
+    text = "let training images of this licence, as your list names it, travel in FILE.zip; may be given again"
+    parser.add_argument("--license", metavar="NAME", action="append", default=[], help=text)
     text = "bundle (default) is what every --from takes; diffusers is its layout, with the class of a pipeline"
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=text)
     takes_quiet(parser)
@@ -297,7 +300,7 @@ COMMANDS = {
     "serve": Command("draw from a page, and from any client of OpenAI's image API", _serve),
     "edit": Command("vary, interpolate, change or decompose images of your own", add_edit),
     "redraw": Command("draw an image again from the recipe in it, as it was or with other values", add_redraw),
-    "export": Command("write a bundle as a folder to share, or for diffusers", _export),
+    "export": Command("write a bundle as a folder or one file to share, or for diffusers", _export),
     "show": Command("show runs, what is being made and where, or the lineage of an artefact", _show),
     "report": Command("write the report again, for example with images of some licences only", _report),
     "data": Command("search and export images, retry failed rows, forget rows, check, collect garbage", _data),

@@ -9,13 +9,15 @@ from jobs.arguments import Parser, add_below, count, takes_place, takes_quiet, t
 
 OPTIONS = "a sampling option, such as size=64 or steps=50"
 PLACES = (
-    "a run's output folder (out/demo), a project (demo.yaml), its release (release:demo.yaml), or a bundle's folder"
+    "a run's output folder (out/demo), a project (demo.yaml), its release (release:demo.yaml), a bundle's folder or "
+    "zip, the address of a zip with #sha256=, or demo, which fetches the quick start's"
 )
 EDITS = {
     "vary": "other images with the same meaning (the paper's section 3.1)",
     "interpolate": "images on the way from one to another (3.2)",
     "change": "an image, changed as one caption differs from another (3.3)",
     "inpaint": "a part of an image, drawn again where a mask is transparent",
+    "nearest": "the training images that are nearest to an image",
     "reconstruct": "an image beside what its two latents become (3)",
     "components": "what the first principal components of an image's embedding say (4)",
     "priors": "a caption, decoded from each prior's embedding and from its text embedding (5.1)",
@@ -66,7 +68,7 @@ def add_edit(parser: Parser) -> None:
     """Adds the words of ``unclip edit``."""
     commands = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     kinds = {name: add_below(commands, name, text, ALIASES.get(name, ())) for name, text in EDITS.items()}
-    for name in ("vary", "change", "inpaint", "reconstruct", "components"):
+    for name in ("vary", "change", "inpaint", "nearest", "reconstruct", "components"):
         kinds[name].add_argument("image", type=Path, metavar="IMAGE", help="an image file, such as PNG or JPEG")
     _takes_number(kinds["vary"], 8, "images")
     kinds["vary"].add_argument("--eta", type=float, default=1.0, help="how much they vary, from 0 to 1 (1)")
@@ -84,6 +86,7 @@ def add_edit(parser: Parser) -> None:
     kind.add_argument("mask", type=Path, metavar="MASK", help="an image that is transparent where it is drawn again")
     kind.add_argument("caption", metavar="CAPTION", help="what the whole image should show")
     _takes_number(kind, 4, "images")
+    _takes_number(kinds["nearest"], 8, "training images")
     for name in ("interpolate", "change"):
         text = "a WebP that goes forth and back, in place of a strip, as --to FILE.webp or FILE.gif make"
         kinds[name].add_argument("--animate", action="store_true", help=text)
@@ -96,7 +99,8 @@ def add_edit(parser: Parser) -> None:
         kind.set_defaults(kind=name)  # whichever of its names was said
         takes_place(kind, "WHERE", "a file for the strip, or a folder for single images (edits, in the run's output)")
         _takes_bundle(kind)
-        _takes_seed(kind)
+        if name != "nearest":
+            _takes_seed(kind)
 
 
 def _takes_number(parser: Parser, usual: int, text: str) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.sampling.edits import Edit
 
 SIZE = 256  # px unless asked for otherwise: a strip of 1024 px images takes minutes on a CPU
-STRIPS = ("reconstruct", "components", "priors")  # the kinds whose images mean nothing alone
+STRIPS = ("nearest", "reconstruct", "components", "priors")  # the kinds whose images mean nothing alone
 ANIMATIONS = (".webp", ".gif")
 
 
@@ -47,7 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
     with refusals():
         unclip = open_bundle(folder, arguments.device)
         recipe = replace(recipe, options={"size": min(SIZE, unclip.sampling.size), **recipe.options})
-        edit = make_edit(unclip, recipe, images)
+        edit = make_edit(unclip, recipe, images, training=bundle.training)
     done = with_images(recipe.drawn(edit.settings, bundle.key), images, [file.name for file in files])
     if arguments.to and not single:
         for row, pixels in zip(done.rows, edit.images[edit.given :], strict=True):

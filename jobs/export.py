@@ -1,14 +1,16 @@
-"""``unclip export WHERE --to FOLDER``: writes a bundle's models as a folder to share, or for diffusers."""
+"""``unclip export WHERE --to PLACE``: writes a bundle as a folder to share, as one small file, or for diffusers."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shlex
+import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from jobs.archives import HASH, SUFFIX, pack
 from jobs.bundles import find_bundle
 from jobs.output import say
 from pipeline.errors import UserError
@@ -18,6 +20,7 @@ from pipeline.store import open_store
 
 CARD, CARD_BYTES = "README.md", 1 << 20
 INDEX = "model_index.json"
+FULL = ("codec", "training")  # folders of a bundle whose numbers stay as they are: codes are counted by them
 LOADING = {
     "bundle": 'unclip sample "a red heart" --from {to}',
     "diffusers": "DiffusionPipeline.from_pretrained({to}, trust_remote_code=True), with the code in that folder",
@@ -26,6 +29,10 @@ LOADING = {
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs ``unclip export``."""
+    if arguments.to.endswith(SUFFIX):
+        return _export_archive(arguments)
+    if arguments.license:
+        raise UserError(f"--license: training images travel in one file alone; name it, such as --to my{SUFFIX}")
     target = open_store(arguments.to)
     if next(target.list(""), None) is not None:
         raise UserError(f"{arguments.to} is not empty; name a new folder with --to")
@@ -46,6 +53,51 @@ def main(arguments: argparse.Namespace) -> int:
     quote = shlex.quote if arguments.format == "bundle" else json.dumps
     copied = "copy it to a folder, then " if "://" in arguments.to else ""
     say(f"next: {copied}{LOADING[arguments.format].format(to=quote('FOLDER' if copied else arguments.to))}")
+    return 0
+
+
+def _export_archive(arguments: argparse.Namespace) -> int:
+    """Writes a bundle as one file, its weights in half precision, with training images of the licences named."""
+    from models.tensors import save_half
+    from pipeline.sampling.nearest import CARRIED, StoredImages, carry
+
+    if arguments.format == "diffusers":
+        raise UserError("--format diffusers writes a folder; name one with --to, or leave --format out")
+    place, _, name = arguments.to.rpartition("/")
+    target = open_store(place or ".")
+    if target.stat(name) is not None:
+        raise UserError(f"{arguments.to} is there already; name another file with --to")
+    bundle = find_bundle(arguments.source, arguments.overrides)
+    about = ["", "Matrices of the weights are in half precision (fp16), and computed with in fp32."]
+    with tempfile.TemporaryDirectory() as made:
+        folder, file = Path(made, "bundle"), Path(made, name)
+        if bundle.store:
+            bundle.copy(folder)
+        else:
+            shutil.copytree(bundle.folder, folder)
+        for weights in folder.glob("*/*.safetensors"):
+            if weights.parent.name not in FULL:
+                save_half(weights, half := weights.with_name("half"))
+                half.replace(weights)
+        if arguments.license:
+            training = bundle.training()
+            if not isinstance(training, StoredImages):
+                raise UserError(f"--license: {arguments.source} has no store to take images from; leave it out")
+            carried, rows = carry(training, set(arguments.license), folder)
+            about.append(
+                f"{carried:,} of {rows:,} training images ({', '.join(arguments.license)}) travel along, "
+                f"{CARRIED.image_size} px, with caption, licence and attribution."
+            )
+        card = folder / CARD
+        card.write_text((card.read_text("utf-8") if card.is_file() else "") + "\n".join([*about, ""]), "utf-8")
+        sha256 = pack(folder, file)
+        size = file.stat().st_size
+        if not target.create(name, file, move=True):
+            raise UserError(f"{arguments.to} is there already; name another file with --to")
+    say(f"{arguments.to}: {size / 2**20:,.1f} MiB, sha256 {sha256}")
+    say("\n".join(about[2:]))
+    say(f'next: unclip sample "a red heart" --from {shlex.quote(arguments.to)}')
+    say(f"elsewhere: --from https://HOST/{name}{HASH}{sha256}")
     return 0
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
+SAME = "the same pixels"
+
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs ``unclip redraw``."""
@@ -49,22 +51,30 @@ def main(arguments: argparse.Namespace) -> int:
     from pipeline.sampling.edits import make_edit
     from pipeline.sampling.operations import draw_recipe, resolve_sampling, with_images
 
-    key = old.bundle if _drew(bundle, old) else bundle.key
+    key, compared = old.bundle if _drew(bundle, old) else bundle.key, ""
     with refusals():
         unclip = open_bundle(folder, arguments.device)
         done = new.drawn(asdict(resolve_sampling(unclip, new)), key)
         done = with_images(done, images, [each.name for each in new.images])
         if whole:
-            write_strip(where if single else where / path.name, make_edit(unclip, new, images), done)
+            write_strip(
+                where if single else where / path.name, make_edit(unclip, new, images, training=bundle.training), done
+            )
         else:
             before, drawn = open_image(path), draw_recipe(unclip, new, images)
             for row, pixels in zip(done.rows, drawn, strict=True):
                 name = path.name if len(drawn) == 1 else f"{path.stem}-{row.seed}-{row.share:.3g}.png"
                 write_png(where if single else where / name, pixels, done.of(row))
             if len(drawn) == 1:
-                say(f"  {_compared(drawn[0], before)}")
+                compared = _compared(drawn[0], before)
+                say(f"  {compared}")
     for line in recipe_differences(old, done if whole or len(done.rows) > 1 else done.of(done.rows[0])):
         say(f"  {line}")
+    if old.bundle and old.bundle != key and compared != SAME:
+        say(
+            f"  bundle {old.bundle[:12]} drew it: name its run, project or release with --from. A copy goes by its "
+            f"files, here {key[:12]}, and draws the same unless its weights are in half precision"
+        )
     return 0
 
 
@@ -115,4 +125,4 @@ def _compared(pixels: np.ndarray, image: Image) -> str:
         return f"{pixels.shape[0]} px in place of {before.shape[0]}"
     apart = np.abs(before.astype(int) - pixels).max(-1)
     share, most = np.mean(apart > 0), apart.max()
-    return f"{share:.1%} of its pixels differ, by {most} of 255 at most" if most else "the same pixels"
+    return f"{share:.1%} of its pixels differ, by {most} of 255 at most" if most else SAME

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -78,3 +78,15 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from e
+
+
+def save_half(source: Path, target: Path) -> None:
+    """Writes a safetensors file again with its fp32 matrices in fp16, which take half the bytes.
+
+    Vectors stay in fp32: they are few bytes, and constants of a model are among them. So does what fp16 cannot hold.
+    """
+    tensors = load_file(source)
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float32 and tensor.ndim > 1 and (half := tensor.half()).isfinite().all():
+            tensors[name] = half
+    save_tensors(tensors, target)

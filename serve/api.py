@@ -20,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from models.tokens import check_captions, cut_note
 from pipeline.sampling.recipe import CHARACTERS, LARGEST_SEED, ImageRecipe, drawn_side
-from serve import neighbours
+from serve import nearest
 from serve.answer import MEDIA_TYPES, Answer, encode
 from serve.errors import ApiError, invalid, unreadable
 from serve.gateway import Gateway
@@ -53,7 +53,7 @@ def make_api(gateway: Gateway, tokens: Mapping[str, str], figures: Callable[[], 
     api.add_exception_handler(RequestValidationError, _answer_error)
     api.add_exception_handler(HTTPException, _answer_error)
     api.include_router(router)
-    api.include_router(neighbours.router)
+    api.include_router(nearest.router)
     api.mount("/", StaticFiles(directory=STUDIO, html=True, check_dir=False))
     api.add_middleware(
         Guard, settings=gateway.settings, tokens=tokens, observe=gateway.observe, traffic=gateway.traffic
@@ -189,8 +189,8 @@ async def _before(request: Request, asked: Edit, image: bytes) -> tuple[str, lis
     why = "stands for the image as it is: send before, its caption, where another fits better"
     if await _differs(recipe := await read_caption(asked.image[0]), asked.prompt):
         return recipe, [f"before: {recipe!r}, the caption in the image's own recipe, {why}"]
-    if await _differs(nearest := await neighbours.nearest_caption(request, image), asked.prompt):
-        return nearest, [f"before: {nearest!r}, the caption of the nearest training image, {why}"]
+    if await _differs(caption := await nearest.nearest_caption(request, image), asked.prompt):
+        return caption, [f"before: {caption!r}, the caption of the nearest training image, {why}"]
     return "", [f"before: the empty caption {why}"]
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipeline.errors import CorruptObject as CorruptObject
     from pipeline.errors import UserError as UserError
     from pipeline.look.overview import Look as Look
+    from pipeline.sampling.nearest import TrainingImage as TrainingImage
     from unclip.artifact import Artifact as Artifact
     from unclip.image import DrawnImage as DrawnImage
     from unclip.image import ImageLike as ImageLike
@@ -38,6 +39,7 @@ _PLACES = {
     "RunPlan": "jobs.plan",
     "RunResult": "jobs.run",
     "StageDone": "jobs.run",
+    "TrainingImage": "pipeline.sampling.nearest",
     "UserError": "pipeline.errors",
     "load": "unclip.model",
     "look": "jobs.look",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from operator import index
 from pathlib import Path
 from typing import Any, Self, Unpack, overload
@@ -12,13 +13,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from jobs.bundles import find_bundle
+from jobs.bundles import Bundle, find_bundle
 from models.cascade import UnCLIP
 from models.random_streams import check_seeds
 from models.sampling_config import SamplingConfig, own_names
 from pipeline.data.pairs.image import MAX_BYTES
+from pipeline.errors import UserError
 from pipeline.local import read_local
 from pipeline.sampling.drawing import read_bundle
+from pipeline.sampling.nearest import TrainingImage, TrainingImages
 from pipeline.sampling.operations import BATCH, ProgressDisplay, draw_recipe, resolve_sampling, with_images
 from pipeline.sampling.recipe import (
     ImageRecipe,
@@ -45,7 +48,8 @@ def load(path: str | Path | None = None, device: str = "auto") -> Model:
     """Opens trained models to draw with, on as many threads as torch has in this process.
 
     Args:
-        path: A run's output folder, a project's YAML file, its release ("release:FILE"), or a bundle's folder; by
+        path: A run's output folder, a project's YAML file, its release ("release:FILE"), a bundle's folder or zip, the
+            address of a zip that ends in "#sha256=" and its hash, or "demo", the quick start's, which is fetched; by
             default the newest finished run under ``out/``.
         device: "cpu", "cuda", or "auto", which is a GPU where there is one.
 
@@ -53,12 +57,16 @@ def load(path: str | Path | None = None, device: str = "auto") -> Model:
         UserError: No bundle is finished, or the device does not exist.
         CorruptObject: A file of the bundle is damaged in its store.
     """
-    bundle = find_bundle(None if path is None else str(path))
-    return Model(read_bundle(bundle.folder, choose_device(device)), bundle.key)
+    return load_bundle(find_bundle(None if path is None else str(path)), device)
+
+
+def load_bundle(bundle: Bundle, device: str) -> Model:
+    """Opens the models of a bundle; see ``load``."""
+    return Model(read_bundle(bundle.folder, choose_device(device)), bundle.key, cache(bundle.training))
 
 
 class Model:
-    """Draws, varies, interpolates, changes, inpaints and embeds.
+    """Draws, varies, interpolates, changes, inpaints and embeds, and finds the nearest training images.
 
     Methods that draw take sampling options by name, for that call alone, such as ``size=256`` or ``steps=50``;
     ``sampling`` has all of them with their defaults. They raise ValueError for an unknown option, one that is out of
@@ -72,8 +80,8 @@ class Model:
         bundle: Key of the bundle that they come from, for recipes; "" where they come from none.
     """
 
-    def __init__(self, cascade: UnCLIP, bundle: str = ""):
-        self.cascade, self.bundle = cascade, bundle
+    def __init__(self, cascade: UnCLIP, bundle: str = "", training: Callable[[], TrainingImages] | None = None):
+        self.cascade, self.bundle, self._training = cascade, bundle, training
 
     @property
     def device(self) -> torch.device:
@@ -260,6 +268,17 @@ class Model:
         """Returns an image ``n`` times, drawn again where a mask is transparent; ``caption`` is of the whole."""
         recipe = self._asked("inpaint", {"n": n, "seed": seed}, options, caption=caption)
         return self._draw(recipe, [opened(image), opened_mask(mask)], progress)
+
+    def nearest(self, image: ImageLike, n: int = 8) -> list[TrainingImage]:
+        """Returns the ``n`` training images nearest to an image by CLIP, nearest first, with licence and attribution.
+
+        Raises UserError where the images that the models were trained on are not known.
+        """
+        if self._training is None:
+            raise UserError(
+                "these models are not a bundle's, so their training images are not known; unclip.load opens one"
+            )
+        return self._training().nearest(self.embed([opened(image)]), n)
 
     def redraw(
         self,

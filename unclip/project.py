@@ -116,10 +116,10 @@ class Project:
 
     def model(self, device: str = "auto") -> Model:
         """Opens the trained models to draw with; see ``unclip.load``."""
-        from unclip.model import load
+        from unclip.model import load_bundle
 
         made = self.artifact("bundle").record
-        return load(Bundle(self.report.parent, made.key, made.blobs, self._opened.store).folder, device)
+        return load_bundle(Bundle(self.report.parent, made.key, made.blobs, self._opened.store), device)
 
     def __repr__(self) -> str:
         states = [verdict.state for verdict in self._opened.plan()]

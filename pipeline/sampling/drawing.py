@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import logging
 import tempfile
 import time
@@ -20,13 +19,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from models.cascade import UnCLIP
-from models.sampling_config import UPSAMPLERS
+from models.sampling_config import BASE, UPSAMPLERS
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.resources import cores
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, counted
+from pipeline.sampling.recipe import ImageRecipe
 from pipeline.store.records import materialise, put_blob
 from pipeline.training.device import OutOfMemory, choose_device, memory_for
 
@@ -35,7 +35,10 @@ log = logging.getLogger("unclip")
 
 @dataclass(frozen=True)
 class Sample:
-    """Holds a caption's image as PNG, its base image of 64 px, and the settings that it was drawn with."""
+    """Holds a caption's image as PNG, its base image of 64 px, and the settings that it was drawn with.
+
+    Both images carry their recipes.
+    """
 
     caption: str
     seed: int
@@ -44,19 +47,20 @@ class Sample:
     base: bytes
 
 
-def make_sample(unclip: UnCLIP, caption: str, seed: int, options: Mapping[str, Any]) -> Sample:
-    """Draws one image, showing progress over all steps of all models.
+def make_sample(unclip: UnCLIP, caption: str, seed: int, options: Mapping[str, Any], bundle: str) -> Sample:
+    """Draws one image with the bundle of a key, showing progress over all steps of all models.
 
-    Seed and settings are in the PNG's text chunks. Raises ValueError for an option that is out of range.
+    Raises ValueError for an option that is out of range.
     """
     settings = dataclasses.asdict(unclip.sampling_with(dict(options)))
     steps = prior_steps(unclip, settings, settings["prior"]) + decode_steps(unclip, settings)
     with Progress(f"sampling {caption[:40]!r}", steps, "steps") as progress:
         generation = unclip.generate([caption], [seed], lambda stage, *_: progress.advance(1, stage), **options)
-    text = {"caption": caption, "seed": str(seed), "settings": json.dumps(settings, sort_keys=True)}
+    recipe = ImageRecipe(caption=caption, seed=seed)
+    base = generation.images[min(generation.images)]
     images = [
-        png_with_text(pixels[0].numpy(), text)
-        for pixels in (generation.image, generation.images[min(generation.images)])
+        png_with_text(pixels[0].numpy(), recipe.drawn({**settings, "size": size}, bundle).chunks())
+        for pixels, size in ((generation.image, settings["size"]), (base, BASE))
     ]
     return Sample(caption, seed, settings, *images)
 
@@ -136,7 +140,10 @@ def publish_samples(ctx: Context) -> Artifact:
     with tempfile.TemporaryDirectory() as folder:
         materialise(ctx.store, ctx.inputs["bundle"].blobs, folder)
         unclip = open_bundle(folder)
-        samples = [make_sample(unclip, text, ctx.recipe.seed + i, {}) for i, text in enumerate(ctx.recipe.captions)]
+        key = ctx.inputs["bundle"].key
+        samples = [
+            make_sample(unclip, text, ctx.recipe.seed + i, {}, key) for i, text in enumerate(ctx.recipe.captions)
+        ]
     blobs = {}
     for i, sample in enumerate(samples):
         blobs[f"{i:04d}.png"] = put_blob(ctx.store, sample.image)

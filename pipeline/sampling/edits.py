@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -23,7 +23,9 @@ from models.comparison import compare_priors, priors_of
 from models.sampling_config import SamplingConfig
 from models.tokens import check_captions
 from models.view import view
+from pipeline.errors import UserError
 from pipeline.sampling.drawing import prior_steps
+from pipeline.sampling.nearest import NO_INDEX, SHOWN, TrainingImages
 from pipeline.sampling.operations import (
     ProgressDisplay,
     draw_recipe,
@@ -53,9 +55,22 @@ class Edit:
     given: int = 0
 
 
-def make_edit(unclip: UnCLIP, recipe: ImageRecipe, images: Images, watch: ProgressDisplay = True) -> Edit:
-    """Returns what a recipe describes. Raises ValueError for what the bundle cannot draw."""
+def make_edit(
+    unclip: UnCLIP,
+    recipe: ImageRecipe,
+    images: Images,
+    watch: ProgressDisplay = True,
+    training: Callable[[], TrainingImages] | None = None,
+) -> Edit:
+    """Returns what a recipe describes; ``training`` finds the images that the bundle was trained on, for ``nearest``.
+
+    Raises ValueError for what the bundle cannot draw, and UserError where its training images are not known.
+    """
     check_recipe(recipe, len(images))
+    if recipe.operation == "nearest":
+        if training is None:
+            raise UserError(NO_INDEX)
+        return nearest(unclip, recipe, images, training())
     if recipe.operation in FIGURES:
         return FIGURES[recipe.operation](unclip, recipe, images, watch)
     drawn = draw_recipe(unclip, recipe, images, watch)
@@ -66,6 +81,31 @@ def make_edit(unclip: UnCLIP, recipe: ImageRecipe, images: Images, watch: Progre
     if recipe.operation in ("vary", "inpaint"):  # shown beside what they were made of
         drawn, names = [view(images[0], len(drawn[0])), *drawn], ["the image", *names]
     return _edit(drawn, names, resolve_sampling(unclip, recipe), len(names) - len(recipe.rows))
+
+
+def nearest(unclip: UnCLIP, recipe: ImageRecipe, images: Images, training: TrainingImages) -> Edit:
+    """Returns an image and the training images nearest to it; a white one where there is none to be shown."""
+    found = training.nearest(unclip.embed(images).cpu().numpy(), recipe.n)
+    side = SHOWN.image_size
+    shown = [
+        np.full((side, side, 3), 255, np.uint8) if each.image is None else view(each.image, side) for each in found
+    ]
+    names = [
+        ", ".join(
+            filter(
+                None,
+                (
+                    f"{each.similarity:.1%} alike",
+                    each.license,
+                    each.attribution,
+                    each.url,
+                    " ".join(each.caption.split()),
+                ),
+            )
+        )
+        for each in found
+    ]
+    return _edit([view(images[0], side), *shown], ["the image", *names], resolve_sampling(unclip, recipe), 1)
 
 
 def reconstruction(unclip: UnCLIP, recipe: ImageRecipe, images: Images, watch: ProgressDisplay) -> Edit:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.sampling_config import SamplingConfig, change_sampling, own_names
@@ -53,6 +53,7 @@ OPERATIONS = {
     "interpolate": Operation(2, 2, turned=True),
     "change": Operation(captioned=True, turned=True),
     "inpaint": Operation(2, 2, captioned=True),  # the image and its mask
+    "nearest": Operation(),
     "reconstruct": Operation(),
     "components": Operation(),
     "priors": Operation(0, 1, captioned=True),
@@ -93,7 +94,7 @@ class ImageRecipe:
         operation: One of OPERATIONS.
         caption: Caption of what is drawn; for ``vary`` and ``reconstruct`` of the image that is given.
         before: Caption of the image as it is, for ``change``.
-        n: Number of images, where ``shares`` are empty.
+        n: Number of images, where ``shares`` are empty; for ``nearest`` that of training images.
         seed: Seed of the first image. Image i has seed + i, and all that have ``shares`` have this one.
         eta: Freedom of ``vary``: 0 is the reconstruction, 1 changes most.
         shares: Shares of the way or the turn, one for each image, for ``interpolate`` and ``change``.
@@ -103,7 +104,7 @@ class ImageRecipe:
         images: Images that it begins with; of ``inpaint`` the image and its mask.
         options: Sampling options by name.
         bundle: Key of the bundle that drew; "" where it is not known.
-        version: Version of this software that drew.
+        version: Version of this software that drew; "" where it is not known.
     """
 
     operation: str = "draw"
@@ -190,8 +191,11 @@ DEFAULTS = {each.name: each.default for each in fields(ImageRecipe)}
 
 @cache
 def own_version() -> str:
-    """Returns the version of this software."""
-    return version("unclip-ray")
+    """Returns the version of this software; "" in a job on a cluster, to which its code travels uninstalled."""
+    try:
+        return version("unclip-ray")
+    except PackageNotFoundError:
+        return ""
 
 
 def describe(operation: str, options: Mapping[str, Any], **given: Any) -> ImageRecipe:

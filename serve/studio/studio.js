@@ -2,11 +2,12 @@
 
 const $ = (selector, root = document) => root.querySelector(selector);
 const ROOT = new URL(".", location.href).href; // wherever the server is mounted
-const KEPT = 100; // runs of the history
+const KEPT = 100; // runs of the history; older ones stay where they have favourites
 const PAGE = 8; // runs that are shown at once, before one scrolls to more
 const THUMBNAIL = 320; // px of what a tile shows of a larger image
 const UNDO_MS = 10_000;
 const SEEDS = 2 ** 32;
+const SQUARE = "1:1", SHAPES = [[SQUARE, "square"], ["4:3", "4:3"], ["16:9", "16:9"], ["3:4", "3:4"], ["9:16", "9:16"]];
 const STAGES = {
   ar_prior: "imagining it", diffusion_prior: "imagining it", inversion: "reading the image", decoder: "drawing 64 px",
   upsampler_256: "growing to 256 px", upsampler_1024: "growing to 1024 px",
@@ -15,8 +16,9 @@ const ORDER = ["imagining it", "reading the image", "drawing 64 px", "growing to
 const KINDS = { "images/generations": "drawn", "images/variations": "varied", "images/edits": "changed",
   "images/interpolations": "blended", own: "your own" };
 
-const runs = new Map(); // by id: {id, at, title, caption, request: {path, fields, images}, items, seconds, problem}
+const runs = new Map(); // by id: {id, at, title, caption, request: {path, fields, images}, shape, items, seconds, problem}
 const elements = new Map(); // the article of each run
+const favourites = new Map(); // by id of a run, also of one that is not shown yet: how many of its images
 let older = []; // ids of runs in the database that are not shown yet, oldest first
 const urls = new WeakMap(); // the address of each image, as long as it is in use
 const stops = new Map(); // of each run that is drawn, what stops it
@@ -120,13 +122,20 @@ async function history(mode, act) {
 
 async function keep(run) {
   runs.set(run.id, run);
+  star(run);
   navigator.storage?.persist?.(); // else a browser may drop all of it when its disk is full
   const put = () => history("readwrite", (table) => table.put(run));
   if (await put() === null && await database) tell("This browser has no room to keep it.");
   const large = run.items.filter((item) => item.side > THUMBNAIL && !item.thumbnail);
   for (const item of large) item.thumbnail = await shrunk(item.blob);
   if (large.length && runs.has(run.id)) await put(); // it may have been deleted meanwhile
-  for (const id of [...older, ...runs.keys()].sort((a, b) => a - b).slice(0, -KEPT)) remove(id);
+  for (const id of [...older, ...runs.keys()].sort((a, b) => a - b).slice(0, -KEPT)) if (!favourites.has(id)) remove(id);
+}
+
+function star(run) {
+  const count = run.items.filter((item) => item.favourite).length;
+  count ? favourites.set(run.id, count) : favourites.delete(run.id);
+  offerFavourites();
 }
 
 async function shrunk(blob) { // without it a tile of a 1024 px image takes four megabytes of pixels
@@ -140,6 +149,7 @@ async function shrunk(blob) { // without it a tile of a 1024 px image takes four
 function remove(id) {
   runs.get(id)?.items.forEach(release);
   runs.delete(id);
+  favourites.delete(id);
   older = older.filter((one) => one !== id);
   elements.get(id)?.remove();
   elements.delete(id);
@@ -189,30 +199,33 @@ function emptiness() {
   const none = elements.size + older.length === 0;
   $("#empty").hidden = !none;
   $("#clear").hidden = none;
-  selection();
+  offerFavourites();
 }
 
 // --- drawing --------------------------------------------------------------------------------------------------------
 
-async function draw(title, path, fields, images = {}, caption = fields.prompt) {
+// Returns the error that ended it, null without one.
+async function draw(title, path, fields, images = {}, caption = fields.prompt, shape = SQUARE) {
   const seed = fields.seed ?? Math.floor(Math.random() * SEEDS);
   const n = fields.n ?? 1;
   const request = { path, fields: { ...fields, n, seed }, images };
-  const run = { id: Date.now() + Math.random(), at: Date.now(), title, caption, request, seconds: 0, problem: "",
+  const run = { id: Date.now() + Math.random(), at: Date.now(), title, caption, request, shape, seconds: 0, problem: "",
     items: Array.from({ length: n }, () => ({ blob: null, side: 0 })) };
   const stop = new AbortController();
   stops.set(run.id, stop);
   const article = show(run, stop);
   article.scrollIntoView({ behavior: "smooth", block: "nearest" });
+  let failed = null;
   try {
     await receive(run, article, stop.signal);
   } catch (error) {
+    failed = error;
     run.problem = stop.signal.aborted ? "Stopped." : explained(error);
   }
   stops.delete(run.id);
   if (!elements.has(run.id)) { // it was deleted meanwhile
     run.items.forEach(release);
-    return;
+    return failed;
   }
   run.seconds = (Date.now() - run.at) / 1000;
   run.items = run.items.filter((item) => item.blob);
@@ -220,9 +233,23 @@ async function draw(title, path, fields, images = {}, caption = fields.prompt) {
   article.replaceWith(show(run));
   if (inside) $(".tile, .delete", elements.get(run.id)).focus();
   tell(run.problem || `${run.title}: ${run.items.length} drawn`);
-  if (!run.items.length) return;
+  if (!run.items.length) return failed;
   await keep(run);
   if (run.items.some((item) => item.thumbnail) && elements.has(run.id)) fill(elements.get(run.id), run);
+  return failed;
+}
+
+async function drawList(prompts) { // one after another: the server's queue is everybody's
+  const say = (text) => Object.assign($("#listed"), { textContent: text, hidden: prompts.length < 2 });
+  const shape = $("#compose").elements.shape.value;
+  for (const [i, prompt] of prompts.entries()) {
+    say(`Drawing caption ${i + 1} of ${prompts.length}.`);
+    const failed = await draw(prompt, "images/generations", { prompt, ...settings() }, {}, prompt, shape);
+    outputs();
+    const over = failed && (failed.name === "AbortError" || failed instanceof TypeError); // stopped, or nobody answers
+    if (over) return say(`Ended at caption ${i + 1} of ${prompts.length}; those after it are not drawn.`);
+  }
+  say(`All ${prompts.length} captions are done.`);
 }
 
 async function receive(run, article, signal) {
@@ -290,7 +317,7 @@ function show(run, stop, below = false) {
   $(".again", article).hidden ||= run.request.path === "own";
   $(".again", article).onclick = () => {
     const { path, fields, images } = run.request;
-    draw(run.title, path, { ...fields, seed: Math.floor(Math.random() * SEEDS) }, images, run.caption);
+    draw(run.title, path, { ...fields, seed: Math.floor(Math.random() * SEEDS) }, images, run.caption, run.shape);
   };
   $(".delete", article).onclick = () => { removeWithUndo(run); $("#undo button").focus(); };
   $(".problem", article).hidden = !run.problem;
@@ -307,16 +334,17 @@ function fill(article, run) {
   const when = new Date(run.at).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
   const took = run.seconds ? `in ${run.seconds.toFixed(1)} s` : "";
   const side = fields.size === "auto" ? run.items[0]?.side : fields.size?.split("x")[0];
-  const facts = [run.problem && !run.items.length ? "nothing drawn" : KINDS[path], side && `${side} px`, took, when];
+  const facts = [run.problem && !run.items.length ? "nothing drawn" : KINDS[path], side && size(side, run.shape), took, when];
   $("header p", article).textContent = facts.filter(Boolean).join(" · ");
   const best = Math.max(...run.items.map((item) => item.score ?? -1));
   const tiles = run.items.map((item, index) => {
     if (!item.blob) return make("div", { className: "tile" }, make("div", { className: "wait" }));
-    const image = make("img", { loading: "lazy", decoding: "async", src: address(item.thumbnail ?? item.blob), alt: `${described(run, index)}${item.picked ? ", selected" : ""}`, className: item.side < 200 ? "small" : "" });
+    const image = make("img", { loading: "lazy", decoding: "async", src: address(item.thumbnail ?? item.blob), alt: `${described(run, index)}${item.favourite ? ", favourite" : ""}`, className: item.side < 200 ? "small" : "" });
+    image.style.aspectRatio = (run.shape ?? SQUARE).replace(":", "/");
     const score = item.score == null ? "" : `score ${item.score.toFixed(3)}`;
     const nearest = run.items.length > 1 && item.score === best && !item.partial;
     const note = make("span", {}, item.partial ? `${item.side} px so far` : score, nearest ? make("b", {}, "nearest") : "");
-    return make("button", { type: "button", className: `tile${item.picked ? " picked" : ""}`, onclick: () => view(run, index) }, image, note);
+    return make("button", { type: "button", className: `tile${item.favourite ? " favourite" : ""}`, onclick: () => view(run, index) }, image, note);
   });
   const focused = [...$(".tiles", article).children].indexOf(document.activeElement);
   $(".tiles", article).replaceChildren(...tiles);
@@ -365,15 +393,21 @@ function around() { // offers the images before and after the one that is viewed
 
 function portray() { // shows the image that is viewed, which may grow
   const { run, index } = viewed, item = run.items[index];
+  const shape = canvas.hidden ? run.shape ?? SQUARE : SQUARE; // a mask is painted on all of the square
   Object.assign($("#large"), { src: address(item.blob), alt: described(run, index), className: item.side < 200 ? "small" : "" });
-  const facts = [`${item.side} px${item.partial ? " so far" : ""}`, item.seed != null && `seed ${item.seed}`, item.score != null && `score ${item.score.toFixed(3)}: how near it is to the caption`];
+  Object.assign($("#large").style, { aspectRatio: shape.replace(":", "/"), objectFit: "cover" });
+  const facts = [`${size(item.side, shape)}${item.partial ? " so far" : ""}`, shape !== SQUARE && "cut from the middle of a square", item.seed != null && `seed ${item.seed}`, item.score != null && `score ${item.score.toFixed(3)}: how near it is to the caption`];
   $("#about").textContent = facts.filter(Boolean).join(" · ");
   $("#download").href = address(item.blob);
   $("#download").download = fileName(run, item, index);
+  $("#download").onclick = run.shape && run.shape !== SQUARE ? async (event) => {
+    event.preventDefault();
+    save(await shaped(item.blob, run.shape), fileName(run, item, index));
+  } : null;
   $("#enlarge").hidden = item.partial || run.request.path === "own" || item.side >= model.sides.at(-1);
   $("#enlarge").textContent = `Make it ${model.sides.at(-1)} px`;
   $("#pick").hidden = item.partial;
-  $("#pick").setAttribute("aria-pressed", Boolean(item.picked));
+  $("#pick").setAttribute("aria-pressed", Boolean(item.favourite));
 }
 
 function fileName(run, item, index) {
@@ -386,17 +420,16 @@ function enlarge() { // the same recipe at the largest size: what is smaller of 
   // The images of a way are one drawing; of a change each is a share of the turn.
   if (path !== "images/interpolations") Object.assign(large, { n: 1, seed: item.seed ?? fields.seed });
   if (fields.before !== undefined) large.strength = (fields.strength * (index + 1)) / fields.n;
-  draw(run.title, path, large, images, run.caption);
+  draw(run.title, path, large, images, run.caption, run.shape);
   $("#viewer").close();
 }
 
 function pick() {
   const { run, index } = viewed, item = run.items[index];
-  item.picked = !item.picked;
-  $("#pick").setAttribute("aria-pressed", item.picked);
+  item.favourite = !item.favourite;
+  $("#pick").setAttribute("aria-pressed", item.favourite);
   if (elements.has(run.id)) fill(elements.get(run.id), run);
   keep(run);
-  selection();
 }
 
 function use(event) {
@@ -408,15 +441,15 @@ function use(event) {
   const shown = settings();
   const common = { size: run.request.path === "own" ? shown.size : size, seed: shown.seed, ...(shown.steps && { steps: shown.steps }) };
   const text = (name) => String(form.elements[name].value).trim();
-  if (form.dataset.tool === "vary") draw(run.title, "images/variations", { ...common, n: given.n, eta: given.eta }, { image }, run.caption);
+  if (form.dataset.tool === "vary") draw(run.title, "images/variations", { ...common, n: given.n, eta: given.eta }, { image }, run.caption, run.shape);
   if (form.dataset.tool === "words") {
     const fields = { ...common, n: given.n, prompt: text("prompt"), before: text("caption"), strength: given.strength };
-    draw(text("prompt"), "images/edits", fields, { image });
+    draw(text("prompt"), "images/edits", fields, { image }, fields.prompt, run.shape);
   }
   if (form.dataset.tool === "between") {
     const [id, at] = String(form.elements.other.value).split("/");
     const other = runs.get(Number(id));
-    draw(`${run.title} → ${other.title}`, "images/interpolations", { ...common, n: given.n }, { first: image, second: other.items[at].blob });
+    draw(`${run.title} → ${other.title}`, "images/interpolations", { ...common, n: given.n }, { first: image, second: other.items[at].blob }, undefined, run.shape);
   }
   if (form.dataset.tool === "mask") {
     const problem = painted ? "" : "Paint over a part of the image first.";
@@ -424,7 +457,7 @@ function use(event) {
     if (problem) { form.elements.prompt.reportValidity(); form.elements.prompt.setCustomValidity(""); return; }
     const { guidance, prior } = shown;
     const fields = { ...common, ...(guidance !== undefined && { guidance }), ...(prior && { prior }), n: given.n, prompt: text("prompt") };
-    cut().then((mask) => draw(text("prompt"), "images/edits", fields, { image, mask }));
+    cut().then((mask) => draw(fields.prompt, "images/edits", fields, { image, mask }, fields.prompt, run.shape));
   }
   $("#viewer").close();
 }
@@ -433,8 +466,8 @@ async function learnt() {
   const { run, index } = viewed;
   $("#learnt-says").textContent = "Looking …";
   try {
-    const form = asForm({ count: 8 }, { image: run.items[index].blob });
-    const { data } = await (await call("v1/unclip/neighbours", { form })).json();
+    const form = asForm({ n: 8 }, { image: run.items[index].blob });
+    const { data } = await (await call("v1/unclip/nearest", { form })).json();
     if (viewed.run !== run || viewed.index !== index) return;
     $("#learnt-says").textContent = data.length ? "" : "The index holds no image.";
     $("#learnt").replaceChildren(...data.map((row) => make("li", {},
@@ -585,7 +618,8 @@ function outputs() {
   }
   const form = $("#compose").elements;
   const seed = $("#fresh").checked ? "a new seed" : `seed ${form.seed.value}`;
-  $("#summary").textContent = [`${form.n.value} images`, form.size?.value.split("x")[0].concat(" px"), seed].filter(Boolean).join(", ");
+  const shape = form.shape.value === SQUARE ? "" : form.shape.value;
+  $("#summary").textContent = [`${form.n.value} images`, form.size?.value.split("x")[0].concat(" px"), shape, seed].filter(Boolean).join(", ");
 }
 
 // --- the recipe in a file, and files in a zip -----------------------------------------------------------------------
@@ -593,16 +627,10 @@ function outputs() {
 const CHUNKS = 16, CHUNK_BYTES = 1 << 16; // of a PNG that are looked at: it may be anybody's
 
 async function recipe(file) { // what the text chunks of a PNG of this software say; null without them
-  const bytes = new Uint8Array(await file.slice(0, CHUNKS * CHUNK_BYTES).arrayBuffer()), view = new DataView(bytes.buffer);
-  if (String.fromCharCode(...bytes.subarray(1, 4)) !== "PNG") return null;
-  const text = (from, to) => new TextDecoder().decode(bytes.subarray(from, to));
   const found = {};
-  for (let at = 8, i = 0; i < CHUNKS && at + 8 < bytes.length; i++) {
-    const size = view.getUint32(at), kind = text(at + 4, at + 8), end = at + 8 + size;
-    if (kind === "IDAT") break;
-    const name = bytes.indexOf(0, at + 8);
-    if (kind === "iTXt" && size <= CHUNK_BYTES && name > 0) found[text(at + 8, name)] ??= text(name + 5, end);
-    at = end + 4;
+  for (const chunk of textChunks(new Uint8Array(await file.slice(0, CHUNKS * CHUNK_BYTES).arrayBuffer()))) {
+    const name = chunk.indexOf(0, 8), text = (from, to) => new TextDecoder().decode(chunk.subarray(from, to));
+    if (name > 0) found[text(8, name)] ??= text(name + 5, chunk.length - 4);
   }
   try {
     const made = JSON.parse(found.made ?? "{}"), settings = JSON.parse(found.settings), seed = Number(found.seed);
@@ -615,7 +643,7 @@ async function recipe(file) { // what the text chunks of a PNG of this software 
 
 function adopt({ caption, seed, settings, made }, name) { // puts a recipe into the form, as far as this model can take it
   const form = $("#compose").elements, side = made.side ?? settings.size;
-  if (caption) $("#caption").value = String(caption).slice(0, $("#caption").maxLength);
+  if (caption) $("#caption").value = String(caption).replace(/[\r\n]+/g, " ").slice(0, 1000); // a line is a caption
   if (seed >= 0) [form.seed.value, $("#fresh").checked] = [seed, false];
   form.n.value = 1;
   for (const option of ["steps", "guidance"]) {
@@ -631,6 +659,36 @@ function adopt({ caption, seed, settings, made }, name) { // puts a recipe into 
   const begun = (made.operation ?? "draw") === "draw" ? "" : " It began with an image of its own: open it to do that again.";
   $("#adopted").textContent = `The recipe of ${name || "the image"} is in the form.${other}${begun}`;
   $("#adopted").hidden = false;
+}
+
+function* textChunks(bytes) { // each whole, with its length, kind and checksum
+  if (String.fromCharCode(...bytes.subarray(1, 4)) !== "PNG") return;
+  const view = new DataView(bytes.buffer);
+  for (let at = 8, i = 0; i < CHUNKS && at + 8 < bytes.length; i++) {
+    const size = view.getUint32(at), kind = String.fromCharCode(...bytes.subarray(at + 4, at + 8));
+    if (kind === "IDAT") return;
+    if (kind === "iTXt" && size <= CHUNK_BYTES) yield bytes.subarray(at, at + 12 + size);
+    at += 12 + size;
+  }
+}
+
+function sides(side, shape) { // width and height of a shape that is cut from a square
+  const [w, h] = shape.split(":").map(Number);
+  return [Math.round(side * Math.min(1, w / h)), Math.round(side * Math.min(1, h / w))];
+}
+
+const size = (side, shape = SQUARE) => (shape === SQUARE ? `${side} px` : `${sides(side, shape).join(" × ")} px`);
+
+async function shaped(blob, shape = SQUARE) { // cut from the middle, with the recipe of the square
+  if (shape === SQUARE) return blob;
+  const bitmap = await createImageBitmap(blob), [width, height] = sides(bitmap.width, shape);
+  const canvas = make("canvas", { width, height });
+  canvas.getContext("2d").drawImage(bitmap, Math.floor((width - bitmap.width) / 2), Math.floor((height - bitmap.height) / 2));
+  bitmap.close();
+  const bytes = async (one) => new Uint8Array(await one.arrayBuffer());
+  const image = await bytes(await new Promise((resolve) => canvas.toBlob(resolve)));
+  const HEADER = 33; // bytes before the second chunk
+  return new Blob([image.subarray(0, HEADER), ...textChunks(await bytes(blob)), image.subarray(HEADER)], { type: "image/png" });
 }
 
 const CRC = Uint32Array.from({ length: 256 }, (_, n) => Array.from({ length: 8 }).reduce((c) => (c & 1 ? 0xedb88320 ^ (c >>> 1) : c >>> 1), n));
@@ -655,26 +713,29 @@ function numbers(...fields) { // little-endian, each with its number of bytes
   return Uint8Array.from(fields.flatMap(([value, bytes]) => Array.from({ length: bytes }, (_, i) => (value >>> (8 * i)) & 255)));
 }
 
-function selected() {
-  return [...runs.values()].flatMap((run) => run.items.flatMap((item, index) => (item.picked && item.blob ? [{ run, item, index }] : [])));
+function offerFavourites() { // says how many there are, also further down
+  const count = [...favourites.values()].reduce((sum, one) => sum + one, 0);
+  $("#take-favourites").hidden = !count;
+  $("#take-favourites").textContent = `Download ${count} favourite${count === 1 ? "" : "s"}`;
 }
 
-function selection() { // says how many are selected, and offers them
-  const count = selected().length;
-  $("#take-selected").hidden = !count;
-  $("#take-selected").textContent = `Download ${count} selected`;
+async function takeFavourites() {
+  const files = new Map();
+  for (const id of favourites.keys()) {
+    const run = runs.get(id) ?? (await history("readonly", (table) => table.get(id)));
+    for (const [index, item] of (run?.items ?? []).entries()) {
+      if (!item.favourite || !item.blob) continue;
+      let name = fileName(run, item, index);
+      for (let i = 2; files.has(name); i++) name = fileName(run, item, index).replace(/\.png$/, `-${i}.png`);
+      files.set(name, await shaped(item.blob, run.shape));
+    }
+  }
+  save(await zipped([...files]), "unclip.zip");
 }
 
-async function takeSelected() {
-  const names = new Set();
-  const files = selected().map(({ run, item, index }) => {
-    let name = fileName(run, item, index);
-    for (let i = 2; names.has(name); i++) name = fileName(run, item, index).replace(/\.png$/, `-${i}.png`);
-    names.add(name);
-    return [name, item.blob];
-  });
-  const url = URL.createObjectURL(await zipped(files));
-  make("a", { href: url, download: "unclip.zip" }).click();
+function save(blob, name) { // as a download
+  const url = URL.createObjectURL(blob);
+  make("a", { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
@@ -705,8 +766,7 @@ async function takeIn(file) {
 
 $("#compose").addEventListener("submit", (event) => {
   event.preventDefault();
-  const prompt = $("#caption").value.trim();
-  if (prompt) draw(prompt, "images/generations", { prompt, ...settings() }).then(outputs);
+  drawList($("#caption").value.split("\n").map((line) => line.trim()).filter(Boolean));
 });
 $("#caption").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -727,14 +787,15 @@ for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", f
   });
 }
 $("#clear").addEventListener("click", () => { 
-  if (!confirm("Delete all images that this browser keeps?")) return;
+  if (!confirm("Delete all images that this browser keeps, favourites included?")) return;
   for (const stop of stops.values()) stop.abort();
   [...elements.keys()].forEach(remove);
   older = [];
+  favourites.clear();
   emptiness();
   history("readwrite", (table) => table.clear()); // also what another tab has drawn since
 });
-$("#take-selected").addEventListener("click", takeSelected);
+$("#take-favourites").addEventListener("click", takeFavourites);
 $("#enlarge").addEventListener("click", enlarge);
 $("#pick").addEventListener("click", pick);
 $("#close").addEventListener("click", () => $("#viewer").close());
@@ -760,16 +821,19 @@ document.addEventListener("keydown", (event) => {
 });
 $("#viewer").addEventListener("submit", use);
 $("#tool-learnt").addEventListener("toggle", (event) => { if (event.target.open && !$("#learnt").children.length) learnt(); });
-$("#tool-mask").addEventListener("toggle", (event) => { canvas.hidden = !event.target.open; });
+$("#tool-mask").addEventListener("toggle", (event) => { canvas.hidden = !event.target.open; if (viewed) portray(); });
 $("#unpaint").addEventListener("click", unpaint);
 for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copy(button.dataset.copy));
 canvas.addEventListener("pointerdown", (event) => { canvas.setPointerCapture(event.pointerId); at = place(event); paint(at); });
 canvas.addEventListener("pointermove", (event) => { if (event.buttons) paint(place(event)); });
 canvas.addEventListener("keydown", byKey);
 
+choices($("#shapes"), "shape", SHAPES, SQUARE);
 outputs();
 unpaint();
 connectAtLast();
-older = (await history("readonly", (table) => table.getAllKeys())) ?? [];
+const earlier = (await history("readonly", (table) => table.getAll())) ?? [];
+earlier.forEach(star);
+older = earlier.map((run) => run.id);
 await more();
 emptiness();

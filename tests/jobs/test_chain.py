@@ -59,6 +59,12 @@ def test_it_ends_with_a_picture_and_a_report(chain: Chain) -> None:
     assert 'id="evaluation"' in (chain.folder / "out/report.html").read_text()
 
 
+def test_the_images_of_a_run_come_again_from_their_recipes(chain: Chain) -> None:
+    for name in ("0000.png", "0000-64.png"):
+        said = done(here("redraw", chain.folder / "out/samples" / name, "--from", chain.folder / "out"))
+        assert said.splitlines()[1:] == ["  the same pixels"]
+
+
 def test_again_there_is_nothing_to_do_and_nothing_heavy_is_imported(chain: Chain) -> None:
     code = (
         "import sys; from jobs.cli import main; assert main(sys.argv[1:]) == 0;"

@@ -77,6 +77,8 @@ RUN = [
     "unclip data search configs/nano.yaml --image images/3.png --split train",
     "unclip data export configs/nano.yaml --to exported",
     "unclip export configs/nano.yaml --to shared",
+    "unclip export configs/nano.yaml --to nano.zip --license CC0-1.0",
+    'unclip sample "a red heart" --from nano.zip',
     "unclip export configs/nano.yaml --to for-diffusers --format diffusers",
     "unclip export for-diffusers --to back",
     "unclip report configs/nano.yaml --license CC0-1.0 --output to-show.html",
@@ -224,6 +226,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "pairs.csv",
         [(f"file://{folder}/images/{i}.png", f"picture {i}", split) for i, split in enumerate(splits)],
     )
+    head, *lines = (folder / "pairs.csv").read_text().splitlines()
+    (folder / "pairs.csv").write_text("\n".join([f"{head},license", *(f"{line},CC0-1.0" for line in lines), ""]))
     names = [(f"{i}.png", f"picture {i}") for i in range(24)]
     (folder / "annotations").mkdir()
     coco = {"images": [{"id": i, "file_name": name} for i, (name, _) in enumerate(names)]}
@@ -274,7 +278,7 @@ def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
         written.write_text(yaml.safe_dump(small(yaml.safe_load(written.read_text()))))
     if words[0] == "generate":  # on workers: test_generate.py
         words += ["--workers", "0"]
-    process = here(*words, cwd=folder)
+    process = here(*words, cwd=folder, env={"XDG_CACHE_HOME": str(folder / "cache")})
     assert process.returncode == 0, process.stderr
     if command.startswith("unclip sample"):
         assert all((folder / line).is_file() for line in process.stdout.splitlines())

@@ -23,6 +23,7 @@ from models.view import view
 from pipeline.evaluate.upsamplers import psnr
 from pipeline.sampling import edits
 from pipeline.sampling.edits import END_MS, FRAME_MS, GAP
+from pipeline.sampling.nearest import TrainingImage
 from pipeline.sampling.recipe import OPERATIONS, ImageRecipe, pixels_hash
 from tests.chain import ROOT
 from tests.jobs.test_docs import commands
@@ -86,8 +87,17 @@ def differ(a: np.ndarray, b: np.ndarray) -> int:
     return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
+class Cats:
+    """Training images that no index holds: test_archives.py has some that one does."""
+
+    def nearest(self, embedding: np.ndarray, n: int) -> list[TrainingImage]:
+        assert embedding.shape == (1, DIM)
+        return [TrainingImage(0.9, f"a\ncat {i}", "CC0-1.0", None, "https://example.org", None) for i in range(n)]
+
+
 def test_the_commands_of_the_page_run_as_they_stand(edit: Edit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.edit.SIZE", 64)  # what they leave open
+    monkeypatch.setattr("jobs.bundles.Bundle.training", lambda _: Cats())
     all_commands = [command for command, _ in commands((ROOT / "docs/edit.md").read_text())]
     lines = [shlex.split(command)[2:] for command in all_commands if command.startswith("unclip edit")]
     assert {words[0] for words in lines} == EDITS.keys()
@@ -95,8 +105,10 @@ def test_the_commands_of_the_page_run_as_they_stand(edit: Edit, folder: Path, mo
         path, *names = edit(*words)
         with Image.open(folder / path) as image:
             assert image.format == ("GIF" if "way.gif" in words else "PNG")
-            assert image.height == 128
+            assert image.height == (192 if words[0] == "nearest" else 128)
             assert names[0].startswith("  1: ")
+        if words[0] == "nearest":
+            assert names[8] == "  9: 90.0% alike, CC0-1.0, https://example.org, a cat 7"
 
 
 def test_each_kind_is_an_operation_with_one_name() -> None:

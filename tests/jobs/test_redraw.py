@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 import unclip
 from jobs.cli import main
 from pipeline.errors import UserError
-from pipeline.sampling.recipe import CHUNK_BYTES, ImageRecipe, describe, read_recipe, text_chunks
+from pipeline.sampling.recipe import CHUNK_BYTES, ImageRecipe, describe, own_version, read_recipe, text_chunks
 from serve.model_runner import ModelRunner
 from serve.work import Work
 from tests.jobs.test_mistakes import refused
@@ -75,6 +76,29 @@ def test_another_bundle_is_named(draw: Draw, redraw: Redraw, tmp_path: Path) -> 
     _, *said = redraw(first, "--from", "other")
     assert said[0] == "  the same pixels"  # its decoder and prior are the same
     assert said[1].startswith(f"  bundle: {'b' * 12} -> ")
+    assert len(said) == 2  # nothing is to be done
+    IMAGES[0].save("cat.png")
+    assert main(["edit", "vary", "cat.png", "-n", "2", *SET, "-o", "strip.png"]) == 0
+    for image, words in ((first, ["--seed", "5"]), (Path("strip.png"), [])):
+        *_, last = redraw(image, "--from", "other", *words)
+        assert last.startswith(
+            f"  bundle {'b' * 12} drew it: name its run, project or release with --from. A copy goes by"
+        )
+
+
+def test_a_job_that_no_installation_names_draws_without_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code travels to a cluster without its metadata."""
+
+    def version(_: str) -> str:
+        raise PackageNotFoundError
+
+    monkeypatch.setattr("pipeline.sampling.recipe.version", version)
+    own_version.cache_clear()
+    try:
+        drawn = ImageRecipe(caption="a fox").drawn({"size": 64}, "b" * 64)
+    finally:
+        own_version.cache_clear()
+    assert (drawn.version, "version" in drawn.chunks()["made"]) == ("", False)
 
 
 @pytest.mark.usefixtures("run")

@@ -193,20 +193,73 @@ def test_one_is_made_large_and_some_are_taken_as_a_zip(studio: Page) -> None:
     assert studio.locator("#large").evaluate("i => i.decode().then(() => i.naturalWidth)") == 256
     expect(studio.locator("#enlarge")).to_be_hidden()
     assert f"seed {seed} " in studio.inner_text("#about")
-    studio.get_by_role("button", name="Select", exact=True).click()
+    studio.get_by_role("button", name="Favourite", exact=True).click()
     studio.keyboard.press("Escape")
     studio.locator("article").last.locator(".tile").first.click()  # of the four
-    studio.get_by_role("button", name="Select", exact=True).click()
+    studio.get_by_role("button", name="Favourite", exact=True).click()
     studio.keyboard.press("Escape")
     studio.wait_for_timeout(500)
     studio.reload()  # it is kept
     with studio.expect_download() as downloading:
-        studio.get_by_role("button", name="Download 2 selected").click()
+        studio.get_by_role("button", name="Download 2 favourites").click()
     with zipfile.ZipFile(downloading.value.path()) as files:
         assert files.testzip() is None
         sides = [Image.open(files.open(name)).size for name in files.namelist()]
         assert sorted(sides) == [(64, 64), (256, 256)]
         assert all(read_recipe(files.read(name), name).caption == CAPTION for name in files.namelist())
+
+
+def test_a_list_is_drawn_caption_after_caption_until_it_is_stopped(studio: Page) -> None:
+    captions = ["a blue house", "the sea " * 70, "a tree"]  # the second has too many words
+    studio.locator("#n").fill("1")
+    studio.get_by_label("What shall I draw?").fill("\n\n".join([*captions, " "]))
+    studio.keyboard.press("Enter")
+    expect(studio.locator("#listed")).to_have_text("All 3 captions are done.")
+    assert studio.locator("article h3").all_inner_texts() == [text.strip() for text in captions[::-1]]
+    assert studio.locator("article .tile img").count() == 2
+    expect(studio.locator("article .problem:visible")).to_have_count(1)
+    studio.locator("[name=steps]").fill("250")
+    studio.locator("#sizes").get_by_text("256 px").click()  # long enough to be stopped, on any machine
+    ask(studio, "a\nb\nc")
+    studio.get_by_role("button", name="Stop").click()
+    expect(studio.locator("#listed")).to_have_text("Ended at caption 1 of 3; those after it are not drawn.")
+    assert studio.locator("article").count() == 4
+    with_history(studio, 1)
+    expect(studio.locator("article h3", has_text="the sea")).to_have_count(0)  # nothing was drawn of it
+
+
+def test_another_shape_is_cut_from_the_square_where_it_is_shown_and_downloaded(studio: Page) -> None:
+    square = pixels(draw(studio).locator("img").first)
+    studio.locator("#shapes").get_by_text("16:9").click()
+    assert "16:9" in studio.inner_text("#summary")
+    ask(studio)
+    run = studio.locator("article", has_text="drawn · 64 × 36 px")
+    expect(run.get_by_role("button", name="Delete")).to_be_visible()
+    tile = run.locator("img").first.bounding_box()
+    assert tile
+    assert tile["width"] / tile["height"] == pytest.approx(16 / 9, rel=0.02)
+    assert len(pixels(run.locator("img").first)) == len(square)  # what is kept is the square
+    run.locator(".tile").first.click()
+    assert "64 × 36 px · cut from the middle of a square" in studio.inner_text("#about")
+    studio.locator("#tool-take summary").click()
+    with studio.expect_download() as downloading:
+        studio.locator("#download").click()
+    data = Path(downloading.value.path()).read_bytes()
+    whole = studio.locator("#large").evaluate("i => i.naturalWidth + ' ' + i.naturalHeight")
+    with Image.open(downloading.value.path()) as image:
+        assert (image.size, whole) == ((64, 36), "64 64")
+        middle = np.array(pixels(studio.locator("#large"))).reshape(64, 64, 4)[14:50, :, :3]
+        assert (np.asarray(image.convert("RGB")) == middle).all()
+    assert read_recipe(data, "cut.png").caption == CAPTION
+    studio.locator("#tool-mask summary").click()  # over all of the square
+    large, mask = studio.locator("#large").bounding_box(), studio.locator("#mask").bounding_box()
+    assert large
+    assert large == mask
+    assert large["width"] == pytest.approx(large["height"], abs=1)
+    assert "cut from" not in studio.inner_text("#about")
+    studio.locator("#tool-vary summary").click()
+    studio.get_by_role("button", name="Vary").click()
+    expect(studio.locator("article", has_text="varied · 64 × 36 px")).to_be_visible()
 
 
 def test_a_picture_is_varied_changed_by_words_and_blended_into_another(studio: Page) -> None:
@@ -449,6 +502,36 @@ def test_a_long_history_opens_with_its_newest_rows_and_goes_on_as_one_scrolls(st
         studio.wait_for_timeout(50)
     titles = studio.locator("article h3").all_text_contents()
     assert titles == [f"run {id}" for id in range(RUNS, 0, -1)]
+
+
+def test_favourites_outlive_the_rows_beside_them(studio: Page) -> None:
+    with_history(studio, RUNS)
+    studio.evaluate(
+        "new Promise(done => { const asked = indexedDB.open('unclip-studio', 1); asked.onsuccess = () => {"
+        "const change = asked.result.transaction('runs', 'readwrite'), table = change.objectStore('runs');"
+        "table.get(1).onsuccess = e => { e.target.result.items[2].favourite = true; table.put(e.target.result); };"
+        "change.oncomplete = done; }; })"
+    )
+    studio.reload()
+    button = studio.get_by_role("button", name="Download 1 favourite")
+    expect(button).to_be_visible()  # of a row that is not shown yet
+    draw(studio)
+    draw(studio)  # the rows 1 and 2 are now too many
+    studio.wait_for_timeout(500)
+    studio.reload()
+    kept = studio.evaluate(
+        "new Promise(done => { const asked = indexedDB.open('unclip-studio', 1); asked.onsuccess = () => {"
+        "const table = asked.result.transaction('runs').objectStore('runs');"
+        "table.getAllKeys().onsuccess = e => done(e.target.result); }; })"
+    )
+    assert kept[:2] == [1, 3]
+    with studio.expect_download() as downloading:
+        button.click()
+    with zipfile.ZipFile(downloading.value.path()) as files:
+        assert files.namelist() == ["run-1-2.png"]
+    studio.on("dialog", lambda dialog: dialog.accept())
+    studio.get_by_role("button", name="Delete all").click()
+    expect(button).to_be_hidden()
 
 
 def test_what_is_deleted_can_be_brought_back_where_it_was(studio: Page) -> None:

@@ -13,9 +13,9 @@ from PIL import Image
 
 from jobs.serve import read_settings
 from pipeline.graph.artifacts import read_shards
+from pipeline.sampling.nearest import find_stored
 from pipeline.store import open_store
 from pipeline.store.records import blob_path
-from serve.neighbours import find_training_set
 from serve.settings import ServeSettings
 from tests.pipeline.data.bench import Bench, picture
 from tests.serve.trained import api_of, make_trained, publish
@@ -23,7 +23,7 @@ from tests.serve.trained import api_of, make_trained, publish
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return make_trained(tmp_path_factory.mktemp("neighbours"))
+    return make_trained(tmp_path_factory.mktemp("nearest"))
 
 
 def client_of(bench: Bench, settings: ServeSettings, store: str) -> Iterator[TestClient]:
@@ -37,11 +37,11 @@ def client(bench: Bench) -> Iterator[TestClient]:
 
 
 def ask(client: TestClient, image: bytes, **fields: object) -> Any:
-    return client.post("/v1/unclip/neighbours", data=fields, files={"image": image})
+    return client.post("/v1/unclip/nearest", data=fields, files={"image": image})
 
 
 def test_training_images_come_nearest_first_with_their_rights(client: TestClient) -> None:
-    found = ask(client, picture(2), count=24).json()["data"]
+    found = ask(client, picture(2), n=24).json()["data"]
     assert {row["caption"] for row in found} == {"image 0", "image 1", "image 2"}  # never the held-out one
     assert found[0]["caption"] == "image 2"
     assert found[0]["similarity"] == pytest.approx(1, abs=0.01)
@@ -50,7 +50,7 @@ def test_training_images_come_nearest_first_with_their_rights(client: TestClient
     assert found[0]["url"] is None  # a path of this machine
     with Image.open(io.BytesIO(base64.b64decode(found[0]["b64_json"]))) as image:
         assert (image.format, image.size) == ("JPEG", (80, 72))  # nothing is enlarged
-    assert len(ask(client, picture(2), count=1).json()["data"]) == 1
+    assert len(ask(client, picture(2), n=1).json()["data"]) == 1
 
 
 def test_images_are_shown_where_their_licence_allows_it(bench: Bench) -> None:
@@ -62,10 +62,10 @@ def test_images_are_shown_where_their_licence_allows_it(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     ("image", "count", "param", "says"),
-    [(b"no image", 8, "image", "not_an_image"), (b"", 8, "image", "zero_bytes"), (picture(0), 25, "count", "24")],
+    [(b"no image", 8, "image", "not_an_image"), (b"", 8, "image", "zero_bytes"), (picture(0), 25, "n", "24")],
 )
 def test_what_cannot_be_looked_for(client: TestClient, image: bytes, count: int, param: str, says: str) -> None:
-    answer = ask(client, image, count=count)
+    answer = ask(client, image, n=count)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param)
     assert says in error["message"]
@@ -98,6 +98,6 @@ def test_an_index_that_is_gone_since_says_so(bench: Bench, tmp_path: Path) -> No
 
 def test_an_index_of_other_rows_or_another_clip_is_not_taken(bench: Bench) -> None:
     clip, decoder = bench.made["clip"].key, bench.made["decoder"]
-    assert find_training_set(bench.store, publish(bench, "bundle", {"clip": "f" * 64, "decoder": decoder.key})) is None
+    assert find_stored(bench.store, publish(bench, "bundle", {"clip": "f" * 64, "decoder": decoder.key})) is None
     other = publish(bench, "decoder", {**decoder.inputs, "curation": "e" * 64})
-    assert find_training_set(bench.store, publish(bench, "bundle", {"clip": clip, "decoder": other.key})) is None
+    assert find_stored(bench.store, publish(bench, "bundle", {"clip": clip, "decoder": other.key})) is None
