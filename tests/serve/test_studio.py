@@ -209,7 +209,8 @@ def test_one_is_made_large_and_some_are_taken_as_a_zip(studio: Page) -> None:
         assert all(read_recipe(files.read(name), name).caption == CAPTION for name in files.namelist())
 
 
-def test_a_list_is_drawn_caption_after_caption_until_it_is_stopped(studio: Page) -> None:
+def test_a_list_is_drawn_caption_after_caption_until_it_is_stopped(browser: Browser, server: str) -> None:
+    studio = open_studio(browser, server).page  # a refusal is an error in the browser's console, too
     captions = ["a blue house", "the sea " * 70, "a tree"]  # the second has too many words
     studio.locator("#n").fill("1")
     studio.get_by_label("What shall I draw?").fill("\n\n".join([*captions, " "]))
@@ -226,6 +227,7 @@ def test_a_list_is_drawn_caption_after_caption_until_it_is_stopped(studio: Page)
     assert studio.locator("article").count() == 4
     with_history(studio, 1)
     expect(studio.locator("article h3", has_text="the sea")).to_have_count(0)  # nothing was drawn of it
+    studio.context.close()
 
 
 def test_another_shape_is_cut_from_the_square_where_it_is_shown_and_downloaded(studio: Page) -> None:
@@ -515,6 +517,8 @@ def test_favourites_outlive_the_rows_beside_them(studio: Page) -> None:
     studio.reload()
     button = studio.get_by_role("button", name="Download 1 favourite")
     expect(button).to_be_visible()  # of a row that is not shown yet
+    studio.locator("#settings summary").click()
+    studio.locator("#sizes").get_by_text("64 px").click()
     draw(studio)
     draw(studio)  # the rows 1 and 2 are now too many
     studio.wait_for_timeout(500)
