@@ -14,6 +14,16 @@ from pipeline.errors import UserError, did_you_mean
 
 # A dotted name, or a plain one whose value has no space in it; "E=mc2 on a blackboard" is a caption.
 OVERRIDE = re.compile(r"[A-Za-z_]\w*((\.\w+)+=.*|=\S*)", re.DOTALL)
+# What people look for who know other tools.
+HABITS = {
+    "status": "unclip show CONFIG says what is made",
+    "logs": "unclip show CONFIG says what is made, and unclip submit with the same words follows a job",
+    "stop": "Ctrl-C stops a run, and unclip submit with --stop a job; the same command goes on later",
+    "--output": "write run.output=FOLDER",
+    "--resume": "leave it out: the same command goes on where it was",
+    "--force": "leave it out: what a changed value or list makes stale is made again",
+    "--gpus": "leave it out: GPUs that are there are used; run.STAGE.workers=N takes fewer",
+}
 _SAID = (
     (r"the following arguments are required: (.*)", r"\1 is missing"),
     (r"unrecognized arguments: (.*)", r"\1: not understood here"),
@@ -84,7 +94,10 @@ class Parser(argparse.ArgumentParser):
             bare = word.lstrip("-")
             if "--set" in known and OVERRIDE.fullmatch(bare):
                 raise UserError(f"{word}: values are written without dashes: {bare}")
-            said = did_you_mean(name.lstrip("-"), [option[2:] for option in known if option.startswith("--")], "--")
+            said = f"; {HABITS[name]}" if name in HABITS else ""
+            said = said or did_you_mean(
+                name.lstrip("-"), [option[2:] for option in known if option.startswith("--")], "--"
+            )
             raise UserError(f"{self.prog}: unknown option {name}{said}")
         return int(begun[0].nargs is None and not equals)
 
@@ -94,6 +107,7 @@ class Parser(argparse.ArgumentParser):
             kind = "command" if isinstance(action, argparse._SubParsersAction) else "value"
             words = action.choices if isinstance(value, str) else map(str, action.choices)
             near = did_you_mean(value, words) if isinstance(value, str) else f"; known are {', '.join(words)}"
+            near = f"; {HABITS[value]}" if kind == "command" and value in HABITS else near
             raise UserError(f"{what} unknown {kind} {value}{near}")
 
     def error(self, message: str) -> NoReturn:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache, reduce
 from itertools import chain
@@ -27,6 +27,18 @@ from pipeline.errors import UserError, did_you_mean
 from pipeline.local import open_local
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}  # of counts that a person writes
+# What others call the fields of a training's recipe.
+ELSEWHERE = {
+    "lr": "learning_rate",
+    "batch_size": "batch",
+    "epochs": "samples, the number of rows times the epochs",
+    "steps": "samples, batch times the steps",
+    "max_steps": "samples, batch times the steps",
+    "gradient_clip_val": "clip_norm",
+    "max_grad_norm": "clip_norm",
+    "mixed_precision": "precision",
+}
+PLACES = 3  # of a key that stands elsewhere, in a message
 MAX_ALIASED = 10_000  # values that all aliases of a document stand for together; nested ones multiply
 
 _EXPECTED = {
@@ -201,6 +213,27 @@ def _plain(kind: Any, value: Any) -> Any:
     return {str(key): _plain(nested.get(key), item) for key, item in value.items()}
 
 
+def _meant(kind: Any, name: str) -> str:
+    """Returns the end of a message about an unknown key of a dataclass: what it is called here, or where it stands."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    other = ELSEWHERE.get(name, name)
+    field = other.partition(",")[0]
+    if field in known and not dataclasses.is_dataclass(get_type_hints(kind)[field]):
+        return f"; it is called {other}"
+    places = sorted(_places(kind, field), key=lambda place: place.startswith("run."))[:PLACES]
+    return f"; did you mean {' or '.join(places)}?" if places else did_you_mean(name, known)
+
+
+def _places(kind: Any, name: str, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted names of fields of this name in the dataclasses that a dataclass holds."""
+    types = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if prefix and field.name == name:
+            yield prefix + name
+        if dataclasses.is_dataclass(types[field.name]):
+            yield from _places(types[field.name], name, f"{prefix}{field.name}.")
+
+
 def _message(kind: Any, error: ErrorDetails, where: str) -> str:
     place, value, context = error["loc"][1:], error["input"], error.get("ctx", {})
     name = where
@@ -210,7 +243,7 @@ def _message(kind: Any, error: ErrorDetails, where: str) -> str:
         case "unexpected_keyword_argument":
             for part in place[:-1]:
                 kind = get_type_hints(kind)[str(part)]
-            said = f"unknown key{did_you_mean(place[-1], [field.name for field in dataclasses.fields(kind)])}"
+            said = f"unknown key{_meant(kind, str(place[-1]))}"
         case "missing":
             said = "missing; it has no default"
         case "literal_error":

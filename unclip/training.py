@@ -16,6 +16,7 @@ from models.tokens import CONTEXT
 from pipeline.config import TRAININGS, make_config
 from pipeline.errors import UserError
 from pipeline.held_out import FEWEST
+from pipeline.parse import ELSEWHERE
 from pipeline.training.device import choose_device
 from pipeline.training.in_process import Examples, TrainedModel, train_on
 from pipeline.training.task import Batch, Task
@@ -26,18 +27,6 @@ from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.tasks.starts import ROWS
 from pipeline.training.tasks.upsampler import UpsamplerTask
 from unclip.rows import Rows, open_rows
-
-# What others call the fields of a recipe.
-ELSEWHERE = {
-    "lr": "learning_rate",
-    "batch_size": "batch",
-    "epochs": "samples, the number of rows times the epochs",
-    "steps": "samples, batch times the steps",
-    "max_steps": "samples, batch times the steps",
-    "gradient_clip_val": "clip_norm",
-    "max_grad_norm": "clip_norm",
-    "mixed_precision": "precision",
-}
 
 
 def train(

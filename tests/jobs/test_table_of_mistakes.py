@@ -108,6 +108,40 @@ data gc mine.yaml --grace-hours -1 --yes          | --grace-hours -1 is below 0
 pin mine.yaml decoder                             | decoder cannot be pinned; clip, codec can
 pin mine.yaml clip                                | unclip run with --until clip makes what the configuration asks for
 completion bsh                                    | unknown value bsh; did you mean bash?
+logs mine.yaml                                    | unknown command logs; unclip show CONFIG says what is made
+status mine.yaml                                  | unknown command status; unclip show CONFIG says what is made
+stop mine.yaml                                    | unknown command stop; Ctrl-C stops a run
+train mine.yaml                                   | unknown command train; did you mean run?
+help realese                                      | unknown command realese; did you mean release?
+data lok list.csv                                 | unknown command lok; did you mean look?
+data                                              | COMMAND is missing; write unclip data COMMAND
+run mine.yaml --output out2                       | unknown option --output; write run.output=FOLDER
+run mine.yaml --resume                            | --resume; leave it out: the same command goes on where it was
+run mine.yaml --force                             | --force; leave it out: what a changed value or list makes stale
+run mine.yaml --gpus 1                            | --gpus; leave it out: GPUs that are there are used
+plan mine.yaml sampling.size=256                  | sampling: unknown key; did you mean bundle.sampling?
+plan mine.yaml size=256                           | size: unknown key; did you mean bundle.sampling.size
+plan mine.yaml batch=12                           | batch: unknown key; did you mean clip.batch or ar_prior.batch
+plan mine.yaml epochs=10                          | epochs: unknown key; did you mean clip.samples or ar_prior.samples
+plan mine.yaml lr=1e-4                            | lr: unknown key; did you mean clip.learning_rate or
+plan mine.yaml device=0                           | device: unknown key; did you mean run.clip.device or
+plan mine.yaml decoder.lr=1e-4                    | decoder.lr: unknown key; it is called learning_rate
+plan mine.yaml decoder.epochs=3                   | decoder.epochs: unknown key; it is called samples, the number
+plan mine.yaml source.paths=[TRAIN.csv]           | split 'TRAIN' is not train, ~name another column
+plan mine.yaml store=s3:/bucket                   | store s3:/bucket: no bucket; write s3://BUCKET/PREFIX
+plan mine.yaml store=gs://bucket/a                | only s3://BUCKET/PREFIX or a folder can be a store
+plan mine.yaml --gpus RTX4090                     | not a number of GPUs; write it as 64xH100
+submit mine.yaml --to k8s                         | --to k8s: ~or else local or kuberay
+init hub OWNER/NAME                               | a dataset of the Hugging Face Hub is hf://datasets/OWNER/NAME
+init hub hf://datasets/                           | Missing repository id. Write hf://datasets/OWNER/NAME
+init my cat.gif                                   | cat.gif: not a .parquet, .csv, ~nor a folder; save it as one
+edit vary https://h.test/a.png --from none        | https://h.test/a.png: only files are opened here; download it
+sample cat -o strip.jpg                           | --to strip.jpg: what is made is a .png file
+sample cat --device mps                           | --device: unknown value mps; known are auto, cpu, cuda
+serve --port 80000                                | serve.port: 80000 is above 65535
+data retry mine.yaml                              | not made for the current list and recipes: pairs; unclip run makes
+release rollback mine.yaml                        | no release exists before the first to go back to
+export mine.yaml --to hf://me/model               | hf://me/model: only s3://BUCKET/PREFIX or a folder can be a store
 """
 ROWS = [[part.strip() for part in line.split("|")] for line in TABLE.strip().splitlines()]
 
@@ -124,6 +158,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "bare.csv": f"url\n{row}\n",
         "bare.tsv": f"{row}\ta cat\n",
         "links.csv": f"link,TEXT\n{row},a cat\n",
+        "TRAIN.csv": f"url,caption,split\n{row},a cat,TRAIN\n",
         "two.csv": f"url,prompt,text\n{row},a cat,a dog\n",
         "header.csv": "url,caption\n",
         "tab.yaml": "project: p\n\tstore: s\n",

@@ -250,6 +250,10 @@ def open_image(path: Path, opacity: bool = False) -> Image.Image:
     except OSError as e:
         if isinstance(e, TooLarge):
             raise UserError(f"{path}: more than {MAX_BYTES >> 20} MiB; name a smaller image") from None
+        address = str(path).partition(":")
+        if address[0] in ("http", "https", "s3"):  # of which Path has left one slash
+            where = f"{address[0]}://{address[2].lstrip('/')}"
+            raise UserError(f"{where}: only files are opened here; download it, and name the file") from None
         raise UserError(f"{path}: cannot be read ({e.strerror}); name an image") from None
     found = shared_decoder().prepare(data, MAX_PIXELS, OWN, opacity=opacity)
     if isinstance(found, str):

@@ -131,7 +131,10 @@ def listed_row(
     texts = captions if isinstance(captions, list) else [captions]
     url, split, sha256, license, attribution = ("" if v is None or v in NO_VALUE else v for v in (url, *fields))
     if split not in ("", "train", "validation", "test"):
-        raise UserError(f"source {path}: row {number:,}: split {split!r} is not train, validation or test")
+        raise UserError(
+            f"source {path}: row {number:,}: split {split!r} is not train, validation or test; write one of these, "
+            "or name another column in source.split_column"
+        )
     reference = without_password(url.strip())
     captions = one_line_each(text for text in texts if text not in NO_VALUE)
     refusal = None
