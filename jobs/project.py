@@ -20,7 +20,7 @@ from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.keys import flatten
 from pipeline.graph.plan import Verdict, plan
 from pipeline.graph.runs import last_run
-from pipeline.graph.stages import Graph, Stage, ordered
+from pipeline.graph.stages import Graph, Stage, ordered, standing_for
 from pipeline.progress import say_once
 from pipeline.store import Store, open_store
 from pipeline.store.records import digest
@@ -73,9 +73,13 @@ class Project:
         return plan(self.graph, self.scan.keys, self.config.project, self.store, previous, supposed)
 
     def made(self, *stages: str) -> dict[str, Artifact]:
-        """Returns the artefacts of these stages as planned. Raises UserError if one does not exist."""
+        """Returns the artefacts of these stages, or of those that stand for them, as planned.
+
+        Raises UserError if one does not exist.
+        """
         keys = {verdict.stage: verdict.key for verdict in self.plan()}
-        found = {stage: load_artifact(self.store, stage, keys[stage]) for stage in stages}
+        makers = {stage: standing_for(self.graph, stage) for stage in stages}
+        found = {stage: load_artifact(self.store, maker, keys[maker]) for stage, maker in makers.items()}
         if missing := [stage for stage, artifact in found.items() if artifact is None]:
             raise UserError(
                 f"{self.config.project}: not made for the current list and recipes: {', '.join(missing)}; "

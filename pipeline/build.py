@@ -5,8 +5,8 @@ Imports neither Ray nor torch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import is_dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 from pipeline.data.codec.stage import CODEC
@@ -15,6 +15,7 @@ from pipeline.data.curation.thresholds import THRESHOLDS
 from pipeline.data.embeddings.stage import EMBEDDINGS
 from pipeline.data.neighbours.stage import INDEX
 from pipeline.data.pairs.stage import PAIRS
+from pipeline.data.recaption.stage import RECAPTION
 from pipeline.data.source.stage import CAPTIONS, SOURCE
 from pipeline.errors import UserError, did_you_mean
 from pipeline.evaluate.stage import EVALUATION
@@ -28,6 +29,7 @@ STAGES = (
     SOURCE,
     CAPTIONS,
     PAIRS,
+    RECAPTION,
     CLIP,
     EMBEDDINGS,
     THRESHOLDS,
@@ -82,10 +84,20 @@ def _wrong(name: str, stage: Any, others: Collection[str]) -> str:
 
 def build(config: Any) -> Graph:
     """Returns the stages that a Config asks for, bound to it, in an order in which every one comes after its inputs."""
-    stages = [stage.bound(config) for stage in config.stages]
-    # Models, and what is pinned for them, are made only where a later stage needs them.
-    needed = {stage.name for stage in stages if stage.kind != "training" and not stage.pinned}
+    stages = list(_fed(stage.bound(config) for stage in config.stages))
+    # Models, what is pinned for them, and what stands for others are made only where a later stage needs them.
+    needed = {stage.name for stage in stages if not (stage.kind == "training" or stage.pinned or stage.stands_for)}
     for stage in reversed(stages):
         if stage.name in needed:
             needed |= set(stage.inputs)
     return {stage.name: stage for stage in stages if stage.name in needed}
+
+
+def _fed(stages: Iterable[Stage]) -> Iterator[Stage]:
+    """Yields stages in order, each with the inputs that stand for those it declares."""
+    instead: dict[str, str] = {}
+    for stage in stages:
+        roles = {instead[name]: name for name in stage.inputs if name in instead}
+        yield replace(stage, inputs=tuple(instead.get(name, name) for name in stage.inputs), roles=roles)
+        if stage.stands_for and (name := stage.stands_for(stage.recipe)):
+            instead[name] = stage.name

@@ -54,6 +54,12 @@ REASONS = {
     "high_score": "a head scores the image above its maximum",
     "near_duplicate": "an earlier row of its split has nearly the same image, as large for every model",
     "near_held_out": "a training row whose image is nearly a held-out one",
+    # recaption: of an image that is asked for a caption, and keeps its row
+    "refused": "the model refuses to describe the image",
+    "empty_answer": "the model says nothing",
+    "not_text": "the answer has no letters, or characters that are no text",
+    "answer_too_long": "the answer is longer than a caption may be, or was cut off",
+    "malformed_answer": "the answer is not the JSON of a chat completion",
     # generation
     "prompt_too_long": "more than the 75 tokens that CLIP reads",
 }

@@ -195,7 +195,7 @@ class _Run:
 
 def make_context(stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Any) -> Context:
     """Returns the context of a stage. ``artifacts`` hold its inputs."""
-    inputs = {name: artifacts[name] for name in stage.inputs}
+    inputs = {stage.roles.get(name, name): artifacts[name] for name in stage.inputs}
     run = config.run
     given = (config.project, run.ray, run.output, run.trackers, stage.given)
     return Context(store, stage.name, stage.version, key, stage.recipe, stage.settings, inputs, *given)

@@ -70,8 +70,7 @@ def record_run(
 
 def record_stage_run(ctx: Context, project: str) -> None:
     """Records that this stage alone is asked for, before it starts."""
-    inputs = {name: artifact.key for name, artifact in ctx.inputs.items()}
-    asked = PlannedStage(ctx.key, ctx.version, flatten(ctx.recipe), inputs)
+    asked = PlannedStage(ctx.key, ctx.version, flatten(ctx.recipe), ctx.input_keys)
     _create(ctx.store, RunRecord(project, {ctx.stage: asked}, 0, (ctx.stage,), by=_asked_by()))
 
 

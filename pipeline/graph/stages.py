@@ -26,7 +26,7 @@ class Context:
         store: Store of its inputs and results.
         stage: Name of the stage, with ``version``, ``key`` and ``recipe`` as the graph has them.
         settings: The stage's run settings.
-        inputs: The artefacts that it is made from, by stage.
+        inputs: The artefacts that it is made from, by the names that the stage declares.
         project: Name of the project.
         ray: Settings of the local Ray.
         output: Folder of the run's report and images.
@@ -53,13 +53,17 @@ class Context:
     began: float = dataclasses.field(default_factory=time.time)
     show: Callable[[Artifact], None] | None = None
 
+    @property
+    def input_keys(self) -> dict[str, str]:
+        """Returns the keys of its inputs, by the stage that made them."""
+        return {artifact.stage: artifact.key for artifact in self.inputs.values()}
+
     def publishable(self, **fields: Any) -> Artifact:
         """Returns an artefact of this stage with key, inputs, recipe, work and times filled in."""
-        keys = {name: artifact.key for name, artifact in self.inputs.items()}
         whole = max(0.0, time.time() - self.began)  # another machine's clock may be behind
         times = {**self.work, "whole_seconds": whole, **fields.pop("times", {})}
         recipe = flatten(self.recipe)
-        return Artifact(self.stage, self.key, keys, recipe, times=times, version=self.version, **fields)
+        return Artifact(self.stage, self.key, self.input_keys, recipe, times=times, version=self.version, **fields)
 
 
 Kind = Literal["source", "data", "training", "bundle", "result"]
@@ -102,6 +106,9 @@ class Stage:
             network that the stage draws with, by the stage that trained it.
         few: Function of the recipe that returns fields for a probe of little work, or where its second argument is
             true, of somewhat more.
+        stands_for: Function of the recipe that returns the stage whose place this one takes: stages after it that
+            declare that one as an input read this one. With "" it is not made.
+        roles: Declared names of those inputs that stand for others, by input; ``build`` sets them.
     """
 
     name: str
@@ -127,6 +134,8 @@ class Stage:
     row_bytes: Callable[[Any, int, int], float] | None = None
     passes_of: Callable[[Recipes, float], dict[str, float]] = lambda recipes, held_out: {}
     few: Callable[[Any, bool], dict[str, Any]] | None = None
+    stands_for: Callable[[Any], str] | None = None
+    roles: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
     def bound(self, config: Any) -> Stage:
         """Returns the stage with the recipe, inputs and settings that a configuration has for it."""
@@ -158,13 +167,12 @@ def trajectory_key(ctx: Context) -> str:
     Raising ``samples`` so continues a training. A learning rate that falls to the stop makes the stop count: that
     training branches off.
     """
-    return trajectory(ctx.stage, ctx.version, ctx.recipe, {name: made.key for name, made in ctx.inputs.items()})
+    return trajectory(ctx.stage, ctx.version, ctx.recipe, ctx.input_keys)
 
 
 def trunk_key(ctx: Context) -> str:
     """Returns the trajectory of the same training before its learning rate decays; the same if it never does."""
-    inputs = {name: made.key for name, made in ctx.inputs.items()}
-    return trajectory(ctx.stage, ctx.version, dataclasses.replace(ctx.recipe, decay=0), inputs)
+    return trajectory(ctx.stage, ctx.version, dataclasses.replace(ctx.recipe, decay=0), ctx.input_keys)
 
 
 def ordered(graph: Graph) -> Iterator[Stage]:
@@ -175,6 +183,12 @@ def ordered(graph: Graph) -> Iterator[Stage]:
             raise ValueError(f"stage {stage.name} comes before its inputs {sorted(missing)}")
         seen.add(stage.name)
         yield stage
+
+
+def standing_for(graph: Graph, name: str) -> str:
+    """Returns the stage that takes the place of another in a graph; the other itself where none does."""
+    standing = (stage for stage in graph.values() if stage.stands_for and stage.stands_for(stage.recipe) == name)
+    return next((stage.name for stage in standing), name)
 
 
 def seconds_to_end(graph: Graph, seconds: Mapping[str, float]) -> dict[str, float]:

@@ -146,7 +146,10 @@ def find_stored(store: Store, bundle: Artifact) -> StoredImages | None:
         if embeddings is None or embeddings.inputs.get("clip") != bundle.inputs["clip"]:
             continue
         keys = {**embeddings.inputs, "curation": index.inputs["curation"]}
-        found = {name: load_artifact(store, name, keys[name]) for name in ("captions", "clip", "curation", "pairs")}
+        # The third input of embeddings: the list's captions, or what stands for them.
+        [captions] = embeddings.inputs.keys() - {"clip", "pairs"}
+        makers = {name: name for name in ("clip", "curation", "pairs")} | {"captions": captions}
+        found = {name: load_artifact(store, maker, keys[maker]) for name, maker in makers.items()}
         if all(found.values()):
             rows = {name: artifact for name, artifact in found.items() if artifact is not None}
             return StoredImages(store, {"index": index, "embeddings": embeddings, **rows})

@@ -151,8 +151,7 @@ def at_stop(ctx: Context, samples: int) -> Context:
     Up to the fork this is the training whose learning rate does not fall.
     """
     recipe = ctx.recipe if samples == ctx.recipe.samples else replace(ctx.recipe, samples=samples, decay=0)
-    inputs = {name: artifact.key for name, artifact in ctx.inputs.items()}
-    return replace(ctx, recipe=recipe, key=artifact_key(ctx.stage, ctx.version, recipe, inputs))
+    return replace(ctx, recipe=recipe, key=artifact_key(ctx.stage, ctx.version, recipe, ctx.input_keys))
 
 
 def warn_of_milestones(ctx: Context, reached: int) -> None:

@@ -61,7 +61,7 @@ VALUES: dict[str, Any] = {
 }
 GRAPH = build(make_config(VALUES))
 STAGES = [GRAPH[name] for name in ("thresholds", "curation", "index", "codec")]
-IN_PAIRS = {"Packer", "Encoder"}  # the workers of the stages before
+BEFORE = {"Packer", "Captioner", "CaptionJoin", "Encoder"}  # the workers of the stages before
 
 
 def workers() -> set[str]:
@@ -154,7 +154,7 @@ def test_in_every_pass_after_embeddings(
     for name in ("seen", "again"):
         (tmp_path / name).mkdir()
     assert forked(make_passes, calm.url, given[0], str(tmp_path / "seen")) == 0
-    assert {file.name for file in (tmp_path / "seen").iterdir()} == workers() - IN_PAIRS
+    assert {file.name for file in (tmp_path / "seen").iterdir()} == workers() - BEFORE
     found = killed_everywhere(points, tmp_path / "kills", make_passes, killed.url, given[1], str(tmp_path / "again"))
     assert found == set(points)
     if "shard.before_record" in points:  # once for every shard that there is

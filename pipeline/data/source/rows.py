@@ -22,6 +22,8 @@ from pipeline.ledger import REASONS
 from pipeline.store import Store
 from pipeline.store.records import put_blob
 
+MADE = "made"  # column of a table of captions: the first one was made for the row, and the list has the others
+MADE_SHARE = "made_share"  # metric of such captions: the share of draws in which a training takes the first one
 ROWS_SUFFIX = ".rows"  # ends the name of a file of rows as they were read (see write_rows)
 
 
@@ -91,4 +93,4 @@ def stored_rows(references: pa.Table, captions: pa.Table) -> list[ListRow]:
 
 def read_captions(store: Store, shard: ShardRow) -> dict[str, list[str]]:
     """Returns the captions of a shard's rows, by key."""
-    return dict(zip(*read_table(store, shard.blobs["captions"]).to_pydict().values(), strict=True))
+    return dict(zip(*read_table(store, shard.blobs["captions"], ["key", "captions"]).to_pydict().values(), strict=True))

@@ -260,7 +260,7 @@ class Feed:
         """Returns the columns that the task names. Choices pick one of each row's captions, and its embedding."""
         batch: Batch = {}
         rows = begun.rows
-        picked = [choice % row.versions for row, choice in zip(rows, begun.choices, strict=True)]
+        picked = [row.pick(choice) for row, choice in zip(rows, begun.choices, strict=True)]
         if "tokens" in self.columns:
             batch["tokens"] = tokenize([(row.captions or [""])[i] for row, i in zip(rows, picked, strict=True)])
         if "image_embedding" in self.columns:

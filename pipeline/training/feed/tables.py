@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.pairs.row_index import Place
+from pipeline.data.source.rows import MADE, MADE_SHARE
 from pipeline.data.source.stage import CAPTIONED
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardList, read_table
@@ -38,6 +39,7 @@ class JoinedRow(NamedTuple):
         image_embedding: fp32 [d].
         text_embeddings: fp32 [n, d] of the first n captions, or of an empty caption where the row has none.
         license: Licence of the image; None where the list names none.
+        first_share: Share of draws that take the first caption; None where all captions are drawn alike.
     """
 
     key: str
@@ -46,6 +48,15 @@ class JoinedRow(NamedTuple):
     image_embedding: np.ndarray | None
     text_embeddings: np.ndarray | None
     license: str | None
+    first_share: float | None = None
+
+    def pick(self, choice: int) -> int:
+        """Returns the caption that a random number of 63 bits picks; 0 picks the first."""
+        if self.first_share is None or self.versions == 1:
+            return choice % self.versions
+        # The lower half decides whether it is the first, the upper half which of the others.
+        others, low = divmod(choice, 1 << 32)
+        return 0 if low < self.first_share * (1 << 32) else 1 + others % (self.versions - 1)
 
     @property
     def versions(self) -> int:
@@ -89,9 +100,10 @@ class Tables:
         self.store, self.columns, self.min_side, self.captioned = store, columns, min_side, captioned
         rows = "curation" if "curation" in inputs else "pairs"
         self.shards = ShardList(store, inputs[rows])
+        self._made_share = inputs["captions"].metrics.get(MADE_SHARE) if "captions" in inputs else None
         wanted = {
             "pairs": "image" in columns,
-            "captions": "tokens" in columns,
+            "captions": "tokens" in columns or self._made_share is not None,
             "embeddings": not {"image_embedding", "text_embedding"}.isdisjoint(columns),
         }
         self._others = {
@@ -183,15 +195,19 @@ class Tables:
         captions: Iterable[list[str] | None] = repeat(None, len(keys))
         image: Iterable[np.ndarray | None] = repeat(None, len(keys))
         text: Iterable[np.ndarray | None] = repeat(None, len(keys))
+        shares: Iterable[float | None] = repeat(None, len(keys))
         if "pairs" in blobs:
-            columns = (index[name].to_pylist() for name in ("tar", "offset", "size", "sha256"))
+            where = (index[name].to_pylist() for name in ("tar", "offset", "size", "sha256"))
             own = blobs["pairs"].get("images")
             places = (
                 None if size is None else Place(key, own, tar, offset, size, sha256)
-                for key, tar, offset, size, sha256 in zip(keys, *columns, strict=True)
+                for key, tar, offset, size, sha256 in zip(keys, *where, strict=True)
             )
         if "captions" in blobs:
-            captions = self._join(number, blobs, "captions", index["key"])["captions"].to_pylist()
+            table = self._join(number, blobs, "captions", index["key"])
+            captions = table["captions"].to_pylist()
+            if self._made_share is not None:
+                shares = [self._made_share if made else None for made in table[MADE].to_pylist()]
         if "embeddings" in blobs:
             table = self._join(number, blobs, "embeddings", index["key"])
             if "image_embedding" in self.columns:
@@ -199,7 +215,8 @@ class Tables:
             if "text_embedding" in self.columns:
                 text = _by_row(_matrix(table["text_embedding"]), table["more_text_embeddings"].combine_chunks())
         licenses = index["license"].to_pylist()
-        return [JoinedRow(*values) for values in zip(keys, places, captions, image, text, licenses, strict=True)]
+        columns = (keys, places, captions, image, text, licenses, shares)
+        return [JoinedRow(*values) for values in zip(*columns, strict=True)]
 
     def _index(self, blob: str, columns: Sequence[str] | None) -> pa.Table:
         read = (
