@@ -11,14 +11,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from jobs.archives import HASH, SUFFIX, pack
-from jobs.bundles import find_bundle
+from jobs.bundles import Bundle, find_bundle
 from jobs.output import say
+from pipeline.data.card import CARD
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import load_artifact
 from pipeline.local import PathPolicy, read_local
 from pipeline.progress import counted
+from pipeline.release.card import model_card
 from pipeline.store import open_store
 
-CARD, CARD_BYTES = "README.md", 1 << 20
+CARD_BYTES = 1 << 20
 INDEX = "model_index.json"
 FULL = ("codec", "training")  # folders of a bundle whose numbers stay as they are: codes are counted by them
 LOADING = {
@@ -42,7 +45,7 @@ def main(arguments: argparse.Namespace) -> int:
         else:
             bundle = find_bundle(arguments.source, arguments.overrides)
             if bundle.store:
-                bundle.copy(Path(made))
+                _copy(bundle, Path(made))
             else:
                 for name in bundle.blobs:
                     target.create(name, bundle.folder / name)
@@ -72,7 +75,7 @@ def _export_archive(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as made:
         folder, file = Path(made, "bundle"), Path(made, name)
         if bundle.store:
-            bundle.copy(folder)
+            _copy(bundle, folder)
         else:
             shutil.copytree(bundle.folder, folder)
         for weights in folder.glob("*/*.safetensors"):
@@ -101,6 +104,13 @@ def _export_archive(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _copy(bundle: Bundle, folder: Path) -> None:
+    """Writes the files of a stored bundle, with a card that tells of data and claims, too. Raises CorruptObject."""
+    bundle.copy(folder)
+    if bundle.store and (artifact := load_artifact(bundle.store, "bundle", bundle.key)):
+        (folder / CARD).write_text(model_card(bundle.store, artifact), "utf-8")
+
+
 def _convert(arguments: argparse.Namespace, made: Path) -> None:
     """Writes the models that are named, of a bundle or in diffusers' layout, into ``made``, as is asked for.
 
@@ -118,7 +128,7 @@ def _convert(arguments: argparse.Namespace, made: Path) -> None:
                 bundle = find_bundle(arguments.source, arguments.overrides)
                 folder = bundle.place or Path(copy)
                 if bundle.store:
-                    bundle.copy(folder)
+                    _copy(bundle, folder)
                 unclip = UnCLIP.from_folder(folder)
             card = b""
             with suppress(OSError):  # a folder need not have one

@@ -1,4 +1,7 @@
-"""The data card of an export: what its rows are, where they come from, on what terms, and what was left out."""
+"""The data card of an export: what its rows are, where they come from, on what terms, and what was left out.
+
+The card of a model (pipeline.release.card) is written in the same form.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from pipeline.graph.artifacts import Artifact
 from pipeline.ledger import REASONS
 from pipeline.progress import counted
 
+CARD = "README.md"  # where hubs of data sets and of models look for a card
 MOST_LICENCES = 1000  # names that are counted apart: a list may have another one for each of millions of rows
 SHOWN_LICENCES = 20
 SIZES = {1_000: "1K", 10_000: "10K", 100_000: "100K", 10**6: "1M", 10**7: "10M", 10**8: "100M", 10**9: "1B"}
@@ -50,9 +54,7 @@ class CardCounts:
         for row in rows:
             self.rows[row["split"]] += 1
             self.captions += len(row["captions"])
-            licence = row["license"]
-            full = len(self.licences) >= MOST_LICENCES and licence not in self.licences
-            self.licences["further ones" if full else licence] += 1
+            count_licence(self.licences, row["license"])
 
 
 def data_card(title: str, paths: Sequence[str], made: Mapping[str, Artifact], tally: CardCounts) -> str:
@@ -65,38 +67,51 @@ def data_card(title: str, paths: Sequence[str], made: Mapping[str, Artifact], ta
         tally: Rows that are exported.
     """
     count = tally.rows.total()
-    head = {
-        "pretty_name": title,
-        "task_categories": ["text-to-image"],
-        "size_categories": [_size(count)],
-        "tags": ["image-caption-pairs", "webdataset"],
-    }
-    lists = ", ".join(_cell(Path(path).name) for path in paths)
-    lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items()), "---", ""]
+    lines = front_matter(
+        pretty_name=title,
+        task_categories=["text-to-image"],
+        size_categories=[_size(count)],
+        tags=["image-caption-pairs", "webdataset"],
+    )
+    lists = ", ".join(plain_cell(Path(path).name) for path in paths)
     lines += [
         f"# {title}",
         "",
         f"{counted(count, 'row')} with {counted(tally.captions, 'caption')}, curated by unclip-ray.",
         "",
     ]
-    lines += _table(("split", "rows"), sorted(tally.rows.items()))
+    lines += markdown_table(("split", "rows"), sorted(tally.rows.items()))
     lines += [FOLDERS, "", "## Where they come from", "", f"Lists: {lists or 'not named'}."]
     lines += dict.fromkeys(found.credits for found in lists_there(paths) if found.credits)
-    named = [(_cell(name or "none named"), many) for name, many in tally.licences.most_common(SHOWN_LICENCES)]
-    others = tally.licences.total() - sum(many for _, many in named)
-    lines += [
-        "",
-        *_table(("licence, as the lists name it", "rows"), [*named, *([("others", others)] if others else [])]),
-    ]
+    lines += ["", *licence_table(tally.licences)]
     lines += ["## How they were chosen", "", "Of the whole list, all splits:", ""]
     ended = [
         (stage, artifact.ledger.kept, f"{many:,} {reason}: {REASONS[reason]}")
         for stage, artifact in made.items()
         for reason, many in sorted(artifact.ledger.lost.items())
     ]
-    lines += _table(("stage", "kept", "left out"), ended)
-    lines += _table(("stage", "key"), [(stage, f"`{artifact.key}`") for stage, artifact in made.items()])
+    lines += markdown_table(("stage", "kept", "left out"), ended)
+    lines += markdown_table(("stage", "key"), [(stage, f"`{artifact.key}`") for stage, artifact in made.items()])
     return "\n".join([*lines, "## What to know before use", "", LIMITS, ""])
+
+
+def count_licence(tally: Counter[str | None], licence: str | None, rows: int = 1) -> None:
+    """Counts rows by their licence, None where the list names none; beyond MOST_LICENCES names as further ones."""
+    full = len(tally) >= MOST_LICENCES and licence not in tally
+    tally["further ones" if full else licence] += rows
+
+
+def licence_table(tally: Counter[str | None]) -> list[str]:
+    """Returns the lines of a table of the commonest licences, and an empty one."""
+    named = [(plain_cell(name or "none named"), many) for name, many in tally.most_common(SHOWN_LICENCES)]
+    others = tally.total() - sum(many for _, many in named)
+    rows = [*named, *([("others", others)] if others else [])]
+    return markdown_table(("licence, as the lists name it", "rows"), rows)
+
+
+def front_matter(**head: Any) -> list[str]:
+    """Returns the lines of a card's metadata as YAML, and an empty one."""
+    return ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items()), "---", ""]
 
 
 def _size(count: int) -> str:
@@ -109,7 +124,7 @@ def _size(count: int) -> str:
     return "n>1B"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     """Returns the lines of a table and an empty one; nothing without rows."""
     if not rows:
         return []
@@ -117,7 +132,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells)] + [""]
 
 
-def _cell(text: str) -> str:
+def plain_cell(text: str) -> str:
     """Returns a text of a list as plain words of a table: neither markup nor a line of its own."""
     plain = "".join(each if each.isprintable() else " " for each in text)[:100]
     return "".join(f"\\{each}" if each in "\\`*_[]|#!" else each for each in html.escape(plain, quote=False))

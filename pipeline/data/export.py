@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.card import CardCounts, data_card
+from pipeline.data.card import CARD, CardCounts, data_card
 from pipeline.data.curation.stage import CURATION
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import Place, read_images
@@ -34,7 +34,6 @@ from pipeline.store import Store, local_folder
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import blob_path, read_blob
 
-CARD = "README.md"
 STAGES = (CURATION.name, *CURATION.inputs)
 ABOUT = "export.json"
 BATCH = 64  # images in memory at once, of each thread

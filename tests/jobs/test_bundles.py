@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from jobs.bundles import find_bundle
@@ -93,7 +94,9 @@ def test_a_bundle_travels(run: Path, draw: Draw, tmp_path: Path) -> None:
     assert not (run / "bundle").exists()  # no copy is left behind
     assert 'next: unclip sample "a red heart" --from' in said
     bundle = find_bundle(str(run))
-    assert find_bundle(str(tmp_path / "shared")).blobs == bundle.blobs
+    shared = find_bundle(str(tmp_path / "shared")).blobs
+    assert {name: blob for name, blob in shared.items() if name != "README.md"} == bundle.blobs
+    assert ModelCard.load(tmp_path / "shared/README.md").data.pipeline_tag == "text-to-image"
     for file in (tmp_path / "shared").rglob("*.*"):
         assert str(tmp_path).encode() not in file.read_bytes(), file
     shutil.rmtree(run)

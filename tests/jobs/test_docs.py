@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from jobs.command_line import command_line
 from pipeline.config import Config, Run
@@ -280,6 +281,10 @@ def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
         words += ["--workers", "0"]
     process = here(*words, cwd=folder, env={"XDG_CACHE_HOME": str(folder / "cache")})
     assert process.returncode == 0, process.stderr
+    if command == "unclip export configs/nano.yaml --to shared":
+        card = ModelCard.load(folder / "shared/README.md")
+        assert card.data.license == "unknown"
+        assert re.search(r"^# nano$[\s\S]*^\| train \| \d+ \|$[\s\S]*^Nothing was measured: ", card.text, re.M)
     if command.startswith("unclip sample"):
         assert all((folder / line).is_file() for line in process.stdout.splitlines())
     if command.startswith("unclip data search"):
@@ -313,6 +318,19 @@ def test_every_example_is_run() -> None:
     assert {command.split()[1] for command in RUN if command.startswith("python ")} == files - {
         "examples/add_source.py"
     }
+
+
+def test_the_script_of_the_report_page_prints_what_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/report.md").read_text(), re.M | re.S)
+    report = folder / "out/nano/report.json"
+    before = report.read_text()
+    told = json.loads(before)
+    told["figures"][0] |= {"text": "It draws.", "says": "top", "holds": False, "value": 0.1, "baseline": 0.2}
+    report.write_text(json.dumps(told))
+    with chdir(folder):
+        exec(block, {})
+    report.write_text(before)
+    assert "It draws. top 0.1 baseline 0.2\n" in capsys.readouterr().out
 
 
 def test_python_of_a_page_runs_as_it_stands(folder: Path) -> None:

@@ -1,0 +1,116 @@
+"""The model card of a bundle: what it was trained on, on what terms, which claims held, and what to know before use."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+
+from pipeline.data.card import CARD, count_licence, front_matter, licence_table, markdown_table, plain_cell
+from pipeline.errors import CorruptObject
+from pipeline.evaluate.figure import Json, by_claim, count, holds, short
+from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table
+from pipeline.progress import Progress
+from pipeline.release.compare import evaluations
+from pipeline.release.diff import stages_behind
+from pipeline.store import Store
+from pipeline.store.parallel import ordered_map
+from pipeline.store.records import read_blob
+
+THREADS = 4
+ON_HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
+HELD = {True: "holds", False: "does not hold", None: "not measured"}
+USE = """\
+## How to use it
+
+    unclip sample "a caption" --from FOLDER
+
+```python
+import unclip
+
+unclip.load("FOLDER").generate("a caption").save("image.png")
+```
+
+It knows words and things of the captions that it was trained on; `sampling.json` holds its sampling defaults.
+"""
+LIMITS = """\
+## What to know before use
+
+Nobody has looked at each image that it was trained on: errors, prejudice, people and trade marks of their sources are
+in what it draws, and it may draw an image that is close to one of them. Captions and images are not filtered. What the
+claims above do not measure has not been measured. The licence of the weights is for those who share them to choose,
+with regard to the licences above: write it in place of `unknown`.
+"""
+
+
+def model_card(store: Store, bundle: Artifact) -> str:
+    """Returns the card as Markdown, with the metadata that a hub of models reads at its head.
+
+    It begins with the card in the bundle, which is older than any evaluation of it. Rows that the store no longer has
+    are not counted.
+    """
+    behind = stages_behind(store, bundle)
+    paths = behind["source"].recipe.get("paths", []) if "source" in behind else []
+    datasets = dict.fromkeys(found[1] for path in paths if (found := ON_HUB.match(path)))
+    lines = front_matter(
+        license="unknown",
+        pipeline_tag="text-to-image",
+        tags=["unclip", "unclip-ray", "text-to-image"],
+        **({"datasets": list(datasets)} if datasets else {}),
+    )
+    if CARD in bundle.blobs:
+        lines += [read_blob(store, bundle.blobs[CARD]).decode(errors="replace")]
+    lines += [USE, "## What it was trained on", "", *_data(store, behind), *_claims(store, bundle), LIMITS]
+    return "\n".join(lines)
+
+
+def _data(store: Store, behind: Mapping[str, Artifact]) -> list[str]:
+    """Returns lines about the rows behind the models, and about models that were there before them."""
+    splits, licences = Counter[str](), Counter[str | None]()
+    try:
+        shards = read_shards(store, behind["curation"]) if "curation" in behind else []
+        with Progress("model card", sum(shard.kept for shard in shards), "rows") as progress:
+            for rows in ordered_map(partial(_rights, store), shards, THREADS):
+                for (split, licence), many in rows.items():
+                    splits[split] += many
+                    if split == "train":
+                        count_licence(licences, licence, many)
+                progress.advance(rows.total())
+    except CorruptObject:  # such as rows that were collected since
+        splits.clear()
+    if splits:
+        lines = ["Rows that curation kept. Only those of the split `train` taught anything:", ""]
+        lines += [*markdown_table(("split", "rows"), sorted(splits.items())), "Of these:", "", *licence_table(licences)]
+    else:
+        lines = ["The store that it was exported from has no count of its rows any more.", ""]
+    weights = behind["clip"].recipe.get("weights", "train") if "clip" in behind else "train"
+    if weights != "train":
+        name = plain_cell(weights.rpartition("/")[2].removeprefix("local-dir:"))
+        lines += [f"Its CLIP is {name}, which was trained on other data.", ""]
+    if begun := [name for name, made in behind.items() if made.recipe.get("init_from")]:
+        lines += [f"Trained on from weights of another model: {', '.join(sorted(begun))}.", ""]
+    return lines
+
+
+def _rights(store: Store, shard: ShardRow) -> Counter[tuple[str, str | None]]:
+    """Returns the rows of a shard by split and licence. Raises CorruptObject."""
+    table = read_table(store, shard.blobs["index"], ["split", "license"])
+    return Counter(zip(table["split"].to_pylist(), table["license"].to_pylist(), strict=True))
+
+
+def _claims(store: Store, bundle: Artifact) -> list[str]:
+    """Returns lines about the newest evaluation."""
+    found = evaluations(store, bundle.key)
+    if not found:
+        return ["## What was measured", "", "Nothing yet: `unclip run` ends with an evaluation.", ""]
+    figures = found[0].document["figures"]
+    rows = [(plain_cell(each[0]["text"]), HELD[holds(each)], _numbers(each)) for each in by_claim(figures)]
+    heads = ("claim", "outcome", "figures, and in brackets a baseline without the model")
+    return ["## What was measured", "", f"{count(figures)}.", "", *markdown_table(heads, rows)]
+
+
+def _numbers(claim: list[Json]) -> str:
+    known = [each for each in claim if each["holds"] is not None]
+    said = [f"{plain_cell(each['says'])} {short(each['value'])} ({short(each['baseline'])})" for each in known]
+    return "; ".join(said or dict.fromkeys(plain_cell(each["note"]) for each in claim))
