@@ -5,13 +5,18 @@ A table of several classes has a column of defaults for each, and the fields tha
 """
 
 import dataclasses
+import inspect
 import json
+import re
 import sys
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pipeline.build import STAGES
 from pipeline.config import config_type
+from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.run import OURS
+from pipeline.release.compare import Change
+from pipeline.report.document import Comparison, ReportDocument, SampleReport, StageReport
 from pipeline.schema import FILE, dataclasses_in, descriptions, schema
 from pipeline.training.recipes import TrainingRecipe
 from serve.requests import IGNORED, REFUSED, Edit, Generation, Interpolation, Variation
@@ -97,7 +102,54 @@ def metric_table() -> str:
     return written(rows)
 
 
-REQUESTS = {"requests": request_table, "other models": unused_table, "metrics": metric_table}
+def report_tables() -> str:
+    """Returns a table for each object of report.json."""
+    text = ""
+    for title, kind in OBJECTS.items():
+        said, types = descriptions(kind), get_type_hints(kind)
+        rows = [[f"`{name}`", json_type(types[name]), in_json(said[name])] for name in types if name not in ROW_VALUES]
+        if kind is Change:
+            rows.append(["`verdict`", json_type(str), (inspect.getdoc(Change.verdict) or "").removeprefix("Returns ")])
+        lead = inspect.cleandoc(kind.__doc__ or "").partition("\n\nAttributes:")[0]
+        text += f"### {title}\n\n{' '.join(lead.replace('``', '`').split())}\n\n"
+        text += written([["field", "type", "meaning"], ["---"] * 3, *rows]) + "\n"
+    return text
+
+
+def in_json(text: str) -> str:
+    """Returns an explanation with JSON's words for Python's values."""
+    return re.sub(r"\b(?:None|True|False)\b", lambda found: JSON_WORDS[found[0]], text)
+
+
+def json_type(kind: Any) -> str:
+    """Returns what JSON calls a type: "list of strings", "object of integers, or null"."""
+    names = {str: "string", bool: "true or false", int: "integer", float: "number", type(None): "null"}
+    if kind in names:
+        return names[kind]
+    parts = [json_type(part) for part in get_args(kind) if part is not ...]
+    if get_origin(kind) in (list, tuple):
+        return f"list of {parts[0]}s"
+    if get_origin(kind) is dict:
+        return "object" if get_args(kind)[1] is Any else f"object of {parts[1]}s"
+    return ", or ".join(parts) if parts else "object"
+
+
+REQUESTS = {
+    "requests": request_table,
+    "other models": unused_table,
+    "metrics": metric_table,
+    "report.json": report_tables,
+}
+OBJECTS = {
+    "The document": ReportDocument,
+    "stages": StageReport,
+    "figures": Figure,
+    "samples": SampleReport,
+    "against": Comparison,
+    "against.figures": Change,
+}
+JSON_WORDS = {"None": "null", "True": "true", "False": "false"}
+ROW_VALUES = ("values", "groups")  # of figures, which report.json leaves out
 
 
 def meaning(text: str, kind: Any) -> str:

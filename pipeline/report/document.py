@@ -1,4 +1,7 @@
-"""Writes the page's content as JSON: verdict, stages, figures, samples, the comparison with another bundle."""
+"""Writes the page's content as JSON: verdict, stages, figures, samples, the comparison with another bundle.
+
+The classes declare its objects, and docs/report.md shows them as tables.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict
 
 from pipeline.config import Config
 from pipeline.evaluate.figure import DOCUMENT, finite, without_values
@@ -22,8 +25,105 @@ from pipeline.report.summary import verdict
 FORMAT = 1
 
 
+class StageReport(TypedDict, total=False):
+    """A stage. Where it is not made, only the first two fields are there.
+
+    Attributes:
+        stage: Name of the stage.
+        made: Whether its artefact exists.
+        key: Key of the artefact, 64 hexadecimal digits.
+        inputs: Keys of the artefacts that it was made from, by stage.
+        rows: Rows that the stage has judged. Each is kept, rejected or deferred.
+        kept: Rows that went on.
+        rejected: Rows that were left out for good, by reason.
+        deferred: Rows that ``unclip data retry`` tries again, by reason.
+        metrics: Numbers of the artefact, by name, such as the last ``loss`` and ``validation_loss`` of a training, and
+            the ``samples_seen``.
+        times: Seconds, rates and shares, by name. ``finished`` is in seconds since 1970, ``seconds`` the time that it
+            took, ``worker_hours`` that time in hours times the number of workers.
+        environment: Versions of packages, device and precision with which it was made.
+    """
+
+    stage: str
+    made: bool
+    key: str
+    inputs: dict[str, str]
+    rows: int
+    kept: int
+    rejected: dict[str, int]
+    deferred: dict[str, int]
+    metrics: dict[str, float]
+    times: dict[str, float]
+    environment: dict[str, str]
+
+
+class SampleReport(TypedDict):
+    """An image of the stage ``samples``.
+
+    Attributes:
+        file: Path of the PNG, relative to the report.
+        caption: Caption that was drawn.
+        seed: Seed of the image.
+    """
+
+    file: str
+    caption: str | None
+    seed: int | None
+
+
+class Comparison(TypedDict, total=False):
+    """How this bundle, the second, differs from another one, the first.
+
+    Attributes:
+        name: Name of the other bundle, as ``--against`` has it, or "the release".
+        bundle: Key of the other bundle.
+        figures: Figures that both have on the same rows, worse ones first.
+        not_compared: Reason why no figures are compared; only there where none are.
+        data: A line for each stage whose rows differ.
+        recipes: A line for each value of a recipe that differs.
+    """
+
+    name: str
+    bundle: str
+    figures: list[dict[str, Any]]
+    not_compared: str
+    data: list[str]
+    recipes: list[str]
+
+
+class ReportDocument(TypedDict):
+    """Content of the file. A field is null where the store is damaged, and ``cannot_be_shown`` then says why.
+
+    Numbers that are not finite are null.
+
+    Attributes:
+        format: Format of the document. Fields may be added to one.
+        project: Name of the project.
+        written: Time at which it was written, in UTC, such as 2026-12-01T09:30:00Z.
+        cannot_be_shown: Reasons why fields are null, by field.
+        verdict: Sentence at the head of the page.
+        train_longer: A sentence for each model of which a claim does not hold: whether its validation loss still falls,
+            the command that trains it four times as long, and the time.
+        stages: Stages in the order in which they are made.
+        figures: Figures of the evaluation; empty before it is made.
+        samples: Images of the stage ``samples``; empty before it is made.
+        against: Comparison with another bundle, by default the release; null without one.
+    """
+
+    format: int
+    project: str
+    written: str
+    cannot_be_shown: dict[str, str]
+    verdict: str | None
+    train_longer: list[str] | None
+    stages: list[StageReport] | None
+    figures: list[dict[str, Any]] | None
+    samples: list[SampleReport] | None
+    against: Comparison | None
+
+
 def document(given: ReportInput, config: Config, graph: Graph, running: Sequence[Artifact] = ()) -> str:
-    """Returns JSON; what cannot be read is null, and ``cannot_be_shown`` says why. docs/report.md names the fields."""
+    """Returns a ReportDocument as JSON."""
     parts: dict[str, Callable[[], Any]] = {
         "verdict": lambda: verdict(graph, given.artifacts, running),
         "train_longer": lambda: train_longer(given, config.project),
@@ -45,11 +145,10 @@ def document(given: ReportInput, config: Config, graph: Graph, running: Sequence
     return json.dumps(finite(found), indent=1, ensure_ascii=False) + "\n"
 
 
-def _stage(name: str, made: Artifact | None) -> dict[str, Any]:
+def _stage(name: str, made: Artifact | None) -> StageReport:
     if made is None:
         return {"stage": name, "made": False}
     ledger = made.ledger
-    lost = {"rejected": dict(ledger.rejected), "deferred": dict(ledger.deferred)}
     took = {"worker_hours": worker_hours(made)} if "seconds" in made.times else {}
     numbers = {name: value for name, value in made.metrics.items() if isinstance(value, int | float)}
     return {
@@ -59,7 +158,8 @@ def _stage(name: str, made: Artifact | None) -> dict[str, Any]:
         "inputs": dict(made.inputs),
         "rows": ledger.rows,
         "kept": ledger.kept,
-        **lost,
+        "rejected": dict(ledger.rejected),
+        "deferred": dict(ledger.deferred),
         "metrics": numbers,
         "times": {**made.times, **took},
         "environment": dict(made.environment),
@@ -75,23 +175,30 @@ def _figures(given: ReportInput) -> list[dict[str, Any]]:
     return without_values(full["figures"])
 
 
-def _samples(made: Artifact | None) -> list[dict[str, Any]]:
+def _samples(made: Artifact | None) -> list[SampleReport]:
     if made is None:
         return []
-    found = []
+    found: list[SampleReport] = []
     for name in sample_names(made):
         caption, seed = asked_for(made, name)
         found.append({"file": f"samples/{name}", "caption": caption, "seed": seed})
     return found
 
 
-def _against(given: ReportInput, project: str) -> dict[str, Any] | None:
+def _against(given: ReportInput, project: str) -> Comparison | None:
     """Returns how the bundle differs from another one, the release by default."""
     other = find_other(given, project)
     if other is None:
         return None
     found = compared_figures(given, other)
-    figures = [] if isinstance(found, str) else [{**asdict(change), "verdict": change.verdict} for change, _ in found]
     data, recipes = changes_behind(given, other)
-    why = {"not_compared": found} if isinstance(found, str) else {}
-    return {"name": other.name, "bundle": other.bundle.key, "figures": figures, **why, "data": data, "recipes": recipes}
+    against: Comparison = {
+        "name": other.name,
+        "bundle": other.bundle.key,
+        "figures": [],
+        "data": data,
+        "recipes": recipes,
+    }
+    if isinstance(found, str):
+        return {**against, "not_compared": found}
+    return {**against, "figures": [{**asdict(change), "verdict": change.verdict} for change, _ in found]}
