@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.ledger import Ledger
 from pipeline.local import PathPolicy, open_local, read_local
+from pipeline.pages import page
 from pipeline.release.pointer import read_releases
 from pipeline.release.signing import files_of, find_release
 from pipeline.store import Store, local_folder, open_store
@@ -123,7 +124,7 @@ def find_bundle(source: str | None, overrides: Sequence[str] = ()) -> Bundle:
     if (folder / "model_index.json").is_file():
         raise UserError(
             f"{source}: is in diffusers' layout; unclip export {source} --to NEW makes a bundle of what unclip export "
-            "wrote; for others docs/export.md has the lines"
+            f"wrote; for others {page('export')} has the lines"
         )
     return _of_output(folder)
 

@@ -11,6 +11,7 @@ from typing import Any
 from jobs.arguments import Command, Parser, add_below, count, takes_lists, takes_quiet, takes_values
 from jobs.drawing_words import PLACES, add_edit, add_generate, add_redraw, add_sample
 from jobs.output import say
+from pipeline.pages import page
 
 OVERRIDES = "a value in place of the file's, such as decoder.samples=100k or preset=small"
 # What a shell completes to names of files.
@@ -33,7 +34,7 @@ def command_line(words: Sequence[str] = ()) -> Parser:
         prog="unclip",
         usage="unclip COMMAND ...",
         description="Train your own text-to-image model, from image-caption pairs to 1024 px images.",
-        epilog="unclip COMMAND --help shows the words of a command; exit codes are in docs/commands.md.",
+        epilog=f"unclip COMMAND --help shows the words of a command; exit codes are in {page('commands')}.",
     )
     parser.add_argument("-V", "--version", nargs=0, action=_Version, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="unclip")
@@ -156,7 +157,8 @@ def _serve(parser: Parser) -> None:
     parser.add_argument("--stop", action="store_true", help="end what serves at --to")
     parser.add_argument("--host", metavar="HOST", help="the address to listen on, as host=HOST")
     parser.add_argument("--port", metavar="PORT", help="the port to listen on, as port=PORT")
-    takes_values(parser, "NAME=VALUE", "a setting, such as port=9000; docs/serve.md has them")
+    takes_values(parser, "NAME=VALUE", "a setting, such as port=9000")
+    parser.epilog = f"Settings are in {page('serve')}."
 
 
 def _export(parser: Parser) -> None:

@@ -19,6 +19,7 @@ from pipeline.data.source.lists import pinned
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
+from pipeline.pages import page
 from pipeline.progress import counted
 from pipeline.starter import CLIP_PAIRS, embedded, existing_clip, models_for, sizes_seen, starter
 
@@ -83,7 +84,7 @@ def main(arguments: argparse.Namespace) -> int:
         say(
             f"warning: every caption of {seen.framed.rows:,} of {seen.rows:,} rows begins or ends with words that many "
             f"share, such as {seen.framed.words!r}, and a CLIP that trains on them learns those words, not the things; "
-            "add the bare text as a second caption of each row: docs/captions.md"
+            f"add the bare text as a second caption of each row: {page('captions')}"
         )
     until = " --until diffusion_prior" if imageless else ""
     first = "" if gpu or until or origin else f"    unclip run {path} preset=nano    # a first look, in minutes\n"

@@ -18,6 +18,7 @@ from pipeline.data.source.lists import lists_there
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.held_out import FEWEST
+from pipeline.pages import page
 from pipeline.parse import load_yaml
 from pipeline.progress import counted
 from pipeline.schema import FILE
@@ -50,8 +51,8 @@ SHORTEST = 10  # batches; and the warmup is at most such a part of the training
 
 TEMPLATE = """\
 # yaml-language-server: $schema={schema}
-# For your own pairs, written by unclip init. docs/your-data.md: a first run; docs/ledger.md: when it fails;
-# docs/configuration.md: every field and its default.
+# For your own pairs, written by unclip init. {your_data}: a first run; {ledger}: when it fails;
+# {configuration}: every field and its default.
 project: {project}
 preset: {preset} # nano: a first look in minutes; tiny: CPU cores; small: one GPU; karlo, paper: clusters of them
 {scale}store: {store} # or s3://bucket/prefix, which every machine of a cluster can reach
@@ -74,7 +75,7 @@ bundle:
   # A model is trained on images whose short side is at least the side that it makes: an upsampler on 1024 or 256 px,
   # the decoder on 64 px. Where you have no image that large, leave the upsampler out and lower size.
   # {measured}
-  # Add ar_prior for a second prior, which sampling takes with prior: ar (docs/how/ar_prior.md).
+  # Add ar_prior for a second prior, which sampling takes with prior: ar ({ar_prior}).
   models: [{models}]
   sampling:
     size: {size} # of the images to draw: 64, 256 or 1024
@@ -86,7 +87,7 @@ samples:
 run:
   output: {output} # report.html and images
   budget_hours: 12 # above this estimate a run wants --yes; what was never measured is guessed for two CPU cores
-  # trackers: [tensorboard] # event files in output/tensorboard while models train; docs/trackers.md
+  # trackers: [tensorboard] # event files in output/tensorboard while models train; {trackers}
   # pairs: {{threads: 64, timeout_s: 60}} # more downloads at once, and patience with slow servers
   # ray: {{cpus: 8}} # cores for Ray on this machine; all by default
 """
@@ -153,6 +154,11 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: ListPreview | N
             dropout=dropout,
             **_splits(seen),
             output=f"out/{project}",
+            your_data=page("your-data"),
+            ledger=page("ledger"),
+            configuration=page("configuration"),
+            ar_prior=page("how/ar_prior"),
+            trackers=page("trackers"),
         )
         + tuned
     )
@@ -228,7 +234,7 @@ def _scale(longest: int, seen: ListPreview | None) -> str:
     times = round(scale * longest / seen.pairs)
     return (
         f"scale: {scale} # of all samples: the longest training sees each of {counted(seen.pairs, 'pair')} "
-        f"some {times:,} times; docs/captions.md\n"
+        f"some {times:,} times; {page('captions')}\n"
     )
 
 

@@ -29,6 +29,7 @@ from botocore.exceptions import ClientError
 from urllib3.exceptions import HTTPError
 
 from pipeline.errors import Unreachable, UserError
+from pipeline.pages import page
 from pipeline.store.base import Entry, cut
 from pipeline.store.names import check_path
 
@@ -48,7 +49,7 @@ PERMISSIONS = {  # of AWS; S3 asks for others than the names of its operations
     "DeleteObjects": "s3:DeleteObject",
     "AbortMultipartUpload": "s3:AbortMultipartUpload",
 }  # everything else writes, and needs s3:PutObject
-DENIED = "these credentials lack {permission} for {path}; docs/security.md has the policies of a bucket"
+DENIED = f"these credentials lack {{permission}} for {{path}}; {page('security')} has the policies of a bucket"
 HINTS = {
     "NoSuchBucket": "create the bucket or correct the store's URL",
     "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY or the profile",
