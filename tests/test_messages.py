@@ -32,7 +32,11 @@ def test_every_page_that_a_text_names_is_there() -> None:
     pointed, plain = set[str](), set[str]()
     for file in (file for folder in SOURCE for file in (ROOT / folder).rglob("*.py")):
         nodes = list(ast.walk(ast.parse(file.read_text())))
-        docstrings = {id(node.body[0].value) for node in nodes if isinstance(node, DOCSTRINGS) and _explained(node)}
+        docstrings = {
+            id(getattr(node.body[0], "value", None))
+            for node in nodes
+            if isinstance(node, DOCSTRINGS) and _explained(node)
+        }
         for node in nodes:
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "page":
                 pointed.add(ast.literal_eval(node.args[0]))
