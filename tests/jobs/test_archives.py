@@ -394,6 +394,7 @@ def zipped(**files: bytes) -> bytes:
         (zipped(**{"sampling.json": b"{}" * 99}).replace(b"{}{}", b"{}{ ", 1), "damaged .*CRC"),
         (zipped(**{"sampling.json": b"{}", "a": b"", "a/b": b""}), "cannot be unpacked"),
     ],
+    ids=("no zip", "no bundle", "above", "absolute", "damaged", "file and folder"),  # not the bytes, which hold a time
 )
 def test_an_archive_that_is_none_or_leads_elsewhere_leaves_nothing(
     data: bytes, says: str, cache: Path, tmp_path: Path
