@@ -23,6 +23,7 @@ from pathlib import Path
 
 from cluster.client import Cluster
 from pipeline.errors import UserError
+from pipeline.graph.ray import this_machine
 from pipeline.graph.resources import object_store_mb
 from pipeline.settings import RaySettings
 
@@ -65,8 +66,6 @@ def start(folder: Path, settings: RaySettings) -> Cluster:
 
     Raises UserError if it does not come up.
     """
-    from pipeline.graph.ray import this_machine
-
     machine = this_machine(settings)
     head_cpus = max(1, int(machine.cpus) // 2)
     worker_cpus = max(1, int(machine.cpus) - head_cpus)

@@ -36,6 +36,7 @@ PATHS = re.compile(
 )
 RELATIVE = re.compile(r"(?![A-Za-z][\w+.-]*:|[/~]|[0-9a-f]{64}$).")
 PRESETS = ("nano", "tiny", "small", "karlo", "paper")  # by size; each is a file of pipeline/presets
+SCHEMA = Path(__file__).with_name("schema.json")  # of configurations, for editors; tests/reference.py writes it
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from pipeline.build import all_stages
@@ -17,7 +16,6 @@ from pipeline.config import PRESETS, config_type, sections
 from pipeline.graph.stages import Stage
 from pipeline.parse import adapter
 
-FILE = Path(__file__).with_suffix(".json")  # as tests/reference.py writes it
 PRESET = {"enum": list(PRESETS), "description": "Sizes of models and trainings; single fields win over it."}
 SCALE = {"type": "number", "exclusiveMinimum": 0, "default": 1}
 SCALE["description"] = "Every training takes this many times its samples and decay, and its warmup stays."

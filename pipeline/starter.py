@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from models.sampling_config import MODELS, PRIORS, largest_side
-from pipeline.config import Config, preset_config
+from pipeline.config import SCHEMA, Config, preset_config
 from pipeline.data.pairs.preview import ListPreview
 from pipeline.data.source.lists import lists_there
 from pipeline.data.source.recipe import SourceRecipe
@@ -21,7 +21,6 @@ from pipeline.held_out import FEWEST
 from pipeline.pages import page
 from pipeline.parse import load_yaml
 from pipeline.progress import counted
-from pipeline.schema import FILE
 
 # Rows to hold out: the 16 and 32 by which models can be judged, and a quarter more, because some are always lost.
 VALIDATION, TEST = 20, 40
@@ -125,7 +124,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: ListPreview | N
         values = _fine_tuning(bundle, preset)
         models = [name for name in models if name in values]
         size = largest_side(models)
-        values = {name: fields for name, fields in values.items() if name in ("clip", "evaluation", *models)}
+        values = {name: fields for name, fields in values.items() if name in ("clip", *models)}
         longest = max(values[name]["samples"] for name in models)
         tuned = FINE_TUNING.format(bundle=bundle, values=yaml.safe_dump(values, sort_keys=False))
     lists = [f"- {_scalar(path)}" for path in source.paths]
@@ -137,7 +136,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: ListPreview | N
         ]
     return (
         TEMPLATE.format(
-            schema=FILE,
+            schema=SCHEMA,
             project=_scalar(project),
             preset=preset,
             store=f"out/{project}/store",
@@ -175,7 +174,7 @@ def _fine_tuning(bundle: Path, preset: str) -> dict[str, dict[str, Any]]:
     Raises UserError if the folder lacks a decoder or a diffusion prior.
     """
     found = [name for name in TUNED if (bundle / name / "config.json").is_file()]
-    if missing := {"diffusion_prior", "decoder"} - set(found):
+    if missing := {PRIORS["diffusion"], "decoder"} - set(found):
         raise UserError(
             f"{bundle}: no {' and no '.join(sorted(missing))} there to go on from; name a bundle's folder or a run's "
             "output folder"

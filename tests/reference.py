@@ -12,12 +12,12 @@ import sys
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pipeline.build import STAGES
-from pipeline.config import config_type
+from pipeline.config import SCHEMA, config_type
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.run import OURS
 from pipeline.release.compare import Change
 from pipeline.report.document import Comparison, ReportDocument, SampleReport, StageReport
-from pipeline.schema import FILE, dataclasses_in, descriptions, schema
+from pipeline.schema import dataclasses_in, descriptions, schema
 from pipeline.training.recipes import TrainingRecipe
 from serve.requests import IGNORED, REFUSED, Edit, Generation, Interpolation, Variation
 from serve.settings import ServeSettings
@@ -168,7 +168,7 @@ def schema_text() -> str:
 
 def main() -> int:
     """Writes it."""
-    FILE.write_text(schema_text())
+    SCHEMA.write_text(schema_text())
     return 0
 
 

@@ -134,11 +134,11 @@ def import_unclip(folder: str | Path, clip: Clip | None = None, sampling: Sampli
             found[name] = load_model(ours / name)
     if "decoder" not in found:
         raise FileNotFoundError(f"{folder} has no decoder: name a folder in diffusers' layout")
-    for name in ("diffusion_prior", "decoder"):
-        dim = found[name].embed_dim if name in found else clip.embed_dim
+    for name, part in PARTS.items():
+        dim = getattr(found.get(name), "embed_dim", clip.embed_dim)
         if dim != clip.embed_dim:
             raise ValueError(
-                f"{folder / PARTS[name].tells} was trained on {dim}-dimensional embeddings, this CLIP makes "
+                f"{folder / part.tells} was trained on {dim}-dimensional embeddings, this CLIP makes "
                 f"{clip.embed_dim}: pass the CLIP that it was trained with, which for Karlo is OpenAI's ViT-L/14"
             )
     if sampling is None:

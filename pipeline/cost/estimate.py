@@ -211,9 +211,9 @@ def resources(stage: str, ask: PlanInput) -> tuple[int, float, float]:
         if team := _training_team(stage, ask):
             return team.count, team.count * team.worker.cpus, team.count * team.worker.gpus
         on_gpu = there and ask.machine.local and settings.device != "cpu"  # type: ignore[union-attr]
-        return 1, cores(), int(bool(on_gpu))
+        return 1, ask.machine.cpus, int(bool(on_gpu))
     if kind == "result":
-        return (1, 0, 1) if there else (1, cores(), 0)
+        return (1, 0, 1) if there else (1, ask.machine.cpus, 0)
     if kind != "data" or settings is None:  # in the driver
         return 1, 1, 0
     if fleet and ask.encodes(stage):
@@ -276,7 +276,7 @@ def _counted(stage: str, ask: PlanInput, workers: int, on_gpus: bool) -> tuple[f
         return START_SECONDS["training"], work / (resources(stage, ask)[1] * CORE_FLOPS)
     if node.kind == "result":
         precision = ask.config.bundle.sampling.precision
-        return 0.0, amount(stage, ask) / (rate(ask, precision) if on_gpus else cores() * CORE_FLOPS)
+        return 0.0, amount(stage, ask) / (rate(ask, precision) if on_gpus else ask.machine.cpus * CORE_FLOPS)
     if on_gpus:
         decoders = resources(stage, ask)[1] or workers  # a worker without helpers decodes on a thread of its own
         each = max(encode_seconds(ask), decode_seconds(ask) * workers / decoders)

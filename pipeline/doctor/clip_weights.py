@@ -31,7 +31,7 @@ def find_weights(setting: str, weights: str) -> str:
     Raises UserError that begins with ``setting`` for a name, a tag or a folder that does not exist or cannot be used,
     and for weights that are not in the cache while their server does not answer.
     """
-    from models.clip import NEEDS_TRANSFORMERS, config_of
+    from models.clip import NEEDS_TRANSFORMERS, config_of  # loads torch
 
     named = ClipWeights.parse(weights)
     try:

@@ -93,7 +93,7 @@ def largest_training(config: Config) -> tuple[str, int]:
 
     Raises UserError for a CLIP that open_clip does not know.
     """
-    from pipeline.cost.flops import count_model
+    from pipeline.cost.flops import count_model  # loads torch, without which doctor still checks the rest
 
     trained = (
         name for name, stage in build(config).items() if stage.kind == "training" and not stage.recipe.pretrained

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from models.pixels import from_uint8, resize
+from models.pixels import from_uint8, psnr, resize
 from models.precision import autocast
 from models.random_streams import RandomStreams, derive_seed
 from models.reverse import ReverseProcess, silent
@@ -19,15 +18,6 @@ from pipeline.evaluate.images import BATCH
 from pipeline.evaluate.metric import Metric
 from pipeline.evaluate.rows import SplitRows, Tick
 from pipeline.evaluate.subject import Subject
-
-RANGE = 2.0  # of pixels, from -1 to 1
-MOST_DB = 100.0  # equal images have an infinite PSNR
-
-
-def psnr(image: Tensor, reference: Tensor) -> Tensor:
-    """Returns the PSNR of images in [-1, 1], [b, c, h, w], in dB: fp64 [b], at most MOST_DB."""
-    values = peak_signal_noise_ratio(image.double(), reference.double(), RANGE, reduction="none", dim=(1, 2, 3))
-    return values.clamp(max=MOST_DB)
 
 
 def busiest_crop(image: Tensor, side: int) -> Tensor:

@@ -61,7 +61,7 @@ class CaptionLook:
 
 def look_at_captions(rows: Sequence[ListRow]) -> CaptionLook:
     """Returns what the captions of rows are like, of as many rows as COUNTING_S allows."""
-    from models.tokens import caption_lengths
+    from models.tokens import caption_lengths  # loads torch
 
     began, read, tokens, scripts = time.process_time(), 0, Counter[int](), Counter[str]()
     for row in rows:

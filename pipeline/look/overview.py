@@ -74,9 +74,9 @@ class Look:
         captions: Captions of rows drawn at random.
         images: Images of a sample of these rows; None where the list has no images.
         rules: Rows that each stage will reject or defer, by reason, as far as that can be known without CLIP.
-        advice: What to do about it, a sentence each.
-        proposal: How to begin.
-        estimates: What a run takes, by place.
+        advice: Steps to take, a sentence each.
+        proposal: Configuration to begin with.
+        estimates: Time of a run, by place.
     """
 
     paths: tuple[str, ...]

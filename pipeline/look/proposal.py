@@ -52,9 +52,9 @@ class PlacedEstimate:
 
     Attributes:
         where: Place, such as "RTX 4090".
-        recipe: What is run there, such as "preset small, scale 0.02".
+        recipe: Configuration that is run there, such as "preset small, scale 0.02".
         seconds: Seconds of the run; None where they cannot be estimated.
-        lacks: What the place lacks for it, and what to do, a sentence each.
+        lacks: Missing memory and the like, and what to do, a sentence each.
     """
 
     where: str

@@ -120,7 +120,7 @@ def obstacles(old: EvaluatedBundle, new: EvaluatedBundle) -> list[str]:
 
 def changes(old: EvaluatedBundle, new: EvaluatedBundle) -> list[Change]:
     """Returns every figure that both have row by row, in the order of the new evaluation."""
-    import torch
+    import torch  # and statistics, which loads it: release list and rollback do without
 
     from pipeline.evaluate.statistics import interval
 

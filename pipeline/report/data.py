@@ -46,7 +46,7 @@ def data_section(given: ReportInput) -> Markup:
             [attempt("The histogram of similarity", _similarity, given)] if "embeddings" in given.artifacts else []
         )
         parts.append(attempt("What the first shards hold", _first_shards, given, similar, otherwise=similar))
-    near = {"pairs", "curation"} <= given.artifacts.keys()
+    near = "curation" in given.artifacts
     folds = [attempt("The near-duplicates", duplicates, given)] if near else []
     parts.append(DATA.more([*folds, attempt("The work of the stages", _work, given)]))
     return Section.of(DATA.data, "data", "Data", parts)

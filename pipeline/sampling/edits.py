@@ -20,6 +20,7 @@ from torch.nn.functional import cosine_similarity
 
 from models.cascade import UnCLIP
 from models.comparison import compare_priors, priors_of
+from models.pixels import from_uint8, psnr
 from models.sampling_config import SamplingConfig
 from models.tokens import check_captions
 from models.view import view
@@ -36,7 +37,6 @@ from pipeline.sampling.operations import (
 from pipeline.sampling.recipe import ImageRecipe, check_recipe
 
 PAPER_COUNTS, PAPER_CODES = (20, 30, 40, 80, 120, 160, 200, 320), 320  # figure 7
-MOST_DB = 100.0  # equal images have an infinite PSNR
 WIDEST = 2560  # px of a row of a strip
 SMALLEST = 128  # px of a tile; pixels of smaller images are repeated
 GAP = 4  # px of white between two tiles
@@ -165,11 +165,9 @@ def _edit(images: Any, names: Sequence[str], sampling: SamplingConfig, given: in
 
 
 def _psnr(made: torch.Tensor, image: Image.Image) -> float:
-    """Returns the PSNR in dB of one image, uint8 [1, s, s, 3], at most MOST_DB."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio  # its import takes seconds
-
+    """Returns the PSNR in dB of one image, uint8 [1, s, s, 3]."""
     truth = torch.tensor(view(image, made.shape[1]))[None]
-    return min(MOST_DB, float(peak_signal_noise_ratio(made.float(), truth.float(), 255.0)))
+    return float(psnr(from_uint8(made), from_uint8(truth)))
 
 
 def strip(images: Sequence[np.ndarray]) -> np.ndarray:

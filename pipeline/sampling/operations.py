@@ -59,7 +59,7 @@ def draw_rows(
         recipe: Operation and options; caption, seeds and shares are those of the rows.
         rows: Images to draw, of one caption where the operation begins with an image.
         images: Images that the operation begins with.
-        latents: What ``find_latents`` finds of them.
+        latents: Latents of these images, as ``find_latents`` returns them.
         progress: Function that is called after every step.
     """
     options, seeds, shares = recipe.options, [row.seed for row in rows], [row.share for row in rows]

@@ -36,7 +36,7 @@ def run_samples(ctx: Context) -> Artifact:
 
 
 def _can_be_read(stage: Stage) -> None:
-    from models.tokens import check_captions
+    from models.tokens import check_captions  # loads torch
 
     try:
         check_captions(stage.recipe.captions)

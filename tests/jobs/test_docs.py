@@ -21,9 +21,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from jobs.command_line import command_line
-from pipeline.config import Config, Run
+from pipeline.config import SCHEMA, Config, Run
 from pipeline.errors import UserError
-from pipeline.schema import FILE
 from tests.chain import MICRO, ROOT, here
 from tests.pipeline.data.bench import picture, save_clip, write_list
 from tests.pipeline.data.source.test_imported import write_parts
@@ -121,7 +120,7 @@ def tables(text: str) -> Iterator[dict[str, str]]:
 
 def test_the_configuration_page_and_the_schema_have_every_class_of_the_code() -> None:
     text = (ROOT / "docs/configuration.md").read_text()
-    assert FILE.read_text() == schema_text(), "python -m tests.reference writes the schema anew"
+    assert SCHEMA.read_text() == schema_text(), "python -m tests.reference writes the schema anew"
     shown = {name for _, names, _ in MARKER.findall(text) for name in names.split(", ")}
     assert shown == KINDS.keys() - {"Config"}
     top = {row["field"] for row in tables(text.partition("\n## ")[0])}

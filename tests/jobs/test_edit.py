@@ -17,10 +17,9 @@ from jobs.bundles import remember_bundle
 from jobs.cli import main
 from jobs.drawing_words import EDITS
 from models.cascade import UnCLIP
-from models.pixels import from_uint8
+from models.pixels import from_uint8, psnr
 from models.tokens import tokenize
 from models.view import view
-from pipeline.evaluate.upsamplers import psnr
 from pipeline.sampling import edits
 from pipeline.sampling.edits import END_MS, FRAME_MS, GAP
 from pipeline.sampling.nearest import TrainingImage

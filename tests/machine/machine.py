@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pipeline.data.source.journal import read_journal, reference_mark
 from pipeline.errors import CorruptObject
-from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact, read_shards
+from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact
 from pipeline.ledger import Ledger
 from pipeline.store import open_store
 from pipeline.upkeep.repair import protected_objects
@@ -27,6 +26,7 @@ from tests.machine.bucket import Bucket
 from tests.machine.driver import Clock, Driver, History, StepStore, files, outcome
 from tests.machine.holders import find_holders, is_sound
 from tests.machine.house import House
+from tests.machine.settled import forgotten_is_gone, ledger_balances
 
 PROJECTS = ("p", "q")
 DRIVERS = ("a", "b")
@@ -81,8 +81,6 @@ class Machine(RuleBasedStateMachine):
 
     def store(self, driver: Driver) -> StepStore:
         return StepStore(self.inner, driver, self.history, self.fresh)
-
-    # --- rules --------------------------------------------------------------------------------------------------------
 
     @initialize(
         rows=st.lists(st.sampled_from(["", "slow", "dead"]), min_size=1, max_size=4),
@@ -260,10 +258,9 @@ class Machine(RuleBasedStateMachine):
         for stage, made in artifacts.items():
             path = artifact_path(stage, made.key)
             standing = objects.get(path)
-            if standing is None or path in self.foreign or self.is_damaged(path, objects):
+            if standing is None or self.tainted or path in self.foreign or self.is_damaged(path, objects):
                 continue
-            if not self.tainted:
-                assert json.loads(standing)["blobs"] == dict(made.blobs), f"{path}: a racer has not adopted what stands"
+            assert json.loads(standing)["blobs"] == dict(made.blobs), f"{path}: a racer has not adopted what stands"
 
     # --- what holds ---------------------------------------------------------------------------------------------------
 
@@ -339,13 +336,13 @@ class Machine(RuleBasedStateMachine):
         for project in PROJECTS:
             self._run(project)
             if not self.tainted:
-                self._ledger_balances(project)
+                ledger_balances(self.house, self.store(self.watcher), project)
         for _ in range(2):
             self._do("gc", PROJECTS[0])
             self.clock.seconds += GRACE_HOURS * 3600 + 1
         if self.tainted:
             return
-        self._forgotten_is_gone()
+        forgotten_is_gone(self.house, self.store(self.watcher), self.asked_to_forget, self.raw())
         for project in PROJECTS:
             stale = [v for v in self._do("plan", project) if v.state == "stale"]
             assert not stale, f"{project}: gc has deleted what the last run needs: {stale}"
@@ -382,34 +379,6 @@ class Machine(RuleBasedStateMachine):
         how = outcome(ended)
         assert how in well or self.tainted, f"{what} ended with {how}: {ended}"
         return ended
-
-    def _ledger_balances(self, project: str) -> None:
-        store = self.store(self.watcher)
-        opened = self.house.project(store, project)
-        made = opened.finished()
-        for stage, artifact in made.items():
-            if artifact.shard_table is not None:
-                shards = read_shards(store, artifact)
-                counted = (sum(shard.kept for shard in shards), sum(shard.lost for shard in shards))
-                ledger = artifact.ledger
-                assert counted == (ledger.kept, ledger.rows - ledger.kept), f"{project}: {stage}: {counted} {ledger}"
-        listed = sum(shard.ledger.rows for shard in opened.scan.shards)
-        assert len(self.house.lists[project].rows) <= listed
-        assert made["source"].ledger.rows == made["pairs"].ledger.rows == listed, f"{project}: rows are lost"
-
-    def _forgotten_is_gone(self) -> None:
-        store, forgotten = self.store(self.watcher), {}
-        for project in PROJECTS:
-            marks = read_journal(store, project).forgotten
-            lost = {url for url in self.asked_to_forget[project] if reference_mark(url) not in marks}
-            assert not lost, f"{project}: {lost} were forgotten, and are not any longer"
-            forgotten[project] = {url for url in self.house.lists[project].rows if reference_mark(url) in marks}
-        listed = {url for name in PROJECTS for url in self.house.lists[name].rows if url not in forgotten[name]}
-        gone = set().union(*forgotten.values()) - listed
-        for path, data in self.raw().items():
-            if path.startswith(("blobs/", "damaged/")):
-                held = [url for url in gone if url.encode() in data]
-                assert not held, f"{path} still has {held}, which was forgotten"
 
 
 class BucketMachine(Machine):

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from models.degradation.blur import corruption_blur, gaussian_kernels, mirrored
 from models.degradation.bsr import FULL, LIGHT, STEPS, Strength, _noise, _orders, bsr, bsr_mild, jpeg
-from models.pixels import from_uint8, resize, to_uint8
+from models.pixels import from_uint8, psnr, resize, to_uint8
 from models.random_streams import RandomStreams
 
 
@@ -22,11 +22,6 @@ def picture(rows: int, height: int, width: int, detail: float = 0.05) -> Tensor:
     edges = (F.interpolate(torch.rand(rows, 3, 4, 4, generator=g), (height, width)) > 0.6).float()
     texture = detail * torch.randn(rows, 3, height, width, generator=g)
     return ((0.7 * coarse + 0.3 * edges + texture).clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def psnr(first: Tensor, second: Tensor) -> float:
-    """dB, for values in [-1, 1]; of others, differences mean something."""
-    return (10 * torch.log10(4 / (first - second).square().mean())).item()
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (17, 30)])
@@ -108,10 +103,11 @@ def test_a_row_is_degraded_alike_in_any_batch() -> None:
 def test_bsr_damages_more_than_its_light_form_and_that_more_than_the_mild_end() -> None:
     images = from_uint8(picture(32, 64, 64, detail=0.02))
     clean = resize(images, (16, 16))
-    full, light = (bsr(images, draws(32), form) for form in (False, True))
-    mild, mild_light = (bsr_mild(clean, draws(32), form) for form in (False, True))
-    assert 14 < psnr(full, clean) < psnr(light, clean) - 2
-    assert psnr(light, clean) < psnr(mild, clean) < psnr(mild_light, clean)
+    forms = product(((bsr, images), (bsr_mild, clean)), (False, True))
+    damaged = (damage(given, draws(32), form) for (damage, given), form in forms)
+    full, light, mild, mild_light = (psnr(image, clean).mean() for image in damaged)
+    assert 14 < full < light - 2
+    assert light < mild < mild_light
 
 
 def test_colours_are_kept() -> None:

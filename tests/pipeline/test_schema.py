@@ -8,12 +8,11 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from pipeline.config import PRESETS
+from pipeline.config import PRESETS, SCHEMA
 from pipeline.parse import overlay
-from pipeline.schema import FILE
 
 ROOT = Path(__file__).parents[2]
-VALIDATOR = Draft202012Validator(json.loads(FILE.read_text()))
+VALIDATOR = Draft202012Validator(json.loads(SCHEMA.read_text()))
 LEAST: dict[str, Any] = {"project": "p", "store": "s", "source": {"paths": ["a.csv"]}}
 
 
@@ -22,7 +21,7 @@ def test_shipped_configurations_fit(path: Path) -> None:
     text = path.read_text()
     VALIDATOR.validate(yaml.safe_load(text))
     line, _, _ = text.partition("\n")
-    assert path.parent.joinpath(line.removeprefix("# yaml-language-server: $schema=")).resolve() == FILE
+    assert path.parent.joinpath(line.removeprefix("# yaml-language-server: $schema=")).resolve() == SCHEMA
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -18,8 +18,8 @@ class Note(NamedTuple):
     Attributes:
         found: Bytes of its robots.txt, or the reason why there are none.
         failed: The site is left alone, since its wishes are not known or it does not answer.
-        seen: When it was found, in seconds since the epoch.
-        until: When it is asked for again, in seconds since the epoch.
+        seen: Time at which it was found, in seconds since the epoch.
+        until: Time from which it is asked for again, in seconds since the epoch.
     """
 
     found: bytes | str

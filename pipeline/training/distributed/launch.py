@@ -180,7 +180,7 @@ def _beating(heartbeats: Any, group: ProcessGroup) -> Iterator[None]:
             with suppress(ray.exceptions.RayError):
                 told = heartbeats.beat.remote(group.rank, group.pulse.beat(group.size, me, host))
                 if why := ray.get(told, timeout=ANSWER_S):
-                    print(why, file=sys.stderr, flush=True)
+                    log.error(why)  # logging flushes each line, which os._exit does not
                     os._exit(1)
             if last:
                 return

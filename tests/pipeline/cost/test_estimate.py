@@ -68,6 +68,13 @@ def test_nothing_made_yet_is_a_guess() -> None:
     assert many.seconds - many.startup == pytest.approx(2 * (few.seconds - few.startup))
 
 
+def test_a_plan_for_another_machine_counts_the_cores_of_that_machine() -> None:
+    for stage in ("samples", "evaluation", "decoder"):  # drawn, measured and trained in one process
+        one, many = (estimate(stage, replace(asked(), machine=Machine(cpus))) for cpus in (1, 96))
+        assert (one.cores, many.cores) == (1, 96)
+        assert one.seconds - one.startup == pytest.approx(96 * (many.seconds - many.startup))
+
+
 def test_what_was_measured_scales_with_rows_samples_and_workers() -> None:
     ask = measured(
         pairs=Observation(100, 15.0, 20.0, 2, {}, disk=900.0),

@@ -14,7 +14,7 @@ from torch import Tensor
 from models.clip import Clip
 from models.diffusion.schedules import make_schedule
 from models.image_configs import UpsamplerConfig
-from models.pixels import from_uint8, resize
+from models.pixels import from_uint8, psnr, resize
 from models.sampling_config import SamplingConfig
 from models.upsampler import Upsampler
 from pipeline.evaluate import figure, upsamplers
@@ -205,7 +205,7 @@ def test_the_busiest_crop_has_the_detail() -> None:
 def test_psnr_of_known_errors() -> None:
     reference = torch.zeros(3, 3, 4, 4)
     image = torch.stack([reference[0], reference[0] + 0.2, reference[0] + 2])
-    assert upsamplers.psnr(image, reference).tolist() == pytest.approx([100.0, 20.0, 0.0], abs=1e-5)
+    assert psnr(image, reference).tolist() == pytest.approx([100.0, 20.0, 0.0], abs=1e-5)
 
 
 # --- the judge --------------------------------------------------------------------------------------------------------
