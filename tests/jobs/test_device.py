@@ -79,7 +79,11 @@ def test_the_stages_and_the_notebook_draw_on_a_gpu(
 ) -> None:
     make_sample = pipeline.sampling.drawing.make_sample
     few = {"size": 64, "decoder_steps": 2, "prior_steps": 2}
-    monkeypatch.setattr(pipeline.sampling.drawing, "make_sample", lambda *words: make_sample(*words[:3], few, words[4]))
+    monkeypatch.setattr(
+        pipeline.sampling.drawing,
+        "make_sample",
+        lambda *words: make_sample(words[0], words[1], words[2], few, words[4]),
+    )
     run_samples(context(run, "samples", SamplesRecipe()))
 
     def load(_: object, device: torch.device) -> None:
