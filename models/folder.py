@@ -128,7 +128,7 @@ def read(folder: Path, device: torch.device | str) -> tuple[dict, dict[str, Tens
         raise ValueError(f"{folder}/{CONFIG_FILE} has format {document['format']!r}: fetch or train it again")
     if document["format"] > FORMAT:
         raise ValueError(f"{folder} has format {document['format']}, newer than {FORMAT}: update this software")
-    # Of a bundle that was made small to travel; layers of both precisions would not multiply.
+    # A bundle that was made small to travel has fp16 matrices; layers of two precisions would not multiply.
     return document, {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
 
 

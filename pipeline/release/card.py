@@ -38,9 +38,10 @@ LIMITS = """\
 ## What to know before use
 
 Nobody has looked at each image that it was trained on: errors, prejudice, people and trade marks of their sources are
-in what it draws, and it may draw an image that is close to one of them. Captions and images are not filtered. What the
-claims above do not measure has not been measured. The licence of the weights is for those who share them to choose,
-with regard to the licences above: write it in place of `unknown`.
+in what it draws, and it may draw an image that is close to one of them. Curation judges content only by the scores that
+its recipe bounds (`min_score`, `max_score`). What the claims above do not measure has not been measured. The
+licence of the weights is for those who share them to choose, with regard to the licences above:
+write it in place of `unknown`.
 """
 
 
