@@ -19,7 +19,10 @@ HABITS = {
     "status": "unclip show CONFIG says what is made",
     "logs": "unclip show CONFIG says what is made, and unclip submit with the same words follows a job",
     "stop": "Ctrl-C stops a run, and unclip submit with --stop a job; the same command goes on later",
+    "download": "unclip run CONFIG --until pairs fetches the images of its lists",
+    "finetune": "unclip init NAME LIST --from WHERE goes on from the models that are there",
     "--output": "write run.output=FOLDER",
+    "--preset": "write preset=NAME",
     "--resume": "leave it out: the same command goes on where it was",
     "--force": "leave it out: what a changed value or list makes stale is made again",
     "--gpus": "leave it out: GPUs that are there are used; run.STAGE.workers=N takes fewer",
@@ -98,6 +101,8 @@ class Parser(argparse.ArgumentParser):
             said = said or did_you_mean(
                 name.lstrip("-"), [option[2:] for option in known if option.startswith("--")], "--"
             )
+            if "--set" in known and said.startswith("; known"):
+                said += f"; values are written {known['--set'].metavar}"
             raise UserError(f"{self.prog}: unknown option {name}{said}")
         return int(begun[0].nargs is None and not equals)
 
@@ -108,7 +113,18 @@ class Parser(argparse.ArgumentParser):
             words = action.choices if isinstance(value, str) else map(str, action.choices)
             near = did_you_mean(value, words) if isinstance(value, str) else f"; known are {', '.join(words)}"
             near = f"; {HABITS[value]}" if kind == "command" and value in HABITS else near
+            if kind == "command" and (below := self._with_command(action, value)):
+                near = f"; did you mean {' or '.join(below)}?"
             raise UserError(f"{what} unknown {kind} {value}{near}")
+
+    def _with_command(self, action: argparse._SubParsersAction[Any], name: str) -> list[str]:
+        """Returns the commands of ``action`` below which there is one of this name, with that name."""
+        return [
+            f"{self.prog} {command} {name}"
+            for command, parser in action.choices.items()
+            for each in parser._actions
+            if isinstance(each, argparse._SubParsersAction) and name in each.choices
+        ]
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError with the message in plain words."""
@@ -136,7 +152,7 @@ class Parser(argparse.ArgumentParser):
 def takes_lists(parser: Parser, nargs: str, more: str = "") -> None:
     """Adds ``sources``, lists as ``source.paths`` names them, and options that say how they are read."""
     text = "a table, a JSON file, a folder of images with texts, tars, embeddings, or hf://datasets/OWNER/NAME"
-    parser.add_argument("sources", nargs=nargs, metavar="SOURCE", help=text + more)
+    parser.add_argument("sources", nargs=nargs, metavar="SOURCE", type=given, help=text + more)
     text = "column of image URLs or paths (default url)"
     parser.add_argument("--image-column", default="url", metavar="COLUMN", help=text)
     text = "column of captions (default caption)"
@@ -165,6 +181,13 @@ def takes_place(parser: Parser, metavar: str, text: str) -> None:
 def add_below(commands: Any, name: str, text: str, aliases: Sequence[str] = ()) -> Parser:
     """Returns the parser of one more command, whose help is a sentence."""
     return commands.add_parser(name, aliases=aliases, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+
+def given(text: str) -> str:
+    """Returns a word that may not be empty, as the value of a shell's variable that is not set would be."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is empty; is a variable of the shell not set?")
+    return text
 
 
 def count(text: str) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from jobs.archives import DEMO, archived_bundle, demo_address, is_archive
 from jobs.command_line import PLACES
 from jobs.project import load_as_run, open_as_run
+from pipeline.data.source.lists import ON_HUB
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.ledger import Ledger
@@ -157,7 +158,11 @@ def _of_output(output: Path) -> Bundle:
             raise ValueError(word)
         store = open_store(url if "://" in url else str(output / url))
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{output}: no finished bundle there; name {PLACES}") from None
+        hub = ""
+        if ON_HUB.fullmatch(str(output)) and output.parts[0] != "out" and not output.parent.exists():
+            download = f"hf download {output} --local-dir {output.name}"
+            hub = f"; one on the Hugging Face Hub has to be downloaded first: {download}"
+        raise UserError(f"{output}: no finished bundle there; name {PLACES}{hub}") from None
     artifact = load_artifact(store, "bundle", key)
     copy = output / "bundle" / (f"signed-{files[:12]}" if files else key[:12])
     if artifact is not None and files and files != files_of(artifact):

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.arguments import Command, Parser, add_below, count, takes_lists, takes_quiet, takes_values
+from jobs.arguments import Command, Parser, add_below, count, given, takes_lists, takes_quiet, takes_values
 from jobs.drawing_words import PLACES, add_edit, add_generate, add_redraw, add_sample
 from jobs.output import say
 from pipeline.pages import page
@@ -76,7 +76,8 @@ def leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]
 
 def takes_config(parser: Parser, nargs: str | None = None) -> None:
     """Adds ``config``, a project's file, and ``overrides``, values in place of the file's."""
-    parser.add_argument("config", nargs=nargs, metavar="CONFIG", help="a project's YAML file, or nano or demo")
+    text = "a project's YAML file, or nano or demo"
+    parser.add_argument("config", nargs=nargs, metavar="CONFIG", type=given, help=text)
     takes_values(parser, "KEY=VALUE", OVERRIDES)
 
 

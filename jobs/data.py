@@ -90,8 +90,11 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
     reaches = [path_policy(project.config.source, path) for path in project.config.source.paths]
     blob, rows = gather(project.store, _listed(project), pairs, frozenset(reasons), reaches)
     if blob is None:
-        ended = ", ".join(f"{n:,} {reason}" for reason, n in sorted(pairs.ledger.lost.items()))
-        say(f"no row to retry; rows of pairs that were not kept: {ended or 'none'}")
+        lost = sorted(pairs.ledger.lost.items())
+        ended = ", ".join(f"{n:,} {reason}" for reason, n in lost)
+        others = ",".join(reason for reason, _ in lost if reason not in {*reasons, *FINAL})
+        more = f"; --reason {others} retries those" if others else ""
+        say(f"no row to retry; rows of pairs that were not kept: {ended or 'none'}{more}")
         return 0
     if FIRST_RETRY + len(journal.retries) > LAST_SEGMENT:
         raise UserError(f"{len(journal.retries)} retries are as many as one project can hold; name another project")

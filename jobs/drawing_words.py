@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from pathlib import Path
 
-from jobs.arguments import Parser, add_below, count, takes_place, takes_quiet, takes_values
+from jobs.arguments import Parser, add_below, count, given, takes_place, takes_quiet, takes_values
 
 OPTIONS = "a sampling option, such as size=64 or steps=50"
 PLACES = (
@@ -27,7 +27,7 @@ ALIASES = {"vary": ["variations"], "interpolate": ["blend"], "change": ["textdif
 
 def add_sample(parser: Parser) -> None:
     """Adds the words of ``unclip sample``."""
-    parser.add_argument("captions", nargs="+", metavar="CAPTION", help="what the image shows")
+    parser.add_argument("captions", nargs="+", metavar="CAPTION", type=given, help="what the image shows")
     parser.add_argument("-n", type=int, default=1, metavar="N", help="images of each caption (1)")
     takes_place(parser, "WHERE", "a folder, or the file of one image (samples, in the run's output folder)")
     _takes_bundle(parser)

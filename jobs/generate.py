@@ -31,9 +31,10 @@ def main(arguments: argparse.Namespace) -> int:
         asked = describe("draw", read_options(arguments.overrides), seed=arguments.seed)
     if asked.n > 1 or asked.side:
         raise UserError("generate draws one image of each prompt, of 64, 256 or 1024 px; leave n and other sizes out")
+    column = find_column(arguments.prompts, arguments.column)
     found = find_bundle(arguments.source)
     to = arguments.to or found.output / "generated"
-    if column := find_column(arguments.prompts, arguments.column):
+    if column:
         say(f"prompts: column {column} of {arguments.prompts}")
     store, bundle = found.stored()
 

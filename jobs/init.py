@@ -150,6 +150,6 @@ def _remarks(seen: ListPreview, context: int) -> Iterator[str]:
         of = len(seen.sides) + len(seen.unopened)
         yield f"warning: {len(seen.unopened)} of the first {of} images cannot be opened and will be left out:"
         for url, reason in seen.unopened[:NAMED]:
-            yield f"    {url.removeprefix('file://')}: {reason}: {REASONS[reason]}"
+            yield f"    {url.removeprefix('file://')[:200]}: {reason}: {REASONS[reason]}"
     if small := len(seen.sides) - seen.reaching(64):
         yield f"warning: {small} of the first {len(seen.sides)} images are below 64 px, too small to train on"

@@ -57,7 +57,16 @@ class Project:
         return max(self.scan.held_out.values(), default=0) / max(1, self.rows)
 
     def warnings(self, stages: Collection[str]) -> Iterator[str]:
-        """Yields what will be missed of the list by some of these stages, before anything has learned from it."""
+        """Yields what will be missed of the list by some of these stages, before anything has learned from it.
+
+        A store that knows of no run comes first, where the output folder does.
+        """
+        ran = Path(self.config.run.output) / RUN_FILE
+        if ran.is_file() and not last_run(self.store, self.config.project):
+            yield (
+                f"{ran} is of a run, and the store {self.store.url} knows of none: all is made again; if the store was "
+                "moved, name its place with store=FOLDER"
+            )
         for stage in self.graph.values():
             if stage.warn and stage.name in stages:
                 yield from stage.warn(stage, self.scan)
@@ -108,11 +117,17 @@ class Project:
 
 
 def remember_config(config: Config) -> None:
-    """Writes the resolved configuration into its output folder, where ``load_as_run`` finds it."""
+    """Writes the resolved configuration into its output folder, where ``load_as_run`` finds it.
+
+    Raises UserError for a place where no folder can be made, such as /proc.
+    """
     text = yaml.safe_dump(resolved_values(config), sort_keys=False, allow_unicode=True)
     for file in (Path(config.run.output) / RUN_FILE, _run_file(config)):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"# The list and the recipes of a run, resolved\n{text}", encoding="utf-8")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"# The list and the recipes of a run, resolved\n{text}", encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"run.output: {file.parent} cannot be made; name a folder of a disk") from None
 
 
 def _run_file(config: Config) -> Path:

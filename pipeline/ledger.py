@@ -28,7 +28,7 @@ REASONS = {
     "rate_limited": "the server asks for fewer requests (status 429, or Retry-After)",
     "timeout": "the server did not deliver in time",
     "unreachable": "no connection to the server, or its name does not resolve",
-    "forbidden_address": "the host or a redirect leads to an address that is not public",
+    "forbidden_address": "the host or a redirect leads to an address that is not public (pairs.allow)",
     "opted_out": "the site's robots.txt or X-Robots-Tag asks to leave it alone",
     "denied": "on a deny list of the configuration",
     "too_large": "more bytes than the budget",

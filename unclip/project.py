@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,19 +23,23 @@ if TYPE_CHECKING:
     from unclip.model import Model
 
 
-def open(source: str | Path | Mapping[str, Any], *overrides: str, stages: Iterable[Stage] = ()) -> Project:
+def open(
+    source: str | Path | Mapping[str, Any], *overrides: str, stages: Iterable[Stage] = (), **values: Any
+) -> Project:
     """Opens a configuration and reads its list. Nothing is made.
 
     Args:
         source: A YAML file, or its values as a mapping.
         overrides: Values in place of the file's, such as "decoder.samples=100000".
         stages: Stages besides those of the pipeline and of installed packages; see docs/extend.md.
+        values: The same by name, such as ``preset="nano"`` or ``decoder={"samples": 100_000}``.
 
     Raises:
         UserError: For a mistake in the configuration, a list that cannot be read, and a store that cannot be reached.
 
     Warns where the last run had other values than these: what it made is then not this project's.
     """
+    overrides = (*overrides, *(f"{name}={json.dumps(value, default=str)}" for name, value in values.items()))
     opened = open_project(source, overrides, stages)
     if differs := last_run_differs(opened.config, overrides):
         warnings.warn(

@@ -164,4 +164,5 @@ def _refusing(path: Path) -> Iterator[None]:
         open_local(path).close()  # before the readers of tables, which open a path themselves and would wait for a pipe
         yield
     except (OSError, csv.Error, pa.ArrowException) as e:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(e).split())}); give a {KINDS}") from e
+        why = getattr(e, "strerror", None) or " ".join(str(e).split())
+        raise UserError(f"{path}: cannot be read ({why}); give a {KINDS}") from e

@@ -6,6 +6,7 @@ from pipeline.data.content import put_content
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardList
 from pipeline.graph.stages import Context
+from pipeline.pages import page
 from pipeline.training.task import Contrastive, Shardable, Task, takes_micro_batches
 
 
@@ -70,7 +71,7 @@ def _no_rows(ctx: Context, task: Task, rows: Artifact) -> str:
     ledger = rows.ledger
     reasons = [f"{count:,} {reason}" for reason, count in sorted(ledger.lost.items())]
     small = f", none of them a training row with a short side of {task.min_side} px" if ledger.kept else ""
-    remedy = "add pairs or loosen its thresholds"
+    remedy = "add pairs" if ledger.kept else f"{page('ledger')} says what to do about each reason"
     if ledger.kept and task.min_side > 64:
         remedy = f"leave {ctx.stage} out of bundle.models and set bundle.sampling.size={task.min_side // 4}"
     return (

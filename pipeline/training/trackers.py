@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import UserError, did_you_mean
+from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context, trajectory_key
 from pipeline.store.records import read_blob
@@ -226,7 +226,7 @@ def find_tracker(name: str) -> MakeTracker:
     except (ImportError, AttributeError) as e:
         raise UserError(f"run.trackers: {name}: {e}; the module must be on PYTHONPATH") from e
     if not callable(found):
-        raise UserError(f"run.trackers: {name} is neither module:function nor known{did_you_mean(name, TRACKERS)}")
+        raise UserError(f"run.trackers: {name} is neither module:function nor one of {', '.join(TRACKERS)}")
     return found
 
 

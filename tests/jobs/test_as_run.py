@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 import unclip
+from jobs.bundles import find_bundle
 from jobs.cli import main
+from jobs.project import open_as_run, open_project
 from pipeline.config import load_config, make_config, resolved_values
+from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.ledger import Ledger
 from tests.chain import ROOT, done, here, write_config
 from tests.jobs.test_mistakes import refused
 from tests.pipeline.data.bench import picture, save_clip, write_listed
@@ -48,6 +52,27 @@ def test_what_follows_a_run_with_overrides_is_that_runs(config: Path, caplog: py
     assert "no row to retry" in done(here(*retry))
     refused(*retry, "pairs.encode_quality=80", says="not made for the current list and recipes: pairs")
     assert re.search(r"^  pairs +fresh", done(here("plan", config.parent / "out/run.yaml")), re.MULTILINE)
+
+
+def test_bundles_after_a_run_with_overrides_are_that_runs(config: Path) -> None:
+    """So for all that ``--from`` and ``unclip export`` name."""
+    plain, run = (
+        next(verdict.key for verdict in opened(config).plan() if verdict.stage == "bundle")
+        for opened in (open_project, open_as_run)
+    )
+    assert plain != run
+    publish_artifact(open_project(config).store, Artifact("bundle", run, {}, {}, Ledger()), 0.0)
+    assert find_bundle(str(config)).key == run
+
+
+def test_a_store_that_was_moved_is_missed(config: Path) -> None:
+    missed = "knows of none: all is made again; if the store was moved, name its place with store=FOLDER"
+    assert missed not in done(here("plan", config))
+    (config.parent / "store").rename(config.parent / "elsewhere")
+    assert f"warning: {config.parent}/out/run.yaml is of a run, and the store {config.parent}/store {missed}" in done(
+        here("plan", config)
+    )
+    assert missed not in done(here("plan", config, f"store={config.parent}/elsewhere"))
 
 
 def test_a_pin_is_moved_in_the_plan_of_that_run(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

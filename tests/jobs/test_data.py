@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,8 @@ def test_what_is_forgotten_is_not_kept_by_a_retry(tmp_path: Path, pictures: str)
     victim = listed[7]
     for _ in range(2):  # the second time the very same rows, since all have failed again
         done(here("run", config, NOBODY, "run.pairs.retries=0", "--until", "pairs"))
+        others = done(here("data", "retry", config, "--reason", "timeout"))
+        assert re.fullmatch(r"no row to retry; .*: \d+ unreachable; --reason unreachable retries those\n", others)
         assert done(here("data", "retry", config)).startswith("20 rows are appended")
     assert done(here("data", "forget", config, victim["url"])).startswith("3 rows are forgotten")
     done(here("run", config, "--until", "curation"))
@@ -145,10 +148,14 @@ def _others(rows: list[dict[str, Any]], but: dict[str, Any]) -> list[dict[str, A
 
 def test_mistakes(tmp_path: Path, pictures: str) -> None:
     """Those of a project whose pairs are made; others are in the table of mistakes and in test_as_run.py."""
-    _, config, _ = _project(tmp_path, pictures)
+    store, config, listed = _project(tmp_path, pictures)
     done(here("run", config, "--until", "pairs"))
     refused("data", "retry", config, "--reason", "timeout,opted_out", says="opted_out is final")
     (tmp_path / "windows.txt").write_text("\ufeff000000000998\n", encoding="utf-8")  # a key, behind a byte order mark
     refused("data", "forget", config, "--file", tmp_path / "windows.txt", says="000000000998: no row")
     refused("data", "forget", config, "000000000999", says=["000000000999: no row", "nothing is forgotten"])
     refused("data", "forget", config, "0" * 64, says="no stored image")
+    journal = read_journal(store, yaml.safe_load(config.read_text())["project"])
+    says = ["nosuch: no row of the list has this reference; nothing is forgotten", "a URL, a file's whole path"]
+    refused("data", "forget", config, listed[0]["url"], "nosuch", says=says)
+    assert read_journal(store, yaml.safe_load(config.read_text())["project"]) == journal

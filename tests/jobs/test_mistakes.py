@@ -72,7 +72,11 @@ def test_above_the_budget_it_stops_without_yes(write: Write) -> None:
 def test_all_rows_rejected_says_why(write: Write) -> None:
     """Where nothing is left to learn from, the run ends with what removed the rows."""
     rows = "".join(f"http://closed.test/{i}.png,picture {i}\n" for i in range(3))
-    refused("run", write("url,caption\n" + rows), says=["clip: no training rows", "3 unreachable"])
+    refused(
+        "run",
+        write("url,caption\n" + rows),
+        says=["clip: no training rows", "3 unreachable", "docs/ledger.md says what to do"],
+    )
 
 
 def test_a_place_that_cannot_be_written(write: Write, tmp_path: Path) -> None:
@@ -81,6 +85,10 @@ def test_a_place_that_cannot_be_written(write: Write, tmp_path: Path) -> None:
     refused("plan", write(store=str(below)), says=str(below))
     refused("run", write(store=str(below)), says=str(below))
     refused("run", write(), f"run.output={below}", "--until", "source", says=str(below))
+    for system in ("/proc/self/here", "/sys/here"):
+        refused("run", write(store=system), "--until", "source", says=[system, "name another place"])
+        refused("run", write(store=system), "--until", "source", "--yes", says=[f"store {system}", "another folder"])
+        refused("run", write(), f"run.output={system}", "--until", "source", says=[system, "name a "])
 
 
 def test_temporary_files_where_ray_cannot_be(write: Write, tmp_path: Path) -> None:

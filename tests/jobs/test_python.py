@@ -169,6 +169,9 @@ def test_what_is_neither_caption_nor_image_is_named_in_a_line(model: unclip.Mode
         lambda: model.generate(
             "a cat", guidence=3
         ): r"unknown sampling options \['guidence'\]: did you mean guidance\?",
+        lambda: model.generate("a cat", sise=64): r"unknown sampling options \['sise'\]: did you mean size\?",
+        lambda: model.generate("a cat", width=64): "width is not known here: images are square: give size",
+        lambda: model.generate("a cat", height=64): "height is not known here: images are square: give size",
         lambda: model.generate("a cat", generator=7): "generator is not known here: give its seed",
         lambda: model.generate("a cat", negative_prompt="a dog"): "negative_prompt is not known here",
         lambda: model.generate(["a cat"], seed=[1, 2]): "1 captions and 2 seeds",
@@ -192,7 +195,7 @@ def test_what_is_neither_caption_nor_image_is_named_in_a_line(model: unclip.Mode
     refuses(types, TypeError)
     (tmp_path / "a.png").write_text("no image")
     refuses({lambda: model.vary(tmp_path / "a.png"): "a.png", lambda: model.to("cuda"): "no GPU"})
-    refuses({lambda: unclip.load(tmp_path / "nothing"): "nothing"})
+    refuses({lambda: unclip.load(tmp_path / "nothing"): "nothing", lambda: unclip.load("me/it"): "hf download me/it "})
     assert model.embed("a cat with a heart.").shape == model.embed(heart).shape
 
 
@@ -240,9 +243,12 @@ def test_values_open_as_their_file_does(undisturbed: Undisturbed, tmp_path: Path
     of_file, of_values = (unclip.open(source, "decoder.seed=1").plan() for source in (path, values))
     assert of_file.verdicts == of_values.verdicts
     assert of_file.verdicts != unclip.open(path).plan().verdicts
-    half = unclip.open(path, "scale=0.5")
+    assert unclip.open(path, decoder={"seed": 1}).plan().verdicts == of_file.verdicts
+    half = unclip.open(path, scale=0.5)
+    assert half.plan().verdicts == unclip.open(path, "scale=0.5").plan().verdicts
     assert unclip.open(half.config).plan().verdicts == half.plan().verdicts != of_file.verdicts
     refuses({lambda: unclip.open(values, "decodr.seed=1"): "did you mean decoder"})
+    refuses({lambda: unclip.open(values, preset="nanno"): "preset: .nanno. is not one of nano"})
 
 
 def test_artifacts_are_tables_files_and_models(project: unclip.Project, tmp_path: Path) -> None:

@@ -1,16 +1,22 @@
-"""Mistakes that people make: each is one line, exit code 2, and says what to type instead.
+"""Mistakes that people make: each is one line, exit code 2, and says what to type instead. Some are no mistakes here.
 
 Others in values are in tests/pipeline/test_config.py, and in lists in tests/pipeline/data/source/test_stage.py.
 """
 
+import base64
+import json
 import shlex
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tests.chain import MICRO
+from tests.chain import MICRO, done, here
 from tests.jobs.test_mistakes import refused
+from tests.pipeline.data.bench import picture
 
 TABLE = """
 rnu mine.yaml                                     | unknown command rnu; did you mean run?
@@ -142,16 +148,83 @@ serve --port 80000                                | serve.port: 80000 is above 6
 data retry mine.yaml                              | not made for the current list and recipes: pairs; unclip run makes
 release rollback mine.yaml                        | no release exists before the first to go back to
 export mine.yaml --to hf://me/model               | hf://me/model: only s3://BUCKET/PREFIX or a folder can be a store
+plan ""                                           | CONFIG: '' is empty; is a variable of the shell not set?
+show ""                                           | CONFIG: '' is empty
+init my ""                                        | SOURCE: '' is empty
+sample ""                                         | CAPTION: '' is empty; ~write unclip sample CAPTION ...
+inpaint cat.gif                                   | unknown command inpaint; did you mean unclip edit inpaint?
+forget mine.yaml a.png                            | unknown command forget; did you mean unclip data forget?
+download list.csv                                 | unknown command download; unclip run CONFIG --until pairs fetches
+finetune list.csv                                 | unknown command finetune; unclip init NAME LIST --from WHERE
+run mine.yaml --preset nano                       | unknown option --preset; write preset=NAME
+run mine.yaml --epochs 10                         | unknown option --epochs; ~; values are written KEY=VALUE
+run mine.yaml +decoder.samples=100                | +decoder.samples=100: not understood here; ~[KEY=VALUE ...]
+plan mine.yaml run.trackers=[comet]               | run.trackers: comet is neither module:function nor one of tensor
+plan mine.yaml store=gcs://bucket/a               | only s3://BUCKET/PREFIX or a folder can be a store
+plan mine.yaml source.paths=[fold1.csv]           | split 'fold1' is not train, ~name another column
+plan mine.yaml source.paths=[moved]               | source moved: no such file or folder in
+init "my project" list.csv                        | 'my project' is not a plain name; use letters, digits
+init my pairs.zip                                 | of compressed files only .csv.gz, ~; unpack it first
+init my apart                                     | no row has a caption, ~a.txt for a.jpg~1 .txt without an image
+init my suffixes                                  | no row has a caption, ~1 .txt without an image (such as a.jpg.txt)
+generate gone.txt --from none                     | gone.txt: cannot be read (No such file or directory)
+generate book.docx --from none                    | book.docx: not a list of prompts; give a .txt with a prompt a line
+export none --to photos                           | photos is not empty; name a new folder with --to
+edit vary drawing.svg --from none                 | drawing.svg: cannot be taken (not_an_image
+edit vary cat.gif --from none -o strip.jpg        | --to strip.jpg: what is made is a .png file
+show mine.yaml decoder                            | no artefact in ~unclip show without a key lists
+submit mine.yaml --to 127.0.0.1:9                 | no Ray cluster answers at http://127.0.0.1:9 ~start it, or correct
+submit mine.yaml --to localhost:9                 | no Ray cluster answers at http://localhost:9 ~start it, or correct
+submit mine.yaml --to ray://127.0.0.1:10001       | ray://127.0.0.1:10001 ~write http://HOST:8265
+sample cat --count 0                              | n is 0; use 1 to 1000
+sample cat --num-images 0                         | n is 0; use 1 to 1000
+sample cat guidance_scale=much                    | guidance_scale: expected a number, got 'much'
+sample cat seed=-1                                | seed -1 is below 0
+sample cat --steps 1                              | decoder_steps is 1: use 2 or more
+sample cat sise=64                                | ['sise']: did you mean size?
+sample cat --from OWNER/NAME                      | one on the Hugging Face Hub has to be downloaded first: hf download
 """
-ROWS = [[part.strip() for part in line.split("|")] for line in TABLE.strip().splitlines()]
+# What other tools write and people do, which is taken as it is: what is printed says what was made of it.
+TAKEN = """
+init a utf16.csv                                  | pairs found: 1
+init a semicolons.csv                             | pairs found: 1
+init a tabs.txt                                   | pairs found: 1
+init a laion.csv                                  | pairs found: 1
+init a numbers.csv                                | pairs found: 2
+init a five.csv                                   | pairs found: 1
+init a hub.parquet                                | pairs found: 2
+init a coco/annotations/captions_val2017.json     | pairs found: 1
+init a llava.json                                 | pairs found: 1
+init a kohya.json                                 | pairs found: 1
+init a 10_dog                                     | pairs found: 1
+init a twice                                      | pairs found: 2
+init a CAPITALS                                   | pairs found: 1
+init a bare                                       | 1 of them have no caption and will not be trained on
+init a long.csv                                   | 1 of the first 1 captions have more than 1,000 characters
+init a tiny                                       | 1 of the first 1 images are below 64 px, too small to train on
+init a windows.csv                                | 1 of the first 1 images cannot be opened ~: missing_file
+init a cells.csv                                  | 1 of the first 1 images cannot be opened ~: unsupported_reference
+plan mine.yaml store=/proc/self                   | warning: the disk of ~the store /proc/self is too small
+"""
+
+
+def rows_of(table: str) -> list[list[str]]:
+    return [[part.strip() for part in line.split("|")] for line in table.strip().splitlines()]
+
+
+ROWS, DONE = rows_of(TABLE), rows_of(TAKEN)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mistakes")
-    for name in ("none", "photos"):
+    for name in ("none", "photos", "apart/captions", "suffixes", "coco/annotations", "10_dog", "twice", "CAPITALS"):
+        (folder / name).mkdir(parents=True)
+    for name in ("bare", "tiny", "numbers"):
         (folder / name).mkdir()
     row = "http://closed.test/a.png"
+    coco = {"images": [{"id": 1, "file_name": "a.png", "coco_url": row}]}
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a cat"}]
     texts = {
         "list.csv": f"url,caption\n{row},a\n",
         "rows.csv": "numbers/000.jpg;a dog, number 0\n",
@@ -168,9 +241,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "book.xlsx": "PK\3\4",
         "book.docx": "PK\3\4",
         "photos/readme.md": "nothing",
+        "fold1.csv": f"url,caption,split\n{row},a cat,fold1\n",
+        "pairs.zip": "PK\3\4",
+        "drawing.svg": "<svg/>",
+        "apart/captions/a.txt": "a cat",
+        "suffixes/a.jpg.txt": "a cat",
+        "semicolons.csv": f"url;caption\n{row};a cat\n",
+        "tabs.txt": f"url\tcaption\n{row}\ta cat\n",
+        "laion.csv": f"URL,TEXT\n{row},a cat\n",
+        "numbers.csv": f"url,caption\n{row},1\nhttp://closed.test/b.png,2\n",
+        "five.csv": "url,caption\n" + "".join(f"{row},cat {i}\n" for i in range(5)),
+        "coco/annotations/captions_val2017.json": json.dumps(
+            {**coco, "annotations": [{"image_id": 1, "id": i, "caption": f"cat {i}"} for i in range(5)]}
+        ),
+        "llava.json": json.dumps([{"id": "1", "image": "numbers/a.png", "conversations": turns}]),
+        "kohya.json": json.dumps({"numbers/a": {"caption": "a cat", "tags": "cat"}}),
+        "10_dog/a.caption": "a dog",
+        "twice/a.txt": "a cat",
+        "CAPITALS/A.TXT": "a cat",
+        "bare/b.txt": "a cat",
+        "tiny/a.txt": "a cat",
+        "long.csv": f"url,caption\n{row},{'a cat ' * 200}\n",
+        "windows.csv": "url,caption\nnumbers\\a.png,a cat\n",
+        "cells.csv": f"url,caption\n{base64.b64encode(picture(0, 16, 16)).decode()},a cat\n",
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
+    images = "apart/a.jpg suffixes/a.jpg 10_dog/a.png twice/a.jpg twice/a.png CAPITALS/A.PNG bare/a.png bare/b.png"
+    for i, name in enumerate([*images.split(), "numbers/a.png"]):
+        (folder / name).write_bytes(picture(i, kind="JPEG" if name.endswith("jpg") else "PNG"))
+    (folder / "tiny/a.png").write_bytes(picture(0, 1, 1))
+    (folder / "utf16.csv").write_text(f"url,caption\n{row},a cat\n", encoding="utf-16")
+    inside = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(2)]
+    pq.write_table(pa.table({"image": inside, "text": ["a cat", "a dog"]}), folder / "hub.parquet")
     (folder / "old.csv").write_bytes(f"url;caption\n{row};Mädchen\n".encode("cp1252"))
     values = {**MICRO, "store": "store", "source": {"paths": ["list.csv"]}}
     (folder / "mine.yaml").write_text(yaml.safe_dump(values))
@@ -182,3 +285,11 @@ def test_one_line_says_what_to_type_and_nothing_is_written(words: str, says: str
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     refused(*shlex.split(words), says=says.split("~"), cwd=folder)
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("words", "says"), DONE, ids=[words for words, _ in DONE])
+def test_what_other_tools_write_is_taken_or_said(words: str, says: str, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    printed = done(here(*shlex.split(words), cwd=tmp_path / "copy"))
+    for text in says.split("~"):
+        assert text.strip() in printed

@@ -108,6 +108,8 @@ def test_fields_of_other_servers_mean_what_they_mean_there(client: openai.OpenAI
     steps = {name: settings(quality=name)["decoder_steps"] / own["decoder_steps"] for name in ("low", "high", "max")}
     assert steps == {"low": 0.5, "high": 2, "max": 8}
     assert settings(quality="max", steps=5)["decoder_steps"] == 5
+    made = client.images.generate(prompt="a fox", **SMALL, extra_body={"negative_prompt": "a dog", "steps": 2})
+    assert made.warnings == ["negative_prompt has no effect: guidance leads away from the empty caption"]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +154,7 @@ def test_a_mistake_is_said_as_openai_says_it(
         ("POST", "images/edits", {"json": {"prompt": "x"}}, 400, None, "send multipart/form-data"),
         ("POST", "images/edits", {"files": {"mask": b"x"}}, 400, "prompt", "prompt is missing"),
         ("POST", "chat/completions", {"json": {}}, 404, None, "There is no POST /v1/chat/completions here"),
+        ("POST", "responses", {"json": {}}, 404, None, "There is no POST /v1/responses here"),
         ("GET", "images/generations", {}, 404, None, "There is no GET /v1/images/generations here"),
         ("GET", "images/files/a.webp?compression=500", {}, 400, "compression", "is '500': use 100 or less"),
         ("GET", "models/gpt-4o", {}, 404, "model", "The model 'gpt-4o' is not served here"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Matches:
 def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, request: Request) -> Matches:
     """Returns what a request is about.
 
-    A reference that no row has is forgotten for lists to come.
+    A URL or a whole path that no row has is forgotten for lists to come.
 
     Args:
         store: Store of the list.
@@ -71,7 +72,7 @@ def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, re
         request: Request to look up.
 
     Raises:
-        UserError: for a key or a hash that no row has.
+        UserError: for a key or a hash that no row has, and for any other word.
     """
     marks = {reference_mark(url) for url in request.references}
     marks |= _of_keys(store, source, request.keys)
@@ -85,6 +86,12 @@ def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, re
         rows += len(found)
         named += [(row_key(shard.number, place), url) for place, url in found][: MOST_NAMED - len(named)]
     unseen = sorted(url for url in request.references if reference_mark(url) not in held)
+    for word in unseen:
+        if not (os.path.isabs(word) or re.match(r"[A-Za-z][\w+.-]*:", word)):
+            raise UserError(
+                f"{word}: no row of the list has this reference; nothing is forgotten: give a key, a URL, a file's "
+                "whole path, or the sha256 of a stored image"
+            )
     return Matches(marks, rows, named, unseen)
 
 
