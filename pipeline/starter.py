@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from models.sampling_config import MODELS, PRIORS, largest_side
+from models.sampling_config import MODELS, PRIORS, UPSAMPLERS, largest_side
 from pipeline.config import SCHEMA, Config, preset_config
 from pipeline.data.pairs.preview import ListPreview
 from pipeline.data.source.lists import lists_there
@@ -36,15 +36,18 @@ CLIP_WEIGHTS = "open_clip:ViT-B-32:openai"
 # settings").
 EPOCHS = 100
 LEAST_SAMPLES = 1_000_000  # of the longest training: with fewer, a model of preset small has not learned what there is
+FEW_PAIRS = LEAST_SAMPLES // EPOCHS  # below which preset tiny is enough, and learns them in minutes on a GPU, too
 # Beyond which a decoder of preset tiny came nearer to unseen captions with dropout; how much more samples did is not
 # known.
 BARE_EPOCHS = 20
 DROPOUT = 0.1  # of Table 3's decoder
 
-# Not the AR prior: it speaks the codes of the codec that it was trained with, and other pairs have another codec.
-TUNED = tuple(name for name in MODELS if name != PRIORS["ar"])
+# Models that go on from a bundle's weights, and the share of their preset's learning rate. With a tenth, a decoder of
+# preset tiny learnt the colours of another kind of image, and nothing of its parts (docs/gallery.md).
+# Not the priors: an AR prior speaks the codes of the codec that it was trained with, and a diffusion prior may begin
+# with a regression on the captions of its pairs. Both belong to other pairs.
+TUNED = {"decoder": 1.0, **dict.fromkeys(UPSAMPLERS, 0.1)}
 LENGTH = 4  # a training from random weights is this many times as long
-RATE = 10.0  # and its learning rate this many times as high
 WARMUP = 100  # steps: the optimiser knows nothing of the weights that it is given
 SHORTEST = 10  # batches; and the warmup is at most such a part of the training
 
@@ -53,7 +56,7 @@ TEMPLATE = """\
 # For your own pairs, written by unclip init. {your_data}: a first run; {ledger}: when it fails;
 # {configuration}: every field and its default.
 project: {project}
-preset: {preset} # nano: a first look in minutes; tiny: CPU cores; small: one GPU; karlo, paper: clusters of them
+preset: {preset} # nano: a first look; tiny: CPU cores, or few pairs; small: one GPU; karlo, paper: clusters of them
 {scale}store: {store} # or s3://bucket/prefix, which every machine of a cluster can reach
 
 source:
@@ -93,9 +96,9 @@ run:
 
 
 FINE_TUNING = """
-# Goes on from the models of {bundle}: their CLIP stays, and each
-# learns for a quarter of the preset's samples, times scale, with a tenth of its learning rate. The AR prior is left
-# out: it speaks the codes of a codec that was fitted to other pairs.
+# Goes on from the models of {bundle}: their CLIP stays, and decoder
+# and upsamplers learn for a quarter of the preset's samples, times scale. The diffusion prior trains from scratch: it
+# begins with a regression on these captions. For images like the bundle's, learning_rate may be a tenth of this.
 # Pairs that the bundle was trained on are not held out here, even where they fall into the test split: where these
 # lists share pairs with its own, say in their split column which ones it has not seen, or figures are too good.
 {values}"""
@@ -114,7 +117,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: ListPreview | N
     Raises:
         UserError: The folder does not hold the models of a bundle.
     """
-    preset = "small" if gpu else "tiny"
+    preset = preset_for(gpu, seen)
     models, size = models_for(seen)
     recipes = preset_config(preset)
     longest = max(getattr(recipes, name).samples for name in models)
@@ -122,10 +125,10 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: ListPreview | N
     if bundle is not None:
         clip = dropout = ""  # both are the bundle's
         values = _fine_tuning(bundle, preset)
-        models = [name for name in models if name in values]
+        models = [name for name in models if name in values or name == PRIORS["diffusion"]]
         size = largest_side(models)
         values = {name: fields for name, fields in values.items() if name in ("clip", *models)}
-        longest = max(values[name]["samples"] for name in models)
+        longest = max(values[name]["samples"] if name in values else getattr(recipes, name).samples for name in models)
         tuned = FINE_TUNING.format(bundle=bundle, values=yaml.safe_dump(values, sort_keys=False))
     lists = [f"- {_scalar(path)}" for path in source.paths]
     if seen is None:
@@ -171,25 +174,22 @@ def _reading(source: SourceRecipe) -> dict[str, str]:
 def _fine_tuning(bundle: Path, preset: str) -> dict[str, dict[str, Any]]:
     """Returns values of a configuration with this preset, by stage: the bundle's CLIP, and its models to begin with.
 
-    Raises UserError if the folder lacks a decoder or a diffusion prior.
+    Raises UserError if the folder lacks a decoder.
     """
     found = [name for name in TUNED if (bundle / name / "config.json").is_file()]
-    if missing := {PRIORS["diffusion"], "decoder"} - set(found):
-        raise UserError(
-            f"{bundle}: no {' and no '.join(sorted(missing))} there to go on from; name a bundle's folder or a run's "
-            "output folder"
-        )
+    if "decoder" not in found:
+        raise UserError(f"{bundle}: no decoder there to go on from; name a bundle's folder or a run's output folder")
     recipes = preset_config(preset)
-    tuned = {name: _values(bundle / name, getattr(recipes, name)) for name in found}
+    tuned = {name: _values(bundle / name, getattr(recipes, name), TUNED[name]) for name in found}
     return {"clip": {"weights": f"local-dir:{bundle / 'clip'}"}, **tuned}
 
 
-def _values(folder: Path, recipe: Any) -> dict[str, Any]:
+def _values(folder: Path, recipe: Any, share: float) -> dict[str, Any]:
     batches = max(SHORTEST, recipe.samples // recipe.batch // LENGTH)
     values: dict[str, Any] = {
         "init_from": str(folder / "model.safetensors"),
         "samples": batches * recipe.batch,
-        "learning_rate": recipe.learning_rate / RATE,
+        "learning_rate": float(f"{share * recipe.learning_rate:.3g}"),  # 0.0003, and not 0.00030000000000000003
         "warmup_steps": min(WARMUP, batches // SHORTEST),
     }
     model = json.loads((folder / "config.json").read_text())["config"]
@@ -252,6 +252,11 @@ def _dropout(recipes: Config, seen: ListPreview | None) -> str:
     return (
         f"# Each pair is seen more than {BARE_EPOCHS} times: dropout, so that unseen captions do not suffer.\n{lines}\n"
     )
+
+
+def preset_for(gpu: bool, seen: ListPreview | None) -> str:
+    """Returns the preset to begin with: "small" where there are a GPU and pairs for it, else "tiny"."""
+    return "small" if gpu and (seen is None or seen.pairs >= FEW_PAIRS) else "tiny"
 
 
 def models_for(seen: ListPreview | None) -> tuple[list[str], int]:

@@ -90,27 +90,28 @@ def test_same_seed_same_picture(chain: Chain) -> None:
 
 
 def test_fine_tuning_goes_on_from_a_bundle(chain: Chain, tmp_path: Path) -> None:
-    """As init writes it, for all models but the AR prior. With a rate of nearly nothing they stay what they were."""
+    """As init writes it, for all models but the priors. With a rate of nearly nothing they stay what they were."""
     pairs = write_list(tmp_path / "flags.csv", 60, 84)
     done(here("init", "my-flags", pairs, "--from", os.path.relpath(chain.folder / "out", tmp_path), cwd=tmp_path))
     config = load_config(tmp_path / "my-flags.yaml")
     (bundle,) = (chain.folder / "out/bundle").iterdir()
     assert config.clip.weights == f"local-dir:{bundle / 'clip'}"  # found from everywhere
     assert config.bundle.models == MODELS[1:]
-    for name in MODELS[1:]:
+    assert config.diffusion_prior.init_from is None
+    for name in MODELS[2:]:
         recipe, weights = getattr(config, name), bundle / name / "model.safetensors"
         assert recipe.model == load_model(bundle / name).config
         assert recipe.init_from == hashlib.sha256(weights.read_bytes()).hexdigest()
         assert recipe.samples % recipe.batch == 0
     still = {"samples": 128, "learning_rate": 1e-9, "warmup_steps": 0, "ema_half_life": 0}
-    words = [f"diffusion_prior.{name}={value}" for name, value in still.items()]
+    words = [f"decoder.{name}={value}" for name, value in still.items()]
     words += [f"run.{stage}.workers=0" for stage in ("pairs", "embeddings", "thresholds", "curation")]
-    words += [f"run.pairs.hosts={{drawings.test: '{chain.pictures}'}}", "--until", "diffusion_prior"]
+    words += [f"run.pairs.hosts={{drawings.test: '{chain.pictures}'}}", "--until", "decoder"]
     done(here("run", "my-flags.yaml", *words, cwd=tmp_path))
     store = open_at(tmp_path / "out/my-flags/store")
-    tuned = load(read_blob(store, artifact(store, "diffusion_prior").blobs["model.safetensors"]))
-    for name, tensor in load_model(bundle / "diffusion_prior").state_dict().items():
-        assert name == "gamma" or (tuned[name] - tensor).abs().max() < 1e-6
+    tuned = load(read_blob(store, artifact(store, "decoder").blobs["model.safetensors"]))
+    for name, tensor in load_model(bundle / "decoder").state_dict().items():
+        assert (tuned[name] - tensor).abs().max() < 1e-6
 
 
 def test_appending_fetches_and_embeds_only_the_new_rows(chain: Chain, tmp_path: Path) -> None:
