@@ -12,7 +12,16 @@ from typing import Any
 import yaml
 
 from pipeline.build import build
-from pipeline.config import Config, load_config, make_config, read_values, resolved_values, sections
+from pipeline.config import (
+    RUN_FILE,
+    Config,
+    load_config,
+    make_config,
+    read_values,
+    resolved_values,
+    sections,
+    whole_values,
+)
 from pipeline.data.source.journal import ListJournal, read_journal
 from pipeline.data.source.stage import Scan, scan
 from pipeline.errors import UserError, did_you_mean
@@ -26,8 +35,7 @@ from pipeline.store import Store, open_store
 from pipeline.store.records import digest
 from pipeline.training.trackers import find_tracker
 
-RUN_FILE = "run.yaml"  # in the output folder: the configuration of the last run, resolved
-RUNS = "runs"  # folder beside it: that of each run that differs, by its digest
+RUNS = "runs"  # folder beside RUN_FILE: the configuration of each run that differs, by its digest
 SETTINGS = ("run.", "release.")  # prefixes of values that change nothing that is made
 
 
@@ -117,15 +125,15 @@ class Project:
 
 
 def remember_config(config: Config) -> None:
-    """Writes the resolved configuration into its output folder, where ``load_as_run`` finds it.
+    """Writes the resolved configuration into its output folder: ``load_as_run`` reads it, and it can be run itself.
 
     Raises UserError for a place where no folder can be made, such as /proc.
     """
-    text = yaml.safe_dump(resolved_values(config), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(whole_values(config), sort_keys=False, allow_unicode=True)
     for file in (Path(config.run.output) / RUN_FILE, _run_file(config)):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(f"# The list and the recipes of a run, resolved\n{text}", encoding="utf-8")
+            file.write_text(f"# The configuration of a run, resolved\n{text}", encoding="utf-8")
         except FileNotFoundError:
             raise UserError(f"run.output: {file.parent} cannot be made; name a folder of a disk") from None
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from jobs.bundles import find_bundle
 from jobs.output import say, warn
-from jobs.project import Project, open_as_run
+from jobs.project import Project, open_as_run, remember_config
+from pipeline.config import RUN_FILE
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.release.diff import find_bundle as find_in_store
@@ -32,6 +34,9 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError(f"--output {path} ends with .json, where the figures go; name an .html file")
     if not arguments.output:
         _check_fuller(path, artifacts)
+    if not Path(project.config.run.output, RUN_FILE).is_file():  # a cluster ran it
+        with suppress(OSError, UserError):  # nothing but a command of the page needs it
+            remember_config(project.config)
     album = Album(licenses=arguments.license)
     other = _other(project, arguments.against) if arguments.against else None
     if other and other.bundle.key == project.made("bundle")["bundle"].key:

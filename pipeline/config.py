@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import yaml
 from pydantic import Field, PositiveFloat
@@ -36,6 +36,7 @@ PATHS = re.compile(
 )
 RELATIVE = re.compile(r"(?![A-Za-z][\w+.-]*:|[/~]|[0-9a-f]{64}$).")
 PRESETS = ("nano", "tiny", "small", "karlo", "paper")  # by size; each is a file of pipeline/presets
+RUN_FILE = "run.yaml"  # in a run's output folder: the configuration of the last run, resolved
 SCHEMA = Path(__file__).with_name("schema.json")  # of configurations, for editors; tests/reference.py writes it
 
 
@@ -221,10 +222,10 @@ def plain_values(value: Any, place: Callable[[str, Any], Any], name: str = "") -
     return place(name, value)
 
 
-def resolved_values(config: Config) -> dict[str, Any]:
-    """Returns plain values from which ``make_config`` makes the same list, store and recipes, wherever it is called.
+def whole_values(config: Config) -> dict[str, Any]:
+    """Returns plain values from which ``make_config`` makes the same configuration, wherever it is called.
 
-    Presets, ``scale`` and overrides are resolved, and local paths are absolute. ``release`` and ``run`` are left out.
+    Presets, ``scale`` and overrides are resolved, and local paths are absolute.
     """
 
     def place(name: str, value: Any) -> Any:
@@ -233,7 +234,12 @@ def resolved_values(config: Config) -> dict[str, Any]:
         is_local = isinstance(value, str) and PATHS.fullmatch(name) and RELATIVE.match(value)
         return os.path.abspath(value) if is_local else value
 
-    values = plain_values(config, place)
+    return cast(dict[str, Any], plain_values(config, place))
+
+
+def resolved_values(config: Config) -> dict[str, Any]:
+    """Returns the list, the store and the recipes of ``whole_values``, without ``release`` and ``run``."""
+    values = whole_values(config)
     return {name: values[name] for name in ("project", "store", *sections(config.stages))}
 
 

@@ -126,7 +126,7 @@ def document(given: ReportInput, config: Config, graph: Graph, running: Sequence
     """Returns a ReportDocument as JSON."""
     parts: dict[str, Callable[[], Any]] = {
         "verdict": lambda: verdict(graph, given.artifacts, running),
-        "train_longer": lambda: train_longer(given, config.project),
+        "train_longer": lambda: train_longer(given, config.run.output),
         "stages": lambda: [
             _stage(name, given.artifacts.get(name)) for name in [*graph, *given.artifacts.keys() - graph]
         ],

@@ -94,7 +94,7 @@ def render(given: ReportInput, config: Config, graph: Graph, running: Sequence[A
     compared = attempt("The comparison with another bundle", comparison_section, given, config.project)
     learns = attempt("The evaluation", evaluation_section, given)
     sections = (
-        attempt("What to train longer", _longer, given, config.project),
+        attempt("What to train longer", _longer, given, config.run.output),
         attempt("The samples", samples_section, given),
         *((compared, learns) if given.other else (learns, compared)),
         attempt("The data", data_section, given),
@@ -112,8 +112,8 @@ def render(given: ReportInput, config: Config, graph: Graph, running: Sequence[A
     )
 
 
-def _longer(given: ReportInput, project: str) -> Markup:
-    lines = train_longer(given, project)
+def _longer(given: ReportInput, output: str) -> Markup:
+    lines = train_longer(given, output)
     return HEAD.longer(lines) if lines else Markup()
 
 

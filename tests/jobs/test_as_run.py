@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import unclip
 from jobs.bundles import find_bundle
 from jobs.cli import main
 from jobs.project import open_as_run, open_project
-from pipeline.config import load_config, make_config, resolved_values
+from pipeline.config import load_config, make_config, resolved_values, whole_values
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.ledger import Ledger
 from tests.chain import ROOT, done, here, write_config
@@ -130,6 +131,11 @@ def test_resolved_values_make_the_same_recipes(
     values = resolved_values(config)
     assert resolved_values(make_config(values)) == values
     assert make_config(values).decoder == config.decoder
+    whole = make_config(whole_values(config))
+    assert (whole.release, whole.run) == (
+        config.release,
+        replace(config.run, output=str(Path(config.run.output).resolve())),
+    )
 
 
 def test_a_file_that_was_run_as_it_stands_is_itself(config: Path) -> None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from PIL import Image, ImageDraw
 
 from pipeline.build import build
-from pipeline.config import load_config
+from pipeline.config import Run, load_config
 from pipeline.data.curation.rejected import Rejected, rejected_table
 from pipeline.data.pairs.row_index import index_table
 from pipeline.data.source.stage import row_key
@@ -36,7 +36,6 @@ from pipeline.graph.artifacts import (
 )
 from pipeline.graph.stages import Graph
 from pipeline.ledger import Ledger
-from pipeline.settings import RaySettings
 from pipeline.store import Store
 from pipeline.store.records import digest, put_blob
 
@@ -50,7 +49,7 @@ WITH_TIMESTEPS = ("diffusion_prior", "decoder", "upsampler_256", "upsampler_1024
 
 def config() -> Any:
     """Returns as much of a configuration as the report looks at."""
-    return SimpleNamespace(project="shapes", run=RaySettings())
+    return SimpleNamespace(project="shapes", run=Run(output="out/shapes"))
 
 
 @cache
