@@ -19,7 +19,7 @@ from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.cost.devices import parse_fleet
 from pipeline.cost.estimate import UTILISATION, Cost, PlanInput, elapsed, estimate
-from pipeline.cost.limits import lacking, too_large
+from pipeline.cost.limits import impossible, lacking
 from pipeline.cost.observed import Observations, observe, read_profile
 from pipeline.cost.table import cost_table, places, remarks, second_prior, size
 from pipeline.errors import UserError
@@ -77,7 +77,7 @@ def main(arguments: argparse.Namespace) -> int:
 def _tell_of_size(ask: PlanInput, as_json: bool) -> int:
     """Prints the costs of a list of some size, as if nothing were made."""
     costs = {stage: estimate(stage, ask) for stage in ask.graph}
-    lacks = [*map(str, too_large(costs, ask))]
+    lacks = [*map(str, impossible(costs, ask))]
     if as_json:
         print_json(_as_values(ask, costs, ask.shards, lacks))
         return 0

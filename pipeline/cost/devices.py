@@ -46,15 +46,15 @@ class Fleet:
 def parse_fleet(text: str) -> Fleet:
     """Reads 64xH100, 1xRTX4090 or "1x RTX 4090" as that many GPUs of that kind. Raises UserError."""
     found = re.fullmatch(r"(\d+)\s*x\s*(\S.*)", text)
-    if not found or int(found[1]) < 1:
-        raise UserError(f"--gpus {text}: not a number of GPUs; write it as 64xH100")
-    if APPLE.match(found[2]):
+    name = found[2] if found else text.strip()
+    if APPLE.match(name):
         raise UserError(f"--gpus {text}: nothing runs on Apple's GPUs; leave it out to plan for this machine's cores")
-    wanted = _plain_kind(found[2])
-    kind = next((name for name in DEVICES if _plain_kind(name) == wanted), None)
+    kind = next((known for known in DEVICES if _plain_kind(known) == _plain_kind(name)), None)
+    if not found or int(found[1]) < 1:
+        raise UserError(f"--gpus {text}: not a number of GPUs; write it as {f'1x{name}' if kind else '64xH100'}")
     if kind is None:
         raise UserError(
-            f"--gpus {text}: unknown kind {found[2]}; name the known one that is nearest to it: {', '.join(DEVICES)}"
+            f"--gpus {text}: unknown kind {name}; name the known one that is nearest to it: {', '.join(DEVICES)}"
         )
     return Fleet(int(found[1]), kind)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.cost.devices import DEVICES, Fleet
 from pipeline.cost.estimate import Cost, PlanInput, counted_trainings, model_size, resources, step_of
 from pipeline.cost.memory import SAVED_STATE, settings_that_fit
 from pipeline.cost.table import devices_of, size
@@ -34,6 +35,11 @@ def lacking(costs: Mapping[str, Cost], ask: PlanInput, store: Store) -> Iterator
     Room on a disk, memory of a GPU, a GPU where a CPU would take over a day.
     """
     yield from _disks(costs, ask, store)
+    yield from impossible(costs, ask)
+
+
+def impossible(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[Lack]:
+    """Yields what no store changes: memory of a GPU, a GPU where a CPU would take over a day."""
     yield from too_large(costs, ask)
     if slow := [s for s, cost in costs.items() if ask.computes(s) and not cost.gpus and cost.seconds > LONGEST_S]:
         longest = max(slow, key=lambda stage: costs[stage].seconds)
@@ -49,13 +55,22 @@ def too_large(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[Lack]:
     for stage, gpus in counted_trainings(costs, ask).items() if ask.gpu else ():
         if (step := step_of(stage, ask, gpus)).fits:
             continue
-        settings, memory = getattr(ask.config.run, stage), ask.device.memory
-        found = settings_that_fit(stage, model_size(ask.config, stage), ask.graph[stage].recipe, settings, gpus, memory)
         yield Lack(
             f"{stage} takes {size(step.memory)} of a GPU for {counted(step.at_once, 'row')} at once, and one {ask.gpu} "
-            f"has {size(memory)}",
-            f"set {found}" if found else "take GPUs with more memory, or a smaller model",
+            f"has {size(ask.device.memory)}",
+            _what_fits(stage, ask, gpus),
         )
+
+
+def _what_fits(stage: str, ask: PlanInput, gpus: int) -> str:
+    """Returns what to do about a training that does not fit: settings, or else the smallest GPUs that have room."""
+    settings, recipe = getattr(ask.config.run, stage), ask.graph[stage].recipe
+    if found := settings_that_fit(stage, model_size(ask.config, stage), recipe, settings, gpus, ask.device.memory):
+        return f"set {found}"
+    for kind in sorted(DEVICES, key=lambda name: DEVICES[name].memory):
+        if step_of(stage, replace(ask, fleet=Fleet(gpus, kind)), gpus).fits:
+            return f"take {gpus} {kind}, or a smaller preset"
+    return "take more GPUs, with sharded=true, or a smaller preset"
 
 
 def _disks(costs: Mapping[str, Cost], ask: PlanInput, store: Store) -> Iterator[Lack]:

@@ -10,7 +10,7 @@ from pipeline.build import build
 from pipeline.config import Config
 from pipeline.cost.devices import Fleet
 from pipeline.cost.estimate import PlanInput, elapsed, estimate
-from pipeline.cost.limits import too_large
+from pipeline.cost.limits import impossible
 from pipeline.data.pairs.preview import ListPreview
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
@@ -113,7 +113,7 @@ def _estimate(
     ask = PlanInput(config, build(config), rows, held_out, fleet=fleet, machine=machine, looked=True)
     try:
         costs = {stage: estimate(stage, ask) for stage in ask.graph}
-        lacks = tuple(str(lack) for lack in too_large(costs, ask))
+        lacks = () if cores else tuple(map(str, impossible(costs, ask)))
     except UserError as e:  # of a CLIP that is nowhere
         return PlacedEstimate(where, recipe, None, (str(e),))
     work = sum(cost.seconds * max(1.0, cost.cores) for cost in costs.values())

@@ -48,6 +48,8 @@ def test_what_a_gpu_does_in_minutes_is_not_left_to_a_cpu_in_silence(
     )
     assert main(["plan", config]) == 0
     assert re.search(r"^warning: decoder needs a GPU: .*preset=tiny", capsys.readouterr().out, re.MULTILINE)
+    assert main(["plan", config, "--pairs", "1000"]) == 0
+    assert re.search(r"^warning: decoder needs a GPU: .*preset=tiny", capsys.readouterr().out, re.MULTILINE)
     assert not (tmp_path / "store/runs").exists()
     request.getfixturevalue("gpus")
     assert main(["plan", config, "-v", "run.clip.device=cpu", "run.ar_prior.workers=2"]) == 0

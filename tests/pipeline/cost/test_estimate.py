@@ -328,7 +328,14 @@ def test_the_table_has_money_where_there_are_prices() -> None:
 
 def test_other_words_are_refused() -> None:
     for text in ("", "64", "H100", "0xH100", "64H100", "-1xH100"):
-        with pytest.raises(UserError, match="not a number of GPUs; write it"):
+        with pytest.raises(UserError, match=r"not a number of GPUs; write it as (64x|1x)H100$"):
+            parse_fleet(text)
+    for text in ("RTX 4090", "3060", "l4"):
+        with pytest.raises(UserError, match=f"not a number of GPUs; write it as 1x{text}$"):
+            parse_fleet(text)
+        assert parse_fleet(f"1x{text}").count == 1
+    for text in ("Mac", "1xM3 Max", "1xmps", "apple"):
+        with pytest.raises(UserError, match="nothing runs on Apple's GPUs; leave it out"):
             parse_fleet(text)
     with pytest.raises(UserError, match="unknown kind T4; name the known one that is nearest to it: A100, H100, H200"):
         parse_fleet("64xT4")

@@ -1,12 +1,13 @@
 """What a step takes of a GPU, and the settings that let it fit."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import load_config
-from pipeline.cost.devices import Fleet
+from pipeline.cost.devices import DEVICES, Fleet
 from pipeline.cost.estimate import LAUNCH_SECONDS, estimate, step_of, step_seconds
 from pipeline.cost.flops import Size, count_model
 from pipeline.cost.limits import too_large
@@ -79,6 +80,21 @@ def test_what_cannot_fit_is_refused_with_the_setting_that_lets_it_fit() -> None:
     # Of a kind that nobody knows the memory is not known either.
     unknown = replace(ask, fleet=None, machine=replace(ask.machine, gpus=8, gpu="NVIDIA X1"))
     assert list(too_large({"decoder": estimate("decoder", unknown)}, unknown)) == []
+
+
+def test_where_no_setting_lets_it_fit_the_smallest_gpu_that_has_room_is_named() -> None:
+    """For the paper's decoder and a card that people have at home; nothing smaller than what is named has room."""
+    ask = asked(paper("run.decoder.sharded=false"), 10**6, Fleet(1, "RTX 3060"))
+
+    def lacks(kind: str) -> list[str]:
+        one = replace(ask, fleet=Fleet(1, kind))
+        return [lack.advice for lack in too_large({"decoder": estimate("decoder", one)}, one)]
+
+    (advice,) = lacks("RTX 3060")
+    named = re.fullmatch(r"take 1 (.+), or a smaller preset", advice)
+    assert named
+    assert lacks(named[1]) == []
+    assert all(lacks(kind) for kind, device in DEVICES.items() if device.memory < DEVICES[named[1]].memory)
 
 
 def test_clip_of_the_paper_fits_without_a_setting() -> None:
