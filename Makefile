@@ -1,5 +1,5 @@
-# Every target builds its own environment in .venv with the first of these that exists.
-PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3.13)
+# Every target builds its own environment in .venv with the first of these that runs: pyenv puts names on PATH that do not.
+PYTHON := $(shell for p in python3.11 python3.12 python3.13; do $$p -c "import ensurepip" 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs embeddings streaming near_duplicates \
@@ -18,12 +18,12 @@ help:
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
 	@echo "make chaos   real faults: N=50 slices of SEED=1, a minute each, OF=data or training; goes on where it stopped"
 	@echo "make mutants    faults that no test notices, in FILE=models/diffusion/process.py"
-	@echo "make gpu-check    does a GPU compute what a CPU does, and how fast? 8 minutes; ARGS='--preset karlo --gpus 8'"
+	@echo "make gpu-check    does a GPU compute what a CPU does, and how fast? 12 minutes; ARGS='--preset karlo --gpus 8'"
 	@echo "make bench   what the stages cost against peers and bounds, in about an hour on an idle machine"
 
 ifeq ($(PYTHON),)
 .venv/ready:
-	@echo "Python 3.11, 3.12 or 3.13 is needed and none is on PATH. On Debian or Ubuntu: apt-get install python3.11-venv; elsewhere: uv python install 3.11"
+	@echo "Python 3.11, 3.12 or 3.13 is needed, with venv, and none on PATH runs. On Debian or Ubuntu: apt-get install python3.11-venv; elsewhere: uv python install 3.11"
 	@exit 1
 else
 # Without warnings: the first words that a user reads would be the build tool's remarks on editable installations.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Container, Sequence
 from itertools import islice
 from pathlib import Path
@@ -37,6 +38,20 @@ _SAID = (
 )
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Wraps between words only, so that a path stays whole, however long, and can be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return textwrap.fill(
+            text,
+            width,
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """A parser of a command's words. Where it has ``--set``, a bare KEY=VALUE means the same.
 
@@ -45,6 +60,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     names: Callable[[], Container[str]] = staticmethod(lambda: ())
+
+    def __init__(self, **words: Any):
+        super().__init__(formatter_class=_Formatter, **words)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses words, the options among them first. Raises UserError for a mistake."""

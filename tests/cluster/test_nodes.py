@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -103,3 +104,5 @@ def test_the_decoder_survives_a_node_and_takes_in_another(tmp_path: Path) -> Non
         if submitter:
             submitter.kill()
         end(folder)
+        for left in Path("/tmp").glob(f"ray-{os.getpid()}-*"):
+            shutil.rmtree(left)

@@ -54,6 +54,16 @@ def test_help_version_and_completion_import_nothing_heavy() -> None:
         assert process.stdout.startswith(("usage: unclip", "unclip 0", "#")) or words == ["rnu"]
 
 
+def test_a_long_path_in_the_help_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an installed package's pages: a terminal may be narrower, and paths have hyphens."""
+    path = f"/home/some-body/{'a-long-folder/' * 6}site-packages/pipeline/docs/commands.md"
+    monkeypatch.setattr("jobs.command_line.page", lambda name: path)
+    monkeypatch.setenv("COLUMNS", "60")
+    said = command_line().format_help()
+    assert path in said
+    assert all(len(line) <= 60 or path in line for line in said.splitlines())
+
+
 def test_every_command_is_a_module_that_takes_its_words() -> None:
     for name in COMMANDS:
         assert callable(import_module(f"jobs.{MODULES.get(name, name)}").main)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -107,9 +108,25 @@ def test_a_redirect_waits_for_its_turn_at_the_host_that_it_leads_to() -> None:
 
 
 def test_waiting_for_a_turn_does_not_count_as_the_servers_time() -> None:
-    with server({}, work_s=0.2) as (address, _):
-        fetched = fetch(address, [f"/{i}" for i in range(7)], per_host=1, timeout_s=1.2)
-    assert [f.reason for f in fetched] == [None] * 7
+    """By a clock on which each wait for a turn takes a thousand seconds."""
+    waited, turn = 0.0, Hosts.turn
+
+    @contextmanager
+    def wait(hosts: Hosts, host: str) -> Iterator[None]:
+        nonlocal waited
+        waited += 1000.0
+        with turn(hosts, host):
+            yield
+
+    clock = SimpleNamespace(time=time.time, sleep=time.sleep, monotonic=lambda: time.monotonic() + waited)
+    with (
+        server({}) as (address, _),
+        patch.object(Hosts, "turn", wait),
+        patch("pipeline.data.fetch.visit.time", clock),
+    ):
+        fetched = fetch(address, [f"/{i}" for i in range(3)], threads=1, timeout_s=60.0)
+    assert [f.reason for f in fetched] == [None] * 3
+    assert waited >= 3000
 
 
 def test_retry_after_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
