@@ -136,3 +136,13 @@ def test_what_is_installed_runs_the_quick_start_in_an_empty_folder(installed: Pa
     )
     sent = set(said("python", "-c", code).split("\n"))
     assert {"pipeline/presets/nano.yaml", "serve/studio/index.html", "jobs/cli.py", "project.yaml"} <= sent
+
+
+def test_mypy_finds_the_wrong_names_in_a_program_of_a_user(installed: Path, tmp_path: Path) -> None:
+    """Under --strict, far from the checkout: no error, and a mistake that is not found has a comment too many."""
+    lines = (ROOT / "tests/typed_program.py").read_text().splitlines(keepends=True)
+    (tmp_path / "program.py").write_text("".join(line for line in lines if not line.startswith("# mypy:")))
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    command = [installed / "python", "-m", "mypy", "--strict", "program.py"]
+    checked = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert checked.stdout == "Success: no issues found in 1 source file\n", checked.stdout + checked.stderr

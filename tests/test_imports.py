@@ -11,7 +11,6 @@ from benchmarks.house import floors, import_graph
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ("unclip", "pipeline", "models", "jobs", "cluster", "serve")
-OURS = {*SOURCE, "tests", "benchmarks"}
 OURS = (*SOURCE, "tests", "benchmarks")
 RAY = {
     "cluster/client.py",
@@ -97,6 +96,11 @@ def test_files_with_tests_in_a_browser_say_so_in_the_line_that_make_looks_for() 
     texts = {file: file.read_text() for file in _files("tests") if file != Path(__file__)}
     marked = {file for file, text in texts.items() if "pytest.mark.browser" in text}
     assert marked == {file for file, text in texts.items() if "\npytestmark = pytest.mark.browser\n" in text}
+
+
+def test_examples_need_the_public_interface_alone() -> None:
+    for file in _files("examples"):
+        assert not (_imports(file) & {*OURS}) - {"unclip"}, file
 
 
 def test_tests_and_benchmarks_import_what_is_there() -> None:

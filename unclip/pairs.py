@@ -7,18 +7,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pyarrow as pa
 
-from models.view import view
 from pipeline.data.curation.reading import FACTS, VECTORS, Pair, PairReader
 from pipeline.data.export import SUFFIXES
 from pipeline.errors import UserError
 from pipeline.graph.ray import start_ray
 from pipeline.progress import counted
 from pipeline.settings import RaySettings
+
+if TYPE_CHECKING:
+    from unclip.torch_pairs import TorchPairs
 
 COLUMNS = pa.schema(
     [(name, pa.int64() if name in ("width", "height") else pa.string()) for name in FACTS]
@@ -102,14 +104,23 @@ class Pairs:
         """
         import torch
 
+        from unclip.torch_pairs import as_row
+
         columns: dict[str, list[Any]] = defaultdict(list)
         for pair in self:
-            columns["captions"].append(pair.caption)
-            for name in VECTORS if self.reader.embedded else ():
-                columns[name].append(torch.tensor(getattr(pair, name)).float())
-            if side:
-                columns["image"].append(torch.tensor(view(pair.image, side)).permute(2, 0, 1))
+            for name, value in as_row(pair, side).items():
+                columns["captions" if name == "caption" else name].append(value)
         return {name: each if name == "captions" else torch.stack(each) for name, each in columns.items()}
+
+    def to_torch(self, side: int) -> TorchPairs:
+        """Returns a torch.utils.data.Dataset, read row by row, whose rows a DataLoader stacks to batches.
+
+        A row has "caption", "image", the square centre of the image as uint8 [3, side, side], and where embeddings are
+        read "image_embedding" and "text_embedding", fp32 [d]. A ``side`` of 0 leaves the image out.
+        """
+        from unclip.torch_pairs import TorchPairs
+
+        return TorchPairs(self, side)
 
     def webdataset(self) -> Any:
         """Returns a webdataset: samples of ``__key__``, "jpg" (or "png", "webp"), "txt" and "json", all bytes.

@@ -318,6 +318,11 @@ def test_pairs_are_read_in_many_ways(project: unclip.Project, tmp_path: Path, mo
     assert tensors["captions"] == [pair.caption for pair in found]
     assert tuple(tensors["image"].shape) == (len(found), 3, 32, 32)
     assert tensors["text_embedding"].dtype == torch.float32
+    batches = list(DataLoader(pairs.to_torch(side=32), 5, num_workers=2))
+    assert [caption for batch in batches for caption in batch["caption"]] == tensors["captions"]
+    for name in ("image", "image_embedding", "text_embedding"):
+        assert torch.equal(torch.cat([batch[name] for batch in batches]), tensors[name])
+    assert pairs.to_torch(side=0)[1].keys() == {"caption", "image_embedding", "text_embedding"}
 
 
 def test_pairs_are_a_ray_dataset(project: unclip.Project) -> None:
