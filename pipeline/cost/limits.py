@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.cost.devices import DEVICES, Fleet
 from pipeline.cost.estimate import Cost, PlanInput, counted_trainings, model_size, resources, step_of
-from pipeline.cost.memory import SAVED_STATE, settings_that_fit
+from pipeline.cost.memory import SAVED_STATE, USABLE, settings_that_fit
 from pipeline.cost.table import devices_of, size
 from pipeline.progress import counted, duration
 from pipeline.store import Store, local_folder
@@ -57,7 +57,7 @@ def too_large(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[Lack]:
             continue
         yield Lack(
             f"{stage} takes {size(step.memory)} of a GPU for {counted(step.at_once, 'row')} at once, and one {ask.gpu} "
-            f"has {size(ask.device.memory)}",
+            f"has {size(ask.device.memory)}, {size(USABLE * ask.device.memory)} beside CUDA's own",
             _what_fits(stage, ask, gpus),
         )
 

@@ -73,7 +73,7 @@ def test_what_cannot_fit_is_refused_with_the_setting_that_lets_it_fit() -> None:
     costs = {stage: estimate(stage, ask) for stage in ("decoder", "diffusion_prior")}
     (lack,) = too_large(costs, ask)
     assert lack.what.startswith("decoder takes ")
-    assert lack.what.endswith(" of a GPU for 1 row at once, and one H100 has 80 GB")
+    assert lack.what.endswith(" of a GPU for 1 row at once, and one H100 has 80 GB, 72 GB beside CUDA's own")
     assert lack.advice == "set run.decoder.sharded=true"
     assert list(too_large(costs, again(ask, PAPER))) == []
     assert list(too_large(costs, replace(ask, fleet=Fleet(8, "B200")))) == []
