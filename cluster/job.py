@@ -16,7 +16,8 @@ PROJECT_FILE = "project.yaml"  # in the package
 LONGEST = 17  # characters of the project's name in an id, which has at most 45 with a number of up to three digits
 # What travels of the submitter's environment: the store's place, and what NCCL, gloo, libfabric and PyTorch read.
 PUBLIC = re.compile(
-    r"AWS_(ENDPOINT_URL(_S3)?|(DEFAULT_)?REGION)|((TORCH_)?NCCL|GLOO|FI)_\w+|PYTORCH_(CUDA_)?ALLOC_CONF"
+    r"AWS_(ENDPOINT_URL(_S3)?|(DEFAULT_)?REGION)|AZURE_STORAGE_(ACCOUNT_NAME|ENDPOINT)|"
+    r"((TORCH_)?NCCL|GLOO|FI)_\w+|PYTORCH_(CUDA_)?ALLOC_CONF"
 )
 DRIVER_CPUS, DRIVER_MB = 1.0, 4096  # of Python, torch and Ray; a training without workers takes its model's, too
 

@@ -66,6 +66,8 @@ def _check_place(project: Project, to: str) -> None:
     """Raises UserError for a word that is not an address, and for a store that no pod can reach."""
     if to == KUBERAY and local_folder(project.store):
         raise UserError(f"{project.store.url} is a folder, which no pod can reach; use s3://BUCKET/PREFIX")
+    if to == KUBERAY and not project.store.url.startswith("s3://"):
+        raise UserError(f"{project.store.url}: a RayJob takes its package from S3; use s3://BUCKET/PREFIX")
     if to not in (LOCAL, KUBERAY) and not set(".:") & set(to):
         raise UserError(f"--to {to}: write http://{to}:8265 if that is a cluster's head, or else local or kuberay")
 

@@ -78,7 +78,7 @@ class Config:
     Attributes:
         stages: Declarations of all stages, in order.
         project: A name; pins and histories of one store are kept apart by it.
-        store: A folder, or ``s3://bucket/prefix``.
+        store: A folder, or ``s3://``, ``gs://`` or ``az://`` and ``bucket/prefix``.
         source: The list of image-caption pairs.
         release: Gates that a bundle must pass before it becomes the release.
         run: Settings, which move no key.

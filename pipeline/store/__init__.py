@@ -1,4 +1,4 @@
-"""Keeps objects in a folder or on S3 behind one protocol. Only this package knows which of the two it is.
+"""Keeps objects in a folder or in a bucket behind one protocol. Only this package knows which of them it is.
 
 Only ``swap`` overwrites an object, and it compares first. ``create`` is atomic and durable: a reader sees the whole
 object or none.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, install
 from pipeline.store.base import Entry
 from pipeline.store.folder import FolderStore
 
@@ -26,7 +26,7 @@ class Store(Protocol):
 
     @property
     def url(self) -> str:
-        """Returns the folder or s3:// URL of the store, as the configuration names it."""
+        """Returns the folder or the URL of the store, as the configuration names it."""
 
     def fresh(self) -> Store:
         """Returns the same store without caches: over other connections, or past the page cache."""
@@ -50,8 +50,8 @@ class Store(Protocol):
     def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
         """Creates an object from bytes or from a file. Returns False if it existed; then it stays as it was.
 
-        Of several callers with bytes, exactly one gets True. Callers with a file name the object by its content: on S3
-        several at once may all write it, with the same bytes.
+        Of several callers with bytes, exactly one gets True. Callers with a file name the object by its content: in a
+        bucket several at once may all write it, with the same bytes.
 
         Args:
             path: Path of the object.
@@ -73,7 +73,9 @@ class Store(Protocol):
 
 
 def open_store(url: str) -> Store:
-    """Returns the store at ``url``: s3://bucket/prefix, or a folder. Raises UserError for any other scheme.
+    """Returns the store at ``url``: s3://, gs:// or az:// and BUCKET/PREFIX, or a folder.
+
+    Raises UserError for any other scheme, and where packages for one are missing.
 
     Characters such as # and ? after the scheme belong to the name.
     """
@@ -89,6 +91,14 @@ def open_store(url: str) -> Store:
         from pipeline.store.s3 import S3Store  # loads boto3
 
         return S3Store(url.rstrip("/"), bucket, prefix.strip("/"))
+    if scheme in ("gs", "az"):
+        if not name.strip("/"):
+            raise UserError(f"store {url}: no bucket; write {scheme}://BUCKET/PREFIX")
+        try:
+            from pipeline.store.cloud import CloudStore
+        except ImportError as e:
+            raise UserError(f"store {url}: needs obstore; {install('cloud')}") from e
+        return CloudStore(f"{scheme}://{name.strip('/')}")
     if scheme == "file" and not name.startswith("/"):
         raise UserError(f"store {url}: not an absolute path; write file:///FOLDER, or the folder alone")
     if scheme in ("", "file"):
@@ -96,7 +106,7 @@ def open_store(url: str) -> Store:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"store {url}: is a file; name a folder")
         return FolderStore(str(folder))
-    raise UserError(f"store {url}: only s3://BUCKET/PREFIX or a folder can be a store")
+    raise UserError(f"store {url}: only a folder or s3://, gs:// or az:// and BUCKET/PREFIX can be a store")
 
 
 def check_conditions(store: Store) -> None:
@@ -106,7 +116,7 @@ def check_conditions(store: Store) -> None:
     """
     # Some S3 servers accept If-None-Match and If-Match and ignore them: two runs would overwrite each other.
     path = f"locks/probe-{secrets.token_hex(8)}"
-    advice = "use a store with conditional writes, such as AWS S3, SeaweedFS, MinIO or a local folder"
+    advice = "use a store with conditional writes, such as AWS S3, Google, Azure, SeaweedFS, MinIO or a local folder"
     created = store.create(path, b"1")  # outside the try: where it is refused, there is nothing to delete
     try:
         if not created or store.create(path, b"2") or store.read(path) != b"1":

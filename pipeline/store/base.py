@@ -1,9 +1,13 @@
-"""Shared by both stores: entries of a listing, and cutting parts out of a stream."""
+"""Shared by the stores: entries of a listing, cutting parts out of a stream, and tries of a request."""
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+
+TRIES = 6  # of a request; with the waits about a minute at most
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,14 @@ def cut(chunks: Iterable[bytes], start: int, parts: Iterable[tuple[int, int]]) -
             chunk = memoryview(more)
             pieces.append(chunk[max(0, first - begin) : last - begin])
         yield b"".join(pieces)
+
+
+def tries() -> Iterator[bool]:
+    """Yields TRIES times whether this is the last try.
+
+    Between tries up to 1, 2, 4 ... 20 seconds pass, at random, so that many clients do not come back at once.
+    """
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(random.random() * min(20, 2 ** (attempt - 1)))
+        yield attempt == TRIES - 1

@@ -7,7 +7,6 @@ recognises it by its bytes.
 
 from __future__ import annotations
 
-import random
 import sys
 import threading
 import time
@@ -30,10 +29,9 @@ from urllib3.exceptions import HTTPError
 
 from pipeline.errors import Unreachable, UserError
 from pipeline.pages import page
-from pipeline.store.base import Entry, cut
+from pipeline.store.base import TRIES, Entry, cut, tries
 from pipeline.store.names import check_path
 
-TRIES = 6  # with boto3's waits about a minute at most
 TIMEOUT_S = 60.0  # without a byte
 LEAST_RATE = 16 << 10  # bytes a second of a body, after TIMEOUT_S
 PART_BYTES = 16 << 20  # a larger file is uploaded in parts, ten at once; S3 takes at most 10,000 of at least 5 MiB
@@ -163,7 +161,7 @@ class S3Store:
         if not parts:
             return
         with self._explained(path):
-            for last in _tries():
+            for last in tries():
                 left = parts[given:]
                 try:
                     # Cut as they come: to gather all and copy each would hold the interpreter's lock for long.
@@ -240,7 +238,7 @@ class S3Store:
     def _delete(self, batch: Sequence[str]) -> None:
         """Sends one request, whose answer may be a success and still name objects that were not deleted."""
         keys = [self._where(path)["Key"] for path in batch]
-        for last in _tries():
+        for last in tries():
             answer = self._client.delete_objects(
                 Bucket=self.bucket, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True}
             )
@@ -288,7 +286,7 @@ class S3Store:
         """Writes an object with one conditional request. Returns whether the condition held."""
         tried = False
         with self._explained(path):
-            for last in _tries():
+            for last in tries():
                 try:
                     self._client.put_object(**self._where(path), Body=data, **condition)
                     return True
@@ -315,7 +313,7 @@ class S3Store:
         """Uploads a file, in parts if it is large, unless the object exists: then it has the same bytes."""
         where = self._where(path)
         config = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
-        for last in _tries():
+        for last in tries():
             if self.stat(path) is not None:
                 return False
             with self._explained(path):
@@ -339,14 +337,3 @@ def _hint(code: str, operation: str, path: str) -> str:
 def _status(error: Any) -> int:
     """Returns the HTTP status. It is surer than the code, which is in the body that may be cut off."""
     return int(error.response["ResponseMetadata"].get("HTTPStatusCode", 0))
-
-
-def _tries() -> Iterator[bool]:
-    """Yields TRIES times whether this is the last try.
-
-    Between tries up to 1, 2, 4 ... 20 seconds pass, at random, so that many clients do not come back at once.
-    """
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(random.random() * min(20, 2 ** (attempt - 1)))
-        yield attempt == TRIES - 1

@@ -135,7 +135,7 @@ plan mine.yaml decoder.lr=1e-4                    | decoder.lr: unknown key; it 
 plan mine.yaml decoder.epochs=3                   | decoder.epochs: unknown key; it is called samples, the number
 plan mine.yaml source.paths=[TRAIN.csv]           | split 'TRAIN' is not train, ~name another column
 plan mine.yaml store=s3:/bucket                   | store s3:/bucket: no bucket; write s3://BUCKET/PREFIX
-plan mine.yaml store=gs://bucket/a                | only s3://BUCKET/PREFIX or a folder can be a store
+plan mine.yaml store=ftp://host/a                 | only a folder or s3://, gs:// or az:// and BUCKET/PREFIX
 plan mine.yaml --gpus RTX4090                     | not a number of GPUs; write it as 64xH100
 submit mine.yaml --to k8s                         | --to k8s: ~or else local or kuberay
 init hub OWNER/NAME                               | a dataset of the Hugging Face Hub is hf://datasets/OWNER/NAME
@@ -147,7 +147,7 @@ sample cat --device mps                           | --device: unknown value mps;
 serve --port 80000                                | serve.port: 80000 is above 65535
 data retry mine.yaml                              | not made for the current list and recipes: pairs; unclip run makes
 release rollback mine.yaml                        | no release exists before the first to go back to
-export mine.yaml --to hf://me/model               | hf://me/model: only s3://BUCKET/PREFIX or a folder can be a store
+export mine.yaml --to hf://me/model               | hf://me/model: only a folder or s3://, gs:// or az://
 plan ""                                           | CONFIG: '' is empty; is a variable of the shell not set?
 show ""                                           | CONFIG: '' is empty
 init my ""                                        | SOURCE: '' is empty
@@ -160,7 +160,7 @@ run mine.yaml --preset nano                       | unknown option --preset; wri
 run mine.yaml --epochs 10                         | unknown option --epochs; ~; values are written KEY=VALUE
 run mine.yaml +decoder.samples=100                | +decoder.samples=100: not understood here; ~[KEY=VALUE ...]
 plan mine.yaml run.trackers=[comet]               | run.trackers: comet is neither module:function nor one of tensor
-plan mine.yaml store=gcs://bucket/a               | only s3://BUCKET/PREFIX or a folder can be a store
+plan mine.yaml store=gcs://bucket/a               | only a folder or s3://, gs:// or az:// and BUCKET/PREFIX
 plan mine.yaml source.paths=[fold1.csv]           | split 'fold1' is not train, ~name another column
 plan mine.yaml source.paths=[moved]               | source moved: no such file or folder in
 init "my project" list.csv                        | 'my project' is not a plain name; use letters, digits

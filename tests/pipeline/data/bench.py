@@ -67,6 +67,8 @@ def serving(pages: Mapping[str, Page] | Pages, tls: SSLContext | None = None) ->
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.do_GET()
 
+        do_PUT = do_POST
+
         def do_GET(self) -> None:
             page = pages.get(self.path, Page(status=404))
             self.send_response(page.status)

@@ -15,7 +15,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from pipeline.errors import UserError
-from pipeline.store import Store, open_store
+from pipeline.store import Store, base, open_store
 from pipeline.store import s3 as store_s3
 from pipeline.store.s3 import S3Store
 from tests.fault_proxy import FAULTS, FaultProxy, always, failing, never, on_first_sight
@@ -29,7 +29,7 @@ COUNT = itertools.count()
 def proxy(s3: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """Before the server; nobody waits between two tries."""
     monkeypatch.setattr(store_s3, "PART_BYTES", PART)
-    monkeypatch.setattr(store_s3, "random", SimpleNamespace(random=lambda: 0.0))
+    monkeypatch.setattr(base, "random", SimpleNamespace(random=lambda: 0.0))
     monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda _: None))
     with failing(s3.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
@@ -216,10 +216,10 @@ def test_what_does_not_pass_is_one_clear_line(
             call()
         assert "\n" not in str(caught.value)
         deadline = time.monotonic() + 30
-        while len(proxy.requests) < store_s3.TRIES and time.monotonic() < deadline:
+        while len(proxy.requests) < base.TRIES and time.monotonic() < deadline:
             time.sleep(0.01)  # on a busy machine the proxy reads a request after its client has given up
         # A creation that was cut off looks whether what stands is its own.
-        assert store_s3.TRIES <= len(proxy.requests) <= store_s3.TRIES + 2
+        assert base.TRIES <= len(proxy.requests) <= base.TRIES + 2
 
 
 def test_a_connection_is_used_again(store: S3Store, proxy: FaultProxy) -> None:
