@@ -68,7 +68,7 @@ def with_fixed_workers(config: Config, stages: Collection[str]) -> Run:
     changed: dict[str, Any] = {}
     for stage, settings in vars(config.run).items():
         if stage in stages and isinstance(settings, TrainingSettings | ShardSettings):
-            recipe = getattr(config, stage)
+            recipe = getattr(config, stage, None)
             team = team_of(settings, pod(config.run.kubernetes), getattr(recipe, "batch", sys.maxsize))
             taken = getattr(recipe, "pretrained", False)  # by the driver, which copies weights
             numbers: dict[str, Any] = {"workers": 0 if taken else team.count}

@@ -12,7 +12,7 @@ from jobs.output import say
 from models.sampling_config import UPSAMPLERS
 from models.tokens import cut_captions
 from pipeline.config import check_project, load_config
-from pipeline.data.curation.stage import CurationRecipe
+from pipeline.data.curation.row_filter import FilterRecipe
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.preview import MOST_COUNTED, ListPreview, behind_embeddings, preview
 from pipeline.data.source.lists import pinned
@@ -132,11 +132,11 @@ def _remarks(seen: ListPreview, context: int) -> Iterator[str]:
     yield from (f"warning: {left}" for left in seen.unread)
     if bare := seen.rows - len(seen.captions):
         yield f"warning: {bare:,} of them have no caption and will not be trained on"
-    most = CurationRecipe.max_caption
+    most = FilterRecipe.max_caption
     if long := sum(len(caption) > most for caption in seen.captions):
         yield (
-            f"warning: {long:,} of the first {len(seen.captions):,} captions have more than {most:,} characters, and "
-            "curation rejects them once CLIP has trained on them: write curation: {max_caption: ...}, or shorten them"
+            f"warning: {long:,} of the first {len(seen.captions):,} captions have more than {most:,} characters and "
+            "will be left out: write curation: {max_caption: ...}, or shorten them"
         )
     if cut := cut_captions(seen.captions, context):
         many = f"{cut:,} of the first {counted(len(seen.captions), 'caption')}"

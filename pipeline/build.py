@@ -10,6 +10,7 @@ from dataclasses import is_dataclass, replace
 from typing import Any
 
 from pipeline.data.codec.stage import CODEC
+from pipeline.data.curation.row_filter import FILTER
 from pipeline.data.curation.stage import CURATION
 from pipeline.data.curation.thresholds import THRESHOLDS
 from pipeline.data.embeddings.stage import EMBEDDINGS
@@ -30,6 +31,7 @@ STAGES = (
     CAPTIONS,
     PAIRS,
     RECAPTION,
+    FILTER,
     CLIP,
     EMBEDDINGS,
     THRESHOLDS,
@@ -85,8 +87,7 @@ def _wrong(name: str, stage: Any, others: Collection[str]) -> str:
 def build(config: Any) -> Graph:
     """Returns the stages that a Config asks for, bound to it, in an order in which every one comes after its inputs."""
     stages = list(_fed(stage.bound(config) for stage in config.stages))
-    # Models, what is pinned for them, and what stands for others are made only where a later stage needs them.
-    needed = {stage.name for stage in stages if not (stage.kind == "training" or stage.pinned or stage.stands_for)}
+    needed = {stage.name for stage in stages if not (stage.kind == "training" or stage.pinned or stage.on_demand)}
     for stage in reversed(stages):
         if stage.name in needed:
             needed |= set(stage.inputs)

@@ -111,10 +111,15 @@ def config_type(stages: tuple[Stage, ...] = STAGES) -> type[Config]:
         raise UserError(f"stage {wrong}: the configuration has something else of this name; name it differently")
     settings = [(each.name, each.settings, field(default_factory=each.settings)) for each in stages if each.settings]
     run = make_dataclass("Run", settings, bases=(Run,), frozen=True, namespace={"__doc__": Run.__doc__})
-    own = [(stage.name, stage.recipe) for stage in stages if stage.kind != "source"]
+    own = [(stage.name, stage.recipe) for stage in _with_section(stages)]
     whole = [(name, kind, field(default_factory=kind)) for name, kind in (*own, ("run", run))]
     namespace = {"__doc__": Config.__doc__, "stages": stages}
     return make_dataclass("Config", whole, bases=(Config,), frozen=True, namespace=namespace)
+
+
+def _with_section(stages: Iterable[Stage]) -> Iterator[Stage]:
+    """Yields the stages whose recipe is a section of its own, besides ``source``."""
+    yield from (stage for stage in stages if stage.kind != "source" and not stage.section)
 
 
 def sections(stages: Iterable[Stage]) -> tuple[str, ...]:
@@ -260,7 +265,7 @@ def make_config(values: Mapping[str, Any], stages: tuple[Stage, ...] = ()) -> Co
     """
     values, stages = dict(values), stages or all_stages()
     common, scale = values.pop("preset", "paper"), values.pop("scale", 1)
-    for stage in (stage for stage in stages if stage.kind != "source"):  # a preset has no list
+    for stage in _with_section(stages):  # a preset has no list
         given = values.get(stage.name)
         given = {} if given is None else given
         if not isinstance(given, Mapping):

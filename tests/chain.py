@@ -21,7 +21,7 @@ from pipeline.store import Store, open_store
 
 Finished = subprocess.CompletedProcess[str]
 ROOT = Path(__file__).parents[1]
-DATA_STAGES = ("source", "captions", "pairs", "clip", "embeddings", "curation", "codec")
+DATA_STAGES = ("source", "captions", "pairs", "filter", "clip", "embeddings", "curation", "codec")
 
 LIGHT = {"channels": 8, "patch": 8}  # an upsampler that takes an eighth of the nano preset's time
 MICRO = {
@@ -37,7 +37,8 @@ MICRO = {
     "bundle": {"sampling": {"prior_steps": 2, "decoder_steps": 2, "upsampler_256_steps": 2, "upsampler_1024_steps": 2}},
     "samples": {"captions": ["a red heart"]},
     "evaluation": {"rows": 8, "image_rows": 8, "upsampler_rows": 8, "samples": 2},
-    "run": {"lease_s": 5} | {stage: {"workers": 0} for stage in ("pairs", "embeddings", "curation", "index", "codec")},
+    "run": {"lease_s": 5}
+    | {stage: {"workers": 0} for stage in ("pairs", "filter", "embeddings", "curation", "index", "codec")},
 }
 
 

@@ -89,7 +89,8 @@ class Stage:
         passes: The stage also makes shards that its artefact does not list, in passes before the last one.
         settings: Class of the run settings; None where the stage runs in the driver and has none.
         needs: Function of the stage, with its recipe, and of the configuration that returns the inputs.
-        section: Section of the configuration that holds the recipe, if it is another stage's.
+        section: Section of the configuration that holds the recipe, if it is another stage's. A recipe that is a base
+            class of that stage's takes its own fields alone.
         fits: Function of the same two that raises UserError for other sections that the recipe does not fit.
         given: Function of the configuration that returns what the stage reads while it runs, outside its key.
         clips: Fields of the recipe that may name a CLIP of somebody else's.
@@ -107,8 +108,9 @@ class Stage:
         few: Function of the recipe that returns fields for a probe of little work, or where its second argument is
             true, of somewhat more.
         stands_for: Function of the recipe that returns the stage whose place this one takes: stages after it that
-            declare that one as an input read this one. With "" it is not made.
+            declare that one as an input read this one.
         roles: Declared names of those inputs that stand for others, by input; ``build`` sets them.
+        on_demand: Made only where a later stage needs it, as trainings and what is pinned always are.
     """
 
     name: str
@@ -136,12 +138,17 @@ class Stage:
     few: Callable[[Any, bool], dict[str, Any]] | None = None
     stands_for: Callable[[Any], str] | None = None
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    on_demand: bool = False
 
     def bound(self, config: Any) -> Stage:
         """Returns the stage with the recipe, inputs and settings that a configuration has for it."""
+        recipe = getattr(config, self.section or self.name)
+        if type(recipe) is not self.recipe:  # other fields of the section count in no key of this stage
+            own = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(self.recipe)}
+            recipe = self.recipe(**own)
         stage = dataclasses.replace(
             self,
-            recipe=getattr(config, self.section or self.name),
+            recipe=recipe,
             settings=self.settings and getattr(config.run, self.name),
             given=self.given and self.given(config),
         )

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import Config
-from pipeline.data.curation.stage import reject_without_clip
+from pipeline.data.curation.row_filter import reject_without_clip
 from pipeline.data.pairs.row_index import STAGE_SIDES
 from pipeline.data.pairs.stage import packing
 from pipeline.data.source.source import ListRow

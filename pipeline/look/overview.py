@@ -197,8 +197,8 @@ def _advice(
         yield f"Some rows name what a list may not{named}: if that is yours, name its folder under source.roots."
     if long := lost.get("caption_too_long"):
         yield (
-            f"{counted(long, 'first caption')} over {config.curation.max_caption:,} characters: CLIP trains on these "
-            "rows before curation rejects them. Raise curation.max_caption, or shorten the captions."
+            f"{counted(long, 'first caption')} over {config.curation.max_caption:,} characters: they are left out. "
+            "Raise curation.max_caption, or shorten the captions."
         )
     reads = config.clip.model.text_context - 2
     cut = sum(count for length, count in captions.tokens.items() if length > reads)

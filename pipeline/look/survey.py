@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.data.curation.stage import CurationRecipe, reject_without_clip
+from pipeline.data.curation.row_filter import FilterRecipe, reject_without_clip
 from pipeline.data.embeddings.parts import EMBEDDED_CAPTIONS
 from pipeline.data.source.source import ListRow
 from pipeline.local import is_embedding
@@ -34,7 +34,7 @@ class ListSurvey:
         unfit: Rows that curation will reject for their first caption, by reason.
     """
 
-    def __init__(self, recipe: CurationRecipe):
+    def __init__(self, recipe: FilterRecipe):
         self._recipe = recipe
         self.rows = self.kept = self.captionless = 0
         self.lost, self.licenses, self.unfit = Counter[str](), Counter[str](), Counter[str]()

@@ -95,9 +95,8 @@ class Results:
         if load_artifact(ctx.store, ctx.stage, ctx.key) is not None:
             return
         precision = computes_in(self.group.device, ctx.recipe.precision)
-        bare = self.feed.without_caption
         artifact = ctx.publishable(
-            ledger=Ledger(self.feed.order.total, {"no_caption": bare} if bare else {}),
+            ledger=Ledger(self.feed.order.total),
             blobs=self._blobs(state, model),
             metrics=state.journal.latest() | {"samples_seen": state.samples, "wrapped_rows": self.feed.order.wrapped},
             environment={"device": str(self.group.device), "precision": precision, "workers": str(self.group.size)},

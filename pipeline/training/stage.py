@@ -86,7 +86,15 @@ def _upsampler_fits(stage: Stage, config: Any) -> None:
         )
 
 
-CLIP = training("clip", ClipRecipe, ("pairs", "captions"), pinned=True, clips=("weights",), fits=_clip_fits)
+CLIP = training(
+    "clip",
+    ClipRecipe,
+    ("pairs", "captions", "filter"),
+    needs=lambda stage, config: ("pairs", "captions") if stage.recipe.pretrained else stage.inputs,
+    pinned=True,
+    clips=("weights",),
+    fits=_clip_fits,
+)
 AR_PRIOR = training(
     "ar_prior",
     ARPriorRecipe,

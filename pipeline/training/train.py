@@ -144,7 +144,7 @@ class Worker:
         keep_freed_memory()
         task = task_of(ctx)
         pin = group.device.type == "cuda"
-        feed = Feed(ctx.store, ctx.inputs, task, recipe, group.rank, group.size, settings.cache_mb, pin, group.collect)
+        feed = Feed(ctx.store, ctx.inputs, task, recipe, group.rank, group.size, settings.cache_mb, pin)
         state = self.restored(task, group)
         # Rank 0 measures alone, so before the workers wait for each other.
         speed = measure_speed(task, state, feed, recipe.precision, group) if group.is_rank_0 else NOT_MEASURED

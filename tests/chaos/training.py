@@ -43,7 +43,7 @@ class Reference(strikes.Reference):
 
     def of(self, folder: Path, store: str) -> Path:
         training = {"workers": 2, "threads": 1, "device": "cpu", "checkpoint_every_s": 0.5}
-        here = {name: {"workers": 0} for name in ("pairs", "embeddings", "curation", "index", "codec")}
+        here = {name: {"workers": 0} for name in ("pairs", "filter", "embeddings", "curation", "index", "codec")}
         recipe = {"samples": STEPS * BATCH, "batch": BATCH, "lanes": 4, "model": MODEL}
         return self.config(folder, store, {STAGE: training, **here}, **{STAGE: recipe})
 

@@ -61,7 +61,7 @@ VALUES: dict[str, Any] = {
 }
 GRAPH = build(make_config(VALUES))
 STAGES = [GRAPH[name] for name in ("thresholds", "curation", "index", "codec")]
-BEFORE = {"Packer", "Captioner", "CaptionJoin", "Encoder"}  # the workers of the stages before
+BEFORE = {"Packer", "Captioner", "CaptionJoin", "FilterRows", "Encoder"}  # the workers of the stages before
 
 
 def workers() -> set[str]:

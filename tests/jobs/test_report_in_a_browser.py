@@ -13,7 +13,7 @@ from tests.chain import done, unclip
 pytestmark = pytest.mark.browser
 MODELS = ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 WITH_TIMESTEPS = ("diffusion_prior", "decoder", "upsampler_256")  # the 1024 px upsampler has too few rows here
-WITHOUT_RAY = ("pairs", "embeddings", "curation", "upsampler_256", "upsampler_1024")
+WITHOUT_RAY = ("pairs", "filter", "embeddings", "curation", "upsampler_256", "upsampler_1024")
 SAMPLES = 4  # captions in the configuration
 # Of the decoder and the upsamplers: at the start, at the end, and the decoder's after 64 steps.
 PREVIEWS = 3 + 2 + 2

@@ -27,7 +27,7 @@ MONTHS = {"january": slice(144), "february": slice(144, 288), "march": slice(288
 SHARD_ROWS = 40
 # Settings, which move no key. On one thread sums have the same order, and so the models the same bits, on any number of
 # cores.
-RUN = {name: {"workers": 0} for name in ("pairs", "embeddings", "curation", "index")}
+RUN = {name: {"workers": 0} for name in ("pairs", "filter", "embeddings", "curation", "index")}
 RUN |= {name: {"threads": 1} for name in ("clip", "diffusion_prior", "decoder")}
 
 

@@ -35,7 +35,7 @@ def test_without_a_key_it_shows_runs_and_what_is_under_way(config: Path, capsys:
     assert main(["show", str(config)]) == 0
     shown = capsys.readouterr().out
     assert "running now\n  pairs " in shown
-    assert "1 of 16 stages made" in shown
+    assert "1 of 17 stages made" in shown
     assert main(["show", "--store", str(config.parent / "store")]) == 0
     assert capsys.readouterr().out.splitlines()[4:] == shown.splitlines()[4:]  # but for the seconds that it runs
 
@@ -48,7 +48,7 @@ def test_a_folder_and_no_word_at_all_show_the_store_there(
     monkeypatch.chdir(config.parent)
     for words in ([], ["out/p"], ["out/p/store"]):
         assert main(["show", *words]) == 0
-        assert "1 of 16 stages made" in capsys.readouterr().out
+        assert "1 of 17 stages made" in capsys.readouterr().out
 
 
 def test_with_a_key_it_shows_an_artefact(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,7 @@ def test_a_configuration_has_what_its_stages_declare() -> None:
     config = make_config(LEAST)
     for stage in STAGES:
         assert isinstance(getattr(config, stage.section or stage.name), stage.recipe)
+        assert type(stage.bound(config).recipe) is stage.recipe
         assert not stage.settings or isinstance(getattr(config.run, stage.name), stage.settings)
 
 
@@ -320,8 +321,8 @@ def test_a_bundle_that_stops_early_needs_less() -> None:
         make_config({**LEAST, "preset": "nano", "bundle": bundle, "pairs": {"image_size": 64}, "codec": {"buckets": 9}})
     )
     assert set(graph) == {
-        "source", "captions", "pairs", "clip", "embeddings", "curation", "index", "diffusion_prior", "decoder",
-        "bundle", "samples", "evaluation",
+        "source", "captions", "pairs", "filter", "clip", "embeddings", "curation", "index", "diffusion_prior",
+        "decoder", "bundle", "samples", "evaluation",
     }  # fmt: skip
 
 

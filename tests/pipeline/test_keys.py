@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -160,13 +161,17 @@ def followers(name: str) -> set[str]:
     return found
 
 
-def test_a_recipe_field_moves_its_stage_and_all_that_follows() -> None:
-    before = keys(CONFIG)
+def test_a_recipe_field_moves_the_stages_that_have_it_and_all_that_follow() -> None:
+    before, expected = keys(CONFIG), defaultdict[str, set[str]](set)
     for stage in build(CONFIG).values():
-        for name in leaves(stage.recipe, stage.name) if stage.name not in ("source", "captions") else ():
-            after = keys(changed(name))
-            moved = {s for s in after if after[s] != before[s]}
-            assert moved == followers(stage.name) & after.keys(), name
+        for name in leaves(stage.recipe, stage.section or stage.name) if stage.kind != "source" else ():
+            expected[name] |= followers(stage.name)
+    assert "clip" in expected["curation.max_caption"]
+    assert "clip" not in expected["curation.min_similarity"]
+    for name, follow in expected.items():
+        after = keys(changed(name))
+        moved = {s for s in after if after[s] != before[s]}
+        assert moved == follow & after.keys(), name
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from pipeline.data.curation.rejected import Rejected, rejected_table
+from pipeline.data.curation.row_filter import FilterRecipe, captioned_rows, reject_without_clip
 from pipeline.data.embeddings.scores import score_column
 from pipeline.data.neighbours.blocks import OneThread, as_input
 from pipeline.data.pairs.row_index import index_counts, index_table
-from pipeline.data.source.rows import read_captions
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_table
 from pipeline.graph.shards import map_shards, run_shards
@@ -34,14 +34,10 @@ Cosine = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
-class CurationRecipe:
-    """Says which rows models are trained on.
+class CurationRecipe(FilterRecipe):
+    """Says which rows models are trained on; a CLIP that is trained on the list goes by the first four fields alone.
 
     Attributes:
-        min_side: Short side of the stored image, pixels.
-        max_aspect: Long side over short side.
-        min_caption: Characters of the first caption.
-        max_caption: Characters of the first caption.
         min_similarity: Cosine of image and text embedding; -1 keeps all. The higher of this and of ``thresholds``
             counts.
         min_score: Lowest score that stays, by the name of a head in ``embeddings.heads``.
@@ -52,34 +48,11 @@ class CurationRecipe:
             and ``tiny``.
     """
 
-    min_side: int = 64
-    max_aspect: Annotated[float, Field(ge=1)] = 3.0
-    min_caption: int = 1
-    max_caption: int = 1000
     min_similarity: float = -1.0
     min_score: dict[str, float] = field(default_factory=dict)
     max_score: dict[str, float] = field(default_factory=dict)
     near_duplicate: Cosine | None = 0.96
     near_held_out: Cosine | None = 0.96
-
-    def __post_init__(self) -> None:
-        if self.min_caption > self.max_caption:
-            raise ValueError(f"min_caption: {self.min_caption} is above max_caption {self.max_caption}")
-
-
-def reject_without_clip(recipe: CurationRecipe, row: Mapping[str, Any], caption: str) -> str | None:
-    """Returns why a row is rejected by its stored size in pixels and its first caption alone, or None."""
-    if row["width"] is not None:  # None: an imported embedding, without an image
-        short, long = sorted((row["width"], row["height"]))
-        if short < recipe.min_side:
-            return "too_small"
-        if long > recipe.max_aspect * short:
-            return "bad_aspect"
-    if not caption:
-        return "no_caption"
-    if len(caption) < recipe.min_caption:
-        return "caption_too_short"
-    return "caption_too_long" if len(caption) > recipe.max_caption else None
 
 
 @dataclass(frozen=True)
@@ -90,17 +63,14 @@ class Judge:
     recipe: CurationRecipe
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        table = read_table(self.store, task.inputs["pairs"].blobs["index"]).to_pylist()
-        texts = read_captions(self.store, task.inputs["captions"])
+        rows = captioned_rows(self.store, task.inputs["pairs"], task.inputs["captions"])
         named = {score_column(name) for name in (*self.recipe.min_score, *self.recipe.max_score)}
         columns = ["key", "similarity", *sorted(named)]
         scored = read_table(self.store, task.inputs["embeddings"].blobs["embeddings"], columns).to_pylist()
         scores = {row["key"]: row for row in scored}
-        rows = [row for row in table if row["status"] == "kept"]
-        captions = [texts[row["key"]][0] if texts[row["key"]] else "" for row in rows]
-        reasons = [self.reason(row, text, scores[row["key"]]) for row, text in zip(rows, captions, strict=True)]
-        kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
-        lost = [Rejected(row["key"], reason) for row, reason in zip(rows, reasons, strict=True) if reason is not None]
+        reasons = [self.reason(row, caption, scores[row["key"]]) for row, caption in rows]
+        kept = [row for (row, _), reason in zip(rows, reasons, strict=True) if reason is None]
+        lost = [Rejected(row["key"], why) for (row, _), why in zip(rows, reasons, strict=True) if why is not None]
         blobs = {"index": write_table(index_table(kept)), "rejected": rejected_table(lost)}
         return ShardOutput(Ledger.count(reasons), blobs, index_counts(kept))
 
@@ -192,8 +162,8 @@ def _warn(stage: Stage, found: Any) -> Iterator[str]:
     most = stage.recipe.max_caption
     if long := found.captions_above(most):
         yield (
-            f"{long:,} of {counted(found.rows, 'pair')} have a first caption of more than {most:,} characters: CLIP "
-            "trains on them, and curation then rejects them; raise curation.max_caption or shorten them"
+            f"{long:,} of {counted(found.rows, 'pair')} have a first caption of more than {most:,} characters and will "
+            "be left out; raise curation.max_caption or shorten them"
         )
 
 

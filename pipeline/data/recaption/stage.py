@@ -186,6 +186,7 @@ RECAPTION = Stage(
     run=run_recaption,
     settings=RecaptionSettings,
     stands_for=lambda recipe: "captions" if recipe.model else "",
+    on_demand=True,
     fits=_fits,
     passes=True,
     given=lambda config: config.run.prices.currency,

@@ -23,10 +23,10 @@ from pipeline.graph.artifacts import Artifact
 from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
 from pipeline.training.feed.order import Order, cut_by_lane, share_of
-from pipeline.training.feed.tables import Collect, JoinedRow, Tables
+from pipeline.training.feed.tables import JoinedRow, Tables
 from pipeline.training.feed.views import CACHE_MB, View, Views, at_once
 from pipeline.training.recipes import TrainingRecipe
-from pipeline.training.task import Batch, Contrastive, Prepares, Task
+from pipeline.training.task import Batch, Prepares, Task
 
 Item = TypeVar("Item")
 WINDOW_READERS = 8  # windows that are read at once
@@ -125,8 +125,7 @@ class Windows:
 class Feed:
     """Makes batches of a task's training rows in the order of its recipe, and of its validation rows.
 
-    The batch of a step holds this worker's share of its batch / lanes rows of every lane, lane after lane. A task that
-    compares captions gets no rows without one; ``without_caption`` counts them.
+    The batch of a step holds this worker's share of its batch / lanes rows of every lane, lane after lane.
 
     Args:
         store: Store of the rows.
@@ -137,12 +136,8 @@ class Feed:
         size: Number of workers.
         cache_mb: MiB of decoded images that stay in memory.
         pin: Puts batches of training rows into pinned memory, for a GPU.
-        collect: Function that gathers numbers of all workers, by rising rank, who then make their feeds together and
-            count rows that have a caption each in a part of the shards; by default this worker counts them all.
 
-    Raises:
-        ValueError: The task has no training rows.
-        UserError: None of the training rows has a caption.
+    Raises ValueError where the task has no training rows.
     """
 
     def __init__(
@@ -155,28 +150,15 @@ class Feed:
         size: int = 1,
         cache_mb: int = CACHE_MB,
         pin: bool = False,
-        collect: Collect | None = None,
     ):
         self.columns, self.recipe, self.pin = task.columns, recipe, pin
         self.prepare = task.prepare if isinstance(task, Prepares) else None
         self.per_lane = recipe.batch // recipe.lanes
         self.lanes = cut_by_lane(share_of(rank, size, recipe.batch), self.per_lane)
-        contrastive = isinstance(task, Contrastive)
-        self.tables = Tables(
-            store, inputs, task.columns, "train", task.min_side, 2 * len(self.lanes), captioned=contrastive
-        )
-        counts, listed = self.tables.counts, sum(self.tables.counts)
-        if contrastive:
-            counts = self.tables.captioned_counts(rank, size, collect) if collect else self.tables.captioned_counts()
-        self.without_caption = listed - sum(counts)
-        if self.without_caption and not any(counts):
-            raise UserError(
-                f"none of the {listed:,} training rows has a caption to compare its image with; give them captions, or "
-                "use an existing CLIP (clip.weights)"
-            )
+        self.tables = Tables(store, inputs, task.columns, "train", task.min_side, 2 * len(self.lanes))
         self.held_out = self.tables.of("validation")
         self.views = Views(store, task.image_size, cache_mb)
-        self.order = Order(counts, recipe.lanes, recipe.window, recipe.seed)
+        self.order = Order(self.tables.counts, recipe.lanes, recipe.window, recipe.seed)
 
     def batches(self, samples: int) -> Generator[LocalBatch, None, None]:
         """Yields this worker's batch of every step, without end, after ``samples`` samples (a multiple of batch).

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import lru_cache
 from itertools import repeat
@@ -16,16 +15,11 @@ import pyarrow.compute as pc
 
 from pipeline.data.pairs.row_index import Place
 from pipeline.data.source.rows import MADE, MADE_SHARE
-from pipeline.data.source.stage import CAPTIONED
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardList, read_table
 from pipeline.store import Store
-from pipeline.training.feed.order import share_of
 
-Collect = Callable[[list[int]], list[int]]
 CACHED = 8  # shards
-SHARD_READERS = 8  # shards that are read at once to count their rows
-COUNTED = ["key", "status", "split", "width", "height"]  # columns of an index by which rows are counted
 LOCKS = 64  # of shards that are being read; shards with the same lock wait for each other
 
 
@@ -72,7 +66,7 @@ class JoinedRow(NamedTuple):
 class Tables:
     """Reads the kept rows of one split whose shorter side is at least ``min_side``, by shard.
 
-    Rows are those of "curation", or of "pairs" when CLIP trains, before the curation.
+    Rows are those of "curation", or of "filter" when CLIP trains, before the curation.
 
     Args:
         store: Store of the tables.
@@ -81,11 +75,10 @@ class Tables:
         split: "train", "validation" or "test".
         min_side: Least shorter side of an image, in pixels.
         cached: Number of shards that stay in memory.
-        captioned: Leaves out rows without a caption.
     """
 
     counts: tuple[int, ...]
-    """Rows by position in ``shards``, rows without a caption included."""
+    """Rows by position in ``shards``."""
 
     def __init__(
         self,
@@ -95,10 +88,9 @@ class Tables:
         split: str,
         min_side: int,
         cached: int = CACHED,
-        captioned: bool = False,
     ):
-        self.store, self.columns, self.min_side, self.captioned = store, columns, min_side, captioned
-        rows = "curation" if "curation" in inputs else "pairs"
+        self.store, self.columns, self.min_side = store, columns, min_side
+        rows = "curation" if "curation" in inputs else "filter"
         self.shards = ShardList(store, inputs[rows])
         self._made_share = inputs["captions"].metrics.get(MADE_SHARE) if "captions" in inputs else None
         wanted = {
@@ -106,9 +98,7 @@ class Tables:
             "captions": "tokens" in columns or self._made_share is not None,
             "embeddings": not {"image_embedding", "text_embedding"}.isdisjoint(columns),
         }
-        self._others = {
-            name: self.shards if name == rows else ShardList(store, inputs[name]) for name in wanted if wanted[name]
-        }
+        self._others = {name: ShardList(store, inputs[name]) for name in wanted if wanted[name]}
         self._choose(split, cached)
 
     def _choose(self, split: str, cached: int) -> None:
@@ -122,24 +112,6 @@ class Tables:
         other = copy(self)
         other._choose(split, CACHED)
         return other
-
-    def captioned_counts(self, rank: int = 0, size: int = 1, collect: Collect = list) -> tuple[int, ...]:
-        """Returns ``counts`` without the rows that have no caption.
-
-        Shards where every row of the list has a caption are not read. The others are shared out: each worker reads
-        its part, and ``collect`` gathers the numbers of all workers, by rising rank.
-        """
-        captions = self._others["captions"]
-        complete = captions.numbers[captions.counts(CAPTIONED) == captions.totals()]
-        known = np.isin(self.shards.numbers, complete) | (np.array(self.counts, np.int64) == 0)
-        unknown = np.flatnonzero(~known).tolist()
-        own = share_of(rank, size, len(unknown))
-        with ThreadPoolExecutor(SHARD_READERS) as readers:
-            counted = list(readers.map(self._captioned, unknown[own.start : own.stop]))
-        counts = list(self.counts)
-        for position, count in zip(unknown, collect(counted), strict=True):
-            counts[position] = count
-        return tuple(counts)
 
     def first(self, rows: int) -> list[JoinedRow]:
         """Returns at most ``rows`` rows, in order of shards and of the index. Reads no shard behind them."""
@@ -169,27 +141,14 @@ class Tables:
         found = {name: listed.find(shard.number) for name, listed in self._others.items()}
         return {"rows": shard.blobs} | {name: other.blobs for name, other in found.items() if other is not None}
 
-    def _captioned(self, position: int) -> int:
-        """Returns how many rows of a shard have a caption."""
-        return self._rows(position, COUNTED).num_rows
-
-    def _rows(self, position: int, columns: list[str] | None = None) -> pa.Table:
-        """Returns the wanted rows of a shard's index. Raises ValueError where its artefact counts other rows."""
+    def _read_shard(self, position: int) -> list[JoinedRow]:
         number, blobs = self.shards[position].number, self.blobs(position)
-        index = self._index(blobs["rows"]["index"], columns)
+        index = self._index(blobs["rows"]["index"])
         if index.num_rows != self.counts[position]:
             raise ValueError(
                 f"shard {number}: its index has {index.num_rows} {self.split} rows of {self.min_side} px, "
                 f"its artefact counts {self.counts[position]}"
             )
-        if not self.captioned:
-            return index
-        told = _have_caption(self._join(number, blobs, "captions", index["key"])["captions"])
-        return index.filter(pa.array(told))
-
-    def _read_shard(self, position: int) -> list[JoinedRow]:
-        number, blobs = self.shards[position].number, self.blobs(position)
-        index = self._rows(position)
         keys = index["key"].to_pylist()
         places: Iterator[Place | None] = repeat(None, len(keys))
         captions: Iterable[list[str] | None] = repeat(None, len(keys))
@@ -218,11 +177,8 @@ class Tables:
         columns = (keys, places, captions, image, text, licenses, shares)
         return [JoinedRow(*values) for values in zip(*columns, strict=True)]
 
-    def _index(self, blob: str, columns: Sequence[str] | None) -> pa.Table:
-        read = (
-            None if columns is None else [*columns, "status", "split", *(("width", "height") if self.min_side else ())]
-        )
-        index = read_table(self.store, blob, read)
+    def _index(self, blob: str) -> pa.Table:
+        index = read_table(self.store, blob)
         wanted = pc.and_(pc.equal(index["status"], "kept"), pc.equal(index["split"], self.split))
         if self.min_side:
             short = pc.min_element_wise(index["width"], index["height"])
@@ -246,15 +202,6 @@ def embedding_dim(store: Store, embeddings: Artifact) -> int:
         if shard.kept:
             return len(read_table(store, shard.blobs["embeddings"], ["image_embedding"])["image_embedding"][0])
     raise UserError("embeddings: no rows to train on; see why the pairs were rejected")
-
-
-def _have_caption(captions: pa.ChunkedArray) -> np.ndarray:
-    """Returns of each list of captions whether one of them is more than white space, bool [rows]."""
-    lists = captions.combine_chunks()
-    spoken = pc.not_equal(pc.utf8_trim_whitespace(lists.flatten()), "").to_numpy(zero_copy_only=False)
-    found = np.zeros(len(lists), bool)
-    found[pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)[spoken]] = True
-    return found
 
 
 def _by_row(first: np.ndarray, more: pa.ListArray) -> list[np.ndarray]:

@@ -165,7 +165,7 @@ class Bench:
             "preset": "nano",
             "store": str(folder),
             "source": {"paths": list(paths), "shard_rows": 10},
-            "run": {name: {"workers": 0} for name in ("pairs", "embeddings", "curation", "index", "codec")},
+            "run": {name: {"workers": 0} for name in ("pairs", "filter", "embeddings", "curation", "index", "codec")},
         }
         self.store = open_store(str(folder))
         self.config = make_config(overlay(values, changes))

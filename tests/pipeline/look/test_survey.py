@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.data.curation.stage import CurationRecipe
+from pipeline.data.curation.row_filter import FilterRecipe
 from pipeline.data.source.source import ListRow
 from pipeline.look import captions, survey
 from pipeline.look.captions import look_at_captions, script_of
@@ -10,7 +10,7 @@ from pipeline.look.survey import ListSurvey
 
 
 def surveyed(rows: list[ListRow]) -> ListSurvey:
-    found = ListSurvey(CurationRecipe())
+    found = ListSurvey(FilterRecipe())
     for row in rows:
         found.add(row)
     return found

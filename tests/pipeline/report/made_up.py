@@ -127,7 +127,8 @@ def _publish(store: Store, stage: str, seconds: float = 12.5, **fields: Any) -> 
 
 
 def _data(store: Store, caption: str | None) -> dict[str, Artifact]:
-    shards: dict[str, list[Any]] = {name: [] for name in ("source", "captions", "pairs", "embeddings", "curation")}
+    names = ("source", "captions", "pairs", "filter", "embeddings", "curation")
+    shards: dict[str, list[Any]] = {name: [] for name in names}
     for number in range(SHARDS):
         rows, captions, images = _rows(number, caption)
         sources = Ledger.count("duplicate_url" if row["reason"] == "duplicate_url" else None for row in rows)
@@ -143,6 +144,7 @@ def _data(store: Store, caption: str | None) -> dict[str, Artifact]:
                 Ledger.count(row["reason"] for row in rows),
                 {"index": write_table(index_table(rows)), "images": images},
             ),
+            "filter": (Ledger(len(kept)), {"index": write_table(index_table(kept))}),
             "embeddings": (
                 Ledger(len(kept)),
                 {"embeddings": write_table({"key": pa.array([row["key"] for row in kept]), "similarity": scores})},

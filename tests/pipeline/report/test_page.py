@@ -25,7 +25,7 @@ from tests.pipeline.report.made_up import chain, config, encoded, graph
 
 TILES = [("samples", "Images"), ("evaluation", "Quality"), ("data", "Data"), ("lineage", "Cost")]
 STAGES = (
-    *("source", "captions", "pairs", "clip", "embeddings", "curation", "index", "codec", "ar_prior"),
+    *("source", "captions", "pairs", "filter", "clip", "embeddings", "curation", "index", "codec", "ar_prior"),
     *("diffusion_prior", "decoder", "upsampler_256", "upsampler_1024", "bundle", "samples", "evaluation"),
 )
 SECTIONS = (*("samples", "evaluation"), *("data", "codec", "training", "lineage", "environment"))
@@ -124,14 +124,14 @@ def test_every_beginning_and_every_gap_works(store: FolderStore, made: dict[str,
 def test_the_chain_is_that_of_the_configuration(store: FolderStore, made: dict[str, Artifact]) -> None:
     nothing = render(store, config(), graph(), {})
     checked(nothing)
-    assert "0 of 16 stages are done; next is source." in nothing
+    assert "0 of 17 stages are done; next is source." in nothing
     small = graph(
         "bundle.models=[diffusion_prior, decoder]", "bundle.sampling.prior=diffusion", "bundle.sampling.size=64"
     )
     page = render(store, config(), small, {"source": made["source"]})
     assert re.findall(r'<li class="(\w+)">(\w+)</li>', page) == [
         ("done", "source"),
-        *(("open", name) for name in ("captions", "pairs", "clip", "embeddings", "curation", "index")),
+        *(("open", name) for name in ("captions", "pairs", "filter", "clip", "embeddings", "curation", "index")),
         *(("open", name) for name in ("diffusion_prior", "decoder", "bundle", "samples", "evaluation")),
     ]
     data = {name: stage for name, stage in graph().items() if stage.kind in ("source", "data") or name == "clip"}

@@ -29,9 +29,9 @@ def judged(made: dict[str, Artifact], *figures: dict[str, Any]) -> dict[str, Art
 
 
 def test_the_sentence_says_what_is_done_and_then_what_was_found(made: dict[str, Artifact]) -> None:
-    assert verdict(graph(), {"source": made["source"]}) == "1 of 16 stages are done; next is captions."
+    assert verdict(graph(), {"source": made["source"]}) == "1 of 17 stages are done; next is captions."
     running = replace(made["decoder"], metrics={"samples_seen": 1024})
-    said = "1 of 16 stages are done; decoder is being trained: 1,024 of 51,200 samples."
+    said = "1 of 17 stages are done; decoder is being trained: 1,024 of 51,200 samples."
     assert verdict(graph(), {"source": made["source"]}, [running]) == said
     assert verdict(graph(), judged(made, figure(True))) == "1 of 1 claims hold on held-out rows."
     others = [figure(False, "It listens."), figure(False, "It reads.", model="clip"), figure(True, "It reads.")]

@@ -102,18 +102,23 @@ def make_world(
 ) -> World:
     """Publishes a small world of shards with these numbers of rows.
 
-    Every seventh row is held out for validation, another for test; curation drops one, and the last row of a shard was
-    rejected. References in the list name ``drawings``, one after the other, if there are any.
+    Every seventh row is held out for validation, another for test; the filter drops rows without a caption, curation
+    one row, and the last row of a shard was rejected. References in the list name ``drawings``, one after the other,
+    if there are any.
     """
     store = open_store(str(folder))
     examples: dict[str, Example] = {}
-    made: dict[str, list[Shard]] = {"source": [], "pairs": [], "captions": [], "embeddings": [], "curation": []}
+    made: dict[str, list[Shard]] = {
+        name: [] for name in ("source", "pairs", "captions", "filter", "embeddings", "curation")
+    }
     for number, rows in enumerate(shards):
         group = [make_example(number, row, side) for row in range(rows)]
         examples |= {example.key: example for example in group}
         index, tar = _pack(group)
         curated = [row for row in index if row["status"] == "kept" and not row["key"].endswith("0002")]
         kept = [example for example, row in zip(group, index, strict=True) if row["status"] == "kept"]
+        captioned = {example.key for example in kept if example.captions}
+        filtered = [row for row in index if row["key"] in captioned]
         other_way = kept[::-1]  # rows are joined by key, so their order must not matter
         tables = {
             "source": {"refs": write_table(_references(rows, drawings))},
@@ -123,14 +128,16 @@ def make_world(
                     {"key": [e.key for e in other_way], "captions": [e.captions for e in other_way]}
                 )
             },
+            "filter": {"index": write_table(index_table(filtered))},
             "embeddings": {"embeddings": write_table(_embeddings(other_way))},
             "curation": {"index": write_table(index_table(curated))},
         }
-        counts = {"pairs": index_counts(index), "curation": index_counts(curated)}
+        rows_of = {"pairs": index, "filter": filtered, "curation": curated}
         for stage, blobs in tables.items():
             key = hashlib.sha256(f"{stage} {number}".encode()).hexdigest()
-            ledger = Ledger(kept=len(curated if stage == "curation" else kept))
-            made[stage].append(publish_shard(store, stage, number, key, ledger, blobs, counts.get(stage, {})))
+            counts = index_counts(rows_of[stage]) if stage in rows_of else {}
+            ledger = Ledger(kept=len({"filter": filtered, "curation": curated}.get(stage, kept)))
+            made[stage].append(publish_shard(store, stage, number, key, ledger, blobs, counts))
     inputs = {}
     for stage, parts in made.items():
         table, ledger = write_shard_table(store, parts)

@@ -43,7 +43,7 @@ RECIPES = {
     "upsampler_1024": UpsamplerRecipe(model=replace(UPSAMPLER, corruption="bsr"), **SHARED),
 }
 INPUTS = {
-    "clip": ("pairs", "captions"),
+    "clip": ("pairs", "captions", "filter"),
     "ar_prior": ("pairs", "captions", "embeddings", "curation", "codec"),
     "upsampler_256": ("pairs", "curation"),
     "upsampler_1024": ("pairs", "curation"),

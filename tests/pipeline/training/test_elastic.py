@@ -59,7 +59,7 @@ def test_four_workers_become_two_and_then_three(
     """A machine with two of four is killed; later one with one core comes, and a worker dies."""
     nodes = [cluster.add_node(num_cpus=2, object_store_memory=MEMORY) for _ in range(2)]
     settings = TrainingSettings(workers=4, min_workers=1, threads=1, device="cpu", checkpoint_every_s=0.2)
-    inputs = ("pairs", "captions")
+    inputs = ("pairs", "captions", "filter")
     ctx = world.context("clip", RECIPE, settings, inputs)
     with (
         caplog.at_level(logging.WARNING),
@@ -88,7 +88,7 @@ def test_a_machine_that_is_to_be_taken_away_costs_no_step(cluster: Any, world: W
 
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=MEMORY) for _ in range(2)]
     settings = TrainingSettings(workers=2, min_workers=1, threads=1, device="cpu", checkpoint_every_s=1e6)
-    inputs = ("pairs", "captions")
+    inputs = ("pairs", "captions", "filter")
     ctx = world.context("clip", RECIPE, settings, inputs)
     validated = [steps * 12 for steps in (64, 256, 1024)]  # saved after a validation pass; a fast machine is soon there
     with ThreadPoolExecutor(1) as pool:

@@ -16,7 +16,7 @@ WHY = f"1 validation pair, and a figure needs {FEWEST}; set source.validation to
 
 def trained_clip(world: World) -> Artifact:
     recipe = ClipRecipe(samples=16, batch=8, lanes=4, model=CLIP_MODEL)
-    return stage.train(world.context("clip", recipe, inputs=("pairs", "captions")))
+    return stage.train(world.context("clip", recipe, inputs=("pairs", "captions", "filter")))
 
 
 def test_clip_has_no_validation_figures_of_one_row(tmp_path: Path) -> None:

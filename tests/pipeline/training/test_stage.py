@@ -102,12 +102,11 @@ def test_an_upsampler_needs_no_captions(shared_world: World) -> None:
 
 def test_clip_trains_before_there_is_a_curation(shared_world: World, tmp_path: Path) -> None:
     recipe = ClipRecipe(samples=64, batch=16, lanes=8, model=CLIP_MODEL)
-    inputs = ("pairs", "captions")
+    inputs = ("pairs", "captions", "filter")
     artifact = stage.train(shared_world.context("clip", recipe, inputs=inputs))
     assert set(artifact.blobs) == {"open_clip_config.json", "open_clip_model.safetensors", "metrics.jsonl"}
-    kept = sum(shard.counts["train/0"] for shard in read_shards(shared_world.store, shared_world.inputs["pairs"]))
-    assert artifact.ledger.rejected["no_caption"] > 0
-    assert artifact.ledger.rows == kept
+    kept = sum(shard.counts["train/0"] for shard in read_shards(shared_world.store, shared_world.inputs["filter"]))
+    assert artifact.ledger == Ledger(kept=kept)
     materialise(shared_world.store, artifact.blobs, tmp_path)
     clip = Clip.from_folder(tmp_path)
     assert clip.embed_dim == 16
@@ -306,7 +305,7 @@ RESNET = replace(CLIP_MODEL, tower="resnet", layers=(1, 1, 1, 1), width=2)
 def test_a_clip_compares_its_whole_batch(shared_world: World, settings: TrainingSettings, message: str) -> None:
     recipe = ClipRecipe(samples=64, batch=16, lanes=8, model=CLIP_MODEL if settings.sharded else RESNET)
     with pytest.raises(UserError, match=message):
-        stage.train(shared_world.context("clip", recipe, settings, inputs=("pairs", "captions")))
+        stage.train(shared_world.context("clip", recipe, settings, inputs=("pairs", "captions", "filter")))
 
 
 def test_no_rows_are_explained(shared_world: World) -> None:

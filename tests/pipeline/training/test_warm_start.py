@@ -45,10 +45,10 @@ def test_a_training_begins_with_the_weights_of_another(world: World, tmp_path: P
 
 def test_a_clip_begins_with_a_clips_weights(world: World) -> None:
     recipe = ClipRecipe(samples=32, batch=16, lanes=8, model=CLIP_MODEL)
-    first = stage.train(world.context("clip", recipe, inputs=("pairs", "captions")))
+    first = stage.train(world.context("clip", recipe, inputs=("pairs", "captions", "filter")))
     file = ContentFile.at(first.blobs["open_clip_model.safetensors"], "")
     like = replace(recipe, seed=1, init_from=file, **STILL)
-    again = weights(world, stage.train(world.context("clip", like, inputs=("pairs", "captions"))))
+    again = weights(world, stage.train(world.context("clip", like, inputs=("pairs", "captions", "filter"))))
     assert all(torch.equal(tensor, again[name]) for name, tensor in weights(world, first).items())
 
 

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.graph.artifacts import Artifact
+from pipeline.training.feed.tables import Tables
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
 from tests.pipeline.data.vectors import rejected
 
@@ -95,6 +96,23 @@ def test_another_threshold_embeds_nothing_again(bench: Bench) -> None:
     other = made(bench.store.url, list(bench.config.source.paths), bench.config.clip.weights, {"min_side": 72})
     assert other.blobs("embeddings") == bench.blobs("embeddings")
     assert other.made["curation"].ledger.rejected["too_small"] == 2
+
+
+def test_a_clip_that_is_trained_here_learns_from_no_row_that_is_rejected_without_one(bench: Bench) -> None:
+    """In the order of the list; rows that only CLIP's embeddings rule out are known later."""
+    trained = Bench(Path(bench.store.url), bench.config.source.paths, curation=RECIPE)
+    assert trained.graph["clip"].inputs == ("pairs", "captions", "filter")
+    assert "filter" not in bench.graph  # its CLIP exists
+    trained.made = {name: bench.made[name] for name in ("source", "captions", "pairs")}
+    made = trained.make("filter")
+    needs_clip = {None, "near_duplicate", "near_held_out"}
+    before = {row["key"]: row for row in trained.rows("pairs")}
+    assert trained.rows("filter") == [before[key(i)] for i, row in enumerate(ROWS) if row[4] in needs_clip]
+    assert made.ledger.rejected == Counter(row[4] for row in ROWS if row[4] not in needs_clip)
+    tables = Tables(trained.store, trained.made, ("tokens",), "train", 0)
+    assert [row.key for row in tables.first(100)] == [
+        row["key"] for row in trained.rows("filter") if row["split"] == "train"
+    ]
 
 
 def test_the_flawed_rows_of_the_quick_start_end_by_as_many_reasons(bench: Bench, tmp_path: Path) -> None:

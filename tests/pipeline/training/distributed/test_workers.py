@@ -99,7 +99,7 @@ def hungry_clip(folder: Path, rank: int) -> None:
 
 def test_a_contrastive_loss_encodes_as_many_rows_as_fit_and_compares_all(world: World, tmp_path: Path) -> None:
     """Of unequal shares, 7 and 8 rows of 15."""
-    recipe, inputs = replace(CLIP_RECIPE, samples=60, batch=15), ("pairs", "captions")
+    recipe, inputs = replace(CLIP_RECIPE, samples=60, batch=15), ("pairs", "captions", "filter")
     ctx = world.context("clip", recipe, replace(SETTINGS, workers=2), inputs)
     train_together(ctx, tmp_path, partial(hungry_clip, tmp_path))
     assert [lines(tmp_path / f"rows-{rank}")[:2] for rank in (0, 1)] == [["8", "4"]] * 2

@@ -5,7 +5,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,19 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.clip_loss import alone
 from models.tokens import tokenize
 from models.view import open_view
-from pipeline.data.source.stage import CAPTIONED
-from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, Shard, read_shards
-from pipeline.ledger import Ledger
+from pipeline.errors import CorruptObject
+from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.store.records import blob_path
 from pipeline.training.feed.feed import Feed, LocalBatch
-from pipeline.training.feed.tables import Collect
 from pipeline.training.recipes import DecoderRecipe
-from tests.counted import Counted
-from tests.pipeline.training.conftest import World, listed, make_world, rewritten
+from tests.pipeline.training.conftest import World, make_world, rewritten
 
 ALL = ("image", "tokens", "image_embedding", "text_embedding")
 RECIPE = DecoderRecipe(samples=64, batch=16, lanes=8, window=5)
@@ -46,18 +40,14 @@ def make_feed(
     inputs: dict[str, Artifact] | None = None,
     recipe: DecoderRecipe = RECIPE,
     cache_mb: int = 512,
-    contrastive: bool = False,
-    collect: Collect | None = None,
 ) -> Feed:
     task: Any = SimpleNamespace(columns=columns, min_side=64, image_size=24)
-    if contrastive:
-        task.gather, task.at_once, task.local_statistics = alone, 0, False
-    return Feed(world.store, inputs or world.inputs, task, recipe, rank, size, cache_mb, collect=collect)
+    return Feed(world.store, inputs or world.inputs, task, recipe, rank, size, cache_mb)
 
 
 def before_curation(world: World) -> dict[str, Artifact]:
     """What CLIP trains on."""
-    return {name: world.inputs[name] for name in ("pairs", "captions")}
+    return {name: world.inputs[name] for name in ("pairs", "captions", "filter")}
 
 
 def take(feed: Feed, steps: int, samples: int = 0) -> list[LocalBatch]:
@@ -183,78 +173,20 @@ def test_a_feed_that_was_left_in_the_middle_of_a_share_begins_again(
     assert all(torch.equal(a.batch["image"], b.batch["image"]) for a, b in zip(again, expected, strict=True))
 
 
-def test_before_curation_rows_are_those_of_pairs(shared_world: World) -> None:
-    inputs = before_curation(shared_world)
-    feed = make_feed(shared_world, ("image", "tokens"), inputs=inputs)
-    assert feed.order.total == make_feed(shared_world).order.total + 4  # curation dropped one row a shard
-    assert set(take(feed, 1)[0].batch) == {"image", "tokens"}
-
-
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_task_that_compares_captions_has_no_row_without_one(shared_world: World, size: int) -> None:
-    """The line of an epoch is of rows with a caption, on any number of workers, and all of them have their turn."""
+def test_before_curation_rows_are_those_of_the_filter(shared_world: World, size: int) -> None:
+    """On any number of workers all rows with a caption have their turn, and none without one."""
     inputs = before_curation(shared_world)
-    everything = make_feed(shared_world, ("image", "tokens"), inputs=inputs)
-    feeds = [make_feed(shared_world, ("image", "tokens"), rank, size, inputs, contrastive=True) for rank in range(size)]
-    told = {example.key for example in shared_world.examples.values() if example.captions}
-    bare = sum(count for count in everything.tables.counts) - feeds[0].order.total
-    assert 0 < bare == feeds[0].without_caption
-    steps = 2 * -(-feeds[0].order.total // RECIPE.batch)
-    seen = [key for feed in feeds for share in take(feed, steps) for key in share.keys]
-    assert set(seen) == {key for key in seen if key in told}
-    assert len(set(seen)) == feeds[0].order.total
+    feeds = [make_feed(shared_world, ("image", "tokens"), rank, size, inputs) for rank in range(size)]
+    told = {key for key, example in shared_world.examples.items() if example.captions} - _last_rows(shared_world)
+    wanted = {key for key in told if shared_world.examples[key].split == "train"}
+    assert feeds[0].order.total == len(wanted) > 0
+    taken = [take(feed, 2 * -(-len(wanted) // RECIPE.batch)) for feed in feeds]
+    assert {key for shares in taken for share in shares for key in share.keys} == wanted
+    assert set(taken[0][0].batch) == {"image", "tokens"}
     validation = {key for share in feeds[0].validation(100, 8) for key in share.keys}
     assert validation
     assert validation <= told
-    straight = make_feed(shared_world, ("image", "tokens"), inputs=inputs, contrastive=True)
-    expected = [set(share.keys) for share in take(straight, 4)]
-    shared = zip(*(take(feed, 4) for feed in feeds), strict=True)
-    assert [{key for share in shares for key in share.keys} for shares in shared] == expected
-
-
-def test_only_shards_of_the_list_with_a_row_without_a_caption_are_read_to_count(world: World) -> None:
-    """What the captions' own shards count tells which; of others the listed numbers are taken."""
-    shards = []
-    for place, row in enumerate(read_shards(world.store, world.inputs["captions"])):
-        counts = {CAPTIONED: row.kept - (place == 1)}
-        shards.append(Shard(row.number, row.key, Ledger(kept=row.kept), row.blobs, counts))
-    inputs = before_curation(listed(world, "captions", shards))
-    feed = make_feed(world, ("image", "tokens"), inputs=inputs, contrastive=True)
-    assert (feed.order.counts < np.array(feed.tables.counts)).tolist() == [False, True, False, False]
-
-
-def test_workers_share_what_has_to_be_read_to_count(tmp_path: Path) -> None:
-    """At the start of a training of CLIP: of 24 shards each of 4 workers reads 6, and all know what one would count."""
-    world = make_world(tmp_path, [3] * 24)
-    inputs = before_curation(world)
-    alone = make_feed(world, ("image", "tokens"), inputs=inputs, contrastive=True)
-    barrier, parts = threading.Barrier(4, timeout=60), list[list[int]]([[]] * 4)
-    counted = [Counted(world.store) for _ in range(4)]
-
-    def start(rank: int) -> list[int]:
-        def collect(own: list[int]) -> list[int]:
-            parts[rank] = own
-            barrier.wait()
-            return [count for part in parts for count in part]
-
-        store: Any = counted[rank]
-        feed = make_feed(
-            replace(world, store=store), ("image", "tokens"), rank, 4, inputs, contrastive=True, collect=collect
-        )
-        return feed.order.counts.tolist()
-
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(start, range(4))) == [alone.order.counts.tolist()] * 4
-    tables = 2  # the lists of the shards of pairs and of captions
-    assert [store.calls["read"] for store in counted] == [tables + 2 * 6] * 4
-    assert sum(alone.order.counts) < sum(alone.tables.counts)
-
-
-def test_a_list_whose_training_rows_have_no_caption_is_one_line(world: World) -> None:
-    bare = rewritten(world, "captions", lambda table: with_captions(table, lambda i, _: [" "] if i % 2 else []))
-    with pytest.raises(UserError, match=r"none of the .* training rows has a caption") as refused:
-        make_feed(world, ("image", "tokens"), inputs=before_curation(bare), contrastive=True)
-    assert "\n" not in str(refused.value)
 
 
 def with_captions(table: pa.Table, change: Callable[[int, list[str]], list[str]]) -> pa.Table:
