@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 
 from jobs.output import print_json, say
@@ -15,12 +14,12 @@ from pipeline.config import Config
 from pipeline.data.export import STAGES, export_pairs
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import SPLITS
-from pipeline.data.source.forget import Request, find, without
+from pipeline.data.source.forget import Request, find
 from pipeline.data.source.journal import ListJournal, change_journal, with_forgotten
 from pipeline.data.source.lists import path_policy
-from pipeline.data.source.recipe import FIRST_RETRY
 from pipeline.data.source.retry import FINAL, gather
-from pipeline.data.source.stage import LAST_SEGMENT, SourceShard, scan
+from pipeline.data.source.segments import SourceShard
+from pipeline.data.source.stage import scan
 from pipeline.errors import UserError, did_you_mean
 from pipeline.graph.stages import ordered
 from pipeline.ledger import DEFERRED, REASONS
@@ -96,16 +95,14 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
         more = f"; --reason {others} retries those" if others else ""
         say(f"no row to retry; rows of pairs that were not kept: {ended or 'none'}{more}")
         return 0
-    if FIRST_RETRY + len(journal.retries) > LAST_SEGMENT:
-        raise UserError(f"{len(journal.retries)} retries are as many as one project can hold; name another project")
 
-    def appended(now: ListJournal) -> ListJournal:
+    def tried(now: ListJournal) -> ListJournal:
         if now.retries != journal.retries:
-            raise UserError("somebody else has changed the rows to be tried again; nothing is appended: try again")
-        return replace(now, retries=(*now.retries, without(project.store, blob, now.forgotten)))
+            raise UserError("somebody else has changed the rows to be tried again; nothing is changed: try again")
+        return replace(now, retries=(*now.retries, blob))
 
-    change_journal(project.store, project.config.project, appended)
-    say(f"{rows:,} rows are appended to the list, to be fetched by the next run")
+    change_journal(project.store, project.config.project, tried)
+    say(f"{rows:,} rows are tried again in their places by the next run")
     return 0
 
 
@@ -121,7 +118,7 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
         )
     pairs = project.made("pairs")["pairs"] if request.hashes else None
     found = find(project.store, _listed(project), pairs, request)
-    change_journal(project.store, project.config.project, lambda j: _forgetting(project, j, found.marks))
+    change_journal(project.store, project.config.project, lambda journal: with_forgotten(journal, found.marks))
     say(f"{found.rows:,} rows are forgotten")
     for key, reference in found.named:
         say(f"  {key} {_words(shown(reference))}")
@@ -136,11 +133,6 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
         "them. Pinned artefacts stay, although made with them: unclip unpin makes them stale"
     )
     return 0
-
-
-def _forgetting(project: Project, journal: ListJournal, marks: Iterable[str]) -> ListJournal:
-    changed = with_forgotten(journal, marks)
-    return replace(changed, retries=tuple(without(project.store, blob, changed.forgotten) for blob in changed.retries))
 
 
 def _collect(_: Config, store: Store, arguments: argparse.Namespace) -> int:
@@ -204,7 +196,9 @@ def _check(config: Config, store: Store, arguments: argparse.Namespace) -> int:
 
 def _listed(project: Project) -> list[SourceShard]:
     """Stores the list, and returns its shards. Raises UserError if it has changed since it was opened."""
-    found = scan(project.config.source, project.store, write=True, journal=project.journal)
+    found = scan(
+        project.config.source, project.store, write=True, journal=project.journal, project=project.config.project
+    )
     if found.keys != project.scan.keys:
         raise UserError("the list has changed meanwhile; nothing is written: run the command again")
     return found.shards

@@ -200,5 +200,5 @@ def open_project(
 def project_of(config: Config, store: Store) -> Project:
     """Returns the project of a configuration, its list read. Raises UserError."""
     journal = read_journal(store, config.project)
-    found = scan(config.source, store, write=False, journal=journal)
+    found = scan(config.source, store, write=False, journal=journal, project=config.project)
     return Project(config, store, build(config), found, journal)

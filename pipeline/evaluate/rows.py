@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.tokens import tokenize
-from pipeline.data.source.stage import row_key, shard_of
+from pipeline.data.source.segments import row_key, shard_of
 from pipeline.evaluate.statistics import derangement
 from pipeline.graph.artifacts import Artifact, ShardList, read_table
 from pipeline.held_out import FEWEST, HELD_OUT_SPLITS

@@ -142,6 +142,11 @@ def last_made(ctx: Context, inputs: Sequence[str], besides: Sequence[str] = ()) 
     return None
 
 
+def runs_of_lists(store: Store, project: str) -> Iterator[RunRecord]:
+    """Yields the runs of a project that name the segments of their list, the last one first."""
+    return (run for _, run in _runs(store, project) if run.segments)
+
+
 def _runs(store: Store, project: str) -> Iterator[tuple[Entry, RunRecord]]:
     """Yields the runs of a project that can be read, the last one first."""
     for entry in reversed(run_entries(store, project)):

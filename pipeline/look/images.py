@@ -13,8 +13,8 @@ from pipeline.config import Config
 from pipeline.data.curation.row_filter import reject_without_clip
 from pipeline.data.pairs.row_index import STAGE_SIDES
 from pipeline.data.pairs.stage import packing
+from pipeline.data.source.segments import row_key
 from pipeline.data.source.source import ListRow
-from pipeline.data.source.stage import row_key
 from pipeline.graph.artifacts import ShardRow, read_table, write_table
 from pipeline.graph.workers import ShardTask
 from pipeline.store import Store

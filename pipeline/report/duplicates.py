@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from markupsafe import Markup
 
 from pipeline.data.curation.rejected import Rejected
-from pipeline.data.source.stage import shard_of
+from pipeline.data.source.segments import shard_of
 from pipeline.graph.artifacts import ShardRow
 from pipeline.report.html import number, template
 from pipeline.report.inputs import ReportInput

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pipeline.data.source.journal import FOLDER as LIST
-from pipeline.data.source.stage import Segment
+from pipeline.data.source.segments import Segment
 from pipeline.errors import CorruptObject, OtherFormat
 from pipeline.graph.artifacts import SEGMENTS, Artifact, Shard
 from pipeline.graph.records import RunRecord

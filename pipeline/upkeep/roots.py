@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from pipeline.data.source.journal import EMPTY, ListJournal
 from pipeline.data.source.journal import FOLDER as LIST
-from pipeline.data.source.stage import Segment, segment_path
+from pipeline.data.source.segments import Segment, segment_path
 from pipeline.errors import CorruptObject, OtherFormat
 from pipeline.evaluate.figure import DOCUMENT
 from pipeline.graph.artifacts import (

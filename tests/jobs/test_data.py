@@ -91,20 +91,19 @@ def test_what_is_forgotten_is_nowhere_any_more(tmp_path: Path, pictures: str, s3
     assert "nothing to do" in done(here("run", config, "--until", "curation"))
 
 
-def test_what_is_forgotten_is_not_kept_by_a_retry(tmp_path: Path, pictures: str) -> None:
-    """Rows that failed, were appended to be tried again, and are forgotten then."""
+def test_what_is_forgotten_is_not_tried_again(tmp_path: Path, pictures: str) -> None:
+    """Rows that failed and are to be tried again, and one of them is forgotten then."""
     store, config, listed = _project(tmp_path, pictures)
     victim = listed[7]
     for _ in range(2):  # the second time the very same rows, since all have failed again
         done(here("run", config, NOBODY, "run.pairs.retries=0", "--until", "pairs"))
         others = done(here("data", "retry", config, "--reason", "timeout"))
         assert re.fullmatch(r"no row to retry; .*: \d+ unreachable; --reason unreachable retries those\n", others)
-        assert done(here("data", "retry", config)).startswith("20 rows are appended")
-    assert done(here("data", "forget", config, victim["url"])).startswith("3 rows are forgotten")
+        assert done(here("data", "retry", config)).startswith("20 rows are tried again in their places")
+    assert done(here("data", "forget", config, victim["url"])).startswith("1 rows are forgotten")
     done(here("run", config, "--until", "curation"))
     ended = [row["reason"] for row in _rows(store, config, "pairs")]
-    assert ended[:20] == ended[20:40] == ["unreachable"] * 7 + ["forgotten"] + ["unreachable"] * 12
-    assert ended[40:] == [None] * 7 + ["forgotten"] + [None] * 12
+    assert ended == [None] * 7 + ["forgotten"] + [None] * 12
     done(here("data", "gc", config, "--yes", "--grace-hours", "0"))
     assert not _holding(store, victim["url"].encode(), victim["caption"].encode())
     assert "nothing to do" in done(here("run", config, "--until", "curation"))
@@ -134,11 +133,9 @@ def test_a_retry_beside_another_command(
     elif other == "retry":
         refused("data", "retry", config, says="somebody else has changed the rows to be tried again")
     else:
-        assert done(here("data", "retry", config)).startswith("20 rows are appended")
-        (retried,) = read_journal(store, yaml.safe_load(config.read_text())["project"]).retries
-        references = [row["url"] for row in read_table(store, retried).to_pylist()]
-        assert references[7] == ""
-        assert victim["url"] not in references
+        assert done(here("data", "retry", config)).startswith("20 rows are tried again")
+        done(here("run", config, "--until", "pairs"))
+        assert [row["reason"] for row in _rows(store, config, "pairs")] == [None] * 7 + ["forgotten"] + [None] * 12
 
 
 def _others(rows: list[dict[str, Any]], but: dict[str, Any]) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from pipeline.data.source import lists as source_lists
 from pipeline.data.source import stage as source_stage
 from pipeline.data.source.journal import read_journal
 from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.rows import counted_of
 from pipeline.data.source.source import ListPart, ListRow
 from pipeline.data.source.stage import run_captions, run_source, scan
 from pipeline.graph import artifacts, runs
@@ -118,8 +119,10 @@ def _shards(ctx: Context, name: str, make: Callable[[ShardRow], tuple[Ledger, di
 
 def _pairs(ctx: Context) -> Artifact:
     def fetch(row: ShardRow) -> tuple[Ledger, dict[str, bytes]]:
-        table = read_table(ctx.store, row.blobs["refs"], ["url", "reject"]).to_pylist()
-        reasons = [each["reject"] or _ended(each["url"], row.number) for each in table]
+        refs = read_table(ctx.store, row.blobs["refs"])
+        table = refs.to_pylist()
+        ends = [_ended(each["url"], counted) for each, counted in zip(table, counted_of(refs), strict=True)]
+        reasons = [each["reject"] or end for each, end in zip(table, ends, strict=True)]
         urls = [each["url"] if not reason else "" for each, reason in zip(table, reasons, strict=True)]
         hashes = [digest(url) if url else "" for url in urls]
         index = {"url": urls, "sha256": hashes, "reason": pa.array(reasons, pa.string())}
@@ -128,9 +131,8 @@ def _pairs(ctx: Context) -> Artifact:
     return _shards(ctx, "source", fetch)
 
 
-def _ended(url: str, number: int) -> str | None:
-    retried = source_stage.segment_of(number) >= source_stage.FIRST_RETRY
-    return "http_4xx" if "dead" in url else "timeout" if "slow" in url and not retried else None
+def _ended(url: str, counted: str) -> str | None:
+    return "http_4xx" if "dead" in url else "timeout" if "slow" in url and "try" not in counted else None
 
 
 def _clip(ctx: Context) -> Artifact:
@@ -237,7 +239,7 @@ class House:
     def project(self, store: StepStore, name: str) -> Project:
         """Returns a project as ``open_project`` does."""
         config, journal = self.config(store, name), read_journal(store, name)
-        found = scan(config.source, store, write=False, journal=journal)
+        found = scan(config.source, store, write=False, journal=journal, project=name)
         return Project(config, store, graph(config.source), found, journal)
 
     def _again(self, config: Any, store: Any = ()) -> Project:

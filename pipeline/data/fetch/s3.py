@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.store.s3 import PASSING, s3_client
 
 CHUNK = 1 << 16
+PAGES, SPREAD = 2, 100  # of a listing: a page has 1,000 objects
 # Errors of credentials fail the whole stage, not one row.
 CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "RequestTimeTooSkewed"}
 NOT_LOGGED_IN = (
@@ -70,6 +71,30 @@ class S3Reader:
                     raise Refused("truncated")
                 return bytes(data)
 
+    def tags(self, bucket: str, keys: Iterable[str]) -> dict[str, str]:
+        """Returns the ETags of objects by key, as far as a listing from the first to the last of them has them.
+
+        It ends after PAGES pages, and one more for every SPREAD keys: those of a list lie together, or in few places.
+
+        Raises:
+            Refused: with the reason.
+            UserError: where credentials or region are wrong or missing.
+        """
+        wanted = sorted(keys)
+        found: dict[str, str] = {}
+        pages = PAGES + len(wanted) // SPREAD
+        where = {"Bucket": bucket, "StartAfter": wanted[0][:-1]}
+        with _failures_as_reasons():
+            while pages and len(found) < len(wanted):
+                answer = self._client().list_objects_v2(**where)
+                listed = {each["Key"]: each["ETag"] for each in answer.get("Contents", ())}
+                found |= {key: listed[key] for key in listed.keys() & set(wanted)}
+                if not answer["IsTruncated"] or max(listed, default="") >= wanted[-1]:
+                    break
+                where["ContinuationToken"] = answer["NextContinuationToken"]
+                pages -= 1
+        return found
+
     def _client(self) -> Any:
         """Returns one client for all threads: it may be shared, but it takes a moment to make."""
         with self._lock:
@@ -92,7 +117,7 @@ def _failures_as_reasons() -> Iterator[None]:
         code, status = e.response["Error"]["Code"], e.response["ResponseMetadata"].get("HTTPStatusCode", 0)
         # By a service that gives credentials, and not because it is busy.
         busy = status >= 500 or status == 429 or code in PASSING
-        refused = e.operation_name not in ("GetObject", "CreateSession") and not busy
+        refused = e.operation_name not in ("GetObject", "ListObjectsV2", "CreateSession") and not busy
         if code in CREDENTIALS or refused:
             raise UserError(
                 f"source: images on S3: {e.operation_name} was answered {code}: check the credentials, role or profile "

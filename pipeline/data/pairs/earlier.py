@@ -41,7 +41,7 @@ def earlier_shards(ctx: Context) -> dict[int, dict[str, ShardRow]]:
 def take_over(
     store: Store, refs: Sequence[Mapping[str, Any]], source: ShardRow, pairs: ShardRow, wanted: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, Any], bytes | None]]:
-    """Yields those rows at the ``wanted`` places that stood there in the earlier shard too, with the same hash.
+    """Yields those rows at the ``wanted`` places that the earlier shard had too, as the same version of their images.
 
     Each comes as its place, what the earlier run found out about it, and its image, unless that lies in a tar of the
     user's. Ends where what the earlier run made is gone or damaged.
@@ -50,17 +50,15 @@ def take_over(
         before = read_table(store, source.blobs["refs"]).to_pylist()
         index = read_table(store, pairs.blobs["index"]).to_pylist()
         said = {row["key"]: Evidence(row["evidence"], row["seen"].timestamp()) for row in read_opt_outs(store, [pairs])}
-        same = [
-            i
-            for i in wanted
-            if i < len(before)
-            and not before[i]["reject"]
-            and all(refs[i][k] == before[i][k] for k in ("url", "sha256"))
+        there = {
+            _wanted(ref): i
+            for i, ref in enumerate(before)
             # Another recipe may allow the address.
-            and index[i]["reason"] != "forbidden_address"
-        ]
+            if not ref["reject"] and index[i]["reason"] != "forbidden_address"
+        }
+        same = [i for i in wanted if _wanted(refs[i]) in there]
         for start in range(0, len(same), READ):
-            rows = {i: index[i] for i in same[start : start + READ]}
+            rows = {i: index[there[_wanted(refs[i])]] for i in same[start : start + READ]}
             own = {i: row for i, row in rows.items() if row["tar"] is None and row["size"] is not None}
             images = read_images(store, [Place.of(row, pairs.blobs.get("images")) for row in own.values()])
             image_of = dict(zip(own, images, strict=True))
@@ -69,3 +67,8 @@ def take_over(
                 yield i, found, image_of.get(i)
     except CorruptObject as e:
         log.warning("rows of shard %08d are fetched again: of an earlier run, %s", pairs.number, e)
+
+
+def _wanted(ref: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Returns what is asked for: the reference, its hash, and the version and the try that keys count."""
+    return ref["url"], ref["sha256"], ref.get("counted") or ""

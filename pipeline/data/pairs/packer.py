@@ -28,7 +28,7 @@ from pipeline.data.pairs.row_index import OPT_OUTS, index_counts, index_table, o
 from pipeline.data.pairs.unfinished import Unfinished
 from pipeline.data.source.cells import read_cells
 from pipeline.data.source.imported import imported_url, read_imported
-from pipeline.data.source.stage import row_key
+from pipeline.data.source.segments import row_key
 from pipeline.data.source.tars import tar_place
 from pipeline.graph.artifacts import read_table, write_table
 from pipeline.graph.shared import call_shared

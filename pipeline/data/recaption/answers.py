@@ -17,8 +17,9 @@ from pipeline.data.pairs.decoding import read_pair_pixels
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.recaption.endpoint import FAULTS, CaptionAnswer, Endpoint
 from pipeline.data.recaption.recipe import PART, RecaptionRecipe, RecaptionSettings
+from pipeline.data.source.cutter import has_caption
 from pipeline.data.source.rows import MADE, read_captions
-from pipeline.data.source.stage import CAPTIONED, has_caption
+from pipeline.data.source.stage import CAPTIONED
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import ShardRow, read_table, write_table
 from pipeline.graph.workers import ShardOutput, ShardTask

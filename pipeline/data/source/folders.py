@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
@@ -15,7 +15,7 @@ from pipeline.data.source.imported import embedding_reference, metadata_parts
 from pipeline.data.source.parsers.sidecars import SIDECARS
 from pipeline.data.source.reader import ListReader
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.data.source.source import METADATA, FileSource, ListRow, suffix_of, walk
+from pipeline.data.source.source import METADATA, FileSource, ListPart, ListRow, suffix_of, walk
 from pipeline.data.source.tables import file_beside, link_refusal, listed_rows, named_file
 from pipeline.local import PathPolicy
 
@@ -34,6 +34,9 @@ class ImageFolder(FileSource):
     @classmethod
     def matches(cls, path: str) -> bool:
         return os.path.isdir(os.path.expanduser(path)) and super().matches(path)
+
+    def parts(self) -> Sequence[ListPart]:
+        return [replace(part, knows_images=True) for part in super().parts()]
 
     def files(self) -> Iterable[Path]:
         for file, metadata in walk(self.file):

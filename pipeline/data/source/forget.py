@@ -8,14 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.data.source.journal import reference_mark, reference_marks
-from pipeline.data.source.rows import put_rows, written_rows
-from pipeline.data.source.source import ListRow
-from pipeline.data.source.stage import SourceShard, row_key, shard_of
+from pipeline.data.source.segments import SourceShard, row_key, shard_of
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table
 from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
-from pipeline.store.records import read_blob
 
 MOST_NAMED = 20  # rows, at most, that are told one by one
 
@@ -93,21 +90,6 @@ def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, re
                 "whole path, or the sha256 of a stored image"
             )
     return Matches(marks, rows, named, unseen)
-
-
-def without(store: Store, blob: str, marks: frozenset[str]) -> str:
-    """Returns a blob of rows to be tried again, with the rows that are forgotten blanked.
-
-    Each row stays in its place (see pipeline.data.source.retry).
-    """
-    if not marks:
-        return blob
-    data = read_blob(store, blob)
-    hits = [not marks.isdisjoint(reference_marks(row.url)) for row in written_rows(data)]
-    if not any(hits):
-        return blob
-    rows = zip(written_rows(data), hits, strict=True)
-    return put_rows(store, (ListRow("", ()) if hit else row for row, hit in rows))[0] or blob
 
 
 def _rows_in(store: Store, shard: SourceShard, marks: set[str]) -> list[tuple[int, str]]:

@@ -31,7 +31,7 @@ class ListJournal:
     """Holds the decisions about one list.
 
     Attributes:
-        retries: Parquet blobs of rows to be tried again, each a segment of its own.
+        retries: Blobs of marks of the references that are tried again, one for each time (see retry.py).
         forgotten: Marks of references that no segment may hold from now on, by ``reference_mark``.
         forgettings: Number of times that something was forgotten, which tells earlier runs from later ones whatever
             clocks say.

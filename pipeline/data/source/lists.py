@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -123,7 +124,7 @@ def parts_of(path: str) -> Sequence[ListPart]:
         return part.rows(recipe, reader) if kind in BUILT_IN else _bounded(source, part, recipe, reader)
 
     with _blamed(kind), _readable(path):
-        return [ListPart(part.name, partial(version, part), partial(rows, part)) for part in source.parts()]
+        return [replace(part, fingerprint=partial(version, part), rows=partial(rows, part)) for part in source.parts()]
 
 
 def check_unchanged(part: ListPart, version: Any) -> None:

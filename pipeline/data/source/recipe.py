@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeFloat
 from pipeline.data.source.parsers.encoding import check_encoding
 from pipeline.local import PathPolicy
 
-FIRST_RETRY = 500  # the segment of the first rows that are tried again; those before are the list's own
+MOST_LISTS = 500  # each of them is a segment
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SourceRecipe:
     # A recipe and not a setting of the run: a row that is refused changes what is made. Keys count what was read, so
     # a new root makes only those shards again that have such rows.
 
-    paths: Annotated[tuple[str, ...], Field(min_length=1, max_length=FIRST_RETRY)]
+    paths: Annotated[tuple[str, ...], Field(min_length=1, max_length=MOST_LISTS)]
     image_column: str = "url"
     caption_column: str = "caption"
     group_column: str = "group"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import islice
-from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
@@ -20,7 +18,6 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import ShardRow, read_table
 from pipeline.ledger import REASONS
 from pipeline.store import Store
-from pipeline.store.records import put_blob
 
 MADE = "made"  # column of a table of captions: the first one was made for the row, and the list has the others
 MADE_SHARE = "made_share"  # metric of such captions: the share of draws in which a training takes the first one
@@ -37,14 +34,6 @@ def write_rows(file: IO[bytes], rows: Iterable[ListRow]) -> int:
             writer.write_table(pa.Table.from_pylist([vars(row) for row in block], schema))
             count += len(block)
     return count
-
-
-def put_rows(store: Store, rows: Iterable[ListRow]) -> tuple[str | None, int]:
-    """Stores rows as a blob. Returns it, None without a row, and their number."""
-    with tempfile.NamedTemporaryFile() as file:
-        count = write_rows(file, rows)
-        file.flush()
-        return (put_blob(store, Path(file.name)) if count else None), count
 
 
 class PackagedRows(FileSource):
@@ -72,23 +61,26 @@ class PackagedRows(FileSource):
             ) from None
 
 
-def written_rows(data: bytes) -> Iterator[ListRow]:
-    """Yields the rows of a blob of ``put_rows``."""
-    for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(batch_size=10_000):
-        for row in batch.to_pylist():
-            yield ListRow(**{**row, "captions": tuple(row["captions"])})
-
-
 def stored_rows(references: pa.Table, captions: pa.Table) -> list[ListRow]:
     """Returns rows of a shard of the list from its two tables, each with how it was rejected.
 
     A split goes along if the list names it; else it is drawn again, by the same group or URL.
     """
     named = references["named"].to_pylist()
-    rows = zip(references.drop_columns("named").to_pylist(), named, captions["captions"].to_pylist(), strict=True)
+    plain = references.select([name for name in references.column_names if name not in ("named", "counted")])
+    rows = zip(plain.to_pylist(), named, captions["captions"].to_pylist(), strict=True)
     return [
         ListRow(**row | {"split": row["split"] if kept else ""}, captions=tuple(texts)) for row, kept, texts in rows
     ]
+
+
+def counted_of(references: pa.Table) -> list[str]:
+    """Returns what the key of a shard counts of each image besides its reference: that it was replaced, or tried again.
+
+    A table in which there is nothing of the kind has no such column.
+    """
+    there = "counted" in references.column_names
+    return references["counted"].to_pylist() if there else [""] * references.num_rows
 
 
 def read_captions(store: Store, shard: ShardRow) -> dict[str, list[str]]:

@@ -57,11 +57,13 @@ class ListPart:
         name: Path of the part, for messages.
         fingerprint: Function that returns JSON values, which change whenever the part may have changed.
         rows: Function that yields the rows, as ``Source.rows`` does.
+        knows_images: True where the fingerprint changes whenever an image is replaced under its name.
     """
 
     name: str
     fingerprint: Callable[[], Any]
     rows: Callable[[SourceRecipe, ListReader], Iterator[ListRow]]
+    knows_images: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from pipeline.data.source.journal import read_journal
 from pipeline.data.source.stage import scan
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.graph.execute import make_context
+from pipeline.graph.plan import plan
+from pipeline.graph.runs import record_run
 from pipeline.graph.stages import Context, stage_key
 from pipeline.parse import overlay
 from pipeline.store import open_store
@@ -171,8 +173,16 @@ class Bench:
         self.config = make_config(overlay(values, changes))
         self.graph = build(self.config)
         journal = read_journal(self.store, self.config.project)
-        self.source_keys = scan(self.config.source, self.store, write=False, journal=journal).keys
+        project = self.config.project
+        self.scan = scan(self.config.source, self.store, write=False, journal=journal, project=project)
+        self.source_keys = self.scan.keys
         self.made: dict[str, Artifact] = {}
+
+    def record(self) -> None:
+        """Records that all stages are asked for, as a run does before it makes anything."""
+        project = self.config.project
+        verdicts = plan(self.graph, self.source_keys, project, self.store, {})
+        record_run(self.store, project, self.graph, verdicts, segments=self.scan.segments)
 
     def context(self, name: str) -> Context:
         """The context that the graph would give a stage whose inputs are made."""

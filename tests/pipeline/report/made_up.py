@@ -22,7 +22,7 @@ from pipeline.build import build
 from pipeline.config import Run, load_config
 from pipeline.data.curation.rejected import Rejected, rejected_table
 from pipeline.data.pairs.row_index import index_table
-from pipeline.data.source.stage import row_key
+from pipeline.data.source.segments import row_key
 from pipeline.evaluate.figure import Figure, without_values
 from pipeline.graph.artifacts import (
     Artifact,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.source.stage import Segment
+from pipeline.data.source.segments import Segment
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import (
     Artifact,

@@ -12,7 +12,7 @@ import pytest
 from pipeline.data.neighbours.exchange import read_pieces, write_pack
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.journal import change_journal, journal_path
-from pipeline.data.source.stage import Segment
+from pipeline.data.source.segments import Segment
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import (
     SEGMENTS,

@@ -10,7 +10,7 @@ import pytest
 from pipeline.data.embeddings.stage import EmbeddingsRecipe
 from pipeline.data.pairs.recipe import PairsRecipe
 from pipeline.data.source.journal import ListJournal, change_journal
-from pipeline.data.source.stage import Segment, SourceShard, segment_path
+from pipeline.data.source.segments import Segment, SourceShard, segment_path
 from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact, publish_shard
 from pipeline.graph.plan import pin_path, plan
 from pipeline.graph.runs import record_run

@@ -9,8 +9,6 @@ import pytest
 
 from pipeline.data.pairs.row_index import read_opt_outs
 from pipeline.graph.artifacts import read_shards
-from pipeline.graph.plan import plan
-from pipeline.graph.runs import record_run
 from pipeline.ledger import Ledger
 from pipeline.store.records import blob_path
 from tests.pipeline.data.bench import Bench, Page, Pages, picture, serving, write_list, write_tar
@@ -23,7 +21,7 @@ def _run(folder: Path, paths: list[str], pages: Mapping[str, Page], **pairs: Any
     with serving(pages) as address:
         settings = {"workers": 0, "hosts": {"h": address}, "retries": 0}
         bench = Bench(folder, paths, source={"shard_rows": 4}, run={"pairs": settings}, pairs=pairs)
-        record_run(bench.store, "bench", bench.graph, plan(bench.graph, bench.source_keys, "bench", bench.store, {}))
+        bench.record()
         bench.make("source", "captions", "pairs")
     return bench
 
@@ -42,15 +40,22 @@ def test_rows_that_were_added_are_the_only_ones_asked_for(tmp_path: Path) -> Non
     assert grown.blobs("pairs") == fresh.blobs("pairs")
 
 
-def test_rows_that_moved_or_have_another_hash_are_asked_for(tmp_path: Path) -> None:
+def test_rows_that_moved_within_their_shard_are_not_asked_for(tmp_path: Path) -> None:
+    first = _run(tmp_path / "a", _list(tmp_path, 0, 1, 2, 3), GOOD | OPTED_OUT)
+    assert _run(tmp_path / "a", _list(tmp_path, 1, 0, 2, 3), {}).rows("pairs") == first.rows("pairs")
+    shorter = _run(tmp_path / "a", _list(tmp_path, 1, 2, 3), {})
+    assert [(row["url"], row["reason"]) for row in shorter.rows("pairs")] == [
+        ("http://h/1.png", None), ("http://h/2.png", "opted_out"), ("http://h/3.png", None),
+    ]  # fmt: skip
+    (evidence,) = read_opt_outs(shorter.store, read_shards(shorter.store, shorter.made["pairs"]))
+    assert (evidence["key"], evidence["evidence"]) == ("000000000001", "X-Robots-Tag: noai at http://h/2.png")
+
+
+def test_a_row_that_has_another_hash_is_asked_for(tmp_path: Path) -> None:
     _run(tmp_path / "a", _list(tmp_path, 0, 1, 2, 3), GOOD | OPTED_OUT)
-    swapped = _run(tmp_path / "a", _list(tmp_path, 1, 0, 2, 3), {"/0.png": GOOD["/0.png"]})
-    assert [row["reason"] for row in swapped.rows("pairs")] == ["http_4xx", None, "opted_out", None]
-    (evidence,) = read_opt_outs(swapped.store, read_shards(swapped.store, swapped.made["pairs"]))
-    assert (evidence["key"], evidence["evidence"]) == ("000000000002", "X-Robots-Tag: noai at http://h/2.png")
-    rows = [(f"http://h/{i}.png", f"picture {i}", "train", "0" * 64 if i == 3 else "") for i in (1, 0, 2, 3)]
-    hashed = _run(tmp_path / "a", [write_list(tmp_path / "a.csv", rows)], GOOD)
-    assert [row["reason"] for row in hashed.rows("pairs")] == ["http_4xx", None, "opted_out", "hash_mismatch"]
+    rows = [(f"http://h/{i}.png", f"picture {i}", "train", "0" * 64 if i == 3 else "") for i in range(4)]
+    hashed = _run(tmp_path / "a", [write_list(tmp_path / "a.csv", rows)], {"/3.png": GOOD["/3.png"]})
+    assert [row["reason"] for row in hashed.rows("pairs")] == [None, None, "opted_out", "hash_mismatch"]
 
 
 def test_what_is_allowed_later_is_asked_for_in_its_place(tmp_path: Path) -> None:

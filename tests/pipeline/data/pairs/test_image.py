@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data.pairs.image import LONGEST_SIDE, MAX_SCANS, StoredImage, Storing, prepare, too_many_scans
-from pipeline.data.source.stage import row_key
+from pipeline.data.source.segments import row_key
 
 
 def noise(width: int, height: int, channels: int = 3) -> np.ndarray:

@@ -1,14 +1,17 @@
 """Rows tried again and rows forgotten: what moves in the source's keys, and what does not."""
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data.source.duplicates import HASH
 from pipeline.data.source.forget import Request, find
 from pipeline.data.source.journal import (
     EMPTY,
@@ -20,16 +23,17 @@ from pipeline.data.source.journal import (
     with_forgotten,
 )
 from pipeline.data.source.lists import path_policy
-from pipeline.data.source.recipe import FIRST_RETRY, SourceRecipe
+from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.retry import gather
-from pipeline.data.source.rows import put_rows
-from pipeline.data.source.source import ListRow
-from pipeline.data.source.stage import SEGMENT_SHARDS, SourceShard, scan
+from pipeline.data.source.rows import counted_of
+from pipeline.data.source.segments import SourceShard
+from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import read_shards, read_table
+from pipeline.graph.artifacts import read_table
 from pipeline.ledger import Ledger
 from pipeline.store import Store
-from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
+from pipeline.store.records import put_blob
+from tests.pipeline.data.bench import Bench, Page, Pages, picture, serving, write_list
 
 
 def _recipe(tmp_path: Path, *names: str, rows: int = 10) -> SourceRecipe:
@@ -66,18 +70,24 @@ def test_what_is_forgotten_goes_by_any_spelling_of_its_url(tmp_path: Path, folde
     assert [row["url"] for row in read_table(folder_store, shard.refs).to_pylist()] == ["", "", listed[2]]
 
 
-def test_rows_tried_again_are_a_segment_that_later_lists_do_not_move(tmp_path: Path, folder_store: Store) -> None:
-    recipe = _recipe(tmp_path, "a")
+def test_rows_tried_again_move_the_references_of_their_shards_alone(tmp_path: Path, folder_store: Store) -> None:
+    """Each time once more; the list has no more rows, and other lists that name the same images count it, too."""
+    recipe = _recipe(tmp_path, "a", "b")
     plain = scan(recipe, folder_store, write=True)
-    blob, _ = put_rows(folder_store, [ListRow(f"http://h/a{i}.png", (f"a {i}",), split="test") for i in (3, 7)])
-    journal = ListJournal(retries=(str(blob),))
-    again = scan(recipe, folder_store, write=True, journal=journal)
-    assert again.shards[:-1] == plain.shards
-    assert again.shards[-1].number == FIRST_RETRY * SEGMENT_SHARDS
-    assert again.shards[-1].ledger == Ledger(kept=2)  # not duplicates of the rows that failed
-    assert set(read_table(folder_store, again.shards[-1].refs)["split"].to_pylist()) == {"test"}
-    grown = scan(_recipe(tmp_path, "a", "b"), folder_store, write=True, journal=journal)
-    assert grown.shards[-1] == again.shards[-1]
+    marks = sorted(int(reference_mark(f"http://h/a{i}.png")[:16], 16) for i in (5, 6))
+    blob = put_blob(folder_store, np.array(marks, HASH).tobytes())
+    keys = {shard.image_key for shard in plain.shards}
+    for times in (1, 2):
+        again = scan(recipe, folder_store, write=True, journal=ListJournal(retries=(blob,) * times))
+        assert again.shards[0] == plain.shards[0]
+        assert again.shards[2:] == plain.shards[2:]
+        assert again.shards[1].image_key not in keys
+        assert again.shards[1].caption_key == plain.shards[1].caption_key
+        assert again.shards[1].ledger == plain.shards[1].ledger
+        said = counted_of(read_table(folder_store, again.shards[1].refs))
+        assert said == ["", *[f"try {times + 1}"] * 2, ""]
+        keys.add(again.shards[1].image_key)
+    assert scan(recipe, folder_store, write=True) == plain
 
 
 def test_what_is_forgotten_stays_so_wherever_it_was_cut_before(tmp_path: Path, folder_store: Store) -> None:
@@ -113,17 +123,18 @@ def test_entries_of_many_writers_are_all_kept(folder_store: Store) -> None:
     assert read_journal(folder_store, "another") == EMPTY
 
 
-def _fetch(folder: Path, paths: list[str], pages: dict[str, Page]) -> Bench:
+def _fetch(folder: Path, paths: list[str], pages: Mapping[str, Page]) -> Bench:
     with serving(pages) as address:
         pairs = {"workers": 0, "hosts": {"h": address}, "retries": 0}
         bench = Bench(folder, paths, source={"shard_rows": 4}, run={"pairs": pairs})
+        bench.record()
         bench.make("source", "captions", "pairs")
     return bench
 
 
 def _listed(bench: Bench) -> list[SourceShard]:
     journal = read_journal(bench.store, bench.config.project)
-    return scan(bench.config.source, bench.store, write=False, journal=journal).shards
+    return scan(bench.config.source, bench.store, write=False, journal=journal, project="bench").shards
 
 
 def _try_again(bench: Bench, reason: str) -> int:
@@ -134,7 +145,8 @@ def _try_again(bench: Bench, reason: str) -> int:
     return rows
 
 
-def test_failed_rows_are_fetched_again_and_nothing_else_is(tmp_path: Path) -> None:
+def test_failed_rows_are_fetched_again_in_their_places(tmp_path: Path) -> None:
+    """Nothing else is fetched, and nothing is counted twice."""
     paths = [write_list(tmp_path / "a.csv", [(f"http://h/{i}.png", f"picture {i}", "train") for i in range(10)])]
     good = {f"/{i}.png": Page(picture(i)) for i in range(10)}
     busy = {f"/{i}.png": Page(status=503) for i in (1, 6, 7)}
@@ -143,37 +155,34 @@ def test_failed_rows_are_fetched_again_and_nothing_else_is(tmp_path: Path) -> No
     assert _try_again(first, "timeout") == 0
     assert _try_again(first, "http_5xx") == 3
 
-    second = _fetch(tmp_path / "store", paths, {"/1.png": good["/1.png"], "/6.png": busy["/6.png"]})
-    assert second.made["pairs"].ledger == Ledger(kept=7, rejected={"http_4xx": 2}, deferred={"http_5xx": 4})
-    assert second.blobs("pairs")[:3] == first.blobs("pairs")
-    again = [row for row in second.rows("pairs") if row["key"].startswith("5")]
-    ends = {row["url"]: row["reason"] for row in again}
-    assert ends == {"http://h/1.png": None, "http://h/6.png": "http_5xx", "http://h/7.png": "http_4xx"}
-    captions = read_table(second.store, read_shards(second.store, second.made["captions"])[-1].blobs["captions"])
-    assert captions["captions"].to_pylist() == [["picture 1"], ["picture 6"], ["picture 7"]]
+    pages = Pages({"/1.png": good["/1.png"], "/6.png": busy["/6.png"]})
+    second = _fetch(tmp_path / "store", paths, pages)
+    assert {path for path in pages.asked if path != "/robots.txt"} == {"/1.png", "/6.png", "/7.png"}
+    assert second.made["pairs"].ledger == Ledger(kept=7, rejected={"http_4xx": 2}, deferred={"http_5xx": 1})
+    assert second.made["captions"].key == first.made["captions"].key
+    assert second.blobs("pairs")[2] == first.blobs("pairs")[2]
+    ends = {row["url"][-5]: row["reason"] for row in second.rows("pairs") if row["reason"]}
+    assert ends == {"2": "http_4xx", "6": "http_5xx", "7": "http_4xx"}
 
-    assert _try_again(second, "http_5xx") == 1  # only the last try of a row counts
-    third = _fetch(tmp_path / "store", paths, good)
-    assert third.made["pairs"].ledger == Ledger(kept=8, rejected={"http_4xx": 2}, deferred={"http_5xx": 4})
+    assert _try_again(second, "http_5xx") == 1
+    pages = Pages(good)
+    third = _fetch(tmp_path / "store", paths, pages)
+    assert {path for path in pages.asked if path != "/robots.txt"} == {"/6.png"}
+    assert third.made["pairs"].ledger == Ledger(kept=8, rejected={"http_4xx": 2})
     assert _try_again(third, "http_5xx") == 0
+    assert [row["key"] for row in third.rows("pairs")] == [row["key"] for row in first.rows("pairs")]
 
 
-def test_a_row_that_is_tried_again_stays_with_its_group(tmp_path: Path) -> None:
-    """Also when other shares are held out later, unless the list names its split."""
+def test_a_row_that_is_tried_again_keeps_its_split_and_group(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     rows = (f"http://h/{i}.png,c,g{i % 8},{'train' if i % 8 > 3 else ''}\n" for i in range(16))
     path.write_text("url,caption,group,split\n" + "".join(rows))
     bench = _fetch(tmp_path / "store", [str(path)], {})
+    columns = ["url", "group", "split"]
+    before = [read_table(bench.store, shard.refs, columns) for shard in _listed(bench)]
     assert _try_again(bench, "http_4xx") == 16
-    for test in (0.02, 0.5, 0.98):
-        recipe = replace(bench.config.source, validation=0.01, test=test)
-        found = scan(recipe, bench.store, write=True, journal=read_journal(bench.store, bench.config.project))
-        rows = [row for shard in found.shards for row in read_table(bench.store, shard.refs).to_pylist()]
-        assert len(rows) == 32
-        sides = [{row["split"] for row in rows if row["group"] == f"g{i}"} for i in range(8)]
-        assert all(len(side) == 1 for side in sides)
-        assert sides[4:] == [{"train"}] * 4
-    assert {"test"} in sides
+    again = scan(bench.config.source, bench.store, write=True, journal=read_journal(bench.store, "bench"))
+    assert [read_table(bench.store, shard.refs, columns) for shard in again.shards] == before
 
 
 def test_rows_are_found_by_key_by_reference_and_by_hash(tmp_path: Path) -> None:
