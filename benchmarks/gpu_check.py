@@ -1,7 +1,7 @@
 """Checks a GPU: that it computes what a CPU does, that nothing waits, and how fast each stage is on it.
 
-Ten parts, each of which prints a line and PASS, FAIL or SKIP. No data and no network is needed: rows are made up, and
-weights are random. ``--json`` writes what was found; ``unclip plan --profile FILE`` plans with it.
+Eleven parts, each of which prints a line and PASS, FAIL or SKIP. No data and no network is needed: rows are made up or
+drawn, and weights are random. ``--json`` writes what was found; ``unclip plan --profile FILE`` plans with it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from benchmarks.gpu.image import image
 from benchmarks.gpu.machine import device_name, machine, peaks
 from benchmarks.gpu.parity import parity
 from benchmarks.gpu.peers import peers
+from benchmarks.gpu.run import chain
 from benchmarks.gpu.several import several
 from benchmarks.gpu.steps import speed, waits
 from benchmarks.gpu.storing import checkpoint, feed
@@ -39,6 +40,7 @@ PARTS: tuple[tuple[str, Callable[[Bench], Outcome]], ...] = (
     ("checkpoint", checkpoint),
     ("image", image),
     ("several", several),
+    ("run", chain),
 )
 PRESETS = ("small", "karlo", "paper")
 

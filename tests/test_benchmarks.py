@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
 from benchmarks.gpu.bench import Bench, Outcome
+from benchmarks.gpu.run import cosines
 from benchmarks.gpu_check import PARTS
 from benchmarks.gpu_check import main as check_gpu
 from benchmarks.timing import ratio
@@ -93,6 +95,16 @@ def test_a_part_that_breaks_or_finds_something_fails_alone(
         "3 holds      PASS  fine",
         "1 of 3 passed; failed: breaks, finds",
     ]
+
+
+def test_one_row_whose_embedding_differs_is_found() -> None:
+    def table(angle: float) -> pa.Table:
+        rows = [[1.0, 0.0], [math.cos(angle), math.sin(angle)], [0.0, 1.0]]
+        column = pa.array(rows, pa.list_(pa.float16()))
+        return pa.table({"image_embedding": column, "text_embedding": pa.array(rows[:1] * 3, pa.list_(pa.float16()))})
+
+    assert cosines(table(0.3), table(0.3)) == pytest.approx([1.0, 1.0], abs=1e-3)
+    assert cosines(table(0.3), table(0.5)) == pytest.approx([math.cos(0.2), 1.0], abs=1e-3)
 
 
 def test_a_ratio_is_the_median_of_those_of_the_rounds() -> None:
