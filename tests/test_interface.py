@@ -1,10 +1,11 @@
 """What a release has promised is still there: docs/versions.md."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from tests.interface import FOLDER, broken, described, interface
+from tests.interface import FOLDER, ROOT, broken, described, interface
 
 RELEASES = sorted(FOLDER.glob("*.txt"))
 
@@ -17,6 +18,12 @@ def test_nothing_that_a_release_has_is_gone_or_asks_for_more(release: Path) -> N
 
 def test_the_first_release_is_kept() -> None:
     assert "0.1.0" in [file.stem for file in RELEASES]
+
+
+def test_the_changelog_has_a_short_section_for_every_release() -> None:
+    sections = re.split(r"^## ([\d.]+) \(.+\)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]
+    assert {file.stem for file in RELEASES} <= set(sections[::2])
+    assert [name for name, text in zip(sections[::2], sections[1::2], strict=True) if len(text.split()) > 800] == []
 
 
 def test_what_breaks_a_caller_is_found_and_what_does_not_is_not() -> None:

@@ -190,20 +190,52 @@ def _read_record(store: Store, path: str, kind: type[R]) -> R | None:
         data = store.read(path)
     except FileNotFoundError:
         return None
+    if _format(store, path, data) < FORMAT:
+        raise OtherFormat(
+            f"{store.url}/{path}",
+            "was written by an older version of this software; unclip data upgrade CONFIG upgrades its store",
+        )
+    return _parse_record(data, path, kind)
+
+
+def read_older(store: Store, path: str, kind: type[R], today: str) -> R | None:
+    """Returns a record of an older format, which lies at ``today`` since; None for one of today's, or where none is.
+
+    Raises CorruptObject for one that is damaged or lacks what this version needs, and OtherFormat for a newer one.
+    """
+
+    def read(store: Store) -> R | None:
+        try:
+            data = store.read(path)
+        except FileNotFoundError:
+            return None
+        if _format(store, path, data) == FORMAT:
+            return None
+        try:
+            return _parse_record(data, today, kind)
+        except CorruptObject as e:
+            raise CorruptObject(path, e.why) from None
+
+    return read_twice(store, read)
+
+
+def _format(store: Store, path: str, data: bytes) -> int:
+    """Returns the format of a record. Raises CorruptObject unless it is sealed, and OtherFormat for a newer one."""
     try:
         body = from_json(data)
         checksum, version = body.pop("checksum"), body["format"]
-        # A checksum of another format may be computed in another way.
-        sealed = type(version) is int and (version != FORMAT or checksum == digest(body))
+        # A newer format may compute its checksum in another way; the older ones did as this one does.
+        sealed = type(version) is int and (version > FORMAT or checksum == digest(body))
     except (ValueError, KeyError, TypeError, AttributeError):
         sealed = False
     if not sealed:
         raise CorruptObject(path, "is corrupt")
     if version > FORMAT:
         raise OtherFormat(f"{store.url}/{path}", "was written by a newer version of this software; upgrade to read it")
-    if version < FORMAT:
-        why = "was written by an older version of this software; name another store to begin again"
-        raise OtherFormat(f"{store.url}/{path}", why)
+    return int(version)
+
+
+def _parse_record(data: bytes, path: str, kind: type[R]) -> R:
     try:
         record = parse_object(data, kind)
         record.check(path)

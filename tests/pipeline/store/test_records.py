@@ -13,6 +13,7 @@ from pipeline.store.records import (
     Record,
     blob_path,
     create_record,
+    digest,
     parse_object,
     peek_record,
     put_blob,
@@ -59,7 +60,8 @@ def test_a_corrupt_record_is_an_error_and_stays(damage: bytes, tmp_path: Path) -
 
 @pytest.mark.parametrize(("format_", "said"), [(99, "a newer"), (FORMAT - 1, "an older")])
 def test_another_format_is_refused_and_kept(store: Store, format_: int, said: str) -> None:
-    store.create("artifacts/a.json", json.dumps({"format": format_, "checksum": "0"}).encode())
+    body = {"format": format_}
+    store.create("artifacts/a.json", json.dumps({**body, "checksum": digest(body)}).encode())
     with pytest.raises(UserError, match=f"{said} version"):
         read_record(store, "artifacts/a.json", Number)
     assert len(list(store.list("artifacts/"))) == 1
