@@ -73,7 +73,6 @@ def data_card(title: str, paths: Sequence[str], made: Mapping[str, Artifact], ta
         size_categories=[_size(count)],
         tags=["image-caption-pairs", "webdataset"],
     )
-    lists = ", ".join(plain_cell(Path(path).name) for path in paths)
     lines += [
         f"# {title}",
         "",
@@ -81,18 +80,29 @@ def data_card(title: str, paths: Sequence[str], made: Mapping[str, Artifact], ta
         "",
     ]
     lines += markdown_table(("split", "rows"), sorted(tally.rows.items()))
-    lines += [FOLDERS, "", "## Where they come from", "", f"Lists: {lists or 'not named'}."]
-    lines += dict.fromkeys(found.credits for found in lists_there(paths) if found.credits)
-    lines += ["", *licence_table(tally.licences)]
-    lines += ["## How they were chosen", "", "Of the whole list, all splits:", ""]
+    lines += [FOLDERS, "", "## Where they come from", "", *origin(paths), *licence_table(tally.licences)]
+    lines += ["## How they were chosen", "", *choice(made)]
+    lines += markdown_table(("stage", "key"), [(stage, f"`{artifact.key}`") for stage, artifact in made.items()])
+    return "\n".join([*lines, "## What to know before use", "", LIMITS, ""])
+
+
+def origin(paths: Sequence[str]) -> list[str]:
+    """Returns the lines that name the lists, without their folders, and credit their authors; and an empty one."""
+    lists = ", ".join(plain_cell(Path(path).name) for path in paths)
+    credits = dict.fromkeys(found.credits for found in lists_there(paths) if found.credits)
+    return [f"Lists: {lists or 'not named'}.", *credits, ""]
+
+
+def choice(made: Mapping[str, Artifact]) -> list[str]:
+    """Returns the lines of a table of the rows that stages left out, by reason, and an empty one."""
     ended = [
         (stage, artifact.ledger.kept, f"{many:,} {reason}: {REASONS[reason]}")
         for stage, artifact in made.items()
         for reason, many in sorted(artifact.ledger.lost.items())
     ]
-    lines += markdown_table(("stage", "kept", "left out"), ended)
-    lines += markdown_table(("stage", "key"), [(stage, f"`{artifact.key}`") for stage, artifact in made.items()])
-    return "\n".join([*lines, "## What to know before use", "", LIMITS, ""])
+    if not ended:
+        return []
+    return ["Of the whole list, all splits:", "", *markdown_table(("stage", "kept", "left out"), ended)]
 
 
 def count_licence(tally: Counter[str | None], licence: str | None, rows: int = 1) -> None:

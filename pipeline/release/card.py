@@ -7,7 +7,16 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 
-from pipeline.data.card import CARD, count_licence, front_matter, licence_table, markdown_table, plain_cell
+from pipeline.data.card import (
+    CARD,
+    choice,
+    count_licence,
+    front_matter,
+    licence_table,
+    markdown_table,
+    origin,
+    plain_cell,
+)
 from pipeline.errors import CorruptObject
 from pipeline.evaluate.figure import Json, by_claim, count, holds, short
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table
@@ -62,7 +71,9 @@ def model_card(store: Store, bundle: Artifact) -> str:
     )
     if CARD in bundle.blobs:
         lines += [read_blob(store, bundle.blobs[CARD]).decode(errors="replace")]
-    lines += [USE, "## What it was trained on", "", *_data(store, behind), *_claims(store, bundle), LIMITS]
+    judging = {name: made for name, made in reversed(behind.items()) if made.ledger.lost}  # from the source on
+    lines += [USE, "## What it was trained on", "", *origin(paths), *_data(store, behind), *choice(judging)]
+    lines += [*_claims(store, bundle), LIMITS]
     return "\n".join(lines)
 
 

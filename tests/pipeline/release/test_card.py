@@ -60,6 +60,18 @@ def test_it_counts_training_rows_by_licence(store: Store, made: dict[str, Artifa
     assert "/home" not in card
 
 
+def test_it_names_lists_and_what_was_left_out_as_a_data_card_does(store: Store, made: dict[str, Artifact]) -> None:
+    lost = replace(made["curation"], key="9" * 64, ledger=Ledger(6, {"low_similarity": 2, "near_duplicate": 1}))
+    lost = publish_artifact(store, replace(lost, times={}), 0.0)
+    inputs = {**made["bundle"].inputs, "curation": lost.key}
+    card = model_card(
+        store, publish_artifact(store, replace(made["bundle"], key="8" * 64, inputs=inputs, times={}), 0.0)
+    )
+    assert "\nLists: pairs.csv, data, cats.\n" in card
+    assert "| curation | 6 | 2 low_similarity: " in card
+    assert "| curation | 6 | 1 near_duplicate: " in card
+
+
 def test_it_says_which_claims_held(store: Store, made: dict[str, Artifact]) -> None:
     card = model_card(store, made["bundle"])
     assert "\n1 of 2 claims hold on held-out rows, 1 not measured.\n" in card
