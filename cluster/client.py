@@ -184,7 +184,7 @@ class Cluster:
         try:
             return call()
         except OSError as e:  # those of requests are
-            raise UserError(f"{self.address} does not answer any more: {_last_line(e)}") from e
+            raise UserError(f"{self.address} no longer answers: {_last_line(e)}") from e
         except RuntimeError as e:  # AuthenticationError too
             raise UserError(f"{self.address}: {_last_line(e)}") from e
 

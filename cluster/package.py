@@ -121,7 +121,7 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
             paths[i] = str(file)
         if not here:
             notes.append(
-                f"{path} does not travel: every machine must find it, and the files that it names, at {paths[i]}; "
+                f"{path} is not copied: every machine must find it, and the files that it names, at {paths[i]}; "
                 "images on S3 or the web need no such place"
             )
     for setting, value in named_weights(config, [stage.name for stage in config.stages]):
@@ -132,7 +132,7 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
             raise UserError(f"{setting}: {local} is found from this folder only; write {where}")
         if local and not here:
             machines = "the cluster's head" + " and its GPU nodes" * (setting == "evaluation.judge")
-            notes.append(f"{local} ({setting}) does not travel: {machines} must have it there")
+            notes.append(f"{local} ({setting}) is not copied: {machines} must have it there")
     for tracker in config.run.trackers:
         files |= _module(tracker.partition(":")[0])
     files |= _plugins()

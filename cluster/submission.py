@@ -75,13 +75,13 @@ def attach_or_submit(
     """
     attempts = cluster.attempts(job)
     if live := [seen for seen in attempts if seen.live]:
-        tell(f"{live[-1].id} runs already; what it said so far:")
+        tell(f"{live[-1].id} runs already; its output so far:")
         if live[-1].metadata.get("package") != package.key:
             log.warning("its code or run settings differ from yours; --stop ends it")
         return live[-1].id
     if attempts:
         last = attempts[-1]
-        tell(f"{last.id} has ended ({last.status.lower()}); what it has made is kept")
+        tell(f"{last.id} has ended ({last.status.lower()}); its results are kept")
         job = job.again((number_of(job.id, last.id) or 1) + 1)
     with _zipped(store, package) as file:
         size = f"{counted(len(package.files), 'file')}, {file.stat().st_size / 1e6:.1f} MB"

@@ -147,11 +147,11 @@ def _copy(url: str, answer: http.client.HTTPResponse, part: BinaryIO, whole: int
         while data := answer.read(PART_BYTES):
             part.write(data)
             if part.tell() > most:
-                raise UserError(f"{url}: half of the free disk is full of it; make room, or name another file")
+                raise UserError(f"{url}: larger than half of the free disk; free space, or name another file")
             progress.advance((part.tell() >> 10) - progress.done)
     part.flush()
     if part.tell() < whole:
-        raise UserError(f"{url}: {part.tell():,} of {whole:,} bytes came; the same command goes on from there")
+        raise UserError(f"{url}: {part.tell():,} of {whole:,} bytes arrived; run the same command again to resume")
 
 
 def _elsewhere(url: str) -> str:

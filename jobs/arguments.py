@@ -17,16 +17,16 @@ from pipeline.errors import UserError, did_you_mean
 OVERRIDE = re.compile(r"[A-Za-z_]\w*((\.\w+)+=.*|=\S*)", re.DOTALL)
 # What people look for who know other tools.
 HABITS = {
-    "status": "unclip show CONFIG says what is made",
-    "logs": "unclip show CONFIG says what is made, and unclip submit with the same words follows a job",
-    "stop": "Ctrl-C stops a run, and unclip submit with --stop a job; the same command goes on later",
+    "status": "unclip show CONFIG shows its progress",
+    "logs": "unclip show CONFIG shows its progress, and unclip submit with the same words follows a job",
+    "stop": "Ctrl-C stops a run, and unclip submit with --stop a job; the same command resumes it later",
     "download": "unclip run CONFIG --until pairs fetches the images of its lists",
-    "finetune": "unclip init NAME LIST --from WHERE goes on from the models that are there",
+    "finetune": "unclip init NAME LIST --from WHERE fine-tunes the models there",
     "--output": "write run.output=FOLDER",
     "--preset": "write preset=NAME",
-    "--resume": "leave it out: the same command goes on where it was",
-    "--force": "leave it out: what a changed value or list makes stale is made again",
-    "--gpus": "leave it out: GPUs that are there are used; run.STAGE.workers=N takes fewer",
+    "--resume": "leave it out: the same command resumes",
+    "--force": "leave it out: stages made stale by a changed value or list are remade",
+    "--gpus": "leave it out: all GPUs are used; run.STAGE.workers=N takes fewer",
 }
 _SAID = (
     (r"the following arguments are required: (.*)", r"\1 is missing"),
@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
         if not begun:
             bare = word.lstrip("-")
             if "--set" in known and OVERRIDE.fullmatch(bare):
-                raise UserError(f"{word}: values are written without dashes: {bare}")
+                raise UserError(f"{word}: write values without dashes: {bare}")
             said = f"; {HABITS[name]}" if name in HABITS else ""
             said = said or did_you_mean(
                 name.lstrip("-"), [option[2:] for option in known if option.startswith("--")], "--"
@@ -175,7 +175,7 @@ def takes_lists(parser: Parser, nargs: str, more: str = "") -> None:
     parser.add_argument("--image-column", default="url", metavar="COLUMN", help=text)
     text = "column of captions (default caption)"
     parser.add_argument("--caption-column", default="caption", metavar="COLUMN", help=text)
-    text = "folder from which relative paths of images count, in place of the list's own"
+    text = "folder to which image paths are relative, instead of the list's own"
     parser.add_argument("--image-folder", default="", metavar="FOLDER", help=text)
     parser.add_argument("--encoding", default="", help="encoding of text that is not UTF-8, such as cp1252")
 

@@ -114,7 +114,7 @@ def find_bundle(source: str | None, overrides: Sequence[str] = ()) -> Bundle:
         project = open_as_run(source, overrides)
         return _stored(Path(project.config.run.output), project.store, project.made("bundle")["bundle"])
     if overrides:
-        raise UserError(f"{overrides[0]}: {source} is not a project, which alone takes KEY=VALUE; leave it out")
+        raise UserError(f"{overrides[0]}: {source} is not a project, and only projects take KEY=VALUE; leave it out")
     if source == DEMO and not folder.is_dir():
         source = demo_address()
     if is_archive(source) and not folder.is_dir():
@@ -172,7 +172,7 @@ def _of_output(output: Path) -> Bundle:
     if artifact is None and (copy / "sampling.json").is_file():
         return replace(_of_folder(copy, output), key=key)  # recipes name it so
     if artifact is None:
-        raise UserError(f"{output}: its bundle is not in {store.url} any longer; run its configuration again")
+        raise UserError(f"{output}: its bundle is no longer in {store.url}; run its configuration again")
     return _stored(output, store, artifact, files)
 
 

@@ -34,7 +34,7 @@ def command_line(words: Sequence[str] = ()) -> Parser:
         prog="unclip",
         usage="unclip COMMAND ...",
         description="Train your own text-to-image model, from image-caption pairs to 1024 px images.",
-        epilog=f"unclip COMMAND --help shows the words of a command; exit codes are in {page('commands')}.",
+        epilog=f"unclip COMMAND --help shows the options of a command; exit codes are in {page('commands')}.",
     )
     parser.add_argument("-V", "--version", nargs=0, action=_Version, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="unclip")
@@ -86,19 +86,19 @@ def _json(parser: Parser) -> None:
 
 
 def _verbose(parser: Any) -> None:
-    parser.add_argument("-v", "--verbose", action="store_true", help="print what each stage takes, and every change")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print each stage's cost, and every change")
 
 
 def _stages(parser: Parser) -> None:
-    parser.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
-    parser.add_argument("--until", metavar="STAGE", help="make this stage and all that it needs")
-    parser.add_argument("--yes", action="store_true", help="go on above run.budget_hours, and without a GPU")
+    parser.add_argument("--only", metavar="STAGE", help="make only this stage; its inputs must exist")
+    parser.add_argument("--until", metavar="STAGE", help="make this stage and all its inputs")
+    parser.add_argument("--yes", action="store_true", help="continue above run.budget_hours, and without a GPU")
 
 
 def _init(parser: Parser) -> None:
     parser.add_argument("name", metavar="NAME", help="the project's name; NAME.yaml is written")
     takes_lists(parser, "*")
-    parser.add_argument("--from", dest="origin", metavar="WHERE", help=f"fine-tune: go on from the bundle of {PLACES}")
+    parser.add_argument("--from", dest="origin", metavar="WHERE", help=f"fine-tune: start from the bundle of {PLACES}")
 
 
 def _doctor(parser: Parser) -> None:
@@ -117,18 +117,18 @@ def _run(parser: Parser, shipped: str = "") -> None:
     _verbose(how)
     takes_quiet(how)
     parser.add_argument("-n", "--dry-run", action="store_true", help="print the plan and make nothing")
-    parser.add_argument("--events", type=Path, metavar="FILE", help="append events to this file, a JSON object a line")
+    parser.add_argument("--events", type=Path, metavar="FILE", help="append events to this file as JSON lines")
 
 
 def _plan(parser: Parser) -> None:
     takes_config(parser)
-    parser.add_argument("--probe", action="store_true", help="measure first, here, with few rows and samples")
-    text = "plan for a list of that size, such as 650M, as if nothing were made"
+    parser.add_argument("--probe", action="store_true", help="first measure on this machine, with few rows and samples")
+    text = "plan from scratch for a list of this size, such as 650M"
     parser.add_argument("--pairs", type=count, metavar="N", help=text)
     parser.add_argument("--gpus", metavar="NxKIND", help="plan trainings and embeddings on GPUs, such as 64xH100")
-    text = "share of a GPU's bf16 peak that trainings reach, where none was measured (0.3)"
+    text = "assumed share of a GPU's bf16 peak, if none was measured (0.3)"
     parser.add_argument("--utilisation", type=float, metavar="SHARE", help=text)
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="use what make gpu-check measured of these models")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="use rates measured by make gpu-check")
     _verbose(parser)
     _json(parser)
 
@@ -144,7 +144,7 @@ def _submit(parser: Parser) -> None:
     _verbose(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--stop", action="store_true", help="stop the jobs of this project there")
-    what.add_argument("-d", "--detach", action="store_true", help="do not follow the job once it is submitted")
+    what.add_argument("-d", "--detach", action="store_true", help="submit the job without following it")
 
 
 def _serve(parser: Parser) -> None:
@@ -155,7 +155,7 @@ def _serve(parser: Parser) -> None:
         "release:PROJECT.yaml for kubectl"
     )
     parser.add_argument("--to", metavar="WHERE", help=text)
-    parser.add_argument("--stop", action="store_true", help="end what serves at --to")
+    parser.add_argument("--stop", action="store_true", help="stop the server at --to")
     parser.add_argument("--host", metavar="HOST", help="the address to listen on, as host=HOST")
     parser.add_argument("--port", metavar="PORT", help="the port to listen on, as port=PORT")
     takes_values(parser, "NAME=VALUE", "a setting, such as port=9000")
@@ -166,9 +166,9 @@ def _export(parser: Parser) -> None:
     parser.add_argument("source", metavar="WHERE", help=f"{PLACES}, or a folder in diffusers' layout")
     text = "a new folder, s3://BUCKET/PREFIX, or one file, FILE.zip, whose weights are in half precision"
     parser.add_argument("-o", "--to", required=True, metavar="FOLDER", help=text)
-    text = "let training images of this licence, as your list names it, travel in FILE.zip; may be given again"
+    text = "pack training images with this licence, spelled as in your list, into FILE.zip; may be given again"
     parser.add_argument("--license", metavar="NAME", action="append", default=[], help=text)
-    text = "bundle (default) is what every --from takes; diffusers is its layout, with the class of a pipeline"
+    text = "bundle (default), for every --from; or diffusers, its layout with a pipeline class"
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=text)
     takes_quiet(parser)
     takes_values(parser, "KEY=VALUE", OVERRIDES)
@@ -178,14 +178,14 @@ def _show(parser: Parser) -> None:
     takes_config(parser, "?")
     text = "key of an artefact, whose lineage is shown; its first 12 characters are enough"
     parser.add_argument("key", nargs="?", metavar="KEY", help=text)
-    parser.add_argument("--store", metavar="URL", help="show all projects of this store, in place of a configuration")
+    parser.add_argument("--store", metavar="URL", help="show all projects in this store, instead of a configuration")
     _json(parser)
 
 
 def _report(parser: Parser) -> None:
     takes_config(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="where to write it (report.html in run.output)")
-    text = "show only the images with this licence, as your list names it; may be given again"
+    text = "show only images with this licence, spelled as in your list; may be given again"
     parser.add_argument("--license", metavar="NAME", action="append", help=text)
     text = (
         "compare with another bundle: of a project (b.yaml), of a run's output folder, of a release (release:b.yaml), "
@@ -207,13 +207,13 @@ def _data(parser: Parser) -> None:
     actions = _actions(
         parser,
         {
-            "look": "show what a list holds, what will be rejected and what it takes, before anything is trained",
+            "look": "preview a list before training: its content, rejects and cost",
             "search": "find the images nearest to a caption or an image",
             "retry": "retry rows whose fetch ended with given reasons",
-            "forget": "drop images and their captions from everything made from now on",
-            "gc": "delete what no pin, recent run or running stage needs",
-            "check": "verify all that the project needs, and quarantine what is damaged",
-            "upgrade": "write the records of an older version anew, so that this one reads the store",
+            "forget": "drop images and their captions from all future results",
+            "gc": "delete objects that no pin, recent run or running stage needs",
+            "check": "verify all objects of the project, and quarantine damaged ones",
+            "upgrade": "rewrite records of an older version in the current format",
             "export": "write curated pairs and embeddings for other tools",
         },
         lists=("look",),
@@ -230,14 +230,14 @@ def _data(parser: Parser) -> None:
     search.add_argument("--split", choices=SPLITS, help="search this split only (all)")
     retry.add_argument("--reason", metavar="REASONS", help="such as timeout,http_4xx (all deferred)")
     forget.add_argument("what", nargs="*", metavar="WHAT", help="row keys, references (URLs), sha256 of stored images")
-    forget.add_argument("--file", metavar="FILE", help="a text file with one of them a line; - for standard input")
+    forget.add_argument("--file", metavar="FILE", help="a text file with one of them per line; - for standard input")
     export.add_argument("-o", "--to", required=True, metavar="FOLDER", help="a folder, or s3://BUCKET/PREFIX")
-    export.add_argument("--only", choices=EXPORTS, action="append", default=[], help="write this alone (all three)")
+    export.add_argument("--only", choices=EXPORTS, action="append", default=[], help="write only this one (all three)")
     export.add_argument("--split", choices=SPLITS, action="append", default=[], help="rows of this split only (all)")
     takes_quiet(export)
-    gc.add_argument("--yes", action="store_true", help="delete; without it, only say what would be")
+    gc.add_argument("--yes", action="store_true", help="delete garbage; without it, only list it")
     check.add_argument("names", nargs="*", default=[], metavar="OBJECT", help="paths of objects (all that is needed)")
-    check.add_argument("--repair", action="store_true", help="quarantine it; without it, only say what would be")
+    check.add_argument("--repair", action="store_true", help="quarantine damage; without it, only report it")
     takes_quiet(check)
     takes_quiet(upgrade)
     for one, verb in ((gc, "keep"), (check, "verify")):
@@ -254,16 +254,18 @@ def _release(parser: Parser) -> None:
         parser,
         {
             "promote": "make this configuration's bundle the release, if the gates hold",
-            "rollback": "go back to the release before",
-            "diff": "what differs between two bundles in data, recipe and figures",
-            "list": "all moves of the release",
+            "rollback": "go back to the previous release",
+            "diff": "show how two bundles differ in data, recipe and figures",
+            "list": "list all moves of the release",
             "evaluate": "measure the release on the rows of this configuration",
             "take": "let sample and generate --from FOLDER draw with the release",
-            "weights": "print how a configuration begins with the release's weights",
+            "weights": "print the configuration that starts from the release's weights",
         },
     )
-    actions["promote"].add_argument("--force", metavar="REASON", help="promote in spite of the gates, and record why")
-    actions["rollback"].add_argument("--reason", default="", help="why, for the record")
+    actions["promote"].add_argument(
+        "--force", metavar="REASON", help="promote despite the gates; the reason is recorded"
+    )
+    actions["rollback"].add_argument("--reason", default="", help="reason, for the record")
     for name in ("promote", "rollback"):
         text = "sign the move with this private Ed25519 key, as ssh-keygen writes it"
         actions[name].add_argument("--key", metavar="FILE", help=text)
@@ -271,7 +273,7 @@ def _release(parser: Parser) -> None:
     diff = actions["diff"]
     diff.add_argument("first", nargs="?", default="current", metavar="OLD", help=f"{named}; by default current")
     diff.add_argument("second", nargs="?", default="own", metavar="NEW", help="the same; by default own")
-    actions["take"].add_argument("folder", metavar="FOLDER", help="an output folder that will name the bundle")
+    actions["take"].add_argument("folder", metavar="FOLDER", help="output folder to point at the release")
     for name in ("diff", "list"):
         _json(actions[name])
 
@@ -279,7 +281,7 @@ def _release(parser: Parser) -> None:
 def _unpin(parser: Parser) -> None:
     takes_config(parser)
     parser.add_argument("stage", metavar="STAGE", help="clip, codec or thresholds")
-    parser.add_argument("--dry-run", action="store_true", help="say what would become stale, and change nothing")
+    parser.add_argument("--dry-run", action="store_true", help="list what would become stale, and change nothing")
 
 
 def _pin(parser: Parser) -> None:
@@ -297,14 +299,14 @@ COMMANDS = {
     "doctor": Command("check machine, packages, store, list, CLIP and Ray before a run", _doctor),
     "peek": Command("run the whole chain at nano size, in minutes (run nano)", partial(_run, shipped="nano")),
     "demo": Command("train the quick start's models, in 20 to 30 minutes (run demo)", partial(_run, shipped="demo")),
-    "run": Command("make everything that a configuration asks for, where it is stale", _run),
-    "plan": Command("show what a run would make, why, and about what it costs", _plan),
+    "run": Command("make all stale stages of a configuration", _run),
+    "plan": Command("show what a run would make, why, and its estimated cost", _plan),
     "submit": Command("run a configuration on a cluster and follow it", _submit),
     "sample": Command("draw images for captions", add_sample),
     "generate": Command("draw images for a list of prompts, on many workers", add_generate),
     "serve": Command("draw from a page, and from any client of OpenAI's image API", _serve),
     "edit": Command("vary, interpolate, change or decompose images of your own", add_edit),
-    "redraw": Command("draw an image again from the recipe in it, as it was or with other values", add_redraw),
+    "redraw": Command("redraw an image from its recipe, unchanged or with other values", add_redraw),
     "export": Command("write a bundle as a folder or one file to share, or for diffusers", _export),
     "show": Command("show runs, what is being made and where, or the lineage of an artefact", _show),
     "report": Command("write the report again, for example with images of some licences only", _report),

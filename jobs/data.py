@@ -63,7 +63,7 @@ def _search(project: Project, arguments: argparse.Namespace) -> int:
     splits = (arguments.split,) if arguments.split else SPLITS
     found = look_up(project.store, artifacts, query, arguments.count, splits)
     if not found:
-        raise UserError(f"{arguments.config}: its index holds no row to be found; see the rejects in the report")
+        raise UserError(f"{arguments.config}: its index is empty; see the rejected rows in the report")
     if arguments.json:
         print_json({"rows": [replace(row, url=shown(row.url), place=None) for row in found]})
         return 0
@@ -101,11 +101,11 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
 
     def tried(now: ListJournal) -> ListJournal:
         if now.retries != journal.retries:
-            raise UserError("somebody else has changed the rows to be tried again; nothing is changed: try again")
+            raise UserError("another process has changed the rows to retry; nothing was changed: try again")
         return replace(now, retries=(*now.retries, blob))
 
     change_journal(project.store, project.config.project, tried)
-    say(f"{rows:,} rows are tried again in their places by the next run")
+    say(f"{rows:,} rows are retried in place by the next run")
     return 0
 
 
@@ -116,8 +116,8 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
     before = project.plan()
     if request.keys and not any(v.stage == "pairs" and v.state == "fresh" for v in before):
         raise UserError(
-            f"keys count the rows of a list as it was fetched, and this one has changed since, or was never fetched: "
-            f"name references, or unclip run {config} --until pairs and look for the rows again"
+            "keys refer to the list as it was fetched, but it has changed since or was never fetched: name "
+            f"references, or unclip run {config} --until pairs and look for the rows again"
         )
     pairs = project.made("pairs")["pairs"] if request.hashes else None
     found = find(project.store, _listed(project), pairs, request)
@@ -152,18 +152,18 @@ def _collect(_: Config, store: Store, arguments: argparse.Namespace) -> int:
         tallies = (found.needed[kind], found.garbage[kind], found.deleted[kind])
         say(f"{kind:12}" + "".join(f"{t.objects:>12,} {t.size / 2**20:>9,.1f} MiB" for t in tallies))
     if found.abandoned:
-        say(f"{found.abandoned:,} half-written objects of writers that were killed are deleted")
+        say(f"{found.abandoned:,} half-written objects of killed writers are deleted")
     if not arguments.yes:
         say("nothing is deleted without --yes")
     elif any(tally.objects for tally in found.garbage.values()):
-        say(f"garbage is deleted by the first gc that comes {duration(grace_s)} after the one that found it")
+        say(f"garbage is deleted by the first gc at least {duration(grace_s)} after the one that found it")
     if not found.unreadable:
         return 0
     for path, why in sorted(found.unreadable.items())[:MOST_TOLD]:
         say(f"{store.url}/{path} {why}")
     say(
-        f"{counted(len(found.unreadable), 'object')} could not be read; what that may name is kept: repair it as "
-        "said above, then run unclip data gc again"
+        f"{counted(len(found.unreadable), 'object')} could not be read; everything that may depend on them is kept: "
+        "repair them as described above, then run unclip data gc again"
     )
     return 1
 
@@ -191,7 +191,7 @@ def _check(config: Config, store: Store, arguments: argparse.Namespace) -> int:
         for stage in ordered(build(config)):
             behind |= {stage.name} if behind.intersection(stage.inputs) else set()
         kept = f"; {', '.join(sorted(behind - lost))} stay, which were made from it" if behind - lost else ""
-        say(f"the next run makes again what is lost of {', '.join(sorted(lost))}{kept}")
+        say(f"the next run remakes what is lost of {', '.join(sorted(lost))}{kept}")
     if found.damage and not arguments.repair:
         say(f"nothing is changed without --repair: unclip data check {arguments.config} --repair")
     return 1 if bad else 0

@@ -60,7 +60,7 @@ def one_file(to: Path | None, images: int, kinds: Sequence[str] = (".png",)) -> 
     if to is None or not to.suffix or to.is_dir():
         return False
     if to.suffix.lower() not in kinds:
-        raise UserError(f"--to {to}: what is made is a {' or '.join(kinds)} file; name one, or a folder")
+        raise UserError(f"--to {to}: the output is a {' or '.join(kinds)} file; name one, or a folder")
     if images > 1:
         raise UserError(f"--to {to}: {images} images do not fit into one file; name a folder")
     return True

@@ -14,12 +14,12 @@ PLACES = (
 )
 EDITS = {
     "vary": "other images with the same meaning (the paper's section 3.1)",
-    "interpolate": "images on the way from one to another (3.2)",
-    "change": "an image, changed as one caption differs from another (3.3)",
-    "inpaint": "a part of an image, drawn again where a mask is transparent",
+    "interpolate": "images between two (3.2)",
+    "change": "an image, moved along the difference of two captions (3.3)",
+    "inpaint": "an image, redrawn where a mask is transparent",
     "nearest": "the training images that are nearest to an image",
-    "reconstruct": "an image beside what its two latents become (3)",
-    "components": "what the first principal components of an image's embedding say (4)",
+    "reconstruct": "an image beside its reconstruction from both latents (3)",
+    "components": "images from the first principal components of an embedding (4)",
     "priors": "a caption, decoded from each prior's embedding and from its text embedding (5.1)",
 }
 ALIASES = {"vary": ["variations"], "interpolate": ["blend"], "change": ["textdiff"]}
@@ -37,10 +37,10 @@ def add_sample(parser: Parser) -> None:
 def add_redraw(parser: Parser) -> None:
     """Adds the words of ``unclip redraw``."""
     parser.add_argument("recipe", type=Path, metavar="IMAGE", help="a PNG that unclip has drawn")
-    parser.add_argument("--caption", metavar="CAPTION", help="what the image shows, in place of what it says")
-    parser.add_argument("-n", type=int, metavar="N", help="number of images, in place of what it says")
-    parser.add_argument("--seed", type=int, help="seed of the first image, in place of what it says")
-    text = "image that it begins with, where that is not beside it; may be given again"
+    parser.add_argument("--caption", metavar="CAPTION", help="caption in place of the recipe's")
+    parser.add_argument("-n", type=int, metavar="N", help="number of images in place of the recipe's")
+    parser.add_argument("--seed", type=int, help="seed of the first image in place of the recipe's")
+    text = "input image, if it is not beside the file; may be given again"
     parser.add_argument("--image", dest="images", type=Path, metavar="FILE", action="append", default=[], help=text)
     takes_place(parser, "WHERE", "a file or a folder (redrawn, in the run's output folder)")
     _takes_bundle(parser)
@@ -50,14 +50,14 @@ def add_generate(parser: Parser) -> None:
     """Adds the words of ``unclip generate``."""
     kinds = "a .txt with a prompt a line, or a .csv, .tsv, .jsonl or .parquet with a column of them"
     parser.add_argument("prompts", type=Path, metavar="PROMPTS", help=kinds)
-    text = "column that holds the prompts (the first of prompt, caption, text)"
+    text = "column with the prompts (the first of prompt, caption, text)"
     parser.add_argument("--column", metavar="COLUMN", help=text)
     takes_place(parser, "FOLDER", "where tars and tables are written (FOLDER/generated)")
-    parser.add_argument("--png", action="store_true", help="write each image as a PNG with its recipe besides")
-    parser.add_argument("--batch", type=count, default=8, help="images that a worker samples at once (8)")
+    parser.add_argument("--png", action="store_true", help="also write each image as a PNG with its recipe")
+    parser.add_argument("--batch", type=count, default=8, help="images per batch of a worker (8)")
     text = "number of processes; 0 draws in this one (default: one per GPU, or one per core)"
     parser.add_argument("--workers", type=int, help=text)
-    text = "GPUs of each worker (default: 1 if there are any, else 0)"
+    text = "GPUs per worker (default: 1 if there are any, otherwise 0)"
     parser.add_argument("--gpus", type=float, help=text)
     takes_quiet(parser)
     _takes_bundle(parser)
@@ -77,24 +77,24 @@ def add_edit(parser: Parser) -> None:
     kind.add_argument("second", type=Path, metavar="B", help="another")
     _takes_number(kind, 9, "images, both ends included")
     kind = kinds["change"]
-    kind.add_argument("before", metavar="BEFORE", help="a caption of the image as it is")
-    kind.add_argument("after", metavar="AFTER", help="a caption of what it should become")
+    kind.add_argument("before", metavar="BEFORE", help="a caption of the original image")
+    kind.add_argument("after", metavar="AFTER", help="caption of the wanted image")
     text = "how far the last image goes towards AFTER, from 0 to 1 (0.5)"
     kind.add_argument("--strength", type=float, default=0.5, metavar="SHARE", help=text)
     _takes_number(kind, 6, "images, the first unchanged")
     kind = kinds["inpaint"]
-    kind.add_argument("mask", type=Path, metavar="MASK", help="an image that is transparent where it is drawn again")
+    kind.add_argument("mask", type=Path, metavar="MASK", help="an image, transparent where to redraw")
     kind.add_argument("caption", metavar="CAPTION", help="what the whole image should show")
     _takes_number(kind, 4, "images")
     _takes_number(kinds["nearest"], 8, "training images")
     for name in ("interpolate", "change"):
-        text = "a WebP that goes forth and back, in place of a strip, as --to FILE.webp or FILE.gif make"
+        text = "a WebP that plays forward and back, instead of a strip, like --to FILE.webp or FILE.gif"
         kinds[name].add_argument("--animate", action="store_true", help=text)
     for name in ("vary", "reconstruct"):
         kinds[name].add_argument("--caption", help="a caption of the image, for the decoder")
     kinds["components"].add_argument("--counts", help="such as 20,30,40; by default as in the paper's figure 7")
     kinds["priors"].add_argument("caption", metavar="CAPTION", help="what the image shows")
-    kinds["priors"].add_argument("--image", type=Path, metavar="FILE", help="an image that the caption is true of")
+    kinds["priors"].add_argument("--image", type=Path, metavar="FILE", help="an image that matches the caption")
     for name, kind in kinds.items():
         kind.set_defaults(kind=name)  # whichever of its names was said
         takes_place(kind, "WHERE", "a file for the strip, or a folder for single images (edits, in the run's output)")
@@ -115,7 +115,7 @@ def _takes_seed(parser: Parser) -> None:
 def _takes_bundle(parser: Parser) -> None:
     text = f"the bundle: {PLACES}; by default the newest under out/"
     parser.add_argument("--from", dest="source", metavar="WHERE", help=text)
-    text = "where to draw; auto takes a GPU if there is one"
+    text = "where to draw; auto uses a GPU if there is one"
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
     takes_values(parser, "NAME=VALUE", OPTIONS)
     parser.names = _names

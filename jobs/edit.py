@@ -96,7 +96,7 @@ def _described(arguments: argparse.Namespace) -> ImageRecipe:
     with plain_errors():
         recipe = describe(kind, {**words, **own_names(read_options(arguments.overrides))}, **given)
     if turned and len(recipe.shares) < 2:
-        raise UserError(f"n is 1: {kind} makes 2 images or more, of which the first is the given one")
+        raise UserError(f"n is 1: {kind} makes 2 images or more, the first of which is the given one")
     return recipe
 
 

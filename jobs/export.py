@@ -35,7 +35,9 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.to.endswith(SUFFIX):
         return _export_archive(arguments)
     if arguments.license:
-        raise UserError(f"--license: training images travel in one file alone; name it, such as --to my{SUFFIX}")
+        raise UserError(
+            f"--license: training images are packed into a single file only; name one, such as --to my{SUFFIX}"
+        )
     target = open_store(arguments.to)
     if next(target.list(""), None) is not None:
         raise UserError(f"{arguments.to} is not empty; name a new folder with --to")
@@ -69,7 +71,7 @@ def _export_archive(arguments: argparse.Namespace) -> int:
     place, _, name = arguments.to.rpartition("/")
     target = open_store(place or ".")
     if target.stat(name) is not None:
-        raise UserError(f"{arguments.to} is there already; name another file with --to")
+        raise UserError(f"{arguments.to} exists already; name another file with --to")
     bundle = find_bundle(arguments.source, arguments.overrides)
     about = ["", "Matrices of the weights are in half precision (fp16), and computed with in fp32."]
     with tempfile.TemporaryDirectory() as made:
@@ -96,7 +98,7 @@ def _export_archive(arguments: argparse.Namespace) -> int:
         sha256 = pack(folder, file)
         size = file.stat().st_size
         if not target.create(name, file, move=True):
-            raise UserError(f"{arguments.to} is there already; name another file with --to")
+            raise UserError(f"{arguments.to} exists already; name another file with --to")
     say(f"{arguments.to}: {size / 2**20:,.1f} MiB, sha256 {sha256}")
     say("\n".join(about[2:]))
     say(f'next: unclip sample "a red heart" --from {shlex.quote(arguments.to)}')

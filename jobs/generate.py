@@ -87,9 +87,7 @@ def _workers(arguments: argparse.Namespace) -> tuple[GenerationSettings, RaySett
     settings = parse(GenerationSettings, {name: value for name, value in given.items() if value is not None}, "--")
     machine = this_machine(ray) if settings.workers == 0 else find_machine(ray)
     if asked == "cuda" and not gpus and not machine.gpus:
-        raise UserError(
-            "--device cuda: no GPU was found to draw on; use --device cpu, or --gpus on a cluster that grows"
-        )
+        raise UserError("--device cuda: no GPU was found; use --device cpu, or --gpus on a cluster with an autoscaler")
     team = team_of(settings, machine)
     gpus = team.worker.gpus
     settings = replace(settings, workers=team.count, gpus=gpus)

@@ -37,7 +37,7 @@ def main(arguments: argparse.Namespace) -> int:
     check_project(arguments.name)
     path = Path(f"{arguments.name}.yaml")
     if path.exists():
-        raise UserError(f"{path} is there already and stays as it is; remove it, or choose another name")
+        raise UserError(f"{path} exists already and is not overwritten; remove it, or choose another name")
     reading = {name: getattr(arguments, name) for name in READING}
     source = SourceRecipe(tuple(map(pinned, arguments.sources)) or ("pairs.csv",), **reading)
     lists = [behind_embeddings(Path(os.path.expanduser(folder)), source) for folder in embedded(source)]
@@ -72,7 +72,7 @@ def main(arguments: argparse.Namespace) -> int:
         )
     elif origin is None and not trains:
         say(
-            f"clip.weights takes a CLIP that exists, 0.6 GB to download: with fewer than {CLIP_PAIRS:,} pairs it knows "
+            f"clip.weights names an existing CLIP, a download of 0.6 GB: with fewer than {CLIP_PAIRS:,} pairs it knows "
             "more than one of your own"
         )
     if seen and seen.pairs < CLIP_PAIRS and trains:
@@ -83,8 +83,8 @@ def main(arguments: argparse.Namespace) -> int:
     if seen and 2 * seen.framed.rows > seen.rows and trains:
         say(
             f"warning: every caption of {seen.framed.rows:,} of {seen.rows:,} rows begins or ends with words that many "
-            f"share, such as {seen.framed.words!r}, and a CLIP that trains on them learns those words, not the things; "
-            f"add the bare text as a second caption of each row: {page('captions')}"
+            f"share, such as {seen.framed.words!r}, and a CLIP that trains on them learns those words, not the "
+            f"objects; add the bare text as a second caption of each row: {page('captions')}"
         )
     until = " --until diffusion_prior" if imageless else ""
     first = "" if gpu or until or origin else f"    unclip run {path} preset=nano    # a first look, in minutes\n"
@@ -140,7 +140,7 @@ def _remarks(seen: ListPreview, context: int) -> Iterator[str]:
         )
     if cut := cut_captions(seen.captions, context):
         many = f"{cut:,} of the first {counted(len(seen.captions), 'caption')}"
-        yield f"{many} have more than the {context - 2} tokens that this CLIP reads; what is behind is cut"
+        yield f"{many} have more than the {context - 2} tokens that this CLIP reads; the rest is cut"
     if seen.forbidden:
         yield (
             f"warning: {len(seen.forbidden):,} rows are left out, which name what a list may not, such as "

@@ -59,19 +59,23 @@ def look(
     tell: Callable[[str], object] = lambda _: None,
     **reading: str,
 ) -> Look:
-    """Looks at a list before anything is trained on it. Fetches the images of a sample; stores nothing.
+    """Looks at a list before training. Fetches the images of a sample; stores nothing.
 
     Args:
-        sources: A list as ``source.paths`` names it, or several; or one configuration (.yaml), whose rules then count.
+        sources: A list as in ``source.paths``, or several; or one configuration (.yaml), whose rules then apply.
         overrides: Values in place of the configuration's, such as "curation.max_caption=2000".
         images: Rows, drawn at random, whose images are fetched; at most 10,000.
-        page: HTML file to write, replaced where it is there; None writes none.
-        tell: Function that is told what is fetched.
+        page: HTML file to write or replace; None writes none.
+        tell: Function that is called with a line about the fetch.
         reading: Fields of ``source`` for a list that is not a configuration: image_column, caption_column,
             image_folder, encoding.
 
     Raises:
         UserError: for a list or a configuration that cannot be read, and a page that cannot be written.
+
+    Examples:
+        >>> found = unclip.look("pairs.csv", images=10)
+        >>> cut = found.captions.cut["tiny"]
     """
     paths = [os.fspath(sources)] if isinstance(sources, str | Path) else [os.fspath(source) for source in sources]
     if not 0 <= images <= MOST_IMAGES:
@@ -80,7 +84,7 @@ def look(
     laid_over: Sequence[str] | None = overrides
     if _is_config(paths):
         if reading:
-            raise UserError(f"{paths[0]} says how its list is read: set source.{next(iter(reading))} there")
+            raise UserError(f"{paths[0]} is a configuration: set source.{next(iter(reading))} there")
         config, laid_over = load_config(paths[0], overrides), None
         seen = preview(config.source)
         journal = replace(read_journal(open_store(config.store), config.project), retries=())

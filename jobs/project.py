@@ -99,8 +99,8 @@ class Project:
         found = {stage: load_artifact(self.store, maker, keys[maker]) for stage, maker in makers.items()}
         if missing := [stage for stage, artifact in found.items() if artifact is None]:
             raise UserError(
-                f"{self.config.project}: not made for the current list and recipes: {', '.join(missing)}; "
-                f"unclip run makes them, with --until {missing[-1]} no more than needed"
+                f"{self.config.project}: not made for the current list and recipes: {', '.join(missing)}; make them "
+                f"with unclip run --until {missing[-1]}"
             )
         return {stage: artifact for stage, artifact in found.items() if artifact is not None}
 
@@ -152,7 +152,7 @@ def load_as_run(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     ran, differs = _as_run(load_config(source, overrides), overrides)
     if differs:
         file = Path(ran.run.output) / RUN_FILE
-        say_once(f"{source} as it was last run, by {file}; it differs in {differs}: KEY=VALUE asks for other values")
+        say_once(f"{source} as it was last run, by {file}; it differs in {differs}: override them with KEY=VALUE")
     return ran
 
 

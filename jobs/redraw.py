@@ -72,8 +72,8 @@ def main(arguments: argparse.Namespace) -> int:
         say(f"  {line}")
     if old.bundle and old.bundle != key and compared != SAME:
         say(
-            f"  bundle {old.bundle[:12]} drew it: name its run, project or release with --from. A copy goes by its "
-            f"files, here {key[:12]}, and draws the same unless its weights are in half precision"
+            f"  bundle {old.bundle[:12]} drew it: name its run, project or release with --from. A copy has another "
+            f"key, here {key[:12]}, and draws the same unless its weights are in half precision"
         )
     return 0
 
@@ -112,7 +112,7 @@ def _inputs(path: Path, recipe: ImageRecipe, named: Sequence[Path]) -> list[Imag
                 break
         else:
             what = wanted.name if plain else f"an image of sha256 {wanted.sha256[:12]}"
-            raise UserError(f"{path} was made of {what}, which is not beside it; name it with --image FILE")
+            raise UserError(f"{path} was made from {what}, which is not beside it; name it with --image FILE")
     return found
 
 

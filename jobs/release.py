@@ -83,7 +83,7 @@ class ReleaseProject:
             return None
         key = read_private_key(file)
         if self.keys and public_line(key) not in [" ".join(known.split()[:2]) for known in self.keys]:
-            raise UserError(f"{file}: is none of release.keys; add its line there: {public_line(key)}")
+            raise UserError(f"{file}: is not among release.keys; add its line there: {public_line(key)}")
         return key
 
     def move(self, move: Move, signer: Ed25519PrivateKey | None) -> None:
@@ -173,7 +173,9 @@ def _rollback(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
             f"{asked.name}: no release exists before {'this one' if current else 'the first'} to go back to"
         )
     if load_artifact(asked.store, "bundle", previous.bundle) is None:
-        raise UserError(f"{asked.name}: bundle {previous.bundle[:12]} has gone from {asked.store.url}; promote another")
+        raise UserError(
+            f"{asked.name}: bundle {previous.bundle[:12]} is no longer in {asked.store.url}; promote another"
+        )
     if not asked.signed(asked.releases.places[-2]):
         raise UserError(
             f"{asked.name}: {previous.bundle[:12]} was promoted without a signature of release.keys; promote it again "
@@ -252,13 +254,15 @@ def _evaluate(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
     if current is None:
         raise UserError(f"{asked.name}: nothing has been released yet")
     if load_artifact(asked.store, "bundle", current.bundle) is None:
-        raise UserError(f"{asked.name}: bundle {current.bundle[:12]} has gone from {asked.store.url}; promote another")
+        raise UserError(
+            f"{asked.name}: bundle {current.bundle[:12]} is no longer in {asked.store.url}; promote another"
+        )
     bundle = asked.find_release()
     stage = project.graph["evaluation"]
     inputs = project.made("clip", *(name for name in stage.inputs if name != "bundle"))
     if inputs["clip"].key != bundle.inputs.get("clip"):
         raise UserError(
-            f"{asked.name}: the release has another CLIP than {asked.path}; figures of one say nothing here"
+            f"{asked.name}: the release uses another CLIP than {asked.path}, so their figures cannot be compared"
         )
     inputs = {name: bundle if name == "bundle" else inputs[name] for name in stage.inputs}
     key = stage_key(stage, {name: made.key for name, made in inputs.items()})
@@ -281,7 +285,7 @@ def _weights(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
     for name in MODELS:
         blob = bundle.blobs.get(f"{name}/model.safetensors")
         if name == "ar_prior" and blob and bundle.inputs["codec"] != keys.get("codec"):
-            say(f"# not ar_prior: it speaks the codes of codec {bundle.inputs['codec'][:12]}, and yours is another")
+            say(f"# not ar_prior: it predicts codes of codec {bundle.inputs['codec'][:12]}, yours is another")
         elif blob:
             say(f"{name}: {{init_from: {blob}}}")
     return 0

@@ -26,12 +26,12 @@ def main(arguments: argparse.Namespace) -> int:
     project = open_as_run(arguments.config, arguments.overrides)
     artifacts = project.finished()
     if not artifacts:
-        raise UserError(f"{arguments.config}: nothing of it is made yet; unclip run makes it")
+        raise UserError(f"{arguments.config}: nothing has been made yet; use unclip run")
     path = Path(arguments.output) if arguments.output else project.report
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; name a file, such as {path / 'report.html'}")
     if path.suffix == ".json":
-        raise UserError(f"--output {path} ends with .json, where the figures go; name an .html file")
+        raise UserError(f"--output {path} ends with .json, which is reserved for the figures; name an .html file")
     if not arguments.output:
         _check_fuller(path, artifacts)
     if not Path(project.config.run.output, RUN_FILE).is_file():  # a cluster ran it
@@ -58,8 +58,8 @@ def _check_fuller(path: Path, artifacts: Mapping[str, Artifact]) -> None:
         return
     if shown > len(artifacts):
         raise UserError(
-            f"{path} shows {shown} stages that are made, and with these values {len(artifacts)} are: name another "
-            "file with --output, or unclip run makes the rest"
+            f"{path} shows {shown} finished stages, but with these values {len(artifacts)} are finished: name another "
+            "file with --output, or finish the rest with unclip run"
         )
 
 

@@ -70,7 +70,7 @@ class RunResult:
             for kind, counts in (("", artifact.ledger.rejected), (", deferred", artifact.ledger.deferred)):
                 lines += [f"{'':16}  {count:,} {reason}{kind}" for reason, count in sorted(counts.items())]
             if cut := artifact.metrics.get("captions_cut"):
-                lines.append(f"{'':16}  {counted(cut, 'caption')} cut, for more tokens than CLIP reads")
+                lines.append(f"{'':16}  {counted(cut, 'caption')} cut to the tokens that CLIP reads")
         lines += [f"{duration(self.seconds)} in all", ""]
         if "evaluation" in self.artifacts:
             lines += [as_text(self.artifacts["evaluation"].metrics["figures"]), ""]

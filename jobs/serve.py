@@ -99,15 +99,15 @@ def find_served(source: str | None) -> ServedBundle:
 def _rayservice(source: str | None, settings: ServeSettings) -> str:
     """Returns the RayService of a release. Raises UserError for anything that pods cannot follow."""
     if source is None or not source.startswith(RELEASE):
-        raise UserError("a RayService serves what pods can reach and follow; name release:PROJECT.yaml")
+        raise UserError("a RayService serves a release; name release:PROJECT.yaml")
     config = load_config(source.removeprefix(RELEASE), [])
     store, pods = open_store(config.store), config.run.kubernetes
     if settings.tokens:
-        raise UserError(f"{settings.tokens} does not travel to pods; put its lines into UNCLIP_TOKENS of a Secret")
+        raise UserError(f"{settings.tokens} is not copied to pods; put its lines into UNCLIP_TOKENS of a Secret")
     if local_folder(store):
         raise UserError(f"{store.url} is a folder, which no pod can reach; use s3://BUCKET/PREFIX")
     if lost := [path for path in (settings.prompt_head, settings.image_head) if path and not Path(path).is_absolute()]:
-        raise UserError(f"{lost[0]} does not travel to pods; name its absolute path in their image")
+        raise UserError(f"{lost[0]} is not copied to pods; name its absolute path in their image")
     if settings.port != ServeSettings().port:
         raise UserError(f"port={settings.port}: a RayService listens at {SERVED_AT}; leave it out")
     most = settings.replicas or max(1, settings.idle_replicas)
@@ -125,7 +125,7 @@ def _rayservice(source: str | None, settings: ServeSettings) -> str:
 def _submit(served: ServedBundle, settings: ServeSettings, tokens: Mapping[str, str], to: str) -> int:
     """Serves on a cluster by a job, follows it, and returns its exit code. Of tokens, their sha256 travels."""
     heads = [path for path in (settings.prompt_head, settings.image_head) if path]
-    notes = tuple(f"{path} does not travel: every machine of the cluster must have it there" for path in heads)
+    notes = tuple(f"{path} is not copied: every machine of the cluster must have it there" for path in heads)
     about = {"served": dataclasses.asdict(served), "settings": dataclasses.asdict(settings), "tokens": dict(tokens)}
     package = Package({**code(), FILE: json.dumps(about).encode()}, notes=notes)
     job = Job(JOB, ("python", "-m", "serve", FILE), public_environment(os.environ), DRIVER_CPUS, DRIVER_MB)

@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
     tell(plan)
     if plan.stale and not plan.costs:
         end = "" if yes else ", and ends at once if it is above the budget"
-        tell(f"the job says how long that takes on its cluster{end}")
+        tell(f"the job prints the estimate for its cluster{end}")
     if not yes:
         plan.check()
     if not plan.stale:
@@ -120,13 +120,13 @@ def follow(cluster: Cluster, submission_id: str) -> int:
     try:
         end = cluster.follow(submission_id, partial(say, end=""))
     except KeyboardInterrupt as e:
-        warn(f"\n{submission_id} goes on: the same command attaches to it, --stop stops it")
+        warn(f"\n{submission_id} keeps running: the same command attaches to it, --stop stops it")
         return exit_code(e)
     if end.status == "SUCCEEDED":
         return 0
     why = f"exit code {end.exit_code}" if end.code is not None else (end.message.splitlines() or ["no reason given"])[0]
     ended = "was stopped" if end.status == "STOPPED" else f"failed ({why})"
-    warn(f"{submission_id} {ended}; submit it again to go on where it was")
+    warn(f"{submission_id} {ended}; submit it again to resume it")
     return end.exit_code
 
 
@@ -143,7 +143,7 @@ def _stop(config: Config, to: str) -> int:
     with running(to, _folder(config)) as cluster:
         ended = stop(cluster, _about(config)) if cluster else []
     for seen in ended:
-        say(f"{seen.id} was stopped ({seen.status.lower()}); what it has made is kept")
+        say(f"{seen.id} was stopped ({seen.status.lower()}); its results are kept")
     if to == LOCAL:
         end_idle(_folder(config))
     if not ended:

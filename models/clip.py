@@ -347,7 +347,7 @@ def _check_tokenizer_files(folder: Path) -> None:
             elif isinstance(value, list):
                 found += [(field, one) for one in value]
             elif value and _names_a_file(field, value):
-                raise ValueError(f"{path} names a file of this machine ({field}), which is never opened: take it out")
+                raise ValueError(f"{path} names a file of this machine ({field}), which is never opened: remove it")
 
 
 def _names_a_file(field: str, value: object) -> bool:

@@ -148,7 +148,7 @@ def read_config(path: Path) -> dict[str, Any]:
     for value in found:
         if isinstance(value, dict):
             if named := [field for field in CODE if value.get(field)]:
-                raise ValueError(f"{path} names code to be loaded ({named[0]}), which is never done: take it out")
+                raise ValueError(f"{path} names code to be loaded ({named[0]}), which is never done: remove it")
             found += value.values()
         elif isinstance(value, list):
             found += value

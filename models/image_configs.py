@@ -51,15 +51,14 @@ class DecoderConfig:
     The variance is always learned.
 
     Attributes:
-        image_size: Side of the images in pixels: 64, where the cascade begins.
+        image_size: Side of the images in pixels: 64, the first size of the cascade.
         channels: Channels of the first resolution.
-        depth: Residual blocks a resolution.
+        depth: Residual blocks per resolution.
         multipliers: Multipliers of ``channels``, one for each resolution.
-        head_channels: Channels a head of attention.
+        head_channels: Channels per attention head.
         attention_resolutions: Sides of feature maps with attention.
         dropout: Dropout rate in residual blocks.
-        text_context: BPE tokens; CLIP's tokenizer stops at 77, so more is the same as 77, and longer captions are
-            cut.
+        text_context: BPE tokens; CLIP's tokenizer stops at 77, so larger values mean 77, and longer captions are cut.
         text_width: Width of the decoder's text encoder.
         text_depth: Layers of the decoder's text encoder.
         text_heads: Attention heads of the decoder's text encoder.
@@ -74,15 +73,15 @@ class DecoderConfig:
         steps: Timesteps of the diffusion.
         prediction: Target that the network predicts: the noise (``eps``), ``v``, or the image (``x0``), for networks
             too small to carry noise through.
-        text_encoder: Text encoder: ``glide``, the paper's; ``clip``, a causal one like CLIP's, as Karlo has; or
-            ``frozen``, the text tower of this run's CLIP, of its own sizes and not trained. With the last two padding
-            is hidden, and a dropped caption is an empty one.
+        text_encoder: Text encoder: ``glide``, the paper's; ``clip``, a causal one like CLIP's, as in Karlo; or
+            ``frozen``, the untrained text tower of this run's CLIP, with its own sizes. The last two mask padding, and
+            represent a dropped caption by an empty one.
         context_width: Width that the text encoder's outputs are projected to, with ``clip`` or ``frozen``; 0 is
             ``text_width``.
-        embedding_norm: Length given to image embeddings; 0 is the square root of their dimension, for unit
+        embedding_norm: Norm to which image embeddings are scaled; 0 is the square root of their dimension, for unit
             variance.
-        whiten: Whitening of image embeddings: before the network reads them they are centred, and all their directions
-            brought to nearly one variance. A CLIP of few images spreads them over few directions.
+        whiten: Whitening of image embeddings: they are centred, and all directions scaled to nearly equal variance. A
+            CLIP trained on few images spreads them over few directions.
         layout_channels: Channels of the spatial projection of the image embedding, and with ``frozen`` of the caption's
             words, at the lowest resolution; 0 turns it off.
         pixel_channels: Channels between the three 3x3 convolutions at full resolution that correct the network's output
@@ -161,7 +160,7 @@ class UpsamplerConfig:
         low_size: Side of the small image: 64, or 256.
         image_size: Side of the large image: 256, or 1024.
         channels: Channels of the first resolution.
-        depth: Residual blocks a resolution.
+        depth: Residual blocks per resolution.
         multipliers: Multipliers of ``channels``, one for each resolution.
         dropout: Dropout rate in residual blocks.
         corruption: Corruption of the small image in training: ``blur`` (Gaussian, kernel 3, sigma 0.6), ``bsr`` (blind

@@ -61,7 +61,7 @@ def check_text_context(tokens: int) -> None:
 
 @dataclass(frozen=True)
 class TextTower:
-    """Sizes the text tower of a CLIP as Radford et al. 2021 (section 2.4) have it: causal, read at the end token.
+    """Sizes the text tower of a CLIP as in Radford et al. 2021 (section 2.4): causal, read at the end token.
 
     Attributes:
         width: Width of token states.
@@ -69,7 +69,7 @@ class TextTower:
         heads: Attention heads.
         context: BPE tokens, with start and end.
         vocabulary: Vocabulary size; the last two tokens are start and end.
-        quick_gelu: OpenAI's approximation in place of GELU.
+        quick_gelu: Whether OpenAI's approximation replaces GELU.
     """
 
     width: int
@@ -123,13 +123,13 @@ class ARPriorConfig:
         drop_text: Share of training rows whose caption and text embedding are hidden, for guidance.
         text_encoder: Input of the text encoder: token embeddings of its ``own``, or the token states of this run's
             CLIP, whose text tower is ``frozen`` in it.
-        smooth_buckets: Number of smooth functions of a bucket's position that its embedding and its logit are sums of,
-            for few rows: each row then teaches the neighbours of its buckets, too. 0 gives every bucket its own.
+        smooth_buckets: Number of smooth functions of a bucket's position in which its embedding and logit are linear,
+            for few rows: each row then also trains neighbouring buckets. 0 gives every bucket its own.
         ridge: Input for few rows, with a ``frozen`` text encoder: a ridge regression of image embeddings on text
             embeddings and words. Each code's position gets the regression's coordinate along the code's component; the
             regression also gives the part of an image embedding that no code holds.
-        text_noise: Largest noise that a text embedding gets in training, in standard deviations of image embeddings;
-            for few rows, whose text embeddings fit their images better than those of other rows will.
+        text_noise: Maximum noise on text embeddings in training, in standard deviations of image embeddings; for few
+            rows, whose text embeddings overfit their images.
     """
 
     text_context: int = 77
@@ -185,8 +185,8 @@ class DiffusionPriorConfig:
         text_encoder: Input for captions: token embeddings of the prior's ``own``, or the token states of this run's
             CLIP, whose text tower is ``frozen`` in it.
         ridge: Start for few rows, with a ``frozen`` text encoder: the network's output is added to a ridge regression
-            of image embeddings on text embeddings and words, solved before the first step, and is zero at first. A line
-            generalises where a network memorises.
+            of image embeddings on text embeddings and words, solved before the first step, and is zero at first. A
+            linear model generalises where a network memorises.
     """
 
     text_context: int = 77
@@ -218,19 +218,19 @@ class ClipConfig:
 
     Attributes:
         embed_dim: Dimension of the embeddings.
-        image_size: Side of its images, pixels.
+        image_size: Side of its images in pixels.
         tower: ``vit``, or ``resnet``, CLIP's modified ResNet, which halves the image five times
             and trains on one worker.
         layers: Layers of the image tower: one number for a vit, four for a resnet.
         width: Width of the image tower.
-        patch: Side of a patch in pixels; of a vit.
+        patch: Side of a vit's patch in pixels.
         text_width: Width of the text tower.
         text_layers: Layers of the text tower.
         text_heads: Attention heads of the text tower.
         text_context: BPE tokens, 3 to 77, with start and end.
-        temperature: Initial temperature of the contrastive loss. It is learned, but hardly moves in some hundred steps,
-            and a low one makes CLIP tell similar pairs apart.
-        least_crop: Share of the side of the smallest random crop in training; 1 takes whole images.
+        temperature: Initial temperature of the contrastive loss. It is learned, but hardly changes in a few hundred
+            steps, and a low one makes CLIP distinguish similar pairs.
+        least_crop: Share of the side of the smallest random crop in training; 1 uses whole images.
     """
 
     embed_dim: int = 256

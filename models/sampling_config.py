@@ -57,28 +57,29 @@ class SamplingConfig:
 
     Attributes:
         prior: Prior that draws image embeddings: ``diffusion`` or ``ar``.
-        candidates: Image embeddings drawn a caption, of which the best is kept.
+        candidates: Image embeddings drawn per caption, of which the best is kept.
         prior_steps: Sampling steps of the diffusion prior.
-        prior_sampler: ``analytic`` (DDPM with Analytic-DPM's variance; a prior without measured variances gets
-            DDPM's), ``ddpm``, ``ddim`` or ``dpm`` (DPM-Solver++, for 15 to 25 steps).
-        prior_guidance: The w of (1 + w) conditional - w unconditional.
+        prior_sampler: Sampler of the diffusion prior: ``analytic`` (DDPM with Analytic-DPM's variance, if the prior has
+            measured it), ``ddpm``, ``ddim`` or ``dpm`` (DPM-Solver++, for 15 to 25 steps).
+        prior_guidance: Guidance w of the prior: (1 + w) conditional - w unconditional.
         temperature: Sampling temperature of the AR prior.
-        decoder_steps: Sampling steps of the decoder; those of any model are 2 to its ``steps``. Fewer than 15, and all
-            of a decoder that predicts the image, end before timestep 0 ("trailing"), where there is still noise to take
-            away; those of ``dpm`` end at timestep 0.
-        decoder_sampler: ``ddpm``, ``ddim`` or ``dpm``.
-        decoder_guidance: The same w, one less than the literature's scale: 0.25 is the paper's 1.25.
-        decoder_guidance_from: The share of the timesteps below which the decoder is not guided: with next to no noise
-            left, guidance adds dots and loud colours.
-        decoder_guidance_to: The share above which it is not guided.
-        decoder_threshold: Share of an image's values that dynamic thresholding shrinks into their range, at every step,
-            where guidance drives them beyond it (0.995 is usual); 0 cuts the values off.
+        decoder_steps: Sampling steps of the decoder; for any model from 2 to its ``steps``. With fewer than 15 steps,
+            or a decoder that predicts the image, timesteps are "trailing": they end before timestep 0, where there is
+            still noise to remove; those of ``dpm`` end at 0.
+        decoder_sampler: Sampler of the decoder: ``ddpm``, ``ddim`` or ``dpm``.
+        decoder_guidance: Guidance w of the decoder, one less than the usual scale: 0.25 is the paper's 1.25.
+        decoder_guidance_from: Share of the timesteps below which the decoder is not guided: at low noise, guidance adds
+            dots and oversaturated colours.
+        decoder_guidance_to: Share of the timesteps above which the decoder is not guided.
+        decoder_threshold: Quantile of dynamic thresholding, which at every step rescales values that guidance drives
+            out of range (0.995 is usual); 0 clips them instead.
         upsampler_256_steps: DDIM steps of the first upsampler; 27 is GLIDE's uneven grid.
         upsampler_1024_steps: DDIM steps of the second upsampler.
-        size: Side of the largest image to make, pixels.
-        tile: Side of the overlapping tiles in which the upsamplers work, in pixels, where memory is short; 0 takes
-            images whole.
-        precision: ``fp32``, or ``bf16``: networks compute in it where the device does, which changes an image a little.
+        size: Side of the largest image to make, in pixels.
+        tile: Side in pixels of the overlapping tiles in which the upsamplers work, to save memory; 0 processes whole
+            images.
+        precision: Precision of the networks: ``fp32``, or ``bf16`` if the device supports it, which changes an image
+            slightly.
     """
 
     prior: str = "diffusion"
@@ -235,13 +236,13 @@ def read_sampling(folder: Path) -> SamplingConfig:
     try:
         options = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): mend or delete it") from error
+        raise ValueError(f"{path} is not JSON ({error}): fix or delete it") from error
     if not isinstance(options, dict):
-        raise ValueError(f"{path} holds no sampling options but {options!r}: mend or delete it")
+        raise ValueError(f"{path} holds {options!r} in place of sampling options: fix or delete it")
     try:
         return change_sampling(SamplingConfig(), options)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; if another version wrote it, take that version") from error
+        raise ValueError(f"{path}: {error}; if another version wrote it, use that version") from error
 
 
 def write_sampling(folder: Path, sampling: SamplingConfig) -> None:

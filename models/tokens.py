@@ -106,7 +106,7 @@ def cut_note(captions: Sequence[str], context: int) -> str:
     """Returns a sentence about captions of which models that read ``context`` tokens cut a part, "" for none."""
     cut = cut_captions(captions, context)
     what = f"{cut} of {len(captions)} captions have" if len(captions) > 1 else "the caption has"
-    return f"{what} more than the {context - 2} tokens that these models read; what is behind is cut" if cut else ""
+    return f"{what} more than the {context - 2} tokens that these models read; the rest is cut" if cut else ""
 
 
 def text_context(bundle: Any) -> int:

@@ -68,7 +68,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         # A transparent level becomes white here: below, the image no longer has 16 bits to compare it with.
         image = Image.fromarray(np.where(levels == image.info.get("transparency"), 255, levels >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} (32 bits, or floating point) have no range from black to white")
+        raise ValueError(f"pixels of mode {image.mode} (32 bits, or floating point) have no defined black and white")
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -42,17 +42,17 @@ SCHEMA = Path(__file__).with_name("schema.json")  # of configurations, for edito
 
 @dataclass(frozen=True)
 class Run:
-    """Says how to run. None of these settings moves a key.
+    """Says how to run. None of these settings changes a key.
 
     Attributes:
-        output: A local folder for the report and the images.
-        budget_hours: Hours; a run whose estimate is above them stops without ``--yes``.
-        trackers: Receivers of the metrics of trainings, previews, samples and figures: ``tensorboard``, ``wandb``,
+        output: Local folder for the report and the images.
+        budget_hours: Maximum estimated hours of a run without ``--yes``.
+        trackers: Trackers that receive training metrics, previews, samples and figures: ``tensorboard``, ``wandb``,
             ``mlflow``, ``prometheus``, or a function of yours as ``module:function``.
         lease_s: Seconds without progress after which another run may take over.
         ray: The local Ray.
         kubernetes: The pods of a RayJob.
-        prices: Prices by which the plan turns hours and bytes into costs.
+        prices: Prices of hours and bytes for the plan.
     """
 
     output: str = "out"
@@ -108,7 +108,7 @@ def config_type(stages: tuple[Stage, ...] = STAGES) -> type[Config]:
     """
     taken = {each.name for kind in (Config, Run) for each in fields(kind)} | {*sections(STAGES), "preset", "scale"}
     if wrong := next((stage.name for stage in stages if stage not in STAGES and stage.name in taken), ""):
-        raise UserError(f"stage {wrong}: the configuration has something else of this name; name it differently")
+        raise UserError(f"stage {wrong}: the configuration has another field of this name; rename the stage")
     settings = [(each.name, each.settings, field(default_factory=each.settings)) for each in stages if each.settings]
     run = make_dataclass("Run", settings, bases=(Run,), frozen=True, namespace={"__doc__": Run.__doc__})
     own = [(stage.name, stage.recipe) for stage in _with_section(stages)]
@@ -191,8 +191,8 @@ def _from_its_folder(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     store, moved = values.get("store"), _placed(folder, values)
     if isinstance(store, str) and RELATIVE.match(store) and Path(store).is_dir() and not Path(moved["store"]).exists():
         raise UserError(
-            f"{path}: store {store} counts from the folder of this file, {folder}, where there is none, and there is "
-            f"one at {Path(store).absolute()}; move it, or write store: {os.path.relpath(store, folder)}"
+            f"{path}: store {store} is relative to the folder of this file, {folder}, where there is none, and there "
+            f"is one at {Path(store).absolute()}; move it, or write store: {os.path.relpath(store, folder)}"
         )
     return moved
 

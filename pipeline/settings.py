@@ -58,16 +58,16 @@ PodMemory = Annotated[int, Field(ge=4)]  # GiB
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """Describes the workers of a stage that works shard by shard.
+    """Describes the workers of a shard-wise stage.
 
     Attributes:
-        workers: Processes; 0 works in this process, without Ray. ``auto`` is one a core, as far as there are 2 GiB of
-            memory for each, and one a GPU where workers take GPUs.
-        nodes: Labels of the nodes of a cluster where workers may run, as ``ray start --labels`` gives them:
-            ``{pool: cpu}``, or ``{pool: "in(cpu,spot)"}``.
-        cpus: Cores of its node that Ray sets aside for a worker, or a share of one; 0 is one core, or none for a
-            worker with a GPU.
-        memory_mb: MiB of its node's memory that Ray sets aside for a worker; it does not hold the worker to it.
+        workers: Processes; 0 works in this process, without Ray. ``auto`` is one per core with at least 2 GiB of memory
+            each, or one per GPU for workers with GPUs.
+        nodes: Labels of the cluster nodes where workers may run, as set by ``ray start --labels``: ``{pool: cpu}``, or
+            ``{pool: "in(cpu,spot)"}``.
+        cpus: Cores, or a fraction of one, that Ray reserves for a worker; 0 is one core, or none for a worker with a
+            GPU.
+        memory_mb: MiB of memory that Ray reserves for a worker, without enforcing it.
     """
 
     workers: Workers = "auto"
@@ -81,15 +81,14 @@ class PairsSettings(ShardSettings):
     """Describes the fetch.
 
     Attributes:
-        threads: Downloads at once in a worker. Most of them wait: for a dead link as long as ``timeout_s``.
-        per_host: Requests at once from a worker to one host.
+        threads: Concurrent downloads of a worker. Most of them wait, for a dead link as long as ``timeout_s``.
+        per_host: Concurrent requests from a worker to one host.
         timeout_s: Seconds for a whole image, with redirects, retries and pauses.
-        retries: Retries after a timeout, a failed connection, a transfer that broke off, a 429 or a 5xx status; pauses
-            double and are random.
+        retries: Retries after a timeout, a failed connection, a broken transfer, a 429 or a 5xx status, with
+            exponential backoff and jitter.
         hosts: Host name to ``address:port``, such as a mirror; trusted.
-        contact: A URL or mail address for the user agent, where owners of servers may complain.
-        headers: Origin, such as ``https://images.example.org``, to the environment variable that holds headers for
-            it alone.
+        contact: URL or mail address in the user agent, for complaints from server owners.
+        headers: Origin, such as ``https://images.example.org``, to the environment variable with headers for it.
     """
 
     threads: PositiveInt = 256
@@ -107,7 +106,7 @@ class PairsSettings(ShardSettings):
             )
         for origin, variable in self.headers.items():
             if not re.fullmatch(r"[A-Za-z_]\w*", variable):  # which may be a secret, and is not repeated
-                raise ValueError(f"headers: for {origin} give the name of an environment variable, not what it holds")
+                raise ValueError(f"headers: for {origin} give the name of an environment variable, not its value")
 
 
 @dataclass(frozen=True)
@@ -115,12 +114,12 @@ class EmbeddingsSettings(ShardSettings):
     """Describes the encoders.
 
     Attributes:
-        batch: Rows encoded at once; batches are padded to it.
-        decoders: Processes, one core each, that decode images for one worker; 0 decodes on a thread of the worker,
-            beside the encoding. ``auto`` is 0 without GPUs; a worker with a GPU has its share of the cores that are
-            there, up to 12, and 12 where an autoscaler adds nodes.
-        decoder_nodes: Labels of the nodes where decoders may run, if their number is given.
-        gpus: GPUs of a worker, or a share of one; 0 encodes on the worker's core. ``auto`` is 1 where Ray has any.
+        batch: Rows per batch; batches are padded to it.
+        decoders: Processes, one core each, that decode images for one worker; 0 decodes on a thread of the worker.
+            ``auto`` is 0 without GPUs; a worker with a GPU gets its share of the present cores, up to 12, and 12 if an
+            autoscaler adds nodes.
+        decoder_nodes: Labels of the nodes where decoders may run, if ``decoders`` is a number.
+        gpus: GPUs of a worker, or a fraction of one; 0 encodes on the worker's core. ``auto`` is 1 if Ray has any.
     """
 
     batch: PositiveInt = 64
@@ -134,7 +133,7 @@ class GenerationSettings(ShardSettings):
     """Describes the workers that sample images of many prompts.
 
     Attributes:
-        gpus: GPUs of a worker, or a share of one; 0 samples on its core. ``auto`` is 1 where Ray has any.
+        gpus: GPUs of a worker, or a fraction of one; 0 samples on its core. ``auto`` is 1 if Ray has any.
     """
 
     gpus: Gpus = "auto"
@@ -142,38 +141,38 @@ class GenerationSettings(ShardSettings):
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Describes the workers of a training, what they hold in memory and when they save.
+    """Describes the workers of a training, their memory and their checkpoints.
 
     Attributes:
-        workers: Processes; 0 trains in this one. Each takes one GPU or none, as ``device`` says. ``auto`` is one a
-            GPU, at most as many as a batch has rows, and 0 where there is no GPU.
-        min_workers: Least number of workers, for an elastic training: it begins with as many workers as there are cores
-            or GPUs for, at most ``workers``, and goes on with more or fewer as machines come and go. 0 keeps the number
-            fixed.
-        micro_batch: Rows a worker computes at once; 0 is its whole share, or on GPUs as many of it as a trial before
-            the first step finds room for. Where they do not fit later, half as many are taken from the last
-            checkpoint on. CLIP encodes so many at once, and again in the backward pass.
-        threads: Threads of a worker; 0 is every core, divided among the workers of one machine. A Ray worker without a
-            GPU takes as many cores, so that trainings with a number of threads run side by side on one machine.
-            Threads wait for each other: where other programs keep cores busy, 1 makes more samples than 2.
-        checkpoint_every_s: Seconds between checkpoints, at least; where it takes longer to write one, 30 times as
-            long as that. 0 saves after every step.
-        keep_checkpoints: Number of the newest checkpoints that stay.
-        milestones: Numbers of samples that become artefacts, too, each from one batch up to where ``decay`` begins.
-        device: ``auto``, ``cpu``, ``cuda``, or ``cuda:1``; each Ray worker takes one GPU with ``cuda``, and with
-            ``auto`` if there are enough of them when it begins.
-        cache_mb: MiB of decoded images that a worker keeps; 0 decodes each again.
-        nodes: Labels of the nodes where Ray workers may run, as for other stages; not with ``min_workers``, for
-            which Ray counts the room of all nodes.
-        cpus: Cores that Ray sets aside for a worker, as for other stages; 0 is one for each of its ``threads``.
-        memory_mb: MiB that Ray sets aside for a worker, as for other stages.
+        workers: Processes; 0 trains in this one. ``device`` decides whether each takes a GPU. ``auto`` is one per GPU,
+            at most one per row of a batch, and 0 without GPUs.
+        min_workers: Minimum number of workers of an elastic training, which starts with as many workers as fit, at most
+            ``workers``, and continues with more or fewer as machines come and go. 0 keeps the number fixed.
+        micro_batch: Rows that a worker computes at once; 0 is its whole share, or on GPUs as many of it as fit in a
+            trial before the first step. If memory runs out later, the training resumes from the last checkpoint with
+            half as many. CLIP encodes that many at once, and again in the backward pass.
+        threads: Threads of a worker; 0 divides all cores among the workers of a machine. A Ray worker without a GPU
+            reserves as many cores, so trainings with a number of threads run side by side on one machine. Threads wait
+            for each other: on a busy machine, 1 is faster than 2.
+        checkpoint_every_s: Minimum seconds between checkpoints, or 30 times the duration of writing one if that is
+            longer. 0 saves after every step.
+        keep_checkpoints: Number of checkpoints to keep.
+        milestones: Numbers of samples at which to publish further artefacts, from one batch up to the start of
+            ``decay``.
+        device: Device: ``auto``, ``cpu``, ``cuda``, or ``cuda:1``; each Ray worker takes one GPU with ``cuda``, and
+            with ``auto`` if there are enough at the start.
+        cache_mb: MiB of decoded images that a worker caches; 0 decodes each image every time.
+        nodes: Labels of the nodes where Ray workers may run, as for other stages; not with ``min_workers``, for which
+            Ray considers all nodes.
+        cpus: Cores that Ray reserves for a worker, as for other stages; 0 is one for each of its ``threads``.
+        memory_mb: MiB that Ray reserves for a worker, as for other stages.
         sharded: Sharding of weights, averages and moments over the workers (FSDP2), for a model too large for one
-            device. Where half of a node's memory holds all of it, the workers of each node share a copy. Not for CLIP.
+            device. If the model fits into half of a node's memory, each node holds one copy. Not for CLIP.
         offload: Offload of the sharded weights, averages and moments to the memory of the CPU; with ``sharded`` only.
-        recompute: Keeps only each layer's input for the backward pass, which takes the time of another forward
-            pass.
-        compile: Compiles each layer of the network (torch.compile), which takes minutes before the first step and a
-            C compiler. ``auto`` does so on GPUs for a training of a quarter of an hour or more.
+        recompute: Activation checkpointing: only each layer's input is kept for the backward pass, at the cost of
+            another forward pass.
+        compile: Compilation of each layer (torch.compile), which takes minutes before the first step and needs a C
+            compiler. ``auto`` compiles on GPUs for trainings of a quarter of an hour or more.
     """
 
     workers: Workers = "auto"
@@ -203,11 +202,11 @@ class RaySettings:
     """Describes the local Ray that is started when `RAY_ADDRESS` names no cluster.
 
     Attributes:
-        cpus: Cores that it may use; ``auto`` is all of this machine's.
-        object_store_mb: MiB of its object store; ``auto`` is 500, and with a GPU, for which parts of shards wait in it,
-            30% of the free memory as far as /dev/shm has room.
-        autoscaler: States that the cluster of `RAY_ADDRESS` adds nodes when they are asked for. Nothing is refused at
-            the start then, and a training on device ``auto`` asks for GPUs.
+        cpus: Cores that it may use; ``auto`` is all.
+        object_store_mb: MiB of its object store; ``auto`` is 500, or with a GPU, for which it buffers parts of shards,
+            30% of the free memory, limited by /dev/shm.
+        autoscaler: Whether the cluster at `RAY_ADDRESS` adds nodes on demand. Then nothing is refused at the start, and
+            a training on device ``auto`` requests GPUs.
     """
 
     cpus: Annotated[int | Auto, OrAuto(PositiveInt)] = "auto"
@@ -224,29 +223,29 @@ class KubernetesSettings:
         namespace: Kubernetes namespace of the RayJob.
         service_account: Service account of every pod; it must be able to read and write the bucket, unless ``secret``
             does.
-        secret: Name of a Secret whose entries become environment variables of every pod, for a store with keys of
-            its own.
-        pull_secrets: Names of the Secrets with which the image is pulled.
-        env: Environment variables of every pod, such as ``{NCCL_SOCKET_IFNAME: eth0}``; none that is a secret.
+        secret: Name of a Secret whose entries become environment variables of every pod, for a store that needs
+            credentials.
+        pull_secrets: Names of the Secrets for pulling the image.
+        env: Environment variables of every pod, such as ``{NCCL_SOCKET_IFNAME: eth0}``; without secrets.
         labels: Labels of the RayJob and of every pod.
         annotations: Annotations of every pod.
-        queue: Name of the LocalQueue of Kueue that admits the job. Its pods then come together and stay to its end,
+        queue: Name of the Kueue LocalQueue that admits the job. Its pods then start together and stay to the end,
             without Ray's autoscaler.
-        spot: Workers prefer nodes that can be taken away, and tolerate their taints; the head never runs there.
+        spot: Whether workers prefer spot nodes and tolerate their taints; the head never runs there.
         head_cpus: Cores of the head, where the driver runs and no worker.
         head_memory_gb: Memory of the head, in GiB. A twentieth of every pod's memory is for Ray's object store, three
-            tenths where embeddings are made.
+            tenths with embeddings.
         head_gpus: GPUs of the head, for samples, evaluation and trainings with ``workers: 0``.
         cpus: Cores of a worker pod without GPUs; a worker takes one, or the ``cpus`` of its stage.
         memory_gb: Memory of a worker pod without GPUs, in GiB.
-        gpus: GPUs of a worker pod that has some; 0 where no node has any.
+        gpus: GPUs of a GPU worker pod; 0 if no node has any.
         gpu_cpus: Cores of a worker pod with GPUs.
         gpu_memory_gb: Memory of a worker pod with GPUs, in GiB.
-        gpu_nodes: Labels of Kubernetes' nodes where pods with GPUs may run, such as ``{nvidia.com/gpu.product:
+        gpu_nodes: Labels of the Kubernetes nodes where pods with GPUs may run, such as ``{nvidia.com/gpu.product:
             NVIDIA-L4}``.
         gpu_resources: Resources that a pod with GPUs requests besides them, such as ``{rdma/hca: "1"}``; its container
-            may then lock memory, for network adapters that read and write it.
-        deadline_hours: Hours after which an attempt of the job is ended.
+            may then lock memory, for RDMA.
+        deadline_hours: Hours after which an attempt of the job ends.
     """
 
     image: str = ""
@@ -279,13 +278,13 @@ class KubernetesSettings:
 
 @dataclass(frozen=True)
 class Prices:
-    """Lists prices by which the plan counts.
+    """Lists the plan's prices.
 
     Attributes:
         currency: Currency of the prices; only shown.
-        core_hour: An hour of one CPU core.
-        gpu_hour: An hour of one GPU.
-        storage_tb_month: A month of 10^12 bytes in the store.
+        core_hour: Price of one core for an hour.
+        gpu_hour: Price of one GPU for an hour.
+        storage_tb_month: Price of 10^12 bytes in the store for a month.
     """
 
     currency: str = "USD"
@@ -296,15 +295,15 @@ class Prices:
 
 @dataclass(frozen=True)
 class ReleaseGates:
-    """Says what a bundle must show before it becomes the release, and whose signature a release needs.
+    """Says which gates a bundle must pass to become the release, and whose signature a release needs.
 
     Attributes:
-        claims: Every claim that held for the release must hold for the new bundle.
-        figures: No figure may be worse than the release's, row by row, by more than chance.
-        tolerance: Decline that still passes ``figures``, as a share of the release's figure.
-        ignore: Figures that gates leave out, such as ``decoder.background``.
-        keys: Public keys (``ssh-ed25519 AAAA...``) of which one must have signed a release before it is served, taken
-            or drawn with; without any, signatures are not checked.
+        claims: Whether every claim that held for the release must hold for the new bundle.
+        figures: Whether no figure may be significantly worse than the release's, paired by row.
+        tolerance: Decline that still passes ``figures``, as a fraction of the release's figure.
+        ignore: Figures excluded from the gates, such as ``decoder.background``.
+        keys: Public keys (``ssh-ed25519 AAAA...``), one of which must have signed a release before it is used; without
+            any, signatures are not checked.
     """
 
     claims: bool = True

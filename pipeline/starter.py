@@ -178,7 +178,7 @@ def _fine_tuning(bundle: Path, preset: str) -> dict[str, dict[str, Any]]:
     """
     found = [name for name in TUNED if (bundle / name / "config.json").is_file()]
     if "decoder" not in found:
-        raise UserError(f"{bundle}: no decoder there to go on from; name a bundle's folder or a run's output folder")
+        raise UserError(f"{bundle}: no decoder there to start from; name a bundle's folder or a run's output folder")
     recipes = preset_config(preset)
     tuned = {name: _values(bundle / name, getattr(recipes, name), TUNED[name]) for name in found}
     return {"clip": {"weights": f"local-dir:{bundle / 'clip'}"}, **tuned}
@@ -210,7 +210,9 @@ def existing_clip(gpu: bool, source: SourceRecipe, seen: ListPreview | None) -> 
 
 def _clip(gpu: bool, source: SourceRecipe, seen: ListPreview | None) -> str:
     """Returns the lines of the CLIP: its weights, or a remark that names them."""
-    says = f"# A CLIP that exists (0.6 GB to download) knows more than one of fewer than some {CLIP_PAIRS:,} pairs."
+    says = (
+        f"# An existing CLIP (0.6 GB to download) knows more than one trained on fewer than about {CLIP_PAIRS:,} pairs."
+    )
     line = f'clip: {{weights: "{CLIP_WEIGHTS}"}}'
     if embedded(source):
         return f"# The CLIP that made the embeddings. This one is clip-retrieval's default.\n{line}\n\n"

@@ -148,7 +148,7 @@ async def file(
     """Returns a finished image, as long as the server keeps it."""
     found = request.app.state.gateway.results.get(name)
     if found is None or output_format not in MEDIA_TYPES:
-        raise ApiError(404, "not_found", "This image is not kept any longer: send its request again")
+        raise ApiError(404, "not_found", "This image is no longer kept: send its request again")
     data = await asyncio.to_thread(encode, found.png, output_format, compression)
     kept = {"Cache-Control": "private, max-age=3600, immutable"}
     return Response(data, media_type=MEDIA_TYPES[output_format], headers=kept)
@@ -186,7 +186,7 @@ async def _before(request: Request, asked: Edit, image: bytes) -> tuple[str, lis
     """Returns the caption of the image as it is, and where it is from if the request does not say it."""
     if asked.before is not None:
         return asked.before, []
-    why = "stands for the image as it is: send before, its caption, where another fits better"
+    why = "is used as the original caption: send before if another fits better"
     if await _differs(recipe := await read_caption(asked.image[0]), asked.prompt):
         return recipe, [f"before: {recipe!r}, the caption in the image's own recipe, {why}"]
     if await _differs(caption := await nearest.nearest_caption(request, image), asked.prompt):

@@ -68,11 +68,11 @@ class ServedBundle:
         if self.keys:
             artifact = find_release(store, self.project, read_releases(store, self.project), self.keys, self.moves)
             if artifact.key != key:
-                raise UserError(f"the release was moved on from bundle {key[:12]} while that was opened; try again")
+                raise UserError(f"the release moved while its bundle {key[:12]} was being opened; try again")
         else:
             artifact = load_artifact(store, "bundle", key)
         if artifact is None:
-            raise UserError(f"bundle {key[:12]} is not in {store.url} any longer; run its configuration again")
+            raise UserError(f"bundle {key[:12]} is no longer in {store.url}; run its configuration again")
         with tempfile.TemporaryDirectory() as folder:
             materialise(store, artifact.blobs, folder)
             return open_bundle(folder, device)

@@ -60,8 +60,8 @@ def read_tokens(settings: ServeSettings) -> dict[str, str]:
     if not settings.tokens and not text:
         if settings.host not in LOOPBACK:
             raise UserError(
-                f"serve: host={settings.host} lets others in, and anybody could draw; write lines NAME TOKEN into a "
-                "file and name it with tokens=FILE, or into UNCLIP_TOKENS"
+                f"serve: host={settings.host} accepts other machines, so anybody could draw; write lines NAME TOKEN "
+                "into a file and name it with tokens=FILE, or into UNCLIP_TOKENS"
             )
         return {}
     try:
@@ -278,7 +278,7 @@ class Guard:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise ApiError(NO_ANSWER, "disconnected", "The body has not arrived whole: try again")
+                        raise ApiError(NO_ANSWER, "disconnected", "The body arrived incomplete: try again")
                     body.write(chunk := message.get("body", b""))
                     size += len(chunk)
                     self.held += len(chunk)
@@ -286,7 +286,7 @@ class Guard:
                     if size > most:
                         raise too_large
                     if self.held > ALL_BYTES:
-                        raise ApiError(503, "unavailable", "Too many images are on their way here", retry_after=5)
+                        raise ApiError(503, "unavailable", "Too many uploads are in progress", retry_after=5)
                     if not message.get("more_body"):
                         break
         except TimeoutError:

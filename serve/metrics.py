@@ -14,8 +14,8 @@ KINDS: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 FIGURES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "num_queue_reqs": ("gauge", "Requests that wait.", ()),
-    "num_running_reqs": ("gauge", "Requests that are being drawn.", ()),
-    "num_replicas": ("gauge", "Replicas that are alive.", ()),
+    "num_running_reqs": ("gauge", "Requests being drawn.", ()),
+    "num_replicas": ("gauge", "Live replicas.", ()),
     "requests_total": ("counter", "Requests answered.", ("endpoint", "status")),
     "images_total": ("counter", "Images drawn.", ("kind",)),
     "cached_images_total": ("counter", "Images that were kept from an earlier request.", ()),

@@ -63,7 +63,7 @@ async def _ask(request: Request, question: Callable[[TrainingImages], Found]) ->
     except CorruptObject as e:  # since it was looked up, such as by data forget and data gc
         training_images.cache_clear()
         log.warning("nearest: %s", e)
-        raise ApiError(404, "no_index", f"{NO_INDEX}; a part of it has gone since the server began") from e
+        raise ApiError(404, "no_index", f"{NO_INDEX}; part of it disappeared after the server started") from e
 
 
 @lru_cache(2)  # of the release and the one before it, whose requests may still run

@@ -239,7 +239,7 @@ class ReplicaPool:
             # First, for it may hold what the next one needs: the memory of a GPU, or this very process.
             await asyncio.wait_for(end(), END_S)
         except Exception as e:
-            log.warning("a lost replica could not be ended (%r)", e)
+            log.warning("a lost replica could not be killed (%r)", e)
         finally:
             self.starting -= 1
         await self._start()
@@ -260,7 +260,7 @@ class ReplicaPool:
             alive = [member for member in self.members if member.missed <= 1]
             hung = bool(alive) and all(map(self._hangs, alive))
             if hung and not self.hung:
-                log.warning("drawing has stalled; requests get 503 until it goes on")
+                log.warning("drawing has stalled; requests get 503 until it resumes")
             self.hung = hung
             self.tell(hung)
             idle = [m for m in self.members if not m.busy and now - m.since > self.settings.idle_s]

@@ -75,8 +75,8 @@ class Replica:
             except Exception as e:  # a release that is damaged or cannot be read leaves the old one in service
                 pause = min(2 * pause, max(SELDOM_S, pause))
                 what = "is not signed by a trusted key" if isinstance(e, Untrusted) else "could not be loaded"
-                self.warning = f"the release {what}, and the one before goes on: see the log"
-                log.warning("bundle %s goes on: the release could not be loaded (%s)", self.runner.key[:12], e)
+                self.warning = f"the release {what}, and the previous one stays in service: see the log"
+                log.warning("bundle %s stays in service: the release could not be loaded (%s)", self.runner.key[:12], e)
 
     async def describe(self) -> dict[str, Any]:
         """Returns what this replica draws with, and the slowest step of its warm-up in seconds."""
@@ -134,7 +134,7 @@ class Replica:
         try:
             await asyncio.wait_for(drawn, CLOSING_S)
         except TimeoutError:  # Python would wait for the thread for ever, if it hangs in a driver
-            log.warning("drawing did not end in time; it ends with this process")
+            log.warning("drawing did not end in time; this process ends without waiting for it")
             os._exit(0)
 
     async def kill(self) -> None:

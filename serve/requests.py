@@ -87,23 +87,23 @@ class Common(BaseModel):
     Attributes:
         prompt: Caption of the image.
         model: Name of the served model, one of OpenAI's names of image models, or the beginning of the bundle's key.
-        n: Number of images, up to 10; of an interpolation at least 2, and 5 by default.
-        size: Width and height in pixels: ``64x64``, ``256x256``, ``512x512`` (drawn at 1024 and made smaller),
-            ``1024x1024``, or ``auto``, the largest that the bundle makes.
-        response_format: Form of an image in the answer; a ``url`` is valid as long as the server keeps the image.
+        n: Number of images, up to 10; for an interpolation at least 2, by default 5.
+        size: Width and height in pixels: ``64x64``, ``256x256``, ``512x512`` (downsampled from 1024), ``1024x1024``, or
+            ``auto``, the largest that the bundle makes.
+        response_format: Format of an image in the response; a ``url`` is valid as long as the server keeps the image.
         output_format: Format of the images; only a PNG carries its recipe.
         output_compression: Quality of JPEG and WebP, 0 to 100.
         quality: Steps of the decoder, as a multiple of the bundle's own and at most its timesteps: ``low`` half,
             ``medium`` (``auto``, ``standard``) one, ``high`` (``hd``) two, ``xhigh`` four, ``max`` eight times as many.
         background: Background of the images, which are opaque.
-        seed: Seed of the first image; image i uses seed + i. Random by default; the answer has it.
+        seed: Seed of the first image; image i uses seed + i. By default random, and returned.
         steps: Steps of the decoder, in place of ``quality``.
-        num_inference_steps: The same as ``steps``, as diffusers, vLLM-Omni and SGLang call it.
-        guidance: Guidance of the decoder, one less than the literature's scale: 0 is none.
-        guidance_scale: Guidance on the literature's scale, as diffusers, vLLM-Omni and SGLang count it: 1 is none.
-        stream: Server-sent events as the answer, each image as soon as it is made.
-        partial_images: Number of the smaller images sent before the last, 0 to 3, with ``stream``.
-        progress: Our own events of the place in the queue and of steps besides, with ``stream``.
+        num_inference_steps: Synonym of ``steps`` in diffusers, vLLM-Omni and SGLang.
+        guidance: Guidance of the decoder, one less than the usual scale: 0 is none.
+        guidance_scale: Guidance on the usual scale, as in diffusers, vLLM-Omni and SGLang: 1 is none.
+        stream: Whether the response is a stream of server-sent events, with each image as soon as it is made.
+        partial_images: Number of smaller images sent before the final one, 0 to 3, with ``stream``.
+        progress: Whether ``stream`` adds our own events for queue position and steps.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -211,7 +211,7 @@ class Common(BaseModel):
 
 
 class Generation(Common):
-    """Asks for images of a caption.
+    """Requests images for a caption.
 
     Attributes:
         prompt: Caption of the image.
@@ -229,12 +229,12 @@ class Generation(Common):
 
 
 class Variation(Common):
-    """Asks for other images with the meaning of one (section 3.1 of the paper).
+    """Requests variations of an image (section 3.1 of the paper).
 
     Attributes:
         image: A PNG, JPEG or WebP.
         eta: Freedom of the variations: 0 is the reconstruction, 1 changes most.
-        prompt: Caption of the image, which tells the decoder what is in it.
+        prompt: Caption of the image, as a condition for the decoder.
     """
 
     image: Upload
@@ -247,15 +247,15 @@ class Variation(Common):
 
 
 class Edit(Generation):
-    """Asks for a part of an image to be drawn again, for an image changed by words, or for a blend of two.
+    """Requests inpainting, a change by words, or a blend of two images.
 
     Attributes:
         image: A PNG, JPEG or WebP; two, as ``image[]``, are blended.
         prompt: Caption of what the image should become.
-        mask: An image whose transparent pixels are drawn again; without one the image is changed by words.
-        before: Caption of the image as it is, where it is changed by words (section 3.3 of the paper). By default the
-            caption in a PNG's own recipe, else that of the nearest training image, else the empty one.
-        strength: Share of the turn towards the words; the paper goes up to 0.25 to 0.5.
+        mask: Image whose transparent pixels are redrawn; without one the image is changed by words.
+        before: Caption of the original image, for a change by words (section 3.3 of the paper). By default the caption
+            in a PNG's own recipe, or else that of the nearest training image, or else empty.
+        strength: Fraction of the rotation towards the words; the paper goes up to 0.25 to 0.5.
         prior: Prior that draws the image embedding, with a mask.
     """
 
@@ -279,12 +279,12 @@ class Edit(Generation):
         else:
             _check_count(self.image, 1, "with a mask this model draws over one image")
         if self.mask is not None and self.before is not None:
-            raise invalid("before: a mask draws a part again, and before changes the whole: leave one out", "before")
+            raise invalid("before: a mask redraws a part, before changes the whole image: leave one out", "before")
         return self
 
 
 class Interpolation(Common):
-    """Asks for images on the way from one image to another (section 3.2 of the paper); ``n`` includes both ends.
+    """Requests images between two (section 3.2 of the paper); ``n`` includes both ends.
 
     Attributes:
         first: A PNG, JPEG or WebP.

@@ -158,7 +158,7 @@ class Server(uvicorn.Server):
 
     async def _end(self) -> None:
         if not await self._answered(self.drain_s):
-            log.warning("%d requests are not answered after %g s and are ended", self._open(), self.drain_s)
+            log.warning("%d requests are aborted, unanswered after %g s", self._open(), self.drain_s)
             self.cut()
             await self._answered(CLOSING_S)
         self.should_exit = True

@@ -15,38 +15,39 @@ LIMITS = {"requests": 60.0, "megapixels": 120.0, "megabytes": 600.0}  # of a tok
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Settings of a server: its address, its replicas, and how much a client may ask for.
+    """Settings of a server: its address, its replicas, and its limits.
 
     Attributes:
         host: Address to listen on; any but loopback needs tokens.
-        port: Port to listen on; 0 takes a free one, which is printed.
-        replicas: Copies of the bundle that draw at once, at most; 0 is one a GPU, or one. One is a thread of this
-            process, more are processes of Ray.
-        idle_replicas: Replicas that stay when nobody draws; 0 frees the memory, and the next request waits for one.
-        idle_s: Seconds without work after which a replica ends that need not stay.
+        port: Port to listen on; 0 chooses a free one and prints it.
+        replicas: Maximum number of copies of the bundle that draw at once; 0 is one per GPU, at least one. A single one
+            is a thread of this process, several are Ray processes.
+        idle_replicas: Replicas kept when idle; 0 frees the memory, and the next request waits for a start.
+        idle_s: Seconds without work after which surplus replicas end.
         device: ``auto`` is a GPU if there is one.
-        cpus: Cores of a replica that draws without a GPU; 0 is its share of its machine.
-        batch: Images that are drawn at once, of requests with equal settings.
-        queue: Images that may wait; a request beyond is told to come back.
-        deadline_s: Seconds after which a request that is not drawn is answered with an error.
-        watchdog_s: Seconds without a step after which drawing is taken for stuck, and its replica is replaced; at least
-            ten times the slowest step of the warm-up, for each image of a batch.
-        drain_s: Seconds that accepted requests have to be answered in after SIGTERM.
+        cpus: Cores of a replica without a GPU; 0 is its share of the machine.
+        batch: Maximum images drawn at once, from requests with equal settings.
+        queue: Maximum waiting images; further requests get 429 with Retry-After.
+        deadline_s: Seconds after which an unfinished request gets an error.
+        watchdog_s: Seconds without a step after which drawing counts as stuck and its replica is replaced; at least ten
+            times the warm-up's slowest step per image of a batch.
+        drain_s: Seconds for answering accepted requests after SIGTERM.
         results_mb: Megabytes of finished images kept for the same request, and under their URLs.
-        requests_per_minute: Requests of a token; 0 sets no limit. By default 60 where ``host`` lets others in, else 0.
-        megapixels_per_minute: Megapixels drawn for a token, by default 120 or 0. An image with k times the bundle's own
+        requests_per_minute: Requests per token; 0 sets no limit. By default 60 if ``host`` is not loopback, otherwise
+            0.
+        megapixels_per_minute: Megapixels drawn per token, by default 120 or 0. An image with k times the bundle's own
             steps counts k times.
-        megabytes_per_minute: Megabytes that a token sends; by default 600 or 0.
-        follow_s: Seconds between two looks at the release, if one is served.
-        log_prompts: Captions of requests are logged.
+        megabytes_per_minute: Megabytes received per token; by default 600 or 0.
+        follow_s: Seconds between checks of the release, if one is served.
+        log_prompts: Whether captions of requests are logged.
         prompt_head: Linear head of CLIP's text embeddings (a safetensors file, as for ``embeddings.heads``).
         most_prompt: Score above which a prompt is refused.
         image_head: Linear head of CLIP's image embeddings.
         most_image: Score above which an image is withheld; with either head no smaller images come before it.
-        licenses: Licences of the training images that the studio may show, as the list spells them; all if none.
-        tokens: File of lines NAME TOKEN; by default the environment's UNCLIP_TOKENS. A request without one of these
-            tokens is refused.
-        origins: Web pages of other addresses that may call the API, such as https://example.org.
+        licenses: Licences of the training images that the studio may show, spelled as in the list; by default all.
+        tokens: File of lines NAME TOKEN; by default the variable UNCLIP_TOKENS. A request without one of these tokens
+            is refused.
+        origins: Other origins whose pages may call the API, such as https://example.org.
     """
 
     host: str = "127.0.0.1"

@@ -53,7 +53,7 @@ async def _opened(how: Callable[..., StoredImage | str], file: UploadFile, field
         raise ApiError(
             400,
             "invalid_image",
-            f"{field}: cannot be taken ({found}: {REASONS[found]}): send a PNG, JPEG or WebP of at most "
+            f"{field}: cannot be used ({found}: {REASONS[found]}): send a PNG, JPEG or WebP of at most "
             f"{MAX_PIXELS // 10**6} million pixels",
             field,
         )

@@ -51,7 +51,7 @@ def command_tables() -> str:
     """Returns a section for each command, after a table of the words that many commands share."""
     rows = {parser: command_words(parser) for parser in leaves(command_line(["run"]))}
     shared = [row for row, uses in Counter(row for each in rows.values() for row in each).items() if uses > 3]
-    text = section("Words of many commands", "", shared)
+    text = section("Common options", "", shared)
     for parser, own in rows.items():
         common = ", ".join(row[0].split(" ")[0].rstrip(",") for row in own if row in shared)
         lead = (parser.description or "") + (f" Takes {common}." if common else "")

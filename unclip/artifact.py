@@ -1,4 +1,4 @@
-"""A result of a stage: its metrics, its tables, its files and its model."""
+"""A stage's result: metrics, tables, files and model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TABLES = ("index", "refs")  # besides the one that is named as its stage
 
 
 class Artifact:
-    """An artefact: what a stage has made. It never changes.
+    """An artefact: the immutable result of a stage.
 
     Attributes:
         record: Record in the store: stage, key, recipe, inputs, metrics, ledger, times, environment.
@@ -43,34 +43,45 @@ class Artifact:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Returns what was measured."""
+        """Returns its metrics."""
         return dict(self.record.metrics)
 
     @property
     def files(self) -> list[str]:
-        """Returns the names of its files; a stage that works on rows has tables instead."""
+        """Returns the names of its files; a stage with rows has tables instead."""
         return sorted(self.record.blobs)
 
     def read(self, file: str) -> bytes:
-        """Returns the bytes of one of ``files``. Raises UserError for another one."""
+        """Returns the bytes of one of ``files``. Raises UserError for an unknown name.
+
+        Examples:
+            >>> config = project.artifact("clip").read("open_clip_config.json")
+        """
         if file not in self.record.blobs:
             raise UserError(f"{self.stage} has no file {file}; it has {', '.join(self.files) or 'none'}")
         return read_blob(self._store, self.record.blobs[file])
 
     def save(self, folder: str | Path) -> Path:
-        """Writes its files under a folder, those that are there excepted, and returns the folder."""
+        """Writes its files into a folder, except existing ones, and returns the folder.
+
+        Examples:
+            >>> folder = project.artifact("clip").save("my-clip")
+        """
         materialise(self._store, self.record.blobs, folder)
         return Path(folder)
 
     def tables(self, name: str | None = None, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Yields a table a shard, in order, of all rows.
+        """Yields the rows as a table per shard, in order.
 
         Args:
-            name: Name of one of a shard's tables; by default the one of all rows. Curation has "rejected", too.
-            columns: Columns to read; all by default.
+            name: Name of one of a shard's tables; by default the one with all rows. Curation also has "rejected".
+            columns: Columns to read; by default all.
 
         Raises:
-            UserError: For a stage without rows, and for a table that it does not have.
+            UserError: For a stage without rows, and for an unknown table.
+
+        Examples:
+            >>> rows = sum(len(table) for table in embeddings.tables(columns=["key"]))
         """
         if self.record.shard_table is None:
             raise UserError(f"{self.stage} has no rows; it has the files {', '.join(self.files)}")
@@ -84,14 +95,24 @@ class Artifact:
                 raise UserError(f"{self.stage}: {found} is not a table; use pairs() for images") from None
 
     def table(self, name: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-        """Returns all rows in one table, in memory, or the journal of a training; see ``tables``."""
+        """Returns all rows in one table, in memory, or the journal of a training; see ``tables``.
+
+        Examples:
+            >>> rejected = project.artifact("curation").table("rejected")
+        """
         if JOURNAL in self.record.blobs:
             journal = pa.json.read_json(io.BytesIO(self.read(JOURNAL)))
             return journal.select(list(columns)) if columns else journal
         return pa.concat_tables(self.tables(name, columns))
 
     def model(self) -> Any:
-        """Returns the network of a training, on the CPU in evaluation mode, or the codec. Raises UserError."""
+        """Returns the network of a training, on the CPU in evaluation mode, or the codec.
+
+        Raises UserError for a stage without one.
+
+        Examples:
+            >>> clip = project.artifact("clip").model()
+        """
         from models.clip import Clip
         from models.folder import load_codec, load_model
 

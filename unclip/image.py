@@ -20,18 +20,25 @@ ImageLike = Image.Image | np.ndarray | str | Path
 
 
 class DrawnImage(Image.Image):
-    """An image of PIL's that carries its recipe, and writes it into PNG files that ``save`` makes.
+    """A PIL image with its recipe, which ``save`` writes into PNG files.
 
-    What is made of it, such as by ``resize`` or ``copy``, is another image and carries none.
+    Images derived from it, such as by ``resize`` or ``copy``, have none.
 
     Attributes:
-        recipe: Recipe of the image; ``unclip.Model.redraw`` draws it again.
+        recipe: Recipe of the image, for ``unclip.Model.redraw``.
+
+    Examples:
+        >>> seed = monster.recipe.seed
     """
 
     recipe: ImageRecipe
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
-        """Writes the image as PIL's ``save`` does, with its recipe where that is a PNG."""
+        """Writes the image as PIL's ``save`` does, with its recipe if the file is a PNG.
+
+        Examples:
+            >>> monster.save("monster.png")
+        """
         if "recipe" in vars(self):  # not in what was unpickled
             info = PngInfo()
             for name, value in self.recipe.chunks().items():

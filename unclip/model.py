@@ -56,6 +56,9 @@ def load(path: str | Path | None = None, device: str = "auto") -> Model:
     Raises:
         UserError: No bundle is finished, or the device does not exist.
         CorruptObject: A file of the bundle is damaged in its store.
+
+    Examples:
+        >>> model = unclip.load("out/nano", device="cpu")
     """
     return load_bundle(find_bundle(None if path is None else str(path)), device)
 
@@ -68,16 +71,16 @@ def load_bundle(bundle: Bundle, device: str) -> Model:
 class Model:
     """Draws, varies, interpolates, changes, inpaints and embeds, and finds the nearest training images.
 
-    Methods that draw take sampling options by name, for that call alone, such as ``size=256`` or ``steps=50``;
-    ``sampling`` has all of them with their defaults. They raise ValueError for an unknown option, one that is out of
-    range, a seed below 0 and a caption that is too long, TypeError for what is neither caption nor image. Images are
-    given as PIL images, as arrays uint8 [height, width, 3] or as paths. ``progress`` is True for a line
-    on stderr, False for nothing, or a function that is called with a model's name, the steps done and their number.
-    What is drawn carries its recipe, which ``save`` writes into a PNG and ``redraw`` draws again.
+    Methods that draw take sampling options by name, such as ``size=256`` or ``steps=50``, which apply to that call;
+    ``sampling`` has all of them with their defaults. They raise ValueError for an unknown option, a value out of range,
+    a seed below 0 and a caption that is too long, TypeError for an argument that is neither caption nor image. Images
+    are PIL images, arrays uint8 [height, width, 3] or paths. ``progress`` is True for a line on stderr, False for
+    silence, or a function that is called with a model's name, the finished steps and their total. Drawn images carry
+    their recipe, which ``save`` writes into a PNG and ``redraw`` draws again.
 
     Attributes:
-        cascade: The networks, and the same calls on tensors.
-        bundle: Key of the bundle that they come from, for recipes; "" where they come from none.
+        cascade: Networks, with the same methods on tensors.
+        bundle: Key of their bundle, for recipes; "" without one.
     """
 
     def __init__(self, cascade: UnCLIP, bundle: str = "", training: Callable[[], TrainingImages] | None = None):
@@ -85,16 +88,20 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Returns the device that it computes on."""
+        """Returns the device of the networks."""
         return self.cascade.clip.mean.device
 
     @property
     def sampling(self) -> SamplingConfig:
-        """Returns the sampling options that hold where a call names none."""
+        """Returns the default sampling options."""
         return self.cascade.sampling
 
     def to(self, device: str | torch.device) -> Self:
-        """Moves all networks, in place, and returns itself. Raises UserError for a device that is not there."""
+        """Moves all networks, in place, and returns itself. Raises UserError for a missing device.
+
+        Examples:
+            >>> model = model.to("cpu")
+        """
         there = choose_device(str(device))
         parts = {name: part.to(there) for name, part in vars(self.cascade).items() if hasattr(part, "to")}
         self.cascade = replace(self.cascade, **parts)
@@ -103,13 +110,20 @@ class Model:
     def replace(self, **parts: Any) -> Model:
         """Returns a model with other networks or sampling defaults, such as ``diffusion_prior=mine``.
 
-        Networks are moved to its device, in place. Raises ValueError for those that do not belong together.
+        Networks are moved to its device, in place. Raises ValueError for incompatible networks.
+
+        Examples:
+            >>> mine = model.replace(diffusion_prior=unclip.load("out/nano").cascade.diffusion_prior)
         """
         there = {name: part.to(self.device) if hasattr(part, "to") else part for name, part in parts.items()}
         return Model(replace(self.cascade, **there))
 
     def save(self, folder: str | Path) -> None:
-        """Writes a bundle that ``load`` opens. Raises FileExistsError for a folder that is not empty."""
+        """Writes a bundle that ``load`` opens. Raises FileExistsError for a folder that is not empty.
+
+        Examples:
+            >>> model.save("my-bundle")
+        """
         self.cascade.save(folder)
 
     @overload
@@ -167,20 +181,23 @@ class Model:
         progress: ProgressDisplay = True,
         **options: Any,
     ) -> Any:
-        """Draws captions. An image depends on its caption, its seed and the options alone, beyond rounding.
+        """Draws captions. Up to rounding, an image depends only on its caption, its seed and the options.
 
         Args:
             captions: Caption, or a list of captions.
-            seed: Seed of the first image, the next have the next ones; or a list of seeds, one for each image. One
-                caption with several seeds gives as many images.
-            n: Number of images of each caption.
-            batch: Number of images that are drawn at once.
-            progress: Progress line on stderr, or a function that is called after every step with the model's name, the
-                steps done and all steps.
+            seed: Seed of the first image, image i uses seed + i; or a list of seeds, one for each image. One caption
+                with several seeds makes as many images.
+            n: Number of images per caption.
+            batch: Number of images drawn at once.
+            progress: As in the other methods.
             options: Sampling options, such as ``steps=50``.
 
         Returns:
-            An image for one caption with one seed and no ``n``, else a list.
+            An image for one caption with one seed and no ``n``, otherwise a list.
+
+        Examples:
+            >>> monster = model.generate("a square yellow monster", seed=7, size=64)
+            >>> cactus, planet = model.generate(["a cactus", "a planet"], size=64, progress=False)
         """
         own = own_names({**options, **({} if n is None else {"n": n})})
         seed, n = own.pop("seed", seed), own.pop("n", None)
@@ -212,9 +229,12 @@ class Model:
         progress: ProgressDisplay = True,
         **options: Unpack[Options],
     ) -> list[DrawnImage]:
-        """Returns ``n`` other images with the meaning of an image (section 3.1 of the paper).
+        """Returns ``n`` variations of an image, with the same embedding (section 3.1 of the paper).
 
-        ``eta`` is from 0, the image reconstructed, to 1, the freest. A caption tells the decoder what is in the image.
+        ``eta`` ranges from 0, a reconstruction, to 1, the freest variation. The caption is a condition for the decoder.
+
+        Examples:
+            >>> others = model.vary(monster, n=2, size=64)
         """
         recipe = self._asked("vary", {"n": n, "seed": seed}, options, eta=eta, caption=caption)
         return self._draw(recipe, [opened(image)], progress)
@@ -228,7 +248,11 @@ class Model:
         progress: ProgressDisplay = True,
         **options: Unpack[Options],
     ) -> list[DrawnImage]:
-        """Returns ``n`` images from one image to another, both ends included and reconstructed (section 3.2)."""
+        """Returns ``n`` images from one image to another, both ends included and reconstructed (section 3.2).
+
+        Examples:
+            >>> between = model.interpolate(cactus, planet, n=3, size=64)
+        """
         if (given := own_names({**options})).get("n", n) < 2:
             raise ValueError(f"an interpolation takes 2 or more images, got {given.get('n', n)}")
         recipe = self._asked("interpolate", {"n": n, "seed": seed}, options, shares=(0.0, 1.0))
@@ -246,9 +270,13 @@ class Model:
         progress: ProgressDisplay = True,
         **options: Unpack[Options],
     ) -> list[DrawnImage]:
-        """Returns an image turned towards what ``after`` says beyond ``before`` (section 3.3).
+        """Returns an image moved along the difference of two captions' embeddings (section 3.3).
 
-        ``n`` images go from the image itself to the share ``strength`` of the turn, unless ``shares`` name others.
+        ``n`` images go from the image itself to the fraction ``strength`` of the rotation, or one to each of
+        ``shares``.
+
+        Examples:
+            >>> crowned = model.change(monster, "a monster with horns", "a monster with a crown", n=3, size=64)
         """
         given = {"shares": tuple(shares)} if shares else {"n": n, "strength": strength}
         words = {"before": before, "caption": after, "shares": (1.0,)}
@@ -265,18 +293,27 @@ class Model:
         progress: ProgressDisplay = True,
         **options: Unpack[Options],
     ) -> list[DrawnImage]:
-        """Returns an image ``n`` times, drawn again where a mask is transparent; ``caption`` is of the whole."""
+        """Returns ``n`` versions of an image, redrawn where the mask is transparent; ``caption`` describes the whole.
+
+        Examples:
+            >>> mask = PIL.Image.new("RGBA", monster.size)  # transparent everywhere
+            >>> hats = model.inpaint(monster, mask, "a monster with a hat", size=64)
+        """
         recipe = self._asked("inpaint", {"n": n, "seed": seed}, options, caption=caption)
         return self._draw(recipe, [opened(image), opened_mask(mask)], progress)
 
     def nearest(self, image: ImageLike, n: int = 8) -> list[TrainingImage]:
         """Returns the ``n`` training images nearest to an image by CLIP, nearest first, with licence and attribution.
 
-        Raises UserError where the images that the models were trained on are not known.
+        Raises UserError if the models' training images are unknown.
+
+        Examples:
+            >>> captions = [found.caption for found in model.nearest(monster, n=4)]
         """
         if self._training is None:
             raise UserError(
-                "these models are not a bundle's, so their training images are not known; unclip.load opens one"
+                "these models do not come from a bundle, so their training images are unknown; load one with "
+                "unclip.load"
             )
         return self._training().nearest(self.embed([opened(image)]), n)
 
@@ -287,16 +324,19 @@ class Model:
         progress: ProgressDisplay = True,
         **changes: Any,
     ) -> list[DrawnImage]:
-        """Draws the images of a recipe again: the same where the models are, up to rounding.
+        """Draws a recipe's images again: up to rounding the same, if the models are.
 
         Args:
             image: Image that was drawn here, or the path of a PNG.
-            given: Images that its operation begins with, in their order.
-            progress: As of the other methods.
-            changes: Other sampling options, ``caption``, ``seed`` or ``n`` than the recipe's.
+            given: Input images of its operation, in order.
+            progress: As in the other methods.
+            changes: Sampling options, ``caption``, ``seed`` or ``n`` that replace the recipe's.
 
         Raises:
             UserError: The file has no recipe, or cannot be read.
+
+        Examples:
+            >>> again = model.redraw(monster, seed=8)
         """
         recipe = (
             image.recipe if isinstance(image, DrawnImage) else read_recipe(read_local(image, MAX_BYTES), str(image))
@@ -325,10 +365,13 @@ class Model:
         return [drawn_image(pixels, done.of(row)) for row, pixels in zip(rows, made, strict=True)]
 
     def embed(self, what: ImageLike | Sequence[str] | Sequence[ImageLike]) -> np.ndarray:
-        """Returns CLIP's embeddings of captions or images, unit norm: fp32 [d] of one, [n, d] of a list.
+        """Returns CLIP's embeddings of captions or images, unit norm: fp32 [d] for one, [n, d] for a list.
 
-        ``a @ b.T`` are their cosines. A str is a caption, so an image file is given as a Path. Raises ValueError for a
-        str that names an image file, and for captions and images in one list.
+        ``a @ b.T`` are their cosines. A str is a caption, so pass an image file as a Path. Raises ValueError for a str
+        that names an image file, and for captions and images in one list.
+
+        Examples:
+            >>> cosines = model.embed([monster, cactus]) @ model.embed(["a monster", "a cactus"]).T
         """
         single = isinstance(what, str | Path | Image.Image) or (isinstance(what, np.ndarray) and what.ndim < 4)
         if not single and not isinstance(what, Sequence | np.ndarray):
@@ -340,8 +383,8 @@ class Model:
         for caption in captions:
             if looks_like_a_file(caption):
                 raise ValueError(
-                    f"{caption!r} looks like a file, and a str is a caption: embed(Path({caption!r})) embeds the "
-                    "image; for the words, end them with a full stop"
+                    f"{caption!r} looks like a file, but a str is read as a caption: embed(Path({caption!r})) embeds "
+                    "the image; end a caption with a full stop"
                 )
         with torch.no_grad():
             if len(captions) == len(several):

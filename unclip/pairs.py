@@ -31,9 +31,12 @@ COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class Pairs:
-    """Reads pairs where they lie: a sequence of Pair in the order of the list, so a dataset for torch's DataLoader.
+    """Reads pairs from the store: a sequence of Pair in the list's order, so also a dataset for torch's DataLoader.
 
-    ``len`` is their number, ``pairs[5]`` one of them, ``pairs[:8]`` a list.
+    ``pairs[5]`` is one of them, ``pairs[:8]`` a list.
+
+    Examples:
+        >>> sizes = [(pair.width, pair.height) for pair in pairs[:4]]
     """
 
     reader: PairReader
@@ -75,9 +78,12 @@ class Pairs:
         return [found[place] for place in places]
 
     def to_hf(self) -> Any:
-        """Returns a datasets.Dataset of the Hugging Face library, which copies all pairs into its own cache.
+        """Returns a Hugging Face datasets.Dataset, which copies all pairs into its own cache.
 
         Its rows have the fields of Pair, with "image" in place of "data". Raises UserError without the library.
+
+        Examples:
+            >>> captions = pairs.to_hf()["captions"]
         """
         try:
             import datasets
@@ -99,8 +105,12 @@ class Pairs:
     def tensors(self, side: int = 0) -> dict[str, Any]:
         """Returns all pairs in memory, as ``unclip.train`` takes them.
 
-        They are "captions", "image_embedding" and "text_embedding" fp32 [n, d] where embeddings are read, and with a
-        ``side`` "image", the square centre of each, uint8 [n, 3, side, side].
+        They are "captions", with embeddings also "image_embedding" and "text_embedding" fp32 [n, d], and with a
+        ``side`` "image", centre crops uint8 [n, 3, side, side].
+
+        Examples:
+            >>> tuple(pairs.tensors(side=64)["image"].shape[1:])
+            (3, 64, 64)
         """
         import torch
 
@@ -115,8 +125,12 @@ class Pairs:
     def to_torch(self, side: int) -> TorchPairs:
         """Returns a torch.utils.data.Dataset, read row by row, whose rows a DataLoader stacks to batches.
 
-        A row has "caption", "image", the square centre of the image as uint8 [3, side, side], and where embeddings are
-        read "image_embedding" and "text_embedding", fp32 [d]. A ``side`` of 0 leaves the image out.
+        A row has "caption", "image", a centre crop as uint8 [3, side, side], and with embeddings "image_embedding" and
+        "text_embedding", fp32 [d]. A ``side`` of 0 leaves the image out.
+
+        Examples:
+            >>> tuple(pairs.to_torch(64)[0]["image"].shape)
+            (3, 64, 64)
         """
         from unclip.torch_pairs import TorchPairs
 
@@ -125,8 +139,10 @@ class Pairs:
     def webdataset(self) -> Any:
         """Returns a webdataset: samples of ``__key__``, "jpg" (or "png", "webp"), "txt" and "json", all bytes.
 
-        It has webdataset's methods: ``.shuffle(1000).decode("pil").to_tuple("jpg", "txt")``. Shards are divided among
-        the workers of a DataLoader and of torch.distributed.
+        It has webdataset's methods. Shards are divided among the workers of a DataLoader and of torch.distributed.
+
+        Examples:
+            >>> samples = pairs.webdataset().shuffle(1000).decode("pil").to_tuple("jpg", "txt")
         """
         import webdataset
         from webdataset.compat import FluidWrapper
@@ -145,9 +161,9 @@ class Pairs:
                     yield sample | {"json": json.dumps(facts).encode()}
 
     def ray(self) -> Any:
-        """Returns a Ray Dataset: a row a pair, with the fields of Pair; "data" holds the image file's bytes.
+        """Returns a Ray Dataset with a row per pair and the fields of Pair; "data" has the image file's bytes.
 
-        It joins the cluster that RAY_ADDRESS names, or starts a Ray on this machine.
+        It connects to the cluster at RAY_ADDRESS, or starts a local Ray: ``pairs.ray().map_batches(...)``.
         """
         start_ray(self.settings)
         import ray.data

@@ -1,4 +1,4 @@
-"""A project: a configuration, what is made of it, and the run that makes it."""
+"""A project: a configuration, its artefacts, and its runs."""
 
 from __future__ import annotations
 
@@ -26,32 +26,35 @@ if TYPE_CHECKING:
 def open(
     source: str | Path | Mapping[str, Any], *overrides: str, stages: Iterable[Stage] = (), **values: Any
 ) -> Project:
-    """Opens a configuration and reads its list. Nothing is made.
+    """Opens a configuration and reads its list, without running anything.
 
     Args:
         source: A YAML file, or its values as a mapping.
         overrides: Values in place of the file's, such as "decoder.samples=100000".
-        stages: Stages besides those of the pipeline and of installed packages; see docs/extend.md.
-        values: The same by name, such as ``preset="nano"`` or ``decoder={"samples": 100_000}``.
+        stages: Further stages besides those of the pipeline and of installed packages; see docs/extend.md.
+        values: Overrides by name, such as ``preset="nano"`` or ``decoder={"samples": 100_000}``.
 
     Raises:
         UserError: For a mistake in the configuration, a list that cannot be read, and a store that cannot be reached.
 
-    Warns where the last run had other values than these: what it made is then not this project's.
+    Warns if the last run had other values: its results then do not belong to this project.
+
+    Examples:
+        >>> project = unclip.open("configs/nano.yaml", "decoder.seed=1")
     """
     overrides = (*overrides, *(f"{name}={json.dumps(value, default=str)}" for name, value in values.items()))
     opened = open_project(source, overrides, stages)
     if differs := last_run_differs(opened.config, overrides):
         warnings.warn(
-            f"{opened.config.project}: its last run differed in {differs}, so what that made is not found here; "
-            "open it with the same overrides",
+            f"{opened.config.project}: its last run differed in {differs}, so its results are not found here; open it "
+            "with the same overrides",
             stacklevel=2,
         )
     return Project(opened)
 
 
 class Project:
-    """Plans, runs, and gives what was made. Methods raise UserError, whose text says what to do."""
+    """Plans, runs, and returns results. Methods raise UserError, whose text says what to do."""
 
     def __init__(self, opened: Opened):
         self._opened = opened
@@ -80,25 +83,36 @@ class Project:
         return self._opened.report
 
     def plan(self, until: str | None = None, only: str | None = None) -> RunPlan:
-        """Returns what a run would make, why, and what it would take; see ``run`` for the arguments."""
+        """Returns the stages that a run would make, why, and their estimates; see ``run`` for the arguments.
+
+        Examples:
+            >>> stale = project.plan(until="curation").stale
+        """
         return plan_run(self._opened, only, until)
 
     def run(
         self, until: str | None = None, only: str | None = None, yes: bool = False, tell: Tell = lambda _: None
     ) -> RunResult:
-        """Makes what is stale, as ``unclip run`` does. Called again, it goes on. Prints progress alone, on stderr.
+        """Makes stale stages, as ``unclip run`` does, and resumes when called again. Prints only progress, on stderr.
 
         Args:
-            until: The last stage to make, with all that it needs; by default everything.
-            only: The one stage to make; what it needs has to be there.
-            yes: True to go on above ``run.budget_hours``, and without a GPU.
-            tell: Function that is told the plan, and then each stage that is made; ``print`` prints them as
+            until: Last stage to make, with all its inputs; by default everything.
+            only: Single stage to make; its inputs must exist.
+            yes: True to continue above ``run.budget_hours``, and without a GPU.
+            tell: Function that is called with the plan, and then with each finished stage; ``print`` prints them as
                 ``unclip run`` does.
+
+        Examples:
+            >>> result = project.run(until="curation", tell=lambda done: None)
         """
         return run(self._opened, only, until, yes, tell=tell)
 
     def artifact(self, stage: str) -> Artifact:
-        """Returns what a stage has made of the current list and configuration."""
+        """Returns a stage's artefact for the current list and configuration.
+
+        Examples:
+            >>> embeddings = project.artifact("embeddings")
+        """
         self._opened.wanted(stage, None)
         return Artifact(self._opened.store, self._opened.made(stage)[stage])
 
@@ -108,19 +122,27 @@ class Project:
         curated: bool = True,
         embeddings: bool = False,
     ) -> Pairs:
-        """Returns the pairs to iterate over, or as a webdataset or a Ray Dataset.
+        """Returns the pairs as a sequence, which also converts to a webdataset or a Ray Dataset.
 
         Args:
             split: "train", "validation" or "test"; by default all.
-            curated: True without the rows that curation rejected; with False, curation need not be made.
-            embeddings: True with CLIP's embeddings.
+            curated: Whether to leave out rows that curation rejected; False does not need curation.
+            embeddings: Whether to include CLIP's embeddings.
+
+        Examples:
+            >>> pairs = project.pairs("train", embeddings=True)
+            >>> first = pairs[0].caption
         """
         stages = ["pairs", "captions", *["curation"] * curated, *["embeddings"] * embeddings]
         reader = PairReader(self._opened.store, self._opened.made(*stages), split)
         return Pairs(reader, self._opened.config.run.ray)
 
     def model(self, device: str = "auto") -> Model:
-        """Opens the trained models to draw with; see ``unclip.load``."""
+        """Opens the trained models to draw with; see ``unclip.load``.
+
+        Examples:
+            >>> model = unclip.open("configs/nano.yaml").model(device="cpu")
+        """
         from unclip.model import load_bundle
 
         made = self.artifact("bundle").record

@@ -43,9 +43,9 @@ def open_rows(data: Any) -> Rows:
     if isinstance(data, Mapping):
         return _Columns(data)
     if isinstance(data, torch.utils.data.DataLoader):
-        raise UserError("data is a DataLoader, and the recipe chooses rows and batches; give its .dataset")
+        raise UserError("data is a DataLoader, but the recipe chooses rows and batches; pass its .dataset")
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        raise UserError(f"data is a {type(data).__name__}, without len or without an index; give list(data)")
+        raise UserError(f"data is a {type(data).__name__}, without len() or indexing; pass list(data)")
     if not len(data):
         raise UserError("data has no rows")
     return _Dataset(data)
@@ -59,7 +59,7 @@ class _Columns:
         if "captions" in given:
             captions = list(given["captions"])
             if isinstance(given.pop("captions"), str) or not all(isinstance(caption, str) for caption in captions):
-                raise UserError("captions: give a list of strings, one an example")
+                raise UserError("captions: give a list of strings, one per example")
             given["tokens"] = tokenize(captions)
         self.columns = {name: _tensor(name, given[name]) for name in COLUMNS if name in given}
         lengths = {name: len(column) for name, column in self.columns.items()}
@@ -171,7 +171,7 @@ def _tensor(name: str, column: Any) -> Tensor:
     try:
         found = torch.as_tensor(column)
     except (ValueError, TypeError, RuntimeError) as e:
-        raise UserError(f"{name}: not numbers, or not in rows of one length ({e})") from None
+        raise UserError(f"{name}: not numeric, or rows differ in length ({e})") from None
     if not found.ndim:
-        raise UserError(f"{name} is one number; give a row an example")
+        raise UserError(f"{name} is a single number; give one row per example")
     return found.float() if name.endswith("_embedding") else found

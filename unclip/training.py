@@ -44,7 +44,7 @@ def train(
     checkpoint: str | Path | None = None,
     **recipe: Any,
 ) -> TrainedModel:
-    """Trains one model on data of a program's own, by the pipeline's own loop, in this process.
+    """Trains one model on your own data with the pipeline's training loop, in this process.
 
     Args:
         stage: Model to train, by the name of its section in a configuration, such as "decoder".
@@ -72,8 +72,11 @@ def train(
         recipe: Fields of the stage's recipe, such as ``samples=20_000`` or ``model={"width": 128}``.
 
     Raises:
-        UserError: For an unknown stage, a recipe out of range, data that are missing or of another shape, and a
+        UserError: For an unknown stage, a recipe out of range, missing data or data with the wrong shape, and a
             checkpoint of another recipe.
+
+    Examples:
+        >>> prior, journal = unclip.train("diffusion_prior", pairs.tensors(), clip=clip, samples=64, progress=False)
     """
     if stage not in TRAININGS:
         raise UserError(f"unknown model {stage}; use one of {', '.join(TRAININGS)}")
@@ -82,16 +85,16 @@ def train(
     values = {"project": stage, "store": stage, "source": {"paths": [stage]}, "preset": preset, stage: recipe}
     chosen = getattr(make_config(values), stage)
     if stage == "clip" and chosen.pretrained:
-        raise UserError(f"weights: {chosen.weights} exists already, and is not trained; leave weights out")
+        raise UserError(f"weights: {chosen.weights} is trained already; leave weights out")
     if chosen.init_from is not None and not chosen.init_from.path:
-        raise UserError("init_from: a sha256 names a file of a store, and this training has none; name a file")
+        raise UserError("init_from: a sha256 names a blob of a store, but this training has no store; name a file")
     rows = open_rows(data)
     task = task or _task(stage, chosen.model, rows, clip, codec)
     examples, held_out = _examples(stage, task, rows), None
     if validation is not None:
         held_out = _examples(stage, task, open_rows(validation))
         if held_out.rows < FEWEST:
-            raise UserError(f"validation has {held_out.rows} rows, and a figure needs {FEWEST}")
+            raise UserError(f"validation has {held_out.rows} rows, but needs {FEWEST}")
     place = None if checkpoint is None else Path(checkpoint)
     return train_on(stage, task, examples, chosen, choose_device(device), held_out, callback, place, progress)
 
@@ -148,5 +151,5 @@ def _examples(stage: str, task: Task, rows: Rows) -> Examples:
             raise UserError(f"tokens are {value.dtype}; give whole numbers, such as models.tokens.tokenize makes")
     dims = {name: len(value) for name, value in first.items() if name.endswith("_embedding")}
     if len(set(dims.values())) > 1:
-        raise UserError(f"embeddings of one CLIP have one length: {dims}")
+        raise UserError(f"embeddings differ in dimension, so they are not of one CLIP: {dims}")
     return Examples(len(rows), partial(rows.take, names=names, side=side))

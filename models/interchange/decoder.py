@@ -226,8 +226,8 @@ def prior_norm(folder: Path) -> float:
     weights = read_weights(path) if path.is_file() else {}
     if not {"clip_mean", "clip_std"} <= weights.keys():
         raise ValueError(
-            f"{folder} has no prior that says how long its CLIP's image embeddings are (clip_mean and clip_std are "
-            "missing): pass embedding_norm, their root mean square length"
+            f"{folder} lacks the norm of its CLIP's image embeddings (clip_mean and clip_std of a prior): pass "
+            "embedding_norm, their root mean square norm"
         )
     # E |z|^2 = |mean|^2 + sum of variances.
     return sum(weights[name].double().square().sum().item() for name in ("clip_mean", "clip_std")) ** 0.5

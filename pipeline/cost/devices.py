@@ -48,14 +48,12 @@ def parse_fleet(text: str) -> Fleet:
     found = re.fullmatch(r"(\d+)\s*x\s*(\S.*)", text)
     name = found[2] if found else text.strip()
     if APPLE.match(name):
-        raise UserError(f"--gpus {text}: nothing runs on Apple's GPUs; leave it out to plan for this machine's cores")
+        raise UserError(f"--gpus {text}: Apple's GPUs are not used; leave it out to plan for this machine's cores")
     kind = next((known for known in DEVICES if _plain_kind(known) == _plain_kind(name)), None)
     if not found or int(found[1]) < 1:
         raise UserError(f"--gpus {text}: not a number of GPUs; write it as {f'1x{name}' if kind else '64xH100'}")
     if kind is None:
-        raise UserError(
-            f"--gpus {text}: unknown kind {name}; name the known one that is nearest to it: {', '.join(DEVICES)}"
-        )
+        raise UserError(f"--gpus {text}: unknown kind {name}; name the most similar of {', '.join(DEVICES)}")
     return Fleet(int(found[1]), kind)
 
 

@@ -84,7 +84,7 @@ def read_profile(path: Path, graph: Graph) -> Observations:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         why = getattr(e, "strerror", None) or e
-        raise UserError(f"--profile {path}: not what make gpu-check writes ({why}); name its gpu-check.json") from e
+        raise UserError(f"--profile {path}: not a result of make gpu-check ({why}); name its gpu-check.json") from e
     recipes = {name: flatten(stage.recipe) for name, stage in graph.items()}
     found: Observations = {}
     for stage, (model, rate, utilisation) in rates.items():
@@ -93,8 +93,8 @@ def read_profile(path: Path, graph: Graph) -> Observations:
             found[stage] = [Observation(rate, 1.0, 1.0, 1, like, device=kind, utilisation=utilisation)]
     if not found:
         raise UserError(
-            f"--profile {path}: it measured the models of preset {preset}, and no training here has one of them; run "
-            "make gpu-check with the preset of this configuration"
+            f"--profile {path}: it measured the models of preset {preset}, none of which is trained here; run make "
+            "gpu-check with the preset of this configuration"
         )
     return found
 

@@ -52,4 +52,4 @@ def _read_named(store: Store, file: ContentFile, where: str) -> bytes:
 
 def _check(sha256: str, file: ContentFile, where: str) -> None:
     if sha256 != file:
-        raise UserError(f"{where}: {file.path} has changed since it was named; run the same command again")
+        raise UserError(f"{where}: {file.path} changed during this command; run it again")

@@ -85,7 +85,7 @@ def export_pairs(
     about = {"curation": made["curation"].key, "splits": sorted(splits)}
     data = json.dumps(about, indent=2).encode()
     if not target.create(ABOUT, data) and target.read(ABOUT) != data:
-        raise UserError(f"{target.url} holds an export of other rows ({ABOUT} says of which); name another folder")
+        raise UserError(f"{target.url} holds an export of other rows (see {ABOUT}); name another folder")
     by_stage = {name: {shard.number: shard for shard in read_shards(store, made[name])} for name in STAGES}
     counts, tally = dict.fromkeys(kinds or KINDS, 0), CardCounts()
 

@@ -108,7 +108,7 @@ def ask_nodes(ray: Any, store: Store | None) -> list[tuple[ClusterNode, Answer |
 def judge(
     answers: Sequence[tuple[ClusterNode, Answer | Exception]], ours: Mapping[str, str], store: Store | None
 ) -> Iterator[Finding]:
-    """Findings about nodes: each that differs from this process or does not see the store, or one for all."""
+    """Findings about nodes: each that differs from this process or cannot reach the store, or one for all."""
     faults = [fault for node, answer in answers for fault in _faults(node.host, answer, ours, store)]
     yield from faults
     if not faults:
@@ -132,4 +132,4 @@ def _faults(host: str, answer: Answer | Exception, ours: Mapping[str, str], stor
         advice = "give every node the same AWS settings"
         if local_folder(store):
             advice = "use s3://BUCKET/PREFIX, or a folder that every machine mounts at the same place"
-        yield Finding("problem", "nodes", f"{host} does not see the store {store.url} ({answer.unseen})", advice)
+        yield Finding("problem", "nodes", f"{host} cannot reach the store {store.url} ({answer.unseen})", advice)

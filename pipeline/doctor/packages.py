@@ -36,7 +36,7 @@ def check_packages() -> Iterator[Finding]:
     faults = [fault for fault in map(_fault, needed) if fault is not None]
     yield from faults
     if not faults:
-        yield Finding("ok", "packages", f"{len(needed)} are there, within their bounds, and can be imported")
+        yield Finding("ok", "packages", f"{len(needed)} are installed, within their bounds, and can be imported")
 
 
 def _fault(requirement: Requirement) -> Finding | None:
@@ -57,6 +57,6 @@ def _fault(requirement: Requirement) -> Finding | None:
             "problem",
             "packages",
             f"{requirement.name} {version} cannot be imported ({brief(e)})",
-            f"install what it lacks, or {install} --force-reinstall",
+            f"install what is missing, or {install} --force-reinstall",
         )
     return None

@@ -19,17 +19,17 @@ HeldOutRows = Annotated[int, Field(ge=FEWEST)]
 class EvaluationRecipe:
     """Holds the numbers of held-out rows and samples of an evaluation.
 
-    The first rows are taken, so always the same ones. Nothing here may be tuned on test rows.
+    The first rows are used, so they are always the same. Nothing here may be tuned on test rows.
 
     Attributes:
-        rows: Rows, at most, for both priors: their losses, and the embeddings that they sample.
-        image_rows: Rows, at most, that the decoder draws at 64 px, from the images' own embeddings and through each
-            prior; where it can be drawn what a caption means, as many training rows besides.
-        upsampler_rows: Rows, at most, with large enough images, for each upsampler.
-        samples: Samples a row, whose mean is measured, of priors and upsamplers.
+        rows: Maximum rows for the priors' losses and sampled embeddings.
+        image_rows: Maximum rows that the decoder draws at 64 px, from the images' own embeddings and through each
+            prior; if a caption's ground truth can be drawn, also as many training rows.
+        upsampler_rows: Maximum rows with large enough images for each upsampler.
+        samples: Samples per row from priors and upsamplers, whose mean is measured.
         seed: Seed of all noise.
-        judge: A second CLIP that looks for the captions of the 64 px images where it cannot be drawn what these mean,
-            ``open_clip:NAME:TAG`` or ``local-dir:FOLDER``; its name is in the key and not its bytes.
+        judge: Second CLIP that retrieves the captions of the 64 px images if their ground truth cannot be drawn:
+            ``open_clip:NAME:TAG`` or ``local-dir:FOLDER``. The key includes its name, not its bytes.
     """
 
     rows: HeldOutRows = 256

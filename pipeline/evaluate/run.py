@@ -71,7 +71,7 @@ def evaluate(ctx: Context) -> Artifact:
     # This process may be on a machine with other packages than the one that planned.
     if (here := names_with_versions(chosen[len(OURS) :])) != planned:
         raise UserError(
-            f"evaluation: planned with the metrics {', '.join(planned) or 'none'} of users, and here are "
+            f"evaluation: planned with the plug-in metrics {', '.join(planned) or 'none'}, but here are "
             f"{', '.join(here) or 'none'}; install the same packages everywhere"
         )
     judge = load_judge(ctx.recipe.judge, device)

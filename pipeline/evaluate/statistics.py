@@ -58,7 +58,7 @@ def derangement(labels: Sequence[Hashable]) -> Tensor:
     """
     n = len(labels)
     if n < 2:
-        raise ValueError(f"{n} rows have no other row among them")
+        raise ValueError(f"{n} rows are too few: each needs another one to be paired with")
     # Rows of equal captions would have no gap between them.
     known = numbered(labels)
     least, best = n + 1, 0

@@ -253,7 +253,7 @@ def _check_pin(stage: Stage, key: str, artifacts: Mapping[str, Artifact]) -> Non
     """Raises UserError if a stage is pinned to an artefact that is lost and that its present inputs would not make."""
     if key != stage_key(stage, {name: artifacts[name].key for name in stage.inputs}):
         raise UserError(
-            f"{stage.name} is pinned to {key[:12]}, which is lost and was made from other data: restore "
+            f"{stage.name} is pinned to {key[:12]}, which is missing and was made from other data: restore "
             f"{artifact_path(stage.name, key)}, or lift the pin with unclip unpin to make a new one"
         )
 

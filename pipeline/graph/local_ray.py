@@ -110,16 +110,16 @@ def start_local_ray(ray: Any, **options: Any) -> None:
         except Exception as e:  # Ray raises many types, Exception itself among them
             if "AF_UNIX" in str(e):
                 raise UserError(
-                    "the folder of temporary files (TMPDIR) has too long a name for Ray, whose sockets lie there under "
-                    f"names of at most 107 bytes; set RAY_TMPDIR=/tmp ({e})"
+                    "the path of the temporary folder (TMPDIR) is too long for Ray's sockets there, whose paths have "
+                    "at most 107 bytes; set RAY_TMPDIR=/tmp ({e})"
                 ) from e
             why = (str(e).strip().splitlines() or [type(e).__name__])[0].partition(". ")[0]
             if last:
                 raise UserError(
-                    f"Ray did not start ({why}), most often because this machine is too busy: run the same command "
-                    f"again, or give Ray fewer cores by run.ray.cpus; {ray_logs()} say more"
+                    f"Ray did not start ({why}), most likely because this machine is too busy: run the same command "
+                    f"again, or lower run.ray.cpus; see {ray_logs()}"
                 ) from e
-            log.warning("Ray did not start (%s); starting it a second time", why)
+            log.warning("Ray did not start (%s); trying once more", why)
             ray.shutdown()
     node = ray._private.worker._global_node  # Ray has no public name for its processes
     for name, what in WATCHED.items():
@@ -147,8 +147,8 @@ def _watch(ray: Any, node: Any, process: subprocess.Popen[bytes], what: str) -> 
         return
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     log.error(
-        "the %s of Ray on this machine %s, and this command ends with it; %s may say why, or the kernel's log where "
-        "memory was short; run the same command again: what is done is kept",
+        "the local Ray's %s %s, so this command ends; look for the cause in %s, or in the kernel's log if memory ran "
+        "out; run the same command again: finished work is kept",
         *(what, how, ray_logs()),
     )
     with suppress(Exception):  # another thread may be in the middle of a write

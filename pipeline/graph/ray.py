@@ -93,7 +93,7 @@ def start_ray(settings: RaySettings) -> Any:
             if not str(e).startswith("Version mismatch"):
                 raise
             told = " ".join(str(e).split()).removeprefix("Version mismatch: ")
-            raise UserError(f"the Ray cluster at {address} is another version; install the same here: {told}") from e
+            raise UserError(f"the Ray cluster at {address} runs another version; install the same here: {told}") from e
         if not address.startswith("ray://"):  # a client is told by Ray itself
             threading.Thread(target=_watch_head, args=(ray,), name="watch the head", daemon=True).start()
     else:
@@ -140,7 +140,7 @@ def _reach(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as e:
         raise UserError(
-            f"no Ray cluster answers at {address} (RAY_ADDRESS): {e}; correct it, or unset it to start a Ray here"
+            f"no Ray cluster answers at {address} (RAY_ADDRESS): {e}; correct it, or unset it to start a local Ray"
         ) from e
 
 
@@ -160,7 +160,7 @@ def _watch_head(ray: Any) -> None:
             if not gone:
                 log.error(
                     "the head of the Ray cluster at %s does not answer (%s); unless it comes back, Ray ends this "
-                    "command in about a minute; then run the same command again: what is done is kept",
+                    "command in about a minute; then run the same command again: finished work is kept",
                     *(address, e),
                 )
             gone = True
@@ -273,7 +273,7 @@ def wait_for_room(
         others = _without(ray, own, settings, most, left_out)
         if others is not None and place(others):
             return others
-        log.warning("%s: uses the machines that were left out again: the others have no room for its workers", stage)
+        log.warning("%s: uses excluded machines again, because the others have no room for its workers", stage)
     team = find_team(ray, stage, own, settings, most)
     if not place(team):
         whom = "the stages that run" if _local() else "nodes that have it"
@@ -342,9 +342,7 @@ def find_team(ray: Any, stage: str, own: Settings, settings: RaySettings, most: 
     if not 0 < found < team.count:
         return team
     if own.workers != "auto":
-        say_once(
-            f"run.{stage}.workers: {team.count} are asked for, and there is room for {found}; going on with {found}"
-        )
+        say_once(f"run.{stage}.workers: {team.count} requested, with room for {found}; continuing with {found}")
     return replace(team, count=found)
 
 

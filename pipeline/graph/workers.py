@@ -211,9 +211,8 @@ def _counting_deaths(stage: str, task: ShardTask, step: str = "", places: Places
                 rows = max((shard.kept + shard.lost for shard in task.inputs.values()), default=0)
                 raise UserError(
                     f"{stage}: shard {task.number} ({rows:,} rows, whose keys begin with {task.number:08d}) killed "
-                    f"{len(died_on)} workers; Ray's log says how, most often because memory is short: give them more "
-                    f"(run.{stage}.memory_mb) or make shards smaller (source.shard_rows), and run the same command "
-                    "again"
+                    f"{len(died_on)} workers; see Ray's log, most likely they ran out of memory: give them more "
+                    f"(run.{stage}.memory_mb) or lower source.shard_rows, and run the same command again"
                 )
             yield
         finally:  # what dies does not come here
@@ -366,8 +365,8 @@ def _counters(stage: str) -> Callable[[Shard, WorkTimes], None]:
     """Returns what adds a worker's work to Ray's own metrics, where the cluster is scraped."""
     from ray.util import metrics
 
-    rows = metrics.Counter("unclip_rows", "Rows by how they ended.", ("stage", "end"))
-    seconds = metrics.Counter("unclip_worker_seconds", "Seconds of workers, by what they went into.", ("stage", "step"))
+    rows = metrics.Counter("unclip_rows", "Rows by outcome.", ("stage", "end"))
+    seconds = metrics.Counter("unclip_worker_seconds", "Seconds of workers, by step.", ("stage", "step"))
     written = metrics.Counter("unclip_written_bytes", "Bytes of blobs published.", ("stage",))
 
     def count(shard: Shard, work: WorkTimes) -> None:

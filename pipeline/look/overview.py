@@ -205,12 +205,12 @@ def _advice(
     if cut > MANY * captions.captions:
         yield (
             f"{cut:,} of {counted(captions.captions, 'caption')} are longer than the {reads} tokens that CLIP reads, "
-            "and what is behind is cut: put first what the image shows."
+            "and the rest is cut: describe the image first."
         )
     if captions.captions and captions.scripts.get("Latin", 0) < (1 - MANY) * captions.captions:
         yield (
-            "Many captions are not in Latin script: CLIP's tokens were made of English text, so that such captions "
-            "take more of them, and a CLIP that exists may not know the language."
+            "Many captions are not in Latin script: CLIP's tokenizer was built from English text, so such captions "
+            "take more tokens, and an existing CLIP may not know the language."
         )
     if 2 * captions.framed > captions.rows:
         yield (
@@ -219,7 +219,7 @@ def _advice(
             "as a second caption of each row."
         )
     if lost.get("forbidden_address"):
-        yield "Some images lie at addresses that are not public: if these are yours, name them in pairs.allow."
+        yield "Some images are at addresses that are not public: if they are yours, name them in pairs.allow."
     if lost.get("needs_heif"):
         yield "HEIC images are read once pip install 'pillow-heif>=1,<2' has run."
     if images and images.kept < (1 - MANY) * images.rows:

@@ -80,7 +80,7 @@ def load_measured(store: Store, evaluation: Artifact) -> EvaluatedBundle | None:
     try:
         return EvaluatedBundle(evaluation, bundle, json.loads(read_blob(store, evaluation.blobs[DOCUMENT])))
     except CorruptObject as e:  # a damaged evaluation of the release must not block every later promotion
-        log.warning("%s; the evaluation that names it is not compared with", e)
+        log.warning("%s; its evaluation is left out of the comparison", e)
         return None
 
 

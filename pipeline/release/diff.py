@@ -21,7 +21,7 @@ def find_bundle(store: Store, releases: Releases, name: str) -> Artifact:
     # A key is hexadecimal; anything else would be a path.
     keys = keys_of(store, "bundle", name) if name.isalnum() else []
     if len(keys) > 1:
-        raise UserError(f"{name}: {len(keys)} bundles in {store.url} have a key that begins with it; give more of it")
+        raise UserError(f"{name}: {len(keys)} bundles in {store.url} have a key that begins with it; give more digits")
     found = load_artifact(store, "bundle", keys[0]) if keys else None
     if found is None:
         raise UserError(

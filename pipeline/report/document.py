@@ -26,21 +26,21 @@ FORMAT = 1
 
 
 class StageReport(TypedDict, total=False):
-    """A stage. Where it is not made, only the first two fields are there.
+    """A stage. An unfinished one has only the first two fields.
 
     Attributes:
         stage: Name of the stage.
         made: Whether its artefact exists.
         key: Key of the artefact, 64 hexadecimal digits.
         inputs: Keys of the artefacts that it was made from, by stage.
-        rows: Rows that the stage has judged. Each is kept, rejected or deferred.
-        kept: Rows that went on.
-        rejected: Rows that were left out for good, by reason.
-        deferred: Rows that ``unclip data retry`` tries again, by reason.
+        rows: Rows that the stage processed. Each is kept, rejected or deferred.
+        kept: Rows that were kept.
+        rejected: Rows that were rejected, by reason.
+        deferred: Rows that ``unclip data retry`` retries, by reason.
         metrics: Numbers of the artefact, by name, such as the last ``loss`` and ``validation_loss`` of a training, and
             the ``samples_seen``.
-        times: Seconds, rates and shares, by name. ``finished`` is in seconds since 1970, ``seconds`` the time that it
-            took, ``worker_hours`` that time in hours times the number of workers.
+        times: Seconds, rates and shares, by name. ``finished`` is in seconds since 1970, ``seconds`` the duration,
+            ``worker_hours`` the duration in hours times the number of workers.
         environment: Versions of packages, device and precision with which it was made.
     """
 
@@ -78,7 +78,7 @@ class Comparison(TypedDict, total=False):
         name: Name of the other bundle, as ``--against`` has it, or "the release".
         bundle: Key of the other bundle.
         figures: Figures that both have on the same rows, worse ones first.
-        not_compared: Reason why no figures are compared; only there where none are.
+        not_compared: Reason why no figures are compared, if none are.
         data: A line for each stage whose rows differ.
         recipes: A line for each value of a recipe that differs.
     """
@@ -92,18 +92,18 @@ class Comparison(TypedDict, total=False):
 
 
 class ReportDocument(TypedDict):
-    """Content of the file. A field is null where the store is damaged, and ``cannot_be_shown`` then says why.
+    """Content of the file. If the store is damaged, a field may be null; ``cannot_be_shown`` has the reason.
 
     Numbers that are not finite are null.
 
     Attributes:
         format: Format of the document. Fields may be added to one.
         project: Name of the project.
-        written: Time at which it was written, in UTC, such as 2026-12-01T09:30:00Z.
+        written: Time of writing in UTC, such as 2026-12-01T09:30:00Z.
         cannot_be_shown: Reasons why fields are null, by field.
         verdict: Sentence at the head of the page.
-        train_longer: A sentence for each model of which a claim does not hold: whether its validation loss still falls,
-            the command that trains it four times as long, and the time.
+        train_longer: A sentence for each model with a failing claim: whether its validation loss still falls, the
+            command that trains it four times as long, and the time.
         stages: Stages in the order in which they are made.
         figures: Figures of the evaluation; empty before it is made.
         samples: Images of the stage ``samples``; empty before it is made.

@@ -24,8 +24,8 @@ class BundleRecipe:
     """Says which models go into a bundle, and how to sample from them by default.
 
     Attributes:
-        models: The decoder, one prior or both, and none, one or both upsamplers. What is not listed is not
-            trained. ``small`` and ``karlo`` leave out the AR prior, with its codec: sampling takes it only where
+        models: Models of the bundle: the decoder, one or both priors, and none, one or both upsamplers. Others are not
+            trained. ``small`` and ``karlo`` leave out the AR prior, with its codec: sampling uses it only if
             ``sampling.prior`` is ``ar``.
         sampling: Sampling defaults.
     """
@@ -47,7 +47,7 @@ class BundleRecipe:
             )
         largest = largest_side(self.models)
         if self.sampling.size > largest:
-            raise ValueError(f"sampling.size: {self.sampling.size}, but these models end at {largest} px")
+            raise ValueError(f"sampling.size: {self.sampling.size}, but these models reach {largest} px at most")
 
     @property
     def inputs(self) -> tuple[str, ...]:

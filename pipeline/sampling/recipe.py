@@ -147,7 +147,7 @@ class ImageRecipe:
         if not re.fullmatch(r"[0-9a-z]{0,64}", self.bundle) or not re.fullmatch(r"[\w.+-]{0,40}", self.version):
             raise ValueError("bundle and version are not a key and a version")
         if self.operation == "change" and self.before is not None and self.before == self.caption:
-            raise ValueError(f"both captions are {self.caption!r}; let the second say what should become of the image")
+            raise ValueError(f"both captions are {self.caption!r}; describe the wanted image in the second")
         sampling = change_sampling(SamplingConfig(), dict(self.options))
         if sampling.candidates > MOST:
             raise ValueError(f"candidates is {sampling.candidates}; use {MOST} or less")
@@ -272,7 +272,7 @@ def read_recipe(data: bytes, name: str) -> ImageRecipe:
     chunks = text_chunks(data)
     if not {"seed", "settings"} <= chunks.keys():
         raise UserError(
-            f"{name}: has no recipe; PNG files of unclip carry one, and most programs that save an image again drop it"
+            f"{name}: has no recipe; PNG files of unclip carry one, but most programs drop it when they save an image"
         )
     try:
         made, options = json.loads(chunks.get("made", "{}")), json.loads(chunks["settings"])
@@ -292,11 +292,11 @@ def check_recipe(recipe: ImageRecipe, images: int) -> None:
     """Raises ValueError for an operation without the images, or the caption, that it needs."""
     needs = OPERATIONS[recipe.operation]
     if not needs.least <= images <= needs.most:
-        raise ValueError(f"{recipe.operation} takes {needs.most} images and not {images}")
+        raise ValueError(f"{recipe.operation} takes {needs.most} images, not {images}")
     if needs.captioned and recipe.caption is None:
         raise ValueError(f"{recipe.operation} needs a caption")
     if recipe.operation == "change" and recipe.before is None:
-        raise ValueError("change needs a caption of the image as it is")
+        raise ValueError("change needs a caption of the original image")
     if needs.turned and not recipe.shares:
         raise ValueError(f"{recipe.operation} needs shares, one for each image")
 

@@ -87,7 +87,9 @@ def open_store(url: str) -> Store:
         if not bucket or not url.lower().startswith("s3://"):
             raise UserError(f"store {url}: no bucket; write s3://BUCKET/PREFIX")
         if "@" in bucket:  # the message must not repeat it
-            raise UserError("store: its URL holds keys, which many can read; set AWS_ACCESS_KEY_ID, or use a profile")
+            raise UserError(
+                "store: its URL contains credentials, which others can read; set AWS_ACCESS_KEY_ID, or use a profile"
+            )
         from pipeline.store.s3 import S3Store  # loads boto3
 
         return S3Store(url.rstrip("/"), bucket, prefix.strip("/"))

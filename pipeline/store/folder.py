@@ -86,8 +86,8 @@ class FolderStore:
             if e.errno != errno.ELOOP:
                 raise
             raise UserError(
-                f"store {self.url}: {path} is a link, or lies behind one, and no link in a store is followed; delete "
-                "the link"
+                f"store {self.url}: {path} is a symbolic link, or below one, and links in a store are not followed; "
+                "delete the link"
             ) from e
 
     @contextmanager

@@ -189,7 +189,7 @@ def _who(held: Holder | None) -> str:
 
 def _leader(held: Holder | None) -> str:
     since = f", since {time.strftime('%Y-%m-%d %H:%M', time.gmtime(held.since))} UTC" if held else ""
-    return f"{_who(held)}, which works on this already{since}"
+    return f"{_who(held)}, which is working on this already{since}"
 
 
 def _follow(stage: str, held: Holder | None) -> str:

@@ -142,7 +142,7 @@ class S3Store:
             raise Unreachable(f"store {self.url}: cannot reach the server; check AWS_ENDPOINT_URL ({said})") from e
         except (exceptions.HTTPClientError, HTTPError) as e:
             raise Unreachable(
-                f"store {self.url}: the connection broke off or stood still {TRIES} times; check the network and the "
+                f"store {self.url}: the connection broke or stalled {TRIES} times; check the network and the "
                 f"server, {again} ({' '.join(str(e).split())})"
             ) from e
         except exceptions.BotoCoreError as e:  # of a profile, a role, a login, or a name that S3 does not take

@@ -158,7 +158,9 @@ class Checkpoints:
                     continue
                 saved = {part: self._read(record.blobs, part, like) for part, like in forms(state).items()}
             except CorruptObject as e:
-                log.warning("checkpoint at sample %s is skipped, for the one before it: %s", f"{_samples(path):,}", e)
+                log.warning(
+                    "checkpoint at sample %s is skipped, and the one before it is used: %s", f"{_samples(path):,}", e
+                )
                 continue
             put_back(state, saved)
             state.samples, state.seconds = record.samples, record.seconds
@@ -210,7 +212,7 @@ class Checkpoints:
                 missing[tensor] -= _copy_rows(found[tensor], first_row(like[tensor]), piece, starts.get(tensor, 0))
         # A parameter that nothing flowed through has no moments.
         if any(missing.values()) or (part != "optimizer" and found.keys() != like.keys()):
-            raise ValueError(f"checkpoint of another model: {part} has not all of its tensors")
+            raise ValueError(f"checkpoint of another model: {part} lacks some of its tensors")
         return found
 
     def records(self) -> list[str]:

@@ -49,8 +49,8 @@ def check(ctx: Context, task: Task) -> None:
             )
         if milestone > recipe.fork:
             raise UserError(
-                f"{where}.milestones: {milestone:,} is where the learning rate falls already, after {recipe.fork:,} "
-                "samples, so it would not equal a training of that length; lower it"
+                f"{where}.milestones: {milestone:,} is in the decay of the learning rate, which begins at "
+                f"{recipe.fork:,} samples, so it would not equal a training of that length; lower it"
             )
     rows = ctx.inputs["curation" if "curation" in ctx.inputs else "filter"]
     if not ShardList(ctx.store, rows).counts(f"train/{task.min_side}").any():

@@ -44,13 +44,13 @@ def compiles(stage: str, wanted: Compile, speed: Speed, samples: int, group: Pro
     if not all(able for _, able in found):
         lacking = f"{usual}, which torch.compile needs, is not on every machine of this training"
         if wanted != "auto":
-            raise UserError(f"run.{stage}.compile: {lacking}; install it, or set false")
+            raise UserError(f"run.{stage}.compile: {lacking}; install it, or set it to false")
         log.warning("%s: trains without compiling: %s", stage, lacking)
         return False
     # What nobody asked for must not end a training: torch warns and computes such a layer as it is.
     # PyTorch's guides name this switch, and the one below, by their modules: there are no others.
     torch._dynamo.config.suppress_errors = wanted == "auto"
-    log.info("%s: compiles its layers before the first step, which takes minutes", stage)
+    log.info("%s: compiling layers before the first step, which takes minutes", stage)
     return True
 
 

@@ -41,7 +41,7 @@ def choose_device(name: str) -> torch.device:
             f"device {name}: torch finds no GPU here; use auto or cpu, or install a driver and torch for CUDA"
         )
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise UserError(f"device {name}: GPUs are counted from 0, and torch finds {count} here; name another")
+        raise UserError(f"device {name}: GPUs are numbered from 0, and torch finds {count} here; name another")
     return device
 
 

@@ -59,11 +59,11 @@ def showing(ctx: Context, every_s: float = 5.0) -> Iterator[None]:
                 failed = False
             except Exception as e:  # such as a store that is away for a minute, which the training outlives
                 if not failed:
-                    log.warning("%s: report and trackers do not show it for now: %s", ctx.stage, e)
+                    log.warning("%s: not shown in report and trackers for now: %s", ctx.stage, e)
                 failed = True
 
     with closing(Trackers(ctx)) as trackers:
-        with _meanwhile(follow, f"{ctx.stage}: report and trackers do not show it any more while it runs"):
+        with _meanwhile(follow, f"{ctx.stage}: no longer shown in report and trackers while it runs"):
             yield
         if made := load_artifact(ctx.store, ctx.stage, ctx.key):
             trackers.tell(made)

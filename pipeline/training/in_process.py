@@ -167,7 +167,7 @@ class Beside:
             with safe_open(self.checkpoint, "pt") as file:
                 said = json.loads(file.metadata()["unclip"])
                 if said["recipe"] != self.key:
-                    raise UserError(f"checkpoint {self.checkpoint} is of another recipe than this; {remedy}")
+                    raise UserError(f"checkpoint {self.checkpoint} belongs to another recipe; {remedy}")
                 for whole in file.keys():  # noqa: SIM118 - no mapping
                     part, _, name = whole.partition("/")
                     tensors[part][name] = file.get_tensor(whole)
@@ -176,7 +176,7 @@ class Beside:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as e:
             raise UserError(f"checkpoint {self.checkpoint} is not one of {self.name} ({e}); {remedy}") from e
         self.told = len(state.journal.lines)
-        log.info("%s goes on at sample %s of %s", self.name, f"{state.samples:,}", self.checkpoint)
+        log.info("resuming %s at sample %s of %s", self.name, f"{state.samples:,}", self.checkpoint)
 
 
 class _Ended(Exception):

@@ -57,7 +57,7 @@ def fitting_rows(
                 log.warning("%s: one row: %s", stage, lacking)
                 raise OutOfMemory("one row", 1)
             rows = -(-rows // 2)
-            log.info("%s: computes %d rows at once, because more do not fit into memory", stage, rows)
+            log.info("%s: micro-batch of %d rows, because more do not fit into memory", stage, rows)
             _empty_cache(group.device)
         _empty_cache(group.device)  # NCCL allocates beside PyTorch
     return rows
@@ -111,8 +111,8 @@ def halved(ctx: Context, task: Task, what: str, rows: int) -> TrainingSettings:
         raise UserError(f"{ctx.stage}: {what} did not fit into memory; {advice}")
     half = -(-rows // 2)
     log.warning(
-        "%s: %d rows at once did not fit into memory; going on from the last checkpoint with %d. "
-        "run.%s.micro_batch=%d starts there",
+        "%s: %d rows at once did not fit into memory; resuming from the last checkpoint with %d. Set "
+        "run.%s.micro_batch=%d to start there",
         *(ctx.stage, rows, half, ctx.stage, half),
     )
     return replace(ctx.settings, micro_batch=half)

@@ -28,30 +28,28 @@ class TrainingRecipe:
     Progress is counted in samples: the rows that a model has seen.
 
     Attributes:
-        samples: Samples seen at which the training stops, rounded up to whole batches; raising it later goes on from
-            there.
-        batch: Rows a step, over all workers; a multiple of ``lanes``.
+        samples: Samples seen at the end of the training, rounded up to whole batches; raising it later continues the
+            training.
+        batch: Rows per step, over all workers; a multiple of ``lanes``.
         optimizer: ``adamw``, or ``muon`` for the matrices and kernels of hidden layers and AdamW for the rest.
         learning_rate: Learning rate after the warmup.
         beta2: Adam's beta2; beta1 is 0.9.
         eps: Adam's epsilon.
-        weight_decay: Decoupled weight decay of the weights of layers; not of biases, norms, embeddings, positions and
+        weight_decay: Decoupled weight decay of layer weights, but not of biases, norms, embeddings, positions and
             padding.
-        warmup_steps: Optimizer steps over which the learning rate rises linearly; ``scale`` leaves them as they are.
-        decay: Samples before the stop over which the learning rate falls to zero; such a training branches off one
-            whose rate stays. Where ``samples`` replaces a preset's, the decay keeps its share of them.
-        clip_norm: Bound on the gradient's norm; 0 is none.
-        ema_half_life: Half-life, in samples, of the averaged weights (EMA) that become the model; at most a tenth of
-            the samples seen, so that nothing is left of the random start however short the training. ``nano`` and
-            ``tiny`` have that tenth; 0 averages nothing.
-        lanes: Parallel data streams, of each of which a step takes as many rows.
-        window: Rows that are shuffled with each other in a lane; a worker holds 1.25 times as many encoded
-            images of each lane in memory.
-        captions: Captions of a row that a model reads: ``any`` draws one for each time that the row is seen, ``first``
-            takes the first.
+        warmup_steps: Optimizer steps of linear warmup; ``scale`` does not change them.
+        decay: Samples before the end over which the learning rate falls to zero, as a branch of a training with
+            constant rate. If ``samples`` overrides a preset's, the decay keeps its share of them.
+        clip_norm: Maximum gradient norm; 0 does not clip.
+        ema_half_life: Half-life in samples of the averaged weights (EMA) that become the model; at most a tenth of the
+            samples seen, so that even a short training forgets its random initialisation. ``nano`` and ``tiny`` use
+            that tenth; 0 turns averaging off.
+        lanes: Parallel data streams, from each of which a step takes the same number of rows.
+        window: Shuffle window of a lane in rows; a worker holds 1.25 times as many encoded images per lane in memory.
+        captions: Captions that a model reads: ``any`` draws one of a row's each time, ``first`` uses the first.
         seed: Seed of weights, order and noise.
-        precision: ``bf16`` is autocast, and fp32 on a device without bf16.
-        init_from: A safetensors file of weights of the same model to begin with, instead of random ones.
+        precision: Precision: ``fp32``, or ``bf16`` with autocast, which is fp32 on a device without bf16.
+        init_from: Safetensors file of initial weights for the same model, instead of random ones.
     """
 
     # The module of pipeline.training.tasks that makes the model and its loss.
@@ -111,15 +109,15 @@ class TrainingRecipe:
 class ClipRecipe(TrainingRecipe):
     """Says which CLIP everything else is built on.
 
-    Learning rate, its warmup and weight decay are those of unCLIP's and CLIP's papers. That the rate falls, as in the
-    latter, large presets say: ``decay``.
+    Learning rate, warmup and weight decay are those of unCLIP's and CLIP's papers; large presets set ``decay``, as in
+    the latter.
 
     Attributes:
         model: Sizes of the CLIP to train.
         weights: ``train`` trains ``model`` from these pairs; ``open_clip:NAME:TAG``, such as
-            ``open_clip:ViT-L-14:openai``, takes open_clip's weights; ``local-dir:FOLDER`` takes a folder in
-            open_clip's layout. The last two train nothing and ignore the other fields. A key holds the name of the
-            weights and not their bytes.
+            ``open_clip:ViT-L-14:openai``, takes open_clip's weights; ``local-dir:FOLDER`` takes a folder in open_clip's
+            layout. The last two skip training and ignore the other fields. A key includes the weights' name, not their
+            bytes.
     """
 
     task: ClassVar[str] = "clip"

@@ -155,7 +155,7 @@ def at_stop(ctx: Context, samples: int) -> Context:
 
 def warn_of_milestones(ctx: Context, reached: int) -> None:
     """Says which milestones lie before the checkpoint that a training goes on from, and are not there."""
-    text = "%s: the milestone at %s samples lies before the checkpoint that is gone on from, and is not made"
+    text = "%s: the milestone at %s samples is before the checkpoint that is resumed, and is not made"
     for milestone in ctx.settings.milestones:
         gone = milestone + ctx.recipe.batch <= reached
         if gone and load_artifact(ctx.store, ctx.stage, at_stop(ctx, milestone).key) is None:

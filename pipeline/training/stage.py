@@ -64,7 +64,8 @@ def _clip_fits(stage: Stage, config: Any) -> None:
     for found in () if stage.recipe.pretrained else lists_there(config.source.paths):
         if found.embedded:
             raise UserError(
-                f"source {found.path}: imported embeddings train no CLIP; name in clip.weights the one that made them"
+                f"source {found.path}: a CLIP cannot train on imported embeddings; name the CLIP that made them in "
+                "clip.weights"
             )
 
 

@@ -97,7 +97,7 @@ class WandB:
         self._sent.parent.mkdir(parents=True, exist_ok=True)
         here = os.environ.get("WANDB_MODE") is None and not wandb.login(prompt=False)
         if here:
-            log.info("%s: nobody is logged in to wandb, so it is written offline; wandb sync sends it", stage)
+            log.info("%s: not logged in to wandb, so the run is written offline; upload it with wandb sync", stage)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or output.absolute().name,
             id=name,
@@ -279,7 +279,7 @@ class Trackers:
         try:
             yield
         except Exception as e:  # a tracker is code of somebody else, and must not end a training
-            log.warning("%s: the tracker %s failed and gets nothing more: %s", self._ctx.stage, name, e)
+            log.warning("%s: the tracker %s failed and is turned off: %s", self._ctx.stage, name, e)
             self._open.pop(name, None)
 
 

@@ -152,7 +152,7 @@ def test_it_survives_its_submitter_and_the_keys_are_the_laptops(
     follow = Cluster.follow
     monkeypatch.setattr(Cluster, "follow", lambda *words: (tmp_path / "go").touch() or follow(*words))
     again = done(here("submit", *words))
-    assert f"\n{submitted} runs already; what it said so far:" in again
+    assert f"\n{submitted} runs already; its output so far:" in again
     assert "source done" in again
     assert keys(open_at(tmp_path / "store"))["source"] == _planned(config)["source"]
     assert (tmp_path / "out/report.html").exists()
@@ -176,7 +176,7 @@ def test_a_job_that_fails_or_is_stopped_is_said_with_its_exit_code(
     failed = unclip("submit", config, *other, "--to", address, "--until", "pairs")
     assert failed.returncode == 2, failed.stdout + failed.stderr
     assert "NO_SUCH_VARIABLE" in failed.stdout
-    assert "failed (exit code 2); submit it again to go on where it was" in failed.stderr
+    assert "failed (exit code 2); submit it again to resume it" in failed.stderr
     assert s3.environment["AWS_SECRET_ACCESS_KEY"] not in failed.stdout + str(_details(address, token))
     assert keys(open_at(url))["source"] == _planned(config, *other[:1])["source"]
 
@@ -186,9 +186,9 @@ def test_a_job_that_fails_or_is_stopped_is_said_with_its_exit_code(
         submitter = _start(log, config, other[0], hosts, *to, "--until", "pairs")
         _wait("a second time", lambda: _said(log, "-2 is submitted") or submitter.poll() is not None)
         stopped = done(unclip("submit", config, *to, "--stop"))
-        assert "-2 was stopped (stopped); what it has made is kept" in stopped
+        assert "-2 was stopped (stopped); its results are kept" in stopped
         assert submitter.wait(WAIT_S) == 1
-        assert "-2 was stopped; submit it again to go on where it was" in log.read_text()
+        assert "-2 was stopped; submit it again to resume it" in log.read_text()
 
 
 def _details(address: str, token: str) -> object:

@@ -193,7 +193,7 @@ def test_files_of_recipes_travel_and_weights_go_through_the_store(tmp_path: Path
     there = make_config(values)
     assert (there.pairs, differences(there.decoder)) == (config.pairs, differences(config.decoder))
     weights.write_bytes(b"others")
-    with pytest.raises(UserError, match="has changed since it was named"):
+    with pytest.raises(UserError, match="changed during this command"):
         send_weights(store, package)
 
 
@@ -227,7 +227,7 @@ def test_a_clip_in_a_folder_or_a_file_needs_a_path_that_the_job_finds(
             package("my-clip", here)
     place = tmp_path / "my-clip"
     assert package(place, here=True).notes == ()
-    note = f"{place} ({setting}) does not travel: the cluster's {machines} must have it there"
+    note = f"{place} ({setting}) is not copied: the cluster's {machines} must have it there"
     assert package(place, here=False).notes == (note,)
 
 

@@ -53,7 +53,7 @@ def test_a_release_is_rendered_as_a_service_that_ray_serve_takes(
     assert ServedBundle(**application.args["served"]) == served
     settings = parse(ServeSettings, application.args["settings"], "serve")
     assert (settings.replicas, settings.idle_replicas, settings.batch, settings.device) == (3, 0, 16, "cuda")
-    with pytest.raises(UserError, match="lets others in"):  # as a pod does whose Secret has no UNCLIP_TOKENS
+    with pytest.raises(UserError, match="accepts other machines"):  # as a pod does whose Secret has no UNCLIP_TOKENS
         read_tokens(settings)
     (container,) = service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
     assert {"name": "serve", "containerPort": 8000} in container["ports"]  # or older KubeRay makes no Service for it
@@ -108,8 +108,8 @@ def test_what_pods_need_is_asked_for(project: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("tokens=mine.txt", "mine.txt does not travel to pods; put its lines into UNCLIP_TOKENS"),
-        ("prompt_head=head.safetensors", "head.safetensors does not travel to pods; name its absolute path"),
+        ("tokens=mine.txt", "mine.txt is not copied to pods; put its lines into UNCLIP_TOKENS"),
+        ("prompt_head=head.safetensors", "head.safetensors is not copied to pods; name its absolute path"),
         ("port=9000", "port=9000: a RayService listens at 8000"),
     ],
 )

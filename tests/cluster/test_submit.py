@@ -127,11 +127,11 @@ def test_what_is_fresh_is_not_submitted(tmp_path: Path) -> None:
     ("status", "code", "exit_code", "said"),
     [
         ("SUCCEEDED", 0, 0, ""),
-        ("FAILED", 2, 2, "job failed (exit code 2); submit it again to go on where it was\n"),
-        ("FAILED", -9, 137, "job failed (exit code 137); submit it again to go on where it was\n"),
-        ("FAILED", None, 1, "job failed (no node); submit it again to go on where it was\n"),
-        ("STOPPED", None, 1, "job was stopped; submit it again to go on where it was\n"),
-        ("RUNNING", None, 130, "\njob goes on: the same command attaches to it, --stop stops it\n"),
+        ("FAILED", 2, 2, "job failed (exit code 2); submit it again to resume it\n"),
+        ("FAILED", -9, 137, "job failed (exit code 137); submit it again to resume it\n"),
+        ("FAILED", None, 1, "job failed (no node); submit it again to resume it\n"),
+        ("STOPPED", None, 1, "job was stopped; submit it again to resume it\n"),
+        ("RUNNING", None, 130, "\njob keeps running: the same command attaches to it, --stop stops it\n"),
     ],
 )
 def test_how_a_job_ends_is_said_with_what_to_do(
@@ -150,6 +150,6 @@ def test_only_jobs_of_the_project_are_stopped(tmp_path: Path, monkeypatch: pytes
     words = ("submit", config, "--to", cluster.address, "--stop")
     assert "no job of micro runs there" in done(here(*words))
     cluster.seen.append(JobInfo("mine", "RUNNING", "", None, about))
-    assert done(here(*words)) == "mine was stopped (stopped); what it has made is kept\n"
+    assert done(here(*words)) == "mine was stopped (stopped); its results are kept\n"
     monkeypatch.undo()
     assert "no job of micro runs there" in done(here("submit", config, "--to", "local", "--stop"))

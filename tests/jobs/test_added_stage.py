@@ -98,7 +98,7 @@ def test_every_command_finds_it(site: Path, config: Path) -> None:
     assert "<td>darkest</td>" in page.partition('<section id="stage-brightness">')[2]
 
     (Path(values["store"]) / blob_path(shards[0].blobs["brightness"])).unlink()
-    assert "again what is lost of brightness" in done(run_with(site, "data", "check", config, "--repair"))
+    assert "remakes what is lost of brightness" in done(run_with(site, "data", "check", config, "--repair"))
     assert "brightness done" in done(run_with(site, "run", config, *until))
 
 

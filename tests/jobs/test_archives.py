@@ -120,13 +120,13 @@ def test_the_same_bundle_makes_the_same_bytes_without_a_path_of_this_machine(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--to", "fox.zip"), "fox.zip is there already; name another file with --to"),
+        (("--to", "fox.zip"), "fox.zip exists already; name another file with --to"),
         (
             ("--to", "a.zip", "--license", "CC-BY"),
             "no training image has the licence CC-BY; the list names CC-BY 4.0, unknown",
         ),
         (("--to", "a.zip", "--format", "diffusers"), "--format diffusers writes a folder"),
-        (("--to", "a", "--license", "CC0"), "--license: training images travel in one file alone"),
+        (("--to", "a", "--license", "CC0"), "--license: training images are packed into a single file only"),
         (("--to", "a.zip", "--license", "CC0"), "no training image has the licence CC0"),  # of the held-out one
     ],
 )
@@ -177,7 +177,7 @@ def test_a_bundle_that_travelled_names_its_training_images_by_the_same_words_eve
             assert [row["caption"] for row in answer.json()["data"]] == ["image 2", "image 0"]
     with pytest.raises(UserError, match="have no index here: unclip run CONFIG --until index makes it"):
         unclip.load(archive.parent / "bundle", device="cpu").nearest("mine.png")
-    with pytest.raises(UserError, match="these models are not a bundle's"):
+    with pytest.raises(UserError, match="these models do not come from a bundle"):
         model.replace().nearest("mine.png")
     with pytest.raises(UserError, match="n is 0; use 1 to 1000"):
         model.nearest("mine.png", n=0)
@@ -298,7 +298,7 @@ def test_the_demo_is_fetched_once_and_draws(
 def test_a_fetch_goes_on_where_it_was_broken(files: Files, address: str, cache: Path) -> None:
     files.ends = [100_000, 150_000]
     for end in (100_000, 150_000):
-        with pytest.raises(UserError, match=rf"{end:,} of {len(files.data):,} bytes came; the same command goes on"):
+        with pytest.raises(UserError, match=rf"{end:,} of {len(files.data):,} bytes arrived; run the same"):
             find_bundle(address)
     assert find_bundle(address).folder.is_dir()
     assert files.asked == [None, "bytes=100000-", "bytes=150000-"]

@@ -107,7 +107,7 @@ def test_an_edit_counts_once_it_is_run(config: Path) -> None:
 
 def test_a_report_of_less_does_not_replace_one_of_more(config: Path) -> None:
     page = (config.parent / "out/report.html").read_bytes()
-    says = "shows 2 stages that are made, and with these values 1 are"
+    says = "shows 2 finished stages, but with these values 1 are finished"
     refused("report", config, "pairs.encode_quality=80", says=says)
     assert (config.parent / "out/report.html").read_bytes() == page
     assert main(["report", str(config), "pairs.encode_quality=80", "--output", str(config.parent / "two.html")]) == 0

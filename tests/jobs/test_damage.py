@@ -111,7 +111,7 @@ def test_several_damaged_objects_are_found_at_once(undisturbed: Undisturbed, tmp
     assert main(["data", "check", config]) == 1
     said = capsys.readouterr().out
     assert all(f"{store.url}/{path} has other bytes than its name says: to be quarantined" in said for path in paths)
-    assert "\nthe next run makes again what is lost of captions, embeddings, pairs, source; " in said
+    assert "\nthe next run remakes what is lost of captions, embeddings, pairs, source; " in said
     assert f"nothing is changed without --repair: unclip data check {config} --repair" in said
     assert main(["data", "check", config, "--repair"]) == 0
     assert main(["run", config, "--until", "codec"]) == 0
@@ -129,7 +129,7 @@ def test_a_lost_artefact_that_is_pinned_for_other_data_is_not_made_from_these(
     store.delete([artifact_path("clip", clip)])
     assert main(["run", str(config), "--until", "codec"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith(f"error: clip is pinned to {clip[:12]}, which is lost")
+    assert line.startswith(f"error: clip is pinned to {clip[:12]}, which is missing")
     assert "clip" not in keys(store)
 
 

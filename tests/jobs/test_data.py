@@ -99,7 +99,7 @@ def test_what_is_forgotten_is_not_tried_again(tmp_path: Path, pictures: str) -> 
         done(here("run", config, NOBODY, "run.pairs.retries=0", "--until", "pairs"))
         others = done(here("data", "retry", config, "--reason", "timeout"))
         assert re.fullmatch(r"no row to retry; .*: \d+ unreachable; --reason unreachable retries those\n", others)
-        assert done(here("data", "retry", config)).startswith("20 rows are tried again in their places")
+        assert done(here("data", "retry", config)).startswith("20 rows are retried in place")
     assert done(here("data", "forget", config, victim["url"])).startswith("1 rows are forgotten")
     done(here("run", config, "--until", "curation"))
     ended = [row["reason"] for row in _rows(store, config, "pairs")]
@@ -131,7 +131,7 @@ def test_a_retry_beside_another_command(
     if other == "list":
         refused("data", "retry", config, says="the list has changed meanwhile")
     elif other == "retry":
-        refused("data", "retry", config, says="somebody else has changed the rows to be tried again")
+        refused("data", "retry", config, says="another process has changed the rows to retry")
     else:
         assert done(here("data", "retry", config)).startswith("20 rows are tried again")
         done(here("run", config, "--until", "pairs"))

@@ -142,7 +142,7 @@ def test_generate_gives_each_worker_a_gpu(
     [
         (("sample", "a red fox", "--device", "cuda"), "device cuda: torch finds no GPU here; use auto or cpu"),
         (("edit", "priors", "a red fox", "--device", "cuda"), "device cuda: torch finds no GPU here; use auto or cpu"),
-        (("generate", "list.txt", "--device", "cuda"), "--device cuda: no GPU was found to draw on"),
+        (("generate", "list.txt", "--device", "cuda"), "--device cuda: no GPU was found"),
         (("generate", "list.txt", "--device", "cuda", "--gpus", "0"), "--gpus 0 and --device cuda exclude each other"),
         (("generate", "list.txt", "--device", "cpu", "--gpus", "1"), "--gpus 1 and --device cpu exclude each other"),
         (("generate", "list.txt", "--workers", "0", "--gpus", "1"), "device cuda: torch finds no GPU here"),
@@ -161,7 +161,7 @@ def test_a_device_that_there_is_not_is_a_line(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(UserError, match="device cuda:2: GPUs are counted from 0, and torch finds 2 here"):
+    with pytest.raises(UserError, match="device cuda:2: GPUs are numbered from 0, and torch finds 2 here"):
         choose_device("cuda:2")
 
 

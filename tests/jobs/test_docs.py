@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import doctest
 import json
 import re
 import runpy
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+import unclip
 from jobs.command_line import command_line
 from pipeline.config import SCHEMA, Config, Run
 from pipeline.errors import UserError
@@ -342,3 +345,36 @@ def test_python_of_a_page_runs_as_it_stands(folder: Path) -> None:
     assert [image.size for image in (names["monster"], *names["four"], *names["between"])] == [(64, 64)] * 10
     assert names["plan"].stale[:1] == ["decoder"]
     assert len(names["samples"].__iter__().__next__()) == 2
+    with chdir(folder):
+        run_examples(names)
+
+
+def examples() -> Iterator[doctest.DocTest]:
+    """The docstrings of every public class and function, and of its methods."""
+    for name in unclip.__all__:
+        thing = getattr(unclip, name)
+        if getattr(thing, "__module__", "").startswith(("unclip.", "jobs.look")):
+            yield from doctest.DocTestFinder(exclude_empty=False).find(thing, name)
+
+
+def run_examples(names: dict[str, Any]) -> None:
+    """Runs the examples of the reference after those of the page, with their names."""
+    runner = doctest.DocTestRunner()
+    for test in examples():
+        test.globs = {**names, "PIL": PIL}
+        runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0
+
+
+def test_every_public_call_has_an_example() -> None:
+    """But for ``Pairs.ray``, which starts a Ray."""
+    bare = set()
+    for test in examples():
+        owner, _, name = test.name.rpartition(".")
+        if (
+            not test.examples
+            and name[0] != "_"
+            and not (owner and isinstance(vars(getattr(unclip, owner))[name], property))
+        ):
+            bare.add(test.name)
+    assert bare == {"Artifact", "Model", "Project", "Pairs.ray"}

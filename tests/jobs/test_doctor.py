@@ -348,7 +348,7 @@ def test_nodes_that_differ_or_do_not_see_the_store(here: Path) -> None:
     assert [f.level for f in findings(folder, good, good)] == ["ok"]
     (unseen,) = findings(folder, good, Answer(versions(), "it is not there"))
     assert (unseen.level, unseen.subject) == ("problem", "nodes")
-    assert f"node-1 does not see the store {folder.url} (it is not there)" in unseen.text
+    assert f"node-1 cannot reach the store {folder.url} (it is not there)" in unseen.text
     assert "s3://BUCKET/PREFIX" in unseen.advice
     (unseen,) = findings(open_store("s3://bucket/a"), Answer(versions(), "no AWS credentials"))
     assert "AWS settings" in unseen.advice

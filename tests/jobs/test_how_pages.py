@@ -108,7 +108,7 @@ def test_tensors_and_metrics_are_those_of_the_codec(undisturbed: Undisturbed) ->
     sizes = {"d": tensors["mean"].shape[0], "k": len(tensors["components"]), "B": tensors["values"].shape[1]}
     for row in rows:
         if "tensor" in row:
-            said = re.match(r"\[(.+?)\]", row["holds"])
+            said = re.match(r"\[(.+?)\]", row["content"])
             assert said
             shape = [eval(side, {}, sizes) for side in said[1].split(", ")]
             assert shape == list(tensors[names_in(row["tensor"])[0]].shape)

@@ -245,7 +245,7 @@ def test_on_a_machine_with_a_gpu_it_is_used(monkeypatch: pytest.MonkeyPatch, cap
     assert replace(config.run, output=plain.run.output) == plain.run
     assert config.clip.weights == CLIP_WEIGHTS
     output = capsys.readouterr().out
-    assert "clip.weights takes a CLIP that exists" in output
+    assert "clip.weights names an existing CLIP" in output
     assert "a CLIP trained on fewer" not in output
     assert made("unlisted").clip.weights == CLIP_WEIGHTS
     assert "preset: small" in Path("unlisted.yaml").read_text()
@@ -340,7 +340,7 @@ def test_fine_tuning_learns_at_rates_that_were_seen_to_be_right(bundle: Path, gp
 def test_a_bundle_without_a_decoder_has_nothing_to_go_on_from(bundle: Path) -> None:
     shutil.copytree(bundle, "less")
     shutil.rmtree("less/decoder")
-    with pytest.raises(UserError, match=r"less: no decoder there to go on from; name a bundle's folder"):
+    with pytest.raises(UserError, match=r"less: no decoder there to start from; name a bundle's folder"):
         starter("mine", False, SourceRecipe((table("csv"),)), None, Path("less"))
 
 

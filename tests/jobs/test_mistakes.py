@@ -94,7 +94,7 @@ def test_a_place_that_cannot_be_written(write: Write, tmp_path: Path) -> None:
 def test_temporary_files_where_ray_cannot_be(write: Write, tmp_path: Path) -> None:
     deep = tmp_path / ("long" * 20)
     deep.mkdir()
-    says = ["TMPDIR", "too long a name for Ray", "RAY_TMPDIR=/tmp"]
+    says = ["TMPDIR", "too long for Ray's sockets", "RAY_TMPDIR=/tmp"]
     refused("run", write(), "run.pairs.workers=1", says=says, env={"RAY_TMPDIR": str(deep)})
 
 
@@ -119,7 +119,7 @@ def test_without_words_it_shows_its_usage() -> None:
 def test_sample_without_a_bundle(tmp_path: Path) -> None:
     refused("sample", "a cat", "--from", tmp_path, "--set", "steps", says="steps: write NAME=VALUE")
     (tmp_path / "bundle.json").write_text(f'{{"store": "{tmp_path}", "bundle": "0123456789abcdef", "files": ""}}')
-    refused("sample", "a cat", "--from", tmp_path, says=["its bundle is not in", "run its configuration again"])
+    refused("sample", "a cat", "--from", tmp_path, says=["its bundle is no longer in", "run its configuration again"])
 
 
 def test_a_damaged_blob_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -234,7 +234,7 @@ def test_a_project_is_planned_and_run(project: unclip.Project, capsys: pytest.Ca
     assert [type(event) for event in told] == [unclip.RunPlan]
     assert (result.plan.stale, result.artifacts, str(result)) == ([], {}, "nothing to do")
     assert capsys.readouterr().out == ""
-    refuses({lambda: project.artifact("decoder"): "unclip run makes them"})
+    refuses({lambda: project.artifact("decoder"): "make them with unclip run"})
 
 
 def test_values_open_as_their_file_does(undisturbed: Undisturbed, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_training_is_validated_watched_ended_and_resumed(tmp_path: Path) -> No
     assert journal == whole.journal
     assert told == [0, 8, 16, 24, 32, 40, 48, 56, 64]
     assert train("clip", rows, samples=64, **SHORT, **options).journal == whole.journal
-    with pytest.raises(unclip.UserError, match="is of another recipe"):
+    with pytest.raises(unclip.UserError, match="belongs to another recipe"):
         train("clip", rows, samples=72, **SHORT, **options)
     (tmp_path / "deep" / "clip.safetensors").write_bytes(b"no")
     with pytest.raises(unclip.UserError, match=r"is not one of clip .* delete it"):
@@ -193,8 +193,8 @@ def test_mistakes_in_training_are_one_line() -> None:
         lambda: train("ar_prior", {}): "pass codec=",
         lambda: unclip.train("diffusion_prior", PAIRS | {"captions": "ab"}): "give a list of strings",
         lambda: unclip.train("diffusion_prior", PAIRS | {"captions": [None]}): "give a list of strings",
-        lambda: train("diffusion_prior", {"captions": ["a"], "image_embedding": ["b"]}): "image_embedding: not numbers",
-        lambda: train("diffusion_prior", PAIRS | {"text_embedding": torch.zeros(2, 12)}): "of one CLIP have one length",
+        lambda: train("diffusion_prior", {"captions": ["a"], "image_embedding": ["b"]}): "image_embedding: not numeric",
+        lambda: train("diffusion_prior", PAIRS | {"text_embedding": torch.zeros(2, 12)}): "differ in dimension",
         lambda: train("diffusion_prior", PAIRS | {"text_embedding": torch.zeros(2)}): r"has rows of shape \[\]",
         lambda: train("diffusion_prior", {"tokens": torch.zeros(2, 77), **EMBEDDINGS}): "give whole numbers",
         lambda: train("diffusion_prior", {"captions": ["a"]}): "data has no image_embedding",
@@ -203,7 +203,7 @@ def test_mistakes_in_training_are_one_line() -> None:
         lambda: train("clip", [3, 4]): "row 0 of the data is a int",
         lambda: train("clip", []): "no rows",
         lambda: train("clip", iter([])): "without len",
-        lambda: train("clip", DataLoader([1])): "give its .dataset",
+        lambda: train("clip", DataLoader([1])): "pass its .dataset",
         lambda: train("clip", [(pixels[0], "a")]): r"row 0 of the data: image is float32 .* give PIL's",
         lambda: train("diffusion_prior", PAIRS, validation=PAIRS): "validation has 2 rows",
     }

@@ -46,7 +46,7 @@ def test_two_runs_at_once_share_the_work(s3: Server, undisturbed: Undisturbed, t
     store = open_at(url)
     _assert_one_result(store, undisturbed)
     assert sorted(attempts(store).values()) == [1, 1]  # CLIP and the decoder were each begun once
-    assert any("which works on this already" in result.stderr for result in results)
+    assert any("which is working on this already" in result.stderr for result in results)
 
 
 def _stopped_leader(undisturbed: Undisturbed, config: Path, store: Store) -> tuple[Running, Running]:
@@ -65,7 +65,7 @@ def test_the_waiting_run_takes_over_from_a_killed_leader(undisturbed: Undisturbe
     leader, follower = _stopped_leader(undisturbed, config, store)
     said: list[str] = []
     assert follower.stderr is not None
-    while not said or "which works on this already" not in said[-1]:
+    while not said or "which is working on this already" not in said[-1]:
         said.append(follower.stderr.readline())
         assert said[-1], said
     leader.kill()  # and nobody waits for it yet, so that the kernel still lists it

@@ -82,7 +82,7 @@ def test_another_bundle_is_named(draw: Draw, redraw: Redraw, tmp_path: Path) -> 
     for image, words in ((first, ["--seed", "5"]), (Path("strip.png"), [])):
         *_, last = redraw(image, "--from", "other", *words)
         assert last.startswith(
-            f"  bundle {'b' * 12} drew it: name its run, project or release with --from. A copy goes by"
+            f"  bundle {'b' * 12} drew it: name its run, project or release with --from. A copy has another key"
         )
 
 
@@ -109,7 +109,7 @@ def test_a_strip_comes_again_from_the_image_beside_it(redraw: Redraw, capsys: py
     assert (pixels(path) == pixels("strip.png")).all()
     assert said == ["  1: the image", "  2: seed 0", "  3: seed 1"]
     IMAGES[1].save("cat.png")
-    refused("redraw", "strip.png", says="was made of cat.png, which is not beside it; name it", cwd=Path())
+    refused("redraw", "strip.png", says="was made from cat.png, which is not beside it; name it", cwd=Path())
     *_, said_last = redraw("strip.png", "--image", "cat.png")
     assert said_last.startswith("  images: cat.png ")
     assert main(["edit", "change", "cat.png", "a", "b", "-n", "2", *SET, "-o", "single"]) == 0
@@ -123,7 +123,7 @@ def test_an_image_of_python_and_one_of_the_server_carry_the_same_recipe(redraw: 
     image = model.generate("a red fox", seed=3, progress=False, **FEW)
     image.save("python.png")
     [varied] = model.vary(image, n=1, progress=False, **FEW)
-    with pytest.raises(ValueError, match="vary takes 1 images and not 0"):
+    with pytest.raises(ValueError, match="vary takes 1 images, not 0"):
         model.redraw(varied)
     assert np.asarray(model.redraw(varied, [image], progress=False)[0]).tolist() == np.asarray(varied).tolist()
     events: list[Any] = []
@@ -162,7 +162,7 @@ def test_recipes_go_into_chunks_and_come_back() -> None:
         "change", "a dog", "a cat", seed=3, shares=(0.25,), options=FEW, side=64, bundle="b" * 64, version="1.2"
     )
     # Of the images that it begins with, a recipe names as many as its operation takes.
-    with pytest.raises(UserError, match="change takes 1 images and not 0"):
+    with pytest.raises(UserError, match="change takes 1 images, not 0"):
         read_recipe(png(**whole.chunks()), "a.png")
     drawn = ImageRecipe("draw", "a dög\n", seed=2**53 - 1, options=FEW)
     assert read_recipe(png(**drawn.chunks()), "a.png") == drawn
@@ -182,7 +182,7 @@ def test_recipes_go_into_chunks_and_come_back() -> None:
         ({"settings": '{"sise": 64}'}, "unknown sampling options"),
         ({"made": '{"n": 1000000}'}, "n is 1000000; use 1 to 1000"),
         ({"made": '{"operation": "rm"}'}, "unknown operation rm"),
-        ({"made": '{"operation": "vary"}'}, "vary takes 1 images and not 0"),
+        ({"made": '{"operation": "vary"}'}, "vary takes 1 images, not 0"),
         ({"made": '{"bundle": "../../etc"}'}, "not a key and a version"),
         ({"made": '{"images": [{"sha256": 7}]}'}, "cannot be read"),
         ({"made": '{"more": 1}'}, "more: unknown key"),
@@ -214,4 +214,4 @@ def test_a_name_in_a_recipe_opens_nothing_elsewhere(redraw: Redraw, tmp_path: Pa
     folder = tmp_path / "sub"
     folder.mkdir()
     (folder / "a.png").write_bytes(png(**GOOD, made=json.dumps(made)))
-    refused("redraw", folder / "a.png", says="was made of an image of sha256 000000000000", cwd=tmp_path)
+    refused("redraw", folder / "a.png", says="was made from an image of sha256 000000000000", cwd=tmp_path)

@@ -23,7 +23,7 @@ from tests.jobs.test_mistakes import refused
 
 
 def test_before_anything_is_made_or_released(made: Made) -> None:
-    assert "unclip run makes them, with --until evaluation" in made.release("promote", code=2)
+    assert "make them with unclip run --until evaluation" in made.release("promote", code=2)
     assert "nothing has been released" in made.release("list")
     assert "no release exists before the first" in made.release("rollback", code=2)
     assert "no current release exists yet" in made.release("diff", code=2)
@@ -142,7 +142,7 @@ def test_another_clip_cannot_be_compared(made: Made) -> None:
     made.make(0.2, "clip.seed=5")
     said = made.release("promote", "--set", "clip.seed=5", code=1)
     assert "another CLIP; figures by one CLIP cannot be compared with those by another" in said
-    assert "has another CLIP than" in made.release("evaluate", "--set", "clip.seed=5", code=2)
+    assert "uses another CLIP than" in made.release("evaluate", "--set", "clip.seed=5", code=2)
 
 
 def test_diff_names_data_recipe_and_figures(made: Made) -> None:
@@ -216,7 +216,7 @@ def test_a_bundle_that_is_gone_is_not_gone_back_to(made: Made) -> None:
     better = made.make(0.1, OTHER)
     made.release("promote", *LATER)
     made.store.delete([artifact_path("bundle", first)])
-    assert "has gone from" in made.release("rollback", code=2)
+    assert "is no longer in" in made.release("rollback", code=2)
     assert made.current == better
 
 
@@ -234,7 +234,7 @@ def test_a_configuration_may_begin_with_the_weights_of_the_release(made: Made) -
         *MODELS, "bundle", "samples", "evaluation",
     }  # fmt: skip
     other = made.release("weights", "--set", "codec.components=5")
-    assert f"# not ar_prior: it speaks the codes of codec {artifact.inputs['codec'][:12]}" in other
+    assert f"# not ar_prior: it predicts codes of codec {artifact.inputs['codec'][:12]}" in other
     assert yaml.safe_load(other).keys() == set(MODELS) - {"ar_prior"}
 
 
@@ -258,4 +258,6 @@ def test_another_bundle_is_a_key_a_project_a_folder_or_a_release(
     for name, why in ((better[:10], "is the same bundle"), ("feed", "no bundle in"), ("absent.yaml", "absent.yaml")):
         refused(*report, name, says=why)
     refused(*report[:3], "--output", tmp_path, says="is a folder; name a file, such as")
-    refused(*report[:3], "--output", tmp_path / "report.json", says="ends with .json, where the figures go")
+    refused(
+        *report[:3], "--output", tmp_path / "report.json", says="ends with .json, which is reserved for the figures"
+    )

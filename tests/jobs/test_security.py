@@ -250,5 +250,5 @@ def test_keys_in_the_address_of_a_store_are_refused_and_not_repeated(
     team: Team, caplog: pytest.LogCaptureFixture
 ) -> None:
     address = f"s3://writer:{SECRETS['writer']}@{BUCKET}/{PREFIX}"
-    process = refused("plan", team.config, f"store={address}", says="its URL holds keys")
+    process = refused("plan", team.config, f"store={address}", says="its URL contains credentials")
     assert SECRETS["writer"] not in process.stdout + process.stderr + caplog.text

@@ -54,7 +54,7 @@ def test_a_release_is_signed_and_used(signing: Made, tmp_path: Path, capsys: pyt
     first, key = signing.make(0.0), str(tmp_path / "release.key")
     assert "release.keys asks for a signature; name a private key with --key FILE" in signing.release("promote", code=2)
     other = str(make_key(tmp_path, "other.key"))
-    assert "other.key: is none of release.keys; add its line" in signing.release("promote", "--key", other, code=2)
+    assert "other.key: is not among release.keys; add its line" in signing.release("promote", "--key", other, code=2)
     assert signing.releases.moves == ()
     signing.release("promote", "--key", key)
     assert "is the release already" in signing.release("promote", "--key", key)

@@ -34,7 +34,7 @@ run mine.yaml --only decoder                      | --only decoder needs source,
 run mine.yaml --only decoder --until pairs        | --only and --until exclude each other
 submit mine.yaml --to http://[::1:8265            | http://[::1:8265 is not the address of a dashboard
 run mine.yaml -q -v                               | -v/--verbose ~exclude each other; leave one of them out
-run mine.yaml --decoder.samples=100               | values are written without dashes: decoder.samples=100
+run mine.yaml --decoder.samples=100               | write values without dashes: decoder.samples=100
 run mine.yaml decoder.samples 100                 | decoder.samples 100: not understood here; ~[KEY=VALUE ...]
 plan mine.yaml decoder.samples=many               | decoder.samples: expected a whole number, got 'many'
 plan mine.yaml decoder.samles=100                 | decoder.samles: unknown key; did you mean samples?
@@ -55,7 +55,7 @@ plan mine.yaml clip.weights=ViT-B-32              | use train, open_clip:NAME:TA
 run mine.yaml --events none/none/file             | --events none/none/file: cannot be written ~name a file in a folder
 plan mine.yaml run.decoder.device=gpu             | run.decoder.device
 plan mine.yaml --gpus 1xM60                       | unknown kind M60
-plan mine.yaml --gpus "1xApple M3 Max"            | nothing runs on Apple's GPUs; leave it out
+plan mine.yaml --gpus "1xApple M3 Max"            | Apple's GPUs are not used; leave it out
 plan mine.yaml --pairs 0                          | --pairs 0: plan for 1 pair or more
 plan mine.yaml --utilisation 2                    | --utilisation 2: use a share above 0 and at most 1
 submit mine.yaml                                  | unclip submit: --to is missing
@@ -66,14 +66,14 @@ init "" list.csv                                  | project: '' is not a plain n
 init my tars/{00..10}.tar                         | ; patterns are not expanded: name the folder
 init my links.csv                                 | has link, TEXT. Set source.image_column ~here with --image
 init my two.csv                                   | no column caption; prompt and text could be meant
-init my bare.tsv                                  | line 1 has to name the columns, and it is a row ~<tab>a cat)
+init my bare.tsv                                  | line 1 must name the columns, but is a row ~<tab>a cat)
 init my old.csv                                   | 'Mädchen' in cp1252, 'Mдdchen' in cp1251
-init mine list.csv                                | mine.yaml is there already and stays as it is
+init mine list.csv                                | mine.yaml exists already and is not overwritten
 init ../photos                                    | a name comes first; write unclip init my-project ../photos
 init list.csv                                     | a name comes first; write unclip init my-project list.csv
 init my photos                                    | no rows; it has no image, tar or table: 1 file ~readme.md
 init my none                                      | source none: no rows; it has no image, tar or table
-init my array.jsonl                               | array.jsonl: line 1 ~write a JSON object a line
+init my array.jsonl                               | array.jsonl: line 1 ~write one JSON object per line
 init my book.xlsx                                 | book.xlsx: not a spreadsheet that can be read
 init my book.docx                                 | book.docx: not a .parquet, .csv, ~save it as one
 init my gone.csv                                  | gone.csv: no such file or folder in
@@ -83,7 +83,7 @@ sample cat --seed -1                              | seed -1 is below 0
 sample cat --seed 9007199254740992                | seed 9007199254740992 is too large; use one below
 sample cat -n 0                                   | n is 0; use 1 to 1000
 sample cat -n 4 -o cat.png                        | --to cat.png: 4 images do not fit into one file; name a folder
-sample cat -o cat.jpg                             | --to cat.jpg: what is made is a .png file; name one, or a folder
+sample cat -o cat.jpg                             | --to cat.jpg: the output is a .png file; name one, or a folder
 sample cat --negative-prompt "an ugly dog"        | negative_prompt is not known here: guidance leads away from
 sample cat generator=7                            | generator is not known here: give its seed
 sample cat width=512                              | width is not known here: images are square
@@ -96,16 +96,16 @@ sample cat --seed x                               | --seed: 'x' is not a number
 sample cat --device gpu                           | --device: unknown value gpu; did you mean cpu?
 edit varation cat.gif                             | unknown command varation; did you mean variations?
 edit vary gone.png --from none              | gone.png: cannot be read (No such file or directory); name an image
-edit change cat.gif a a --from none               | both captions are 'a'; let the second say
+edit change cat.gif a a --from none               | both captions are 'a'; describe the wanted image
 edit vary cat.gif --count 0 --from none           | n is 0; use 1 to 1000
 show                                              | name a configuration, or --store URL
 show mine.yaml abc                                | no artefact in ~unclip show without a key lists
 show --store gone                                 | --store gone: no such folder; name a store
 show --store none run.lease_s=3                   | neither a configuration nor values
 show none                                         | no store in none to take; name a configuration, or --store URL
-report mine.yaml                                  | nothing of it is made yet; unclip run makes it
+report mine.yaml                                  | nothing has been made yet; use unclip run
 data search mine.yaml                             | CAPTION or --image: one of them is needed
-data search mine.yaml cat                         | not made for the current list ~with --until index
+data search mine.yaml cat                         | not made for the current list ~with unclip run --until index
 data search mine.yaml cat --count 0               | --count 0 is below 1
 data retry mine.yaml --reason timout              | unknown reason timout; did you mean timeout?
 data forget mine.yaml                             | nothing to forget: give keys, references or hashes, or --file
@@ -114,17 +114,17 @@ data gc mine.yaml --grace-hours -1 --yes          | --grace-hours -1 is below 0
 pin mine.yaml decoder                             | decoder cannot be pinned; clip, codec can
 pin mine.yaml clip                                | unclip run with --until clip makes what the configuration asks for
 completion bsh                                    | unknown value bsh; did you mean bash?
-logs mine.yaml                                    | unknown command logs; unclip show CONFIG says what is made
-status mine.yaml                                  | unknown command status; unclip show CONFIG says what is made
+logs mine.yaml                                    | unknown command logs; unclip show CONFIG shows its progress
+status mine.yaml                                  | unknown command status; unclip show CONFIG shows its progress
 stop mine.yaml                                    | unknown command stop; Ctrl-C stops a run
 train mine.yaml                                   | unknown command train; did you mean run?
 help realese                                      | unknown command realese; did you mean release?
 data lok list.csv                                 | unknown command lok; did you mean look?
 data                                              | COMMAND is missing; write unclip data COMMAND
 run mine.yaml --output out2                       | unknown option --output; write run.output=FOLDER
-run mine.yaml --resume                            | --resume; leave it out: the same command goes on where it was
-run mine.yaml --force                             | --force; leave it out: what a changed value or list makes stale
-run mine.yaml --gpus 1                            | --gpus; leave it out: GPUs that are there are used
+run mine.yaml --resume                            | --resume; leave it out: the same command resumes
+run mine.yaml --force                             | --force; leave it out: stages made stale by a changed value or list
+run mine.yaml --gpus 1                            | --gpus; leave it out: all GPUs are used
 plan mine.yaml sampling.size=256                  | sampling: unknown key; did you mean bundle.sampling?
 plan mine.yaml size=256                           | size: unknown key; did you mean bundle.sampling.size
 plan mine.yaml batch=12                           | batch: unknown key; did you mean clip.batch or ar_prior.batch
@@ -136,16 +136,16 @@ plan mine.yaml decoder.epochs=3                   | decoder.epochs: unknown key;
 plan mine.yaml source.paths=[TRAIN.csv]           | split 'TRAIN' is not train, ~name another column
 plan mine.yaml store=s3:/bucket                   | store s3:/bucket: no bucket; write s3://BUCKET/PREFIX
 plan mine.yaml store=ftp://host/a                 | only a folder or s3://, gs:// or az:// and BUCKET/PREFIX
-plan mine.yaml --gpus RTX4090                     | not a number of GPUs; write it as 64xH100
+plan mine.yaml --gpus RTX4090                     | not a number of GPUs; write it as 1xRTX4090
 submit mine.yaml --to k8s                         | --to k8s: ~or else local or kuberay
 init hub OWNER/NAME                               | a dataset of the Hugging Face Hub is hf://datasets/OWNER/NAME
 init hub hf://datasets/                           | Missing repository id. Write hf://datasets/OWNER/NAME
 init my cat.gif                                   | cat.gif: not a .parquet, .csv, ~nor a folder; save it as one
-edit vary https://h.test/a.png --from none        | https://h.test/a.png: only files are opened here; download it
-sample cat -o strip.jpg                           | --to strip.jpg: what is made is a .png file
+edit vary https://h.test/a.png --from none        | https://h.test/a.png: only local files are opened; download it
+sample cat -o strip.jpg                           | --to strip.jpg: the output is a .png file
 sample cat --device mps                           | --device: unknown value mps; known are auto, cpu, cuda
 serve --port 80000                                | serve.port: 80000 is above 65535
-data retry mine.yaml                              | not made for the current list and recipes: pairs; unclip run makes
+data retry mine.yaml                              | not made for the current list and recipes: pairs; make them
 release rollback mine.yaml                        | no release exists before the first to go back to
 export mine.yaml --to hf://me/model               | hf://me/model: only a folder or s3://, gs:// or az://
 plan ""                                           | CONFIG: '' is empty; is a variable of the shell not set?
@@ -164,14 +164,14 @@ plan mine.yaml store=gcs://bucket/a               | only a folder or s3://, gs:/
 plan mine.yaml source.paths=[fold1.csv]           | split 'fold1' is not train, ~name another column
 plan mine.yaml source.paths=[moved]               | source moved: no such file or folder in
 init "my project" list.csv                        | 'my project' is not a plain name; use letters, digits
-init my pairs.zip                                 | of compressed files only .csv.gz, ~; unpack it first
+init my pairs.zip                                 | the only compressed tables are .csv.gz, ~; unpack it first
 init my apart                                     | no row has a caption, ~a.txt for a.jpg~1 .txt without an image
 init my suffixes                                  | no row has a caption, ~1 .txt without an image (such as a.jpg.txt)
 generate gone.txt --from none                     | gone.txt: cannot be read (No such file or directory)
 generate book.docx --from none                    | book.docx: not a list of prompts; give a .txt with a prompt a line
 export none --to photos                           | photos is not empty; name a new folder with --to
-edit vary drawing.svg --from none                 | drawing.svg: cannot be taken (not_an_image
-edit vary cat.gif --from none -o strip.jpg        | --to strip.jpg: what is made is a .png file
+edit vary drawing.svg --from none                 | drawing.svg: cannot be used (not_an_image
+edit vary cat.gif --from none -o strip.jpg        | --to strip.jpg: the output is a .png file
 show mine.yaml decoder                            | no artefact in ~unclip show without a key lists
 submit mine.yaml --to 127.0.0.1:9                 | no Ray cluster answers at http://127.0.0.1:9 ~start it, or correct
 submit mine.yaml --to localhost:9                 | no Ray cluster answers at http://localhost:9 ~start it, or correct

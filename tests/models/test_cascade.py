@@ -106,7 +106,7 @@ def test_a_caption_of_which_the_models_read_a_part_is_said(caplog: pytest.LogCap
     unclip.generate(CAPTIONS, [1, 2, 3], size=64)
     assert not caplog.records
     unclip.generate(["fox " * 10, "fox " * 11], [1, 2], size=64)
-    said = "1 of 2 captions have more than the 10 tokens that these models read; what is behind is cut"
+    said = "1 of 2 captions have more than the 10 tokens that these models read; the rest is cut"
     assert [record.message for record in caplog.records] == [said]
 
 
@@ -368,5 +368,5 @@ def test_a_damaged_sampling_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"sampling.json is not JSON"):
         UnCLIP.from_folder(tmp_path)
     (tmp_path / "sampling.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds no sampling options"):
+    with pytest.raises(ValueError, match="in place of sampling options"):
         UnCLIP.from_folder(tmp_path)

@@ -242,7 +242,7 @@ def test_a_configuration_that_names_code_is_refused(copy: Path, file: str, code:
 
 def test_without_a_prior_the_length_of_embeddings_must_be_given(copy: Path) -> None:
     shutil.rmtree(copy / "prior")
-    with pytest.raises(ValueError, match="pass embedding_norm, their root mean square length"):
+    with pytest.raises(ValueError, match="pass embedding_norm, their root mean square norm"):
         import_decoder(copy)
     assert import_decoder(copy, 9.0).scale == 9.0
 

@@ -194,7 +194,7 @@ def test_relative_paths_count_from_the_folder_of_the_file(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     assert load_config(path, ["store=here"]).store == "here"
     (tmp_path / "out/store").mkdir(parents=True)  # made when paths counted from the current folder
-    with pytest.raises(UserError, match=r"p\.yaml: store out/store counts from .*write store: \.\./out/store$"):
+    with pytest.raises(UserError, match=r"p\.yaml: store out/store is relative to .*write store: \.\./out/store$"):
         load_config(path)
 
 
@@ -300,7 +300,7 @@ def test_mistakes_are_one_line(least: Path, override: str, message: str) -> None
         ({"bundle": {"models": ["ar_prior", "decoder"]}}, "bundle: sampling.prior: diffusion, but diffusion_prior"),
         (
             {"bundle": {"models": ["diffusion_prior", "decoder"]}},
-            "bundle: sampling.size: 1024, but these models end at 64 px",
+            "bundle: sampling.size: 1024, but these models reach 64 px at most",
         ),
         ({"source": {"paths": []}}, "source.paths: has 0 entries; name 1 or more"),
         (

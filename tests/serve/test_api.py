@@ -198,7 +198,7 @@ def test_the_model_is_listed_and_found_by_each_of_its_names(client: openai.OpenA
     made = client.images.generate(prompt="a red fox", model="tiny fox", **SMALL)
     assert made.warnings == []
     long = client.images.generate(prompt="fox " * 11, **SMALL)
-    assert long.warnings == ["the caption has more than the 10 tokens that these models read; what is behind is cut"]
+    assert long.warnings == ["the caption has more than the 10 tokens that these models read; the rest is cut"]
 
 
 def png(image: Image.Image) -> bytes:
@@ -273,13 +273,13 @@ def test_an_edit_by_its_prompt_alone_begins_at_the_caption_of_the_images_own_rec
     drawn = base64.b64decode(ours[0].b64_json or "")
     before, (said,) = edit(drawn)
     assert before == "a cat"
-    assert "'a cat', the caption in the image's own recipe, stands for the image as it is" in said
+    assert "'a cat', the caption in the image's own recipe, is used as the original caption" in said
     assert edit(drawn, before="a dog") == ("a dog", [])
     before, (said,) = edit(drawn, prompt="a  cat")  # no direction leads from a caption to itself
     assert (before, said.startswith("before: the empty caption stands")) == ("", True)
     plain = opened(ours[0].b64_json)
     assert edit(png(plain.copy()))[0] == ""  # a browser's canvas keeps no text
-    with pytest.raises(openai.BadRequestError, match="a mask draws a part again"):
+    with pytest.raises(openai.BadRequestError, match="a mask redraws a part"):
         client.images.edit(image=drawn, mask=drawn, prompt="a dog", **SMALL, extra_body={"before": "a cat"})
 
 
@@ -330,5 +330,5 @@ def test_an_interpolation_ends_at_both_images(client: openai.OpenAI, served: str
 def test_an_upload_is_opened_in_the_one_way_and_refused_with_a_reason(
     client: openai.OpenAI, sent: bytes, says: str
 ) -> None:
-    with pytest.raises(openai.BadRequestError, match=f"image: cannot be taken .{says}"):
+    with pytest.raises(openai.BadRequestError, match=f"image: cannot be used .{says}"):
         client.images.create_variation(image=("a.png", sent), **SMALL)

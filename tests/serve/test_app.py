@@ -108,7 +108,7 @@ def test_a_release_is_followed_after_one_that_is_not_signed_not_there_or_cannot_
     assert torch.get_num_threads() == 1  # its own cores
     with monkeypatch.context() as silent:
         silent.setattr(bundles, "read_releases", lambda *_: 1 / 0)
-        serves(first, "the release could not be loaded, and the one before goes on: see the log")
+        serves(first, "the release could not be loaded, and the previous one stays in service: see the log")
     serves(first)
     promote(second, sign=False)
     serves(first, "the release is not signed by a trusted key")
@@ -116,7 +116,7 @@ def test_a_release_is_followed_after_one_that_is_not_signed_not_there_or_cannot_
     serves(first, "the release could not be loaded")
     promote(second)
     serves(second)
-    with pytest.raises(UserError, match="was moved on from bundle b"):
+    with pytest.raises(UserError, match="the release moved while its bundle b"):
         replica.served.open(first.key, "cpu")
 
 

@@ -52,7 +52,7 @@ def test_a_job_serves_on_a_cluster_without_its_submitter_until_it_is_stopped(bun
     assert address(again) == url
     again.send_signal(signal.SIGINT)
     left = finish(again)
-    assert (left.returncode, "unclip-serve-2 goes on" in left.stderr) == (130, True), left.stderr
+    assert (left.returncode, "unclip-serve-2 keeps running" in left.stderr) == (130, True), left.stderr
     assert httpx.get(f"{url}/health").status_code == 200
     assert "unclip-serve-2 was stopped" in done(unclip("serve", "--to", dashboard, "--stop"))
     until(lambda: not alive(url))

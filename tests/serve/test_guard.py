@@ -104,7 +104,7 @@ def test_a_file_of_tokens_that_others_may_read_is_refused(tmp_path: Path, mode: 
 
 
 def test_others_are_let_in_with_tokens_only() -> None:
-    with pytest.raises(UserError, match=r"host=0\.0\.0\.0 lets others in"):
+    with pytest.raises(UserError, match=r"host=0\.0\.0\.0 accepts other machines"):
         read_tokens(ServeSettings(host="0.0.0.0"))
     assert read_tokens(ServeSettings()) == {}
 
@@ -226,7 +226,7 @@ def test_only_hashes_of_tokens_travel_to_a_cluster(
     assert ServedBundle(**values["served"]).folder == str(tmp_path / "tiny")
     assert package.files.keys() >= {"serve/__main__.py", "serve/studio/index.html", "pipeline/errors.py"}
     assert package.notes == (
-        f"{Path('head.safetensors').absolute()} does not travel: every machine of the cluster must have it there",
+        f"{Path('head.safetensors').absolute()} is not copied: every machine of the cluster must have it there",
     )
     assert main(["serve", "--stop"]) == 2
     assert "--stop ends what --to http://HEAD:8265 began" in capsys.readouterr().err

@@ -13,12 +13,12 @@ class CodecRecipe:
     """Says how finely the codec describes an image embedding.
 
     Attributes:
-        components: Components of the PCA; more than the data's rank is lowered with a warning. ``nano`` keeps 32 and
-            ``tiny`` 18, because the AR prior's time grows with them.
-        variance_target: Share of the variance: as many components as hold it, in place of ``components``.
-        buckets: Quantile buckets a component; equal to ``ar_prior.model.buckets``.
-        sample_rows: Training rows that it is fitted to, at most: they lie in one worker's memory, 12 bytes for each
-            number of an embedding (9 GB for a million of 768).
+        components: Components of the PCA, reduced to the data's rank with a warning. ``nano`` keeps 32 and ``tiny`` 18,
+            because the AR prior's time grows with them.
+        variance_target: Share of the variance to explain, which replaces ``components``.
+        buckets: Quantile buckets per component; equal to ``ar_prior.model.buckets``.
+        sample_rows: Maximum training rows for the fit, which one worker holds in memory, 12 bytes per component of an
+            embedding (9 GB for a million with 768).
         seed: Seed of the sample.
     """
 

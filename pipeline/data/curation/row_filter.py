@@ -28,10 +28,10 @@ class FilterRecipe:
     """Says which rows are ruled out by their size and their first caption.
 
     Attributes:
-        min_side: Short side of the stored image, pixels.
-        max_aspect: Long side over short side.
-        min_caption: Characters of the first caption.
-        max_caption: Characters of the first caption.
+        min_side: Minimum short side of the stored image in pixels.
+        max_aspect: Maximum ratio of long to short side.
+        min_caption: Minimum length of the first caption in characters.
+        max_caption: Maximum length of the first caption in characters.
     """
 
     min_side: int = 64

@@ -35,16 +35,16 @@ Cosine = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass(frozen=True)
 class CurationRecipe(FilterRecipe):
-    """Says which rows models are trained on; a CLIP that is trained on the list goes by the first four fields alone.
+    """Says which rows models are trained on; a CLIP trained on the list uses only the first four fields.
 
     Attributes:
-        min_similarity: Cosine of image and text embedding; -1 keeps all. The higher of this and of ``thresholds``
-            counts.
-        min_score: Lowest score that stays, by the name of a head in ``embeddings.heads``.
-        max_score: Highest score that stays, by the name of a head in ``embeddings.heads``.
-        near_duplicate: Cosine of image embeddings from which a row is a near-duplicate of an earlier one of its
-            split; ``null`` looks for none, as in ``nano`` and ``tiny``.
-        near_held_out: The same between a training row and a held-out one; ``null`` looks for none, as in ``nano``
+        min_similarity: Minimum cosine of image and text embedding; -1 keeps all. The higher of this and the threshold
+            from ``thresholds`` applies.
+        min_score: Minimum score, by name of a head in ``embeddings.heads``.
+        max_score: Maximum score, by name of a head in ``embeddings.heads``.
+        near_duplicate: Cosine of image embeddings at which a row is a near-duplicate of an earlier one of its split;
+            ``null`` turns it off, as in ``nano`` and ``tiny``.
+        near_held_out: Cosine at which a training row is too near a held-out one; ``null`` turns it off, as in ``nano``
             and ``tiny``.
     """
 

@@ -31,9 +31,9 @@ class ThresholdsRecipe:
     """Says which share of the data is below a threshold.
 
     Attributes:
-        similarity: Share of the training rows that curation rejects: those whose image and text embeddings are
-            furthest apart. Rows that are rejected for another reason, such as no caption, count among them. Held-out
-            rows are judged by the same threshold.
+        similarity: Share of the training rows that curation rejects: those with the lowest similarity of image and text
+            embedding. It includes rows rejected for another reason, such as no caption. Held-out rows are judged by the
+            same threshold.
     """
 
     similarity: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -194,8 +194,8 @@ class ImageParts:
                 )
             if pair.shape[1] != self.dim:
                 raise UserError(
-                    f"source: {row['url']} has {pair.shape[1]} dimensions, and the embeddings of clip.weights have "
-                    f"{self.dim}: name there the CLIP that made them"
+                    f"source: {row['url']} has {pair.shape[1]} dimensions, but clip.weights makes {self.dim}: name "
+                    "the CLIP that made them"
                 )
         stacked = np.array(found, np.float32).reshape(-1, 2, self.dim)
         unit = stacked / np.linalg.norm(stacked, axis=2, keepdims=True)

@@ -30,9 +30,9 @@ class EmbeddingsRecipe:
     """Says how CLIP computes, and what is computed from its embeddings.
 
     Attributes:
-        precision: ``bf16`` computes in bf16 on a GPU that has it, and the record says by how much cosines differ from
-            fp32; ``fp32`` never does. A CPU always computes in fp32.
-        heads: Linear heads on the image embeddings, name: path of a safetensors file with ``weight`` [1, d] and
+        precision: Precision on a GPU that supports bf16: ``bf16``, for which the record has the error of cosines
+            against fp32, or ``fp32``. A CPU always computes in fp32.
+        heads: Linear heads on the image embeddings: name to path of a safetensors file with ``weight`` [1, d] and
             ``bias`` [1].
     """
 
@@ -77,17 +77,16 @@ def _check(settings: EmbeddingsSettings) -> None:
     """Raises UserError for settings that exclude each other."""
     if settings.decoders not in (0, "auto") and settings.workers == 0:
         raise UserError(
-            f"run.embeddings.decoders: {settings.decoders} decode for each Ray worker, and workers is 0; raise it"
+            f"run.embeddings.decoders: {settings.decoders} decoders for each Ray worker, but workers is 0; raise "
+            "workers"
         )
     if settings.gpus not in (0, "auto") and settings.workers == 0:
         import torch
 
         if not torch.cuda.is_available():
-            raise UserError("run.embeddings.gpus: torch finds no GPU on this machine; leave it at 0")
+            raise UserError("run.embeddings.gpus: torch finds no GPU on this machine; set it to 0")
     if settings.decoder_nodes and settings.decoders in (0, "auto"):
-        raise UserError(
-            f"run.embeddings.decoder_nodes: names nodes for decoders, and decoders is {settings.decoders}; say how many"
-        )
+        raise UserError(f"run.embeddings.decoder_nodes: needs decoders, which is {settings.decoders}; raise it")
 
 
 EMBEDDINGS = Stage(

@@ -136,7 +136,7 @@ def _failures_as_reasons() -> Iterator[None]:
     except exceptions.CredentialRetrievalError as e:
         if e.kwargs.get("provider") != "custom-process":  # a service of the machine may answer at the next try
             raise Refused("unreachable") from None
-        raise UserError(f"source: images on S3: {' '.join(str(e).split())}; mend credential_process") from e
+        raise UserError(f"source: images on S3: {' '.join(str(e).split())}; fix credential_process") from e
     except exceptions.NoRegionError as e:
         raise UserError("source: images on S3: no AWS region; set AWS_REGION on every worker") from e
     except exceptions.ParamValidationError:  # no name that a bucket may have

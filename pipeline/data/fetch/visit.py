@@ -220,7 +220,7 @@ def private_headers(names: Mapping[str, str], environment: Mapping[str, str]) ->
             )
         lines = [line.strip() for line in environment[variable].splitlines() if line.strip()]
         if not lines or not all(re.fullmatch(r"[A-Za-z0-9-]+: *[!-~][ -~]*", line) for line in lines):
-            raise UserError(f"headers: {variable}, for {place}, is not lines of the form Name: value, in ASCII")
+            raise UserError(f"headers: {variable}, for {place}, must hold ASCII lines of the form Name: value")
         headers[origin] = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return headers
 

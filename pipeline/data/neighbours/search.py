@@ -44,7 +44,7 @@ class FoundRow:
 def embed_caption(store: Store, clip: Artifact, caption: str) -> np.ndarray:
     """Returns the text embedding of a caption, fp32 [1, d]. Raises UserError if it is empty or too long."""
     if not caption.strip():
-        raise UserError("the caption is empty; say what the images should show")
+        raise UserError("the caption is empty; describe the images to find")
     model = read_clip(store, clip)
     if model.own_tokenizer is None:
         try:

@@ -22,8 +22,8 @@ class IndexRecipe:
     """Says how the search index stores embeddings.
 
     Attributes:
-        flat_rows: Training rows up to which embeddings are stored as they are and answers are exact; more are
-            stored as codes (IVF-PQ, a byte for 8 components), and answers are approximate.
+        flat_rows: Training rows up to which embeddings are stored unquantised and results are exact; above, they are
+            stored as IVF-PQ codes (one byte per 8 components), and results are approximate.
     """
 
     flat_rows: Annotated[int, Field(ge=256)] = 1 << 20  # a byte of a code is fitted to 256 rows or more

@@ -225,7 +225,7 @@ def read_pair_pixels(key: str, data: bytes, size: int | None, *, in_place: bool)
     try:
         return _read_in_child(data, size) if in_place else read_pixels(data, size)
     except (OSError, ValueError) as e:
-        raise UserError(f"the image of row {key} cannot be opened ({e}): take the row off the list") from e
+        raise UserError(f"the image of row {key} cannot be opened ({e}): remove the row from the list") from e
 
 
 def _read_in_child(data: bytes, size: int | None) -> np.ndarray:
@@ -253,12 +253,12 @@ def open_image(path: Path, opacity: bool = False) -> Image.Image:
         address = str(path).partition(":")
         if address[0] in ("http", "https", "s3"):  # of which Path has left one slash
             where = f"{address[0]}://{address[2].lstrip('/')}"
-            raise UserError(f"{where}: only files are opened here; download it, and name the file") from None
+            raise UserError(f"{where}: only local files are opened; download it and name the file") from None
         raise UserError(f"{path}: cannot be read ({e.strerror}); name an image") from None
     found = shared_decoder().prepare(data, MAX_PIXELS, OWN, opacity=opacity)
     if isinstance(found, str):
         raise UserError(
-            f"{path}: cannot be taken ({found}: {REASONS[found]}); name a {READ} of at most "
+            f"{path}: cannot be used ({found}: {REASONS[found]}); name a {READ} of at most "
             f"{MAX_PIXELS // 10**6} million pixels"
         )
     return Image.open(io.BytesIO(found.data))

@@ -34,7 +34,7 @@ def earlier_shards(ctx: Context) -> dict[int, dict[str, ShardRow]]:
             for pairs in read_shards(ctx.store, made[ctx.stage])
         }
     except CorruptObject as e:
-        log.warning("all rows are fetched again: of an earlier run, %s", e)
+        log.warning("all rows are fetched again, because the earlier run's are damaged: %s", e)
         return {}
 
 
@@ -66,7 +66,7 @@ def take_over(
                 found = {name: row[name] for name in TAKEN_OVER} | {"evidence": said.get(row["key"])}
                 yield i, found, image_of.get(i)
     except CorruptObject as e:
-        log.warning("rows of shard %08d are fetched again: of an earlier run, %s", pairs.number, e)
+        log.warning("rows of shard %08d are fetched again, because the earlier run's are damaged: %s", pairs.number, e)
 
 
 def _wanted(ref: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -16,18 +16,19 @@ class PairsRecipe:
     """Says how images are stored, by img2dataset's options, and which are refused.
 
     Attributes:
-        image_size: A larger image is brought down to this many pixels by resize_mode; a smaller one stays as it is.
-        resize_mode: keep_ratio resizes the short side to image_size, keep_ratio_largest the long side. center_crop cuts
-            a square out of the first, border pads the second to one with white. no resizes nothing.
-        min_image_size: An image whose short side is below this is rejected.
+        image_size: Size in pixels to which larger images are reduced by resize_mode; smaller ones are not enlarged.
+        resize_mode: Mode of resizing: keep_ratio resizes the short side to image_size, keep_ratio_largest the long
+            side. center_crop crops the former to a square, border pads the latter to one with white. no keeps the size.
+        min_image_size: Minimum short side in pixels; smaller images are rejected.
         encode_format: File format of the stored images: ``jpg``, ``png`` or ``webp``.
         encode_quality: Quality, 0 to 100; for png the compression, 0 to 9.
-        max_bytes: Limit for one image, as fetched.
-        max_pixels: Limit for one image by its header, before anything is decoded; Pillow opens none above 178,956,970.
-        allow: Hosts and networks that may be reached although they are not public, such as ``10.0.0.0/8``.
-        deny_hosts: A text file of hosts that are never asked, each with all its subdomains.
-        deny_urls: A text file of URLs that are never fetched.
-        deny_sha256: A text file of sha256 of images that are never kept.
+        max_bytes: Maximum bytes of a fetched image.
+        max_pixels: Maximum pixels of an image, checked in its header before decoding; Pillow's own limit is
+            178,956,970.
+        allow: Non-public hosts and networks that may be contacted, such as ``10.0.0.0/8``.
+        deny_hosts: Text file of hosts that are never contacted, including their subdomains.
+        deny_urls: Text file of URLs that are never fetched.
+        deny_sha256: Text file of sha256 of images that are never kept.
     """
 
     image_size: Annotated[int, Field(ge=64)] = 1024  # the smallest image that a model is trained on

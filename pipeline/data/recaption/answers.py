@@ -105,7 +105,9 @@ class Captioner:
             rows = read_table(self._store, earlier.blobs["answers"]).to_pylist()
         except CorruptObject as e:
             log.warning(
-                "recaption: captions of shard %08d are asked for again: of an earlier run, %s", earlier.number, e
+                "recaption: captions of shard %08d are requested again, because the earlier run's are damaged: %s",
+                earlier.number,
+                e,
             )
             return {}
         kept = (row for row in rows if row["reason"] not in FAULTS)
@@ -124,7 +126,7 @@ class CaptionJoin:
         The "answers" of all its parts are kept beside them, for later runs.
         """
         if "parts" not in task.inputs:
-            raise UserError(f"recaption: shard {task.number} has gone from the store during the run; run again")
+            raise UserError(f"recaption: shard {task.number} disappeared from the store during the run; run again")
         parts = [shard for name, shard in task.inputs.items() if name.startswith("part ")]
         tables = [read_table(self.store, part.blobs["answers"]) for part in parts]
         answers = pa.concat_tables([ANSWERS.empty_table(), *tables])

@@ -164,9 +164,8 @@ class Endpoint:
             self._faults = self._faults + 1 if answer.reason in FAULTS else 0
             if self._faults >= FAULTS_IN_A_ROW:
                 raise Unreachable(
-                    f"recaption: {self._faults} requests to {self.host} failed one after the other, the last one by "
-                    f"{answer.reason}; what was answered before is kept: see that it answers, and run the same "
-                    "command again"
+                    f"recaption: {self._faults} requests to {self.host} failed in a row, the last with "
+                    f"{answer.reason}; earlier answers are kept: check the endpoint, then run the same command again"
                 )
         return answer
 

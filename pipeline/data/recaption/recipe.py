@@ -24,16 +24,16 @@ class RecaptionRecipe:
     """Says who makes captions, of what, and how often a training takes them.
 
     Attributes:
-        model: Name of a vision model, as the endpoint knows it; without one no captions are made.
-        prompt: Text of a request, beside the image.
-        image_size: Longest side of the image that is sent, in pixels; most endpoints charge by it.
-        parameters: Further fields of a request. Yours replace all of the default's; newer models of OpenAI take
-            ``max_completion_tokens`` in place of ``max_tokens``, and no ``temperature``.
-        max_characters: Characters of the longest caption that is taken.
-        coverage: Share of the images that get a caption, drawn in parts of 64 rows. A larger share asks for what it
-            adds.
-        share: Share of the draws in which a training takes the made caption of a row; the others take one of the
-            list's. Another share asks for nothing.
+        model: Name of a vision model at the endpoint; without one no captions are made.
+        prompt: Text sent with each image.
+        image_size: Longest side of the sent image in pixels; most endpoints charge by it.
+        parameters: Further fields of a request, which replace all defaults; OpenAI's newer models take
+            ``max_completion_tokens`` instead of ``max_tokens``, and no ``temperature``.
+        max_characters: Maximum length of an accepted caption.
+        coverage: Share of the images to caption, chosen at random in parts of 64 rows. Raising it requests only the
+            additional captions.
+        share: Share of a training's draws that use a row's made caption; the others use the list's. Changing it
+            requests nothing.
     """
 
     model: str = ""
@@ -51,7 +51,7 @@ class RecaptionRecipe:
             if name in self.parameters:
                 raise ValueError(f"parameters: {name} is set by this stage; leave it out")
         if self.model and not self.prompt.strip():
-            raise ValueError("prompt: is empty; say what a caption is to describe")
+            raise ValueError("prompt: is empty; say what captions should describe")
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class RecaptionSettings(ShardSettings):
         url: Base URL, such as ``http://localhost:8000/v1``; by default that of the environment variable
             ``OPENAI_BASE_URL``.
         workers: Processes that send requests, each at the pace below; 0 sends them from this process.
-        concurrency: Requests at once from a worker.
-        per_minute: Requests a minute from a worker; 0 sets no limit.
-        timeout_s: Seconds until an answer has to come.
-        retries: Retries after a timeout, a failed connection, a 429 or a 5xx status; pauses double and are random, or
-            are as long as the server asks for, up to 10 minutes.
-        budget: Images that one run asks for, in parts of 64. A run that needs more stops there, and the next one goes
-            on. 0 sets no limit.
+        concurrency: Concurrent requests of a worker.
+        per_minute: Requests per minute of a worker; 0 sets no limit.
+        timeout_s: Seconds to wait for an answer.
+        retries: Retries after a timeout, a failed connection, a 429 or a 5xx status; with exponential backoff and
+            jitter, or ``Retry-After`` up to 10 minutes.
+        budget: Images that one run may send, in parts of 64. The run then stops, and the next one continues. 0 sets no
+            limit.
         prompt_price: Price of a million tokens of requests, in the currency of ``run.prices``.
         answer_price: Price of a million tokens of answers, likewise.
     """
@@ -87,7 +87,7 @@ class RecaptionSettings(ShardSettings):
 
     def __post_init__(self) -> None:
         if "@" in self.url:
-            raise ValueError("url: names a user or a password; put the key into OPENAI_API_KEY")
+            raise ValueError("url: contains a user name or password; put the key into OPENAI_API_KEY")
 
     def cost(self, prompt_tokens: float, answer_tokens: float) -> float:
         """Returns what tokens cost, 0 without prices."""

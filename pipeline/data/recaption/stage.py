@@ -103,11 +103,11 @@ def _earlier(ctx: Context) -> Mapping[int, ShardRow]:
 
 def _spent(ctx: Context, left: int, place: float) -> UserError:
     coverage = math.floor(1000 * place) / 1000
-    without = f"; recaption.coverage={coverage:g} goes on without them" if coverage else ""
+    without = f"; recaption.coverage={coverage:g} continues without them" if coverage else ""
     budget = counted(ctx.settings.budget, "image")
     return UserError(
-        f"{ctx.stage}: run.recaption.budget of {budget} is spent, and about {left:,} are left to ask for: the same "
-        f"command asks for more{without}"
+        f"{ctx.stage}: run.recaption.budget of {budget} is spent, and about {left:,} are left: the same command "
+        f"requests more{without}"
     )
 
 
@@ -174,7 +174,7 @@ def _fits(stage: Stage, config: Any) -> None:
     if stage.recipe.model and stage.recipe.max_characters > most:
         raise UserError(
             f"{stage.name}.max_characters: {stage.recipe.max_characters:,} is above curation.max_caption {most:,}, so "
-            "that rows with longer captions would be made and then rejected; lower the one or raise the other"
+            "rows with longer captions would be rejected afterwards; lower the former or raise the latter"
         )
 
 

@@ -82,7 +82,7 @@ def _known(path: Path, names: Sequence[str], column: str) -> str:
     """Returns the one column that means ``column`` by its name, and says so. Raises UserError without one."""
     found = meant(names, column)
     if len(found) == 1:
-        say_once(f"{path.name}: {found[0]} is taken for the column {column}")
+        say_once(f"{path.name}: {found[0]} is used as the column {column}")
         return found[0]
     some = [name[:MOST_SHOWN] for name in names[:MOST_SHOWN]] + ["..."] * (len(names) > MOST_SHOWN)
     which = f"{' and '.join(found)} could be meant" if found else f"it has {', '.join(some)}"

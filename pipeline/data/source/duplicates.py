@@ -38,8 +38,8 @@ def scratch() -> Iterator[None]:
         yield
     except OSError as e:
         raise UserError(
-            f"the rows of the list do not fit into {tempfile.gettempdir()} ({e.strerror or e}); set TMPDIR to a folder "
-            "with as much room as the list has bytes, and run the same command again"
+            f"the rows of the list do not fit into {tempfile.gettempdir()} ({e.strerror or e}); set TMPDIR to a "
+            "folder with as much free space as the list takes, and run the same command again"
         ) from None
 
 
@@ -216,8 +216,8 @@ def warn_of_captions(what: str, again: int, rows: int) -> None:
     """Says where many captions are left out, since an earlier row names their image: ``again`` of ``rows`` rows."""
     if has_many(again, rows):
         log.warning(
-            "%s: %s with an image that an earlier row names, whose captions are left out: rows are merged that differ "
-            "in nothing else, within one file",
+            "%s: %s repeat the image of an earlier row, so their captions are left out: only rows of one file that "
+            "differ in nothing else are merged",
             what,
             counted(again, "row"),
         )

@@ -118,8 +118,8 @@ def _commit(path: str) -> str:
     with _asking(path):
         found = str(HfApi().resolve_revision(uri.id, repo_type="dataset", revision=uri.revision).resolved)
     if not COMMIT.fullmatch(found):  # it becomes a part of a path
-        raise UserError(f"source {path}: the Hub names {found[:100]!r} as its commit; is HF_ENDPOINT right?")
-    say_once(f"{path} is at commit {found}; write {path.partition('@')[0]}@{found} to keep to it")
+        raise UserError(f"source {path}: the Hub names {found[:100]!r} as the commit; check HF_ENDPOINT")
+    say_once(f"{path} is at commit {found}; write {path.partition('@')[0]}@{found} to pin it")
     return found
 
 
@@ -162,8 +162,8 @@ def _chosen(path: str, repository: str, names: Sequence[str]) -> tuple[type[File
         if any(name.lower().endswith(endings) for name in names):
             return kind, [name for name in names if name.lower().endswith(read)]
     raise UserError(
-        f"source {path}: none of its {counted(len(names), 'file')} is of a kind that is read; where the Hub has made "
-        f"Parquet of it, write hf://datasets/{repository}@refs/convert/parquet"
+        f"source {path}: none of its {counted(len(names), 'file')} has a supported format; if the Hub has converted "
+        f"it to Parquet, write hf://datasets/{repository}@refs/convert/parquet"
     )
 
 

@@ -33,7 +33,7 @@ def metadata_parts(folder: Path, reach: PathPolicy, reader: ListReader) -> list[
     """
     numbers = {m[1] for file in folder.glob("*/*") if (m := re.fullmatch(r"\w+_(\d+)\.(?:npy|parquet)", file.name))}
     if not numbers:
-        raise UserError(f"source {folder}: it has no metadata_N.parquet; is this what clip-retrieval has written?")
+        raise UserError(f"source {folder}: it has no metadata_N.parquet; name a folder that clip-retrieval has written")
     found = [(part, folder / f"metadata/metadata_{part}.parquet") for part in sorted(numbers, key=int)]
     for part, file in found:
         files = [_file(folder, name, part) for name in NAMES]
@@ -44,15 +44,13 @@ def metadata_parts(folder: Path, reach: PathPolicy, reader: ListReader) -> list[
             counted = list(reader.rows("count", file, 1, within=reach))
             rows = int(counted[0][0]) if isinstance(counted[0], list) else 0
         except Outside as e:
-            raise UserError(
-                f"source {e.filename}: a link {e.strerror}; name under source.roots where it leads"
-            ) from None
+            raise UserError(f"source {e.filename}: a link {e.strerror}; add its target to source.roots") from None
         except (OSError, ValueError) as e:
             raise UserError(f"source {folder}: part {part} cannot be read ({str(e).splitlines()[0]})") from None
         if shapes[0] != shapes[1] or shapes[0][0] != rows:
             raise UserError(
                 f"source {folder}: part {part} has image embeddings {shapes[0]}, text embeddings {shapes[1]} and "
-                f"{rows} rows of metadata; they are not of the same pairs"
+                f"{rows} rows of metadata; they describe different pairs"
             )
     return found
 

@@ -95,10 +95,10 @@ def source_at(path: str) -> Source:
         hub = f"; a dataset of the Hugging Face Hub is hf://datasets/{path}" if ON_HUB.fullmatch(path) else ""
         raise UserError(f"source {path}: no such file or folder{where}{pattern}{hub}")
     if not file.is_file():
-        raise UserError(f"source {path}: not a regular file, and nothing else is read")
+        raise UserError(f"source {path}: not a regular file; name a file or a folder")
     if file.suffix.lower() in (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip"):
         raise UserError(
-            f"source {path}: of compressed files only .csv.gz, .tsv.gz and .jsonl.gz are read; unpack it first"
+            f"source {path}: the only compressed tables are .csv.gz, .tsv.gz and .jsonl.gz; unpack it first"
         )
     raise UserError(
         f"source {path}: not a {', '.join(SUFFIXES[:4])}, .json, .xlsx or .tar file, nor a folder; save it as one"

@@ -181,13 +181,13 @@ class ListReader:
         code = self.close(wait=isinstance(error, EOFError | ConnectionError))
         where = f"source {path}: cannot be read behind row {number:,}"
         if isinstance(error, TimeoutError):
-            raise UserError(f"{where}: nothing came for {WAIT_S:g} s; look at its disk or server, then run again")
+            raise UserError(f"{where}: no data for {WAIT_S:g} s; check its disk or server, then run again")
         if not isinstance(error, EOFError | ConnectionError):
             return f"source {path}: its reader sent something other than rows"
         if code == -signal.SIGXCPU:
             raise UserError(f"{where} in the processor time that its size allows; {_REMEDY}")
         if code == -signal.SIGKILL:
-            raise UserError(f"{where}: its reader was killed, most often because memory is short; run again")
+            raise UserError(f"{where}: its reader was killed, most likely out of memory; run again")
         if code == 1:  # Python's own, before any rights are given up
             raise UserError(f"{where}: its reader did not start, or failed; the lines above say why")
         return f"source {path}: its reader crashed ({'exit code' if code and code > 0 else 'signal'} {abs(code or 0)})"

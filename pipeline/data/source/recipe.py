@@ -24,23 +24,21 @@ class SourceRecipe:
         paths: Lists, in order: ``.parquet``, ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.xlsx``, a folder of images
             and texts, an imagefolder, a webdataset ``.tar``, a folder of tables or tars, a folder of tables on S3, a
             dataset of the Hugging Face Hub as ``hf://datasets/OWNER/NAME@COMMIT``, embeddings of clip-retrieval, or
-            drawings by the packages of the ``demo`` extra: ``drawings:full`` (6,600), ``drawings:tiny`` (1,500),
-            ``drawings:nano`` (320), ``drawings:flawed`` (nine rows that are all rejected, each for another reason).
-        image_column: The image's reference: http(s), s3 or file.
-        caption_column: Text, or a list of texts.
-        group_column: Rows of a group share a split, but for those whose split the list names; optional in the list.
-        split_column: ``train``, ``validation`` or ``test``; optional in the list.
-        hash_column: The sha256 that the fetched bytes must have; optional in the list.
-        encoding: Encoding of text that is neither UTF-8 nor marked as UTF-16, such as ``cp1252`` of a Western
+            drawings made with the ``demo`` extra: ``drawings:full`` (6,600), ``drawings:tiny`` (1,500),
+            ``drawings:nano`` (320), ``drawings:flawed`` (nine rows, each rejected for another reason).
+        image_column: Column of image references: http(s), s3 or file.
+        caption_column: Column of captions: a string or a list of strings.
+        group_column: Column of groups, whose rows share a split unless the list sets it; optional in the list.
+        split_column: Column of splits: ``train``, ``validation`` or ``test``; optional in the list.
+        hash_column: Column of the expected sha256 of the fetched bytes; optional in the list.
+        encoding: Encoding of text that is neither UTF-8 nor has a byte order mark, such as ``cp1252`` from a Western
             European Excel.
-        image_folder: Folder from which relative paths of images count, in place of the list's own.
-        caption_lines: Whether each line of a text beside an image is a caption; else each paragraph is, up to an empty
-            line.
-        shard_rows: Rows a shard: what one worker does at a time, and what an interruption may cost.
-        validation: Share held out, by a hash of the group or else of the reference, where the list has no split.
-        test: The same for the test split, which no training and no codec ever reads.
-        roots: Folders, tars and ``s3://BUCKET`` or ``s3://BUCKET/PREFIX`` that lists may name besides files of
-            their own.
+        image_folder: Folder to which image paths are relative, instead of the list's own.
+        caption_lines: Whether each line of a text beside an image is a caption; otherwise each paragraph is.
+        shard_rows: Rows per shard, the unit of work, which an interruption repeats.
+        validation: Share held out if the list has no split, by a hash of the group or else of the reference.
+        test: Share of the test split, likewise; no training and no codec reads it.
+        roots: Folders, tars and ``s3://BUCKET`` or ``s3://BUCKET/PREFIX`` that lists may name, besides their own files.
     """
 
     # A recipe and not a setting of the run: a row that is refused changes what is made. Keys count what was read, so

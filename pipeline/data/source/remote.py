@@ -94,8 +94,8 @@ class RemoteFolder(Source):
         ]
         if not found:
             raise UserError(
-                f"source {self.path}: no {', '.join(SUFFIXES[:4])} file (or .csv.gz and so on) in this folder on S3, "
-                "and nothing else is read there; download images and tars"
+                f"source {self.path}: no {', '.join(SUFFIXES[:4])} file (or .csv.gz and so on) in this folder on S3; "
+                "download images and tars, which are not read there"
             )
         return found
 
@@ -146,7 +146,8 @@ def check_secret(path: str) -> None:
     """Raises UserError for a URL with a secret: many can read where lists are named."""
     if shown(path) != path:
         raise UserError(
-            f"source {shown(path)}: its URL holds a secret, which a store keeps for others to read; download the list"
+            f"source {shown(path)}: its URL contains a secret, which the store would show to its readers; download "
+            "the list"
         )
 
 
@@ -154,7 +155,7 @@ def check_remote(path: str) -> None:
     """Raises UserError for what is not a table, and as check_secret does."""
     check_secret(path)
     if path.startswith("https://huggingface.co/datasets/") and table_kind(_plain(path)) is None:
-        raise UserError(f"source {path}: of the Hugging Face Hub write hf://datasets/OWNER/NAME")
+        raise UserError(f"source {path}: for the Hugging Face Hub, write hf://datasets/OWNER/NAME")
     if table_kind(_plain(path)) is None:
         raise UserError(
             f"source {path}: of the web only {', '.join(SUFFIXES[:4])} files (or .csv.gz and so on) are read; "
@@ -228,7 +229,7 @@ def _new_file(file: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 def _check_size(path: str, size: int, most: int) -> None:
     if size > most:
-        raise UserError(f"source {path}: it has {size:,} bytes, and {most:,} at most are fetched; {BY_HAND}")
+        raise UserError(f"source {path}: it has {size:,} bytes; the limit is {most:,}; {BY_HAND}")
 
 
 def _copy_object(path: str, store: Store, found: Entry, out: BinaryIO, most: int) -> None:
@@ -256,11 +257,11 @@ def _copy_page(path: str, out: BinaryIO, most: int) -> None:
             except OSError as e:
                 raise UserError(f"source {path}: no room for it in {_folder().name} ({e.strerror})") from None
             if out.tell() > most:
-                raise UserError(f"source {path}: the server sent over {most:,} bytes without an end; {BY_HAND}")
+                raise UserError(f"source {path}: the server sent over {most:,} bytes; {BY_HAND}")
             if out.tell() < LEAST_RATE * (time.monotonic() - begun - TIMEOUT_S):
                 raise UserError(f"source {path}: the server sends less than {LEAST_RATE:,} bytes a second; {BY_HAND}")
     if promised is not None and out.tell() != promised:
-        raise UserError(f"source {path}: {out.tell():,} of {promised} bytes came; run the same command again")
+        raise UserError(f"source {path}: {out.tell():,} of {promised} bytes arrived; run the same command again")
 
 
 @cache

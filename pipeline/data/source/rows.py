@@ -57,7 +57,7 @@ class PackagedRows(FileSource):
         except UserError as e:
             said = str(e).removeprefix(f"source {self.file}: ")
             raise UserError(
-                f"source {self.file}: not a file of rows as a package holds them ({said}); name the list"
+                f"source {self.file}: not a file of rows from a submitted package ({said}); name the list"
             ) from None
 
 

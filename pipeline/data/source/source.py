@@ -276,6 +276,6 @@ def walk(folder: Path) -> Iterator[tuple[Path, Path | None]]:
 def _check_listed(error: OSError) -> None:
     if not isinstance(error, PermissionError):
         raise UserError(
-            f"source {error.filename}: cannot be listed ({error.strerror}); look at its disk or its server, then run "
-            "the same command again"
+            f"source {error.filename}: cannot be listed ({error.strerror}); check its disk or server, then run the "
+            "same command again"
         ) from error

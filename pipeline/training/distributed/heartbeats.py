@@ -170,7 +170,7 @@ def hung(beats: Mapping[int, tuple[Beat, float]], still_s: float, now: float) ->
     named = [beats[rank][0] for rank in behind]
     what = f"no progress for {idle:.0f} s after {max(beat.steps for beat in latest):,} steps"
     if len(behind) == len(beats) > 1:
-        return Hung(f"{what}: all workers stand {named[0].doing}, as where a network or a GPU hangs", {})
+        return Hung(f"{what}: all workers are {named[0].doing}, as when a network or a GPU hangs", {})
     first, beat = behind[0], named[0]
     how = "does not answer" if first not in awake else f"stands {beat.doing}"
     more = f", and {len(behind) - 1} more" if len(behind) > 1 else ""

@@ -273,7 +273,9 @@ def _stacked(views: Sequence[View]) -> Tensor:
 def _places(rows: Sequence[JoinedRow]) -> list[Place]:
     for row in rows:
         if row.place is None:
-            raise UserError(f"row {row.key} has an imported embedding and no image to train on: take it off the list")
+            raise UserError(
+                f"row {row.key} has an imported embedding and no image to train on: remove it from the list"
+            )
     return [row.place for row in rows if row.place]
 
 

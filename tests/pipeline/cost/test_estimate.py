@@ -335,9 +335,9 @@ def test_other_words_are_refused() -> None:
             parse_fleet(text)
         assert parse_fleet(f"1x{text}").count == 1
     for text in ("Mac", "1xM3 Max", "1xmps", "apple"):
-        with pytest.raises(UserError, match="nothing runs on Apple's GPUs; leave it out"):
+        with pytest.raises(UserError, match="Apple's GPUs are not used; leave it out"):
             parse_fleet(text)
-    with pytest.raises(UserError, match="unknown kind T4; name the known one that is nearest to it: A100, H100, H200"):
+    with pytest.raises(UserError, match="unknown kind T4; name the most similar of A100, H100, H200"):
         parse_fleet("64xT4")
 
 

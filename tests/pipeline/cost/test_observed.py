@@ -151,7 +151,7 @@ def test_a_profile_tells_of_trainings_with_the_models_that_it_measured(tmp_path:
     assert (one.device, one.utilisation, one.shape) == ("cuda", 0.4, shape("decoder", GRAPH, recipes()))
     assert pace([(one.amount, one)], 1000.0, 2) == (0.0, pytest.approx(10.0))
     assert read_profile(path, wider).keys() == {"ar_prior"}
-    with pytest.raises(UserError, match="models of preset nano, and no training here has one of them"):
+    with pytest.raises(UserError, match="models of preset nano, none of which is trained here"):
         read_profile(profile(tmp_path, decoder={"recipe": recipes()["decoder"], **rate}), wider)
 
 
@@ -159,7 +159,7 @@ def test_a_profile_tells_of_trainings_with_the_models_that_it_measured(tmp_path:
 def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "profile.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="not what make gpu-check writes"):
+    with pytest.raises(UserError, match="not a result of make gpu-check"):
         read_profile(path, GRAPH)
-    with pytest.raises(UserError, match="not what make gpu-check writes"):
+    with pytest.raises(UserError, match="not a result of make gpu-check"):
         read_profile(tmp_path / "none.json", GRAPH)

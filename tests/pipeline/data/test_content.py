@@ -34,7 +34,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^stage\.field: .*/file cannot be read \(more than 6 bytes\)$"):
         read_content(store, named, WHERE, 6)
     for change, wrong, said in (
-        (lambda: file.write_bytes(b"another"), named, "/file has changed since it was named; run the same command "),
+        (lambda: file.write_bytes(b"another"), named, "/file changed during this command; run it again"),
         (file.unlink, named, "/file cannot be read "),
         (lambda: None, absent, r"blobs/00/0+: is missing in .*; name a file, or a blob of this store$"),
     ):

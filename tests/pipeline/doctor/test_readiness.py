@@ -45,7 +45,7 @@ def test_faults_are_one_line_that_names_some_of_the_nodes(monkeypatch: pytest.Mo
     has = f"has ray 2.1.0 (here {versions()['ray']})"
     assert str(refused.value) == (
         f"n0 {has}, n1 {has}, n2 {has}, and 2 more of that kind; install the same on every node; "
-        "n5 does not see the store s3://bucket/a (no AWS credentials); give every node the same AWS settings"
+        "n5 cannot reach the store s3://bucket/a (no AWS credentials); give every node the same AWS settings"
     )
     monkeypatch.setattr(readiness, "ask_nodes", lambda *_: [(ClusterNode("n0", 1, 0), Answer(versions()))])
     readiness.check_ready(config, open_store("s3://bucket/a"), ["pairs"])
@@ -149,9 +149,9 @@ def test_nodes_without_credentials_and_with_other_code(cluster: Any, s3: Server,
     finally:
         for node in nodes:
             cluster.remove_node(node)
-    assert f"does not see the store {store} (store {store}: no AWS credentials" in line
+    assert f"cannot reach the store {store} (store {store}: no AWS credentials" in line
     assert f" (here {versions()['code']}); install the same on every node" in line
-    assert line.count("does not see") == line.count(" has code ") == 1
+    assert line.count("cannot reach the store") == line.count(" has code ") == 1
     assert empty(store)
 
 
@@ -167,7 +167,7 @@ def other_code(folder: Path) -> Path:
 def test_a_folder_that_other_processes_do_not_see(cluster: Any, tmp_path: Path) -> None:
     """As on machines of their own: /proc/self/cwd is another folder in every process."""
     line = refused(run(cluster, tmp_path, "/proc/self/cwd/store"))
-    assert line.count("does not see the store /proc/self/cwd/store (it is not there)") == 2
+    assert line.count("cannot reach the store /proc/self/cwd/store (it is not there)") == 2
     assert "use s3://BUCKET/PREFIX, or a folder that every machine mounts at the same place" in line
     assert not (tmp_path / "store").exists()
 

@@ -114,9 +114,7 @@ def test_a_metric_that_fails_is_named_in_one_sentence(
 def test_where_it_runs_the_same_metrics_are_needed(case: Case, folder: Path) -> None:
     planned = case.context()
     install(folder)
-    with pytest.raises(
-        UserError, match="planned with the metrics none of users, and here are colourfulness 1; install"
-    ):
+    with pytest.raises(UserError, match="planned with the plug-in metrics none, but here are colourfulness 1; install"):
         run_evaluation(planned)
 
 

@@ -151,7 +151,7 @@ def test_a_process_of_ray_that_ends_ends_the_command_with_one_line(base: Path, n
     ended = subprocess.run([sys.executable, "-c", KILLED, name], env=environment, capture_output=True, text=True)
     (line,) = ended.stderr.splitlines()
     assert ended.returncode == 1
-    assert f"({name}) of Ray on this machine was killed by SIGKILL" in line
+    assert f"({name}) was killed by SIGKILL" in line
     assert "run the same command again" in line
     (left,) = base.glob(PREFIX + "*")
     assert f"{left}/ray/session_latest/logs" in line
@@ -172,7 +172,7 @@ def test_a_process_of_ray_that_is_killed_ends_the_command(base: Path, name: str,
         said = process.stdout.read()
     # On a busy machine Ray may have told of its raylet first, and of nothing else.
     assert said == "" or (name == "raylet" and said.lstrip("\n").startswith("\x1b[33m(raylet)"))
-    assert f"({name}) of Ray on this machine was killed by SIGKILL" in line
+    assert f"({name}) was killed by SIGKILL" in line
     logs = next(base.glob(PREFIX + "*")) / "ray/session_latest/logs"
     assert (logs / "raylet.err").exists()
     PrivateFolder(str(base))  # of the next process: what the other one has left goes
@@ -239,7 +239,7 @@ def test_a_ray_that_does_not_come_up_is_started_again_and_then_one_line(
     with pytest.raises(UserError) as refused:
         start_local_ray(SimpleNamespace(init=init, shutdown=lambda: calls.append("shutdown")))
     assert calls == ["init", "shutdown", "init"]
-    assert "Ray did not start (The current node timed out during startup); starting it a second time" in caplog.text
+    assert "Ray did not start (The current node timed out during startup); trying once more" in caplog.text
     said = str(refused.value)
     assert "\n" not in said
     assert said.startswith("Ray did not start (The current node timed out during startup), ")

@@ -77,7 +77,7 @@ def test_on_this_machine_workers_are_lowered_and_what_cannot_be_is_refused(
             assert find_team(here, "pairs", ShardSettings(5), settings).count == 2
             assert find_team(here, "clip", clip, settings).count == 1
     assert caplog.messages == [
-        f"run.{stage}.workers: {asked} are asked for, and there is room for {room}; going on with {room}"
+        f"run.{stage}.workers: {asked} requested, with room for {room}; continuing with {room}"
         for stage, asked, room in (("pairs", 5, 2), ("clip", 2, 1))
     ]
     monkeypatch.setattr(launch, "place", lambda *_: False)
@@ -166,7 +166,7 @@ def test_another_version_does_not_join(cluster: Any, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     monkeypatch.setattr(ray, "__version__", "2.59.0")
-    with pytest.raises(UserError, match=r"is another version; install the same here: .* Ray: 2\.59\.0"):
+    with pytest.raises(UserError, match=r"runs another version; install the same here: .* Ray: 2\.59\.0"):
         start_ray(RaySettings())
     assert not ray.is_initialized()
 

@@ -319,7 +319,7 @@ def test_a_stream_makes_what_one_worker_makes(tmp_path: Path, caplog: pytest.Log
         assert read_blob(store, read_shards(store, artifact)[2].blobs["data"]) == b"<2.0><2.1><2.2>"
     assert shards[0] == shards[1]
     assert took[0] == took[1] == {"read": 13.0, "encode": 26.0, "pack": 28.0}
-    assert "run.pairs.workers: 2 are asked for, and there is room for 1; going on with 1" in caplog.messages
+    assert "run.pairs.workers: 2 requested, with room for 1; continuing with 1" in caplog.messages
 
 
 @dataclass

@@ -146,7 +146,7 @@ def test_no_link_leads_out_of_a_folder(tmp_path: Path) -> None:
         link.symlink_to(target)
         lists = (lambda: list(store.list("")), lambda name=name: list(store.list(f"blobs/{name}")))
         for act in (*acts(store, f"blobs/{name}/x" if target == outside else f"blobs/{name}"), *lists):
-            with pytest.raises(UserError, match=r"is a link, or lies behind one, .*; delete the link"):
+            with pytest.raises(UserError, match=r"is a symbolic link, or below one, .*; delete the link"):
                 act()
         link.unlink()
     assert [entry.path for entry in store.list("")] == ["blobs/aa/a"]
@@ -161,7 +161,7 @@ def test_a_link_to_a_folder_is_followed_and_none_inside_it(tmp_path: Path) -> No
     assert store.create("blobs/aa/b", b"2")
     (tmp_path / "real/blobs/bb").symlink_to("aa")
     for act in (lambda: store.read("blobs/bb/a"), lambda: store.create("blobs/bb/c", b"2"), lambda: [*store.list("")]):
-        with pytest.raises(UserError, match="no link in a store is followed; delete the link"):
+        with pytest.raises(UserError, match="links in a store are not followed; delete the link"):
             act()
     assert sorted(file.name for file in (tmp_path / "real/blobs/aa").iterdir()) == ["a", "b"]
 

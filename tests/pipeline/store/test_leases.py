@@ -139,7 +139,9 @@ def test_a_process_that_waits_says_whom_it_follows_and_the_progress(
     clock.act = lambda: _change(store, progress="8 of 64 samples")
     assert _lead(store, lambda: clock.seconds > end) is None
     (message,) = (record.getMessage() for record in caplog.records)
-    assert message.startswith(f"decoder: waiting for {who(whoami())}, which works on this already, since 2027-01-15")
+    assert message.startswith(
+        f"decoder: waiting for {who(whoami())}, which is working on this already, since 2027-01-15"
+    )
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == f"  decoder: following {who(whoami())}: no progress reported yet"
     assert lines[-1] == f"  decoder: following {who(whoami())}: 8 of 64 samples"

@@ -182,7 +182,7 @@ def test_an_upload_that_was_aborted_as_abandoned_is_begun_again(store: S3Store, 
 # --- when it does not pass --------------------------------------------------------------------------------------------
 
 
-BROKE = "the connection broke off or stood still 6 times; check the network and the server, then run the same command"
+BROKE = "the connection broke or stalled 6 times; check the network and the server, then run the same command"
 BUSY = (
     r"was answered \w+ 6 times; the server is overloaded or failing: wait, or use fewer workers, then run the same "
     "command"

@@ -109,7 +109,7 @@ def test_a_damaged_one_is_skipped_with_a_warning_and_stays(
         assert later.restore(state, at_most=100)
     assert same(state, make_state(1))
     (warning,) = caplog.records
-    assert warning.getMessage().startswith("checkpoint at sample 32 is skipped, for the one before it: ")
+    assert warning.getMessage().startswith("checkpoint at sample 32 is skipped, and the one before it is used: ")
     assert list(store.list("")) == before  # another machine may be able to read it
     save(later, make_state(2))  # and its work can be done again, with the very same state
     assert Checkpoints(store, "t", 3).restore(state, at_most=100)

@@ -106,5 +106,5 @@ def test_long_trainings_on_gpus_are_compiled(wanted: Any, group: ProcessGroup, s
 def test_without_a_c_compiler_only_who_asks_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not compiles("decoder", "auto", Speed(1, 1), 10000, CUDA)
-    with pytest.raises(UserError, match=r"^run\.decoder\.compile: gcc, which .* install it, or set false$"):
+    with pytest.raises(UserError, match=r"^run\.decoder\.compile: gcc, which .* install it, or set it to false$"):
         compiles("decoder", True, Speed(1, 1), 0, CUDA)

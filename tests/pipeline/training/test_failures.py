@@ -103,8 +103,8 @@ def test_too_little_memory_halves_the_micro_batch(
     monkeypatch.setattr(DiffusionPriorTask, "loss", hungry)
     with caplog.at_level(logging.WARNING):
         made = stage.train(world.context("diffusion_prior", recipe, SETTINGS))
-    assert "16 rows at once did not fit into memory; going on from the last checkpoint with 8." in caplog.text
-    assert "run.diffusion_prior.micro_batch=4 starts there" in caplog.text
+    assert "16 rows at once did not fit into memory; resuming from the last checkpoint with 8." in caplog.text
+    assert "run.diffusion_prior.micro_batch=4 to start there" in caplog.text
     assert made.metrics["samples_seen"] == 96
     assert len(read_blob(world.store, made.blobs["model.safetensors"])) > 0
 

@@ -81,4 +81,4 @@ def test_what_cannot_be_shown_for_a_while_is_shown_later(shared_world: World, ca
         train(ctx)
         while len(shown) < 3:
             time.sleep(0.01)
-    assert caplog.text.count("decoder: report and trackers do not show it for now: the disk is full") == 1
+    assert caplog.text.count("decoder: not shown in report and trackers for now: the disk is full") == 1

@@ -256,7 +256,7 @@ def test_as_many_rows_are_computed_at_once_as_fit(share: LocalBatch, caplog: pyt
     before = state.model.state_dict()["weight"].clone()
     with caplog.at_level(logging.INFO):
         assert fitting_rows("decoder", hungry, RECIPE, 16, ProcessGroup(), state) == 2
-    assert [int(n) for n in re.findall(r"computes (\d+) rows at once", caplog.text)] == [8, 4, 2]
+    assert [int(n) for n in re.findall(r"micro-batch of (\d+) rows", caplog.text)] == [8, 4, 2]
     assert fitting_rows("decoder", hungry, RECIPE, 3, ProcessGroup(), state) == 3
     assert torch.equal(state.model.state_dict()["weight"], before)
     assert not gradients(state.model)

@@ -197,7 +197,7 @@ def test_raising_samples_goes_on_and_a_milestone_is_the_artefact_of_the_shorter_
         assert f"resuming diffusion_prior at sample {reached}" in caplog.text
     told = [record.getMessage() for record in caplog.records if "milestone" in record.getMessage()]
     assert told == [
-        "diffusion_prior: the milestone at 16 samples lies before the checkpoint that is gone on from, and is not made"
+        "diffusion_prior: the milestone at 16 samples is before the checkpoint that is resumed, and is not made"
     ]
     assert results(world) == undisturbed
 

@@ -85,6 +85,6 @@ def test_a_blob_that_is_not_there_and_a_file_that_changed(world: World, tmp_path
     file.write_bytes(b"one")
     named = ContentFile.at(str(file), "init_from")
     file.write_bytes(b"two")
-    with pytest.raises(UserError, match="has changed since it was named"):
+    with pytest.raises(UserError, match="changed during this command"):
         trained(world, replace(RECIPE, init_from=named))
     assert put_blob(world.store, b"two") != named

@@ -29,7 +29,9 @@ def annotation_rows(
     try:
         found = json.loads(decoded(opened.read(), encoding))
     except UnicodeDecodeError as e:
-        raise UserError(f"source {path}: byte {e.start + 1} is not UTF-8; set source.encoding to what it is") from None
+        raise UserError(
+            f"source {path}: byte {e.start + 1} is not UTF-8; set source.encoding to its encoding"
+        ) from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"source {path}: not JSON ({e}); a file with an object a line is called .jsonl") from None
     rows: Iterator[tuple[str, list[Any]]]
@@ -40,7 +42,7 @@ def annotation_rows(
     elif isinstance(found, list) and any(isinstance(each, dict) for each in found):
         rows = _objects(path, found, wanted)
     else:
-        raise UserError(f"source {path}: its JSON is not of a kind that is read: {KINDS}")
+        raise UserError(f"source {path}: unsupported JSON; give {KINDS}")
     for where, values in rows:
         yield object_values(where, values)
 
@@ -95,7 +97,7 @@ def _objects(path: Path, found: Sequence[Any], wanted: Sequence[str]) -> Iterato
             values[1] = answers[0].get("value") if len(answers) == 1 else None
         yield where, values
     if longer:
-        say_once(f"{path.name}: {counted(longer, 'conversation')} of several answers, which are not captions")
+        say_once(f"{path.name}: {counted(longer, 'conversation')} with several answers left out")
 
 
 def _objects_of(value: Any) -> Iterator[dict[str, Any]]:

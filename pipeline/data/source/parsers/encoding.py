@@ -52,8 +52,8 @@ def encoding_of(path: Path, head: bytes, given: str) -> str:
     remedy = "save it as UTF-8, or set source.encoding to what it is"
     if nul:
         raise UserError(
-            f"source {path}: line 1 holds a NUL, as binary files do, and UTF-16 without its mark (utf-16-le, "
-            f"utf-16-be); {remedy}"
+            f"source {path}: line 1 holds a NUL, as in binary files and in UTF-16 without a byte order mark "
+            f"(utf-16-le, utf-16-be); {remedy}"
         )
     # A few such lines cost their rows; more than one in ten, and the file is in another encoding.
     if 10 * len(wrong) > len(whole):

@@ -24,7 +24,7 @@ def sheet_rows(
     """Yields the rows of the first sheet with values as ``table_rows`` does; its first row names the columns."""
     if calamine is None:
         raise UserError(
-            f"source {path}: spreadsheets take the extra xlsx: pip install 'python-calamine>=0.7,<1'; or save it as CSV"
+            f"source {path}: spreadsheets need the extra xlsx: pip install 'python-calamine>=0.7,<1'; or save it as CSV"
         )
     try:
         with calamine.CalamineWorkbook.from_filelike(opened) as book:
@@ -42,9 +42,9 @@ def _first_sheet(path: Path, book: Any) -> tuple[str, Iterator[list[Any]]]:
         sheet = book.get_sheet_by_name(name)
         if sheet.height:
             if len(shown) > 1:
-                say_once(f"{path.name}: of {len(shown)} sheets {name!r} is read; save another one as a file of its own")
+                say_once(f"{path.name}: of {len(shown)} sheets {name!r} is read; save another sheet as its own file")
             return name, sheet.iter_rows()
-    raise UserError(f"source {path}: no sheet of it has a value; it needs a first row that names the columns")
+    raise UserError(f"source {path}: all sheets are empty; the first row must name the columns")
 
 
 def _rows(

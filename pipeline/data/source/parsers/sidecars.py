@@ -65,5 +65,8 @@ def _paragraphs(text: str) -> list[str]:
     """Returns the parts of a text between its empty lines."""
     found = [list(lines) for said, lines in groupby(text.splitlines(), lambda line: bool(line.strip())) if said]
     if any(len(lines) > 1 for lines in found):
-        say_once("lines of a text beside an image are one caption up to an empty line; source.caption_lines splits it")
+        say_once(
+            "lines of a text beside an image form one caption, up to an empty line; source.caption_lines: true makes "
+            "each line a caption"
+        )
     return [" ".join(lines) for lines in found]

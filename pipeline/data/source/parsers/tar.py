@@ -32,7 +32,7 @@ def members(
     """Yields the samples of a tar, each as reference, captions, reason and flaw of its row."""
     head = file.read(6)
     if packed := next((kind for magic, kind in PACKED.items() if head.startswith(magic)), None):
-        raise UserError(f"source {path}: compressed with {packed}; images are read where they lie, so unpack it first")
+        raise UserError(f"source {path}: compressed with {packed}; images are read in place, so unpack it first")
     try:
         for image, said in _members(path, file, budget):
             found = sidecar_captions(said, encoding, by_line)

@@ -123,7 +123,7 @@ class _Lines:
         check_header(self._path, header, wanted[:needed], self._delimiter)
         found = columns_of(self._path, header, wanted, needed)
         if self._delimiter != usual:
-            say_once(f"{self._path.name}: {self._delimiter!r} is taken for the delimiter of its columns")
+            say_once(f"{self._path.name}: {self._delimiter!r} is used as the delimiter")
         places = [None if name is None else header.index(name) for name in found]
         self._columns, self._image = len(header), places[0] or 0
         while line := self._take():
@@ -151,7 +151,7 @@ class _Lines:
         read = [parsed_object(line) for line in head.splitlines()[:HEAD_LINES]]
         first = [row for row in read if isinstance(row, dict)]
         if not first:
-            raise UserError(f"source {self._path}: line 1 {read[0]}; write a JSON object a line")
+            raise UserError(f"source {self._path}: line 1 {read[0]}; write one JSON object per line")
         names = list(dict.fromkeys(name for row in first for name in row))
         found = [*columns_of(self._path, names, wanted[:needed], needed), *wanted[needed:]]
         while line := self._take():
@@ -247,7 +247,7 @@ def check_header(path: Path, header: Sequence[str], needed: Sequence[str], delim
     line = mark.join(names.get(place, f"column{place + 1}") for place in range(len(header)))
     row = mark.join(header)[:MOST_SHOWN]
     raise UserError(
-        f"source {path}: line 1 has to name the columns, and it is a row ({row}); write a line above it, "
+        f"source {path}: line 1 must name the columns, but is a row ({row}); write a line above it, "
         f"such as {line[:MOST_SHOWN]}"
     )
 
@@ -298,7 +298,7 @@ def _member(value: Any, several: bool) -> Any:
     if isinstance(value, list) and several:
         return [_member(each, several=False) for each in value]
     if isinstance(value, list | dict):
-        raise ValueError("has a list or an object where a text belongs")
+        raise ValueError("has a list or an object in place of a string")
     if isinstance(value, float) and math.isnan(value):  # as pandas writes what is missing
         return None
     text = text_of(value) or None

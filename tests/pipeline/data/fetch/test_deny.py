@@ -129,7 +129,7 @@ def test_a_list_that_is_lost_or_changed_on_the_way_is_noticed(tmp_path: Path) ->
     with pytest.raises(CorruptObject, match="is missing"):
         read_deny_lists(bench.store, bench.config.pairs.deny_hosts, None, None)
     (tmp_path / "hosts").write_text("b.test\n")
-    with pytest.raises(UserError, match=r"pairs\.deny_hosts: .*hosts has changed since it was named"):
+    with pytest.raises(UserError, match=r"pairs\.deny_hosts: .*hosts changed during this command"):
         bench.make("source", "pairs")
 
 

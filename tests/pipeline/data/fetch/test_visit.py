@@ -228,10 +228,10 @@ def test_private_headers_reach_their_origin_and_nobody_else(monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("place", "value", "message"),
-    [("https://a.test", None, "is not set"), ("https://a.test", "s3cret", "is not lines of the form"),
-     ("https://a.test", "a b: s3cret", "is not lines"), ("https://a.test", "A: s3crét", "is not lines"),
-     ("https://a.test", "A:", "is not lines"), ("https://a.test", "A: b\ns3cret", "is not lines"),
-     ("https://a.test", "", "is not lines"), ("a.test", "A: s3cret", "is not of the form https://host")],
+    [("https://a.test", None, "is not set"), ("https://a.test", "s3cret", "must hold ASCII lines of the form"),
+     ("https://a.test", "a b: s3cret", "must hold ASCII"), ("https://a.test", "A: s3crét", "must hold ASCII"),
+     ("https://a.test", "A:", "must hold ASCII"), ("https://a.test", "A: b\ns3cret", "must hold ASCII"),
+     ("https://a.test", "", "must hold ASCII"), ("a.test", "A: s3cret", "is not of the form https://host")],
 )  # fmt: skip
 def test_headers_that_cannot_be_read_are_one_line_without_the_secret(
     place: str, value: str | None, message: str

@@ -117,6 +117,6 @@ def test_a_wide_gamut_becomes_srgb() -> None:
 def test_an_image_that_is_named_has_the_limits_of_the_list(bench: Bench, tmp_path: Path, command: str) -> None:
     file = tmp_path / "bomb.png"
     file.write_bytes(encoded(Image.new("1", (10_000, 10_000)), "png"))
-    with pytest.raises(UserError, match=r"bomb\.png: cannot be taken \(too_many_pixels"):
+    with pytest.raises(UserError, match=r"bomb\.png: cannot be used \(too_many_pixels"):
         open_image(file) if command == "edit" else search.embed_image(bench.store, bench.made["clip"], str(file))
     assert shared_decoder()._process is not None

@@ -179,7 +179,7 @@ def test_a_server_that_is_down_ends_the_run_and_one_that_recovers_does_not(visio
     down |= set(range(1000))
     for _ in range(FAULTS_IN_A_ROW - 1):
         endpoint.ask(jpeg())
-    with pytest.raises(Unreachable, match=r"20 requests to 127\.0\.0\.1:[0-9]+ failed one after the other"):
+    with pytest.raises(Unreachable, match=r"20 requests to 127\.0\.0\.1:[0-9]+ failed in a row"):
         endpoint.ask(jpeg())
 
 

@@ -140,7 +140,7 @@ def test_a_budget_stops_and_the_same_command_goes_on(tmp_path: Path, vision: Vis
     poor = bench(tmp_path / "again", path, settings={"budget": 8})
     for stop in (1, 2, 3):  # of seven parts two each time; the last part of a shard has fewer rows
         before = vision.asked.total()
-        with pytest.raises(UserError, match=r"budget of 8 images is spent, and about \d+ are left .* asks for more"):
+        with pytest.raises(UserError, match=r"budget of 8 images is spent, and about \d+ are left: .* requests more"):
             poor.make("recaption")
         assert 0 < vision.asked.total() - before <= 8, stop
     poor.make("recaption")

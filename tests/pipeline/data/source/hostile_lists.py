@@ -131,7 +131,7 @@ def headers(references: Sequence[str]) -> Iterator[List]:
     yield List("delimiter-in-header.csv", b'url,caption,"a,b"\n' + twin, (None,) * 30)
     yield List("other-columns.csv", b"link,TEXT\n" + rows, refused="no column url; it has link, TEXT")
     yield List("semicolons.csv", (b"url,caption\n" + rows).replace(b",", b";"), (None,) * 30)
-    yield List("no-header.csv", rows, refused="line 1 has to name the columns, and it is a row")
+    yield List("no-header.csv", rows, refused="line 1 must name the columns, but is a row")
     yield List("open-header.csv", b'url,"caption\n' + rows, refused="line 1.*stray quotation mark")
     yield List("empty.csv", b"", refused="the file is empty")
     yield List(

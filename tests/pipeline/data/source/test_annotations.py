@@ -80,7 +80,7 @@ def test_llava_has_the_answer_of_each_conversation(tmp_path: Path, caplog: pytes
     assert names_of(tmp_path / "pretrain", rows) == ["00453/a.png", "00453/b.png", ""]
     assert [row.captions for row in rows] == [("a red bird on a branch",), (), ("Text alone.",)]
     assert {row.reject for row in rows} == {None}
-    assert "chat.json: 1 conversation of several answers, which are not captions" in caplog.text
+    assert "chat.json: 1 conversation with several answers left out" in caplog.text
     assert rows_of(tmp_path / "pretrain/chat.json", found)[0] == rows[0]
 
 
@@ -122,10 +122,10 @@ def test_a_list_of_objects_is_a_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "not JSON"), ("7", "not of a kind that is read: captions of COCO"), ("[]", "not of a kind"),
-        ('{"data": [1]}', "not of a kind"), ("[" * 100_000, "not JSON"), ('[{"a": 1}]', "no column url; it has a"),
+        ("{", "not JSON"), ("7", "unsupported JSON; give captions of COCO"), ("[]", "unsupported JSON"),
+        ('{"data": [1]}', "unsupported JSON"), ("[" * 100_000, "not JSON"), ('[{"a": 1}]', "no column url; it has a"),
         ('{"url": "http://h/a", "caption": "a"}\n' * 2, "with an object a line is called .jsonl"),
-        ('{"images": 1, "annotations": [1]}', "not of a kind"),
+        ('{"images": 1, "annotations": [1]}', "unsupported JSON"),
         ('{"images": [{"id": [], "license": []}], "annotations": [{"image_id": [], "caption": 1}]}', "no captions"),
     ],
 )  # fmt: skip

@@ -94,7 +94,7 @@ def test_what_lies_beside_images_is_read_in_the_child_too(tmp_path: Path, monkey
     ("how", "said"),
     [
         ("spin", "in the processor time that its size allows"),
-        ("sleep", "nothing came for 0.1 s"),
+        ("sleep", "no data for 0.1 s"),
         ("killed", "its reader was killed"),
         ("raise", "cannot be read (KeyError: 'a bug')"),
     ],

@@ -215,7 +215,7 @@ def test_captions_of_a_shuffled_list_join_the_first_row_of_their_image(
     other = open_store(str(tmp_path / "other"))
     (shard,) = scan(SourceRecipe((path,)), other, write=True).shards
     assert len(read_table(other, shard.captions)["captions"].to_pylist()[19]) == 2
-    assert "rows with an image that an earlier row names, whose captions are left out" in caplog.text
+    assert "rows repeat the image of an earlier row, so their captions are left out" in caplog.text
 
 
 def test_captions_of_few_duplicates_stay_out_so_that_appending_changes_no_shard(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_columns_of_other_tools_are_known_where_only_one_can_be_meant(
     (row,) = rows_of(file)
     assert (row.url, row.captions) == ("http://h/0", ("a cat",))
     others = {name: column for name, column in zip(taken, ("url", "caption"), strict=True) if name != column}
-    assert caplog.messages == [f"{file.name}: {name} is taken for the column {c}" for name, c in others.items()]
+    assert caplog.messages == [f"{file.name}: {name} is used as the column {c}" for name, c in others.items()]
 
 
 def test_a_folder_of_tables_is_read_in_the_order_of_their_names(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_paragraph_beside_an_image_is_a_caption_or_a_line_is(
     for path in (tmp_path / "folder", tmp_path / "A.TAR"):
         (row,) = rows_of(path)
         assert row.captions == ("A red bird sits on a branch.", "A bird.")
-        assert "source.caption_lines splits it" in caplog.text
+        assert "source.caption_lines: true makes each line a caption" in caplog.text
         assert rows_of(path, caption_lines=True)[0].captions == ("A red bird sits", "on a branch.", "A bird.")
 
 
@@ -241,7 +241,7 @@ def test_a_folder_that_cannot_be_listed_is_told_or_ends_it(tmp_path: Path, monke
     assert len(rows_of(tmp_path)) == 1
     assert unread(str(tmp_path), SourceRecipe((".",))).endswith("1 folder without permission (such as 2024)")
     code = errno.ESTALE
-    with pytest.raises(UserError, match=r"2024: cannot be listed \(Stale file handle\); look at its disk"):
+    with pytest.raises(UserError, match=r"2024: cannot be listed \(Stale file handle\); check its disk"):
         rows_of(tmp_path)
 
 

@@ -130,11 +130,11 @@ def test_splits_are_read_from_the_names_of_files_where_all_are_there() -> None:
         (
             PATH,
             {"README.md": b"no data"},
-            "of a kind that is read; where the Hub has made Parquet of it, write hf://data",
+            "has a supported format; if the Hub has converted it to Parquet, write hf://data",
         ),
         ("hf://owner/birds", {}, "a model of the Hub, not a dataset; write hf://datasets/OWNER/NAME"),
         ("hf://datasets/birds", {}, "Write hf://datasets/OWNER/NAME"),
-        ("https://huggingface.co/datasets/owner/birds", {}, "of the Hugging Face Hub write hf://datasets/OWNER/NAME"),
+        ("https://huggingface.co/datasets/owner/birds", {}, "for the Hugging Face Hub, write hf://datasets/OWNER/NAME"),
         ("owner/birds", {}, "a dataset of the Hugging Face Hub is hf://datasets/owner/birds"),
         (f"{PATH}@{COMMITS[0]}/data", {"../../x.parquet": parquet(0)}, "none of its 0 files"),
     ],

@@ -168,7 +168,7 @@ def test_files_that_change_or_go_are_named(made: Made, tmp_path: Path) -> None:
 
 
 def test_another_clip_is_a_mistake(made: Made, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="imported embeddings train no CLIP"):
+    with pytest.raises(UserError, match="a CLIP cannot train on imported embeddings"):
         make_bench(tmp_path, [str(made.folder)], "train")
     for name in ("img_emb", "text_emb"):
         (tmp_path / name).mkdir()
@@ -176,7 +176,7 @@ def test_another_clip_is_a_mistake(made: Made, tmp_path: Path) -> None:
     (tmp_path / "metadata").mkdir()
     pq.write_table(pa.table({"url": ["a", "b"], "caption": ["a", "b"]}), tmp_path / "metadata/metadata_0.parquet")
     bench = make_bench(tmp_path / "store", [str(tmp_path)], made.bench.config.clip.weights)
-    with pytest.raises(UserError, match=r"has 9 dimensions, and the embeddings of clip\.weights have 64"):
+    with pytest.raises(UserError, match=r"has 9 dimensions, but clip\.weights makes 64"):
         bench.make("source", "captions", "pairs", "clip", "embeddings")
 
 

@@ -75,7 +75,7 @@ def test_mistakes_are_one_line_that_names_the_url() -> None:
             f"http://{address}/gone.csv": "gone.csv: the server answers 404",
             f"http://{address}/a.csv": f"source http://{address}/a.csv: no column url; it has link, caption",
             f"http://{address}/00000.tar": "only .parquet, .csv, .tsv, .jsonl files",
-            f"http://{address}/a.csv?X-Amz-Signature=abc": "its URL holds a secret",
+            f"http://{address}/a.csv?X-Amz-Signature=abc": "its URL contains a secret",
             "http://127.0.0.1:9/a.csv": "cannot be fetched",
         }.items():
             with pytest.raises(UserError, match=re.escape(says)) as error:
@@ -104,7 +104,7 @@ def test_a_list_without_end_fills_no_disk(monkeypatch: pytest.MonkeyPatch, promi
     with serving({"/a.csv": page}) as address:
         said = refused(f"http://{address}/a.csv")
     assert not any(file.is_file() for file in Path(remote._folder().name).rglob("*"))
-    assert ("sent over 1,048,576 bytes" if not promised else "1,048,576 at most are fetched") in said
+    assert ("sent over 1,048,576 bytes" if not promised else "the limit is 1,048,576") in said
 
 
 def test_a_list_on_s3_has_the_same_budget_of_bytes(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_a_list_on_s3_has_the_same_budget_of_bytes(s3: Server, monkeypatch: pyte
     store.create("larger.csv", BODY.ljust((1 << 20) + 1, b"\n"))
     assert len(list(read_rows(f"s3://{BUCKET}/large/whole.csv", of(".")))) == 1
     said = refused(f"s3://{BUCKET}/large/larger.csv")
-    assert "it has 1,048,577 bytes, and 1,048,576 at most are fetched; download it and name the file" in said
+    assert "it has 1,048,577 bytes; the limit is 1,048,576; download it and name the file" in said
     assert not list(Path(remote._folder().name).rglob("larger.csv"))
 
 

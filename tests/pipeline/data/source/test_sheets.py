@@ -90,8 +90,8 @@ def test_the_first_sheet_with_values_is_a_list(tmp_path: Path, caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("books", "said"),
     [
-        ({"A": []}, "no sheet of it has a value"),
-        ({"A": [["1.jpg", "a cat"]]}, r"line 1 has to name the columns.*such as url \| caption"),
+        ({"A": []}, "all sheets are empty"),
+        ({"A": [["1.jpg", "a cat"]]}, r"line 1 must name the columns.*such as url \| caption"),
         ({"A": [["link", "text"], ["a", "b"]]}, "no column url; it has link, text"),
     ],
 )

@@ -201,7 +201,7 @@ def test_captions_of_rows_that_name_an_image_of_an_earlier_list_are_missed(
 ) -> None:
     earlier, path = _csv(tmp_path / "earlier.csv", _rows(11)), _csv(tmp_path / "list.csv", _rows(images))
     scan(SourceRecipe((earlier, path)), folder_store, write=True)
-    said = f"source {path}: 11 rows with an image that an earlier row names, whose captions are left out"
+    said = f"source {path}: 11 rows repeat the image of an earlier row, so their captions are left out"
     assert (said in caplog.text) == warned
 
 

@@ -61,7 +61,7 @@ def test_a_worker_that_does_not_answer_is_named_whatever_it_said_last() -> None:
 
 def test_where_all_wait_for_each_other_no_machine_is_to_blame() -> None:
     found = judged({})
-    assert "all workers stand in its backward pass, as where a network or a GPU hangs" in found.why
+    assert "all workers are in its backward pass, as when a network or a GPU hangs" in found.why
     assert found.hosts == {}
     one = hung({0: (beat(0, size=1), 0.0)}, 120.0, 0.0)
     assert one is not None
@@ -220,5 +220,5 @@ def test_a_machine_whose_worker_hangs_is_left_out_as_long_as_others_have_room(
     assert f"2-{bad}" not in used
     with caplog.at_level(logging.WARNING):
         launch(work, "clip", "all", replace(settings, workers=3), RaySettings(), left_out=[bad])
-    assert "uses the machines that were left out again" in caplog.text
+    assert "uses excluded machines again" in caplog.text
     assert (tmp_path / f"3-{bad}").exists()
