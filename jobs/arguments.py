@@ -131,7 +131,7 @@ class Parser(argparse.ArgumentParser):
             words = action.choices if isinstance(value, str) else map(str, action.choices)
             near = did_you_mean(value, words) if isinstance(value, str) else f"; known are {', '.join(words)}"
             near = f"; {HABITS[value]}" if kind == "command" and value in HABITS else near
-            if kind == "command" and (below := self._with_command(action, value)):
+            if isinstance(action, argparse._SubParsersAction) and (below := self._with_command(action, value)):
                 near = f"; did you mean {' or '.join(below)}?"
             raise UserError(f"{what} unknown {kind} {value}{near}")
 
