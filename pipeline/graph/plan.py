@@ -96,6 +96,6 @@ def _because(stage: Stage, keys: Mapping[str, str], before: PlannedStage | None)
     if changed:
         return ", ".join(changed)
     if stage.kind == "source":
-        return "the list changed"
+        return "the list or its images changed"
     inputs = [name for name in stage.inputs if before.inputs.get(name) != keys[name]]
     return f"{', '.join(inputs)} changed"
