@@ -29,6 +29,7 @@ from pipeline.data.source.journal import reference_marks
 from pipeline.data.source.lists import path_policy, read_rows, serving_lists
 from pipeline.data.source.source import ListRow
 from pipeline.progress import counted, duration
+from pipeline.sandbox import python_path
 from pipeline.store import open_store
 
 SHARD_ROWS = 128  # of the scratch list, at most
@@ -133,8 +134,7 @@ def _amounts(
 
 def _run(path: str, overrides: Sequence[str]) -> str:
     """Runs as a user would, in a process of its own; returns the last line of an error, or ""."""
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     # -P: no module of the current folder hides one of ours.
     command = [sys.executable, "-P", "-m", "jobs.cli", "run", path, *(f"--set={word}" for word in overrides), "--yes"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

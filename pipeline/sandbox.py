@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import resource
+import site
 import stat
 import struct
 import sys
@@ -37,6 +38,17 @@ def bare_environment(**more: str) -> dict[str, str]:
     """
     kept = {name: os.environ[name] for name in KEPT if name in os.environ}
     return kept | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"} | more
+
+
+def python_path() -> str:
+    """Returns PYTHONPATH for a child that imports this code: its folder, unless it is installed, before what is there.
+
+    Installed packages are found without it. Their folder would come before the standard library, some modules of which
+    it may hold as packages of old: img2dataset brings ``dataclasses``.
+    """
+    root = str(Path(__file__).parents[1])
+    installed = root in (*site.getsitepackages(), site.getusersitepackages())
+    return os.pathsep.join(filter(None, ["" if installed else root, os.environ.get("PYTHONPATH")]))
 
 
 def give_up_rights() -> None:

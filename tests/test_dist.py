@@ -94,6 +94,8 @@ def installed(built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     # A path that a .pth file adds is searched last, and the .pth files in it, such as the checkout's, are not read.
     here = dict.fromkeys(path for path in sys.path if path.endswith("-packages"))
     Path(site, "packages.pth").write_text("".join(f"{path}\n" for path in here))
+    # As the package of that name that img2dataset brings: it breaks every process that looks there before the library.
+    Path(site, "dataclasses.py").write_text("raise ImportError('this is not the standard library')\n")
     return folder / "bin"
 
 

@@ -1,10 +1,21 @@
-"""Messages of a child that somebody may have taken over."""
+"""Children: the code that they find, and messages of one that somebody may have taken over."""
 
 import io
+import os
+import site
 
 import pytest
 
-from pipeline.sandbox import receive, send
+from pipeline.sandbox import python_path, receive, send
+from tests.chain import ROOT
+
+
+def test_a_child_of_installed_code_finds_the_standard_library_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package beside the installed code is called ``dataclasses``."""
+    monkeypatch.setenv("PYTHONPATH", "given")
+    assert python_path() == os.pathsep.join([str(ROOT), "given"])
+    monkeypatch.setattr(site, "getsitepackages", lambda: ["/elsewhere", str(ROOT)])
+    assert python_path() == "given"
 
 
 def test_a_message_is_received_as_it_was_sent() -> None:

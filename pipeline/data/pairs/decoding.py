@@ -53,6 +53,7 @@ from pipeline.sandbox import (
     limit_time,
     memory_mapped,
     processor_time,
+    python_path,
     receive,
     send,
 )
@@ -143,10 +144,8 @@ class ImageDecoder:
     def start(self) -> None:
         """Starts the child, if it is not there, without waiting for it."""
         if self._process is None:
-            root = str(Path(__file__).parents[3])
-            path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
             pipe = subprocess.PIPE
-            environment = bare_environment(PYTHONPATH=path, **KEEP_MEMORY)
+            environment = bare_environment(PYTHONPATH=python_path(), **KEEP_MEMORY)
             # In a group of its own: a terminal's Ctrl-C is for this process, and may come before the child is ready.
             self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, env=environment, process_group=0)
             Thread(target=self._watch, args=(self._process,), daemon=True).start()

@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.local import PathPolicy, open_local
 from pipeline.progress import say_once
-from pipeline.sandbox import bare_environment, receive
+from pipeline.sandbox import bare_environment, python_path, receive
 
 MOST_MESSAGE = 4 << 20  # bytes: every character of a batch as an escape of six
 MOST_SAID = 100  # lines of a child about a file
@@ -156,8 +156,6 @@ class ListReader:
         if self._process is None:
             ours, theirs = socket.socketpair()
             ours.settimeout(WAIT_S)
-            root = str(Path(__file__).parents[3])
-            path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
             arrow = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}  # others map memory in advance
             with theirs:
                 # In a group of its own: a terminal's Ctrl-C is for this process, which ends the child.
@@ -166,7 +164,7 @@ class ListReader:
                         _COMMAND,
                         stdin=theirs.fileno(),
                         stdout=subprocess.DEVNULL,
-                        env=bare_environment(PYTHONPATH=path, **arrow),
+                        env=bare_environment(PYTHONPATH=python_path(), **arrow),
                         process_group=0,
                     )
                 except OSError as e:  # which would read as an error of the file

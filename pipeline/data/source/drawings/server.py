@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.data.source.drawings.flaws import FLAWED, flawed_bytes
 from pipeline.data.source.drawings.world import draw_png, drawing_of, require_packages
 from pipeline.errors import UserError
 from pipeline.graph.resources import cores
+from pipeline.sandbox import python_path
 
 CACHED_IMAGES = 1024  # about 10 kB each at 256 px, 50 kB at 1024 px
 
@@ -41,10 +41,8 @@ def serving() -> Iterator[str]:
         UserError: if the demo packages are missing or the server does not start.
     """
     require_packages()  # names a missing package here, where it is one line
-    root = str(Path(__file__).parents[4])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-P", "-m", "pipeline.data.source.drawings.server"]
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     pipe = subprocess.PIPE
     # In a group of its own: a terminal's Ctrl-C is for this process, and may come before the server is ready.
     with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True, process_group=0) as process:
