@@ -51,11 +51,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _search(project: Project, arguments: argparse.Namespace) -> int:
     """Prints a line for each of the nearest rows: cosine, key, split, reference, first caption, separated by tabs."""
-    from pipeline.data.neighbours.search import embed_caption, embed_image, look_up
+    from pipeline.data.neighbours.search import SEARCHED, embed_caption, embed_image, look_up
 
     if arguments.count < 1:
         raise UserError(f"--count {arguments.count} is below 1")
-    artifacts = project.made("captions", "clip", "curation", "pairs", "index")
+    artifacts = project.made(*SEARCHED)
     if arguments.image:
         query = embed_image(project.store, artifacts["clip"], arguments.image)
     else:

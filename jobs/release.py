@@ -110,6 +110,7 @@ def _promote(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
     made = asked.project().made("bundle", "evaluation")
     key, current = made["bundle"].key, asked.releases.current
     again = current is not None and current.bundle == key
+    # Promoted again with a key that has not signed it yet, a release only gains that signature.
     if again and (signer is None or _holds(asked, made["bundle"], [public_line(signer)])):
         say(f"{asked.name}: {key[:12]} is the release already")
         return 0
@@ -259,12 +260,11 @@ def _evaluate(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
         )
     bundle = asked.find_release()
     stage = project.graph["evaluation"]
-    inputs = project.made("clip", *(name for name in stage.inputs if name != "bundle"))
+    inputs = project.made("clip", *(name for name in stage.inputs if name != bundle.stage)) | {bundle.stage: bundle}
     if inputs["clip"].key != bundle.inputs.get("clip"):
         raise UserError(
             f"{asked.name}: the release uses another CLIP than {asked.path}, so their figures cannot be compared"
         )
-    inputs = {name: bundle if name == "bundle" else inputs[name] for name in stage.inputs}
     key = stage_key(stage, {name: made.key for name, made in inputs.items()})
     if load_artifact(asked.store, stage.name, key) is None:
         stage.run(make_context(stage, key, inputs, asked.store, asked.config))

@@ -129,6 +129,11 @@ class UnCLIP:
             save_codec(folder / "codec", self.codec)
         write_sampling(folder, self.sampling)
 
+    def upsamplers(self, size: int) -> dict[str, Upsampler]:
+        """Returns the upsamplers up to images of ``size`` pixels, by name, the smallest first."""
+        models = {name: getattr(self, name) for name in UPSAMPLERS}
+        return {name: model for name, model in models.items() if model and model.config.image_size <= size}
+
     @torch.no_grad()
     def generate(
         self,
@@ -224,10 +229,7 @@ class UnCLIP:
         with autocast(embedding.device, sampling.precision):
             image = run(self.decoder, denoise, noise, rng)
         images = {config.image_size: image}
-        for name in UPSAMPLERS:
-            model = getattr(self, name)
-            if model is None or model.config.image_size > sampling.size:
-                break
+        for name, model in self.upsamplers(sampling.size).items():
             # Under the decoder's seed the purpose "x_T" would give the decoder's own numbers again.
             rng = RandomStreams([(derive_seed(seed, name), 1) for seed in seeds], embedding.device)
             low = sampling_low(model.config, image.clamp(-1, 1), rng)

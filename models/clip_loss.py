@@ -34,7 +34,7 @@ def clip_loss(
     workers' rows come through ``gather``, and a worker's own must not be cut. The temperature stops at 1/100. Where
     ``at_once`` is not 0, so many rows are encoded at once, and again in the backward pass.
     """
-    image, text = _encoded(clip, batch, _crops(rng, crop), at_once or len(batch["image"]))
+    image, text = _encoded(clip, batch, random_crops(rng, crop), at_once or len(batch["image"]))
     with torch.autocast(image.device.type, enabled=False):  # near logits of 100 bf16 has steps of 0.5
         images, start = gather(image)
         texts, _ = gather(text)
@@ -56,7 +56,7 @@ def _encoded(clip: Clip, batch: dict[str, Tensor], crops: Tensor | None, at_once
     def encode(images: Tensor, tokens: Tensor, crops: Tensor | None) -> tuple[Tensor, Tensor]:
         # Parts that shared autocast's bf16 copy of a weight would add up its gradients in bf16.
         torch.clear_autocast_cache()
-        return clip.encode_pixels(_cropped(images, crops)), clip.encode_text(tokens)
+        return clip.encode_pixels(cropped(images, crops)), clip.encode_text(tokens)
 
     images, tokens = batch["image"], batch["tokens"]
     if at_once >= len(images):
@@ -71,16 +71,11 @@ def _encoded(clip: Clip, batch: dict[str, Tensor], crops: Tensor | None, at_once
     return torch.cat(encoded), torch.cat(said)
 
 
-def augment(images: Tensor, rng: RandomStreams, crop: float = 0.75) -> Tensor:
-    """Returns training images fp32 [b, 3, s, s] in [0, 1] from uint8 ones.
+def random_crops(rng: RandomStreams, least: float) -> Tensor | None:
+    """Returns the maps from images, being [-1, 1], to their crops, fp32 [b, 2, 3]; None where nothing is cut off.
 
-    A square crop of ``crop`` to 1 of the side at a random place, resized back. No flips: left and right are words.
+    A crop is a square of ``least`` to 1 of the side at a random place. No flips: left and right are words.
     """
-    return _cropped(images, _crops(rng, crop))
-
-
-def _crops(rng: RandomStreams, least: float) -> Tensor | None:
-    """Returns the maps from images, being [-1, 1], to their crops, fp32 [b, 2, 3]; None where nothing is cut off."""
     if least == 1:
         return None
     side = least + (1 - least) * rng.uniform("crop_side", 1)
@@ -88,7 +83,7 @@ def _crops(rng: RandomStreams, least: float) -> Tensor | None:
     return torch.cat([torch.diag_embed(side.expand(-1, 2)), centre[..., None]], dim=2)
 
 
-def _cropped(images: Tensor, crops: Tensor | None) -> Tensor:
+def cropped(images: Tensor, crops: Tensor | None) -> Tensor:
     """Returns the crops of uint8 images, each resized to the whole image's size, fp32 in [0, 1]."""
     if crops is None:
         return images / 255

@@ -240,20 +240,12 @@ def _scale(longest: int, seen: ListPreview | None) -> str:
 
 
 def _dropout(recipes: Config, seen: ListPreview | None) -> str:
-    """Returns the lines that give dropout to models which have none and see every pair often, or nothing."""
-    if seen is None:
+    """Returns the lines that give dropout to a decoder which has none and sees every pair often, or nothing."""
+    decoder = recipes.decoder
+    if seen is None or decoder.model.dropout or decoder.samples <= BARE_EPOCHS * seen.pairs:
         return ""
-    often = [
-        name
-        for name in ("ar_prior", "decoder")
-        if getattr(recipes, name).model.dropout == 0 and getattr(recipes, name).samples > BARE_EPOCHS * seen.pairs
-    ]
-    if not often:
-        return ""
-    lines = "".join(f"{name}: {{model: {{dropout: {DROPOUT}}}}}\n" for name in often)
-    return (
-        f"# Each pair is seen more than {BARE_EPOCHS} times: dropout, so that unseen captions do not suffer.\n{lines}\n"
-    )
+    says = f"# Each pair is seen more than {BARE_EPOCHS} times: dropout, so that unseen captions do not suffer."
+    return f"{says}\ndecoder: {{model: {{dropout: {DROPOUT}}}}}\n\n"
 
 
 def preset_for(gpu: bool, seen: ListPreview | None) -> str:

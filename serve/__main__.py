@@ -29,5 +29,4 @@ if __name__ == "__main__":
                 partial(print, flush=True),
             )
         except UserError as e:
-            print(f"unclip: {e}", file=sys.stderr)
-            sys.exit(1)
+            sys.exit(f"unclip: {e}")

@@ -28,7 +28,6 @@ from serve.server import Server
 from serve.settings import ServeSettings
 
 HEAD = {"node:__internal_head__": 0.001}  # where the gateway is: the end of another node ends nobody's wait
-log = logging.getLogger("unclip")
 
 
 class Service:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +113,14 @@ class Artifact:
         Examples:
             >>> clip = project.artifact("clip").model()
         """
-        from models.clip import Clip
+        from models.clip import CONFIG_FILE, Clip
         from models.folder import load_codec, load_model
 
-        loaders: dict[str, Callable[[Path], Any]] = {"clip": Clip.from_folder, "codec": load_codec}
         if not any(name.endswith("model.safetensors") for name in self.files) or "decoder/config.json" in self.files:
             raise UserError(f"{self.stage} is not a model; a bundle is opened with unclip.load")
         with tempfile.TemporaryDirectory() as folder:
-            return loaders.get(self.stage, load_model)(self.save(folder))
+            load = Clip.from_folder if CONFIG_FILE in self.files else load_model
+            return (load_codec if self.stage == "codec" else load)(self.save(folder))
 
     def __repr__(self) -> str:
         record = self.record

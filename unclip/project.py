@@ -15,6 +15,7 @@ from jobs.project import last_run_differs, open_project
 from jobs.run import RunResult, Tell, run
 from pipeline.config import resolved_values
 from pipeline.data.curation.reading import PairReader
+from pipeline.data.curation.stage import READS
 from pipeline.graph.stages import Stage
 from unclip.artifact import Artifact
 from unclip.pairs import Pairs
@@ -133,7 +134,7 @@ class Project:
             >>> pairs = project.pairs("train", embeddings=True)
             >>> first = pairs[0].caption
         """
-        stages = ["pairs", "captions", *["curation"] * curated, *["embeddings"] * embeddings]
+        stages = [*(name for name in READS if embeddings or name != "embeddings"), *["curation"] * curated]
         reader = PairReader(self._opened.store, self._opened.made(*stages), split)
         return Pairs(reader, self._opened.config.run.ray)
 

@@ -30,7 +30,7 @@ class StageReport(TypedDict, total=False):
 
     Attributes:
         stage: Name of the stage.
-        made: Whether its artefact exists.
+        made: True where its artefact exists.
         key: Key of the artefact, 64 hexadecimal digits.
         inputs: Keys of the artefacts that it was made from, by stage.
         rows: Rows that the stage processed. Each is kept, rejected or deferred.

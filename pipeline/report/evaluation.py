@@ -10,6 +10,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from pipeline.evaluate.figure import NAMES, STRIP, by_claim, count, difference, holds, measured, short
+from pipeline.graph.artifacts import Artifact
 from pipeline.progress import counted
 from pipeline.report.html import PARTS, Section, attempt, note, number, template, text
 from pipeline.report.inputs import ReportInput
@@ -27,7 +28,7 @@ def evaluation_section(given: ReportInput) -> Markup:
     artifact = given.artifacts["evaluation"]
     parts = [attempt("The table of the evaluation", lambda: claims(artifact.metrics["figures"]))]
     if STRIP in artifact.blobs:
-        parts.append(attempt(f"{STRIP} of the evaluation", _strip, given))
+        parts.append(attempt(f"{STRIP} of the evaluation", _strip, given, artifact))
     return Section.of(EVALUATION.evaluation, "evaluation", "Does it learn?", parts)
 
 
@@ -52,9 +53,8 @@ def shown_figure(figure: Mapping[str, Any]) -> dict[str, Any]:
     return {**figure, **shown, "state": STATES[figure["holds"]]}
 
 
-def _strip(given: ReportInput) -> Markup:
+def _strip(given: ReportInput, artifact: Artifact) -> Markup:
     """Shows what was drawn for the first held-out captions; of other people's images only those that may be shown."""
-    artifact = given.artifacts["evaluation"]
     shown = artifact.metrics["shown"]
     drawn = (NAMES.get(model, model).rstrip(",") for model in shown["models"])
     said = f"From above: {'; '.join(['the real image', *drawn])}."

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from models.clip import Clip
 from pipeline.data.curation.reading import PairReader
 from pipeline.data.fetch.references import shown
-from pipeline.data.neighbours.search import FoundRow, look_up, read_clip
+from pipeline.data.neighbours.search import FoundRow, look_up, read_clip, searched_with
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.image import MAX_PIXELS, Storing
 from pipeline.data.pairs.row_index import read_images
@@ -96,7 +96,7 @@ class StoredImages:
 
     Attributes:
         store: Store of the artefacts.
-        artifacts: Artefacts of "index", "curation", "pairs", "captions", "embeddings" and "clip".
+        artifacts: Artefacts that a search reads, by the names that stages declare.
     """
 
     store: Store
@@ -142,17 +142,9 @@ def find_stored(store: Store, bundle: Artifact) -> StoredImages | None:
     if decoder is None:
         return None
     for index in made_with(store, "index", "curation", decoder.inputs["curation"]):
-        embeddings = load_artifact(store, "embeddings", index.inputs["embeddings"])
-        if embeddings is None or embeddings.inputs.get("clip") != bundle.inputs["clip"]:
-            continue
-        keys = {**embeddings.inputs, "curation": index.inputs["curation"]}
-        # The third input of embeddings: the list's captions, or what stands for them.
-        [captions] = embeddings.inputs.keys() - {"clip", "pairs"}
-        makers = {name: name for name in ("clip", "curation", "pairs")} | {"captions": captions}
-        found = {name: load_artifact(store, maker, keys[maker]) for name, maker in makers.items()}
-        if all(found.values()):
-            rows = {name: artifact for name, artifact in found.items() if artifact is not None}
-            return StoredImages(store, {"index": index, "embeddings": embeddings, **rows})
+        found = searched_with(store, index)
+        if found and found["clip"].key == bundle.inputs["clip"]:
+            return StoredImages(store, found)
     return None
 
 
@@ -258,8 +250,7 @@ def carry(training: StoredImages, licenses: Collection[str], folder: Path) -> tu
     Raises:
         UserError: No training row has one of these licences.
     """
-    names = ("pairs", "captions", "curation", "embeddings")
-    reader = PairReader(training.store, {name: training.artifacts[name] for name in names}, "train")
+    reader = PairReader(training.store, training.artifacts, "train")
     count, others = 0, set[str]()
 
     def candidates() -> Iterator[tuple[str, int, int]]:

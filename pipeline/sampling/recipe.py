@@ -37,8 +37,8 @@ class Operation(NamedTuple):
     Attributes:
         least: Number of images that it needs.
         most: Number of images that it takes.
-        captioned: Whether it needs a caption.
-        turned: Whether its images have shares.
+        captioned: True where it needs a caption.
+        turned: True where its images have shares.
     """
 
     least: int = 1
@@ -100,7 +100,7 @@ class ImageRecipe:
         shares: Shares of the way or the turn, one for each image, for ``interpolate`` and ``change``.
         counts: Numbers of principal components, for ``components``; none takes the paper's.
         side: Side of the images where they are made smaller than they were drawn, in pixels; else 0.
-        strip: Whether one file shows all of them side by side.
+        strip: True where one file shows all of them side by side.
         images: Images that it begins with; of ``inpaint`` the image and its mask.
         options: Sampling options by name.
         bundle: Key of the bundle that drew; "" where it is not known.

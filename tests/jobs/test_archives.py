@@ -1,14 +1,14 @@
 """A bundle as one file: small, fetched by its hash and no other, and with the training images that may travel."""
 
 import hashlib
-import http.server
 import io
 import json
 import re
-import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from email.message import Message
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from pipeline.sampling.recipe import read_recipe
 from serve.bundle import ServedBundle
 from serve.nearest import training_images
 from serve.settings import ServeSettings
-from tests.pipeline.data.bench import Bench, picture
+from tests.pipeline.data.bench import Bench, listening, picture
 from tests.serve.trained import api_of, make_trained
 
 FEW = ("size=64", "decoder_steps=2", "prior_steps=2")
@@ -100,7 +100,7 @@ def test_one_file_holds_half_of_the_bytes_and_draws_nearly_the_same(folder: Path
 
 
 def test_the_same_bundle_makes_the_same_bytes_without_a_path_of_this_machine(
-    folder: Path, archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, archive: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--license", "CC-BY 4.0"]
     assert main(["export", str(folder / "out"), "--to", "again.zip", *words]) == 0
@@ -231,24 +231,13 @@ def test_an_address_with_a_password_or_of_this_machine_does_not_travel(archive: 
 
 
 class Files:
-    """A server of one file. ``ends``: bytes after which it breaks its next answers; ``asked``: ranges so far."""
+    """Answers for one file. ``ends``: bytes after which the next ones break; ``asked``: ranges so far."""
 
     def __init__(self, data: bytes):
-        self.data, self.asked, self.ends, self.ranges = data, list[str | None](), list[int](), True
-        outer = self
+        self.data, self.url, self.ranges = data, "", True
+        self.asked, self.ends = list[str | None](), list[int]()
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                outer.answer(self)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/unclip-demo.zip"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
         asked = handler.headers["Range"]
         self.asked.append(asked)
         if handler.path != "/unclip-demo.zip":
@@ -264,12 +253,19 @@ class Files:
         handler.wfile.write(self.data[start : self.ends.pop(0) if self.ends else None])
 
 
+@contextmanager
+def served(data: bytes) -> Iterator[Files]:
+    files = Files(data)
+    answers = {"do_GET": lambda handler: files.answer(handler), "log_message": lambda *_: None}
+    with listening(type("Handler", (BaseHTTPRequestHandler,), answers)) as address:
+        files.url = f"http://{address}/unclip-demo.zip"
+        yield files
+
+
 @pytest.fixture
 def files(archive: Path) -> Iterator[Files]:
-    served = Files(archive.read_bytes())
-    yield served
-    served.server.shutdown()
-    served.server.server_close()
+    with served(archive.read_bytes()) as files:
+        yield files
 
 
 @pytest.fixture
@@ -327,11 +323,9 @@ def test_what_has_another_hash_is_not_used_and_not_kept(files: Files, address: s
     assert find_bundle(address).folder.is_dir()
 
 
-def test_what_cannot_be_fetched_is_one_line(
-    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files.server.shutdown()
-    files.server.server_close()
+def test_what_cannot_be_fetched_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with served(b"") as files:
+        pass  # nothing listens there any longer
     hashed = f"#sha256={'a' * 64}"
     for address, says in (
         (f"{files.url}{hashed}", "cannot be fetched (["),
@@ -344,13 +338,9 @@ def test_what_cannot_be_fetched_is_one_line(
         assert main(["sample", "a red fox", "--from", address]) == 2
         (line,) = capsys.readouterr().err.splitlines()[-1:]
         assert says in line
-    served = Files(b"")
-    try:
-        with pytest.raises(UserError, match="the server answers 404; run the same command again, or name a file"):
-            find_bundle(f"{served.url}.gone{hashed}")
-    finally:
-        served.server.shutdown()
-        served.server.server_close()
+    missing = pytest.raises(UserError, match="the server answers 404; run the same command again, or name a file")
+    with served(b"") as files, missing:
+        find_bundle(f"{files.url}.gone{hashed}")
 
 
 def test_where_the_demo_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
+from pipeline.config import TRAININGS
 from pipeline.data.source.drawings.listing import drawing_rows
 from tests.browser import Shown
 from tests.chain import done, unclip
 
 pytestmark = pytest.mark.browser
-MODELS = ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 WITH_TIMESTEPS = ("diffusion_prior", "decoder", "upsampler_256")  # the 1024 px upsampler has too few rows here
 WITHOUT_RAY = ("pairs", "filter", "embeddings", "curation", "upsampler_256", "upsampler_1024")
 SAMPLES = 4  # captions in the configuration
@@ -97,7 +97,7 @@ def test_charts_show_sizes_similarity_spectrum_and_losses(shown: Shown) -> None:
     assert chart.locator("text", has_text=": train ").first.is_hidden()
     chart.locator(".hit").nth(2).hover()
     assert [hint for hint in chart.locator("text", has_text=": train ").all() if hint.is_visible()]
-    assert shown.count("#training svg") == len(MODELS) + len(WITH_TIMESTEPS)
+    assert shown.count("#training svg") == len(TRAININGS) + len(WITH_TIMESTEPS)
     # Only 2 validation images are large enough for the 1024 px upsampler, and a figure of fewer than 8 is left out.
     assert "No validation is shown: 2 validation pairs" in shown.texts("#training h3#upsampler_1024 ~ .beside .note")[0]
     boxes = shown.page.locator("svg").evaluate_all(

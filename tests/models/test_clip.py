@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.clip import Clip
-from models.clip_loss import augment, clip_loss
+from models.clip_loss import clip_loss, cropped, random_crops
 from models.prior_configs import ClipConfig
 from models.random_streams import RandomStreams
 from models.tokens import text_ends, tokenize
@@ -109,7 +109,8 @@ def test_loss_equals_open_clips() -> None:
     batch = {"image": views(), "tokens": tokenize(["a cat", "a dog", "a fox", "an owl"])}
     rng = RandomStreams([(0, 4)])
     losses = clip_loss(clip, batch, rng)
-    image, text = clip.encode_pixels(augment(batch["image"], rng)), clip.encode_text(batch["tokens"])
+    image = clip.encode_pixels(cropped(batch["image"], random_crops(rng, 0.75)))
+    text = clip.encode_text(batch["tokens"])
     expected = open_clip.ClipLoss()(image, text, clip.model.logit_scale.exp())
     torch.testing.assert_close(losses.total.mean(), expected, rtol=0, atol=1e-6)
     assert losses.total.shape == losses.parts["image_to_text"].shape == (4,)
@@ -147,7 +148,7 @@ def test_temperature_stops_at_a_hundredth() -> None:
 
 def test_augmentation_crops_but_never_flips() -> None:
     ramp = torch.arange(64, dtype=torch.uint8).expand(200, 3, 64, 64)
-    pixels = augment(ramp, RandomStreams([(0, 200)]))
+    pixels = cropped(ramp, random_crops(RandomStreams([(0, 200)]), 0.75))
     assert pixels.shape == ramp.shape
     assert 0 <= pixels.min() <= pixels.max() <= 1
     assert (pixels.diff(dim=-1) >= -1e-6).all()  # rises to the right as before
@@ -155,7 +156,7 @@ def test_augmentation_crops_but_never_flips() -> None:
     share = (pixels[..., -1] - pixels[..., 0])[:, 0, 0] * 255 / 63  # the ramp's rise is the crop's side
     assert 0.73 < share.min() < 0.77
     assert 0.97 < share.max() <= 1.001
-    assert torch.equal(augment(ramp, RandomStreams([(0, 200)]), crop=1.0), ramp / 255)
+    assert torch.equal(cropped(ramp, random_crops(RandomStreams([(0, 200)]), 1.0)), ramp / 255)
 
 
 def test_temperature_begins_where_the_configuration_says() -> None:
@@ -167,8 +168,8 @@ def test_under_autocast_crops_lie_where_they_lie_without() -> None:
     """A coordinate in bf16 would be off by up to half a pixel."""
     waves = (127 + 127 * torch.sin(torch.arange(224) / 3)).to(torch.uint8).expand(4, 3, 224, 224)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = augment(waves, RandomStreams([(0, 4)]))
-    torch.testing.assert_close(found, augment(waves, RandomStreams([(0, 4)])), rtol=0, atol=1e-6)
+        found = cropped(waves, random_crops(RandomStreams([(0, 4)]), 0.75))
+    torch.testing.assert_close(found, cropped(waves, random_crops(RandomStreams([(0, 4)]), 0.75)), rtol=0, atol=1e-6)
 
 
 def test_it_learns_to_match_eight_pairs() -> None:

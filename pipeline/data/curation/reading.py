@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from pipeline.data.curation.stage import READS
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.decoding import read_pair_pixels
 from pipeline.data.pairs.row_index import SPLITS, Place, read_images
@@ -88,6 +89,7 @@ class PairReader:
     Args:
         store: Holds them.
         inputs: The artefacts "pairs" and "captions"; with "curation" curated rows only; "embeddings" to read these.
+            Others are passed over.
         split: "train", "validation" or "test"; None reads all.
 
     Raises:
@@ -99,7 +101,7 @@ class PairReader:
             raise UserError(f"split {split!r}: use one of {', '.join(SPLITS)}, or none for all")
         self.store, self.split = store, split
         self.rows = ShardList(store, inputs["curation" if "curation" in inputs else "pairs"])
-        self._joined = {name: ShardList(store, inputs[name]) for name in inputs if name != "curation"}
+        self._joined = {name: ShardList(store, inputs[name]) for name in READS if name in inputs}
 
     def __len__(self) -> int:
         """Returns the number of pairs."""
@@ -169,6 +171,7 @@ class PairReader:
         return table.take(found)
 
 
+# Not a cache of each reader's: readers are pickled.
 @lru_cache(CACHED)
 def _tables(reader: PairReader, position: int) -> _ShardTables:
     return reader.tables(position)

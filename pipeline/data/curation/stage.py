@@ -16,7 +16,7 @@ from pydantic import Field
 from pipeline.data.curation.rejected import Rejected, rejected_table
 from pipeline.data.curation.row_filter import FilterRecipe, captioned_rows, reject_without_clip
 from pipeline.data.embeddings.scores import score_column
-from pipeline.data.neighbours.blocks import OneThread, as_input
+from pipeline.data.neighbours.blocks import as_input
 from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_table
@@ -115,7 +115,7 @@ def run_curation(ctx: Context) -> Artifact:
     recipe, whole = ctx.recipe, {}
     if frozen := ctx.inputs.get("thresholds"):
         recipe = replace(recipe, min_similarity=max(recipe.min_similarity, frozen.metrics["min_similarity"]))
-        whole = {"thresholds": frozen.key}
+        whole = {"thresholds": frozen.key}  # which decides over the rows of every shard, so it is in each one's key
     tasks = []
     for number in sorted(shards["pairs"]):
         inputs = {name: of_stage[number] for name, of_stage in shards.items()}
@@ -126,7 +126,7 @@ def run_curation(ctx: Context) -> Artifact:
         return map_shards(ctx, tasks, judge, "rows", rows)
     judged, _ = run_shards(ctx, tasks, judge, "rows", rows, "curation judgements")
     tasks = _culls(ctx, judged, shards["embeddings"])
-    return map_shards(ctx, tasks, OneThread(Cull(ctx.store)), "rows", rows)
+    return map_shards(ctx, tasks, partial(Cull, ctx.store), "rows", rows)
 
 
 def _culls(ctx: Context, judged: Sequence[Shard], embeddings: Mapping[int, ShardRow]) -> list[ShardTask]:

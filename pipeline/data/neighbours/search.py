@@ -15,13 +15,17 @@ from PIL import Image
 from models.clip import Clip
 from models.tokens import check_captions
 from models.view import view
+from pipeline.data.embeddings.stage import EMBEDDINGS
 from pipeline.data.neighbours.indices import search
+from pipeline.data.neighbours.stage import INDEX
 from pipeline.data.pairs.decoding import open_image
 from pipeline.data.pairs.row_index import Place
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, ShardList, ShardRow, read_table
+from pipeline.graph.artifacts import Artifact, ShardList, ShardRow, load_artifact, read_table
 from pipeline.store import Store
 from pipeline.store.records import materialise
+
+SEARCHED = (*EMBEDDINGS.inputs, *INDEX.inputs, INDEX.name)  # stages whose artefacts a search reads
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def look_up(
 ) -> list[FoundRow]:
     """Finds the rows of ``splits`` nearest to a query fp32 [1, d], nearest first, at most ``count``.
 
-    ``artifacts`` are those of "index", "curation", "pairs" and "captions" of one plan.
+    ``artifacts`` are those of SEARCHED, of one plan.
     """
     similarity, ids = search(store, artifacts["index"], query, count, splits)
     keys = [f"{number:012d}" for number in ids[0].tolist() if number >= 0]
@@ -83,6 +87,16 @@ def look_up(
         _found(value, rows[key], (texts[key]["captions"] or [""])[0], images[int(key[:8])])
         for value, key in zip(similarity[0].tolist(), keys, strict=False)
     ]
+
+
+def searched_with(store: Store, index: Artifact) -> dict[str, Artifact] | None:
+    """Returns the artefacts of SEARCHED that an index was made from, and itself; None where one has gone."""
+    embeddings = load_artifact(store, "embeddings", index.inputs["embeddings"])
+    made_from = {**index.inputs, **embeddings.inputs} if embeddings else {}
+    # Captions that were written for the images are of another stage than the one that embeddings declare.
+    makers = {name if name in SEARCHED else "captions": (name, key) for name, key in made_from.items()}
+    found = {name: made for name, maker in makers.items() if (made := load_artifact(store, *maker)) is not None}
+    return {INDEX.name: index, **found} if len(found) + 1 == len(SEARCHED) else None
 
 
 def _found(similarity: float, row: Mapping[str, Any], caption: str, images: str | None) -> FoundRow:

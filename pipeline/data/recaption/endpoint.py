@@ -42,7 +42,7 @@ class CaptionAnswer(NamedTuple):
 
     Attributes:
         caption: The caption; None where there is a reason.
-        reason: Why there is none, one of pipeline.ledger.REASONS.
+        reason: One of pipeline.ledger.REASONS; None where there is a caption.
         prompt_tokens: Tokens of the request, as the endpoint counts them; 0 where it does not.
         answer_tokens: Tokens of the answer, likewise.
     """

@@ -34,7 +34,7 @@ class SourceRecipe:
         encoding: Encoding of text that is neither UTF-8 nor has a byte order mark, such as ``cp1252`` from a Western
             European Excel.
         image_folder: Folder to which image paths are relative, instead of the list's own.
-        caption_lines: Whether each line of a text beside an image is a caption; otherwise each paragraph is.
+        caption_lines: ``true`` makes each line of a text beside an image a caption; otherwise each paragraph is one.
         shard_rows: Rows per shard, the unit of work, which an interruption repeats.
         validation: Share held out if the list has no split, by a hash of the group or else of the reference.
         test: Share of the test split, likewise; no training and no codec reads it.

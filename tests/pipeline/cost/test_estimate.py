@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from models.sampling_config import MODELS
 from pipeline.build import build
 from pipeline.config import Config, load_config
 from pipeline.cost.devices import DEVICES, UNKNOWN, Device, Fleet, parse_fleet
@@ -36,7 +37,6 @@ ROOT = Path(__file__).parents[3]
 NANO = load_config(ROOT / "configs/nano.yaml")
 PAPER = load_config(ROOT / "configs/paper.yaml")
 H100S = Fleet(64, "H100")
-TRAININGS = ("ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 
 
 def paper(*overrides: str) -> Config:
@@ -190,7 +190,7 @@ def test_ray_s_driver_bounds_the_embeddings_of_many_gpus_and_small_shards() -> N
 
 def test_gpus_that_are_there_are_counted_as_those_that_are_asked_for() -> None:
     box = replace(asked(NANO, 10**6), machine=Machine(64, 8, "NVIDIA H100 80GB HBM3"))
-    for stage in TRAININGS:
+    for stage in MODELS:
         assert estimate(stage, box) == estimate(stage, asked(NANO, 10**6, Fleet(8, "H100")))
     gpus = {stage: estimate(stage, box).gpus for stage in ("pairs", "embeddings", "samples", "evaluation")}
     assert gpus == {"pairs": 0, "embeddings": 8, "samples": 1, "evaluation": 1}
@@ -268,7 +268,7 @@ def test_what_runs_side_by_side_is_not_added_up() -> None:
         assert hundreds(machine, config, fleet) == one_after_another
     assert hundreds(Machine(2)) == one_after_another - 4  # both priors and both upsamplers beside the decoder
     assert hundreds(Machine(4)) == one_after_another - 4
-    workers = {stage: replace(getattr(PAPER.run, stage), workers=2, device="cpu") for stage in TRAININGS}
+    workers = {stage: replace(getattr(PAPER.run, stage), workers=2, device="cpu") for stage in MODELS}
     cluster = replace(PAPER, run=replace(PAPER.run, **workers))
     assert hundreds(Machine(4, local=False), cluster) == one_after_another - 4
     assert hundreds(Machine(2, local=False, grows=True), cluster) == one_after_another - 4
@@ -280,7 +280,7 @@ def test_data_stages_grow_with_pairs_and_trainings_do_not() -> None:
     for stage in ("source", "pairs", "embeddings", "curation", "index", "codec"):
         assert large[stage].seconds > 20 * small[stage].seconds, stage
         assert large[stage].disk == pytest.approx(100 * small[stage].disk), stage
-    assert all(large[stage] == small[stage] for stage in TRAININGS)
+    assert all(large[stage] == small[stage] for stage in MODELS)
 
 
 # --- bytes and money --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from models.codec import Codec
 from models.frozen_text import FrozenTower
 from models.random_streams import RandomStreams
 from models.upsampler import training_low
-from pipeline.config import Config, load_config
+from pipeline.config import TRAININGS, Config, load_config
 from pipeline.cost.flops import count_clip, count_model
 from pipeline.errors import UserError
 from pipeline.training.task import Task
@@ -41,7 +41,7 @@ def task_of(config: Config, stage: str) -> Task:
     return (ClipTask if stage == "clip" else UpsamplerTask)(recipe.model)
 
 
-@pytest.mark.parametrize("stage", ["clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024"])
+@pytest.mark.parametrize("stage", TRAININGS)
 def test_a_training_counts_the_same(stage: str) -> None:
     task = task_of(NANO, stage)
     model: nn.Module = task.model(0).eval()

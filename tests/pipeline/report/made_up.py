@@ -43,7 +43,6 @@ ROOT = Path(__file__).parents[3]
 COLOURS = ("crimson", "coral", "gold", "seagreen", "teal", "royalblue", "purple", "grey")
 SHAPES = ("circle", "square", "triangle")
 SHARDS, ROWS = 3, 30
-MODELS = ("clip", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 WITH_TIMESTEPS = ("diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 
 

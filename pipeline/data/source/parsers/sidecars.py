@@ -33,7 +33,7 @@ def sidecar_captions(sidecars: Mapping[str, tuple[bytes, str]], encoding: str, b
         sidecars: First bytes, one more than LIMIT at most, and name of each by its extension. Of the first of
             SIDECARS that is there each paragraph is a caption, or of JSON the value of the first of CAPTIONS.
         encoding: Encoding of text that is not UTF-8.
-        by_line: Whether each line is a caption, and not each paragraph.
+        by_line: True where each line is a caption, and not each paragraph.
     """
     extension = next((extension for extension in SIDECARS if extension in sidecars), None)
     if extension is None:
