@@ -27,7 +27,7 @@ from benchmarks.gpu.steps import speed, waits
 from benchmarks.gpu.storing import checkpoint, feed
 from benchmarks.timing import commit
 from pipeline.errors import UserError
-from pipeline.training.device import choose_device
+from pipeline.graph.device import choose_device
 
 PARTS: tuple[tuple[str, Callable[[Bench], Outcome]], ...] = (
     ("machine", machine),

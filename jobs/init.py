@@ -104,7 +104,7 @@ def preview_named(source: SourceRecipe) -> ListPreview:
 
 
 def _has_gpu() -> bool:
-    from pipeline.training.device import choose_device
+    from pipeline.graph.device import choose_device
 
     return choose_device("auto").type == "cuda"
 

@@ -98,7 +98,7 @@ def look(
         store = open_store(folder)
         found, sample = look_at(config, seen, store, images, laid_over, journal, tell)
         if page is not None:
-            from pipeline.report.look import write_look
+            from pipeline.look.page import write_look
 
             write_look(found, sample, store, Path(page))
     return found

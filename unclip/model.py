@@ -19,6 +19,7 @@ from models.random_streams import check_seeds
 from models.sampling_config import SamplingConfig, own_names
 from pipeline.data.pairs.image import MAX_BYTES
 from pipeline.errors import UserError
+from pipeline.graph.device import choose_device
 from pipeline.local import read_local
 from pipeline.sampling.drawing import read_bundle
 from pipeline.sampling.nearest import TrainingImage, TrainingImages
@@ -30,7 +31,6 @@ from pipeline.sampling.recipe import (
     describe,
     read_recipe,
 )
-from pipeline.training.device import choose_device
 from unclip.image import (
     DrawnImage,
     ImageLike,
@@ -329,7 +329,7 @@ class Model:
         Args:
             image: Image that was drawn here, or the path of a PNG.
             given: Input images of its operation, in order.
-            progress: As in the other methods.
+            progress: Progress line on stderr, or a function, as ``generate`` takes it.
             changes: Sampling options, ``caption``, ``seed`` or ``n`` that replace the recipe's.
 
         Raises:

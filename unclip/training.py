@@ -15,9 +15,9 @@ from models.frozen_text import FrozenTower
 from models.tokens import CONTEXT
 from pipeline.config import TRAININGS, make_config
 from pipeline.errors import UserError
+from pipeline.graph.device import choose_device
 from pipeline.held_out import FEWEST
 from pipeline.parse import ELSEWHERE
-from pipeline.training.device import choose_device
 from pipeline.training.in_process import Examples, TrainedModel, train_on
 from pipeline.training.task import Batch, Task
 from pipeline.training.tasks.ar_prior import ARPriorTask

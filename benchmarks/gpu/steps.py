@@ -22,10 +22,10 @@ from models.precision import autocast, has_bfloat16
 from models.prior_configs import ClipConfig
 from models.tokens import tokenize
 from pipeline.cost.flops import count_model
+from pipeline.graph.device import OutOfMemory
 from pipeline.graph.keys import flatten
 from pipeline.settings import TrainingSettings
 from pipeline.training.compiling import compile_layers
-from pipeline.training.device import OutOfMemory
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.journal import MetricsJournal
 from pipeline.training.recipes import TrainingRecipe

@@ -33,6 +33,7 @@ from pipeline.evaluate.rows import SplitRows, Tick, held_out, training_rows
 from pipeline.evaluate.subject import MissingInput, Subject
 from pipeline.evaluate.upsamplers import PSNR
 from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.device import OutOfMemory, memory_for
 from pipeline.graph.keys import flatten
 from pipeline.graph.stages import Context
 from pipeline.held_out import HELD_OUT_SPLITS, too_few
@@ -41,7 +42,6 @@ from pipeline.plugins import broken
 from pipeline.progress import Progress
 from pipeline.sampling.drawing import drawing_device, read_bundle
 from pipeline.store.records import digest, materialise, put_blob
-from pipeline.training.device import OutOfMemory, memory_for
 from pipeline.training.results import preview_png
 from pipeline.training.tasks.starts import starting_rows
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from pipeline.errors import Superseded, UserError
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact
+from pipeline.graph.leases import Lease, lead_or_wait
 from pipeline.graph.plan import Verdict, pin_path
 from pipeline.graph.ray import room_beside, uses_ray
 from pipeline.graph.stages import Context, Graph, Stage, ordered, seconds_to_end, stage_key, trajectory_key, trunk_key
 from pipeline.progress import above_lines, under_way
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
-from pipeline.store.leases import Lease, lead_or_wait
 
 log = logging.getLogger("unclip")
 LOOK_S = 30.0  # between two looks for free resources beside the running trainings

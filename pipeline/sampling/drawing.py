@@ -19,16 +19,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from models.cascade import UnCLIP
-from models.sampling_config import BASE, UPSAMPLERS
+from models.sampling_config import BASE
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.device import OutOfMemory, choose_device, memory_for
 from pipeline.graph.resources import cores
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, counted
 from pipeline.sampling.recipe import ImageRecipe
 from pipeline.store.records import materialise, put_blob
-from pipeline.training.device import OutOfMemory, choose_device, memory_for
 
 log = logging.getLogger("unclip")
 
@@ -72,13 +72,7 @@ def prior_steps(unclip: UnCLIP, settings: Mapping[str, Any], prior: str) -> int:
 
 def decode_steps(unclip: UnCLIP, settings: Mapping[str, Any]) -> int:
     """Returns the number of progress reports of decoder and upsamplers for one batch."""
-    steps = settings["decoder_steps"]
-    for name in UPSAMPLERS:
-        model = getattr(unclip, name)
-        if model is None or model.config.image_size > settings["size"]:
-            break
-        steps += settings[f"{name}_steps"]
-    return steps
+    return sum(settings[f"{name}_steps"] for name in ("decoder", *unclip.upsamplers(settings["size"])))
 
 
 def png_with_text(pixels: np.ndarray, text: Mapping[str, str], level: int = 6) -> bytes:

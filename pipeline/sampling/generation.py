@@ -28,6 +28,7 @@ from models.tokens import check_captions
 from models.view import view
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
+from pipeline.graph.device import choose_device
 from pipeline.graph.keys import artifact_key, flatten
 from pipeline.graph.runs import record_stage_run
 from pipeline.graph.shards import map_shards
@@ -39,7 +40,6 @@ from pipeline.sampling.drawing import read_bundle, refusals
 from pipeline.settings import GenerationSettings, RaySettings
 from pipeline.store import Store
 from pipeline.store.records import digest, materialise, put_blob
-from pipeline.training.device import choose_device
 
 STAGE, VERSION = "generation", 5
 ROWS = 64  # of a shard

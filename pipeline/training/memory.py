@@ -10,9 +10,9 @@ import torch
 from models.precision import autocast
 from models.random_streams import RandomStreams
 from pipeline.errors import UserError
+from pipeline.graph.device import OutOfMemory, memory_for
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
-from pipeline.training.device import OutOfMemory, memory_for
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.optimizer import kinds

@@ -26,6 +26,7 @@ from models.precision import autocast
 from models.random_streams import derive_seed
 from pipeline.errors import Unreachable, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.device import OutOfMemory, keep_freed_memory, memory_for
 from pipeline.graph.ray import uses_ray
 from pipeline.graph.stages import Context
 from pipeline.progress import Progress
@@ -35,7 +36,6 @@ from pipeline.store.records import read_blob
 from pipeline.training.checkpoints import Checkpoints, open_checkpoints
 from pipeline.training.checks import check, most_workers
 from pipeline.training.compiling import compile_layers, compiles
-from pipeline.training.device import OutOfMemory, keep_freed_memory, memory_for
 from pipeline.training.distributed.heartbeats import BETWEEN
 from pipeline.training.distributed.launch import WorkerLost, gave_up, launch
 from pipeline.training.distributed.process_group import ProcessGroup

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, StageKey, artifact_path
+from pipeline.graph.leases import Holder, lease_path, read_lease
 from pipeline.graph.plan import read_pin
 from pipeline.graph.records import ARTIFACT_NAME, RUN_NAME, PlannedStage, RunRecord
 from pipeline.graph.runs import run_entries
 from pipeline.release.pointer import Move, read_releases, released_projects
 from pipeline.store import Store
 from pipeline.store.base import Entry
-from pipeline.store.leases import Holder, lease_path, read_lease
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import peek_record
 

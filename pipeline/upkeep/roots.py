@@ -27,11 +27,11 @@ from pipeline.graph.artifacts import (
     read_shards,
     shard_path,
 )
+from pipeline.graph.leases import read_lease
 from pipeline.graph.records import ARTIFACT_NAME, Pin, PlannedStage, RunRecord
 from pipeline.release.pointer import FOLDER as RELEASES
 from pipeline.release.pointer import Pointer, Releases
 from pipeline.store import Store
-from pipeline.store.leases import read_lease
 from pipeline.store.names import is_part
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import R, blob_path, digest, read_plain, read_record

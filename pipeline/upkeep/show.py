@@ -8,12 +8,12 @@ from textwrap import wrap
 from typing import Any
 
 from pipeline.graph.artifacts import Artifact, StageKey
+from pipeline.graph.leases import Holder
 from pipeline.graph.records import PlannedStage
 from pipeline.graph.stages import transitive_reduction
 from pipeline.ledger import Ledger
 from pipeline.progress import counted, duration
 from pipeline.release.pointer import Move
-from pipeline.store.leases import Holder
 from pipeline.store.records import who
 from pipeline.upkeep.overview import Lineage, Overview, PastRun
 

@@ -26,10 +26,10 @@ from pipeline.errors import UserError
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.stage import run_evaluation
 from pipeline.graph.artifacts import Artifact
+from pipeline.graph.device import choose_device
 from pipeline.graph.stages import Context
 from pipeline.sampling.samples import SamplesRecipe, run_samples
 from pipeline.settings import GenerationSettings
-from pipeline.training.device import choose_device
 from tests.jobs.test_mistakes import refused
 from tests.jobs.test_notebook import of_type
 
@@ -170,7 +170,7 @@ def test_memory_that_a_step_frees_serves_the_next_one() -> None:
     """Without it, the kernel takes the pages back and hands them out again, zeroed, fault by fault."""
     code = """
     import resource, torch
-    from pipeline.training.device import keep_freed_memory
+    from pipeline.graph.device import keep_freed_memory
 
     def faults():
         torch.ones(4 << 20)

@@ -9,9 +9,9 @@ from jobs.cli import main
 from jobs.project import open_project
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import flatten
+from pipeline.graph.leases import lead_or_wait
 from pipeline.graph.runs import record_run
 from pipeline.ledger import Ledger
-from pipeline.store.leases import lead_or_wait
 
 
 @pytest.fixture

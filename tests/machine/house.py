@@ -31,7 +31,7 @@ from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.rows import counted_of
 from pipeline.data.source.source import ListPart, ListRow
 from pipeline.data.source.stage import run_captions, run_source, scan
-from pipeline.graph import artifacts, runs
+from pipeline.graph import artifacts, leases, runs
 from pipeline.graph import execute as execution
 from pipeline.graph.artifacts import (
     Artifact,
@@ -52,7 +52,6 @@ from pipeline.ledger import Ledger
 from pipeline.local import PathPolicy
 from pipeline.release.pointer import read_releases
 from pipeline.settings import ReleaseGates, TrainingSettings
-from pipeline.store import leases
 from pipeline.store.records import digest, put_blob, read_blob
 from tests.machine.driver import Clock, StepStore
 from tests.machine.stranger import seal_as_it_is

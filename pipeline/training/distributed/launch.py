@@ -23,11 +23,11 @@ import torch
 from torch.distributed import DistError
 
 from pipeline.errors import CorruptObject, Superseded, UserError
+from pipeline.graph.device import OutOfMemory, choose_device
 from pipeline.graph.local_ray import local_logs, ray_logs
 from pipeline.graph.ray import start_ray, uses_ray, wait_for_room
 from pipeline.graph.resources import cores
 from pipeline.settings import RaySettings, TrainingSettings
-from pipeline.training.device import OutOfMemory, choose_device
 from pipeline.training.distributed.heartbeats import BEAT_S, DONE, STILL_S, Heartbeats
 from pipeline.training.distributed.process_group import CHECK_EVERY, ProcessGroup
 

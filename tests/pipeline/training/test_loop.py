@@ -18,8 +18,8 @@ from models.random_streams import RandomStreams, StreamsSlice
 from pipeline.config import preset_config
 from pipeline.cost.flops import text_tower
 from pipeline.errors import UserError
+from pipeline.graph.device import OutOfMemory, memory_for
 from pipeline.settings import TrainingSettings
-from pipeline.training.device import OutOfMemory, memory_for
 from pipeline.training.distributed.process_group import CHECK_EVERY, ProcessGroup
 from pipeline.training.feed.feed import Feed, LocalBatch
 from pipeline.training.memory import fitting_rows

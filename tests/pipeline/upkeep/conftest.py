@@ -1,15 +1,17 @@
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.store import Store, open_store
+from pipeline.store import Store
 from pipeline.store.base import Entry
 from pipeline.store.folder import FolderStore
 from pipeline.store.s3 import S3Store
+from tests.conftest import folder_store
 from tests.pipeline.upkeep.runs import AGES
+
+store = folder_store  # tests that ask for ``make_store`` run on S3, too
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +24,3 @@ def _ages(monkeypatch: pytest.MonkeyPatch) -> None:
                 yield replace(entry, modified=entry.modified - AGES.get((self.url, entry.path), 0.0))
 
         monkeypatch.setattr(kind, "list", listed)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    """A store in a folder. Tests that ask for ``make_store`` run on S3, too."""
-    return open_store(str(tmp_path / "store"))

@@ -12,6 +12,7 @@ from pipeline.data.pairs.recipe import PairsRecipe
 from pipeline.data.source.journal import ListJournal, change_journal
 from pipeline.data.source.segments import Segment, SourceShard, segment_path
 from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact, publish_shard
+from pipeline.graph.leases import lead_or_wait
 from pipeline.graph.plan import pin_path, plan
 from pipeline.graph.runs import record_run
 from pipeline.graph.stages import Stage
@@ -19,7 +20,6 @@ from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
 from pipeline.release.pointer import Move, move_release, read_releases
 from pipeline.store import Store, open_store
-from pipeline.store.leases import lead_or_wait
 from pipeline.store.records import blob_path, create_record, digest, put_blob, read_blob
 from pipeline.upkeep.roots import find_live
 from tests.pipeline.upkeep.runs import (

@@ -10,13 +10,13 @@ from typing import Any
 from pipeline.data.source.journal import ListJournal, change_journal, journal_path
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import SEGMENTS, Artifact, artifact_path, load_artifact, publish_artifact, shard_path
+from pipeline.graph.leases import lease_path
 from pipeline.graph.plan import pin_path, plan
 from pipeline.graph.runs import record_run, run_entries
 from pipeline.graph.stages import Stage
 from pipeline.ledger import Ledger
 from pipeline.release.pointer import Move, move_release, read_releases, release_path
 from pipeline.store import Store
-from pipeline.store.leases import lease_path
 from pipeline.store.records import FORMAT, canonical, digest, put_blob, read_blob
 from pipeline.upkeep.check import repair_store
 from pipeline.upkeep.collect import TOMBSTONES

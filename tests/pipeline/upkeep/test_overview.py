@@ -13,13 +13,13 @@ from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact, shard_path
 from pipeline.graph.keys import differences, flatten
+from pipeline.graph.leases import lead_or_wait, lease_path
 from pipeline.graph.plan import pin_path, plan
 from pipeline.graph.runs import record_run
 from pipeline.graph.stages import transitive_reduction
 from pipeline.ledger import Ledger
 from pipeline.release.pointer import Move, Releases, move_release, release_path
 from pipeline.store import Store, open_store
-from pipeline.store.leases import lead_or_wait, lease_path
 from pipeline.upkeep.overview import find_artifact, lineage, overview
 from tests.counted import Counted
 

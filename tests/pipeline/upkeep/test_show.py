@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from pipeline.graph.artifacts import Artifact
+from pipeline.graph.leases import Holder
 from pipeline.graph.records import PlannedStage
 from pipeline.ledger import Ledger
 from pipeline.release.pointer import Move
-from pipeline.store.leases import Holder
 from pipeline.upkeep.overview import Lineage, Overview, PastRun
 from pipeline.upkeep.show import show_lineage, show_overview
 

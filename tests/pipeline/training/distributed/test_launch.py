@@ -17,11 +17,11 @@ from ray.exceptions import RayError
 from torch.distributed import DistBackendError
 
 from pipeline.errors import CorruptObject, OtherFormat, Superseded, Unreachable, UserError
+from pipeline.graph.device import OutOfMemory
 from pipeline.graph.ray import start_ray
 from pipeline.settings import RaySettings
 from pipeline.training import stage
 from pipeline.training.checkpoints import open_checkpoints
-from pipeline.training.device import OutOfMemory
 from pipeline.training.distributed.launch import Relayed, Watcher, WorkerLost, _cause, _worker, launch
 from pipeline.training.distributed.process_group import ProcessGroup
 from tests.pipeline.training.conftest import World

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from models.sampling_config import UPSAMPLERS
 from pipeline.ledger import REASONS
 from pipeline.look.images import SampledImages
 from pipeline.look.overview import Look, cut_by_preset
@@ -83,7 +84,11 @@ def _images(look: Look, sample: SampledImages, store: Store) -> Markup:
         sides = list(Counter(images.short_sides).elements())
         said = f"Short sides of {counted(images.kept, 'image')} as stored; {images.equal:,} equal another one."
         reach = [("images that can be used", images.kept)]
-        reach += [(f"{side} px and more: {_models(side)}", count) for side, count in images.reaching.items()]
+        models = {side: name for name, side in UPSAMPLERS.items()}
+        reach += [
+            (f"{side} px and more: {models.get(side, 'priors and decoder')}", count)
+            for side, count in images.reaching.items()
+        ]
         parts.append(
             PARTS.beside(
                 [
@@ -94,10 +99,6 @@ def _images(look: Look, sample: SampledImages, store: Store) -> Markup:
         )
     parts.append(_table("Licences", "licence", look.licenses))
     return Section.of(LOOK.images, "images", "Images", parts)
-
-
-def _models(side: int) -> str:
-    return {64: "priors and decoder", 256: "upsampler_256", 1024: "upsampler_1024"}[side]
 
 
 def _captions(look: Look) -> Markup:

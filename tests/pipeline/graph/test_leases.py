@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import CorruptObject, Unreachable
-from pipeline.store import Store, leases, open_store
-from pipeline.store.leases import Lease, lead_or_wait, lease_path, read_lease
+from pipeline.graph import leases
+from pipeline.graph.leases import Lease, lead_or_wait, lease_path, read_lease
+from pipeline.store import Store
 from pipeline.store.records import who, whoami
 
 LEASE_S = 60.0
@@ -44,11 +45,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(leases, "time", clock)
     return clock
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path))
 
 
 def _lead(
@@ -118,7 +114,7 @@ def test_a_lease_that_cannot_be_released_does_not_hide_why_the_work_ended(
 
 def test_a_dead_process_of_this_host_is_replaced_at_once(store: Store) -> None:
     code = (
-        "import sys; from pipeline.store import open_store; from pipeline.store.leases import lead_or_wait;"
+        "import sys; from pipeline.store import open_store; from pipeline.graph.leases import lead_or_wait;"
         "assert lead_or_wait(open_store(sys.argv[1]), 'k', 3600, lambda: False, lambda: '')"
     )
     subprocess.run([sys.executable, "-c", code, store.url], check=True, cwd=Path(__file__).parents[3])
