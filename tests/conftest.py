@@ -83,6 +83,15 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def pictures() -> Iterator[str]:
+    """The address of a server of drawings."""
+    from pipeline.data.source.drawings.server import serving
+
+    with serving() as address:
+        yield address
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A Chromium without a window."""
@@ -103,6 +112,12 @@ def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], S
     if request.param == "cloud":
         from tests.pipeline.store.over_s3 import OverS3 as make  # loads its library
     return lambda: make(f"{server.url}/{tmp_path.name}-{os.getpid()}-{next(count)}")
+
+
+@pytest.fixture
+def folder_store(tmp_path: Path) -> Store:
+    """An empty store in a folder."""
+    return open_store(str(tmp_path / "store"))
 
 
 @pytest.fixture

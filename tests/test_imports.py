@@ -7,10 +7,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from benchmarks.house import floors, import_graph
+from benchmarks.house import ROOT, SOURCE, floors, import_graph
 
-ROOT = Path(__file__).parents[1]
-SOURCE = ("unclip", "pipeline", "models", "jobs", "cluster", "serve")
 OURS = (*SOURCE, "tests", "benchmarks")
 RAY = {
     "cluster/client.py",

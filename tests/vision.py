@@ -8,18 +8,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from socket import socket
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 
 import numpy as np
-import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from tests.asgi import running
 
 KEY = "sk-a-key-of-nobody"
 
@@ -94,15 +94,6 @@ def serving() -> Iterator[Vision]:
         return await run_in_threadpool(vision.respond, dict(request.headers), body)
 
     app = Starlette(routes=[Route("/v1/chat/completions", complete, methods=["POST"])])
-    with socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        vision.url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-        thread = Thread(target=server.run, args=([listening],), daemon=True)
-        listening.listen()
-        thread.start()
-        try:
-            yield vision
-        finally:
-            server.should_exit = True
-            thread.join()
+    with running(app, timeout_graceful_shutdown=1) as url:
+        vision.url = f"{url}/v1"
+        yield vision

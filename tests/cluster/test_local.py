@@ -20,19 +20,12 @@ import cluster.local
 from cluster.client import Cluster
 from cluster.local import end_idle, find, locked, start
 from jobs.project import open_project
-from pipeline.data.source.drawings.server import serving
 from pipeline.settings import RaySettings
 from tests.chain import ROOT, data_blobs, done, here, keys, open_at, shard_paths, unclip, write_config, write_list
 from tests.cluster.kuberay import parse, submit_command
 from tests.seaweed import Server
 
 WAIT_S = 400.0  # beside two other processes that test
-
-
-@pytest.fixture(scope="module")
-def pictures() -> Iterator[str]:
-    with serving() as address:
-        yield address
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import torch
 from jobs.bundles import remember_bundle
 from jobs.cli import main
 from pipeline.data.source import reader
-from pipeline.data.source.drawings.server import serving
 from pipeline.store import open_store
 from tests.faults import Undisturbed, run_undisturbed
 from tests.jobs.releases import Made, project_in
@@ -25,13 +24,6 @@ def _lists_are_read_in_a_thread(request: pytest.FixtureRequest) -> Iterator[None
         if request.path.name != "test_foreign_lists.py":
             patch.setattr(reader, "subprocess", IN_A_THREAD)
         yield
-
-
-@pytest.fixture(scope="session")
-def pictures() -> Iterator[str]:
-    """The address of a server that draws."""
-    with serving() as address:
-        yield address
 
 
 @pytest.fixture(scope="session")

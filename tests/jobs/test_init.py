@@ -161,7 +161,7 @@ def test_what_cannot_be_opened_is_named_with_why_and_so_are_files_that_are_not_r
     assert "are not read: 2 .mp4 (such as clip.mp4), 1 .txt without an image (such as note.txt)\n" in output
 
 
-def test_other_columns(capsys: Output) -> None:
+def test_other_columns() -> None:
     Path("laion.csv").write_text("URL,TEXT\nhttp://closed.test/a.png,a cat\n")
     config = made("mine", "laion.csv", "--image-column", "URL", "--caption-column", "TEXT")
     assert (config.source.image_column, config.source.caption_column) == ("URL", "TEXT")

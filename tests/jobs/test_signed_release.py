@@ -50,7 +50,7 @@ def refused(made: Made, folder: Path, said: str, capsys: pytest.CaptureFixture[s
         assert said in capsys.readouterr().err + str(e.value), name
 
 
-def test_a_release_is_signed_and_used(signing: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_release_is_signed_and_used(signing: Made, tmp_path: Path) -> None:
     first, key = signing.make(0.0), str(tmp_path / "release.key")
     assert "release.keys asks for a signature; name a private key with --key FILE" in signing.release("promote", code=2)
     other = str(make_key(tmp_path, "other.key"))

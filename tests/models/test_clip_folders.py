@@ -239,9 +239,7 @@ def test_a_folder_brings_no_code(
         ("text_cfg", {"width": "wide"}, "holds no CLIP that open_clip can load"),
     ],
 )
-def test_a_folder_sends_open_clip_nowhere_else(
-    tower: str, values: dict, said: str, siglip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_sends_open_clip_nowhere_else(tower: str, values: dict, said: str, siglip: Path) -> None:
     change(siglip, tower, values)
     with pytest.raises(ValueError, match=said) as refused:
         Clip.from_folder(siglip)

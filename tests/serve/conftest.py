@@ -4,6 +4,7 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -13,9 +14,11 @@ from serve.app import Service
 from serve.bundle import ServedBundle
 from serve.guard import requests_log
 from serve.settings import ServeSettings
+from tests.asgi import running
 from tests.faults import Running, start
 from tests.models.test_cascade import make
-from tests.serve.trained import running
+from tests.pipeline.data.bench import Bench
+from tests.serve.trained import make_trained
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -69,6 +72,30 @@ def client(served: str) -> Iterator[openai.OpenAI]:
     """OpenAI's client, of that server."""
     with openai.OpenAI(base_url=f"{served}/v1", api_key="none", max_retries=0) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A run's output folder, and a store with the rows that its bundle was trained on."""
+    return make_trained(tmp_path_factory.mktemp("studio"))
+
+
+@pytest.fixture(scope="session")
+def server(trained: Bench) -> Iterator[str]:
+    """The address of a server of that folder."""
+    yield from serving(Path(trained.store.url).parent / "out")
+
+
+@pytest.fixture
+def studio(browser: Any, server: str) -> Iterator[Any]:
+    """The studio's page, ready to draw small, which nothing may complain about."""
+    from tests.serve.studio import open_studio
+
+    shown = open_studio(browser, server)
+    yield shown.page
+    assert shown.complaints == []
+    assert all(url.startswith((server, "blob:", "data:")) for url in shown.requested)
+    shown.page.context.close()
 
 
 def serving(*words: object) -> Iterator[str]:

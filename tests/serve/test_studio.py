@@ -6,80 +6,24 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from pipeline.sampling.drawing import png_with_text
 from pipeline.sampling.recipe import read_recipe
 from serve.settings import ServeSettings
+from tests.asgi import running
 from tests.browser import Shown
 from tests.pipeline.data.bench import Bench, picture
-from tests.serve.conftest import serving
-from tests.serve.trained import api_of, make_trained, running
+from tests.serve.studio import CAPTION, ask, done, draw, open_studio, painted, pixels, with_history
+from tests.serve.trained import api_of
 
 pytestmark = pytest.mark.browser
-expect.set_options(timeout=60_000)
-CAPTION = "a red fox's <b>tail</b>"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("studio")
-
-
-@pytest.fixture(scope="module")
-def trained(folder: Path) -> Bench:
-    return make_trained(folder)
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path, trained: Bench) -> Iterator[str]:
-    """The address of a server of a run's output folder, whose store has the rows that the bundle was trained on."""
-    yield from serving(folder / "out")
-
-
-@pytest.fixture
-def studio(browser: Browser, server: str) -> Iterator[Page]:
-    """The page, ready to draw small, which nothing may complain about."""
-    shown = open_studio(browser, server)
-    yield shown.page
-    assert shown.complaints == []
-    assert all(url.startswith((server, "blob:", "data:")) for url in shown.requested)
-    shown.page.context.close()
-
-
-def open_studio(browser: Browser, server: str, width: int = 1280, scheme: Literal["light", "dark"] = "light") -> Shown:
-    shown = Shown(browser, f"{server}/", width, scheme=scheme)
-    expect(shown.page.locator("#server")).to_contain_text("up to 256 px, on a CPU")
-    shown.page.locator("#settings summary").click()
-    shown.page.locator("#sizes").get_by_text("64 px").click()
-    return shown
-
-
-def ask(page: Page, caption: str = CAPTION) -> None:
-    page.get_by_label("What shall I draw?").fill(caption)
-    page.keyboard.press("Enter")
-
-
-def draw(page: Page, caption: str = CAPTION) -> Locator:
-    """Draws a caption, and returns the run when it is done."""
-    ask(page, caption)
-    return done(page, caption)
-
-
-def done(page: Page, title: str, how: str = "drawn") -> Locator:
-    """Returns the newest run of a title, when all of it is there."""
-    run = page.locator("article", has=page.get_by_role("heading", name=title, exact=True)).first
-    expect(run).to_contain_text(f"{how} · 64 px")
-    expect(run.get_by_role("button", name="Delete")).to_be_visible()
-    expect(run.locator(".problem")).to_be_hidden()
-    return run
 
 
 def test_four_candidates_come_smallest_first_with_their_scores(studio: Page) -> None:
@@ -316,20 +260,6 @@ def test_a_part_is_drawn_over_with_the_mouse_and_with_the_keyboard(studio: Page)
     assert before[half:] == after[half:]
 
 
-def pixels(source: Locator) -> list[int]:
-    """The RGBA of a picture, or of what is painted over it, at 64 px."""
-    return source.evaluate(
-        "s => { const x = Object.assign(document.createElement('canvas'), {width: 64, height: 64})"
-        ".getContext('2d', {willReadFrequently: true});"
-        "x.drawImage(s, 0, 0, 64, 64); return [...x.getImageData(0, 0, 64, 64).data]; }"
-    )
-
-
-def painted(mask: Locator) -> float:
-    """The share of the picture that is painted."""
-    return sum(alpha > 127 for alpha in pixels(mask)[3::4]) / 64**2
-
-
 def test_the_nearest_training_pictures_are_named_with_their_rights(studio: Page) -> None:
     studio.locator("#own").set_input_files({"name": "mine.png", "mimeType": "image/png", "buffer": picture(2)})
     viewer = studio.locator("#viewer")
@@ -434,150 +364,3 @@ def test_nothing_is_wrong_with_it(browser: Browser, server: str, width: int, sch
         assert shown.page.evaluate("document.querySelector('#viewer').scrollWidth") <= width
         assert shown.findings(unfold=False) == []
     assert shown.complaints == []
-
-
-# --- its layout and its history; nothing is drawn ---------------------------------------------------------------------
-
-WINDOWS = [(1280, 800), (768, 1024), (768, 800), (800, 600), (390, 844), (360, 640)]
-PAGE, RUNS = 8, 100  # runs that are shown at once, and that are kept
-# Rows of four images of 1024 px, as an earlier visit has left them in the database.
-EARLIER = """async (count) => {
-  const canvas = Object.assign(document.createElement("canvas"), { width: 1024, height: 1024 });
-  const pen = canvas.getContext("2d");
-  const opened = await new Promise((done) => {
-    const asked = indexedDB.open("unclip-studio", 1);
-    asked.onsuccess = () => done(asked.result);
-  });
-  for (let id = 1; id <= count; id++) {
-    pen.fillStyle = `hsl(${id * 3} 60% 50%)`;
-    pen.fillRect(0, 0, 1024, 1024);
-    const blob = await new Promise((done) => canvas.toBlob(done));
-    const items = Array.from({ length: 4 }, (_, i) => ({ blob, side: 1024, seed: i, score: 0.5 }));
-    const fields = { prompt: `run ${id}`, n: 4, seed: 0, size: "1024x1024" };
-    const request = { path: "images/generations", fields, images: {} };
-    const run = { id, at: id, title: `run ${id}`, caption: `run ${id}`, request, items, seconds: 1, problem: "" };
-    await new Promise((done) => {
-      const change = opened.transaction("runs", "readwrite");
-      change.objectStore("runs").put(run);
-      change.oncomplete = done;
-    });
-  }
-}"""
-
-
-def with_history(studio: Page, count: int) -> None:
-    studio.evaluate(EARLIER, count)
-    studio.reload()
-    expect(studio.locator("h3", has_text=f"run {count}")).to_be_visible()
-
-
-@pytest.mark.parametrize(("width", "height"), WINDOWS)
-def test_the_mask_lies_where_one_points(studio: Page, width: int, height: int) -> None:
-    studio.set_viewport_size({"width": width, "height": height})
-    with_history(studio, 1)
-    studio.locator(".tile").first.click()
-    expect(studio.locator("#large")).to_be_visible()  # its tools are in place
-    studio.locator("#tool-mask summary").click()
-    studio.get_by_role("slider", name="Brush").fill("6")
-    image = studio.locator("#large").bounding_box()
-    assert image
-    assert image["y"] >= 0
-    assert image["y"] + image["height"] <= height  # what is painted on is in view
-    side = min(image["width"], image["height"])  # a square image, in the middle of its box
-    left, top = image["x"] + (image["width"] - side) / 2, image["y"] + (image["height"] - side) / 2
-    studio.mouse.click(left + side / 4, top + side / 4)
-    alpha = pixels(studio.locator("#mask"))[3::4]
-    places = [divmod(i, 64) for i, a in enumerate(alpha) if a > 64]
-    assert places
-    for at in zip(*places, strict=True):
-        assert 0.23 < (sum(at) / len(at) + 0.5) / 64 < 0.27
-    assert painted(studio.locator("#mask")) < 0.01
-
-
-def test_a_long_history_opens_with_its_newest_rows_and_goes_on_as_one_scrolls(studio: Page) -> None:
-    with_history(studio, RUNS)
-    assert 0 < studio.locator("article").count() <= 2 * PAGE  # one more page may lie within the margin
-    for _ in range(RUNS):
-        if studio.locator("article").count() == RUNS:
-            break
-        studio.locator("article").last.scroll_into_view_if_needed()
-        studio.wait_for_timeout(50)
-    titles = studio.locator("article h3").all_text_contents()
-    assert titles == [f"run {id}" for id in range(RUNS, 0, -1)]
-
-
-def test_favourites_outlive_the_rows_beside_them(studio: Page) -> None:
-    with_history(studio, RUNS)
-    studio.evaluate(
-        "new Promise(done => { const asked = indexedDB.open('unclip-studio', 1); asked.onsuccess = () => {"
-        "const change = asked.result.transaction('runs', 'readwrite'), table = change.objectStore('runs');"
-        "table.get(1).onsuccess = e => { e.target.result.items[2].favourite = true; table.put(e.target.result); };"
-        "change.oncomplete = done; }; })"
-    )
-    studio.reload()
-    button = studio.get_by_role("button", name="Download 1 favourite")
-    expect(button).to_be_visible()  # of a row that is not shown yet
-    studio.locator("#settings summary").click()
-    studio.locator("#sizes").get_by_text("64 px").click()
-    draw(studio)
-    draw(studio)  # the rows 1 and 2 are now too many
-    studio.wait_for_timeout(500)
-    studio.reload()
-    kept = studio.evaluate(
-        "new Promise(done => { const asked = indexedDB.open('unclip-studio', 1); asked.onsuccess = () => {"
-        "const table = asked.result.transaction('runs').objectStore('runs');"
-        "table.getAllKeys().onsuccess = e => done(e.target.result); }; })"
-    )
-    assert kept[:2] == [1, 3]
-    with studio.expect_download() as downloading:
-        button.click()
-    with zipfile.ZipFile(downloading.value.path()) as files:
-        assert files.namelist() == ["run-1-2.png"]
-    studio.on("dialog", lambda dialog: dialog.accept())
-    studio.get_by_role("button", name="Delete all").click()
-    expect(button).to_be_hidden()
-
-
-def test_what_is_deleted_can_be_brought_back_where_it_was(studio: Page) -> None:
-    with_history(studio, 3)
-    row = studio.locator(
-        "article", has=studio.locator("h3", has_text="run 2")
-    )  # a role is not found outside the window
-    row.get_by_role("button", name="Delete").click()
-    expect(row).to_have_count(0)
-    studio.get_by_role("button", name="Undo").click()
-    expect(row.locator("img")).to_have_count(4)
-    studio.wait_for_timeout(500)
-    assert studio.locator("article h3").all_text_contents() == ["run 3", "run 2", "run 1"]
-    studio.reload()
-    expect(row.locator("img")).to_have_count(4)
-
-    row.locator(".tile").nth(1).click()
-    studio.locator("#tool-take summary").click()
-    studio.get_by_role("button", name="Delete this image").click()
-    expect(row.locator("img")).to_have_count(3)
-    studio.wait_for_timeout(500)
-    studio.reload()
-    expect(row.locator("img")).to_have_count(3)
-
-    studio.on("dialog", lambda dialog: dialog.accept())
-    studio.get_by_role("button", name="Delete all").click()
-    studio.wait_for_timeout(500)
-    studio.reload()
-    expect(studio.locator("#empty")).to_be_visible()
-
-
-def test_a_tile_of_a_large_image_shows_a_small_copy(studio: Page) -> None:
-    """Which is made when a row is kept: undoing a deletion keeps it again."""
-    with_history(studio, 1)
-    studio.get_by_role("button", name="Delete", exact=True).click()
-    studio.get_by_role("button", name="Undo").click()
-    studio.wait_for_timeout(500)
-    studio.reload()
-    tiles = studio.locator(".tile img")
-    expect(tiles).to_have_count(4)
-    for tile in tiles.all():
-        tile.scroll_into_view_if_needed()
-    assert tiles.evaluate_all("all => Promise.all(all.map(i => i.decode().then(() => i.naturalWidth)))") == [320] * 4
-    tiles.first.click()
-    assert studio.locator("#large").evaluate("i => i.decode().then(() => i.naturalWidth)") == 1024

@@ -1,14 +1,10 @@
 """A store with a bundle of random weights, and the rows that it was trained on, as far as a server can tell."""
 
-import socket
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 
 from jobs.bundles import remember_bundle
@@ -87,17 +83,3 @@ def api_of(bench: Bench, settings: ServeSettings, store: str, tokens: Mapping[st
     served = ServedBundle("bench", store=store, key=bench.made["bundle"].key)
     queue = RequestQueue(draw, replace(settings, replicas=1), observe)
     return make_api(Gateway(served, settings, queue, ResultCache(0), ask, observe), tokens, bytes)
-
-
-@contextmanager
-def running(api: FastAPI) -> Iterator[str]:
-    """The address of an API, served by a thread."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as port:
-        server = uvicorn.Server(uvicorn.Config(api, log_level="error"))
-        thread = Thread(target=server.run, kwargs={"sockets": [port]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{port.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()

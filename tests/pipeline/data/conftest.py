@@ -1,11 +1,9 @@
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.data.source.reader import ListReader
-from pipeline.store import Store, open_store
 
 LISTS = 50  # that a child reads before another takes its place
 
@@ -40,9 +38,3 @@ def kept_children(idle_children: list[tuple[Any, ...]], monkeypatch: pytest.Monk
 
     monkeypatch.setattr(ListReader, "_ask", asked)
     monkeypatch.setattr(ListReader, "__exit__", left)
-
-
-@pytest.fixture
-def folder_store(tmp_path: Path) -> Store:
-    """An empty store."""
-    return open_store(str(tmp_path / "store"))

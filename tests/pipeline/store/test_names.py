@@ -4,7 +4,6 @@ import copy
 import json
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,26 +28,23 @@ from pipeline.graph.records import RunRecord
 from pipeline.graph.runs import last_run
 from pipeline.ledger import Ledger
 from pipeline.release.pointer import Pointer, read_releases, release_path
-from pipeline.store import Store, open_store
+from pipeline.store import Store
 from pipeline.store.names import is_blob_or_record, is_file_name, is_part
 from pipeline.store.records import FORMAT, Record, blob_path, canonical, digest, put_blob, read_blob, read_record, seal
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.records import CheckpointRecord
+from tests.conftest import folder_store
 
 BLOB = "0123456789abcdef" * 4
 AWAY = ("../x", "../../x", "a/../../x", "/etc/x", "//x", "a//b", "a/", "", ".", "..", "a/./b", "a\\b", "a\0", "a\nb")
 NO_BLOBS = (*AWAY, BLOB[:-1], BLOB.upper(), BLOB + "\n", f"{BLOB}/..", 7, None)
+store = folder_store
 
 
 def forge(store: Store, path: str, body: dict[str, Any]) -> None:
     """Creates a record as anybody can who may write to the store: its checksum holds."""
     body = {**body, "format": FORMAT}
     assert store.create(path, canonical({**body, "checksum": digest(body)}))
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store"))
 
 
 def test_no_name_of_a_file_or_of_a_part_leads_away() -> None:

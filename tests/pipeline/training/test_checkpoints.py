@@ -2,14 +2,13 @@
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.errors import Superseded
-from pipeline.store import Store, open_store
+from pipeline.store import Store
 from pipeline.store.records import blob_path, read_record
 from pipeline.training.checkpoints import Checkpoints, last_attempt, snapshot, take_attempt
 from pipeline.training.distributed.process_group import ProcessGroup
@@ -17,6 +16,7 @@ from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.records import CheckpointRecord
 from pipeline.training.state import TrainState, begin, parts
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
+from tests.conftest import folder_store
 from tests.flips import flip_first_reads
 from tests.pipeline.store.test_names import CHECKPOINT, forge
 from tests.pipeline.upkeep.test_check import released
@@ -24,12 +24,7 @@ from tests.pipeline.upkeep.test_check import released
 RECIPE = DiffusionPriorRecipe(
     samples=64, batch=16, lanes=8, optimizer="muon", model=DiffusionPriorConfig(width=8, depth=1, heads=1)
 )
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    """A folder. Stores are alike, and some tests here look at both."""
-    return open_store(str(tmp_path / "store"))
+store = folder_store  # stores are alike, and some tests here look at both
 
 
 def make_state(steps: int = 0, seed: int = 0) -> TrainState:

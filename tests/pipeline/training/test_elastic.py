@@ -81,7 +81,7 @@ def test_four_workers_become_two_and_then_three(
     assert_equal_trainings((world, artifact), (alone, stage.train(alone.context("clip", RECIPE, inputs=inputs))))
 
 
-def test_a_machine_that_is_to_be_taken_away_costs_no_step(cluster: Any, world: World, tmp_path: Path) -> None:
+def test_a_machine_that_is_to_be_taken_away_costs_no_step(cluster: Any, world: World) -> None:
     """Its last steps are saved when the notice comes, though no checkpoint is due for hours."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2

@@ -19,19 +19,17 @@ from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path
 from pipeline.upkeep.check import repair_store
+from tests.conftest import folder_store
 from tests.pipeline.data.curation.near import BOUND, ROWS, all_pairs, cut_small, listed, noting, run
 from tests.pipeline.data.vectors import SHARD_ROWS, Listed, curate, publish, rejected, unit
+
+store = folder_store
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stretches, blocks, clusters, groups and merges as of a large list, in a short one."""
     cut_small(monkeypatch, Fan(3, 2))
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store"))
 
 
 def blobs(store: Store, artifact: Artifact) -> list[dict[str, str]]:

@@ -10,14 +10,11 @@ from pipeline.data.neighbours.stage import IndexRecipe, run_index
 from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.graph.stages import Stage
 from pipeline.store import Store, open_store
+from tests.conftest import folder_store
 from tests.pipeline.data.vectors import Listed, context, curate, planted, publish
 
 ROWS = 600
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store"))
+store = folder_store
 
 
 @pytest.fixture(autouse=True)

@@ -123,7 +123,7 @@ def test_what_is_damaged_is_made_again(damage: str) -> None:
     assert spool.read_bytes() == sound
 
 
-def test_the_tar_does_not_depend_on_the_order_in_which_answers_came(tmp_path: Path) -> None:
+def test_the_tar_does_not_depend_on_the_order_in_which_answers_came() -> None:
     """Nor on where a worker died, and images lie where their rows say."""
     images = {f"{i:04}": picture(i) for i in range(6)}
     tars = []

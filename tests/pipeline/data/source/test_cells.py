@@ -78,7 +78,7 @@ def test_a_file_that_is_replaced_has_other_rows_where_its_images_changed(tmp_pat
     assert bytes_of(path, [*before[:8], *before[8:]]) == [*images[:8], "missing_file", "missing_file"]
 
 
-def test_images_are_read_in_any_order_within_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_read_in_any_order_within_limits(tmp_path: Path) -> None:
     images: list[bytes | None] = [picture(i, 8 * (i + 1)) for i in range(9)]
     path = write(tmp_path / "a.parquet", [*images, *LOST])
     rows = rows_of(path)

@@ -44,7 +44,7 @@ def test_a_list_on_a_web_server_is_fetched_once_and_again_when_it_has_changed(tm
 
 
 @pytest.mark.parametrize("header", [{}, {"Last-Modified": "Sat, 28 Nov 2026 00:00:00 GMT"}])
-def test_a_server_need_not_say_what_version_it_has(tmp_path: Path, header: dict[str, str]) -> None:
+def test_a_server_need_not_say_what_version_it_has(header: dict[str, str]) -> None:
     packed = gzip.compress(b'{"url": "http://h/0.jpg", "caption": "a cat"}\n')
     with serving({"/a.jsonl.gz": Page(packed, headers=header)}) as address:
         assert [row.captions for row in read_rows(f"http://{address}/a.jsonl.gz", of("."))] == [("a cat",)]
