@@ -179,6 +179,7 @@ class ReplicaPool:
 
     def _changed(self) -> None:
         self.observe("num_replicas", len(self.members))
+        # Wakes those who wait now; who waits next waits for the next change.
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -253,7 +254,7 @@ class ReplicaPool:
                 if member.missed >= MISSED:
                     self._lose(member, f"gave no sign of life for {MISSED} pings", member.handle.kill)
                     continue
-                member.missed += 1
+                member.missed += 1  # until the answer to its ping resets it
                 member.still += member.busy
                 if member.ping is None or member.ping.done():
                     member.ping = asyncio.create_task(self._ping(member))

@@ -120,6 +120,7 @@ class RequestQueue:
             raise stopping()
         if self.hangs:
             raise hanging()
+        # An empty queue takes a request of any size: requests are not split, so it would never have room for it.
         if self.waiting and self.images() + len(work.rows) > self.settings.queue:
             again = self.seconds * self.images() / (self.settings.batch * self.settings.replicas)
             raise ApiError(

@@ -178,6 +178,7 @@ class Places:
     def take(self, alone: bool) -> Iterator[None]:
         """Waits for a place and holds it, or for all of them."""
         taken = self._count if alone else 1
+        # One at a time: two that each held some of the places and waited for all of them would wait for ever.
         with self._next:
             for _ in range(taken):
                 self._free.acquire()

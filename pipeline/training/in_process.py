@@ -144,6 +144,7 @@ class Beside:
     def save(self, state: TrainState) -> None:
         """Writes the state into the checkpoint's file, whole or not at all."""
         assert self.checkpoint is not None
+        # A copy of each: safetensors refuses tensors that share memory.
         tensors = {
             f"{part}/{name}": tensor.detach().cpu().contiguous().clone()
             for part, named in parts(state).items()

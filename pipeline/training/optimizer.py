@@ -18,7 +18,10 @@ NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm1d, nn.Bat
 VECTORS = ("position", "positional_embedding", "padding")
 """Names of parameters that hold a vector for each place of a sequence, in our networks and in open_clip's."""
 BLOCKS = {"qkv": 3, "in_proj_weight": 3, "context_kv": 2}
-"""Names of layers, here and in open_clip, that are several matrices below each other: queries, keys and values."""
+"""Names of layers, here and in open_clip, that are several matrices below each other: queries, keys and values.
+
+Each does something else with its input, so that Muon makes the singular values of each equal by itself.
+"""
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, beside its "step"; Muon has the first alone
 
 MOMENTUM = 0.95
@@ -60,6 +63,7 @@ class Muon(AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Takes a step."""
+        # AdamW takes a step with every group that it sees.
         *others, ours = groups = self.param_groups
         self.param_groups = others
         try:
@@ -74,6 +78,7 @@ class Muon(AdamW):
             directions = [self._direction(matrix, matrix.grad) for matrix in matrices]  # type: ignore[arg-type]
             wholes = torch.stack([full_tensor(direction).flatten(1) for direction in directions])
             updates = wholes.view(len(wholes) * self.matrices[id(matrices[0])], -1, wholes.shape[2])
+            # A matrix [a, b] of singular values 1 has entries with an RMS of 1 / sqrt(max(a, b)).
             updates = orthogonalized(updates, self.dtype).float() * (-RMS * max(updates.shape[1:]) ** 0.5 * rate)
             updates = updates.reshape(wholes.shape)
             for matrix, update in zip(matrices, updates, strict=True):

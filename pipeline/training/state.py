@@ -204,7 +204,7 @@ def put_back(state: TrainState, saved: Mapping[str, Mapping[str, Tensor]]) -> No
     for part, module in (("model", state.model), ("ema", state.ema)):
         for name, tensor in module.state_dict().items():
             local(tensor).copy_(saved[part][name])
-    state.optimizer.state.clear()
+    state.optimizer.state.clear()  # a state before its first step has no moments, and old ones must not stay
     for name, parameter in state.model.named_parameters():
         kept = kinds(state.optimizer, parameter)
         if f"{name}:{kept[0]}" not in saved["optimizer"]:
@@ -229,5 +229,5 @@ def share(state: TrainState, group: ProcessGroup) -> None:
     if not group.is_rank_0:
         like = forms(state)
         put_back(state, like | {"optimizer": {name: like["optimizer"][name] for name in moments}})
-    held = parts(state)
+    held = parts(state)  # in one order on all workers: each broadcast has to meet its like
     group.broadcast(held[part][name] for part in held for name in sorted(held[part]))

@@ -168,7 +168,7 @@ class Visit:
 
     def _ask(self, url: str) -> Response:
         host = host_of(url)
-        self._held.close()
+        self._held.close()  # of the hop before: nobody waits for one turn while holding another
         self.barred, self.url, self.status = True, url, 0
         began = time.monotonic()
         self._check(url)

@@ -51,7 +51,7 @@ def cut_blocks(
     Blocks are numbered from ``first``.
     """
     cuts: list[list[ShardRow]] = []
-    rows = block_rows
+    rows = block_rows  # so that the first shard with rows opens a block
     for shard in curated:
         if shard.kept:
             if rows >= block_rows:
@@ -136,6 +136,7 @@ def candidates(store: Store, task: ShardTask) -> Iterator[tuple[list[dict[str, A
     for curated, embeddings in shards_of(task):
         rows = read_table(store, curated.blobs["index"], ["key", "split", "width", "height"]).to_pylist()
         keys, image, text, _ = read_embeddings(store, embeddings.blobs["embeddings"])
+        # Every row that pairs kept has embeddings, also one that curation has rejected since.
         place = {key: i for i, key in enumerate(keys)}
         places = [place[row["key"]] for row in rows]
         yield rows, image[places], text[places]
@@ -151,6 +152,7 @@ class SampleVectors:
         taken, trained, seen, stride = [], 0, 0, task.inputs["plan"].counts["stride"]
         for rows, vectors, _ in candidates(self.store, task):
             training = vectors[[row["split"] == "train" for row in rows]]
+            # The stride goes on from shard to shard: the sample does not depend on where the list was cut.
             taken.append(training[-trained % stride :: stride].copy())  # of a block of a million rows no more stays
             trained += len(training)
             seen += len(rows)

@@ -94,6 +94,7 @@ class Packer:
                 for i, found, image in take_over(self.store, refs, task.inputs["earlier source"], earlier, left):
                     rows[i] |= found
                     known.add(i)
+                    # A member of a tar that is used where it lies is not packed again.
                     if image is not None or not is_member(refs[i]["url"]):
                         unfinished.add(rows[i], image)
                         packed.add(i)

@@ -43,6 +43,7 @@ def shard_module(
     place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else whole
+    # Layers first: FSDP gathers with a module what none inside it has taken, here the weights outside of layers.
     for part, policy in (*((layer, half) for layer in layers(module)), (module, whole)):
         fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=place)
 

@@ -63,6 +63,7 @@ class Order:
             raise ValueError("no rows to put in order")
         self.lane_rows = -(-self.total // lanes)
         self.wrapped = self.lane_rows * lanes - self.total
+        # Two: rows that are read ahead may be of the next epoch already.
         self._line = lru_cache(maxsize=2)(self._make_line)
 
     def _make_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
