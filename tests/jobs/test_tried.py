@@ -34,7 +34,7 @@ sample -o cat.png | jobs/test_sample.py::test_several_images_of_a_caption
 long captions: init | init a long.csv
 long captions: doctor | jobs/test_plan.py::test_captions_that_curation_would_reject
 long captions: plan | jobs/test_plan.py::test_captions_that_curation_would_reject
-long captions: run | pipeline/data/test_captions.py::test_captions_beyond_the_limit
+long captions: run | pipeline/data/test_captions.py::test_clip_learns_from_none_of_the_long_captions
 paragraphs: init | pipeline/data/source/test_folders.py::test_a_paragraph_beside_an_image
 paragraphs: what is read | pipeline/data/source/test_folders.py::test_a_paragraph_beside_an_image
 a row a caption | pipeline/data/test_captions.py::test_a_list_with_a_row_for_each_caption_loses_none
@@ -52,11 +52,11 @@ device=0 | plan mine.yaml device=0
 report after preset=nano | jobs/test_as_run.py::test_what_follows_a_run_with_overrides_is_that_runs
 sample after preset=nano | jobs/test_as_run.py::test_bundles_after_a_run_with_overrides_are_that_runs
 export after preset=nano | jobs/test_as_run.py::test_bundles_after_a_run_with_overrides_are_that_runs
-another image under its name | -
+another image under its name | pipeline/data/source/test_versions.py::test_a_file_that_is_replaced_is_fetched_again
 a store that was moved | jobs/test_as_run.py::test_a_store_that_was_moved_is_missed
 a private server: run | jobs/test_mistakes.py::test_all_rows_rejected_says_why
 a private server, allowed later | pipeline/data/pairs/test_earlier.py::test_what_is_allowed_later
-a private server: retry | jobs/test_data.py::test_what_is_forgotten_is_not_kept_by_a_retry
+a private server: retry | jobs/test_data.py::test_what_is_forgotten_is_not_
 data forget nosuch | jobs/test_data.py::test_mistakes
 edit of a URL | edit vary https://h.test/a.png --from none
 --to k8s | submit mine.yaml --to k8s
@@ -138,7 +138,7 @@ Ctrl-C in init | jobs/test_interrupt.py::test_the_line_is_all_that_is_said
 --device mps | sample cat --device mps
 a spreadsheet | pipeline/data/source/test_sheets.py::test_the_first_sheet_with_values_is_a_list
 captions.txt with tabs | init a tabs.txt
-gs:// | plan mine.yaml store=gs://bucket/a
+gs:// | pipeline/store/test_cloud.py::test_a_write_whose_answer_is_lost_is_sent_again
 """
 PYTHON = """
 seed= | jobs/test_python.py::test_a_caption_becomes_an_image_and_a_list_becomes_a_list
