@@ -122,7 +122,8 @@ def _run(parser: Parser, shipped: str = "") -> None:
 
 def _plan(parser: Parser) -> None:
     takes_config(parser)
-    parser.add_argument("--probe", action="store_true", help="first measure on this machine, with few rows and samples")
+    text = "first measure for some ten minutes, with few rows and samples; shows how far repeated measurements differ"
+    parser.add_argument("--probe", action="store_true", help=text)
     text = "plan from scratch for a list of this size, such as 650M"
     parser.add_argument("--pairs", type=count, metavar="N", help=text)
     parser.add_argument("--gpus", metavar="NxKIND", help="plan trainings and embeddings on GPUs, such as 64xH100")

@@ -21,7 +21,7 @@ from pipeline.cost.devices import parse_fleet
 from pipeline.cost.estimate import UTILISATION, Cost, PlanInput, elapsed, estimate
 from pipeline.cost.limits import impossible, lacking
 from pipeline.cost.observed import Observations, observe, read_profile
-from pipeline.cost.table import cost_table, places, remarks, second_prior, size
+from pipeline.cost.table import cost_table, elapsed_between, places, remarks, said_between, second_prior, size
 from pipeline.errors import UserError
 from pipeline.graph.plan import Verdict
 from pipeline.graph.ray import find_machine
@@ -102,6 +102,7 @@ def _as_values(
         "pairs": ask.rows,
         "shards": shards,
         "seconds": elapsed(costs, ask),
+        "between": elapsed_between(costs, ask),
         "warnings": warnings,
         "stages": [{"stage": stage, **known.get(stage, {}), "cost": costs.get(stage)} for stage in ask.graph],
     }
@@ -217,7 +218,9 @@ def _plan_lines(
     if not costs:
         return
     guessed = any(cost.basis == "guess" for cost in costs.values())
-    total = duration(elapsed(costs, ask))
+    total, between = duration(elapsed(costs, ask)), said_between(elapsed_between(costs, ask))
+    if between:
+        total += f" ({between})"
     yield f"about {total} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}"
     yield places(costs, ask)
     yield from (f"warning: {line}" for line in project.warnings(costs))
@@ -232,7 +235,8 @@ def _plan_lines(
 
 
 def _cost_lines(costs: Mapping[str, Cost], ask: PlanInput) -> list[str]:
-    return [*cost_table(costs, elapsed(costs, ask), ask.config.run.prices), *remarks(costs, ask)]
+    table = cost_table(costs, elapsed(costs, ask), ask.config.run.prices, elapsed_between(costs, ask))
+    return [*table, *remarks(costs, ask)]
 
 
 def _size(rows: int, shards: int) -> str:

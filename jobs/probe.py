@@ -1,19 +1,21 @@
-"""Runs a configuration twice in a scratch store, with few rows and samples, to measure what stages take.
+"""Runs a configuration in scratch stores, with few rows and samples, to measure what stages take.
 
-Rows are spread over the user's own list, and nothing but amounts differs, so a line through the two runs tells what the
-whole will take (pipeline.cost.observed).
+A round is two runs. Their rows are spread over the user's own list, and nothing but amounts differs, so a line through
+the two tells what the whole will take. Rounds are repeated, and how much their lines differ tells how far that can be
+trusted (pipeline.cost.observed).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -30,40 +32,65 @@ from pipeline.data.source.lists import path_policy, read_rows, serving_lists
 from pipeline.data.source.source import ListRow
 from pipeline.progress import counted, duration
 from pipeline.sandbox import python_path
-from pipeline.store import open_store
+from pipeline.store import Store, local_folder, open_store
 
 SHARD_ROWS = 128  # of the scratch list, at most
-SHARDS = (2, 6)  # of each run
+SHARDS = (2, 6)  # of each run of a round
+ROUNDS = (2, 4)  # at least, and at most as far as they end within PROBE_SECONDS
+PROBE_SECONDS = 600.0
 WORKERS = 2  # of a data stage, at most: a worker's rate is what counts
 STEPS = 2  # of each training, the first time
 TRAINING_SECONDS = 6.0  # of each training, the second time
 
 
 def probe(project: Project, path: str, overrides: Sequence[str], tell: Callable[[str], None]) -> Observations:
-    """Runs both and returns what was observed; stages that cannot be made of so few rows are missing.
+    """Runs the rounds and returns what was observed; stages that cannot be made of so few rows are missing.
 
     ``tell`` takes a line before each run and behind the last one.
     """
     began = time.monotonic()
     found: Observations = {}
     trainings = [stage.name for stage in project.graph.values() if stage.kind == "training"]
+    samples: list[dict[str, int]] = []  # of the runs of a round: the same in each, so that only times differ
     with tempfile.TemporaryDirectory(prefix="unclip-probe-") as name, ExitStack() as stack:
-        folder = Path(name)
+        folder, scratch = Path(name), stack.enter_context(_scratch(project.store, name))
         hosts = stack.enter_context(serving_lists(project.config.source.paths, project.graph["pairs"].settings.hosts))
-        changes = [f"run.pairs.hosts={json.dumps(dict(hosts))}"]  # else each list's own server starts in both runs
-        for number, shards in enumerate(SHARDS, 1):
-            rows, cut = _write_list(project, folder / f"{number}.parquet", shards)
-            samples = {stage: _samples(project.config, stage, found) for stage in trainings}
-            again = number > 1
-            tell(f"probe {number} of {len(SHARDS)}: {counted(rows, 'row')}, a few steps of each training")
-            ours = _amounts(project, folder, number, rows, cut, samples, again)
-            if said := _run(path, [*overrides, *changes, *ours]):
-                tell(f"  it ended early: {said}")
-            store = open_store(str(folder / f"store-{number}"))
-            for stage, seen in observe(store, project.config.project, project.graph, project.held_out).items():
-                found.setdefault(stage, []).extend(seen)
+        changes = [f"run.pairs.hosts={json.dumps(dict(hosts))}"]  # else each list's own server starts in every run
+        lists = [_write_list(project, folder / f"{run}.parquet", shards) for run, shards in enumerate(SHARDS)]
+        for number in range(1, ROUNDS[1] + 1):
+            for run, (rows, cut) in enumerate(lists):
+                if number == 1:
+                    samples.append({training: _samples(project.config, training, found) for training in trainings})
+                tell(f"probe, round {number}: {counted(rows, 'row')}, a few steps of each training")
+                store = f"{scratch}/store-{number}-{run}"
+                ours = _amounts(project, folder, run, store, rows, cut, samples[run])
+                if said := _run(path, [*overrides, *changes, *ours]):
+                    tell(f"  it ended early: {said}")
+                seen = observe(open_store(store), project.config.project, project.graph, project.held_out)
+                for observed, times in seen.items():
+                    found.setdefault(observed, []).extend(times)
+            spent = time.monotonic() - began
+            if number >= ROUNDS[0] and spent + spent / number > PROBE_SECONDS:
+                break
     tell(f"probed in {duration(time.monotonic() - began)}")
     return found
+
+
+@contextmanager
+def _scratch(store: Store, folder: str) -> Iterator[str]:
+    """Yields the place of scratch stores: beside a store on S3, where the workers of a cluster reach it, else a folder.
+
+    What is there is deleted behind the block.
+    """
+    if local_folder(store):
+        yield folder
+        return
+    url = f"{store.url}/probe-{secrets.token_hex(8)}"
+    try:
+        yield url
+    finally:
+        there = open_store(url)
+        there.delete([entry.path for entry in there.list("")])
 
 
 def _write_list(project: Project, file: Path, shards: int) -> tuple[int, int]:
@@ -104,15 +131,15 @@ def _samples(config: Config, stage: str, seen: Observations) -> int:
 
 
 def _amounts(
-    project: Project, folder: Path, number: int, rows: int, cut: int, samples: dict[str, int], again: bool
+    project: Project, folder: Path, run: int, store: str, rows: int, cut: int, samples: dict[str, int]
 ) -> list[str]:
     """Returns overrides that change how much is done and where it is kept, and nothing else."""
     config = project.config
     share = rows / max(1, sum(shard.ledger.rows for shard in project.scan.shards))
     may = path_policy(config.source, *config.source.paths)
     own: dict[str, Any] = {
-        "store": str(folder / f"store-{number}"),
-        "source.paths": [str(folder / f"{number}.parquet")],
+        "store": store,
+        "source.paths": [str(folder / f"{run}.parquet")],
         "source.shard_rows": cut,
         "source.roots": [*may.named, *may.own],
         "scale": 1,
@@ -128,7 +155,7 @@ def _amounts(
             asked = getattr(config.run, node.name).workers
             own[f"run.{node.name}.workers"] = WORKERS if asked == "auto" else min(WORKERS, asked)
         if node.few:
-            own |= {f"{node.name}.{name}": value for name, value in node.few(node.recipe, again).items()}
+            own |= {f"{node.name}.{name}": value for name, value in node.few(node.recipe, run > 0).items()}
     return [f"{name}={json.dumps(value)}" for name, value in own.items()]
 
 

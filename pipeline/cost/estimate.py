@@ -11,12 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
 from pipeline.cost.devices import DEVICES, UNKNOWN, Device, Fleet
 from pipeline.cost.memory import SAVED_STATE, Footprint, footprint, host_memory
-from pipeline.cost.observed import Observation, Observations, pace, shape
+from pipeline.cost.observed import Observation, Observations, paces, shape
 from pipeline.data.embeddings.stage import TASK_BYTES
 from pipeline.graph.keys import flatten
 from pipeline.graph.resources import DECODERS, Machine, Resources, WorkerGroup, cores, team_of
@@ -128,6 +129,7 @@ class Cost:
         cores: Cores that it holds for all that time.
         gpus: GPUs that it holds for all that time.
         disk: Bytes that stay in the store.
+        between: Least and most seconds by the single measurements, where they were repeated; None elsewhere.
     """
 
     seconds: float
@@ -136,6 +138,7 @@ class Cost:
     cores: float = 0.0
     gpus: float = 0.0
     disk: float = 0.0
+    between: tuple[float, float] | None = None
 
 
 def estimate(stage: str, ask: PlanInput) -> Cost:
@@ -144,14 +147,18 @@ def estimate(stage: str, ask: PlanInput) -> Cost:
     seen = [] if ask.fleet and gpus else ask.observations(stage)
     if ask.computes(stage) and (gpus or (ask.looked and ask.machine.local)):
         seen = [one for one in seen if (one.device == "cuda") == bool(gpus)]
+    between = None
     if seen:
-        startup, seconds = pace([(_amount_seen(stage, one, ask), one) for one in seen], amount(stage, ask), workers)
+        found = paces([(_amount_seen(stage, one, ask), one) for one in seen], amount(stage, ask), workers)
+        startup, seconds = median(start for start, _ in found), median(whole for _, whole in found)
         gpus, basis = gpus or (workers if seen[-1].device == "cuda" else 0), "measured"
+        if len(found) > 1:
+            between = found[0][1], found[-1][1]
     else:
         startup, rest = _counted(stage, ask, workers, bool(gpus))
         seconds, basis = startup + rest, "counted" if gpus else "guess"
     held = 0 if gpus and ask.graph[stage].kind == "training" else held
-    return Cost(seconds, startup, basis, held, gpus, _disk(stage, ask))
+    return Cost(seconds, startup, basis, held, gpus, _disk(stage, ask), between)
 
 
 def elapsed(costs: Mapping[str, Cost], ask: PlanInput) -> float:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,15 @@ def pace(points: Sequence[tuple[float, Observation]], amount: float, workers: in
     left = [one.seconds - (start + slope * size) / one.workers for size, one in points]
     startup = max(0.0, sum(left) / len(left)) + start / workers
     return startup, startup + slope * amount / workers
+
+
+def paces(points: Sequence[tuple[float, Observation]], amount: float, workers: int) -> list[tuple[float, float]]:
+    """Returns what ``pace`` says by each pair of a small and a large observation, in order of all seconds.
+
+    So repeated observations of the same two amounts tell how far an estimate can be trusted. Those of one amount are
+    lines through the origin, each by itself.
+    """
+    middle = (min(size for size, _ in points) + max(size for size, _ in points)) / 2
+    small, large = ([point for point in points if (point[0] < middle) == below] for below in (True, False))
+    lines = [list(pair) for pair in product(small, large)] or [[point] for point in large]
+    return sorted((pace(line, amount, workers) for line in lines), key=lambda found: found[1])

@@ -16,6 +16,7 @@ from pipeline.cost.estimate import (
     decode_seconds,
     decoders_a_gpu,
     driver_seconds,
+    elapsed,
     encode_seconds,
     estimate,
     rate,
@@ -30,6 +31,7 @@ from pipeline.progress import counted, duration
 from pipeline.settings import Prices
 
 HEAD = ("stage", "time", "start-up", "GPU hours", "core hours", "disk")
+SPREAD = "least to most"
 BASES = {"measured": "measured and scaled", "counted": "counted from arithmetic", "guess": "guessed"}
 
 
@@ -38,8 +40,13 @@ def money(gpu_hours: float, core_hours: float, prices: Prices) -> float:
     return core_hours * prices.core_hour + gpu_hours * prices.gpu_hour
 
 
-def cost_table(costs: Mapping[str, Cost], seconds: float, prices: Prices) -> Iterator[str]:
-    """Yields one line a stage, and their sum, which takes ``seconds``. Money is a column where there are prices."""
+def cost_table(
+    costs: Mapping[str, Cost], seconds: float, prices: Prices, between: tuple[float, float] | None = None
+) -> Iterator[str]:
+    """Yields one line a stage, and their sum, which takes ``seconds``, or something ``between`` the two.
+
+    Money is a column where there are prices; the last one says between what a time lies, where any was repeated.
+    """
     rows: list[tuple[str, ...]] = [(*HEAD, prices.currency)]
     total = [0.0] * 5
     for name, one in costs.items():
@@ -49,12 +56,32 @@ def cost_table(costs: Mapping[str, Cost], seconds: float, prices: Prices) -> Ite
         rows.append(_row(name, values, prices))
     rows.append(_row("all", [seconds, *total[1:]], prices))
     shown = [row if _priced(prices) else row[:-1] for row in rows]
+    if between:
+        spreads = [SPREAD, *(said_between(cost.between) for cost in costs.values()), said_between(between)]
+        shown = [(*row, spread) for row, spread in zip(shown, spreads, strict=True)]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     for row in shown:
         first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         yield "  ".join(["", row[0].ljust(len(first)), *rest])
     if prices.storage_tb_month:
         yield f"storage: {total[-1] / 1e12 * prices.storage_tb_month:,.2f} {prices.currency} a month"
+
+
+def elapsed_between(costs: Mapping[str, Cost], ask: PlanInput) -> tuple[float, float] | None:
+    """Returns what ``elapsed`` is if every stage takes its least and its most seconds; None where none was repeated."""
+    if not any(cost.between for cost in costs.values()):
+        return None
+
+    def whole(most: bool) -> float:
+        ends = {name: replace(one, seconds=one.between[most]) if one.between else one for name, one in costs.items()}
+        return elapsed(ends, ask)
+
+    return whole(False), whole(True)
+
+
+def said_between(between: tuple[float, float] | None) -> str:
+    """Returns for example "1 min 10 s to 1 min 30 s"; "" for what was not repeated."""
+    return f"{duration(between[0])} to {duration(between[1])}" if between else ""
 
 
 def _priced(prices: Prices) -> bool:

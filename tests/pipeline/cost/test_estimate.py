@@ -26,10 +26,11 @@ from pipeline.cost.estimate import (
     save,
 )
 from pipeline.cost.limits import lacking
-from pipeline.cost.observed import Observation, shape
-from pipeline.cost.table import cost_table, remarks
+from pipeline.cost.observed import Observation, pace, shape
+from pipeline.cost.table import cost_table, elapsed_between, remarks
 from pipeline.errors import UserError
 from pipeline.graph.resources import DECODERS, Machine
+from pipeline.progress import duration
 from pipeline.settings import Prices
 from pipeline.store import open_store
 
@@ -87,6 +88,33 @@ def test_what_was_measured_scales_with_rows_samples_and_workers() -> None:
     assert estimate("pairs", replace(again(ask, four), rows=250)).seconds == pytest.approx(5.0 + 12.5)
     cost = estimate("decoder", ask)
     assert (cost.seconds, cost.startup, cost.basis) == (pytest.approx(25.0), pytest.approx(5.0), "measured")
+
+
+def test_repeated_measurements_say_between_what_a_time_lies() -> None:
+    """Two rounds of 100 and 300 rows, in which a row takes 0.1 to 0.2 s; a stage measured once says nothing."""
+    ask = measured(pairs=Observation(100, 10.0, 10.0, 1, {}), curation=Observation(100, 1.0, 1.0, 1, {}))
+    (one,) = ask.seen["pairs"]
+    rounds = [
+        replace(one, amount=n, seconds=s, work=s) for n, s in ((100, 10.0), (300, 50.0), (100, 20.0), (300, 40.0))
+    ]
+    config = load_config(ROOT / "configs/nano.yaml", ["run.pairs.workers=1", "run.curation.workers=1"])
+    ask = replace(again(ask, config), rows=1000, seen=ask.seen | {"pairs": rounds})
+    pairs, curation = estimate("pairs", ask), estimate("curation", ask)
+    lines = sorted(pace([(a.amount, a), (b.amount, b)], 1000, 1)[1] for a in rounds[::2] for b in rounds[1::2])
+    assert lines[0] < lines[-1] / 1.3
+    assert pairs.between == (pytest.approx(lines[0]), pytest.approx(lines[-1]))
+    assert pairs.seconds == pytest.approx((lines[1] + lines[2]) / 2)
+    assert curation.between is None
+    costs = {"pairs": pairs, "curation": curation}
+    between = elapsed_between(costs, ask)
+    assert between == (pytest.approx(lines[0] + curation.seconds), pytest.approx(lines[-1] + curation.seconds))
+    head, *rows, whole = cost_table(costs, elapsed(costs, ask), Prices(), between)
+    assert head.endswith("  least to most")
+    assert [row.endswith(f" {duration(lines[0])} to {duration(lines[-1])}") for row in rows] == [True, False]
+    assert whole.endswith(f" {duration(between[0])} to {duration(between[1])}")
+    alone = {"curation": curation}
+    assert elapsed_between(alone, ask) is None
+    assert "least to most" not in next(cost_table(alone, 1.0, Prices(), None))
 
 
 def test_another_model_is_a_guess_again() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models.sampling_config import MODELS
 from pipeline.build import build
 from pipeline.config import load_config
-from pipeline.cost.observed import Observation, observe, pace, read_profile, shape
+from pipeline.cost.observed import Observation, observe, pace, paces, read_profile, shape
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import flatten
@@ -55,6 +55,25 @@ def test_a_second_run_that_says_nothing_of_growth_is_a_rate() -> None:
     assert pace([seen(10, 6, 6), seen(20, 5, 5)], 40, 1)[1] == pytest.approx(11.75)  # 0.25 a row, and 1.75 on average
     assert pace([seen(10, 1, 1), seen(20, 3, 3)], 40, 1)[1] == pytest.approx(6)  # the line would begin below 0
     assert pace([seen(10, 5, 5), seen(10, 5, 5)], 40, 1)[1] == pytest.approx(20)
+
+
+@given(
+    st.lists(st.tuples(POSITIVE, POSITIVE), min_size=1, max_size=3),
+    st.lists(st.tuples(POSITIVE, POSITIVE), min_size=1, max_size=3),
+)
+def test_repeated_measurements_are_as_many_lines_as_pairs(
+    small: list[tuple[float, float]], large: list[tuple[float, float]]
+) -> None:
+    """In whatever order they come; the amounts of a run differ a little where rows are lost."""
+    few = [seen(100 + i, *times) for i, times in enumerate(small)]
+    many = [seen(300 - i, *times) for i, times in enumerate(large)]
+    found = paces([*many, *few], 10_000.0, 2)
+    assert found == sorted((pace([a, b], 10_000.0, 2) for a in few for b in many), key=lambda line: line[1])
+
+
+def test_repeated_measurements_of_one_amount_are_a_line_each() -> None:
+    points = [seen(100, seconds, seconds) for seconds in (12.0, 10.0, 11.0)]
+    assert [whole for _, whole in paces(points, 1000.0, 1)] == pytest.approx([100, 110, 120])
 
 
 # --- from artefacts ---------------------------------------------------------------------------------------------------
