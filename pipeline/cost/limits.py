@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.cost.devices import DEVICES, Fleet
-from pipeline.cost.estimate import Cost, PlanInput, counted_trainings, model_size, resources, step_of
+from pipeline.cost.estimate import (
+    Cost,
+    PlanInput,
+    counted_trainings,
+    model_size,
+    resources,
+    step_of,
+    worker_memory,
+)
 from pipeline.cost.memory import SAVED_STATE, USABLE, settings_that_fit
 from pipeline.cost.table import devices_of, size
 from pipeline.progress import counted, duration
@@ -32,7 +40,7 @@ class Lack:
 def lacking(costs: Mapping[str, Cost], ask: PlanInput, store: Store) -> Iterator[Lack]:
     """Yields what is lacking for stages that will be made.
 
-    Room on a disk, memory of a GPU, a GPU where a CPU would take over a day.
+    Room on a disk, memory of a GPU or of its host, a GPU where a CPU would take over a day.
     """
     yield from _disks(costs, ask, store)
     yield from impossible(costs, ask)
@@ -41,6 +49,7 @@ def lacking(costs: Mapping[str, Cost], ask: PlanInput, store: Store) -> Iterator
 def impossible(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[Lack]:
     """Yields what no store changes: memory of a GPU, a GPU where a CPU would take over a day."""
     yield from too_large(costs, ask)
+    yield from _hosts(costs, ask)
     if slow := [s for s, cost in costs.items() if ask.computes(s) and not cost.gpus and cost.seconds > LONGEST_S]:
         longest = max(slow, key=lambda stage: costs[stage].seconds)
         takes = f"{devices_of(costs[longest], ask)} would take about {duration(costs[longest].seconds)} for {longest}"
@@ -71,6 +80,29 @@ def _what_fits(stage: str, ask: PlanInput, gpus: int) -> str:
         if step_of(stage, replace(ask, fleet=Fleet(gpus, kind)), gpus).fits:
             return f"take {gpus} {kind}, or a smaller preset"
     return "take more GPUs, with sharded=true, or a smaller preset"
+
+
+def _hosts(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[Lack]:
+    """Yields each training whose workers take more memory of their machines than there is."""
+    if ask.fleet or ask.machine.grows:  # of machines that nobody has seen
+        return
+    there = ask.machine.memory
+    for stage, gpus in counted_trainings(costs, ask).items():
+        if (need := gpus * worker_memory(stage, ask, gpus)) <= there:
+            continue
+        own = getattr(ask.config.run, stage)
+        bare = replace(ask.config.run, **{stage: replace(own, cache_mb=0)})
+        less = replace(ask, config=replace(ask.config, run=bare))
+        fewer = next((n for n in range(gpus - 1, 0, -1) if n * worker_memory(stage, ask, n) <= there), 0)
+        advice = "take machines with more memory, or a smaller model"
+        if gpus * worker_memory(stage, less, gpus) <= there:
+            advice = f"set run.{stage}.cache_mb=0"
+        elif fewer:
+            advice = f"set run.{stage}.workers={fewer}"
+        yield Lack(
+            f"{stage} takes {size(need)} of memory for {counted(gpus, 'worker')}, and the machines have {size(there)}",
+            advice,
+        )
 
 
 def _disks(costs: Mapping[str, Cost], ask: PlanInput, store: Store) -> Iterator[Lack]:

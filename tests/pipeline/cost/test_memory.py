@@ -8,12 +8,14 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.cost.devices import DEVICES, Fleet
-from pipeline.cost.estimate import LAUNCH_SECONDS, estimate, step_of, step_seconds
+from pipeline.cost.estimate import LAUNCH_SECONDS, PlanInput, estimate, step_of, step_seconds, worker_memory
 from pipeline.cost.flops import Size, count_model
-from pipeline.cost.limits import too_large
+from pipeline.cost.limits import lacking, too_large
 from pipeline.cost.memory import USABLE, Footprint, footprint, host_memory, settings_that_fit
-from pipeline.cost.table import remarks, worth_renting
+from pipeline.cost.table import remarks, size, worth_renting
+from pipeline.graph.resources import Machine
 from pipeline.settings import STATE_BYTES, TrainingSettings
+from pipeline.store import open_store
 from pipeline.training.recipes import ClipRecipe, DecoderRecipe
 from tests.pipeline.cost.test_estimate import PAPER, again, asked, paper
 
@@ -97,6 +99,30 @@ def test_where_no_setting_lets_it_fit_the_smallest_gpu_that_has_room_is_named() 
     assert all(lacks(kind) for kind, device in DEVICES.items() if device.memory < DEVICES[named[1]].memory)
 
 
+def test_workers_that_fill_the_memory_of_their_host_are_refused_with_the_setting_that_lets_them_fit(
+    tmp_path: Path,
+) -> None:
+    config = paper("run.upsampler_256.cache_mb=40000")
+    ask = replace(asked(config, 10**6), machine=Machine(64, 8, "NVIDIA H100", 1e15), looked=True)
+    costs = {"upsampler_256": estimate("upsampler_256", ask)}
+    store = open_store(str(tmp_path))
+
+    def lacks(memory: float, ask: PlanInput = ask) -> list[str]:
+        there = replace(ask, machine=replace(ask.machine, memory=memory))
+        return [str(lack) for lack in lacking(costs, there, store) if "of memory for" in str(lack)]
+
+    one = worker_memory("upsampler_256", ask, 8)
+    assert lacks(8 * one) == []
+    takes = f"upsampler_256 takes {size(8 * one)} of memory for 8 workers, and the machines have "
+    (said,) = lacks(8 * one - 1)
+    assert said == f"{takes}{size(8 * one - 1)}; set run.upsampler_256.cache_mb=0"
+    bare = replace(ask, config=paper("run.upsampler_256.cache_mb=0"))
+    least = worker_memory("upsampler_256", bare, 8)
+    assert lacks(8 * least - 1, bare)[0].endswith("; set run.upsampler_256.workers=7")
+    assert lacks(1e9, bare)[0].endswith("; take machines with more memory, or a smaller model")
+    assert lacks(1e9, replace(bare, machine=replace(ask.machine, grows=True))) == []
+
+
 def test_clip_of_the_paper_fits_without_a_setting() -> None:
     gpus = 8
     ask = asked(paper("clip.weights=train"), 10**6, Fleet(gpus, "H100"))
@@ -105,9 +131,9 @@ def test_clip_of_the_paper_fits_without_a_setting() -> None:
     assert 8 <= step.at_once < step.rows
     assert step.memory < 72 * GB
     computing, launching = step_seconds("clip", ask, gpus)
-    size = count_model(ask.config, "clip")
-    assert computing == pytest.approx(step.rows * 4 * size.forward / (0.3 * ask.device.peak))  # once more, in parts
-    assert launching == pytest.approx(step.passes * 4 * size.kernels * LAUNCH_SECONDS)
+    counted = count_model(ask.config, "clip")
+    assert computing == pytest.approx(step.rows * 4 * counted.forward / (0.3 * ask.device.peak))  # once more, in parts
+    assert launching == pytest.approx(step.passes * 4 * counted.kernels * LAUNCH_SECONDS)
 
 
 def test_a_small_batch_on_many_gpus_waits_for_launches_and_the_plan_says_how_many_pay(tmp_path: Path) -> None:
