@@ -111,7 +111,7 @@ def test_an_artefact_with_all_that_it_was_made_from_and_into(store: Store) -> No
     found = lineage(store, find_artifact(store, keys["clip"][:12]))
     assert found.artifact.stage == "clip"
     assert found.artifact.version == GRAPH["clip"].version
-    assert found.behind.keys() == {(stage, keys[stage]) for stage in ("source", "captions", "pairs")}
+    assert found.behind.keys() == {(stage, keys[stage]) for stage in ("source", "captions", "pairs", "filter")}
     assert found.behind["source", keys["source"]] is None
     assert {stage for stage, _ in found.users} == {name for name, stage in GRAPH.items() if "clip" in stage.inputs}
     assert found.pinned
