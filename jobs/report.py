@@ -34,7 +34,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError(f"--output {path} ends with .json, which is reserved for the figures; name an .html file")
     if not arguments.output:
         _check_fuller(path, artifacts)
-    if not Path(project.config.run.output, RUN_FILE).is_file():  # a cluster ran it
+    if not arguments.overrides and not Path(project.config.run.output, RUN_FILE).is_file():  # a cluster ran it
         with suppress(OSError, UserError):  # nothing but a command of the page needs it
             remember_config(project.config)
     album = Album(licenses=arguments.license)

@@ -202,10 +202,12 @@ def worth_renting(stage: str, ask: PlanInput, gpus: int) -> int:
 
 
 def places(costs: Mapping[str, Cost], ask: PlanInput) -> str:
-    """Returns for example "runs on 8 H100 (embeddings, decoder), 2 cores (source, pairs)"."""
+    """Returns for example "runs on 8 H100 (embeddings, decoder), 2 cores (all others)"."""
     found: dict[str, list[str]] = {}
     for stage, cost in costs.items():
         found.setdefault(devices_of(cost, ask), []).append(stage)
+    if len(found) > 1:
+        found[max(found, key=lambda where: len(found[where]))] = ["all others"]
     return "runs on " + ", ".join(f"{where} ({', '.join(stages)})" for where, stages in found.items())
 
 

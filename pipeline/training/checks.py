@@ -53,6 +53,8 @@ def check(ctx: Context, task: Task) -> None:
                 f"{recipe.fork:,} samples, so it would not equal a training of that length; lower it"
             )
     rows = ctx.inputs["curation" if "curation" in ctx.inputs else "filter"]
+    if not rows.ledger.rows:  # all were lost before, and there it says why
+        rows = ctx.inputs.get("pairs", rows)
     if not ShardList(ctx.store, rows).counts(f"train/{task.min_side}").any():
         raise UserError(_no_rows(ctx, task, rows))
     if recipe.init_from is not None:  # into the store, where every worker can read it

@@ -121,7 +121,7 @@ def test_appending_fetches_and_embeds_only_the_new_rows(chain: Chain, tmp_path: 
     before = {stage: shard_paths(store, stage) for stage in ("pairs", "embeddings", "curation")}
     output = done(here("run", config, "--until", "codec"))
     assert _states(output) == {
-        "source": "stale", "captions": "stale", "pairs": "stale", "clip": "pinned",
+        "source": "stale", "captions": "stale", "pairs": "stale", "filter": "stale", "clip": "pinned",
         "embeddings": "stale", "curation": "stale", "codec": "pinned",
     }  # fmt: skip
     for stage, paths in before.items():

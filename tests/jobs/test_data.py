@@ -133,7 +133,7 @@ def test_a_retry_beside_another_command(
     elif other == "retry":
         refused("data", "retry", config, says="another process has changed the rows to retry")
     else:
-        assert done(here("data", "retry", config)).startswith("20 rows are tried again")
+        assert done(here("data", "retry", config)).startswith("20 rows are retried in place")
         done(here("run", config, "--until", "pairs"))
         assert [row["reason"] for row in _rows(store, config, "pairs")] == [None] * 7 + ["forgotten"] + [None] * 12
 

@@ -28,7 +28,7 @@ def read(*words: object) -> Any:
 def test_a_plan(config: Path) -> None:
     said = read("plan", config)
     assert (said["project"], said["pairs"], said["shards"]) == ("micro", 2, 1)
-    assert [stage["state"] for stage in said["stages"]] == ["stale"] * 16
+    assert [stage["state"] for stage in said["stages"]] == ["stale"] * 17
     assert said["seconds"] == pytest.approx(sum(stage["cost"]["seconds"] for stage in said["stages"]))
     assert "figure needs 8" in said["warnings"][0]
     more = read("plan", config, "--pairs", "1M", "--gpus", "8xH100")

@@ -40,8 +40,9 @@ def named(found: Files) -> set[str]:
 
 
 def without_lengths(body: dict[str, Any]) -> dict[str, Any]:
-    """Returns a record without the lengths of captions, which segments of lists got within a format."""
-    shards = [{name: value for name, value in each.items() if name != "lengths"} for each in body.get("shards", ())]
+    """Returns a record without what segments of lists got within a format: lengths of captions, versions of images."""
+    got = {"lengths", "versions"}
+    shards = [{name: value for name, value in each.items() if name not in got} for each in body.get("shards", ())]
     return {**body, "shards": shards}
 
 

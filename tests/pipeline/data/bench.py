@@ -187,6 +187,9 @@ class Bench:
     def context(self, name: str) -> Context:
         """The context that the graph would give a stage whose inputs are made."""
         stage = self.graph[name]
+        for needed in stage.inputs:
+            if self.graph[needed].on_demand and needed not in self.made:
+                self.make(needed)
         key = self.source_keys.get(name) or stage_key(stage, {n: self.made[n].key for n in stage.inputs})
         return make_context(stage, key, self.made, self.store, self.config)
 

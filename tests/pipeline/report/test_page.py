@@ -138,7 +138,7 @@ def test_the_chain_is_that_of_the_configuration(store: FolderStore, made: dict[s
     del data["codec"]
     page = render(store, config(), data, {"source": made["source"]})
     assert "http-equiv" not in page  # there are no results to be waited for
-    assert "1 of 7 stages" in page
+    assert "1 of 8 stages" in page
 
 
 def test_hostile_captions_are_escaped_and_shortened(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_head_that_is_none_is_one_line(tmp_path: Path) -> None:
     save_head(tmp_path / "changed", 1)
     before = _named(tmp_path / "changed")
     save_head(tmp_path / "changed", 2)
-    with pytest.raises(UserError, match="has changed since"):
+    with pytest.raises(UserError, match="changed during this command"):
         load_heads(STORE, {"aesthetic": before}, DIM)
 
 

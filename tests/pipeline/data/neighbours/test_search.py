@@ -92,6 +92,6 @@ def test_captions_that_cannot_be_looked_for(bench: Bench, caption: str, says: st
 
 def test_a_file_that_is_no_picture(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("no picture")
-    for name, why in (("a.txt", "taken"), ("absent.png", "read")):
+    for name, why in (("a.txt", "used"), ("absent.png", "read")):
         with pytest.raises(UserError, match=f"{name}: cannot be {why}"):
             embed_image(bench.store, bench.made["clip"], str(tmp_path / name))
