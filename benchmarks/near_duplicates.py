@@ -3,15 +3,18 @@
 Vectors are spread evenly: they have no clusters. A tenth of the rows are planted: each has a cosine, spread evenly from
 the bound to 1, with a row of the first half. Shards of 1,000 rows are curated by the stage itself, in this process, in
 a store in a temporary folder, which counts requests and objects. Exact search compares 20,000 rows of the second half
-with all rows before them, with verdicts in fp64.
+with all rows before them, with verdicts in fp64. Times are those of a core, on one thread as a worker has it: what else
+the machine does hardly counts.
 """
 
 import tempfile
+from dataclasses import dataclass
 from math import log
 from statistics import median
-from time import perf_counter
+from time import process_time
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from benchmarks.timing import begin, finish, parser
 from pipeline.graph.artifacts import Artifact
@@ -42,20 +45,64 @@ def timed(store: CountedStore, inputs: dict[str, Artifact], bound: float | None)
     """Returns the seconds of curation, and what it made. The store counts from its start."""
     store.read_paths.clear()
     store.created.clear()
-    start = perf_counter()
-    made = curate(store, inputs, near_duplicate=bound, near_held_out=None)
-    return perf_counter() - start, made
+    start = process_time()
+    with threadpool_limits(1):
+        made = curate(store, inputs, near_duplicate=bound, near_held_out=None)
+    return process_time() - start, made
 
 
-def measure(vectors: np.ndarray) -> tuple[set[int], float, float, float, float]:
-    """Returns the rejected rows, the seconds of curation with and without looking for near rows, requests, objects."""
+@dataclass(frozen=True)
+class Curated:
+    """What curation of one list found and took.
+
+    Attributes:
+        rows: Rejected rows.
+        seconds: Seconds of a core.
+        plain: Seconds of a core without looking for near rows; 0 where it was not measured.
+        requests: Objects that were read, or parts of them.
+        objects: Objects that were made.
+    """
+
+    rows: set[int]
+    seconds: float
+    plain: float
+    requests: int
+    objects: int
+
+
+def measure(vectors: np.ndarray, plain: bool = True) -> Curated:
+    """Curates a list, and once more without looking for near rows if ``plain``."""
+    lists.SHARD_ROWS = SHARD_ROWS
     with tempfile.TemporaryDirectory() as folder:
         store = CountedStore(open_store(folder))
         inputs = publish(store, Listed(vectors, ["train"] * len(vectors), [64] * len(vectors)))
         seconds, made = timed(store, inputs, BOUND)
         taken = len(store.read_paths), len(store.created)
         rows = {int(row.key[:8]) * SHARD_ROWS + int(row.key[8:]) for row in rejected(store, made)}
-        return rows, seconds, timed(store, inputs, None)[0], *taken
+        return Curated(rows, seconds, timed(store, inputs, None)[0] if plain else 0.0, *taken)
+
+
+def listed(rows: int, width: int) -> np.ndarray:
+    """Returns the embeddings of a list, float16 [rows, width]."""
+    return planted(rows, width, rows // 10, rows, BOUND)[0]
+
+
+def compare(rows: int, width: int, rounds: int, plain: bool = True) -> tuple[float, list[Curated]]:
+    """Returns the share of near-duplicates that curation finds of those of exact search, and each round's figures."""
+    vectors = listed(rows, width)
+    half = np.arange(rows // 2, rows)
+    asked = np.sort(np.random.default_rng(rows).choice(half, min(ASKED, len(half)), replace=False))
+    true = exact(vectors, asked)
+    runs = [measure(vectors, plain) for _ in range(rounds)]
+    found = runs[0].rows
+    assert all(run.rows == found for run in runs), "two runs of one list found different rows"
+    assert found & set(asked.tolist()) <= true, "a row was rejected that has no earlier row near it"
+    recall = len(found & true) / len(true)
+    seconds, without = (median(getattr(run, name) for run in runs) for name in ("seconds", "plain"))
+    print(f"  {rows:9,} rows: {recall:.4f} of {len(true):,} found, {seconds:.1f} s ", end="")
+    print(f"({without:.1f} s without looking for any), {1e3 * runs[0].requests / rows:.2f} requests and ", end="")
+    print(f"{1e3 * runs[0].objects / rows:.2f} objects for 1,000 rows", flush=True)
+    return recall, runs
 
 
 def main() -> None:
@@ -66,25 +113,14 @@ def main() -> None:
     chosen = options.parse_args()
     sizes = [20_000, 40_000] if chosen.quick else chosen.rows
     begin(__doc__, chosen)
-    lists.SHARD_ROWS = SHARD_ROWS
-    recalls, seconds, requests, objects = [], [], [], []
+    recalls, seconds, requests, objects, plain = [], [], [], [], 0.0
     for rows in sizes:
-        vectors, *_ = planted(rows, chosen.width, rows // 10, rows, BOUND)
-        half = np.arange(rows // 2, rows)
-        asked = np.sort(np.random.default_rng(rows).choice(half, min(ASKED, len(half)), replace=False))
-        true = exact(vectors, asked)
-        runs = [measure(vectors) for _ in range(1 if chosen.quick else min(chosen.rounds, 3))]
-        found = runs[0][0]
-        assert all(run[0] == found for run in runs), "two runs of one list found different rows"
-        assert found & set(asked.tolist()) <= true, "a row was rejected that has no earlier row near it"
-        recalls.append(len(found & true) / len(true))
-        seconds.append(median(run[1] for run in runs))
-        plain = median(run[2] for run in runs)
-        requests.append(runs[0][3] / rows)
-        objects.append(runs[0][4] / rows)
-        print(f"  {rows:9,} rows: {recalls[-1]:.4f} of {len(true):,} found, {seconds[-1]:.1f} s ", end="")
-        print(f"({plain:.1f} s without looking for any), {1e3 * requests[-1]:.2f} requests and ", end="")
-        print(f"{1e3 * objects[-1]:.2f} objects for 1,000 rows")
+        recall, runs = compare(rows, chosen.width, 1 if chosen.quick else min(chosen.rounds, 3))
+        recalls.append(recall)
+        seconds.append(median(run.seconds for run in runs))
+        plain = median(run.plain for run in runs)
+        requests.append(runs[0].requests / rows)
+        objects.append(runs[0].objects / rows)
     slope = np.polyfit([log(rows) for rows in sizes], [log(value) for value in seconds], 1)[0]
     finish(
         {

@@ -68,12 +68,12 @@ def begin(title: str | None, options: argparse.Namespace) -> None:
     print((title or "").partition("\n")[0])
     packages = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     print(f"  Python {platform.python_version()}, {packages}")
-    print(f"  {cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_load()}")
+    print(f"  {cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {load()}")
 
 
 def finish(ratios: dict[str, float]) -> None:
     """Prints the load once more and then, as the last line, the ratios as one JSON object."""
-    print(f"  {_load()} at the end")
+    print(f"  {load()} at the end")
     print(json.dumps({name: float(f"{value:.4g}") for name, value in ratios.items()}))
 
 
@@ -87,6 +87,16 @@ def memory_of(step: Callable[[], object]) -> int:
     before = _status("VmRSS")
     step()
     return _status("VmHWM") - before
+
+
+def peak_memory() -> int:
+    """Returns the highest resident memory of this process since it began, bytes. Linux only."""
+    return _status("VmHWM")
+
+
+def load() -> str:
+    """Returns the load averages of the machine, as text."""
+    return "load " + " ".join(f"{value:.2f}" for value in os.getloadavg())
 
 
 def _status(field: str) -> int:
@@ -115,7 +125,3 @@ def commit() -> str:
         ["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True
     )
     return said.stdout.strip()
-
-
-def _load() -> str:
-    return "load " + " ".join(f"{value:.2f}" for value in os.getloadavg())

@@ -12,6 +12,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from benchmarks.billion import PARTS as OF_A_BILLION
+from benchmarks.billion import Simulation, read
+from benchmarks.fake_web import fetch_web
 from benchmarks.gpu.bench import Bench, Outcome
 from benchmarks.gpu.run import cosines
 from benchmarks.gpu_check import PARTS
@@ -43,6 +46,54 @@ def ran(module: str, *words: object) -> str:
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_billion_rows_are_measured_apart_and_then_simulated(tmp_path: Path) -> None:
+    file = tmp_path / "billion.json"
+    parts = OF_A_BILLION.keys() - {"plan"}  # which is a probe and a run, see jobs/test_plan.py
+    for part in parts:
+        assert json.loads(ran("benchmarks.billion", "--quick", "--part", part, "--to", file).splitlines()[-1])
+    sizes = {f"{part} {size}" for part in parts for size in OF_A_BILLION[part][2]}
+    assert read(file).keys() == sizes
+    figures = json.loads(ran("benchmarks.billion", "--part", "simulation", "--to", file).splitlines()[-1])
+    assert {"near_exponent", "fetch_takes_a_month_from"} < figures.keys()
+
+
+def test_one_worker_gets_the_images_of_a_web_that_is_played_and_none_of_dead_hosts() -> None:
+    """Of 400 rows, 20 are on dead hosts, 16 are gone and 12 are pages; the others answer at once."""
+    found = fetch_web(400, speed=10.0, delay_s=0.0)
+    assert found["kept"] == (400 - 20 - 16 - 12) / 400
+
+
+KNOWN = {
+    "web 1": {"kept": 0.9, "images_per_second": 100.0},
+    "wide 1": {"nanoseconds_a_pair": 50.0, "microseconds_a_row": 200.0},
+    "driver 1": {"milliseconds_a_part": 10.0, "milliseconds_a_shard": 1.0},
+    "records 100": {"driver_bytes": 1e8, "start_seconds": 1.0},
+    "records 1100": {"driver_bytes": 2e8, "start_seconds": 2.0},
+    "passes 1000000": {"driver_bytes": 1e8, "requests_a_row": 0.02, "objects_a_row": 0.004},
+    "passes 2000000": {"driver_bytes": 3e8, "requests_a_row": 0.02, "objects_a_row": 0.004},
+    "near 1000": {"seconds": 1.0, "requests_a_row": 0.02, "objects_a_row": 0.004},
+    "near 4000": {"seconds": 4.0, "requests_a_row": 0.021, "objects_a_row": 0.004},
+}
+
+
+def test_a_simulation_follows_from_what_was_measured() -> None:
+    simulation = Simulation(KNOWN)
+    assert simulation.growth()["near_exponent"] == pytest.approx(1.0)
+    assert 4 < simulation.near_seconds(4e6) / simulation.near_seconds(1e6) < 5
+    assert simulation.near_seconds(4e10) == pytest.approx(16 * simulation.near_seconds(1e10), rel=0.1)
+    assert simulation.fetch_seconds(256e6) == pytest.approx(1e6 * 0.02)  # a core decodes 50 a second
+    slow = Simulation(KNOWN | {"web 1": {"kept": 0.9, "images_per_second": 9.0}})
+    assert slow.fetch_seconds(256e6) == pytest.approx(1e6 / 10)
+    assert simulation.driver_bytes(1e7) == pytest.approx(0.9e8 + 1e3 * 1e5 + 1e7 * 200)
+    assert simulation.start_seconds(1e7) == pytest.approx(1.9)
+    limits = simulation.limits()
+    assert list(limits.values()) == sorted(limits.values())
+    assert simulation.driver_bytes(limits["tasks_fill_the_head"]) == pytest.approx(16 << 30, rel=0.01)
+    with pytest.raises(SystemExit, match="--part wide"):
+        Simulation({}).near_seconds(1.0)
 
 
 @pytest.mark.slow  # of a profile, see pipeline/cost/test_observed; of a part that fails, below

@@ -23,6 +23,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 import unclip
+from benchmarks.billion import FILE, Simulation, read
 from jobs.command_line import command_line
 from pipeline.config import SCHEMA, Config, Run
 from pipeline.errors import UserError
@@ -189,6 +190,18 @@ def taken(words: list[str], whole: bool, where: str) -> None:
 def test_every_command_that_runs_here_is_in_a_document() -> None:
     texts = "\n".join(document.read_text() for document in DOCUMENTS)
     assert [command for command in RUN if command not in texts] == []
+
+
+def test_the_figures_of_the_page_on_scale_are_those_that_were_measured() -> None:
+    """Each in the place of its name, as far as it is written out."""
+    known = read(FILE)
+    figures = {f"{part} {name}": value for part, one in known.items() for name, value in one.items()}
+    figures |= Simulation(known).growth()
+    rows = [row for row in tables((ROOT / "docs/scale.md").read_text()) if "constant" in row]
+    assert len(rows) > 5
+    for row in rows:
+        name, digits = row["constant"].strip("`"), len(row["value"].partition(".")[2])
+        assert round(figures[name], digits) == float(row["value"]), name
 
 
 def anchors(text: str) -> set[str]:

@@ -1,19 +1,26 @@
 """Lists with near rows, what curation has to find in them, and passes that are cut as those of a large list."""
 
-from collections import defaultdict
+import tempfile
+from collections import Counter, defaultdict
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from pipeline.data.curation import near_rows
 from pipeline.data.curation.rejected import Rejected
+from pipeline.data.curation.stage import CURATION, CurationRecipe
 from pipeline.data.neighbours import exchange
 from pipeline.data.neighbours.exchange import Fan
-from pipeline.graph.artifacts import Artifact, Shard
+from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_table
 from pipeline.graph.stages import Context
 from pipeline.graph.workers import ShardTask
-from pipeline.store import Store
-from tests.pipeline.data.vectors import Listed, curate, planted, publish
+from pipeline.ledger import Ledger
+from pipeline.store import Store, open_store
+from tests.pipeline.data.vectors import CountedStore, Listed, context, curate, planted, publish
 
 BOUND = 0.8
 ROWS = 600
@@ -71,3 +78,36 @@ def all_pairs(rows: Listed) -> dict[str, Rejected]:
 
 def run(store: Store, rows: Listed, workers: int = 0) -> Artifact:
     return curate(store, publish(store, rows), workers, near_duplicate=BOUND, near_held_out=BOUND)
+
+
+def requests(rows: int, shard_rows: int = 1 << 14) -> tuple[float, float]:
+    """Requests and objects a row of all passes over a list of such shards, of which no row is made.
+
+    Every table, pack and cluster is counted, and the record of every task.
+    """
+    counts = Counter[str]()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        store = CountedStore(open_store(folder))
+
+        @cache
+        def listed_packs(table: str) -> int:
+            return read_table(store, table).num_rows
+
+        def count(ctx: Context, worker: object, tasks: list[ShardTask], *rest: str) -> list[Shard]:
+            kind = type(worker).__name__
+            for task in tasks:
+                names = Counter(name.partition(" ")[0] for name in task.inputs)
+                counts["read"] += 1 + names["curated"] + names["embeddings"] + names["sample"] + names["clusters"]
+                tables = [part.blobs["packs"] for part in task.inputs.values() if "packs" in part.blobs]
+                counts["read"] += sum(1 + 2 * listed_packs(table) for table in tables)
+                counts["made"] += 1 + (names["judged"] if kind == "MergeFound" else 1)
+            blobs = {"FitClusters": "clusters", "SampleVectors": "sample"}
+            return [Shard(i, t.key, Ledger(1), {blobs.get(kind, "pack"): t.key}) for i, t in enumerate(tasks)]
+
+        for module in (near_rows, exchange):
+            stack.enter_context(mock.patch.object(module, "run_pass", count))
+        stack.enter_context(mock.patch.object(near_rows, "number_of", return_value=0))
+        shards = [ShardRow(i, f"{i}", shard_rows, 0, {}, {}) for i in range(rows // shard_rows)]
+        ctx = context(store, replace(CURATION, recipe=CurationRecipe(), inputs=()), {})
+        near_rows.find_near_rows(ctx, shards, dict(enumerate(shards)))
+        return counts["read"] / rows, (counts["made"] + len(store.created)) / rows

@@ -1,9 +1,7 @@
 """Rows and what is found in them are exchanged: exactly, past the driver, and by requests that grow with the rows."""
 
 import pickle
-from collections import Counter
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import faiss
@@ -12,18 +10,13 @@ import pytest
 
 from pipeline.data.curation import near_passes, near_rows
 from pipeline.data.curation.rejected import Rejected
-from pipeline.data.curation.stage import CURATION, CurationRecipe
-from pipeline.data.neighbours import exchange
 from pipeline.data.neighbours.clusters import NONE, Rows, compare, fit_clusters
 from pipeline.data.neighbours.exchange import Fan
 from pipeline.data.pairs.row_index import SPLITS, STAGE_SIDES
-from pipeline.graph.artifacts import Shard, ShardRow, read_table
-from pipeline.graph.stages import Context
-from pipeline.graph.workers import ShardTask
-from pipeline.ledger import Ledger
+from pipeline.graph.artifacts import ShardRow
 from pipeline.store import open_store
-from tests.pipeline.data.curation.near import BOUND, ROWS, all_pairs, cut_small, listed, noting, run
-from tests.pipeline.data.vectors import SHARD_ROWS, CountedStore, Listed, context, rejected, unit
+from tests.pipeline.data.curation.near import BOUND, ROWS, all_pairs, cut_small, listed, noting, requests, run
+from tests.pipeline.data.vectors import SHARD_ROWS, Listed, rejected, unit
 
 
 def alone(rows: Listed) -> dict[str, Rejected]:
@@ -90,39 +83,8 @@ def test_the_driver_holds_nothing_of_what_is_found(tmp_path: Path, monkeypatch: 
     assert sizes[0] == sizes[1]
 
 
-def requests(folder: Path, rows: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
-    """Requests and objects a row of all passes over a list of 16,384 rows a shard, of which no row is made.
-
-    Every table, pack and cluster is counted, and the record of every task.
-    """
-    counts, counted = Counter[str](), CountedStore(open_store(str(folder)))
-
-    @cache
-    def listed_packs(table: str) -> int:
-        return len(read_table(counted, table))
-
-    def count(ctx: Context, worker: object, tasks: list[ShardTask], *rest: str) -> list[Shard]:
-        kind = type(worker).__name__
-        for task in tasks:
-            names = Counter(name.partition(" ")[0] for name in task.inputs)
-            counts["read"] += 1 + names["curated"] + names["embeddings"] + names["sample"] + names["clusters"]
-            tables = [part.blobs["packs"] for part in task.inputs.values() if "packs" in part.blobs]
-            counts["read"] += sum(1 + 2 * listed_packs(table) for table in tables)
-            counts["made"] += 1 + (names["judged"] if kind == "MergeFound" else 1)
-        blobs = {"FitClusters": "clusters", "SampleVectors": "sample"}
-        return [Shard(i, t.key, Ledger(1), {blobs.get(kind, "pack"): t.key}) for i, t in enumerate(tasks)]
-
-    for module in (near_rows, exchange):
-        monkeypatch.setattr(module, "run_pass", count)
-    monkeypatch.setattr(near_rows, "number_of", lambda name: 0)
-    shards = [ShardRow(i, f"{i}", 1 << 14, 0, {}, {}) for i in range(rows >> 14)]
-    ctx = context(counted, replace(CURATION, recipe=CurationRecipe(), inputs=()), {})
-    near_rows.find_near_rows(ctx, shards, dict(enumerate(shards)))
-    return counts["read"] / rows, (counts["made"] + len(counted.created)) / rows
-
-
-def test_requests_and_objects_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_and_objects_grow_with_the_rows() -> None:
     """By what the driver would have workers do, where rows are merged. Were they not, it would be 16 times as many."""
-    small, large = (requests(tmp_path, rows, monkeypatch) for rows in (1 << 24, 1 << 28))
+    small, large = (requests(rows) for rows in (1 << 24, 1 << 28))
     assert large[0] < 1.6 * small[0] < 0.016
     assert large[1] < 1.6 * small[1] < 0.001
