@@ -67,7 +67,7 @@ from tests.pipeline.data.curation.near import requests
 
 FILE = Path(__file__).parents[1] / "lab/billion.json"
 Constants = dict[str, dict[str, float]]
-"""What was measured, by part and size, such as "near 400000"."""
+"""Measured values by part and size, such as "near 400000"."""
 
 ROWS = (650_000_000, 5_000_000_000)  # of the lists that are simulated
 WEB_ROWS, RECALL_ROWS = 8000, 1_000_000

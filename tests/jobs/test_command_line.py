@@ -55,7 +55,7 @@ def test_help_version_and_completion_import_nothing_heavy() -> None:
 
 
 def test_a_long_path_in_the_help_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an installed package's pages: a terminal may be narrower, and paths have hyphens."""
+    """Pages of an installed package: a terminal may be narrower, and paths have hyphens."""
     path = f"/home/some-body/{'a-long-folder/' * 6}site-packages/pipeline/docs/commands.md"
     monkeypatch.setattr("jobs.command_line.page", lambda name: path)
     monkeypatch.setenv("COLUMNS", "60")

@@ -172,7 +172,7 @@ def test_a_record_that_lacks_what_this_version_needs_is_told_with_the_field(tmp_
 
 
 def test_copies_of_an_upgrade_bring_no_release_and_no_blob(tmp_path: Path) -> None:
-    """Who may write below upgrade/ may not so write elsewhere."""
+    """A right to write below upgrade/ is none to write elsewhere."""
     store = open_store(str(tmp_path))
     for path in ("releases/p.json", "blobs/aa/x", "locks/pin.json", "runs/p/00000001-00000000.json"):
         store.create(f"upgrade/{path}", b"{}")
