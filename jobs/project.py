@@ -149,9 +149,13 @@ def load_as_run(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     run as it stands, before the first run, and where ``overrides`` name a recipe, it is as ``load_config`` returns it.
     Raises UserError.
     """
-    ran, differs = _as_run(load_config(source, overrides), overrides)
+    config = load_config(source, overrides)
+    ran, differs = _as_run(config, overrides)
+    file = Path(ran.run.output) / RUN_FILE
+    if differs and _run_file(config).is_file():
+        say_once(f"{source} as it stands; its last run differed in {differs}: name {file} in its place for that one")
+        return config
     if differs:
-        file = Path(ran.run.output) / RUN_FILE
         say_once(f"{source} as it was last run, by {file}; it differs in {differs}: override them with KEY=VALUE")
     return ran
 
@@ -159,13 +163,13 @@ def load_as_run(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 def last_run_differs(config: Config, overrides: Sequence[str]) -> str:
     """Returns in which values the last run of a configuration differed from it, where ``load_as_run`` would say so."""
     with suppress(UserError):  # nothing depends on that file here
-        return _as_run(config, overrides)[1]
+        return "" if _run_file(config).is_file() else _as_run(config, overrides)[1]
     return ""
 
 
 def _as_run(config: Config, overrides: Sequence[str]) -> tuple[Config, str]:
     file = Path(config.run.output) / RUN_FILE
-    if any(not word.startswith(SETTINGS) for word in overrides) or not file.is_file() or _run_file(config).is_file():
+    if any(not word.startswith(SETTINGS) for word in overrides) or not file.is_file():
         return config, ""
     recipes = sections(config.stages)
     try:  # without recipes of stages that are not known here

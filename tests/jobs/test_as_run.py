@@ -138,10 +138,15 @@ def test_resolved_values_make_the_same_recipes(
     )
 
 
-def test_a_file_that_was_run_as_it_stands_is_itself(config: Path) -> None:
+def test_a_file_that_was_run_as_it_stands_is_itself(config: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert main(["run", str(config), "--until", "pairs"]) == 0
     plain = _made(config)
     assert main(["run", str(config), "--until", "pairs", SMALLER]) == 0
-    assert _made(config) != plain
-    assert main(["report", str(config)]) == 0
+    assert (smaller := _made(config)) != plain
+    with caplog.at_level("INFO", "unclip"):
+        assert main(["report", str(config)]) == 0
     assert _made(config) == plain
+    last = config.parent / "out/run.yaml"
+    assert f"as it stands; its last run differed in pairs.encode_quality: name {last}" in caplog.text
+    assert main(["report", str(last)]) == 0
+    assert _made(config) == smaller
