@@ -59,4 +59,5 @@ def mistakes(model: unclip.Model, project: unclip.Project) -> None:
     model.vary("a.png", n="2")  # type: ignore[arg-type]
     model.generate("a cat").resise((8, 8))  # type: ignore[attr-defined]
     project.pairs("trian")  # type: ignore[arg-type]
+    print(project.plan().stail, project.run().artefacts)  # type: ignore[attr-defined]
     unclip.load(folder="out")  # type: ignore[call-arg]
