@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -32,6 +33,7 @@ from pipeline.settings import Prices
 
 HEAD = ("stage", "time", "start-up", "GPU hours", "core hours", "disk")
 SPREAD = "least to most"
+MONTH_S = 30 * 86_400.0
 BASES = {"measured": "measured and scaled", "counted": "counted from arithmetic", "guess": "guessed"}
 
 
@@ -139,6 +141,7 @@ def remarks(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
             f"{1 / decode_seconds(ask):,.0f} images/s: {said}"
         )
     if any(cost.gpus and cost.basis == "counted" for cost in costs.values()):
+        yield from _months(costs, ask)
         yield from _steps(costs, ask)
         yield from _rare_saves(costs, ask)
         device, bf16 = ask.device, rate(ask, "bf16")
@@ -155,6 +158,19 @@ def remarks(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
         yield f"assumed: bytes of a row in the store: {', '.join(f'{name} {size(one)}' for name, one in held.items())}"
     if any(ask.graph[stage].kind in ("training", "result") for stage in guessed):
         yield f"assumed: {assumed.CORE_FLOPS / 1e9:.0f} GFLOP/s a core; a probe or a run measures it"
+
+
+def _months(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
+    """Yields what would bring trainings of more than three months down to one: so many GPUs, or so small a scale."""
+    trained = {name: cost.seconds for name, cost in costs.items() if cost.gpus and ask.graph[name].kind == "training"}
+    if slow := sorted((name for name in trained if trained[name] > 3 * MONTH_S), key=lambda name: -trained[name]):
+        most = max(trained[name] / MONTH_S for name in slow)
+        gpus = math.ceil(most * max(costs[name].gpus for name in slow))
+        takes = ", ".join(f"{name} {duration(trained[name])}" for name in slow)
+        yield (
+            f"{takes}: about {gpus} {ask.gpu or 'GPUs'} would take a month for each, as would {1 / most:.0%} of the "
+            "samples (scale); preset=small is for a few GPUs"
+        )
 
 
 def _rare_saves(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:

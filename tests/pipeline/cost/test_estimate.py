@@ -27,7 +27,7 @@ from pipeline.cost.estimate import (
 )
 from pipeline.cost.limits import lacking
 from pipeline.cost.observed import Observation, pace, shape
-from pipeline.cost.table import cost_table, elapsed_between, remarks
+from pipeline.cost.table import MONTH_S, cost_table, elapsed_between, remarks
 from pipeline.errors import UserError
 from pipeline.graph.resources import DECODERS, Machine
 from pipeline.progress import duration
@@ -376,3 +376,15 @@ def test_what_is_drawn_on_gpus_is_counted_in_the_precision_that_draws() -> None:
     ratio = h100.peak * asked().utilisation / (h100.fp32 * FP32_UTILISATION)
     assert took["fp32"] / took["bf16"] == pytest.approx(ratio)
     assert estimate("evaluation", asked(PAPER, fleet=H100S)).seconds == took["fp32"]
+
+
+def test_a_plan_of_years_says_what_would_take_a_month() -> None:
+    said, longest = {}, {}
+    for fleet in (Fleet(1, "RTX 4090"), H100S):
+        ask = asked(PAPER, 10**6, fleet)
+        costs = {stage: estimate(stage, ask) for stage in ("ar_prior", "decoder")}
+        longest[fleet.name] = max(cost.seconds for cost in costs.values())
+        said[fleet.name] = [line for line in remarks(costs, ask) if "would take a month" in line]
+    assert said["H100"] == []
+    gpus = int(re.search(r"about (\d+) RTX 4090", *said["RTX 4090"])[1])
+    assert (gpus - 1) * MONTH_S < longest["RTX 4090"] <= gpus * MONTH_S
