@@ -3,8 +3,8 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13; do $$p -c "import e
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
-BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs embeddings streaming near_duplicates \
-  training_loop checkpoints reading generation side_by_side tiny
+BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver lists pairs embeddings streaming \
+  near_duplicates training_loop checkpoints reading generation side_by_side tiny
 
 .PHONY: help unit test test-browser test-slow test-pythons mutants chaos check bench gpu-check lock format peek demo \
   demo-bundle studio recording site dist clean

@@ -23,6 +23,7 @@ from pipeline.config import (
     whole_values,
 )
 from pipeline.data.source.journal import ListJournal, read_journal
+from pipeline.data.source.passes import ListWorkers
 from pipeline.data.source.stage import Scan, scan
 from pipeline.errors import UserError, did_you_mean
 from pipeline.graph.artifacts import Artifact, load_artifact
@@ -187,22 +188,29 @@ def _as_run(config: Config, overrides: Sequence[str]) -> tuple[Config, str]:
     return replace(config, **{name: getattr(ran, name) for name in recipes}), said
 
 
-def open_as_run(source: str | Path, overrides: Sequence[str] = ()) -> Project:
-    """Returns the project of ``load_as_run``, its list read. Raises UserError."""
+def open_as_run(source: str | Path, overrides: Sequence[str] = (), write: bool = False) -> Project:
+    """Returns the project of ``load_as_run``, its list read, and stored with ``write``. Raises UserError."""
     config = load_as_run(source, overrides)
-    return project_of(config, open_store(config.store))
+    return project_of(config, open_store(config.store), write)
 
 
 def open_project(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), more: Iterable[Stage] = ()
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    more: Iterable[Stage] = (),
+    write: bool = False,
 ) -> Project:
-    """Loads a configuration, from a file or from its values, and reads its list. Raises UserError."""
+    """Loads a configuration, from a file or from its values, and reads its list as ``project_of``. Raises UserError."""
     config = load_config(source, overrides, more)
-    return project_of(config, open_store(config.store))
+    return project_of(config, open_store(config.store), write)
 
 
-def project_of(config: Config, store: Store) -> Project:
-    """Returns the project of a configuration, its list read. Raises UserError."""
+def project_of(config: Config, store: Store, write: bool = False) -> Project:
+    """Returns the project of a configuration, its list read. Raises UserError.
+
+    With ``write`` the list is stored, so that it is read once, and in any case where passes read it (see ``scan``).
+    """
     journal = read_journal(store, config.project)
-    found = scan(config.source, store, write=False, journal=journal, project=config.project)
+    workers = ListWorkers(config.run.source, config.run.ray)
+    found = scan(config.source, store, write, journal, config.project, workers)
     return Project(config, store, build(config), found, journal)

@@ -49,6 +49,8 @@ def _listed(texts: list[str]) -> str:
 
 def on_ray(config: Config, stages: Collection[str]) -> dict[str, Settings]:
     """Returns the settings of those stages that work on Ray, by stage."""
-    found = [stage.bound(config) for stage in config.stages if stage.settings and stage.name in stages]
+    # A list is read before anything is planned.
+    asked = [stage for stage in config.stages if stage.settings and stage.name in stages and stage.kind != "source"]
+    found = [stage.bound(config) for stage in asked]
     at_work = [stage for stage in found if not getattr(stage.recipe, "pretrained", False)]  # which is not trained
     return {stage.name: stage.settings for stage in at_work if uses_ray(stage.settings, config.run.ray)}

@@ -16,7 +16,7 @@ import secrets
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import IO, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -140,6 +140,27 @@ def check_blob(store: Store, sha256: str) -> int:
         return entry.size
 
     return read_twice(store, check)
+
+
+def copy_blob(store: Store, sha256: str, file: IO[bytes]) -> None:
+    """Writes a whole blob into an empty file, checked, a part in memory at a time. Raises CorruptObject."""
+    path = blob_path(sha256)
+
+    def copy(store: Store) -> None:
+        entry, found = store.stat(path), hashlib.sha256()
+        if entry is None:
+            raise CorruptObject(path, "is missing")
+        file.seek(0)
+        file.truncate()
+        for start in range(0, entry.size, PART_BYTES):
+            data = store.read(path, start, start + PART_BYTES)
+            found.update(data)
+            file.write(data)
+        if found.hexdigest() != sha256:
+            raise CorruptObject(path, "has other bytes than its name says")
+        file.flush()
+
+    read_twice(store, copy)
 
 
 def materialise(store: Store, blobs: Mapping[str, str], folder: str | Path, replace: bool = False) -> None:

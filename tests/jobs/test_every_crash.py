@@ -30,10 +30,14 @@ from pipeline.data.codec import fit as codec_fit
 from pipeline.data.curation import near_rows
 from pipeline.data.neighbours import indices
 from pipeline.data.neighbours.exchange import Fan
-from pipeline.data.source import reader
+from pipeline.data.source import passes, reader
 from pipeline.data.source.journal import read_journal
+from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.stage import scan
 from pipeline.graph import shards
-from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
+from pipeline.graph.artifacts import Artifact, Shard, load_artifact, read_shards
+from pipeline.graph.stages import Context
+from pipeline.graph.workers import ShardWorker
 from pipeline.store import Store
 from pipeline.store.records import blob_path
 from tests.chain import keys, open_at
@@ -62,6 +66,7 @@ VALUES: dict[str, Any] = {
 GRAPH = build(make_config(VALUES))
 STAGES = [GRAPH[name] for name in ("thresholds", "curation", "index", "codec")]
 BEFORE = {"Packer", "Captioner", "CaptionJoin", "FilterRows", "Encoder"}  # the workers of the stages before
+IN_LISTS = {"ReadParts", "CompareReferences", "CutSpool"}  # those over a list: test_in_every_pass_over_a_list
 
 
 def workers() -> set[str]:
@@ -154,7 +159,7 @@ def test_in_every_pass_after_embeddings(
     for name in ("seen", "again"):
         (tmp_path / name).mkdir()
     assert forked(make_passes, calm.url, given[0], str(tmp_path / "seen")) == 0
-    assert {file.name for file in (tmp_path / "seen").iterdir()} == workers() - BEFORE
+    assert {file.name for file in (tmp_path / "seen").iterdir()} == workers() - BEFORE - IN_LISTS
     found = killed_everywhere(points, tmp_path / "kills", make_passes, killed.url, given[1], str(tmp_path / "again"))
     assert found == set(points)
     if "shard.before_record" in points:  # once for every shard that there is
@@ -171,6 +176,35 @@ def contents(store: Store, stage: str) -> Any:
     made = artifact(store, stage)
     listed = read_shards(store, made) if made.shard_table else []
     return made.key, made.blobs, made.metrics, made.ledger, [dataclasses.asdict(shard) for shard in listed]
+
+
+def read_files(url: str, folder: str, seen: str) -> None:
+    """Reads a folder of files in passes. A file in ``seen`` for each class of workers."""
+    passes.TASK_BYTES = 1
+    run = passes._run
+
+    def noting(ctx: Context, worker: ShardWorker, *rest: Any) -> list[Shard]:
+        Path(seen, type(worker).__name__).touch()
+        return run(ctx, worker, *rest)
+
+    passes._run = noting
+    scan(SourceRecipe((folder,), shard_rows=4), open_at(url), write=True)
+
+
+@pytest.mark.parametrize("point", IN_SHARDS)
+def test_in_every_pass_over_a_list(point: str, tmp_path: Path) -> None:
+    folder = tmp_path / "lists"
+    for name, numbers in (("a", range(7)), ("b", range(5, 9)), ("c", range(8, 15))):
+        folder.mkdir(exist_ok=True)
+        write_list(folder / f"{name}.csv", [(f"http://h/{i}.png", f"picture {i}") for i in numbers])
+    (tmp_path / "seen").mkdir()
+    calm, killed = (open_at(tmp_path / name) for name in ("calm", "killed"))
+    assert forked(read_files, calm.url, str(folder), str(tmp_path / "seen")) == 0
+    assert {file.name for file in (tmp_path / "seen").iterdir()} == IN_LISTS
+    given = killed.url, str(folder), str(tmp_path / "seen")
+    assert killed_everywhere((point,), tmp_path / "kills", read_files, *given) == {point}
+    assert paths(killed, "") == paths(calm, "")
+    assert scan(SourceRecipe((str(folder),), shard_rows=4), killed, write=False).rows == 15
 
 
 @pytest.fixture(scope="module")

@@ -235,19 +235,20 @@ class House:
         gates = ReleaseGates()
         return SimpleNamespace(project=name, source=source, store=store, run=Run(lease_s=LEASE_S), release=gates)
 
-    def project(self, store: StepStore, name: str) -> Project:
+    def project(self, store: StepStore, name: str, write: bool = False) -> Project:
         """Returns a project as ``open_project`` does."""
         config, journal = self.config(store, name), read_journal(store, name)
-        found = scan(config.source, store, write=False, journal=journal, project=name)
+        found = scan(config.source, store, write, journal, name)
         return Project(config, store, graph(config.source), found, journal)
 
-    def _again(self, config: Any, store: Any = ()) -> Project:
+    def _again(self, config: Any, store: Any = (), write: bool = False) -> Project:
         """Opens the project of a command line, whose configuration is a store and a name here."""
-        return self.project(*config) if isinstance(config, tuple) else self.project(store, config.project)
+        place = config if isinstance(config, tuple) else (store, config.project)
+        return self.project(*place, write=write)
 
     def run(self, store: StepStore, name: str) -> dict[str, Artifact]:
         """Makes what is stale, as ``unclip run`` does."""
-        project = self.project(store, name)
+        project = self.project(store, name, write=True)
         verdicts = project.plan()
         asked: Any = store, name, project.graph, verdicts
         made = all(verdict.state != "stale" for verdict in verdicts)
@@ -267,7 +268,7 @@ class House:
             run = {"gc": jobs.data._collect, "check": jobs.data._check, "upgrade": jobs.data._upgrade}[action]
             return run(self.config(store, name), store, arguments)
         commands = {"retry": jobs.data._retry, "forget": jobs.data._forget}
-        return commands[action](self.project(store, name), arguments)
+        return commands[action](self.project(store, name, write=True), arguments)
 
     def pin(self, store: StepStore, name: str, command: str, key: str | None = None) -> int:
         arguments: Any = SimpleNamespace(

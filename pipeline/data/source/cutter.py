@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.fetch.references import comparable
-from pipeline.data.source.duplicates import Hashes, SeenReferences
+from pipeline.data.source.duplicates import Hashes, SeenReferences, cut_ranges
 from pipeline.data.source.journal import reference_marks
 from pipeline.data.source.known_rows import NEW, NONE_SEEN, KnownRows, Placed, SeenVersions
 from pipeline.data.source.recipe import SourceRecipe
@@ -109,7 +109,7 @@ class ShardCutter:
         if not changed:
             return segment, name
         name = digest(["replaced", LAYOUT, name, sorted((number, now.image_key) for number, now in changed.items())])
-        made = Segment([changed.get(shard.number, shard) for shard in segment.shards], segment.hashes)
+        made = replace(segment, shards=[changed.get(shard.number, shard) for shard in segment.shards])
         return self.keep(made, name), name
 
     def keep(self, segment: Segment, name: str) -> Segment:
@@ -172,7 +172,7 @@ class SegmentCutter:
     """
 
     def __init__(self, cut: ShardCutter, segment: Segment, earlier: Sequence[SourceShard] = ()):
-        self._shards, self._hashes = list(segment.shards), list(segment.hashes)
+        self._shards, self._runs = list(segment.shards), segment.runs
         self._place = self._shards[-1].number % SEGMENT_SHARDS + 1 if self._shards else 0  # of the next shard
         open_shard = None
         if self._shards and self._shards[-1].ledger.rows < cut.recipe.shard_rows:
@@ -184,8 +184,9 @@ class SegmentCutter:
         self._open = self.cut.stored(open_shard) if open_shard else []  # rows of the next shard
 
     @property
-    def empty(self) -> bool:
-        return not (self._shards or self._open)
+    def place(self) -> int:
+        """Returns the place in the segment of the next row, as if all its shards were full."""
+        return self._place * self.cut.recipe.shard_rows + len(self._open)
 
     @property
     def reference(self) -> Callable[[ListRow], str]:
@@ -198,13 +199,27 @@ class SegmentCutter:
         rows = spool.judged(judged.duplicate)
         if placed := self._known.places(self._place):
             rows = self._settled(placed, rows)
+        self.take(rows)
+        ways = -(-len(judged.fresh) // HASHES_A_BLOB)
+        if ways and self.cut.write:
+            self.keep_hashes([put_blob(self.cut.store, each.tobytes()) for each in cut_ranges(judged.fresh, ways)])
+
+    def take(self, rows: Iterable[JudgedRow]) -> None:
+        """Cuts rows."""
         for each in rows:
             self._open.append(each)
             self._close()
-        if self.cut.write:
-            parts = range(0, len(judged.fresh), HASHES_A_BLOB)
-            blobs = (judged.fresh[i : i + HASHES_A_BLOB].tobytes() for i in parts)
-            self._hashes += [put_blob(self.cut.store, blob) for blob in blobs]
+
+    def take_shards(self, shards: Sequence[SourceShard]) -> None:
+        """Appends full shards that were cut elsewhere. No row may be waiting."""
+        if shards and (self._open or shards[0].number % SEGMENT_SHARDS != self._place):
+            raise RuntimeError(f"shard {shards[0].number} does not follow shard {self._place} of its segment")
+        self._shards += shards
+        self._place += len(shards)
+
+    def keep_hashes(self, blobs: Sequence[str]) -> None:
+        """Appends a run of hashes, whose blobs hold its ranges."""
+        self._runs.append(list(blobs))
 
     def _close(self) -> None:
         """Cuts the next shard if it is full."""
@@ -242,7 +257,8 @@ class SegmentCutter:
     def keep(self, name: str) -> Segment:
         """Returns the segment of all rows so far, and stores it under this name."""
         last = [self.cut.shard(self._place, self._open)] if self._open else []
-        return self.cut.keep(Segment([*self._shards, *last], list(self._hashes)), name)
+        hashes = [blob for run in self._runs for blob in run]
+        return self.cut.keep(Segment([*self._shards, *last], hashes, [*map(len, self._runs)]), name)
 
 
 def has_caption(captions: Sequence[str]) -> bool:

@@ -27,6 +27,7 @@ AT_ONCE = 4 << 20  # hashes that are compared at once: some 400 MB
 LOOKED_AT = 16 << 20  # hashes among which those are looked for
 MOST_LATER = 64 << 20  # characters of captions that are kept for the first rows of their images
 MOST_JOINED = 1000  # rows of one image that are in memory at once
+BUCKETS = 1 << 10  # equal ranges of hashes, of which ranges are made
 FEW, SHARE = 10, 0.05  # duplicates, and their share of all rows: a list with more has a row for each caption
 log = logging.getLogger("unclip")
 
@@ -93,7 +94,7 @@ class SeenReferences:
             known = distinct == _NO_HASH
             for run in earlier:
                 begin, end = np.searchsorted(run, bounds[0]), np.searchsorted(run, bounds[1], "right")
-                _mark(distinct, run[begin:end], known)
+                mark_known(distinct, run[begin:end], known)
             duplicate[places[first[~known]]] = False
             self._write(distinct[~known])
             count += int((~known).sum())
@@ -109,7 +110,24 @@ class SeenReferences:
         return np.memmap(self._file, HASH, "r") if self._file.tell() else np.empty(0, HASH)
 
 
-def _mark(distinct: Hashes, run: Hashes, known: Verdicts) -> None:
+def ranges(ways: int) -> list[tuple[int, int]]:
+    """Returns the first bucket of each of ``ways`` ranges of hashes, about equal, and the one behind its last."""
+    return list(pairwise(i * BUCKETS // ways for i in range(ways + 1)))
+
+
+def within_range(hashes: Hashes, low: int, high: int) -> Hashes:
+    """Returns those of sorted hashes that are in buckets [low, high)."""
+    width = (1 << 64) // BUCKETS
+    begin, last = np.array([low * width, high * width - 1], HASH)
+    return hashes[np.searchsorted(hashes, begin) : np.searchsorted(hashes, last, "right")]
+
+
+def cut_ranges(hashes: Hashes, ways: int) -> Iterator[Hashes]:
+    """Yields sorted hashes by range."""
+    return (within_range(hashes, low, high) for low, high in ranges(ways))
+
+
+def mark_known(distinct: Hashes, run: Hashes, known: Verdicts) -> None:
     """Marks in ``known`` which of some sorted hashes are among others. Either may be much longer than the other."""
     if not len(distinct) or not len(run):
         return

@@ -154,12 +154,13 @@ class PartReader:
         flawed: Rows among them that cannot be read.
         flaw: Fault of the first of these.
         captioned: Rows with a caption.
+        cut: Captions that were cut.
     """
 
     def __init__(self, path: str, recipe: SourceRecipe):
-        self.rows = self.flawed = self.captioned = 0
+        self.rows = self.flawed = self.captioned = self.cut = 0
         self.flaw = ""
-        self._path, self._recipe, self._reader, self._cut = path, recipe, ListReader(), 0
+        self._path, self._recipe, self._reader = path, recipe, ListReader()
 
     def __enter__(self) -> Self:
         self._reader.__enter__()
@@ -181,14 +182,25 @@ class PartReader:
         except OSError as e:
             raise UserError(f"source {part.name}: cannot be read ({e.strerror or e})") from None
         say_once(self._reader.spent)
-        self._cut += self._reader.cut
+        self.cut += self._reader.cut
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Returns the numbers among its attributes, by name."""
+        return {"rows": self.rows, "flawed": self.flawed, "captioned": self.captioned, "cut": self.cut}
+
+    def add(self, counts: Mapping[str, int], flaw: str) -> None:
+        """Adds the ``counts`` and the ``flaw`` of another reader, which has read the parts behind these."""
+        for name, value in counts.items():
+            setattr(self, name, getattr(self, name) + value)
+        self.flaw = self.flaw or flaw
 
     def finish(self, others: bool = False) -> None:
         """Says how many captions were cut. Raises UserError if no row had one and the list has no ``others``."""
         path = self._path
-        if self._cut:
+        if self.cut:
             most = f"{MAX_CAPTION:,} characters, or those of a row to {MAX_CAPTIONS:,}"
-            say_once(f"source {path}: {counted(self._cut, 'caption')} cut to {most}; CLIP reads 77 tokens of each")
+            say_once(f"source {path}: {counted(self.cut, 'caption')} cut to {most}; CLIP reads 77 tokens of each")
         if self.captioned or others or not self.rows:
             return
         if self.flaw:

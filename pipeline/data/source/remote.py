@@ -88,7 +88,12 @@ class RemoteFolder(Source):
         check_secret(self.path)
         store = open_store(self.own)
         found = [
-            ListPart(f"{self.own}/{entry.path}", partial(_version, self.own, entry), partial(self._rows, store, entry))
+            ListPart(
+                f"{self.own}/{entry.path}",
+                partial(_version, self.own, entry),
+                partial(self._rows, store, entry),
+                size=entry.size,
+            )
             for entry in store.list("")
             if table_kind(entry.path) and not _hidden(entry.path)
         ]

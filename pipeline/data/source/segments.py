@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 from pipeline.graph.artifacts import SEGMENTS
 from pipeline.ledger import StoredLedger
@@ -49,10 +50,12 @@ class Segment(Record):
     Attributes:
         shards: Shards, the last of which is cut again when rows are added while it has room.
         hashes: Blobs of the hashes that no earlier segment has, each sorted.
+        ways: Numbers of blobs of each run of hashes, which hold its ranges in order (see duplicates.ranges).
     """
 
     shards: list[SourceShard]
     hashes: list[Digest]
+    ways: list[Count] = field(default_factory=list)
 
     @property
     def tables(self) -> list[str]:
@@ -63,9 +66,17 @@ class Segment(Record):
     def named(self) -> list[str]:
         return [*self.tables, *self.hashes, *(shard.versions for shard in self.shards if shard.versions)]
 
+    @property
+    def runs(self) -> list[list[str]]:
+        """Returns the blobs of each run of hashes; without ``ways`` each blob is a run."""
+        ends = [0, *accumulate(self.ways or [1] * len(self.hashes))]
+        return [self.hashes[low:high] for low, high in pairwise(ends)]
+
     def check(self, path: str) -> None:
         if not all(self.tables):
             raise ValueError("shards: one of them has no tables")
+        if self.ways and sum(self.ways) != len(self.hashes):
+            raise ValueError("ways: they are not the numbers of blobs of hashes")
 
 
 def segment_path(name: str) -> str:

@@ -58,12 +58,14 @@ class ListPart:
         fingerprint: Function that returns JSON values, which change whenever the part may have changed.
         rows: Function that yields the rows, as ``Source.rows`` does.
         knows_images: True where the fingerprint changes whenever an image is replaced under its name.
+        size: Bytes that are read of it, about; by them parts are divided among workers.
     """
 
     name: str
     fingerprint: Callable[[], Any]
     rows: Callable[[SourceRecipe, ListReader], Iterator[ListRow]]
     knows_images: bool = False
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,13 @@ class FileSource(Source):
 
 
 class SplitFiles(FileSource):
-    """A file of rows, or a folder of such files, each of which is read by itself."""
+    """A file of rows, or a folder of such files, each of which is read by itself.
+
+    Attributes:
+        read_share: Share of a file's bytes that is read for its rows, about.
+    """
+
+    read_share: ClassVar[float] = 1.0
 
     @abstractmethod
     def file_rows(self, file: Path, recipe: SourceRecipe, reader: ListReader) -> Iterator[ListRow]:
@@ -227,8 +235,13 @@ class SplitFiles(FileSource):
         if not self.file.is_dir():
             return super().parts()
         return [
-            ListPart(str(file), partial(self._version, file), partial(self.file_rows, file)) for file in self.files()
+            ListPart(str(file), partial(self._version, file), partial(self.file_rows, file), size=self._size(file))
+            for file in self.files()
         ]
+
+    def _size(self, file: Path) -> int:
+        _, size, _ = file_fingerprint(file)
+        return int(size * self.read_share)
 
     def _version(self, file: Path) -> Any:
         return [self.kind, self.own, file_fingerprint(file)]

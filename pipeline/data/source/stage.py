@@ -11,10 +11,11 @@ never download an image again. The first one also counts that an image was repla
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -23,8 +24,9 @@ import numpy as np
 from pipeline.data.source.cutter import LENGTHS, SegmentCutter, ShardCutter
 from pipeline.data.source.duplicates import HASH, SeenReferences, warn_of_captions
 from pipeline.data.source.journal import EMPTY, ListJournal, read_journal
-from pipeline.data.source.known_rows import shards_of_last_run
-from pipeline.data.source.lists import PartReader, check_unchanged, no_rows, parts_of, unread
+from pipeline.data.source.known_rows import MOST_ROWS, shards_of_last_run
+from pipeline.data.source.lists import PartReader, check_unchanged, no_rows, parts_of, source_at, unread
+from pipeline.data.source.passes import HERE, ListedPart, ListWorkers, divide, read_in_passes
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.retry import Retries
 from pipeline.data.source.segments import LAYOUT, SEGMENT_SHARDS, VERSION, Segment, SourceShard, segment_path
@@ -35,11 +37,11 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import SEGMENTS, Artifact, Shard, publish_artifact, write_shard_table
 from pipeline.graph.stages import Context, Stage
 from pipeline.progress import ProgressLine, counted, say_once
+from pipeline.settings import ShardSettings
 from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
-from pipeline.store.records import digest, read_blob, read_record
+from pipeline.store.records import digest, peek_record, read_blob, read_record
 
-ROWS_A_RECORD = 16 << 20  # of a list of many files, read before they are stored: what an interruption may cost
 CAPTIONED = "captioned"  # how a shard of captions counts its rows that have one
 log = logging.getLogger("unclip")
 
@@ -73,62 +75,93 @@ class Scan:
         return sum((Counter(shard.held_out) for shard in self.shards), Counter[str]())
 
 
-def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal = EMPTY, project: str = "") -> Scan:
+def scan(
+    recipe: SourceRecipe,
+    store: Store,
+    write: bool,
+    journal: ListJournal = EMPTY,
+    project: str = "",
+    workers: ListWorkers = HERE,
+) -> Scan:
     """Cuts the list into shards, which ``write`` stores, and reads of it what is not stored yet.
 
     A segment that was cut with the same decisions about its rows is not read again, and of one of many files only those
     behind the ones that it had. Rows that the last run of the ``project`` had stay in their shards (see known_rows).
-    References of what is read are compared with the stored hashes of all rows before it.
+    References of what is read are compared with the stored hashes of all rows before it. Files that are too much for
+    one task are read by ``workers`` in passes, which meet in the store: then shards are stored in any case.
 
     Raises:
         UserError: for a list that is missing, unreadable or empty, or lacks a column.
         CorruptObject: for a damaged segment.
+        OtherFormat: for a store of another version, if there is anything to write.
     """
-    shards: list[SourceShard] = []
     columns = [recipe.image_column, recipe.caption_column, recipe.group_column, recipe.split_column, recipe.hash_column]
     reading = [*columns, recipe.encoding, recipe.image_folder, recipe.caption_lines]
     decided = [sorted(journal.forgotten), *([journal.retries] if journal.retries else [])]
     cut = [recipe.shard_rows, recipe.validation, recipe.test, recipe.roots, digest(decided)]
     names: list[str] = []
-    others: list[str] = []  # of segments whose images were replaced
+    lists: list[_List] = []
+    for index, path in enumerate(recipe.paths):
+        parts = []
+        name = names[-1] if names else ""
+        for part in parts_of(path):
+            version = part.fingerprint()
+            name = digest(["segment", LAYOUT, name, version, reading, *cut])
+            parts.append(ListedPart(part, version, name))
+        if not parts:
+            raise no_rows(path, recipe)
+        names.append(name)
+        segment, stored = _stored(store, [part.name for part in parts])
+        earlier = shards_of_last_run(store, project, index, recipe.shard_rows) if stored < len(parts) else []
+        lists.append(_List(path, parts, stored, segment, earlier))
+    write = write or any(each.in_passes for each in lists)
+    if write and any(each.todo for each in lists):
+        for entry in islice(store.list(SEGMENTS), 1):
+            peek_record(store, entry.path, Segment)  # into a store of another version nothing is written
     cutter = partial(
         ShardCutter, recipe, journal.forgotten, Retries(store, journal.retries), ImageVersions(), store, write
     )
-    unseen: list[str] = []  # blobs
-    with SeenReferences() as seen:
-        for index, path in enumerate(recipe.paths):
-            parts = []
-            name = names[-1] if names else ""
-            for part in parts_of(path):
-                version = part.fingerprint()
-                name = digest(["segment", LAYOUT, name, version, reading, *cut])
-                parts.append(_Part(part, version, name))
-            if not parts:
-                raise no_rows(path, recipe)
-            names.append(name)
-            segment, stored = _stored(store, [part.name for part in parts])
-            unseen += segment.hashes
-            if stored < len(parts):
-                for data in ordered_map(partial(read_blob, store), unseen):
-                    seen.add(np.frombuffer(data, HASH))
-                unseen = []
-                earlier = shards_of_last_run(store, project, index, recipe.shard_rows)
-                cut_again = SegmentCutter(cutter(index), segment, earlier)
-                segment = _extended(path, recipe, parts[stored:], cut_again, seen)
-            if stored and not all(part.part.knows_images for part in parts):
-                segment, current = cutter(index).current(segment, name)
-                others += [current] if current != name else []
-            shards += segment.shards
+    shards, others = _cut(lists, cutter, [reading, cut], workers)
     return Scan(shards, names + others)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Holds a part of a list with its fingerprint, and the name of the segment of all parts up to this one."""
+class _List:
+    """Holds a list.
 
-    part: ListPart
-    version: Any
-    name: str
+    Attributes:
+        path: Path of the list.
+        parts: All its parts.
+        stored: Number of those that are stored.
+        segment: Segment of these.
+        earlier: Shards that the last run had, if there are parts to read.
+    """
+
+    path: str
+    parts: Sequence[ListedPart]
+    stored: int
+    segment: Segment
+    earlier: Sequence[SourceShard]
+
+    @property
+    def todo(self) -> Sequence[ListedPart]:
+        return self.parts[self.stored :]
+
+    @cached_property
+    def tasks(self) -> Sequence[Sequence[ListedPart]]:
+        return divide(self.todo)
+
+    @property
+    def in_passes(self) -> bool:
+        """Returns whether there is too much to read for one task, and no row of an earlier list to find among it."""
+        known = sum(shard.ledger.rows for shard in self.earlier) - sum(s.ledger.rows for s in self.segment.shards)
+        return len(self.tasks) > 1 and not 0 < known <= MOST_ROWS
+
+    def readers(self, workers: ListWorkers) -> ListWorkers:
+        """Returns the workers; this process where those on other machines would not find the list by its path."""
+        if os.environ.get("RAY_ADDRESS") and not source_at(self.path).everywhere:
+            return replace(workers, settings=HERE.settings)
+        return workers
 
 
 def _stored(store: Store, names: Sequence[str]) -> tuple[Segment, int]:
@@ -143,42 +176,74 @@ def _stored(store: Store, names: Sequence[str]) -> tuple[Segment, int]:
     return Segment([], []), 0
 
 
-def _extended(
-    path: str, recipe: SourceRecipe, parts: Sequence[_Part], cutter: SegmentCutter, seen: SeenReferences
-) -> Segment:
-    """Reads the parts of a list that are not stored, and returns its segment. Raises UserError as ``scan`` does."""
-    what = f"source {path}"
-    say_once(unread(path, recipe))
-    left, done, others = 0, 0, not cutter.empty
-    with PartReader(path, recipe) as reader, ProgressLine() as line:
+def _cut(
+    lists: Sequence[_List], cutter: Callable[[int], ShardCutter], how: Any, workers: ListWorkers
+) -> tuple[list[SourceShard], list[str]]:
+    """Returns the shards of lists, and names of segments of which images were replaced.
+
+    Reads the parts that are not stored; raises UserError as ``scan`` does.
+    """
+    shards: list[SourceShard] = []
+    others: list[str] = []
+    runs: list[list[str]] = []  # of the hashes of all rows so far, as far as they are stored
+    unseen: list[str] = []  # blobs
+    with SeenReferences() as seen:
+        for index, each in enumerate(lists):
+            segment = each.segment
+            runs += segment.runs
+            unseen += segment.hashes
+            if each.todo:
+                say_once(unread(each.path, cutter(index).recipe))
+                if each.in_passes:
+                    cut = SegmentCutter(cutter(index), segment)
+                    found = read_in_passes(each.readers(workers), each.path, each.tasks, how, cut, runs, len(shards))
+                else:
+                    cut = SegmentCutter(cutter(index), segment, each.earlier)
+                    for data in ordered_map(partial(read_blob, cut.cut.store), unseen):
+                        seen.add(np.frombuffer(data, HASH))
+                    unseen = []
+                    found = _read_at_once(each, cut, seen)
+                segment = _finished(each, cut, *found)
+                new = segment.runs[len(each.segment.runs) :]
+                runs += new
+                unseen += [blob for run in new for blob in run] if each.in_passes else []
+            if each.stored and not all(part.part.knows_images for part in each.parts):
+                segment, current = cutter(index).current(segment, each.parts[-1].name)
+                others += [current] if current != each.parts[-1].name else []
+            shards += segment.shards
+    return shards, others
+
+
+def _read_at_once(each: _List, cutter: SegmentCutter, seen: SeenReferences) -> tuple[PartReader, int]:
+    """Reads the parts of a list that are not stored as one task, and returns what ``read_in_passes`` does."""
+    recipe, reference = cutter.cut.recipe, cutter.reference
+    with PartReader(each.path, recipe) as reader, ProgressLine() as line, RowSpool() as spool:
 
         def read(part: ListPart) -> Iterator[ListRow]:
             for number, row in enumerate(islice(reader.read(part), SEGMENT_SHARDS * recipe.shard_rows + 1)):
                 if number % 1000 == 0:
-                    line.show(lambda: f"{what}: {counted(reader.rows, 'row')} read, part {done:,} of {len(parts):,}")
+                    line.show(lambda: f"source {each.path}: {counted(reader.rows, 'row')} read")
                 yield row
 
-        reference = cutter.reference
-        while (first := done) < len(parts):
-            if done:
-                cutter.keep(parts[done - 1].name)
-            with RowSpool() as spool:
-                while done < len(parts) and spool.count < ROWS_A_RECORD:
-                    done += 1
-                    spool.add(read(parts[done - 1].part), reference)
-                for each in parts[first:done]:
-                    check_unchanged(each.part, each.version)
-                if done == len(parts):
-                    reader.finish(others)
-                cutter.add(spool, seen)
-                left += spool.left
-        if cutter.empty:
-            raise no_rows(path, recipe)
+        for listed in each.todo:
+            spool.add(read(listed.part), reference)
+        for listed in each.todo:
+            check_unchanged(listed.part, listed.version)
+        reader.finish(others=cutter.place > 0)
+        cutter.add(spool, seen)
+    return reader, spool.left
+
+
+def _finished(each: _List, cutter: SegmentCutter, reader: PartReader, left: int) -> Segment:
+    """Returns the segment of a list that was read, and warns of what it lacks. Raises UserError without a row."""
+    if not cutter.place:
+        raise no_rows(each.path, cutter.cut.recipe)
+    what = f"source {each.path}"
     if reader.flawed:
         rows = counted(reader.flawed, "row")
         log.warning("%s: %s cannot be read and will be left out; the first: %s", what, rows, reader.flaw)
     warn_of_captions(what, left, reader.rows)
-    return cutter.keep(parts[-1].name)
+    return cutter.keep(each.parts[-1].name)
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
@@ -206,5 +271,15 @@ def _publish(ctx: Context, blob: str, key: str) -> Artifact:
     return publish_artifact(ctx.store, ctx.publishable(shard_table=table, ledger=ledger), seconds=0.0)
 
 
-SOURCE = Stage("source", VERSION, SourceRecipe, (), run_source, "source", counts_list=True, row_seconds=32e-6)
+SOURCE = Stage(
+    "source",
+    VERSION,
+    SourceRecipe,
+    (),
+    run_source,
+    "source",
+    settings=ShardSettings,
+    counts_list=True,
+    row_seconds=32e-6,
+)
 CAPTIONS = Stage("captions", VERSION, SourceRecipe, (), run_captions, "source", section="source", row_seconds=1e-6)

@@ -31,6 +31,7 @@ class TarFiles(SplitFiles):
     """A webdataset tar, or a folder of them."""
 
     kind, suffixes = "tars", (".tar",)
+    read_share = 0.01  # the rest are images
 
     @property
     def own(self) -> str:

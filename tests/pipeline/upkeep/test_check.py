@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.neighbours.exchange import read_pieces, write_pack
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.journal import change_journal, journal_path
 from pipeline.data.source.segments import Segment
@@ -25,6 +24,7 @@ from pipeline.graph.artifacts import (
     shard_path,
     write_shard_table,
 )
+from pipeline.graph.packs import read_pieces, write_pack
 from pipeline.graph.plan import pin_path, plan, read_pin
 from pipeline.graph.runs import record_run
 from pipeline.ledger import Ledger

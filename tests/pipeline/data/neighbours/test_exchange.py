@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.curation.stage import CURATION, CurationRecipe
-from pipeline.data.neighbours.exchange import HEAD, Fan, exchange, read_columns, read_pieces, to_piece, write_pack
+from pipeline.data.neighbours.exchange import Fan, exchange, read_columns, to_piece
 from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import Shard, publish_shard
+from pipeline.graph.packs import HEAD, read_pieces, write_pack
 from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, put_blob
