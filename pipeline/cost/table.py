@@ -223,7 +223,9 @@ def places(costs: Mapping[str, Cost], ask: PlanInput) -> str:
     for stage, cost in costs.items():
         found.setdefault(devices_of(cost, ask), []).append(stage)
     if len(found) > 1:
-        found[max(found, key=lambda where: len(found[where]))] = ["all others"]
+        most = max(found, key=lambda where: len(found[where]))
+        found.pop(most)
+        found[most] = ["all others"]
     return "runs on " + ", ".join(f"{where} ({', '.join(stages)})" for where, stages in found.items())
 
 

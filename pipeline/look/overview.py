@@ -202,7 +202,7 @@ def _advice(
         )
     reads = config.clip.model.text_context - 2
     cut = sum(count for length, count in captions.tokens.items() if length > reads)
-    if cut > MANY * captions.captions:
+    if cut > max(MANY * captions.captions, lost.get("caption_too_long", 0)):  # which are as long, and left out
         yield (
             f"{cut:,} of {counted(captions.captions, 'caption')} are longer than the {reads} tokens that CLIP reads, "
             "and the rest is cut: describe the image first."
@@ -225,7 +225,7 @@ def _advice(
     if images and images.kept < (1 - MANY) * images.rows:
         yield f"{images.rows - images.kept:,} of {counted(images.rows, 'image')} of the sample cannot be used."
     if images and images.equal:
-        yield f"{counted(images.equal, 'image')} of the sample are equal to another one: are some listed twice?"
+        yield f"The sample holds {counted(images.equal, 'image')} more than once: are some listed twice?"
 
 
 def _lines(look: Look) -> Iterator[str]:
