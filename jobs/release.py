@@ -71,6 +71,11 @@ class ReleaseProject:
         """Returns the bundle of the release. Raises UserError, also for one without the signature that it needs."""
         return find_release(self.store, self.name, self.releases, self.keys)
 
+    def check_stored(self, bundle: str) -> None:
+        """Raises UserError if the store has no bundle of this key any more."""
+        if load_artifact(self.store, "bundle", bundle) is None:
+            raise UserError(f"{self.name}: bundle {bundle[:12]} is no longer in {self.store.url}; promote another")
+
     def signed(self, place: int) -> bool:
         """Returns whether a key that may sign has signed the move at a place, or no signature is asked for."""
         return not self.keys or is_signed(self.name, self.releases.moves[: place + 1], self.keys)
@@ -173,10 +178,7 @@ def _rollback(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
         raise UserError(
             f"{asked.name}: no release exists before {'this one' if current else 'the first'} to go back to"
         )
-    if load_artifact(asked.store, "bundle", previous.bundle) is None:
-        raise UserError(
-            f"{asked.name}: bundle {previous.bundle[:12]} is no longer in {asked.store.url}; promote another"
-        )
+    asked.check_stored(previous.bundle)
     if not asked.signed(asked.releases.places[-2]):
         raise UserError(
             f"{asked.name}: {previous.bundle[:12]} was promoted without a signature of release.keys; promote it again "
@@ -254,10 +256,7 @@ def _evaluate(asked: ReleaseProject, arguments: argparse.Namespace) -> int:
     project, current = asked.project(), asked.releases.current
     if current is None:
         raise UserError(f"{asked.name}: nothing has been released yet")
-    if load_artifact(asked.store, "bundle", current.bundle) is None:
-        raise UserError(
-            f"{asked.name}: bundle {current.bundle[:12]} is no longer in {asked.store.url}; promote another"
-        )
+    asked.check_stored(current.bundle)
     bundle = asked.find_release()
     stage = project.graph["evaluation"]
     inputs = project.made("clip", *(name for name in stage.inputs if name != bundle.stage)) | {bundle.stage: bundle}

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from models.codec import Codec
 from models.diffusion.guidance import guidance_rows
-from models.frozen_text import CaptionRegression, FrozenCaption, required
+from models.frozen_text import CaptionPrior, CaptionRegression, FrozenCaption, required
 from models.losses import Losses
 from models.nn.transformer import Cache, CaptionEmbedding, Transformer, normal_linear
 from models.prior_configs import ARPriorConfig, TextTower
 from models.random_streams import RandomStreams
 
 
-class ARPrior(nn.Module):
+class ARPrior(CaptionPrior):
     """P(codes | caption, text embedding, dot-product token) for embeddings of ``embed_dim`` and ``codes`` positions."""
 
     def __init__(self, config: ARPriorConfig, embed_dim: int, codes: int, text_tower: TextTower | None = None):
@@ -38,7 +38,6 @@ class ARPrior(nn.Module):
         self.embed_dim = embed_dim
         self.codes = codes
         self.text_tower = text_tower
-        self.caption: nn.Module
         if config.text_encoder == "frozen":
             self.caption = FrozenCaption(required(text_tower), embed_dim, config.text_context, config.text_width)
         else:
@@ -74,13 +73,6 @@ class ARPrior(nn.Module):
         scaled = codec.components / codec.variance.sqrt()[:, None]
         self.coordinates.weight.copy_(scaled)
         self.coordinates.bias.copy_(-scaled @ codec.mean)
-
-    def regress(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor | None:
-        """Returns image embeddings [b, d] by the regression, None without one; arguments are those of ``prefix``."""
-        if self.line is None:
-            return None
-        assert isinstance(self.caption, FrozenCaption)
-        return self.line(self.caption.text, tokens, text_embedding, keep_text)
 
     def image_embedding(self, codes: Tensor, codec: Codec, tokens: Tensor, text_embedding: Tensor) -> Tensor:
         """Returns image embeddings, unit norm [b, d], of codes drawn for captions.

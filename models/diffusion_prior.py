@@ -22,7 +22,7 @@ from models.diffusion.guidance import guidance_rows, guided_output
 from models.diffusion.process import Prediction, mean_over_row, predict, q_sample
 from models.diffusion.samplers import Denoise
 from models.diffusion.schedules import make_schedule, strided_grid
-from models.frozen_text import CaptionRegression, FrozenCaption, required
+from models.frozen_text import CaptionPrior, CaptionRegression, FrozenCaption, required
 from models.losses import Losses
 from models.nn.embedding import timestep_embedding
 from models.nn.transformer import Cache, CaptionEmbedding, Transformer, normal_linear
@@ -45,7 +45,7 @@ class Condition(NamedTuple):
     line: Tensor | None
 
 
-class DiffusionPrior(nn.Module):
+class DiffusionPrior(CaptionPrior):
     """Predicts scaled clean image embeddings of ``embed_dim`` from noised ones.
 
     ``gamma``, fp32 [steps], is Analytic-DPM's statistic of the finished model, and None until it is measured.
@@ -59,7 +59,6 @@ class DiffusionPrior(nn.Module):
         self.embed_dim = embed_dim
         self.text_tower = text_tower
         width = config.width
-        self.caption: nn.Module
         if config.text_encoder == "frozen":
             self.caption = FrozenCaption(required(text_tower), embed_dim, config.text_context, width)
         else:
@@ -79,13 +78,6 @@ class DiffusionPrior(nn.Module):
         if config.ridge:  # the model begins as the regression
             nn.init.zeros_(self.out.weight)
         self.register_buffer("gamma", None)
-
-    def regress(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor | None:
-        """Returns image embeddings [b, d] by the regression, None without one; arguments are those of ``forward``."""
-        if self.line is None:
-            return None
-        assert isinstance(self.caption, FrozenCaption)
-        return self.line(self.caption.text, tokens, text_embedding, keep_text)
 
     @property
     def scale(self) -> float:

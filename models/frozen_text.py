@@ -170,3 +170,25 @@ class FrozenCaption(nn.Module):
         assert text.shown is not None
         shown = F.pad(text.shown & keep[:, None], (0, self.missing))
         return torch.where(shown[..., None], states + self.position, self.padding)
+
+
+class CaptionPrior(nn.Module):
+    """A prior that may add what it has learned to a regression on its captions.
+
+    Attributes:
+        caption: Module that embeds captions; a ``FrozenCaption`` where there is a regression.
+        line: The regression, or None.
+    """
+
+    caption: nn.Module
+    line: CaptionRegression | None
+
+    def regress(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor | None:
+        """Returns image embeddings [b, d] by the regression, None without one.
+
+        ``tokens`` int64 [b, 77], ``text_embedding`` unit norm [b, d], ``keep_text`` bool [b]: False hides a caption.
+        """
+        if self.line is None:
+            return None
+        assert isinstance(self.caption, FrozenCaption)
+        return self.line(self.caption.text, tokens, text_embedding, keep_text)

@@ -69,7 +69,7 @@ class TextTower:
         heads: Attention heads.
         context: BPE tokens, with start and end.
         vocabulary: Vocabulary size; the last two tokens are start and end.
-        quick_gelu: Whether OpenAI's approximation replaces GELU.
+        quick_gelu: OpenAI's approximation replaces GELU.
     """
 
     width: int

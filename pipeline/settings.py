@@ -205,7 +205,7 @@ class RaySettings:
         cpus: Cores that it may use; ``auto`` is all.
         object_store_mb: MiB of its object store; ``auto`` is 500, or with a GPU, for which it buffers parts of shards,
             30% of the free memory, limited by /dev/shm.
-        autoscaler: Whether the cluster at `RAY_ADDRESS` adds nodes on demand. Then nothing is refused at the start, and
+        autoscaler: The cluster at `RAY_ADDRESS` adds nodes on demand. Then nothing is refused at the start, and
             a training on device ``auto`` requests GPUs.
     """
 
@@ -231,7 +231,7 @@ class KubernetesSettings:
         annotations: Annotations of every pod.
         queue: Name of the Kueue LocalQueue that admits the job. Its pods then start together and stay to the end,
             without Ray's autoscaler.
-        spot: Whether workers prefer spot nodes and tolerate their taints; the head never runs there.
+        spot: Workers prefer spot nodes and tolerate their taints; the head never runs there.
         head_cpus: Cores of the head, where the driver runs and no worker.
         head_memory_gb: Memory of the head, in GiB. A twentieth of every pod's memory is for Ray's object store, three
             tenths with embeddings.
@@ -298,8 +298,8 @@ class ReleaseGates:
     """Says which gates a bundle must pass to become the release, and whose signature a release needs.
 
     Attributes:
-        claims: Whether every claim that held for the release must hold for the new bundle.
-        figures: Whether no figure may be significantly worse than the release's, paired by row.
+        claims: Every claim that held for the release must hold for the new bundle.
+        figures: No figure may be significantly worse than the release's, paired by row.
         tolerance: Decline that still passes ``figures``, as a fraction of the release's figure.
         ignore: Figures excluded from the gates, such as ``decoder.background``.
         keys: Public keys (``ssh-ed25519 AAAA...``), one of which must have signed a release before it is used; without

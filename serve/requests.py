@@ -101,9 +101,9 @@ class Common(BaseModel):
         num_inference_steps: Synonym of ``steps`` in diffusers, vLLM-Omni and SGLang.
         guidance: Guidance of the decoder, one less than the usual scale: 0 is none.
         guidance_scale: Guidance on the usual scale, as in diffusers, vLLM-Omni and SGLang: 1 is none.
-        stream: Whether the response is a stream of server-sent events, with each image as soon as it is made.
+        stream: The response is a stream of server-sent events, with each image as soon as it is made.
         partial_images: Number of smaller images sent before the final one, 0 to 3, with ``stream``.
-        progress: Whether ``stream`` adds our own events for queue position and steps.
+        progress: Our own events are added to ``stream``, for queue position and steps.
     """
 
     model_config = ConfigDict(extra="allow")

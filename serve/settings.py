@@ -39,7 +39,7 @@ class ServeSettings:
             steps counts k times.
         megabytes_per_minute: Megabytes received per token; by default 600 or 0.
         follow_s: Seconds between checks of the release, if one is served.
-        log_prompts: Whether captions of requests are logged.
+        log_prompts: Captions of requests are logged.
         prompt_head: Linear head of CLIP's text embeddings (a safetensors file, as for ``embeddings.heads``).
         most_prompt: Score above which a prompt is refused.
         image_head: Linear head of CLIP's image embeddings.

@@ -127,8 +127,8 @@ class Project:
 
         Args:
             split: "train", "validation" or "test"; by default all.
-            curated: Whether to leave out rows that curation rejected; False does not need curation.
-            embeddings: Whether to include CLIP's embeddings.
+            curated: Rows that curation rejected are left out; False does not need curation.
+            embeddings: CLIP's embeddings are included.
 
         Examples:
             >>> pairs = project.pairs("train", embeddings=True)

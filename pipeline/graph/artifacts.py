@@ -202,10 +202,6 @@ class ShardList:
         place = int(self.numbers.searchsorted(number))
         return self[place] if place < len(self) and self.numbers[place] == number else None
 
-    def totals(self) -> np.ndarray:
-        """Returns the rows of every shard, kept and lost, int64 [shards]."""
-        return np.sum([self._table[name].to_numpy() for name in ("kept", "rejected", "deferred")], axis=0)
-
     def counts(self, name: str) -> np.ndarray:
         """Returns this count of every shard, int64 [shards]; 0 where a shard does not have it."""
         column = f"count.{name}"

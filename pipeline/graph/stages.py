@@ -86,7 +86,6 @@ class Stage:
             trains a model from a trajectory's checkpoints, with a ``TrainingRecipe``. "bundle": gathers models.
             "result": is drawn from a bundle.
         pinned: The first artefact made stays in use when rows are appended.
-        passes: The stage also makes shards that its artefact does not list, in passes before the last one.
         settings: Class of the run settings; None where the stage runs in the driver and has none.
         needs: Function of the stage, with its recipe, and of the configuration that returns the inputs.
         section: Section of the configuration that holds the recipe, if it is another stage's. A recipe that is a base
@@ -120,7 +119,6 @@ class Stage:
     run: Callable[[Context], Artifact]
     kind: Kind = "data"
     pinned: bool = False
-    passes: bool = False
     settings: Any = None
     needs: Callable[[Stage, Any], tuple[str, ...]] | None = None
     section: str = ""

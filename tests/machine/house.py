@@ -88,7 +88,7 @@ def graph(source: SourceRecipe) -> Graph:
     stages = [
         Stage("source", 1, source, (), run_source, "source"),
         Stage("captions", 1, source, (), run_captions, "source"),
-        Stage("pairs", 1, Plain(), ("source",), _pairs, passes=True),
+        Stage("pairs", 1, Plain(), ("source",), _pairs),
         Stage("clip", 1, Plain(), ("pairs",), _clip, pinned=True),
         Stage("curation", 1, Plain(), ("pairs", "captions", "clip"), _curation),
         Stage(

@@ -59,6 +59,5 @@ CODEC = Stage(
     settings=ShardSettings,
     fits=_fits,
     pinned=True,
-    passes=True,
     row_seconds=2e-4,
 )

@@ -176,7 +176,6 @@ CURATION = Stage(
     run=run_curation,
     settings=ShardSettings,
     fits=_fits,
-    passes=True,
     warn=_warn,
     counts_list=True,
     row_seconds=2e-4,

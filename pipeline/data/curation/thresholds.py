@@ -95,6 +95,5 @@ THRESHOLDS = Stage(
     run=run_thresholds,
     settings=ShardSettings,
     pinned=True,
-    passes=True,
     row_seconds=1e-4,
 )

@@ -96,6 +96,5 @@ EMBEDDINGS = Stage(
     inputs=("pairs", "captions", "clip"),
     run=run_embeddings,
     settings=EmbeddingsSettings,
-    passes=True,
     row_bytes=lambda recipe, rows, dim: 4 * dim,  # two in float16
 )

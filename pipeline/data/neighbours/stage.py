@@ -43,7 +43,6 @@ INDEX = Stage(
     inputs=("embeddings", "curation"),
     run=run_index,
     settings=ShardSettings,
-    passes=True,
     row_seconds=5e-5,
     # float16, or of many a code of a byte for 8 components and a number
     row_bytes=lambda recipe, rows, dim: 2 * dim if rows <= recipe.flat_rows else dim / 8 + 8,

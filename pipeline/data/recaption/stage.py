@@ -188,7 +188,6 @@ RECAPTION = Stage(
     stands_for=lambda recipe: "captions" if recipe.model else "",
     on_demand=True,
     fits=_fits,
-    passes=True,
     given=lambda config: config.run.prices.currency,
     warn=_warn,
     show=_show,

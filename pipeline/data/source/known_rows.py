@@ -86,7 +86,7 @@ class Placed:
 
     Attributes:
         rows: Number of the earlier row that each row is, up to the last one that is known; NEW for others.
-        shards: For each of these rows the place of its shard in the segment; NEW for others.
+        shards: Place in the segment of each known row's shard; NEW for other rows.
         counts: Rows of each shard that are still there, by its place.
     """
 
