@@ -36,8 +36,9 @@ style = Style(json.loads(importlib.resources.files("dicebear_styles").joinpath("
 faces = list(product(SHAPES, COLOURS, GROUNDS, EYES, MOUTHS))
 random.Random(0).shuffle(faces)
 for i, (shape, colour, ground, eyes, mouth) in enumerate(islice(faces, int(*sys.argv[2:3] or ["1000"]))):
-    options = {"faceVariant": [shape], "faceColor": [colour], "backgroundColor": [ground], "eyesVariant": [eyes]}
-    options |= {"mouthVariant": [mouth], "cheeksProbability": 0, "animationVariant": ["none"], "size": 256}
+    options: dict[str, object] = {"faceVariant": [shape], "faceColor": [colour], "backgroundColor": [ground]}
+    options |= {"eyesVariant": [eyes], "mouthVariant": [mouth], "cheeksProbability": 0}
+    options |= {"animationVariant": ["none"], "size": 256}
     svg = Avatar(style, {"seed": "face", **options}).to_string()
     png = resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256, skip_system_fonts=True)
     (folder / f"{i:04d}.png").write_bytes(bytes(png))

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from functools import cache, partial
 from types import FrameType
 
+from pipeline.graph.local_ray import interrupted
+
 GRACE_S = 10.0  # from the first signal to the end of the process
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -46,6 +48,7 @@ def ending_on_signals() -> Iterator[None]:
     def first(signum: int, frame: FrameType | None) -> None:
         nonlocal code
         code = 128 + signum
+        interrupted.set()
         for each in (*free, signal.SIGALRM):
             signal.signal(each, partial(_end, code))
         signal.setitimer(signal.ITIMER_REAL, GRACE_S)

@@ -23,6 +23,8 @@ PREFIX = "unclip-ray-"
 # Processes without which Ray does nothing.
 WATCHED = {"gcs_server": "head process (gcs_server)", "raylet": "node process (raylet)"}
 REMOVALS = 20  # attempts
+SIGNALLED_S = 3.0  # from the end of Ray's processes to the signal that ends this one, at most
+interrupted = threading.Event()  # this process ends by a signal, which its whole group may have
 log = logging.getLogger("unclip")
 
 
@@ -111,7 +113,7 @@ def start_local_ray(ray: Any, **options: Any) -> None:
             if "AF_UNIX" in str(e):
                 raise UserError(
                     "the path of the temporary folder (TMPDIR) is too long for Ray's sockets there, whose paths have "
-                    "at most 107 bytes; set RAY_TMPDIR=/tmp ({e})"
+                    f"at most 107 bytes; set RAY_TMPDIR=/tmp ({e})"
                 ) from e
             why = (str(e).strip().splitlines() or [type(e).__name__])[0].partition(". ")[0]
             if last:
@@ -144,6 +146,8 @@ def _watch(ray: Any, node: Any, process: subprocess.Popen[bytes], what: str) -> 
     """Waits for the end of a process of Ray, and ends this process unless Ray was told to shut down."""
     code = process.wait()
     if not ray.is_initialized() or ray._private.worker._global_node is not node:
+        return
+    if interrupted.wait(SIGNALLED_S):
         return
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     log.error(

@@ -1,8 +1,10 @@
 """Ctrl-C, SIGTERM and the death of the local Ray end a command, also one whose clearing up never ends or fails."""
 
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -104,8 +106,11 @@ def test_ctrl_c_ends_what_is_stuck(grace_s: float, presses: int, sent: signal.Si
     [(WITH_RAY, signal.SIGTERM, 143), (SLOW, signal.SIGINT, 130), (ERRONEOUS, signal.SIGINT, 130)],
     ids=["while Ray runs, whose core would abort", "an interpreter that is slow to go", "an error that it causes"],
 )
-def test_the_line_is_all_that_is_said(program: str, sent: signal.Signals, code: int) -> None:
+@pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["alone", "with its group, as timeout does"])
+def test_the_line_is_all_that_is_said(
+    program: str, sent: signal.Signals, code: int, kill: Callable[[int, int], None]
+) -> None:
     with _ready(program) as process:
-        process.send_signal(sent)
+        kill(process.pid, sent)
         result = finish(process, timeout=300)
     assert (result.returncode, result.stdout, result.stderr) == (code, "", LAST)

@@ -22,7 +22,7 @@ from models.sampling_config import OTHER_NAMES, SamplingConfig
 from tests.chain import ROOT
 from tests.faults import Undisturbed, copy
 from tests.models.test_cascade import make
-from unclip.model import Options
+from unclip.options import Options
 
 FEW: dict[str, Any] = {"size": 64, "decoder_steps": 2, "prior_steps": 2, "candidates": 1, "progress": False}
 SIDE = 64  # px
