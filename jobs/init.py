@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
     imageless = len(bare) == len(source.paths)
     with open(path, "x", encoding="utf-8") as file:
         file.write(text)
-    say(f"{path} written; open it to see what can be changed")
+    say(f"{path} written; its comments explain what you can change")
     context = load_config(path).clip.model.text_context
     for line in _remarks(seen, context) if seen else ["put your list under source.paths first"]:
         say(line)
@@ -72,8 +72,8 @@ def main(arguments: argparse.Namespace) -> int:
         )
     elif origin is None and not trains:
         say(
-            f"clip.weights names an existing CLIP, a download of 0.6 GB: with fewer than {CLIP_PAIRS:,} pairs it knows "
-            "more than one of your own"
+            f"clip.weights names a pretrained CLIP, a download of 0.6 GB: with fewer than {CLIP_PAIRS:,} pairs it is "
+            "better than one trained on them"
         )
     if seen and seen.pairs < CLIP_PAIRS and trains:
         say(

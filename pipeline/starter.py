@@ -53,54 +53,54 @@ SHORTEST = 10  # batches; and the warmup is at most such a part of the training
 
 TEMPLATE = """\
 # yaml-language-server: $schema={schema}
-# For your own pairs, written by unclip init. {your_data}: a first run; {ledger}: when it fails;
-# {configuration}: every field and its default.
+# Written by unclip init for your own pairs. First run: {your_data}; why rows are rejected: {ledger};
+# every field and its default: {configuration}
 project: {project}
-preset: {preset} # nano: a first look; tiny: CPU cores, or few pairs; small: one GPU; karlo, paper: clusters of them
-{scale}store: {store} # or s3://bucket/prefix, which every machine of a cluster can reach
+preset: {preset} # nano: a quick test; tiny: a CPU, or few pairs; small: one GPU; karlo, paper: GPU clusters
+{scale}store: {store} # on a cluster: s3://bucket/prefix
 
 source:
-  paths: # in order, relative to this file; lists appended here later cost only their own rows
+  paths: # relative to this file; if you append a list later, only its own rows are processed
 {paths}
-  # roots: [/data/images, s3://BUCKET] # what lists may name besides the web and files in their own folder
-  # Columns of a table, or else the one such as URL, file_name, TEXT or prompt; group, split and sha256 are read too.
+  # roots: [/data/images, s3://BUCKET] # other places that lists may refer to, besides the web and their own folder
+  # Column names; common ones such as URL, TEXT or prompt are recognised; group, split and sha256 are read, too.
   image_column: {image_column}
   caption_column: {caption_column}
-{reading}  # Held out of training, by a hash of the row's group or else reference, so that the models can be judged.
+{reading}  # Shares of rows held out of training, by a hash of the row's group or, without one, its image reference.
   validation: {validation}
   test: {test}
 
 {clip}{dropout}pairs:
-  image_size: 1024 # larger images are shrunk to this short side; with bundle.sampling.size 256, 256 saves space
+  image_size: 1024 # larger images are resized to this short side; if bundle.sampling.size is 256, use 256 to save disk
 
 bundle:
-  # A model is trained on images whose short side is at least the side that it makes: an upsampler on 1024 or 256 px,
-  # the decoder on 64 px. Where you have no image that large, leave the upsampler out and lower size.
+  # A model trains only on images whose short side is at least its output size: 64 px for the decoder, 256 and 1024 px
+  # for the upsamplers. If you have no images that large, remove the upsampler and lower size.
   # {measured}
-  # Add ar_prior for a second prior, which sampling takes with prior: ar ({ar_prior}).
+  # Add ar_prior to train a second prior, which prior: ar selects for sampling ({ar_prior}).
   models: [{models}]
   sampling:
-    size: {size} # of the images to draw: 64, 256 or 1024
+    size: {size} # side of generated images: 64, 256 or 1024 px
 
 samples:
-  captions: # one image each at the end of a run; at most 75 tokens
+  captions: # an image of each is drawn at the end of a run; at most 75 tokens
 {captions}
 
 run:
   output: {output} # report.html and images
-  budget_hours: 12 # above this estimate a run wants --yes; what was never measured is guessed for two CPU cores
+  budget_hours: 12 # a run estimated to take longer needs --yes; estimates without measurements assume two CPU cores
   # trackers: [tensorboard] # event files in output/tensorboard while models train; {trackers}
-  # pairs: {{threads: 64, timeout_s: 60}} # more downloads at once, and patience with slow servers
+  # pairs: {{threads: 64, timeout_s: 60}} # more concurrent downloads, and a longer timeout for slow servers
   # ray: {{cpus: 8}} # cores for Ray on this machine; all by default
 """
 
 
 FINE_TUNING = """
-# Goes on from the models of {bundle}: their CLIP stays, and decoder
-# and upsamplers learn for a quarter of the preset's samples, times scale. The diffusion prior trains from scratch: it
-# begins with a regression on these captions. For images like the bundle's, learning_rate may be a tenth of this.
-# Pairs that the bundle was trained on are not held out here, even where they fall into the test split: where these
-# lists share pairs with its own, say in their split column which ones it has not seen, or figures are too good.
+# Fine-tunes the models of {bundle}: CLIP is frozen; decoder and
+# upsamplers train for a quarter of the preset's samples, times scale. The diffusion prior trains from scratch, because
+# it starts from a ridge regression on these captions. If your images resemble the bundle's, divide learning_rate by 10.
+# The split does not know the bundle's training pairs: if these lists contain some, the evaluation is too optimistic
+# unless a split column holds out only pairs that the bundle has not seen.
 {values}"""
 
 
@@ -210,14 +210,12 @@ def existing_clip(gpu: bool, source: SourceRecipe, seen: ListPreview | None) -> 
 
 def _clip(gpu: bool, source: SourceRecipe, seen: ListPreview | None) -> str:
     """Returns the lines of the CLIP: its weights, or a remark that names them."""
-    says = (
-        f"# An existing CLIP (0.6 GB to download) knows more than one trained on fewer than about {CLIP_PAIRS:,} pairs."
-    )
+    says = f"# A pretrained CLIP (0.6 GB download) is better than one trained on fewer than about {CLIP_PAIRS:,} pairs."
     line = f'clip: {{weights: "{CLIP_WEIGHTS}"}}'
     if embedded(source):
         return f"# The CLIP that made the embeddings. This one is clip-retrieval's default.\n{line}\n\n"
     if existing_clip(gpu, source, seen):
-        return f"{says}\n{line} # train: one of your own\n\n"
+        return f"{says}\n{line} # or train, on your own pairs\n\n"
     slow = "" if gpu else " It is slow\n# without a GPU: unclip plan estimates the time."
     return f"{says}{slow}\n# {line}\n\n"
 
@@ -234,8 +232,8 @@ def _scale(longest: int, seen: ListPreview | None) -> str:
     scale = float(f"{samples / longest:.2g}")
     times = round(scale * longest / seen.pairs)
     return (
-        f"scale: {scale} # of all samples: the longest training sees each of {counted(seen.pairs, 'pair')} "
-        f"some {times:,} times; {page('captions')}\n"
+        f"scale: {scale} # multiplies all samples: the longest training sees each of {counted(seen.pairs, 'pair')} "
+        f"about {times:,} times; {page('captions')}\n"
     )
 
 
@@ -244,7 +242,7 @@ def _dropout(recipes: Config, seen: ListPreview | None) -> str:
     decoder = recipes.decoder
     if seen is None or decoder.model.dropout or decoder.samples <= BARE_EPOCHS * seen.pairs:
         return ""
-    says = f"# Each pair is seen more than {BARE_EPOCHS} times: dropout, so that unseen captions do not suffer."
+    says = f"# Each pair is seen more than {BARE_EPOCHS} times, so dropout reduces overfitting."
     return f"{says}\ndecoder: {{model: {{dropout: {DROPOUT}}}}}\n\n"
 
 
@@ -268,7 +266,9 @@ def models_for(seen: ListPreview | None) -> tuple[list[str], int]:
 def sizes_seen(seen: ListPreview | None) -> str:
     """Returns a sentence that says how large the images are."""
     if seen is None or not seen.sides:
-        return "How large images on the web are is known once they are fetched: see the report of --until curation."
+        return (
+            "Images on the web are measured once they are downloaded: see the report after unclip run --until curation."
+        )
     return (
         f"Of the first {len(seen.sides):,} images {seen.reaching(1024):,} have a short side of 1024 px or more, "
         f"{seen.reaching(256):,} of 256 px, {seen.reaching(64):,} of 64 px{', as the list says' * seen.stated}."
@@ -278,10 +278,12 @@ def sizes_seen(seen: ListPreview | None) -> str:
 def _splits(seen: ListPreview | None) -> dict[str, str]:
     """Returns the shares of rows to hold out, each with a remark that counts the rows."""
     if seen is None or seen.more:
-        return dict.fromkeys(("validation", "test"), f"{SHARE} # of all rows; a figure needs {FEWEST} of them at least")
+        return dict.fromkeys(
+            ("validation", "test"), f"{SHARE} # of all rows; the evaluation needs at least {FEWEST} of them"
+        )
     if seen.splits and not seen.shares:
         return {
-            split: f"{SHARE} # unused: the list names {seen.splits.get(split, 0)}" for split in ("validation", "test")
+            split: f"{SHARE} # unused: the list assigns {seen.splits.get(split, 0)}" for split in ("validation", "test")
         }
     rows = len(seen.shares) + sum(seen.splits.values())
     shares, begin, found = sorted(seen.shares), 0.0, {}

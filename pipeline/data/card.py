@@ -24,15 +24,15 @@ SIZES = {1_000: "1K", 10_000: "10K", 100_000: "100K", 10**6: "1M", 10**7: "10M",
 FOLDERS = """\
 | folder | holds | read with |
 | --- | --- | --- |
-| `pairs` | webdataset tars of images, captions and facts | `load_dataset("webdataset", data_files="pairs/*.tar")` |
+| `pairs` | webdataset tars of images, captions and metadata | `load_dataset("webdataset", data_files="pairs/*.tar")` |
 | `embeddings` | CLIP embeddings as Parquet | `load_dataset("parquet", data_files="embeddings/*.parquet")` |
 | `clip-retrieval` | the same as NumPy matrices | clip-retrieval, embedding-reader |
 
 Not every export has all three."""
 LIMITS = """\
-Nobody has looked at each of these images and captions. They were found by their list and kept by rules: people, trade
-marks, errors and prejudice of their sources are in them. Licences are those that the list names. Who trains on them is
-responsible for the right to do so, and for leaving out rows whose authors ask for it (`unclip data forget`)."""
+Nobody has reviewed every image and caption. They come from lists and were filtered by rules, so they include errors,
+biases, people and trademarks of their sources. Licences are as the lists state them. Anyone who trains on this data is
+responsible for having the right to, and for removing rows when their authors ask for it (`unclip data forget`)."""
 
 
 class CardCounts:
@@ -80,10 +80,10 @@ def data_card(title: str, paths: Sequence[str], made: Mapping[str, Artifact], ta
         "",
     ]
     lines += markdown_table(("split", "rows"), sorted(tally.rows.items()))
-    lines += [FOLDERS, "", "## Where they come from", "", *origin(paths), *licence_table(tally.licences)]
-    lines += ["## How they were chosen", "", *choice(made)]
+    lines += [FOLDERS, "", "## Source data", "", *origin(paths), *licence_table(tally.licences)]
+    lines += ["## Curation", "", *choice(made)]
     lines += markdown_table(("stage", "key"), [(stage, f"`{artifact.key}`") for stage, artifact in made.items()])
-    return "\n".join([*lines, "## What to know before use", "", LIMITS, ""])
+    return "\n".join([*lines, "## Limitations", "", LIMITS, ""])
 
 
 def origin(paths: Sequence[str]) -> list[str]:
@@ -102,7 +102,7 @@ def choice(made: Mapping[str, Artifact]) -> list[str]:
     ]
     if not ended:
         return []
-    return ["Of the whole list, all splits:", "", *markdown_table(("stage", "kept", "left out"), ended)]
+    return ["Rows of the whole list, in all splits:", "", *markdown_table(("stage", "kept", "left out"), ended)]
 
 
 def count_licence(tally: Counter[str | None], licence: str | None, rows: int = 1) -> None:
@@ -116,7 +116,7 @@ def licence_table(tally: Counter[str | None]) -> list[str]:
     named = [(plain_cell(name or "none named"), many) for name, many in tally.most_common(SHOWN_LICENCES)]
     others = tally.total() - sum(many for _, many in named)
     rows = [*named, *([("others", others)] if others else [])]
-    return markdown_table(("licence, as the lists name it", "rows"), rows)
+    return markdown_table(("licence, as stated by the lists", "rows"), rows)
 
 
 def front_matter(**head: Any) -> list[str]:

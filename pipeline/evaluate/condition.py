@@ -86,7 +86,7 @@ def measure_condition(subject: Subject, rows: SplitRows) -> list[Figure]:
 
 CONDITION = Metric(
     "condition",
-    "Every model uses its condition: with another row's, its loss is higher",
+    "Every model uses its condition: shuffling conditions raises its loss",
     MODELS,
     ("rows",),
     measure_condition,

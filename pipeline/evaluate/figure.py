@@ -11,7 +11,7 @@ Json = Mapping[str, Any]  # of one figure
 DOCUMENT = "evaluation.json"  # the files of an evaluation
 STRIP = "held-out.png"
 NAMES = {
-    "decoder": "the decoder, from images' own embeddings,",
+    "decoder": "the decoder, given the image's own embedding,",
     "ar_prior": "the AR prior",
     "diffusion_prior": "the diffusion prior",
     "upsampler_256": "the upsampler to 256 px",
@@ -28,7 +28,7 @@ class Figure:
         text: Sentence of that claim.
         model: Model that is measured.
         name: Name of the figure, one of its model's.
-        says: Name of the figure within its claim, such as "top" or "one ridge solve".
+        says: Name of the figure within its claim, such as "top" or "ridge regression".
         value: Mean over the rows.
         baseline: The same without the model, or without what it claims to use.
         interval: 95% interval of value - baseline.

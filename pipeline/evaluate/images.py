@@ -82,7 +82,7 @@ def measure_judged(subject: Subject, judge: Clip, drawn: Tensor, rows: SplitRows
 
 JUDGED = Metric(
     "judged",
-    "A second CLIP finds the caption of a drawn image more often than by chance",
+    "A second CLIP retrieves the caption of a generated image more often than chance",
     DRAWERS,
     ("judge", "drawn", "images"),
     measure_judged,

@@ -121,7 +121,7 @@ def measure_parts(
 PARTS_DRAWN = tuple(
     Metric(
         f"parts_{group[0]}",
-        f"{{model}} draws the {', '.join(group[:-1])} and {group[-1]} that captions name",
+        f"{{model}} draws the {', '.join(group[:-1])} and {group[-1]} named in the caption",
         DRAWERS,
         ("parts", "images"),
         partial(measure_parts, group=group),

@@ -62,9 +62,9 @@ def baselines(text: Tensor, training: Batch) -> Baselines:
     text, texts, images = (F.normalize(x.double().cpu(), dim=1) for x in (text, *(training[name] for name in names)))
     line = ridge(texts, images)
     return {
-        "text": ("the caption's own embedding", text),
-        "shift": ("its shift by the mean gap", text + images.mean(0) - texts.mean(0)),
-        "ridge": ("one ridge solve", line.image_mean + (text - line.mean) @ line.weight.T),
+        "text": ("caption embedding", text),
+        "shift": ("mean-gap shift", text + images.mean(0) - texts.mean(0)),
+        "ridge": ("ridge regression", line.image_mean + (text - line.mean) @ line.weight.T),
     }
 
 
@@ -84,7 +84,7 @@ def measure_found(subject: Subject, samples: Tensor, rows: SplitRows, known: Bas
         # A baseline that misses so few rows that even a perfect prior would not be significantly better.
         if not subject.compare(rows, torch.ones_like(baseline), baseline).holds:
             missed = f"{float((1 - baseline).sum()):.0f} of {len(rows):,}"
-            figure = replace(figure, holds=None, note=f"it misses {missed}, too few to do better")
+            figure = replace(figure, holds=None, note=f"the baseline misses {missed}, too few to improve on")
         figures.append(figure)
     return figures
 
@@ -104,13 +104,13 @@ def _compare_with(
 FOUND, COSINE = (
     Metric(
         name,
-        f"{{model}} {claim} baselines without weights",
+        f"{{model}} {claim} linear baselines",
         tuple(PRIORS.values()),
         ("samples", "rows", "baselines"),
         measure,
     )
     for name, claim, measure in (
-        ("found", "finds the right image more often than", measure_found),
-        ("cosine", "comes nearer to the right image's embedding than", measure_cosine),
+        ("found", "retrieves the right image more often than", measure_found),
+        ("cosine", "gets closer to the right image's embedding than", measure_cosine),
     )
 )

@@ -87,7 +87,7 @@ def measure_psnr(subject: Subject, rows: SplitRows) -> list[Figure]:
 
 PSNR = Metric(
     "psnr",
-    "{model} comes nearer to the original than bicubic interpolation",
+    "{model} gets closer to the original than bicubic interpolation",
     tuple(UPSAMPLERS),
     ("rows",),
     measure_psnr,

@@ -41,16 +41,15 @@ import unclip
 unclip.load("FOLDER").generate("a caption").save("image.png")
 ```
 
-It knows words and things of the captions that it was trained on; `sampling.json` holds its sampling defaults.
+It knows the words and objects of its training captions; `sampling.json` holds its sampling defaults.
 """
 LIMITS = """\
-## What to know before use
+## Limitations
 
-Nobody has looked at each image that it was trained on: errors, prejudice, people and trade marks of their sources are
-in what it draws, and it may draw an image that is close to one of them. Curation judges content only by the scores that
-its recipe bounds (`min_score`, `max_score`). What the claims above do not measure has not been measured. The
-licence of the weights is for those who share them to choose, with regard to the licences above:
-write it in place of `unknown`.
+Nobody has reviewed every training image. Errors, biases, people and trademarks in the sources can appear in generated
+images, and a generated image may closely resemble a training image. Curation filters content only by the scores that
+its recipe bounds (`min_score`, `max_score`). Nothing beyond the claims above has been evaluated. Whoever publishes the
+weights chooses their licence, subject to the licences above: replace `unknown` with it.
 """
 
 
@@ -72,7 +71,7 @@ def model_card(store: Store, bundle: Artifact) -> str:
     if CARD in bundle.blobs:
         lines += [read_blob(store, bundle.blobs[CARD]).decode(errors="replace")]
     judging = {name: made for name, made in reversed(behind.items()) if made.ledger.lost}  # from the source on
-    lines += [USE, "## What it was trained on", "", *origin(paths), *_data(store, behind), *choice(judging)]
+    lines += [USE, "## Training data", "", *origin(paths), *_data(store, behind), *choice(judging)]
     lines += [*_claims(store, bundle), LIMITS]
     return "\n".join(lines)
 
@@ -92,16 +91,21 @@ def _data(store: Store, behind: Mapping[str, Artifact]) -> list[str]:
     except CorruptObject:  # such as rows that were collected since
         splits.clear()
     if splits:
-        lines = ["Rows that curation kept. Only those of the split `train` taught anything:", ""]
-        lines += [*markdown_table(("split", "rows"), sorted(splits.items())), "Of these:", "", *licence_table(licences)]
+        lines = ["Rows kept by curation; the models were trained only on the split `train`:", ""]
+        lines += [
+            *markdown_table(("split", "rows"), sorted(splits.items())),
+            "Licences of the training rows:",
+            "",
+            *licence_table(licences),
+        ]
     else:
-        lines = ["The store that it was exported from has no count of its rows any more.", ""]
+        lines = ["The store that it was exported from no longer has its row counts.", ""]
     weights = behind["clip"].recipe.get("weights", "train") if "clip" in behind else "train"
     if weights != "train":
         name = plain_cell(weights.rpartition("/")[2].removeprefix("local-dir:"))
         lines += [f"Its CLIP is {name}, which was trained on other data.", ""]
     if begun := [name for name, made in behind.items() if made.recipe.get("init_from")]:
-        lines += [f"Trained on from weights of another model: {', '.join(sorted(begun))}.", ""]
+        lines += [f"Fine-tuned from another model's weights: {', '.join(sorted(begun))}.", ""]
     return lines
 
 
@@ -115,11 +119,11 @@ def _claims(store: Store, bundle: Artifact) -> list[str]:
     """Returns lines about the newest evaluation."""
     found = evaluations(store, bundle.key)
     if not found:
-        return ["## What was measured", "", "Nothing yet: `unclip run` ends with an evaluation.", ""]
+        return ["## Evaluation", "", "Not evaluated yet: `unclip run` ends with an evaluation.", ""]
     figures = found[0].document["figures"]
     rows = [(plain_cell(each[0]["text"]), HELD[holds(each)], _numbers(each)) for each in by_claim(figures)]
-    heads = ("claim", "outcome", "figures, and in brackets a baseline without the model")
-    return ["## What was measured", "", f"{count(figures)}.", "", *markdown_table(heads, rows)]
+    heads = ("claim", "outcome", "value (baseline)")
+    return ["## Evaluation", "", f"{count(figures)}.", "", *markdown_table(heads, rows)]
 
 
 def _numbers(claim: list[Json]) -> str:

@@ -55,7 +55,7 @@ def test_it_ends_with_a_picture_and_a_report(chain: Chain) -> None:
     )
     large = "2 test pairs with an image of 1024 px, and a figure needs 8; set source.test to 0.2 or add pairs"
     assert f"bicubic interpolation: {large}\n" in chain.output
-    assert "Every model uses its condition: with another row's, its loss is higher" in chain.output
+    assert "Every model uses its condition: shuffling conditions raises its loss" in chain.output
     assert 'id="evaluation"' in (chain.folder / "out/report.html").read_text()
 
 

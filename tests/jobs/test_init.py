@@ -198,7 +198,7 @@ def test_a_split_of_the_lists_own_is_counted() -> None:
     splits = ["test"] * 38 + ["train"] * 162
     config = made("mine", listed(200, "url,caption,split", lambda i: f",{splits[i]}"))
     assert held_out(config) == (38, 0)
-    assert "# unused: the list names 38" in Path("mine.yaml").read_text()
+    assert "# unused: the list assigns 38" in Path("mine.yaml").read_text()
     Path("mine.yaml").unlink()
     config = made("mine", listed(400, "url,caption,split", lambda i: f",{splits[i] if i < 200 else ''}"))
     test, validation = held_out(config)
@@ -245,7 +245,7 @@ def test_on_a_machine_with_a_gpu_it_is_used(monkeypatch: pytest.MonkeyPatch, cap
     assert replace(config.run, output=plain.run.output) == plain.run
     assert config.clip.weights == CLIP_WEIGHTS
     output = capsys.readouterr().out
-    assert "clip.weights names an existing CLIP" in output
+    assert "clip.weights names a pretrained CLIP" in output
     assert "a CLIP trained on fewer" not in output
     assert made("unlisted").clip.weights == CLIP_WEIGHTS
     assert "preset: small" in Path("unlisted.yaml").read_text()

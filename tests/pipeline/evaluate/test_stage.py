@@ -70,7 +70,7 @@ def test_other_peoples_images_keep_the_claims_that_need_no_truth(case: Case, tmp
     assert ("decoder", "condition") in names
     assert len(by_claim(first.metrics["figures"])) == 2 + 1 + 1
     notes = {(f["model"], f["name"]): f["note"] for f in first.metrics["figures"] if f["holds"] is None}
-    notes = {of: note for of, note in notes.items() if "too few to do better" not in note}
+    notes = {of: note for of, note in notes.items() if "too few to improve on" not in note}
     why = "0 test pairs with an image of 256 px, and a figure needs 8; set source.test to 0.2 or add pairs"
     assert notes == {("upsampler_256", "psnr"): why, ("upsampler_256", "condition"): why}
     Clip.build(CLIP, 1).save(tmp_path / "judge")

@@ -56,7 +56,7 @@ def test_it_counts_training_rows_by_licence(store: Store, made: dict[str, Artifa
     assert "| CC0-1.0 | 2 |\n| &lt;b&gt;\\| \\# x | 1 |\n| none named | 1 |\n" in card
     assert "held out" not in card
     assert "Its CLIP is clip-b32, which was trained on other data." in card
-    assert "Trained on from weights of another model: decoder." in card
+    assert "Fine-tuned from another model's weights: decoder." in card
     assert "/home" not in card
 
 
@@ -78,13 +78,13 @@ def test_it_says_which_claims_held(store: Store, made: dict[str, Artifact]) -> N
     assert "| It draws. | does not hold | top 0.82 (0.12); pot 0.4 (0.2) |\n" in card
     assert "| It listens. | holds | decoder 0.52 (0.5) |\n| It enlarges. | not measured | too few rows |\n" in card
     other = publish_artifact(store, replace(made["bundle"], key="0" * 64, times={}), 0.0)
-    assert "Nothing yet: `unclip run` ends with an evaluation." in model_card(store, other)
+    assert "Not evaluated yet: `unclip run` ends with an evaluation." in model_card(store, other)
 
 
 def test_rows_that_the_store_has_no_longer_are_not_counted(store: Store, made: dict[str, Artifact]) -> None:
     assert made["curation"].shard_table
     store.delete([blob_path(made["curation"].shard_table)])
     card = model_card(store, made["bundle"])
-    assert "has no count of its rows any more" in card
+    assert "no longer has its row counts" in card
     assert "| train |" not in card
     assert "| It listens. | holds |" in card

@@ -102,7 +102,7 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     # Three lines, and in the table of all numbers three lines and four figures.
     assert (page.count(">✓<"), page.count(">✗<"), page.count(">·<")) == (1 + 1 + 2, 1 + 1 + 1, 1 + 1 + 1)
     assert "+0.2 (-0.1 to 0.3)" in page
-    assert "From above: the real image; the AR prior; the decoder, from images&#39; own embeddings." in page
+    assert "From above: the real image; the AR prior; the decoder, given the image&#39;s own embedding." in page
     assert page.count('alt="Held-out captions: ') == 8
     assert "243 a second, 41% of what matrix products reach there</summary>" in page
     assert "<td>time: forward</td><td><bdi>98.0%</bdi></td>" in page

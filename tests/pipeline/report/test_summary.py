@@ -63,7 +63,7 @@ def test_claims_that_fail_come_first_and_a_figure_says_why_it_is_missing() -> No
 def test_the_report_says_how_many_figures_would_hold_by_chance() -> None:
     figures = [figure(i % 2 == 0, f"line {i}") for i in range(34)]
     page = claims([*figures, figure(None, "three", note="few rows")])
-    assert "Without any\neffect about 0.85 of 34 figures would be beyond chance." in page
+    assert "By chance alone about 0.85 of 34 figures would be\nsignificant." in page
 
 
 def test_the_twin_for_programs_says_what_the_page_says(store: FolderStore, made: dict[str, Artifact]) -> None:
