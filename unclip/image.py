@@ -15,8 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 from pipeline.data.pairs.decoding import open_image
 from pipeline.sampling.recipe import ImageRecipe
 
-ImageLike = Image.Image | np.ndarray | str | Path
-"""An image: PIL's, an array uint8 [height, width, 3], or the path of a file that holds one."""
+ImageLike = Image.Image | np.ndarray | torch.Tensor | str | Path
+"""An image: PIL's, an array uint8 [height, width, 3], a tensor [3, height, width], uint8 or in [0, 1], or the path of a
+file that holds one."""
 
 
 class DrawnImage(Image.Image):
@@ -57,16 +58,27 @@ def drawn_image(pixels: np.ndarray, recipe: ImageRecipe) -> DrawnImage:
 
 def opened(image: ImageLike) -> Image.Image:
     """Returns an image as PIL's. Raises TypeError for what is none, UserError for a file that cannot be read."""
+    if isinstance(image, torch.Tensor) and image.ndim == 3 and image.shape[0] == 3:
+        image = _array_of(image)
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return Image.fromarray(image)
     if isinstance(image, str | Path):
         return open_image(Path(image))
     if not isinstance(image, Image.Image):
         raise TypeError(
-            f"an image is {kind_of(image)}: give PIL's, a path, or an array uint8 [height, width, 3], which a tensor "
-            "[3, height, width] from 0 to 1 becomes by (255 * tensor).round().byte().permute(1, 2, 0).cpu().numpy()"
+            f"an image is {kind_of(image)}: give PIL's, a path, an array uint8 [height, width, 3], or a tensor "
+            "[3, height, width], uint8 or in [0, 1]"
         )
     return image
+
+
+def _array_of(tensor: torch.Tensor) -> np.ndarray | torch.Tensor:
+    """Returns a tensor [3, height, width] as an array uint8 [height, width, 3]; as it is, where it is in no range."""
+    if tensor.is_floating_point() and float(tensor.min()) >= 0 and float(tensor.max()) <= 1:
+        tensor = (255 * tensor.float()).round().byte()
+    if tensor.dtype != torch.uint8:
+        return tensor
+    return tensor.detach().permute(1, 2, 0).cpu().numpy()
 
 
 def opened_mask(mask: ImageLike) -> Image.Image:
@@ -83,6 +95,10 @@ def looks_like_a_file(text: str) -> bool:
 
 def kind_of(value: object) -> str:
     """Returns how an error names a value: its type, and what else of an array matters."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+        return (
+            f"Tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}, {value.min():g} to {value.max():g}"
+        )
     if isinstance(value, np.ndarray | torch.Tensor):
         return f"{type(value).__name__} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, list | tuple):

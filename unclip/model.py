@@ -373,8 +373,8 @@ class Model:
         Examples:
             >>> cosines = model.embed([monster, cactus]) @ model.embed(["a monster", "a cactus"]).T
         """
-        single = isinstance(what, str | Path | Image.Image) or (isinstance(what, np.ndarray) and what.ndim < 4)
-        if not single and not isinstance(what, Sequence | np.ndarray):
+        single = isinstance(what, str | Path | Image.Image) or getattr(what, "ndim", 4) < 4  # of an array or tensor
+        if not single and not isinstance(what, Sequence | np.ndarray | torch.Tensor):
             raise TypeError(f"embed takes captions or images, or a list of either, not {kind_of(what)}")
         several: list[Any] = [what] if single else list(what)  # type: ignore[arg-type]
         captions = [each for each in several if isinstance(each, str)]

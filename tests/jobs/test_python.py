@@ -137,17 +137,19 @@ def test_images_are_varied_interpolated_changed_and_embedded(model: unclip.Model
     np.testing.assert_allclose(model.embed(heart), images[0], atol=1e-6)
 
 
-def test_an_image_is_given_as_pils_as_an_array_or_as_a_path(model: unclip.Model, tmp_path: Path) -> None:
+def test_an_image_is_given_as_pils_as_an_array_as_a_tensor_or_as_a_path(model: unclip.Model, tmp_path: Path) -> None:
     heart = model.generate("a red heart", **FEW)
     heart.save(tmp_path / "heart.png")
     pixels = np.asarray(heart)
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
     one = model.embed(heart)
-    for same in (tmp_path / "heart.png", pixels):
+    for same in (tmp_path / "heart.png", pixels, tensor, tensor / 255):
         np.testing.assert_allclose(model.embed(same), one, atol=1e-6)
     several = model.embed([heart, tmp_path / "heart.png", pixels])
     np.testing.assert_allclose(several, [one] * 3, atol=1e-6)
-    np.testing.assert_allclose(model.embed(np.stack([pixels] * 2)), [one] * 2, atol=1e-6)
-    for given in (str(tmp_path / "heart.png"), tmp_path / "heart.png", pixels):
+    for stack in (np.stack([pixels] * 2), torch.stack([tensor] * 2)):
+        np.testing.assert_allclose(model.embed(stack), [one] * 2, atol=1e-6)
+    for given in (str(tmp_path / "heart.png"), tmp_path / "heart.png", pixels, tensor):
         [alike] = model.vary(given, n=1, eta=0.0, **FEW)
         assert near(alike, model.vary(heart, n=1, eta=0.0, **FEW)[0])
 
@@ -156,7 +158,7 @@ def test_what_is_neither_caption_nor_image_is_named_in_a_line(model: unclip.Mode
     """Above all a str that names an image: its text would be embedded without a word."""
     heart = Image.new("RGB", (32, 32), "red")
     heart.save(tmp_path / "heart", "PNG")
-    tensor = torch.zeros(3, 32, 32)
+    tensor = torch.full((3, 32, 32), 2.0)
     values: dict[Callable[[], object], str] = {
         lambda: model.embed("heart.png"): r"embed\(Path\('heart.png'\)\) embeds the image",
         lambda: model.embed("my heart.JPG"): "looks like a file",
@@ -179,12 +181,12 @@ def test_what_is_neither_caption_nor_image_is_named_in_a_line(model: unclip.Mode
     }
     refuses(values, ValueError)
     types: dict[Callable[[], object], str] = {
-        lambda: model.embed(tensor): r"not Tensor float32 \[3, 32, 32\]",
-        lambda: model.embed([tensor]): r"permute\(1, 2, 0\)",
+        lambda: model.embed(tensor): r"an image is Tensor float32 \[3, 32, 32\], 2 to 2: give PIL's",
+        lambda: model.embed([tensor.int()]): r"an image is Tensor int32 \[3, 32, 32\]: .* in \[0, 1\]",
         lambda: model.embed(7): "not int 7",
         lambda: model.embed(None): "not None",
         lambda: model.vary(np.zeros((32, 32, 3))): r"an image is ndarray float64 \[32, 32, 3\]",
-        lambda: model.vary(tensor): r"permute\(1, 2, 0\)",
+        lambda: model.vary(tensor): "2 to 2: give PIL's",
         lambda: model.vary(None): "an image is None",
         lambda: model.interpolate(heart, 7): "an image is int 7",
         lambda: model.generate(7): "captions are int 7: give a text, or a list of texts",
