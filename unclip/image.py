@@ -16,8 +16,8 @@ from pipeline.data.pairs.decoding import open_image
 from pipeline.sampling.recipe import ImageRecipe
 
 ImageLike = Image.Image | np.ndarray | torch.Tensor | str | Path
-"""An image: PIL's, an array uint8 [height, width, 3], a tensor [3, height, width], uint8 or in [0, 1], or the path of a
-file that holds one."""
+"""An image: PIL's, an array or tensor uint8 [height, width, 3], a tensor [3, height, width], uint8 or in [0, 1], or the
+path of a file that holds one."""
 
 
 class DrawnImage(Image.Image):
@@ -56,29 +56,28 @@ def drawn_image(pixels: np.ndarray, recipe: ImageRecipe) -> DrawnImage:
     return image
 
 
-def opened(image: ImageLike) -> Image.Image:
+def opened(given: ImageLike) -> Image.Image:
     """Returns an image as PIL's. Raises TypeError for what is none, UserError for a file that cannot be read."""
-    if isinstance(image, torch.Tensor) and image.ndim == 3 and image.shape[0] == 3:
-        image = _array_of(image)
+    image = _array_of(given) if isinstance(given, torch.Tensor) else given
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return Image.fromarray(image)
     if isinstance(image, str | Path):
         return open_image(Path(image))
     if not isinstance(image, Image.Image):
         raise TypeError(
-            f"an image is {kind_of(image)}: give PIL's, a path, an array uint8 [height, width, 3], or a tensor "
+            f"an image is {kind_of(given)}: give PIL's, a path, an array uint8 [height, width, 3], or a tensor "
             "[3, height, width], uint8 or in [0, 1]"
         )
     return image
 
 
-def _array_of(tensor: torch.Tensor) -> np.ndarray | torch.Tensor:
-    """Returns a tensor [3, height, width] as an array uint8 [height, width, 3]; as it is, where it is in no range."""
-    if tensor.is_floating_point() and float(tensor.min()) >= 0 and float(tensor.max()) <= 1:
-        tensor = (255 * tensor.float()).round().byte()
-    if tensor.dtype != torch.uint8:
-        return tensor
-    return tensor.detach().permute(1, 2, 0).cpu().numpy()
+def _array_of(tensor: torch.Tensor) -> np.ndarray:
+    """Returns a tensor as the array that ``opened`` takes; as it is, where its shape or its range is another."""
+    if tensor.ndim == 3 and tensor.shape[0] == 3:
+        within = tensor.is_floating_point() and bool(((tensor >= 0) & (tensor <= 1)).all())
+        pixels = (255 * tensor.float()).round().byte() if within else tensor
+        tensor = pixels.permute(1, 2, 0) if pixels.dtype == torch.uint8 else tensor
+    return tensor.detach().cpu().numpy()
 
 
 def opened_mask(mask: ImageLike) -> Image.Image:
@@ -95,12 +94,9 @@ def looks_like_a_file(text: str) -> bool:
 
 def kind_of(value: object) -> str:
     """Returns how an error names a value: its type, and what else of an array matters."""
-    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
-        return (
-            f"Tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}, {value.min():g} to {value.max():g}"
-        )
     if isinstance(value, np.ndarray | torch.Tensor):
-        return f"{type(value).__name__} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        of = f"{type(value).__name__} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        return f"{of}, {value.min():g} to {value.max():g}" if "float" in of and 0 not in value.shape else of
     if isinstance(value, list | tuple):
         return f"{type(value).__name__} of {', '.join(sorted({type(each).__name__ for each in value}))}"
     return "None" if value is None else f"{type(value).__name__} {value!r}"

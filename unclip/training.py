@@ -135,7 +135,8 @@ def _examples(stage: str, task: Task, rows: Rows) -> Examples:
     """
     names, side = task.columns, task.image_size
     if missing := [name for name in names if not rows.has(name)]:
-        raise UserError(f"{stage} reads {', '.join(names)}; data has no {', '.join(missing)}")
+        embed = ": unclip.Model.embed makes embeddings of images or captions" if "image_embedding" in missing else ""
+        raise UserError(f"{stage} reads {', '.join(names)}; data has no {', '.join(missing)}{embed}")
     if not len(rows):
         raise UserError("data has no rows")
     shapes = {"image": (3, side, side), "tokens": (CONTEXT,)}

@@ -143,7 +143,7 @@ def test_an_image_is_given_as_pils_as_an_array_as_a_tensor_or_as_a_path(model: u
     pixels = np.asarray(heart)
     tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
     one = model.embed(heart)
-    for same in (tmp_path / "heart.png", pixels, tensor, tensor / 255):
+    for same in (tmp_path / "heart.png", pixels, tensor, tensor / 255, tensor.permute(1, 2, 0)):
         np.testing.assert_allclose(model.embed(same), one, atol=1e-6)
     several = model.embed([heart, tmp_path / "heart.png", pixels])
     np.testing.assert_allclose(several, [one] * 3, atol=1e-6)
@@ -185,7 +185,7 @@ def test_what_is_neither_caption_nor_image_is_named_in_a_line(model: unclip.Mode
         lambda: model.embed([tensor.int()]): r"an image is Tensor int32 \[3, 32, 32\]: .* in \[0, 1\]",
         lambda: model.embed(7): "not int 7",
         lambda: model.embed(None): "not None",
-        lambda: model.vary(np.zeros((32, 32, 3))): r"an image is ndarray float64 \[32, 32, 3\]",
+        lambda: model.vary(np.zeros((32, 32, 3))): r"an image is ndarray float64 \[32, 32, 3\], 0 to 0: give",
         lambda: model.vary(tensor): "2 to 2: give PIL's",
         lambda: model.vary(None): "an image is None",
         lambda: model.interpolate(heart, 7): "an image is int 7",
