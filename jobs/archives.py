@@ -79,15 +79,19 @@ def archived_bundle(source: str) -> tuple[Path, str]:
 
 
 def demo_address() -> str:
-    """Returns the address of the demo's bundle, with its sha256. Raises UserError where none is known."""
-    named, version = os.environ.get(DEMO_SETTING, ""), own_version()
+    """Returns the address of the demo's bundle, with its sha256 unless the setting lacks it.
+
+    Raises UserError where none is known.
+    """
+    setting, version = os.environ.get(DEMO_SETTING, ""), own_version()
+    named = setting
     urls = dict(text.split(", ", 1) for text in metadata("unclip-ray").get_all("Project-URL") or ())
     if not named and "Releases" in urls:
         named = f"{urls['Releases'].rstrip('/')}/download/v{version}/{DEMO_FILE}"
     recorded = shipped()[DEMO].with_suffix(".sha256")
     if named and HASH not in named and recorded.is_file():
         named += HASH + recorded.read_text().split()[0]
-    if HASH not in named:
+    if HASH not in named and not setting:
         raise UserError(
             f"demo: version {version} does not know where its bundle is; name its address, {DEMO_SETTING}="
             f"https://HOST/{DEMO_FILE}{HASH}DIGITS, or train it in 20 to 30 minutes: unclip demo"

@@ -181,7 +181,8 @@ def _as_run(config: Config, overrides: Sequence[str]) -> tuple[Config, str]:
         raise UserError(f"{file}, which the last run wrote, cannot be used: {e}; delete it, or run again") from None
     if (ran.project, open_store(ran.store).url) != (config.project, open_store(config.store).url):
         return config, ""
-    values = [(name, flatten(getattr(ran, name)), flatten(getattr(config, name))) for name in recipes]
+    named = make_config(resolved_values(config), config.stages)  # its local paths are absolute, as in the file
+    values = [(name, flatten(getattr(ran, name)), flatten(getattr(named, name))) for name in recipes]
     differs = [f"{recipe}.{name}" for recipe, then, now in values for name in then if now.get(name) != then[name]]
     many = f" and {len(differs) - 1} more" if len(differs) > 1 else ""
     said = f"{differs[0]}{many}" if differs else ""

@@ -354,6 +354,10 @@ def test_where_the_demo_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path:
     about["Project-URL"] = "Releases, https://example.org/unclip/releases/"
     with pytest.raises(UserError, match="does not know"):
         archives.demo_address()  # nor its hash
+    monkeypatch.setenv(archives.DEMO_SETTING, "http://mirror/x.zip")
+    with pytest.raises(UserError, match=r"x\.zip: fetched only if its sha256 is known"):
+        find_bundle("demo")
+    monkeypatch.delenv(archives.DEMO_SETTING)
     (tmp_path / "demo.sha256").write_text(f"{'a' * 64}  unclip-demo.zip\n")
     hashed = f"#sha256={'a' * 64}"
     assert archives.demo_address() == f"https://example.org/unclip/releases/download/v1.2/unclip-demo.zip{hashed}"
