@@ -18,6 +18,8 @@ from pipeline.data.source.forget import Request, find
 from pipeline.data.source.journal import ListJournal, change_journal, with_forgotten
 from pipeline.data.source.lists import path_policy
 from pipeline.data.source.retry import FINAL, gather
+from pipeline.data.source.segments import SourceShard
+from pipeline.data.source.stage import scan
 from pipeline.errors import UserError, did_you_mean
 from pipeline.graph.stages import ordered
 from pipeline.ledger import DEFERRED, REASONS
@@ -44,8 +46,7 @@ def main(arguments: argparse.Namespace) -> int:
         config = load_as_run(arguments.config, arguments.overrides)
         return whole(config, open_store(config.store), arguments)
     runs = {"search": _search, "retry": _retry, "forget": _forget, "export": _export}
-    stored = arguments.action in ("retry", "forget")  # which read the shards of the list
-    return runs[arguments.action](open_as_run(arguments.config, arguments.overrides, stored), arguments)
+    return runs[arguments.action](open_as_run(arguments.config, arguments.overrides), arguments)
 
 
 def _search(project: Project, arguments: argparse.Namespace) -> int:
@@ -89,7 +90,7 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
             raise UserError(f"--reason: {reason} is final: {REASONS[reason]}")
     pairs, journal = project.made("pairs")["pairs"], project.journal
     reaches = [path_policy(project.config.source, path) for path in project.config.source.paths]
-    blob, rows = gather(project.store, project.scan.shards, pairs, frozenset(reasons), reaches)
+    blob, rows = gather(project.store, _listed(project), pairs, frozenset(reasons), reaches)
     if blob is None:
         lost = sorted(pairs.ledger.lost.items())
         ended = ", ".join(f"{n:,} {reason}" for reason, n in lost)
@@ -119,7 +120,7 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
             f"references, or unclip run {config} --until pairs and look for the rows again"
         )
     pairs = project.made("pairs")["pairs"] if request.hashes else None
-    found = find(project.store, project.scan.shards, pairs, request)
+    found = find(project.store, _listed(project), pairs, request)
     change_journal(project.store, project.config.project, lambda journal: with_forgotten(journal, found.marks))
     say(f"{found.rows:,} rows are forgotten")
     for key, reference in found.named:
@@ -128,7 +129,7 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
         say(f"  and {found.rows - len(found.named):,} more")
     if found.unseen:
         say(f"{len(found.unseen):,} references are not in the list yet, such as {shown(found.unseen[0])}")
-    after = open_as_run(config, arguments.overrides, write=True)
+    after = open_as_run(config, arguments.overrides)
     say(changes(before, after.plan()))
     say(
         f"unclip run {config} makes what is stale again; then unclip data gc {config} --yes deletes what was made with "
@@ -205,6 +206,16 @@ def _upgrade(_: Config, store: Store, __: argparse.Namespace) -> int:
     if found.failed:
         say(f"{counted(len(found.failed), 'record')} stayed as before: restore or delete them, and upgrade again")
     return 1 if found.failed else 0
+
+
+def _listed(project: Project) -> list[SourceShard]:
+    """Stores the list, and returns its shards. Raises UserError if it has changed since it was opened."""
+    found = scan(
+        project.config.source, project.store, write=True, journal=project.journal, project=project.config.project
+    )
+    if found.keys != project.scan.keys:
+        raise UserError("the list has changed meanwhile; nothing is written: run the command again")
+    return found.shards
 
 
 def _words(text: str) -> str:

@@ -189,29 +189,23 @@ def _as_run(config: Config, overrides: Sequence[str]) -> tuple[Config, str]:
     return replace(config, **{name: getattr(ran, name) for name in recipes}), said
 
 
-def open_as_run(source: str | Path, overrides: Sequence[str] = (), write: bool = False) -> Project:
-    """Returns the project of ``load_as_run``, its list read, and stored with ``write``. Raises UserError."""
+def open_as_run(source: str | Path, overrides: Sequence[str] = ()) -> Project:
+    """Returns the project of ``load_as_run``, its list read. Raises UserError."""
     config = load_as_run(source, overrides)
-    return project_of(config, open_store(config.store), write)
+    return project_of(config, open_store(config.store))
 
 
 def open_project(
-    source: str | Path | Mapping[str, Any],
-    overrides: Sequence[str] = (),
-    more: Iterable[Stage] = (),
-    write: bool = False,
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), more: Iterable[Stage] = ()
 ) -> Project:
     """Loads a configuration, from a file or from its values, and reads its list as ``project_of``. Raises UserError."""
     config = load_config(source, overrides, more)
-    return project_of(config, open_store(config.store), write)
+    return project_of(config, open_store(config.store))
 
 
-def project_of(config: Config, store: Store, write: bool = False) -> Project:
-    """Returns the project of a configuration, its list read. Raises UserError.
-
-    With ``write`` the list is stored, so that it is read once, and in any case where passes read it (see ``scan``).
-    """
+def project_of(config: Config, store: Store) -> Project:
+    """Returns the project of a configuration, its list read, and stored where passes read it. Raises UserError."""
     journal = read_journal(store, config.project)
     workers = ListWorkers(config.run.source, config.run.ray)
-    found = scan(config.source, store, write, journal, config.project, workers)
+    found = scan(config.source, store, False, journal, config.project, workers)
     return Project(config, store, build(config), found, journal)

@@ -79,7 +79,7 @@ class RunResult:
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    project = open_project(arguments.config, arguments.overrides, write=not arguments.dry_run)
+    project = open_project(arguments.config, arguments.overrides)
     asked = (project, arguments.only, arguments.until)
     if arguments.dry_run:
         plan = plan_run(*asked, arguments.verbose)

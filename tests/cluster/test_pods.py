@@ -32,7 +32,7 @@ APART = {"workers": 8, "gpus": 1, "decoders": 3, "nodes": {"pool": "gpu"}, "deco
     ("stages", "made", "found"),
     [
         # stages without workers, or that are made already, need no pods
-        ({stage: {"workers": 0} for stage in ("pairs", "codec", "decoder")}, "source pairs codec decoder bundle", {}),
+        ({name: {"workers": 0} for name in ("source", "pairs", "codec", "decoder")}, "source pairs codec decoder", {}),
         ({"pairs": {"workers": 80}, "curation": {"workers": 9}}, "curation", {"cpu": (2, {})}),
         # as many workers as fit share a pod, by the scarcest of what they take
         ({"pairs": {"workers": 10, "cpus": 3}}, "pairs", {"cpu": (5, {})}),

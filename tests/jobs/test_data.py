@@ -109,23 +109,28 @@ def test_what_is_forgotten_is_not_tried_again(tmp_path: Path, pictures: str) -> 
     assert "nothing to do" in done(here("run", config, "--until", "curation"))
 
 
-@pytest.mark.parametrize("other", ["forget", "retry"])
+@pytest.mark.parametrize("other", ["forget", "retry", "list"])
 def test_a_retry_beside_another_command(
     tmp_path: Path, pictures: str, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
-    """While rows are gathered one of them is forgotten, or all are gathered by another command."""
+    """While rows are gathered one of them is forgotten; or, before, the list becomes another one."""
     store, config, listed = _project(tmp_path, pictures)
     done(here("run", config, NOBODY, "run.pairs.retries=0", "--until", "pairs"))
     victim = listed[7]
-    gather = jobs.data.gather
+    scan, gather = jobs.data.scan, jobs.data.gather
 
     def meanwhile(*arguments: Any, **named: Any) -> Any:
         monkeypatch.undo()
-        done(here("data", other, config, *([victim["url"]] if other == "forget" else [])))
-        return gather(*arguments, **named)
+        if other == "list":
+            write_list(tmp_path / "list.csv", 100, 121)
+        else:
+            done(here("data", other, config, *([victim["url"]] if other == "forget" else [])))
+        return (gather if other == "forget" else scan)(*arguments, **named)
 
-    monkeypatch.setattr(jobs.data, "gather", meanwhile)
-    if other == "retry":
+    monkeypatch.setattr(jobs.data, "gather" if other == "forget" else "scan", meanwhile)
+    if other == "list":
+        refused("data", "retry", config, says="the list has changed meanwhile")
+    elif other == "retry":
         refused("data", "retry", config, says="another process has changed the rows to retry")
     else:
         assert done(here("data", "retry", config)).startswith("20 rows are retried in place")

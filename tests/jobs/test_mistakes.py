@@ -86,7 +86,7 @@ def test_a_place_that_cannot_be_written(write: Write, tmp_path: Path) -> None:
     refused("run", write(store=str(below)), says=str(below))
     refused("run", write(), f"run.output={below}", "--until", "source", says=str(below))
     for system in ("/proc/self/here", "/sys/here"):
-        refused("run", write(store=system), "--until", "source", says=[system, "choose another folder"])
+        refused("run", write(store=system), "--until", "source", says=[system, "name another place"])
         refused("run", write(store=system), "--until", "source", "--yes", says=[f"store {system}", "another folder"])
         refused("run", write(), f"run.output={system}", "--until", "source", says=[system, "name a "])
 
