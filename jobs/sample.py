@@ -8,6 +8,7 @@ from typing import Any
 
 from jobs.bundles import find_bundle
 from jobs.drawing import file_name, one_file, plain_errors, read_options, write_png
+from pipeline.progress import say_once
 from pipeline.sampling.recipe import describe
 
 
@@ -35,6 +36,10 @@ def main(arguments: argparse.Namespace) -> int:
             # One at a time: then the same recipe has the same pixels, whatever is drawn beside it.
             [pixels] = draw_recipe(unclip, recipe)
             done = recipe.drawn(settings, bundle.key)
+            if "size" in asked.options and settings["size"] > len(pixels):
+                say_once(
+                    f"size={settings['size']}: this bundle draws up to {len(pixels)} px; bundle.models has the others"
+                )
             request: dict[str, Any] = {"caption": recipe.caption, "settings": settings, "bundle": bundle.name}
             request |= {"side": done.side} if done.side else {}
             write_png(

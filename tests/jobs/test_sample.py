@@ -61,6 +61,19 @@ def test_a_folder_of_ones_own_and_settings_in_the_file(draw: Draw) -> None:
     assert json.loads(text["settings"])["decoder_steps"] == 2
 
 
+def test_a_size_that_the_bundle_cannot_draw_is_said(
+    draw: Draw, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    replace(make(), upsampler_1024=None).save(tmp_path / "small")
+    steps = ("decoder_steps=2", "prior_steps=2", "--from", tmp_path / "small")
+    with caplog.at_level("INFO", "unclip"):
+        (file,) = draw("sample", "a cat", "size=1024", *steps, few=False)
+        assert f"size=1024: this bundle draws up to {Image.open(file).width} px" in caplog.text
+        caplog.clear()
+        draw("sample", "a cat", *steps, few=False)
+    assert "this bundle draws" not in caplog.text
+
+
 def test_several_images_of_a_caption_have_the_next_seeds_and_one_may_have_a_file(draw: Draw) -> None:
     files = draw("sample", "a cat", "a dog", "-n", "2", "--seed", "3")
     texts: Any = [Image.open(file).info for file in files]
