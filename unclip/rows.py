@@ -51,6 +51,17 @@ def open_rows(data: Any) -> Rows:
     return _Dataset(data)
 
 
+def check_row(reader: str, name: str, value: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Raises UserError for a row's column of another shape or type than its reader takes."""
+    if tuple(value.shape) != shape:
+        wanted = ", ".join(map(str, shape))
+        raise UserError(f"{name} has rows of shape {list(value.shape)}; {reader} reads [{wanted}]")
+    if name == "image" and value.dtype != torch.uint8:
+        raise UserError(f"image is {value.dtype}; give uint8 from 0 to 255")
+    if name == "tokens" and value.is_floating_point():
+        raise UserError(f"tokens are {value.dtype}; give whole numbers, such as models.tokens.tokenize makes")
+
+
 class _Columns:
     """Columns in memory, of one length."""
 
@@ -58,8 +69,10 @@ class _Columns:
         given = dict(data)
         if "captions" in given:
             captions = list(given["captions"])
-            if isinstance(given.pop("captions"), str) or not all(isinstance(caption, str) for caption in captions):
-                raise UserError("captions: give a list of strings, one per example")
+            odd = next((row for row, caption in enumerate(captions) if not isinstance(caption, str)), None)
+            if isinstance(given.pop("captions"), str) or odd is not None:
+                which = "" if odd is None else f"row {odd} has no caption: "
+                raise UserError(f"captions: {which}give a list of strings, one per example")
             given["tokens"] = tokenize(captions)
         self.columns = {name: _tensor(name, given[name]) for name in COLUMNS if name in given}
         lengths = {name: len(column) for name, column in self.columns.items()}
@@ -90,7 +103,9 @@ class _Dataset:
         return len(self.dataset)
 
     def has(self, name: str) -> bool:
-        return self._find(self.first, name) is not None or (name == "tokens" and self.has("captions"))
+        # A value of None counts: reading it says which row has none.
+        there = any(each in self.first for each in NAMES.get(name, (name,)))
+        return there or (name == "tokens" and self.has("captions"))
 
     def take(self, rows: Sequence[int], names: Sequence[str], side: int = 0) -> Batch:
         read = list(self.readers.map(lambda row: self._row(row, names, side), rows))
@@ -127,7 +142,8 @@ class _Dataset:
                 raise UserError(f"{where} has no caption: give a string, or a list of them, as caption")
             return tokenize([caption])[0]
         if value is None:
-            raise UserError(f"{where} has no {name}; it has {', '.join(map(str, values))}")
+            has = ", ".join(str(each) for each, value in values.items() if value is not None)
+            raise UserError(f"{where} has no {name}; it has {has or 'nothing'}")
         if name == "image":
             return torch.tensor(view(_image(where, value), side)).permute(2, 0, 1)
         column = _tensor(f"{where}: {name}", value)
@@ -135,25 +151,26 @@ class _Dataset:
 
 
 class _PairValues(Mapping[str, Any]):
-    """A Pair as a mapping that decodes its image only when that is asked for."""
+    """A Pair as a mapping of what it has, which decodes its image only when that is asked for."""
 
     def __init__(self, pair: Pair):
         self.pair = pair
+        vectors = [name for name in VECTORS if getattr(pair, name) is not None]
+        self.names = [*(["image"] if pair.data else []), "captions", *vectors]
 
     def __getitem__(self, name: str) -> Any:
-        if name == "image":
-            return self.pair.image if self.pair.data else None
-        if name == "captions":
-            return self.pair.captions or [""]
-        if name in VECTORS:
-            return getattr(self.pair, name)
-        raise KeyError(name)
+        if name not in self.names:
+            raise KeyError(name)
+        return self.pair.captions or [""] if name == "captions" else getattr(self.pair, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(("image", "captions", *VECTORS))
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return 2 + len(VECTORS)
+        return len(self.names)
 
 
 def _image(where: str, value: Any) -> Image.Image:

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from models.clip import Clip
 from models.codec import Codec
 from models.frozen_text import FrozenTower
@@ -26,7 +24,15 @@ from pipeline.training.tasks.decoder import DecoderTask
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.tasks.starts import ROWS
 from pipeline.training.tasks.upsampler import UpsamplerTask
-from unclip.rows import Rows, open_rows
+from unclip.embedded_rows import MADE_OF, embedded, makes
+from unclip.rows import Rows, check_row, open_rows
+
+TASKS: dict[str, Any] = {
+    "clip": ClipTask,
+    "ar_prior": ARPriorTask,
+    "diffusion_prior": DiffusionPriorTask,
+    "decoder": DecoderTask,
+}
 
 
 def train(
@@ -56,10 +62,12 @@ def train(
             of the same names (also "caption" or "text", a string or a list of which the first is read) or (image,
             caption). An image is PIL's of any size, an array uint8 [h, w, 3] or a tensor uint8 [3, h, w], of which
             the model sees the square centre. Rows are read by threads while the model trains; what a model measures
-            before its first step (``ridge``, ``whiten``) is read of the first 65,536 rows.
+            before its first step (``ridge``, ``whiten``) is read of the first 65,536 rows. Embeddings that a row lacks
+            are made of its image and caption with ``clip``, of all rows before the first step.
         preset: Preset whose values hold for the fields that ``recipe`` leaves out.
         device: "cpu", "cuda", or "auto", which is a GPU where there is one.
-        clip: CLIP whose text tower a model with ``text_encoder: frozen`` reads.
+        clip: CLIP that makes the embeddings that ``data`` lacks, and whose text tower a model with ``text_encoder:
+            frozen`` reads.
         codec: Codec of the AR prior.
         task: Task of your own in place of the stage's.
         progress: Progress line on stderr.
@@ -83,20 +91,52 @@ def train(
     if strange := [name for name in recipe if name in ELSEWHERE]:
         raise UserError("; ".join(f"{name} is called {ELSEWHERE[name]}" for name in strange))
     values = {"project": stage, "store": stage, "source": {"paths": [stage]}, "preset": preset, stage: recipe}
-    chosen = getattr(make_config(values), stage)
+    config = make_config(values)
+    chosen = getattr(config, stage)
     if stage == "clip" and chosen.pretrained:
         raise UserError(f"weights: {chosen.weights} is trained already; leave weights out")
     if chosen.init_from is not None and not chosen.init_from.path:
         raise UserError("init_from: a sha256 names a blob of a store, but this training has no store; name a file")
-    rows = open_rows(data)
+    columns, on = task.columns if task else TASKS.get(stage, UpsamplerTask).columns, choose_device(device)
+    rows = _open(stage, data, columns, clip)
+    held_rows = None if validation is None else _open(stage, validation, columns, clip)
+    if held_rows is not None and len(held_rows) < FEWEST:
+        raise UserError(f"validation has {len(held_rows)} rows, but needs {FEWEST}")
+    if task is None:
+        _check_parts(stage, chosen.model, clip, codec)
+    if clip is not None:
+        batch, bf16 = config.run.embeddings.batch, config.embeddings.precision == "bf16"
+        rows = embedded(rows, columns, clip, on, batch, bf16, progress)
+        held_rows = held_rows and embedded(held_rows, columns, clip, on, batch, bf16, progress)
     task = task or _task(stage, chosen.model, rows, clip, codec)
-    examples, held_out = _examples(stage, task, rows), None
-    if validation is not None:
-        held_out = _examples(stage, task, open_rows(validation))
-        if held_out.rows < FEWEST:
-            raise UserError(f"validation has {held_out.rows} rows, but needs {FEWEST}")
+    examples = _examples(stage, task, rows)
+    held_out = None if held_rows is None else _examples(stage, task, held_rows)
     place = None if checkpoint is None else Path(checkpoint)
-    return train_on(stage, task, examples, chosen, choose_device(device), held_out, callback, place, progress)
+    return train_on(stage, task, examples, chosen, on, held_out, callback, place, progress)
+
+
+def _check_parts(stage: str, model: Any, clip: Clip | None, codec: Codec | None) -> None:
+    """Raises UserError for a model that reads a CLIP or a codec, where there is none."""
+    if stage == "ar_prior" and codec is None:
+        raise UserError("ar_prior predicts a codec's codes: pass codec=, such as project.artifact('codec').model()")
+    if getattr(model, "text_encoder", "") == "frozen" and clip is None:
+        raise UserError(f"{stage} of this preset reads CLIP's text tower: pass clip=, such as model.cascade.clip")
+
+
+def _open(stage: str, data: Any, columns: Sequence[str], clip: Clip | None) -> Rows:
+    """Returns the rows of data. Raises UserError where columns are missing that ``clip`` cannot make."""
+    rows = open_rows(data)
+    missing = [name for name in columns if not rows.has(name) and name not in makes(clip, rows)]
+    if not missing:
+        if not len(rows):
+            raise UserError("data has no rows")
+        return rows
+    said = f"{stage} reads {', '.join(columns)}; data has no {', '.join(missing)}"
+    if any(name in MADE_OF for name in missing):
+        of = "an image and a caption in each row"
+        said += f": give {of}, of which clip= makes embeddings" if clip else f": pass clip=, which makes them of {of}"
+        said += ", or add what model.embed makes of images and of captions"
+    raise UserError(said)
 
 
 def _task(stage: str, model: Any, rows: Rows, clip: Clip | None, codec: Codec | None) -> Task:
@@ -106,16 +146,11 @@ def _task(stage: str, model: Any, rows: Rows, clip: Clip | None, codec: Codec | 
         return UpsamplerTask(model)
     tower = None
     if model.text_encoder == "frozen":
-        if clip is None:
-            raise UserError(f"{stage} of this preset reads CLIP's text tower: pass clip=, such as model.cascade.clip")
+        assert clip is not None
         tower = FrozenTower.of(clip.model_config, clip.model.state_dict())
-    has = rows.has("image_embedding") and len(rows)
-    dim = (
-        rows.take([0], ("image_embedding",))["image_embedding"].shape[-1] if has else 0
-    )  # _examples says what is missing
+    dim = rows.take([0], ("image_embedding",))["image_embedding"].shape[-1]
     if stage == "ar_prior":
-        if codec is None:
-            raise UserError("ar_prior predicts a codec's codes: pass codec=, such as project.artifact('codec').model()")
+        assert codec is not None
         return ARPriorTask(model, dim, codec, tower, _head(rows, ARPriorTask.columns) if model.ridge else None)
     if stage == "decoder":
         embeddings = _head(rows, ("image_embedding",)) if model.whiten else None
@@ -123,33 +158,21 @@ def _task(stage: str, model: Any, rows: Rows, clip: Clip | None, codec: Codec | 
     return DiffusionPriorTask(model, dim, tower, _head(rows, DiffusionPriorTask.columns) if model.ridge else None)
 
 
-def _head(rows: Rows, names: Sequence[str]) -> Batch | None:
-    """Returns the first rows, of which a model measures what it begins with; None where a column is missing."""
-    return rows.take(range(min(len(rows), ROWS)), names) if all(map(rows.has, names)) and len(rows) else None
+def _head(rows: Rows, names: Sequence[str]) -> Batch:
+    """Returns the first rows, of which a model measures what it begins with."""
+    return rows.take(range(min(len(rows), ROWS)), names)
 
 
 def _examples(stage: str, task: Task, rows: Rows) -> Examples:
     """Returns rows with the task's columns.
 
-    Raises UserError for columns that are missing or, by the first row, of another shape.
+    Raises UserError for columns that are, by the first row, of another shape.
     """
     names, side = task.columns, task.image_size
-    if missing := [name for name in names if not rows.has(name)]:
-        embed = ": unclip.Model.embed makes embeddings of images or captions" if "image_embedding" in missing else ""
-        raise UserError(f"{stage} reads {', '.join(names)}; data has no {', '.join(missing)}{embed}")
-    if not len(rows):
-        raise UserError("data has no rows")
     shapes = {"image": (3, side, side), "tokens": (CONTEXT,)}
     first = {name: column[0] for name, column in rows.take([0], names, side).items()}
     for name, value in first.items():
-        shape = shapes.get(name, tuple(value.shape) if value.ndim == 1 else ("d",))
-        if tuple(value.shape) != shape:
-            wanted = ", ".join(map(str, shape))
-            raise UserError(f"{name} has rows of shape {list(value.shape)}; {stage} reads [{wanted}]")
-        if name == "image" and value.dtype != torch.uint8:
-            raise UserError(f"image is {value.dtype}; give uint8 from 0 to 255")
-        if name == "tokens" and value.is_floating_point():
-            raise UserError(f"tokens are {value.dtype}; give whole numbers, such as models.tokens.tokenize makes")
+        check_row(stage, name, value, shapes.get(name, tuple(value.shape) if value.ndim == 1 else ("d",)))
     dims = {name: len(value) for name, value in first.items() if name.endswith("_embedding")}
     if len(set(dims.values())) > 1:
         raise UserError(f"embeddings differ in dimension, so they are not of one CLIP: {dims}")

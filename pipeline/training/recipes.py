@@ -82,7 +82,8 @@ class TrainingRecipe:
         )
         require(
             self.samples >= self.batch,
-            f"samples {self.samples} is less than one batch of {self.batch}: raise samples or lower batch and lanes",
+            f"samples {self.samples} is less than one batch of {self.batch}: raise samples, or lower batch "
+            f"and lanes, {self.lanes}, of which batch is a multiple",
         )
         require(self.decay <= self.samples, f"decay is {self.decay}: use at most samples, {self.samples}")
 

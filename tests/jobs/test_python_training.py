@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -118,6 +119,28 @@ def test_a_dataset_trains_as_its_columns_do() -> None:
         assert same(train("clip", data, samples=24, **SHORT).model, expected)
 
 
+@pytest.mark.parametrize("stage", ["decoder", "diffusion_prior", "ar_prior"])
+def test_embeddings_that_a_dataset_lacks_are_made_with_the_given_clip(stage: str) -> None:
+    """As the stage of embeddings makes them, so that the same columns make the same weights; CLIP stays as it was."""
+    rows, tower = Drawn(24), clip()
+    each, side, modes = [rows[place] for place in range(24)], tower.image_size, [m.training for m in tower.modules()]
+    pixels = torch.stack([torch.tensor(view(image, side)).permute(2, 0, 1) for image, _ in each])
+    captions = [captions[0] for _, captions in each]
+    seen = deepcopy(tower).eval()
+    with torch.no_grad():
+        image, text = seen.encode_image(pixels), seen.encode_text(seen.tokenize(captions))
+    codec = fit_codec(image, (image * text).sum(1), components=4).codec
+    columns = {"captions": captions, "image_embedding": image.half(), "text_embedding": text.half()}
+    if stage == "decoder":
+        columns["image"] = pixels  # CLIP of nano reads 64 px, as the decoder does
+    expected = train(stage, columns, samples=24, codec=codec, **SHORT)
+    made = train(stage, rows, samples=24, codec=codec, validation=rows, **SHORT)
+    for name, value in made.model.state_dict().items():
+        torch.testing.assert_close(value, expected.model.state_dict()[name], rtol=1e-3, atol=1e-4)
+    assert made.journal[0]["validation_rows"] == 24
+    assert [m.training for m in tower.modules()] == modes
+
+
 def test_pairs_are_a_dataset_to_train_on() -> None:
     """A Pair is read by its names; its image is decoded where a model reads images."""
     png = io.BytesIO()
@@ -190,14 +213,19 @@ def test_mistakes_in_training_are_one_line() -> None:
         lambda: unclip.train("upsampler_256", {"image": pixels[..., :9, :9]}): r"reads \[3, 256, 256\]",
         lambda: unclip.train("upsampler_256", {"image": pixels}): "give uint8",
         lambda: unclip.train("clip", {"image": pixels[..., :64, :64].byte(), "captions": ["a"]}): "numbers of rows",
-        lambda: train("ar_prior", {}): "pass codec=",
+        lambda: train("ar_prior", PAIRS): "pass codec=",
         lambda: unclip.train("diffusion_prior", PAIRS | {"captions": "ab"}): "give a list of strings",
-        lambda: unclip.train("diffusion_prior", PAIRS | {"captions": [None]}): "give a list of strings",
+        lambda: unclip.train("diffusion_prior", PAIRS | {"captions": [None]}): "row 0 has no caption: give a",
         lambda: train("diffusion_prior", {"captions": ["a"], "image_embedding": ["b"]}): "image_embedding: not numeric",
         lambda: train("diffusion_prior", PAIRS | {"text_embedding": torch.zeros(2, 12)}): "differ in dimension",
         lambda: train("diffusion_prior", PAIRS | {"text_embedding": torch.zeros(2)}): r"has rows of shape \[\]",
         lambda: train("diffusion_prior", {"tokens": torch.zeros(2, 77), **EMBEDDINGS}): "give whole numbers",
-        lambda: train("diffusion_prior", {"captions": ["a"]}): "data has no image_embedding",
+        lambda: train("diffusion_prior", {"captions": ["a"]}): "no image_embedding: give an image and a caption",
+        lambda: unclip.train("diffusion_prior", [(Image.new("RGB", (9, 9)), "a")]): "pass clip=, which makes them of",
+        lambda: train("decoder", {"captions": ["a"], "image": torch.zeros(1, 3, 8, 8)}): r"CLIP reads \[3, 64, 64\]",
+        lambda: train("decoder", {"captions": [], "image": torch.zeros(0, 3, 64, 64)}): "data has no rows",
+        lambda: train("clip", [{"image": Image.new("RGB", (9, 9)), "caption": None}]): "row 0 of the data has no capt",
+        lambda: train("clip", [{"image": None, "caption": "a"}]): "row 0 of the data has no image; it has caption",
         lambda: train("diffusion_prior", PAIRS, lr=1, epochs=2): "lr is called learning_rate; epochs is called samples",
         lambda: train("clip", [{"caption": "a"}]): "data has no image",
         lambda: train("clip", [3, 4]): "row 0 of the data is a int",
