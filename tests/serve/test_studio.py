@@ -198,6 +198,7 @@ def test_another_shape_is_cut_from_the_square_where_it_is_shown_and_downloaded(s
         assert (np.asarray(image.convert("RGB")) == middle).all()
     assert read_recipe(data, "cut.png").caption == CAPTION
     studio.locator("#tool-mask summary").click()  # over all of the square
+    expect(studio.locator("#mask")).to_be_visible()  # its "toggle" comes in a task of its own
     large, mask = studio.locator("#large").bounding_box(), studio.locator("#mask").bounding_box()
     assert large
     assert large == mask

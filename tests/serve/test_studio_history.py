@@ -19,6 +19,7 @@ def test_the_mask_lies_where_one_points(studio: Page, width: int, height: int) -
     studio.locator(".tile").first.click()
     expect(studio.locator("#large")).to_be_visible()  # its tools are in place
     studio.locator("#tool-mask summary").click()
+    expect(studio.locator("#mask")).to_be_visible()
     studio.get_by_role("slider", name="Brush").fill("6")
     image = studio.locator("#large").bounding_box()
     assert image
