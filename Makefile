@@ -17,7 +17,7 @@ help:
 	@echo "make dist    wheel and sdist of the commit in dist/, built twice, installed elsewhere and run there"
 	@echo "make unit    the tests of functions and classes, in minutes      make check    format, lint, types"
 	@echo "make test    these and all that start servers, clusters and commands      make test-slow    the slow ones"
-	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
+	@echo "make test-browser    report, studio and site in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
 	@echo "make test-pythons    unit and dist on each of PYTHONS that runs here: some GB each, in build/"
 	@echo "make chaos   real faults: N=50 slices of SEED=1, a minute each, OF=data or training; goes on where it stopped"
 	@echo "make mutants    faults that no test notices, in FILE=models/diffusion/process.py"

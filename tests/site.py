@@ -32,6 +32,7 @@ PAGES = {
 MARKER = re.compile(r"^\[(Fields|Table|Reference) of ([\w., ]+)\]\(([^)]+)\)$", re.MULTILINE)
 LINK = re.compile(r"(?<!\\)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```[\s\S]*?^```$|^ {4}.*$", re.MULTILINE)
+FILM = re.compile(r"(!\[[^\]]*\]\([^)\s]+\.svg\))(?!{)")
 MATH = re.compile(r"^```math\n([\s\S]*?)^```$", re.MULTILINE)
 
 
@@ -93,6 +94,7 @@ def prepared(source: Path, text: str) -> str:
     """Returns the text of a page as the site has it."""
     text = MARKER.sub(lambda found: generated(found[1], found[2]), text)
     text = MATH.sub(lambda found: formula(found[1]), text)
+    text = FILM.sub(r"\1{ loading=lazy }", text)  # a recording takes a browser most of a second: text is painted first
     kept, parts = 0, []
     for found in FENCE.finditer(text):
         parts += [LINK.sub(lambda link: moved(source, link), text[kept : found.start()]), found[0]]
@@ -142,6 +144,11 @@ def pages_of(part: Any) -> list[str]:
     return [page for below in (part.values() if isinstance(part, dict) else part) for page in pages_of(below)]
 
 
+def address(place: str) -> str:
+    """Returns the address of a page below that of the site, which is empty for the first one."""
+    return re.sub(r"(?:^|(?<=/))(?:index|README)/$", "", f"{place.removesuffix('.md')}/")
+
+
 def outline() -> str:
     """Returns llms.txt, as https://llmstxt.org has it: every page with its first sentence, by section."""
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
@@ -152,8 +159,7 @@ def outline() -> str:
         for place in pages_of(section):
             title, lead = sources[place].read_text().split("\n\n", 2)[:2]
             sentence = re.split(r"(?<=[.?!]) ", LINK.sub(r"\1", " ".join(lead.split())))[0]
-            address = re.sub(r"(?:^|(?<=/))(?:index|README)\.md$", "", place).removesuffix(".md").removesuffix("/")
-            text += f"- [{title.removeprefix('# ')}]({address or '.'}/): {sentence}\n"
+            text += f"- [{title.removeprefix('# ')}]({address(place) or './'}): {sentence}\n"
     return text
 
 
