@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -27,6 +27,8 @@ HABITS = {
     "--resume": "leave it out: the same command resumes",
     "--force": "leave it out: stages made stale by a changed value or list are remade",
     "--gpus": "leave it out: all GPUs are used; run.STAGE.workers=N takes fewer",
+    "--num-processes": "write run.STAGE.workers=N, such as run.decoder.workers=2",
+    "--nproc-per-node": "write run.STAGE.workers=N, such as run.decoder.workers=2",
 }
 _SAID = (
     (r"the following arguments are required: (.*)", r"\1 is missing"),
@@ -59,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         names: Function that returns names which stand as options, too: ``--num-images 4`` is num_images=4.
     """
 
-    names: Callable[[], Container[str]] = staticmethod(lambda: ())
+    names: Callable[[], Collection[str]] = staticmethod(lambda: ())
 
     def __init__(self, **words: Any):
         super().__init__(formatter_class=_Formatter, **words)
@@ -115,14 +117,28 @@ class Parser(argparse.ArgumentParser):
             bare = word.lstrip("-")
             if "--set" in known and OVERRIDE.fullmatch(bare):
                 raise UserError(f"{word}: write values without dashes: {bare}")
-            said = f"; {HABITS[name]}" if name in HABITS else ""
-            said = said or did_you_mean(
-                name.lstrip("-"), [option[2:] for option in known if option.startswith("--")], "--"
-            )
-            if "--set" in known and said.startswith("; known"):
-                said += f"; values are written {known['--set'].metavar}"
-            raise UserError(f"{self.prog}: unknown option {name}{said}")
+            raise UserError(f"{self.prog}: unknown option {name}{self._meant(name)}")
         return int(begun[0].nargs is None and not equals)
+
+    def _meant(self, option: str) -> str:
+        """Returns the end of a message about an unknown option: what is written here in its place."""
+        known, bare = self._option_string_actions, option.lstrip("-")
+        if habit := HABITS.get(option.replace("_", "-")):
+            return f"; {habit}"
+        if "--set" in known and known["--set"].metavar == "KEY=VALUE":
+            from pipeline.parse import ELSEWHERE  # with pydantic, for which no help should wait
+
+            if other := ELSEWHERE.get(bare.replace("-", "_")):
+                field, _, means = other.partition(", ")
+                return f"; write STAGE.{field}=VALUE, such as decoder.{field}=...{means and f', {means}'}"
+        said = did_you_mean(bare, [each[2:] for each in known if each.startswith("--")], "--")
+        if said.startswith("; known"):
+            near = did_you_mean(bare.replace("-", "_"), self.names(), "--")
+            if near.startswith("; did"):
+                return near
+            if "--set" in known:
+                said += f"; values are written {known['--set'].metavar}"
+        return said
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

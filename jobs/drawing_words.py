@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection
 from pathlib import Path
 
 from jobs.arguments import Parser, add_below, count, given, takes_place, takes_quiet, takes_values
@@ -121,7 +121,7 @@ def _takes_bundle(parser: Parser) -> None:
     parser.names = _names
 
 
-def _names() -> Container[str]:
+def _names() -> Collection[str]:
     """Returns what may stand as NAME=VALUE and as --NAME VALUE."""
     from dataclasses import fields
 

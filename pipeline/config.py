@@ -85,6 +85,7 @@ class Config:
     """
 
     stages: ClassVar[tuple[Stage, ...]]
+    BESIDE: ClassVar = ("preset", "scale")
 
     project: str
     store: str
@@ -106,7 +107,7 @@ def config_type(stages: tuple[Stage, ...] = STAGES) -> type[Config]:
 
     Raises UserError for a stage that is named as something else there.
     """
-    taken = {each.name for kind in (Config, Run) for each in fields(kind)} | {*sections(STAGES), "preset", "scale"}
+    taken = {each.name for kind in (Config, Run) for each in fields(kind)} | {*sections(STAGES), *Config.BESIDE}
     if wrong := next((stage.name for stage in stages if stage not in STAGES and stage.name in taken), ""):
         raise UserError(f"stage {wrong}: the configuration has another field of this name; rename the stage")
     settings = [(each.name, each.settings, field(default_factory=each.settings)) for each in stages if each.settings]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, reduce
 from itertools import chain
@@ -213,15 +213,31 @@ def _plain(kind: Any, value: Any) -> Any:
     return {str(key): _plain(nested.get(key), item) for key, item in value.items()}
 
 
-def _meant(kind: Any, name: str) -> str:
-    """Returns the end of a message about an unknown key of a dataclass: what it is called here, or where it stands."""
-    known = [field.name for field in dataclasses.fields(kind)]
+def _meant(kind: Any, name: str, where: str = "") -> str:
+    """Returns the end of a message about an unknown key of a dataclass: what it is called here, or where it stands.
+
+    ``where`` is the dotted name of the dataclass with a full stop, or "". A dataclass may have BESIDE, names of values
+    that are taken out of a mapping before it is read.
+    """
+    known = [*(field.name for field in dataclasses.fields(kind)), *getattr(kind, "BESIDE", ())]
     other = ELSEWHERE.get(name, name)
     field = other.partition(",")[0]
     if field in known and not dataclasses.is_dataclass(get_type_hints(kind)[field]):
         return f"; it is called {other}"
-    places = sorted(_places(kind, field), key=lambda place: place.startswith("run."))[:PLACES]
-    return f"; did you mean {' or '.join(places)}?" if places else did_you_mean(name, known)
+    places = [where + place for place in sorted(_places(kind, field), key=lambda place: place.startswith("run."))]
+    return f"; did you mean {' or '.join(_together(places)[:PLACES])}?" if places else did_you_mean(name, known)
+
+
+def _together(places: Sequence[str]) -> list[str]:
+    """Returns dotted names; those that differ in their stage alone are one, "STAGE.batch (STAGE: clip, decoder)"."""
+    stages: dict[str, list[str]] = {}
+    for place in places:
+        prefix, stage, rest = re.fullmatch(r"(run\.|)(\w+)(.*)", place).groups()  # type: ignore[union-attr]
+        stages.setdefault(f"{prefix}STAGE{rest}", []).append(stage)
+    return [
+        f"{form} (STAGE: {', '.join(names)})" if len(names) > 1 else form.replace("STAGE", names[0])
+        for form, names in stages.items()
+    ]
 
 
 def _places(kind: Any, name: str, prefix: str = "") -> Iterator[str]:
@@ -243,7 +259,8 @@ def _message(kind: Any, error: ErrorDetails, where: str) -> str:
         case "unexpected_keyword_argument":
             for part in place[:-1]:
                 kind = get_type_hints(kind)[str(part)]
-            said = f"unknown key{_meant(kind, str(place[-1]))}"
+            above = name.removesuffix(str(place[-1]))
+            said = f"unknown key{_meant(kind, str(place[-1]), above if above.endswith('.') else '')}"
         case "missing":
             said = "missing; it has no default"
         case "literal_error":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 
 from pipeline.errors import UserError
@@ -50,8 +51,11 @@ def parse_fleet(text: str) -> Fleet:
     if APPLE.match(name):
         raise UserError(f"--gpus {text}: Apple's GPUs are not used; leave it out to plan for this machine's cores")
     kind = next((known for known in DEVICES if _plain_kind(known) == _plain_kind(name)), None)
-    if not found or int(found[1]) < 1:
-        raise UserError(f"--gpus {text}: not a number of GPUs; write it as {f'1x{name}' if kind else '64xH100'}")
+    if not found:
+        example = shlex.quote(f"1x{name}" if kind else "64xH100")
+        raise UserError(f"--gpus {text}: not a number of GPUs; write it as {example}")
+    if int(found[1]) < 1:
+        raise UserError(f"--gpus {text}: name at least 1 GPU, or leave it out to plan for this machine")
     if kind is None:
         raise UserError(f"--gpus {text}: unknown kind {name}; name the most similar of {', '.join(DEVICES)}")
     return Fleet(int(found[1]), kind)

@@ -127,10 +127,10 @@ run mine.yaml --force                             | --force; leave it out: stage
 run mine.yaml --gpus 1                            | --gpus; leave it out: all GPUs are used
 plan mine.yaml sampling.size=256                  | sampling: unknown key; did you mean bundle.sampling?
 plan mine.yaml size=256                           | size: unknown key; did you mean bundle.sampling.size
-plan mine.yaml batch=12                           | batch: unknown key; did you mean clip.batch or ar_prior.batch
-plan mine.yaml epochs=10                          | epochs: unknown key; did you mean clip.samples or ar_prior.samples
-plan mine.yaml lr=1e-4                            | lr: unknown key; did you mean clip.learning_rate or
-plan mine.yaml device=0                           | device: unknown key; did you mean run.clip.device or
+plan mine.yaml batch=12                           | batch: unknown key; did you mean STAGE.batch (~decoder
+plan mine.yaml epochs=10                          | epochs: unknown key; did you mean STAGE.samples (~decoder
+plan mine.yaml lr=1e-4                            | lr: unknown key; did you mean STAGE.learning_rate (~decoder
+plan mine.yaml device=0                           | device: unknown key; did you mean run.STAGE.device (STAGE: clip
 plan mine.yaml decoder.lr=1e-4                    | decoder.lr: unknown key; it is called learning_rate
 plan mine.yaml decoder.epochs=3                   | decoder.epochs: unknown key; it is called samples, the number
 plan mine.yaml source.paths=[TRAIN.csv]           | split 'TRAIN' is not train, ~name another column
@@ -157,7 +157,7 @@ forget mine.yaml a.png                            | unknown command forget; did 
 download list.csv                                 | unknown command download; unclip run CONFIG --until pairs fetches
 finetune list.csv                                 | unknown command finetune; unclip init NAME LIST --from WHERE
 run mine.yaml --preset nano                       | unknown option --preset; write preset=NAME
-run mine.yaml --epochs 10                         | unknown option --epochs; ~; values are written KEY=VALUE
+run mine.yaml --epochs 10                         | unknown option --epochs; write STAGE.samples=VALUE, such as decoder
 run mine.yaml +decoder.samples=100                | +decoder.samples=100: not understood here; ~[KEY=VALUE ...]
 plan mine.yaml run.trackers=[comet]               | run.trackers: comet is neither module:function nor one of tensor
 plan mine.yaml store=gcs://bucket/a               | only a folder or s3://, gs:// or az:// and BUCKET/PREFIX
@@ -182,6 +182,14 @@ sample cat guidance_scale=much                    | guidance_scale: expected a n
 sample cat seed=-1                                | seed -1 is below 0
 sample cat --steps 1                              | decoder_steps is 1: use 2 or more
 sample cat sise=64                                | ['sise']: did you mean size?
+plan mine.yaml presett=nano                       | presett: unknown key; did you mean preset?
+plan mine.yaml run.device=cpu                     | run.device: unknown key; did you mean run.STAGE.device (STAGE: cl
+plan mine.yaml --gpus 0xH100                      | --gpus 0xH100: name at least 1 GPU
+plan mine.yaml --gpus "RTX 3060"                  | not a number of GPUs; write it as '1xRTX 3060'
+run mine.yaml --batch_size 8                      | --batch_size; write STAGE.batch=VALUE, such as decoder.batch=...
+run mine.yaml --batch-size 8                      | --batch-size; write STAGE.batch=VALUE, such as decoder.batch=...
+plan mine.yaml --num_processes 2                  | --num_processes; write run.STAGE.workers=N, such as run.decoder
+sample cat --num_inference_step 5                 | --num_inference_step; did you mean --num_inference_steps?
 sample cat --from OWNER/NAME                      | one on the Hugging Face Hub has to be downloaded first: hf download
 """
 # What other tools write and people do, which is taken as it is: what is printed says what was made of it.
