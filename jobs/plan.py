@@ -60,10 +60,11 @@ def main(arguments: argparse.Namespace) -> int:
         seen = seen | read_profile(arguments.profile, graph)
     if rows is not None:
         ask = PlanInput(config, graph, rows, config.source.test, seen, fleet, utilisation)
-        return _tell_of_size(ask, arguments.json)
+        return _tell_of_size(ask, arguments.json, arguments.verbose)
     assert project is not None
-    verbose = arguments.verbose or any((arguments.probe, arguments.gpus, arguments.profile))
-    plan = plan_run(project, verbose=verbose, seen=seen, fleet=fleet, utilisation=utilisation)
+    tabled = any((arguments.probe, arguments.gpus, arguments.profile))
+    asked: dict[str, Any] = {"seen": seen, "fleet": fleet, "utilisation": utilisation}
+    plan = plan_run(project, verbose=arguments.verbose, tabled=tabled, **asked)
     lacks = [*map(str, lacking(plan.costs, plan.ask, project.store))]
     if arguments.json:
         known = {v.stage: {"state": v.state, "key": v.key, "because": v.because} for v in plan.verdicts}
@@ -74,7 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tell_of_size(ask: PlanInput, as_json: bool) -> int:
+def _tell_of_size(ask: PlanInput, as_json: bool, verbose: bool) -> int:
     """Prints the costs of a list of some size, as if nothing were made."""
     costs = {stage: estimate(stage, ask) for stage in ask.graph}
     lacks = [*map(str, impossible(costs, ask))]
@@ -83,7 +84,7 @@ def _tell_of_size(ask: PlanInput, as_json: bool) -> int:
         return 0
     where = f" on {ask.fleet.count} {ask.fleet.name}" if ask.fleet else ""
     say(f"{ask.config.project}: {_size(ask.rows, ask.shards)}{where}, as if nothing were made")
-    say("\n".join([*_cost_lines(costs, ask), *(f"warning: {lack}" for lack in lacks)]))
+    say("\n".join([*_cost_lines(costs, ask, verbose), *(f"warning: {lack}" for lack in lacks)]))
     return 0
 
 
@@ -119,6 +120,7 @@ class RunPlan:
         costs: Estimates of the stale stages; none where the machine to run on is not known here.
         ask: Data of these estimates.
         verbose: True for a text with all costs and every change.
+        tabled: True for a text with a table of costs in place of the longest stages.
     """
 
     project: Project
@@ -127,6 +129,7 @@ class RunPlan:
     costs: dict[str, Cost]
     ask: PlanInput
     verbose: bool = False
+    tabled: bool = False
 
     @property
     def stale(self) -> list[str]:
@@ -156,7 +159,7 @@ class RunPlan:
 
     def __repr__(self) -> str:
         shown = [v for v in self.verdicts if v.stage in self.wanted]
-        return "\n".join(_plan_lines(self.project, shown, self.costs, self.ask, self.verbose))
+        return "\n".join(_plan_lines(self.project, shown, self.costs, self.ask, self.verbose, self.tabled))
 
 
 def plan_run(
@@ -166,6 +169,7 @@ def plan_run(
     verbose: bool = False,
     machine_of: Callable[[RaySettings], Machine | None] = find_machine,
     seen: Observations | None = None,
+    tabled: bool = False,
     **asked: Any,
 ) -> RunPlan:
     """Plans a run.
@@ -178,6 +182,7 @@ def plan_run(
         machine_of: Function that finds the machine or cluster to run on, or None where it is not known here: nothing is
             estimated then, and the driver of the job, which knows its cluster, plans again.
         seen: Observations to scale; by default those of the last run.
+        tabled: True for a plan whose text has a table of costs.
         asked: GPUs to plan for, and their utilisation, as ``PlanInput`` has them.
 
     Raises:
@@ -196,9 +201,9 @@ def plan_run(
         seen = observe(project.store, project.config.project, project.graph, project.held_out)
     ask = PlanInput(project.config, project.graph, project.rows, project.held_out, seen or {}, **asked)
     if machine is None:
-        return RunPlan(project, wanted, verdicts, {}, ask, verbose)
+        return RunPlan(project, wanted, verdicts, {}, ask, verbose, tabled)
     ask = replace(ask, machine=machine, looked=True)
-    return RunPlan(project, wanted, verdicts, {name: estimate(name, ask) for name in stale}, ask, verbose)
+    return RunPlan(project, wanted, verdicts, {name: estimate(name, ask) for name in stale}, ask, verbose, tabled)
 
 
 def _plan_lines(
@@ -207,6 +212,7 @@ def _plan_lines(
     costs: Mapping[str, Cost],
     ask: PlanInput,
     verbose: bool,
+    tabled: bool,
 ) -> Iterator[str]:
     """Yields a line for each stage, the sum, and on what they run; all costs if ``verbose``."""
     yield f"{project.config.project}: {_size(ask.rows, len(project.scan.shards))}, store {project.store.url}"
@@ -224,9 +230,9 @@ def _plan_lines(
     yield f"about {total} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}"
     yield places(costs, ask)
     yield from (f"warning: {line}" for line in project.warnings(costs))
-    if verbose:
+    if verbose or tabled:
         yield ""
-        yield from _cost_lines(costs, ask)
+        yield from _cost_lines(costs, ask, verbose)
     else:
         longest = sorted(costs, key=lambda stage: -costs[stage].seconds)[:LONGEST]
         parts = ", ".join(f"{stage} {duration(costs[stage].seconds)}" for stage in longest)
@@ -234,9 +240,9 @@ def _plan_lines(
         yield from second_prior(costs, ask)
 
 
-def _cost_lines(costs: Mapping[str, Cost], ask: PlanInput) -> list[str]:
+def _cost_lines(costs: Mapping[str, Cost], ask: PlanInput, verbose: bool) -> list[str]:
     table = cost_table(costs, elapsed(costs, ask), ask.config.run.prices, elapsed_between(costs, ask))
-    return [*table, *remarks(costs, ask)]
+    return [*table, *remarks(costs, ask, verbose), *([] if verbose else ["-v says what this rests on"])]
 
 
 def _size(rows: int, shards: int) -> str:

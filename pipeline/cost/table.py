@@ -119,14 +119,14 @@ def size(value: float) -> str:
     return f"{value:,.1f} PB"
 
 
-def remarks(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
-    """Yields sentences: a second prior, cores for each GPU, what does not fit, and what is assumed."""
+def remarks(costs: Mapping[str, Cost], ask: PlanInput, verbose: bool = True) -> Iterator[str]:
+    """Yields sentences: a second prior, what to rent; if ``verbose`` also rates, steps, and what is assumed."""
     yield from second_prior(costs, ask)
     by_basis: dict[str, list[str]] = {}
     for stage, cost in costs.items():
         by_basis.setdefault(cost.basis, []).append(stage)
     yield "; ".join(f"{BASES[basis]}: {', '.join(stages)}" for basis, stages in by_basis.items())
-    if "embeddings" in costs:
+    if "embeddings" in costs and verbose:
         who = f"one {ask.gpu or 'GPU'}" if costs["embeddings"].gpus else "one core"
         needed, taken = round(cores_a_gpu(ask), 1), decoders_a_gpu(ask)
         said = f"{needed:g} decoding cores for each encoder"
@@ -134,15 +134,18 @@ def remarks(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
             said = f"{counted(taken, 'decoding core')} for each encoder, which waits for them"
         most = 1 / driver_seconds(ask)
         if costs["embeddings"].gpus / encode_seconds(ask) > most:
-            enough = f"{most * encode_seconds(ask):.0f} GPUs are enough"
-            said += f"; Ray's driver hands on {most:,.0f} images/s, so that {enough}"
+            enough = max(1, round(most * encode_seconds(ask)))
+            said += f"; Ray's driver hands on {most:,.0f} images/s: {counted(enough, 'GPU')} would be as fast"
         yield (
             f"embeddings: {who} encodes {1 / encode_seconds(ask):,.0f} pairs/s, one core decodes "
             f"{1 / decode_seconds(ask):,.0f} images/s: {said}"
         )
     if any(cost.gpus and cost.basis == "counted" for cost in costs.values()):
         yield from _months(costs, ask)
-        yield from _steps(costs, ask)
+        yield from _steps(costs, ask, verbose)
+    if not verbose:
+        return
+    if any(cost.gpus and cost.basis == "counted" for cost in costs.values()):
         yield from _rare_saves(costs, ask)
         device, bf16 = ask.device, rate(ask, "bf16")
         yield (
@@ -182,7 +185,7 @@ def _rare_saves(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
         yield f"checkpoints of a worker, at an assumed {size(assumed.SAVED_BYTES)}/s: {each}"
 
 
-def _steps(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
+def _steps(costs: Mapping[str, Cost], ask: PlanInput, verbose: bool) -> Iterator[str]:
     """Yields what a step of each training takes of a GPU, which of them wait for kernels, and how many GPUs pay."""
     trained = counted_trainings(costs, ask)
     steps = {stage: step_of(stage, ask, gpus) for stage, gpus in trained.items()}
@@ -193,10 +196,14 @@ def _steps(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
         f"and {size(worker_memory(stage, ask, trained[stage]))} of its host"
         for stage, step in steps.items()
     )
-    yield f"a step on a GPU of {size(ask.device.memory)}: {'; '.join(parts)}"
+    if verbose:
+        yield f"a step on a GPU of {size(ask.device.memory)}: {'; '.join(parts)}"
+    waiting = []
     for stage, gpus in trained.items():
         computing, launching = step_seconds(stage, ask, gpus)
-        if launching > computing:
+        if launching > computing and not verbose:
+            waiting.append(stage)
+        elif launching > computing:
             yield (
                 f"{stage}: its host takes {1000 * launching:.0f} ms to launch the kernels of a step, one GPU "
                 f"{1000 * computing:.0f} ms to compute it"
@@ -204,6 +211,8 @@ def _steps(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
         if (worth := worth_renting(stage, ask, gpus)) < gpus:
             pays = f"{worth} of {gpus} GPUs {'is' if worth == 1 else 'are'} worth renting"
             yield f"{stage}: {pays}; beyond, twice as many save less than a quarter of its time"
+    if waiting:
+        yield f"{', '.join(waiting)}: steps are so small that a faster GPU would not be quicker"
 
 
 def worth_renting(stage: str, ask: PlanInput, gpus: int) -> int:

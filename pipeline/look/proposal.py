@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.build import build
@@ -19,6 +20,7 @@ from pipeline.parse import load_yaml
 from pipeline.starter import starter
 
 GPUS = ("RTX 4090", "RTX 3060", "L4")  # that people have at home or rent for little
+SMALL = "most of it is starting and compiling; a GPU gains with longer trainings"
 MAC_CORES = 8  # of Apple's smaller chips; torch runs nothing of ours on their GPU
 
 
@@ -92,11 +94,16 @@ def estimates(
     """
     what = machine.gpu or amount_of(machine.cpus, "core")
     yield _estimate(f"this machine ({what})", *here, rows, held_out, machine)
-    for name in GPUS:
-        yield _estimate(name, *with_gpu, rows, held_out, machine, Fleet(1, name))
+    cards = [_estimate(name, *with_gpu, rows, held_out, machine, Fleet(1, name)) for name in GPUS]
+    macs = []
     if not machine.gpus:
         where = f"a Mac ({MAC_CORES} cores; its GPU is not used)"
-        yield _estimate(where, *here, rows, held_out, machine, cores=MAC_CORES)
+        macs = [_estimate(where, *here, rows, held_out, machine, cores=MAC_CORES)]
+    for card in cards:
+        same = (mac.seconds for mac in macs if mac.seconds is not None and mac.recipe == card.recipe)
+        slower = card.seconds is not None and card.seconds >= min(same, default=math.inf)
+        yield replace(card, lacks=(*card.lacks, SMALL)) if slower else card
+    yield from macs
 
 
 def _estimate(

@@ -195,7 +195,7 @@ def test_the_command_prints_a_short_table_writes_the_page_and_speaks_json(capsys
     assert "0 by the 30 tokens of nano, tiny; 0 by the 75 tokens of small, karlo, paper" in said
     assert "without CLIP: nothing" in said
     assert ".pdf (such as notes.pdf)" in said
-    assert re.search(r"\n  RTX 4090 +about .*\(preset tiny\)", said)
+    assert re.search(r"\n  RTX 4090 +about .*\(preset tiny; most of it is starting and compiling", said)
     assert said.endswith("page       look.html\n")
     assert "3 rows; nothing is trained" in Path("look.html").read_text()
     assert main(["data", "look", str(folder), "--json", "--images", "2", "-o", "elsewhere.html"]) == 0

@@ -156,6 +156,10 @@ def test_a_small_batch_on_many_gpus_waits_for_launches_and_the_plan_says_how_man
     said = "\n".join(remarks({"decoder": cost}, ask))
     assert f"decoder: {worth} of 64 GPUs are worth renting" in said
     assert "to launch the kernels of a step" in said
+    short = "\n".join(remarks({"decoder": cost}, ask, verbose=False))
+    assert "decoder: steps are so small that a faster GPU would not be quicker" in short
+    assert "kernels" not in short
+    assert "assumed: " not in short
     assert worth_renting("decoder", replace(ask, fleet=Fleet(2, "H100")), 2) == 2
 
 

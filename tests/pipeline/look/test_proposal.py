@@ -2,7 +2,14 @@
 
 from pipeline.config import preset_config
 from pipeline.graph.resources import Machine
-from pipeline.look.proposal import GPUS, estimates
+from pipeline.look.proposal import GPUS, SMALL, estimates
+
+
+def test_where_cores_are_as_quick_the_line_of_a_gpu_says_why() -> None:
+    """Of few rows and small models, of which most is starting."""
+    nano = preset_config("nano"), "preset nano"
+    _, *cards, mac = estimates(nano, nano, 100, 0.2, Machine(2))
+    assert all(mac.seconds < card.seconds and card.lacks == (SMALL,) for card in cards)
 
 
 def test_what_cannot_be_is_one_line_with_what_can() -> None:
