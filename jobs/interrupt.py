@@ -80,4 +80,7 @@ def _end(code: int, *_: object) -> None:
 @cache
 def say_interrupted() -> None:
     """Says it once: the limit may be reached after it was said."""
-    os.write(2, b"interrupted; what is done is kept: run the same command again to go on\n")
+    os.write(
+        2,
+        b"interrupted; what is done is kept, of trainings up to the last checkpoint: the same command goes on\n",
+    )

@@ -197,9 +197,9 @@ class Progress(ProgressLine):
     def line(self) -> str:
         """Returns a text such as '1,200 of 7,213 rows, 143/s, 42 s left'."""
         rate = (self.done - self.first) / max(self.moved - self.began, 1e-9)  # does not fall between two counts
-        text = f"{self.done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s"
-        if rate < 10:
-            text = f"{self.done:,} of {self.total:,} {self.unit}, {rate:.2g}/s"
+        speed = f"{rate:.2g}" if rate < 10 else f"{rate:,.0f}"
+        each = f" {self.unit}/s" if self.unit.endswith("B") else "/s"  # of bytes nobody guesses the unit
+        text = f"{self.done:,} of {self.total:,} {self.unit}, {speed}{each}"
         if self.done >= self.total:
             return f"{text}, {duration(self.seconds)}"
         return f"{text}, {duration((self.total - self.done) / rate)} left" if rate else text

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.json
 
+from pipeline.data.pairs.row_index import read_opt_outs
 from pipeline.errors import UserError
 from pipeline.graph import artifacts as stored
 from pipeline.progress import counted
@@ -104,6 +105,18 @@ class Artifact:
             journal = pa.json.read_json(io.BytesIO(self.read(JOURNAL)))
             return journal.select(list(columns)) if columns else journal
         return pa.concat_tables(self.tables(name, columns))
+
+    def opt_outs(self) -> Iterator[dict[str, Any]]:
+        """Yields the rows of pairs that a deny list or their owner excludes: key, url, reason, evidence, seen.
+
+        Raises UserError for another stage.
+
+        Examples:
+            >>> excluded = [row["url"] for row in project.artifact("pairs").opt_outs()]
+        """
+        if self.stage != "pairs":
+            raise UserError(f"{self.stage} has no opt_outs; pairs has")
+        return read_opt_outs(self._store, stored.read_shards(self._store, self.record))
 
     def model(self) -> Any:
         """Returns the network of a training, on the CPU in evaluation mode, or the codec.

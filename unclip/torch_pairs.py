@@ -38,6 +38,9 @@ class TorchPairs(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def __repr__(self) -> str:
+        return f"{self.pairs!r} for torch, {f'images of {self.side} px' if self.side else 'without images'}"
+
     def __getitem__(self, place: int) -> dict[str, Any]:
         return self.__getitems__([range(len(self))[place]])[0]
 

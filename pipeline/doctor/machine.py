@@ -32,6 +32,9 @@ def check_machine() -> Iterator[Finding]:
     yield Finding("ok", "python", f"{platform.python_version()}, {sys.executable}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield Finding("ok", "machine", f"{cores()} cores, {', '.join(gpus) or 'no GPU that torch can use'}")
+    if (load := os.getloadavg()[0]) > 2 * cores():
+        text = f"load of {load:.1f} on {cores()} cores: other programs take time that a run then measures as its own"
+        yield Finding("warning", "machine", text, "end them, or wait, before a run or a probe")
     if not gpus and (there := installed_gpus()):
         advice = "install torch for CUDA"
         if torch.version.cuda:

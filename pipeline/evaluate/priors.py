@@ -84,7 +84,8 @@ def measure_found(subject: Subject, samples: Tensor, rows: SplitRows, known: Bas
         # A baseline that misses so few rows that even a perfect prior would not be significantly better.
         if not subject.compare(rows, torch.ones_like(baseline), baseline).holds:
             missed = f"{float((1 - baseline).sum()):.0f} of {len(rows):,}"
-            figure = replace(figure, holds=None, note=f"the baseline misses {missed}, too few to improve on")
+            named = known[figure.name.rpartition("_")[2]][0]
+            figure = replace(figure, holds=None, note=f"the {named} baseline misses {missed}, too few to improve on")
         figures.append(figure)
     return figures
 

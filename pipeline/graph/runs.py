@@ -21,6 +21,7 @@ from pipeline.store.base import Entry
 from pipeline.store.records import create_record, peek_record, whoami
 
 OURS = ("unclip", "cli")  # programs whose arguments are recorded
+OPEN = ("preset", "scale")  # values of a command that a run's record has as they were written
 AGAIN_S = 86_400  # after which a run that finds everything made is recorded again
 MOST_RUNS = 10**8 - 1  # of a project: numbers have eight digits, so that names sort as numbers do
 
@@ -93,13 +94,17 @@ def _asked_by() -> dict[str, str]:
 
 
 def _command() -> str:
-    """Returns the command line without the values of overrides, which may be private; recipes are recorded anyway."""
+    """Returns the command line without the values of overrides, which may be private; recipes are recorded anyway.
+
+    Values of OPEN stay: they are no secret, and tell two runs apart.
+    """
     program = Path(sys.argv[0]).stem
     if program not in OURS:  # a program that uses the package: its words are its own
         return program
-    words = [
-        word if "=" not in word else f"{word.removeprefix('--set=').partition('=')[0]}=..." for word in sys.argv[1:]
-    ]
+    words = []
+    for word in sys.argv[1:]:
+        name, equals, value = word.removeprefix("--set=").partition("=")
+        words.append(f"{name}={value if name in OPEN else '...'}" if equals else word)
     return " ".join([program, *map(shlex.quote, words)])
 
 

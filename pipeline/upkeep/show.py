@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from textwrap import wrap
 from typing import Any
 
+from pipeline.build import all_stages
 from pipeline.graph.artifacts import Artifact, StageKey
 from pipeline.graph.leases import Holder
 from pipeline.graph.records import PlannedStage
@@ -34,7 +35,7 @@ def show_overview(found: Overview, now: float) -> str:
     size = max(len(run.project) for run in found.runs)
     for run in found.runs:
         made = sum((stage, run.stages[stage].key) in found.made for stage in run.wanted)
-        what = f"{made} of {len(run.wanted)} stages made"
+        what = f"{made} of {len(run.wanted)} stages made by now"
         lines.append(f"  {_date(run.at)}  {run.project:{size}}  {what}  {_asked_by(run)}".rstrip())
     for project in dict.fromkeys(run.project for run in found.runs):
         lines += ["", project, *_project(next(run for run in found.runs if run.project == project), found, now)]
@@ -56,7 +57,8 @@ def _asked_by(run: PastRun) -> str:
 
 
 def _project(run: PastRun, found: Overview, now: float) -> Iterator[str]:
-    stages = sorted(run.stages, key=lambda stage: (_depth(stage, run.stages), stage))
+    order = {stage.name: place for place, stage in enumerate(all_stages())}
+    stages = sorted(run.stages, key=lambda stage: (order.get(stage, len(order)), _depth(stage, run.stages), stage))
     names = [(stage, run.stages[stage].key) for stage in stages]
     states: dict[str, list[StageKey]] = {"made": [], "being made": [], "not made": []}
     for name in names:

@@ -92,7 +92,7 @@ def _interrupt(process: Running) -> None:
     assert result.returncode == 130, result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     last = result.stderr.splitlines()[-1]
-    assert last == "interrupted; what is done is kept: run the same command again to go on"
+    assert last == "interrupted; what is done is kept, of trainings up to the last checkpoint: the same command goes on"
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def working(words):
 
 sys.exit(guard(working, []))
 """
-LAST = "interrupted; what is done is kept: run the same command again to go on\n"
+LAST = "interrupted; what is done is kept, of trainings up to the last checkpoint: the same command goes on\n"
 
 
 def _ready(program: str, *words: str) -> Running:

@@ -324,6 +324,7 @@ def test_pairs_are_read_in_many_ways(project: unclip.Project, tmp_path: Path, mo
     assert [caption for batch in batches for caption in batch["caption"]] == tensors["captions"]
     for name in ("image", "image_embedding", "text_embedding"):
         assert torch.equal(torch.cat([batch[name] for batch in batches]), tensors[name])
+    assert repr(pairs.to_torch(side=32)) == f"{pairs!r} for torch, images of 32 px"
     assert pairs.to_torch(side=0)[1].keys() == {"caption", "image_embedding", "text_embedding"}
 
 

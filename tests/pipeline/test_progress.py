@@ -53,6 +53,13 @@ def test_the_line_says_rate_and_time_left(
     assert bar.line() == line
 
 
+def test_a_rate_of_bytes_has_their_unit(clock: Clock) -> None:
+    bar = Progress("demo.zip", 100, "KiB", stream=io.StringIO())
+    clock.now += 2
+    bar.advance(50)
+    assert bar.line() == "50 of 100 KiB, 25 KiB/s, 2 s left"
+
+
 def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(clock: Clock) -> None:
     stream = io.StringIO()
     with Progress("clip", 100, "samples", stream=stream) as bar:

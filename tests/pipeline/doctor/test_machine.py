@@ -16,7 +16,15 @@ def without_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(machine, "DEVICE_FILES", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (0.5, 0.5, 0.5))
     return tmp_path
+
+
+def test_a_machine_that_others_keep_busy_is_told(without_cuda: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (6.1, 0.0, 0.0))
+    (said,) = warnings()
+    assert "load of 6.1 on 2 cores" in said
 
 
 def warnings() -> list[str]:

@@ -63,7 +63,7 @@ def test_a_prior_without_weights_fails_both_lines(cheat: Callable[[], Tensor], f
 def test_where_a_baseline_finds_all_but_a_few_nothing_is_claimed_of_finding() -> None:
     by_name = measured(TEXT, TEXT)
     assert by_name["found_text"].holds is None
-    assert by_name["found_text"].note == "the baseline misses 0 of 200, too few to improve on"
+    assert by_name["found_text"].note == "the caption embedding baseline misses 0 of 200, too few to improve on"
     assert by_name["cosine_text"].holds is False
 
 

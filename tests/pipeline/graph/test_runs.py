@@ -21,6 +21,7 @@ GRAPH = build(load_config("configs/nano.yaml"))
     ("words", "recorded"),
     [
         (["/bin/unclip", "run", "a.yaml", "--set=store=s3://a", "x.y=1"], "unclip run a.yaml store=... x.y=..."),
+        (["/bin/unclip", "run", "a.yaml", "preset=nano", "scale=2"], "unclip run a.yaml preset=nano scale=2"),
         (["jobs/cli.py", "run", "a b.yaml"], "cli run 'a b.yaml'"),
         (["monthly.py", "--token", "hf_abc"], "monthly"),
     ],

@@ -51,9 +51,9 @@ def test_runs_and_what_is_under_way() -> None:
     assert lines[start + 2] == "    8 of 64 samples"
     start = lines.index("last runs (and 6 before)")
     assert lines[start + 1 : start + 4] == [
-        "  2025-06-15 14:56 UTC  birds  1 of 3 stages made  ana@gpu-7  unclip run birds.yaml",
-        "  2025-06-15 12:20 UTC  birds  1 of 3 stages made  ana@gpu-7  unclip run birds.yaml",
-        "  2025-06-15 09:33 UTC  other  1 of 3 stages made  ana@gpu-7  unclip run birds.yaml",
+        "  2025-06-15 14:56 UTC  birds  1 of 3 stages made by now  ana@gpu-7  unclip run birds.yaml",
+        "  2025-06-15 12:20 UTC  birds  1 of 3 stages made by now  ana@gpu-7  unclip run birds.yaml",
+        "  2025-06-15 09:33 UTC  other  1 of 3 stages made by now  ana@gpu-7  unclip run birds.yaml",
     ]
     start = lines.index("birds")
     assert lines[start + 1 : start + 6] == [

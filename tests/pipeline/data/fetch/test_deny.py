@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import unclip
 from pipeline.config import Config, make_config
 from pipeline.data.fetch.opener import Refused, normal_url
 from pipeline.data.fetch.rules import DenyLists, read_deny_lists
@@ -116,6 +117,7 @@ def test_what_is_denied_is_not_asked_for_and_not_kept(tmp_path: Path) -> None:
     assert [row["reason"] for row in bench.rows("pairs")] == [*(reason for *_, reason in rows), "denied"]
     assert sorted(pages.asked) == ["/0.png", "/2.png", "/robots.txt", "/to-host", "/to-url"]
     found = list(read_opt_outs(bench.store, read_shards(bench.store, bench.made["pairs"])))
+    assert list(unclip.Artifact(bench.store, bench.made["pairs"]).opt_outs()) == found
     by_url, by_hash = "deny_urls: http://a.test/1.png", f"deny_sha256: {sha256(picture(2))}"
     by_host = "deny_hosts: denied.test"
     assert [row["evidence"] for row in found] == [by_host, by_url, by_host, by_url, *[by_hash] * 4]
