@@ -37,7 +37,7 @@ REASONS = {
     "not_an_image": "the bytes are not an image in a supported format",
     "needs_heif": "a HEIC image, which needs the extra heif: pip install 'pillow-heif>=1,<2'",
     "too_many_pixels": "more pixels than allowed, by the header",
-    "truncated": "the image ends early",
+    "truncated": "the image ends early, or the tar of which it would be the next",
     "hash_mismatch": "the bytes do not match the list's hash",
     "decode_error": "the image cannot be decoded",
     "decode_timeout": "decoding took longer than an image of that size may take",

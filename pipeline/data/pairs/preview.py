@@ -25,6 +25,7 @@ MOST_ROWS = 10_000  # looked at, at most, so that a look at a list of millions t
 # Of the rows behind those: what a configuration says of more does not depend on their number.
 MOST_COUNTED = 1_000_000
 MEASURED = 100  # measured, at most
+MOST_ENDED = 5  # tars that are named
 
 FRAME_WORDS = 3  # at the beginning or the end of a caption, which has more
 COMMON = 0.1  # of the different captions have such words, and at least COMMON_LEAST captions
@@ -54,8 +55,8 @@ class ListPreview:
         flaws: Faults of rows that cannot be read; counted nowhere else.
         framed: Rows of which every caption begins or ends as many captions do.
         behind: Rows with a reference behind those that were read, of at most ``MOST_COUNTED``.
-        unread: Messages about files of a folder that are not read, how many and of what kinds; one for each list with
-            such files.
+        unread: Messages about what of a list is not read: files of a folder, how many and of what kinds, in one for
+            each list with such files, and the first tars that end early.
         stated: Sides are those that tables state, because no image could be opened here.
     """
 
@@ -91,6 +92,7 @@ def preview(recipe: SourceRecipe) -> ListPreview:
     """
     found: list[ListRow] = []
     counted = behind = 0
+    ended: list[str] = []
     for path in recipe.paths:
         rows = read_rows(path, recipe)
         first = list(islice(rows, max(1, MOST_ROWS - len(found))))
@@ -99,8 +101,10 @@ def preview(recipe: SourceRecipe) -> ListPreview:
         found += first
         for row in islice(rows, MOST_COUNTED - counted):
             counted += 1
+            ended += [row.flaw] if row.reject == "truncated" else []
             behind += bool(row.url and not row.reject)
-    flaws = tuple(row.flaw for row in found if row.flaw)
+    ended = [*(row.flaw for row in found if row.reject == "truncated"), *ended]
+    flaws = tuple(row.flaw for row in found if row.flaw and row.reject != "truncated")
     forbidden = tuple(row.url for row in found if row.reject and not row.flaw)
     found = [row for row in found if row.url and not row.reject]
     captions = tuple(row.captions[0] for row in found if row.captions)
@@ -112,7 +116,7 @@ def preview(recipe: SourceRecipe) -> ListPreview:
     shares = tuple(hash_share(row.group or row.url) for row in different if not row.split)
     opened = tuple(min(size) for _, size in measured if not isinstance(size, str))
     unopened = tuple((shown(url), size) for url, size in measured if isinstance(size, str))
-    left = tuple(filter(None, (unread(path, recipe) for path in recipe.paths)))
+    left = tuple(filter(None, (*ended[:MOST_ENDED], *(unread(path, recipe) for path in recipe.paths))))
     framed = framed_rows([row.captions for row in found])
     listed = () if opened else chain.from_iterable(source_at(path).stated_sides(recipe) for path in recipe.paths)
     sides = opened or tuple(islice(listed, MOST_ROWS))

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.fetch.opener import Refused, normal_url
+from pipeline.data.pairs.preview import preview
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.stage import scan
 from pipeline.data.source.tars import tar_place
@@ -141,8 +142,26 @@ def test_a_tar_is_read_to_its_end_or_refused(tmp_path: Path, folder_store: Store
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"damaged at byte .*, or another tar follows there"):
             scan(recipe, folder_store, write=False)
-    path.write_bytes(whole[: 12 * tarfile.BLOCKSIZE])  # without the two blocks of its end
-    assert scan(recipe, folder_store, write=False).shards[0].ledger.rows == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"),
+    [(12 * 512, 3), (11 * 512 + 1, 3), (11 * 512, 2), (10 * 512, 2), (8 * 512 + 100, 2), (7 * 512, 1), (5 * 512, 1)],
+)
+def test_a_tar_that_ends_early_is_told_of_and_what_is_whole_of_it_is_kept(
+    size: int, kept: int, tmp_path: Path, folder_store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the last member, its one byte, its header, an image without its text, or within a header or an image."""
+    path = write_tar(tmp_path / "00000.tar", {f"{i}.{kind}": b"1" for i in range(3) for kind in ("jpg", "txt")})
+    path.write_bytes(path.read_bytes()[:size])
+    recipe = SourceRecipe((str(path),))
+    (shard,) = scan(recipe, folder_store, write=True).shards
+    assert (shard.ledger.kept, shard.ledger.rejected) == (kept, {"truncated": 1})
+    assert read_table(folder_store, shard.refs)["url"].to_pylist()[-1] == f"file://{path}"
+    said = f"{path} ends early, after {size:,} bytes; the samples behind that are missing, so fetch or write it again"
+    assert said in caplog.text
+    assert preview(recipe).unread == (said,)
+    assert preview(recipe).flaws == ()
 
 
 def test_captions_that_are_not_utf_8_cost_their_row(tmp_path: Path, folder_store: Store) -> None:
