@@ -33,8 +33,9 @@ CONFIG = "project: mine\npreset: nano\nstore: {store}\nsource:\n  paths: [pairs.
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder. Ray's workers look for our packages in the current folder or on PYTHONPATH."""
+    """An empty current folder of an idle machine. Ray's workers find our packages by PYTHONPATH."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return tmp_path
 
