@@ -14,6 +14,8 @@ from pipeline.build import build
 from pipeline.config import Config, load_config
 from pipeline.cost.limits import lacking
 from pipeline.cost.table import places
+from pipeline.data.fetch.opener import Guard
+from pipeline.data.pairs.lost import blocked_rows
 from pipeline.doctor.clip_weights import check_clips
 from pipeline.doctor.finding import Finding
 from pipeline.doctor.machine import check_disks, check_machine, check_memory, check_shared_memory
@@ -74,11 +76,23 @@ def _check_project(config: Config, store: Store | None) -> Iterator[Finding]:
             held_out = project.scan.held_out
             splits = " and ".join(f"{held_out.get(split, 0):,} for {split}" for split in HELD_OUT_SPLITS)
             yield Finding("ok", "list", f"{counted(project.rows, 'pair')}, of which {splits}")
+            yield from _check_references(config)
             yield from (Finding("warning", "list", line) for line in project.warnings(stale))
             stale &= {verdict.stage for verdict in project.plan() if verdict.state == "stale"}
     yield from check_clips(config, stale)
     if project and stale:
         yield from _check_places(project)
+
+
+def _check_references(config: Config) -> Iterator[Finding]:
+    """Yields the rows that no run reads because of where their images lie: a problem where they are nearly all."""
+    try:
+        blocked = blocked_rows(config.source, Guard(config.run.pairs.hosts, config.pairs.allow))
+    except UserError as e:
+        yield Finding("problem", "list", str(e))
+        return
+    for line in blocked.lines():
+        yield Finding("problem" if blocked.nearly_all else "warning", "list", line)
 
 
 def _check_places(project: Project) -> Iterator[Finding]:

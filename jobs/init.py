@@ -14,6 +14,7 @@ from models.tokens import cut_captions
 from pipeline.config import check_project, load_config
 from pipeline.data.curation.row_filter import FilterRecipe
 from pipeline.data.fetch.references import shown
+from pipeline.data.pairs.lost import place_advice
 from pipeline.data.pairs.preview import MOST_COUNTED, ListPreview, behind_embeddings, preview
 from pipeline.data.source.lists import pinned
 from pipeline.data.source.recipe import SourceRecipe
@@ -86,6 +87,11 @@ def main(arguments: argparse.Namespace) -> int:
             f"share, such as {seen.framed.words!r}, and a CLIP that trains on them learns those words, not the "
             f"objects; add the bare text as a second caption of each row: {page('captions')}"
         )
+    if seen and 10 * len(seen.private) >= 9 * seen.rows:  # and so where there is no row
+        first = place_advice("forbidden_reference", seen.forbidden) or place_advice("forbidden_address", seen.private)
+        say(f"next: no run reads these images as it stands; {first or 'name another list'}")
+        say(f"then:\n    unclip doctor {path}")
+        return 0
     until = " --until diffusion_prior" if imageless else ""
     first = "" if gpu or until or origin else f"    unclip run {path} preset=nano    # a first look, in minutes\n"
     say(f"next:\n    unclip doctor {path}\n{first}    unclip run {path}{until}")
@@ -130,8 +136,10 @@ def _remarks(seen: ListPreview, context: int) -> Iterator[str]:
         many = counted(len(seen.flaws), "row")
         yield f"warning: {many} more cannot be read and will be left out; the first: {seen.flaws[0]}"
     yield from (f"warning: {left}" for left in seen.unread)
+    for reason, rows in seen.left_out.items():
+        yield f"warning: {counted(rows, 'row')} more {'is' if rows == 1 else 'are'} left out: {REASONS[reason]}"
     if bare := seen.rows - len(seen.captions):
-        yield f"warning: {bare:,} of them have no caption and will not be trained on"
+        yield f"warning: {counted(bare, 'row')} more without a caption, which no model trains on"
     most = FilterRecipe.max_caption
     if long := sum(len(caption) > most for caption in seen.captions):
         yield (
@@ -144,7 +152,12 @@ def _remarks(seen: ListPreview, context: int) -> Iterator[str]:
     if seen.forbidden:
         yield (
             f"warning: {len(seen.forbidden):,} rows are left out, which name what a list may not, such as "
-            f"{shown(seen.forbidden[0])[:200]!r}; if that is yours, name its folder or s3://BUCKET under source.roots"
+            f"{shown(seen.forbidden[0])[:200]!r}; {place_advice('forbidden_reference', seen.forbidden)}"
+        )
+    if seen.private:
+        yield (
+            f"warning: the addresses of {counted(len(seen.private), 'image')} are not public, such as "
+            f"{shown(seen.private[0])[:200]!r}; {place_advice('forbidden_address', seen.private)}"
         )
     if seen.unopened:
         of = len(seen.sides) + len(seen.unopened)

@@ -15,10 +15,12 @@ from jobs.bundles import remember_bundle
 from jobs.output import events_to, say
 from jobs.plan import RunPlan, plan_run
 from jobs.project import Project, open_project, remember_config
+from pipeline.data.pairs.lost import FILE, check_any_kept, lost_lines, lost_text
+from pipeline.data.pairs.stage import PAIRS
 from pipeline.doctor.readiness import check_ready
 from pipeline.errors import UserError
 from pipeline.evaluate.figure import as_text
-from pipeline.graph.artifacts import Artifact
+from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.execute import execute, make_context
 from pipeline.graph.runs import record_run
 from pipeline.progress import counted, duration
@@ -99,6 +101,10 @@ def main(arguments: argparse.Namespace) -> int:
 
         result = run(*asked, arguments.yes, arguments.verbose, tell)
     say(result)
+    if pairs := result.artifacts.get(PAIRS.name):
+        file = str(Path(project.config.run.output) / FILE)
+        for line in lost_lines(project.store, pairs, arguments.config, file):
+            say(line)
     say(places(project, result.plan.wanted))
     return 0
 
@@ -129,6 +135,10 @@ def run(
     tell(plan)
     if not yes:
         plan.check()
+    for verdict in plan.verdicts:
+        wanted = verdict.stage == PAIRS.name and verdict.stage in plan.wanted and verdict.state != "stale"
+        if wanted and (made := load_artifact(project.store, verdict.stage, verdict.key)):
+            check_any_kept(project.store, made)
     if not plan.stale:
         confirm(plan)
         return RunResult(plan, {}, time.monotonic() - began)
@@ -147,6 +157,8 @@ def _execute(plan: RunPlan, tell: Tell) -> dict[str, Artifact]:
     def on_stage(stage: str, made: Artifact) -> None:
         tell(StageDone(stage, made))
         _place(project, stage, made)
+        if stage == PAIRS.name:
+            check_any_kept(project.store, made)
         node = project.graph[stage]
         if node.kind == "result":
             tell_result(make_context(replace(node, inputs=()), made.key, {}, project.store, project.config), made)
@@ -161,8 +173,12 @@ def _execute(plan: RunPlan, tell: Tell) -> dict[str, Artifact]:
 
 
 def _place(project: Project, stage: str, made: Artifact) -> None:
-    """Writes images, or where the bundle is, into the run's output folder."""
+    """Writes images, rejected rows, or where the bundle is, into the run's output folder."""
     output = Path(project.config.run.output)
+    if stage == PAIRS.name:
+        from pipeline.report.page import replace_file
+
+        replace_file(output / FILE, lost_text(project.store, made))
     if stage == "bundle":
         remember_bundle(output, project.store.url, made.key)
     if stage == "samples":

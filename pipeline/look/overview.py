@@ -9,6 +9,7 @@ from itertools import islice
 
 from pipeline.config import Config, load_config
 from pipeline.data.fetch.references import shown
+from pipeline.data.pairs.lost import place_advice
 from pipeline.data.pairs.preview import ListPreview
 from pipeline.data.source.journal import EMPTY, ListJournal
 from pipeline.data.source.rows import stored_rows
@@ -23,6 +24,7 @@ from pipeline.look.survey import OTHER, ListSurvey
 from pipeline.progress import counted, duration
 from pipeline.store import Store
 
+NO_PROPOSAL = "none, because no image of the sample can be used"
 UNNAMED = "not named"  # a licence
 NAMED, NAME_CHARACTERS = 4, 60  # licences and scripts in a line, and characters of one
 MANY = 0.1  # of the captions or images: worth a sentence of advice
@@ -75,7 +77,7 @@ class Look:
         images: Images of a sample of these rows; None where the list has no images.
         rules: Rows that each stage will reject or defer, by reason, as far as that can be known without CLIP.
         advice: Steps to take, a sentence each.
-        proposal: Configuration to begin with.
+        proposal: Configuration to begin with; None where images were asked for and none can be used.
         estimates: Time of a run, by place.
     """
 
@@ -91,7 +93,7 @@ class Look:
     images: ImageLook | None
     rules: tuple[RuleCount, ...]
     advice: tuple[str, ...]
-    proposal: Proposal
+    proposal: Proposal | None
     estimates: tuple[PlacedEstimate, ...]
 
     def __repr__(self) -> str:
@@ -145,6 +147,7 @@ def look_at(
     held_out = max(found.held_out.values(), default=0) / max(1, found.rows)
     captions = look_at_captions(survey.drawn)
     rules = tuple(_rules(survey, sample))
+    unseen = looked is not None and not looked.kept
     look = Look(
         config.source.paths,
         survey.rows,
@@ -157,9 +160,11 @@ def look_at(
         captions,
         looked,
         rules,
-        tuple(_advice(config, seen, captions, rules, looked)),
-        proposed,
-        tuple(estimates(here, with_gpu, max(1, found.rows), held_out, machine)),
+        tuple(_advice(config, seen, captions, rules, looked, sample)),
+        None if unseen else proposed,
+        ()
+        if unseen and overrides is not None
+        else tuple(estimates(here, with_gpu, max(1, found.rows), held_out, machine)),
     )
     return look, sample
 
@@ -186,7 +191,12 @@ def _rules(survey: ListSurvey, sample: SampledImages | None) -> Iterator[RuleCou
 
 
 def _advice(
-    config: Config, seen: ListPreview, captions: CaptionLook, rules: Sequence[RuleCount], images: ImageLook | None
+    config: Config,
+    seen: ListPreview,
+    captions: CaptionLook,
+    rules: Sequence[RuleCount],
+    images: ImageLook | None,
+    sample: SampledImages | None,
 ) -> Iterator[str]:
     lost = {rule.reason: rule.rows for rule in rules}
     if seen.flaws:
@@ -194,7 +204,8 @@ def _advice(
     yield from (f"{left}." for left in seen.unread)
     if lost.get("forbidden_reference"):
         named = f", such as {shown(seen.forbidden[0])[:200]}" if seen.forbidden else ""
-        yield f"Some rows name what a list may not{named}: if that is yours, name its folder under source.roots."
+        advice = place_advice("forbidden_reference", seen.forbidden) or "if that is yours, name it under source.roots"
+        yield f"Some rows name what a list may not{named}: {advice}."
     if long := lost.get("caption_too_long"):
         yield (
             f"{counted(long, 'first caption')} over {config.curation.max_caption:,} characters: they are left out. "
@@ -218,8 +229,9 @@ def _advice(
             f"many share, such as {captions.frame!r}: a CLIP that trains on them learns those words. Add the bare text "
             "as a second caption of each row."
         )
-    if lost.get("forbidden_address"):
-        yield "Some images are at addresses that are not public: if they are yours, name them in pairs.allow."
+    if sample and lost.get("forbidden_address"):
+        urls = [row["url"] for row in sample.rows if row["reason"] == "forbidden_address"]
+        yield f"Some images are at addresses that are not public: {place_advice('forbidden_address', urls)}."
     if lost.get("needs_heif"):
         yield "HEIC images are read once pip install 'pillow-heif>=1,<2' has run."
     if images and images.kept < (1 - MANY) * images.rows:
@@ -252,8 +264,8 @@ def _lines(look: Look) -> Iterator[str]:
     for rule in look.rules:
         yield f"  {rule.stage:10}{rule.said:28}{rule.rows:>9,} of {rule.among}  {REASONS[rule.reason]}"
     yield from look.advice
-    yield f"proposal   {look.proposal}"
-    width = max(len(each.where) for each in look.estimates)
+    yield f"proposal   {look.proposal or NO_PROPOSAL}"
+    width = max((len(each.where) for each in look.estimates), default=0)
     for each in look.estimates:
         takes = "not known" if each.seconds is None else f"about {duration(each.seconds)}"
         yield f"  {each.where:{width}}  {takes}  ({'; '.join((each.recipe, *each.lacks))})"

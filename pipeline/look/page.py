@@ -12,7 +12,7 @@ from markupsafe import Markup
 from models.sampling_config import UPSAMPLERS
 from pipeline.ledger import REASONS
 from pipeline.look.images import SampledImages
-from pipeline.look.overview import Look, cut_by_preset
+from pipeline.look.overview import NO_PROPOSAL, Look, cut_by_preset
 from pipeline.progress import counted, duration
 from pipeline.report.charts import bars, histogram
 from pipeline.report.data import kept_thumbnails, some_rejects
@@ -56,6 +56,7 @@ def _head(look: Look) -> Markup:
     reach = "none was fetched"
     if images:
         reach = ", ".join(f"{count:,} reach {side} px" for side, count in images.reaching.items())
+    preset = f"preset {look.proposal.preset}" if look.proposal else "–"
     tiles = [
         Tile("Rows", number(look.rows), f"{bad:,} of them will be rejected, by what the list says", "rules"),
         Tile("Images of a sample", usable, f"can be used; {reach}", "images" if images else ""),
@@ -65,7 +66,7 @@ def _head(look: Look) -> Markup:
             f"median; cut: {'; '.join(cut_by_preset(captions))}",
             "captions",
         ),
-        Tile("To begin with", f"preset {look.proposal.preset}", str(look.proposal), "proposal"),
+        Tile("To begin with", preset, str(look.proposal or NO_PROPOSAL), "proposal"),
     ]
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return HEAD.head(", ".join(look.paths), said, when, tiles, [])
@@ -143,4 +144,4 @@ def _proposal(look: Look) -> Markup:
         (each.where, each.recipe, "not known" if each.seconds is None else duration(each.seconds), " ".join(each.lacks))
         for each in look.estimates
     ]
-    return Section.of(LOOK.proposal, "proposal", "To begin with", [LOOK.begin(str(look.proposal), rows)])
+    return Section.of(LOOK.proposal, "proposal", "To begin with", [LOOK.begin(str(look.proposal or NO_PROPOSAL), rows)])

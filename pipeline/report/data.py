@@ -11,7 +11,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from pipeline.config import RUN_FILE
 from pipeline.data.fetch.references import shown
+from pipeline.data.pairs.lost import FILE
 from pipeline.ledger import REASONS
 from pipeline.progress import counted
 from pipeline.report.charts import bars, histogram
@@ -67,7 +69,15 @@ def _reasons(given: ReportInput) -> Markup:
         (lost.stage, lost.reason + ", deferred" * lost.deferred, REASONS.get(lost.reason, ""), lost.number, lost.share)
         for lost in lost_rows(given.artifacts)
     ]
-    return DATA.reasons(rows[:REASONS_SHOWN], rows[REASONS_SHOWN:]) if rows else note("No row was rejected.")
+    if not rows:
+        return note("No row was rejected.")
+    parts = [DATA.reasons(rows[:REASONS_SHOWN], rows[REASONS_SHOWN:])]
+    pairs = given.artifacts.get("pairs")
+    if given.folder and pairs and pairs.ledger.lost and (given.folder / FILE).is_file():
+        retried = f"; unclip data retry {given.folder / RUN_FILE} has the deferred ones tried again by the next run"
+        said = f"{FILE} beside this page names each row that pairs lost, with its reason"
+        parts.append(note(f"{said}{retried if pairs.ledger.deferred else ''}."))
+    return Markup().join(parts)
 
 
 def _work(given: ReportInput) -> Markup:

@@ -22,6 +22,7 @@ from tests.jobs.test_mistakes import refused
 from tests.pipeline.data.bench import save_clip
 from tests.seaweed import Server
 
+UNREACHED = ["no pair is left: 20 of 20 rows are unreachable", "unclip data retry"]
 NOBODY = "run.pairs.hosts={drawings.test: '127.0.0.1:1'}"
 
 
@@ -96,7 +97,7 @@ def test_what_is_forgotten_is_not_tried_again(tmp_path: Path, pictures: str) -> 
     store, config, listed = _project(tmp_path, pictures)
     victim = listed[7]
     for _ in range(2):  # the second time the very same rows, since all have failed again
-        done(here("run", config, NOBODY, "run.pairs.retries=0", "--until", "pairs"))
+        refused("run", config, NOBODY, "run.pairs.retries=0", "--until", "pairs", says=UNREACHED)
         others = done(here("data", "retry", config, "--reason", "timeout"))
         assert re.fullmatch(r"no row to retry; .*: \d+ unreachable; --reason unreachable retries those\n", others)
         assert done(here("data", "retry", config)).startswith("20 rows are retried in place")
@@ -115,7 +116,7 @@ def test_a_retry_beside_another_command(
 ) -> None:
     """While rows are gathered one of them is forgotten; or, before, the list becomes another one."""
     store, config, listed = _project(tmp_path, pictures)
-    done(here("run", config, NOBODY, "run.pairs.retries=0", "--until", "pairs"))
+    refused("run", config, NOBODY, "run.pairs.retries=0", "--until", "pairs", says=UNREACHED)
     victim = listed[7]
     scan, gather = jobs.data.scan, jobs.data.gather
 

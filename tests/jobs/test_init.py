@@ -103,7 +103,7 @@ def test_each_kind_of_list_gives_a_configuration_that_plans(kind: str, capsys: O
     ("files", "says", "models"),
     [
         ({"tiny/a.png": picture(0, 9, 9), "tiny/a.txt": b"a"}, "1 of the first 1 images are below 64", SAMPLED[:2]),
-        ({"bare/a.jpg": b"no", "bare/b.jpg": b"no", "bare/b.txt": b"a cat"}, "1 of them have no caption", SAMPLED),
+        ({"bare/a.jpg": b"no", "bare/b.jpg": b"no", "bare/b.txt": b"a cat"}, "1 row more without a caption", SAMPLED),
         ({"broken/a.png": b"<html>", "broken/a.txt": b"a cat"}, "1 of the first 1 images cannot be opened", SAMPLED),
         ({"unread.csv": UNREAD}, "2 rows more cannot be read and will be left out; the first: line 4 has a", SAMPLED),
     ],
@@ -159,6 +159,33 @@ def test_what_cannot_be_opened_is_named_with_why_and_so_are_files_that_are_not_r
     assert "x2.png: not_an_image: the bytes are not an image" in output
     assert "3 files in " in output
     assert "are not read: 2 .mp4 (such as clip.mp4), 1 .txt without an image (such as note.txt)\n" in output
+
+
+@pytest.mark.parametrize(
+    ("image", "line"),
+    [
+        ("http://127.0.0.1:9/{}.png", "allow: [127.0.0.1] below pairs:"),
+        ("/elsewhere/images/{}.png", "roots: [/elsewhere/images] below source:"),
+    ],
+)
+def test_a_list_whose_images_no_run_reads_gets_the_line_to_write(image: str, line: str, capsys: Output) -> None:
+    Path("pairs.csv").write_text("url,caption\n" + "".join(f"{image.format(i)},a cat\n" for i in range(9)))
+    made("mine", "pairs.csv")
+    output = capsys.readouterr().out
+    assert f"next: no run reads these images as it stands; if they are yours, write {line}" in output
+    assert "unclip run mine.yaml" not in output.partition("next: ")[2]
+    assert main(["doctor", "mine.yaml"]) == 1
+    found = capsys.readouterr().out
+    assert re.search(r"problem +list +9 of the first 9 rows are forbidden_\w+, such as .*" + re.escape(line), found)
+
+
+def test_rows_that_name_no_image_or_have_no_caption_are_no_pairs(capsys: Output) -> None:
+    Path("pairs.csv").write_text("url,caption\nhttp://closed.test/a.png,a\n,no image\nhttp://closed.test/b.png,\n")
+    made("mine", "pairs.csv")
+    output = capsys.readouterr().out
+    assert "pairs found: 1\n" in output
+    assert "warning: 1 row more is left out: the row names no image\n" in output
+    assert "warning: 1 row more without a caption" in output
 
 
 def test_other_columns() -> None:
@@ -299,7 +326,7 @@ def test_on_a_gpu_few_pairs_are_seen_a_hundred_times_and_need_a_clip_that_exists
 def test_on_a_gpu_a_list_of_which_no_row_is_taken_is_no_crash() -> None:
     """Such as one that names a bucket which is not among source.roots: ``init`` says so."""
     source = SourceRecipe((table("csv"),))
-    seen = replace(preview(source), rows=0, behind=0)
+    seen = replace(preview(source), rows=0, captions=(), behind=0)
     assert seen.pairs == 0
     assert "scale:" not in starter("mine", True, source, seen)
 

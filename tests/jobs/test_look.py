@@ -122,6 +122,7 @@ def test_captions_are_measured_in_the_tokens_of_the_presets(found: Found) -> Non
 def test_a_beginning_is_proposed_with_the_time_that_it_takes_in_places_that_people_have(found: Found) -> None:
     seen = found.look
     # One image of 17 reaches 1024 px, more than one in a hundred.
+    assert seen.proposal is not None
     assert seen.proposal.models == ("diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
     assert seen.proposal.preset in ("tiny", "small")
     where = [each.where for each in seen.estimates]
@@ -160,6 +161,7 @@ def test_only_images_of_the_sample_are_fetched_and_nothing_stays_behind(here: Pa
     assert len({path for path in pages.asked if path.endswith(".png")}) == 3
     assert set(Path(tempfile.gettempdir()).glob("unclip-look-*")) == before
     assert [file.name for file in here.iterdir()] == ["pairs.csv"]
+    assert seen.proposal is not None
     # Each is 72 px: nothing to train an upsampler on, which is known only because they were fetched.
     assert seen.proposal.models == ("diffusion_prior", "decoder")
     assert seen.proposal.size == 64
@@ -172,7 +174,9 @@ def test_addresses_that_are_not_public_are_refused_as_in_a_run(here: Path) -> No
         refusing = look(listed, images=1)
         allowing = look(listed, "pairs.allow=[127.0.0.0/8]", images=1)
     assert [(rule.stage, rule.reason) for rule in refusing.rules] == [("pairs", "forbidden_address")]
-    assert any("pairs.allow" in line for line in refusing.advice)
+    assert any("write allow: [127.0.0.1] below pairs:" in line for line in refusing.advice)
+    assert (refusing.proposal, refusing.estimates) == (None, ())  # of images that nobody has seen
+    assert "proposal   none, because no image of the sample can be used" in str(refusing)
     assert allowing.rules == ()
 
 

@@ -207,7 +207,7 @@ init a kohya.json                                 | pairs found: 1
 init a 10_dog                                     | pairs found: 1
 init a twice                                      | pairs found: 2
 init a CAPITALS                                   | pairs found: 1
-init a bare                                       | 1 of them have no caption and will not be trained on
+init a bare                                       | 1 row more without a caption, which no model trains on
 init a long.csv                                   | 1 of the first 1 captions have more than 1,000 characters
 init a tiny                                       | 1 of the first 1 images are below 64 px, too small to train on
 init a windows.csv                                | 1 of the first 1 images cannot be opened ~: missing_file

@@ -103,6 +103,16 @@ class Guard:
             return connection
         raise AssertionError("the last address connects or raises")
 
+    def forbids(self, host: str) -> bool:
+        """Returns whether a host is surely refused, as far as its name says it: no name is resolved."""
+        host = host.lower()
+        if not host or host in self._map or host in self._hosts:
+            return False
+        try:
+            return not (is_public(_parsed(host)) or self._allows(host))
+        except ValueError:
+            return host == "localhost" or host.endswith(".localhost")
+
     def _addresses(self, host: str, port: int) -> list[str]:
         """Returns the addresses of a name, remembered for a minute: resolvers of clouds bear few questions."""
         found, until = self._known.get(host, ([], 0.0))

@@ -10,9 +10,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.data.fetch.opener import Guard
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS
+from pipeline.data.pairs.lost import host_of_reference
 from pipeline.data.source.cells import read_cells
 from pipeline.data.source.lists import no_rows, path_policy, read_rows, source_at, unread
 from pipeline.data.source.recipe import SourceRecipe, hash_share
@@ -24,6 +26,7 @@ from pipeline.local import PathPolicy, is_cell, is_embedding, is_member, local_p
 MOST_ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
 # Of the rows behind those: what a configuration says of more does not depend on their number.
 MOST_COUNTED = 1_000_000
+FORBIDDEN = "forbidden_reference"
 MEASURED = 100  # measured, at most
 MOST_ENDED = 5  # tars that are named
 
@@ -52,9 +55,11 @@ class ListPreview:
         splits: Rows whose split the list names, by split.
         shares: Hash shares of all other rows.
         forbidden: References that the list may not name; counted nowhere else.
+        private: References, of those that count, to hosts that are not public by their names.
+        left_out: Other rows without a reference that can be read, by reason; counted nowhere else.
         flaws: Faults of rows that cannot be read; counted nowhere else.
         framed: Rows of which every caption begins or ends as many captions do.
-        behind: Rows with a reference behind those that were read, of at most ``MOST_COUNTED``.
+        behind: Rows with a reference and a caption behind those that were read, of at most ``MOST_COUNTED``.
         unread: Messages about what of a list is not read: files of a folder, how many and of what kinds, in one for
             each list with such files, and the first tars that end early.
         stated: Sides are those that tables state, because no image could be opened here.
@@ -68,6 +73,8 @@ class ListPreview:
     splits: Mapping[str, int] = field(default_factory=dict)
     shares: tuple[float, ...] = ()
     forbidden: tuple[str, ...] = ()
+    private: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
     flaws: tuple[str, ...] = ()
     framed: Framed = field(default_factory=Framed)
     behind: int = 0
@@ -76,8 +83,8 @@ class ListPreview:
 
     @property
     def pairs(self) -> int:
-        """Returns the rows that were read or counted."""
-        return self.rows + self.behind
+        """Returns the rows with a caption that were read or counted."""
+        return len(self.captions) + self.behind
 
     def reaching(self, side: int) -> int:
         """Returns how many of the measured images have a short side of at least this."""
@@ -102,12 +109,16 @@ def preview(recipe: SourceRecipe) -> ListPreview:
         for row in islice(rows, MOST_COUNTED - counted):
             counted += 1
             ended += [row.flaw] if row.reject == "truncated" else []
-            behind += bool(row.url and not row.reject)
+            behind += bool(row.url and row.captions and not row.reject)
     ended = [*(row.flaw for row in found if row.reject == "truncated"), *ended]
     flaws = tuple(row.flaw for row in found if row.flaw and row.reject != "truncated")
-    forbidden = tuple(row.url for row in found if row.reject and not row.flaw)
+    forbidden = tuple(row.url for row in found if row.reject == FORBIDDEN)
+    others = (row for row in found if not (row.flaw or row.reject == FORBIDDEN or (row.url and not row.reject)))
+    left_out = Counter(row.reject or "no_reference" for row in others)
     found = [row for row in found if row.url and not row.reject]
     captions = tuple(row.captions[0] for row in found if row.captions)
+    guard = Guard({}, ())
+    private = tuple(row.url for row in found if guard.forbids(host_of_reference(row.url)))
     measured = list(_measured(found, path_policy(recipe, *recipe.paths)))
     different = {
         row.url: row for row in reversed(found)
@@ -122,7 +133,21 @@ def preview(recipe: SourceRecipe) -> ListPreview:
     sides = opened or tuple(islice(listed, MOST_ROWS))
     more, stated = counted > 0, not opened
     return ListPreview(
-        len(found), more, captions, sides, unopened, splits, shares, forbidden, flaws, framed, behind, left, stated
+        len(found),
+        more,
+        captions,
+        sides,
+        unopened,
+        splits,
+        shares,
+        forbidden,
+        private,
+        left_out,
+        flaws,
+        framed,
+        behind,
+        left,
+        stated,
     )
 
 
