@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from models.tokens import cut_captions
 from pipeline.config import check_project, load_config
 from pipeline.data.curation.row_filter import FilterRecipe
 from pipeline.data.fetch.references import shown
-from pipeline.data.pairs.lost import place_advice
+from pipeline.data.pairs.lost import NEARLY_ALL, place_advice
 from pipeline.data.pairs.preview import MOST_COUNTED, ListPreview, behind_embeddings, preview
 from pipeline.data.source.lists import pinned
 from pipeline.data.source.recipe import SourceRecipe
@@ -27,6 +28,7 @@ from pipeline.starter import CLIP_PAIRS, embedded, existing_clip, models_for, si
 NAMED = 3  # images that cannot be opened
 READING = ("image_column", "caption_column", "image_folder", "encoding")  # options, and fields of the source
 OPTIONS = {"source.image_column": "--image-column and --caption-column", "source.encoding": "--encoding"}
+VALUE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
 ENOUGH = 1000  # pairs, below which models memorise images
 
 
@@ -36,6 +38,10 @@ def main(arguments: argparse.Namespace) -> int:
     if "/" in arguments.name or (Path(arguments.name).exists() and not arguments.sources):
         raise UserError(f"unclip init NAME SOURCE: a name comes first; write unclip init my-project {arguments.name}")
     check_project(arguments.name)
+    if word := next((each for each in arguments.sources if VALUE.match(each) and not Path(each).exists()), None):
+        raise UserError(
+            f"{word}: init takes lists and no KEY=VALUE; write it into {arguments.name}.yaml once that is there"
+        )
     path = Path(f"{arguments.name}.yaml")
     if path.exists():
         raise UserError(f"{path} exists already and is not overwritten; remove it, or choose another name")
@@ -55,9 +61,13 @@ def main(arguments: argparse.Namespace) -> int:
         file.write(text)
     say(f"{path} written; its comments explain what you can change")
     context = load_config(path).clip.model.text_context
-    for line in _remarks(seen, context) if seen else ["put your list under source.paths first"]:
+    if seen is None:
+        say(f"next: name your list in place of {source.paths[0]} below source: paths: in {path}")
+        say(f"then:\n    unclip doctor {path}")
+        return 0
+    for line in _remarks(seen, context):
         say(line)
-    if seen and not imageless and (line := _left_out(seen)):
+    if not imageless and (line := _left_out(seen)):
         say(line)
     if fetched:
         say(
@@ -76,18 +86,19 @@ def main(arguments: argparse.Namespace) -> int:
             f"clip.weights names a pretrained CLIP, a download of 0.6 GB: with fewer than {CLIP_PAIRS:,} pairs it is "
             "better than one trained on them"
         )
-    if seen and seen.pairs < CLIP_PAIRS and trains:
+    if seen.pairs < CLIP_PAIRS and trains:
         say(
             f"warning: a CLIP trained on fewer than {CLIP_PAIRS:,} pairs is poor; use an existing one, which is slow "
             f"without a GPU: uncomment clip.weights in {path}, or go on from a run's models with --from"
         )
-    if seen and 2 * seen.framed.rows > seen.rows and trains:
+    if 2 * seen.framed.rows > seen.rows and trains:
         say(
             f"warning: every caption of {seen.framed.rows:,} of {seen.rows:,} rows begins or ends with words that many "
             f"share, such as {seen.framed.words!r}, and a CLIP that trains on them learns those words, not the "
             f"objects; add the bare text as a second caption of each row: {page('captions')}"
         )
-    if seen and 10 * len(seen.private) >= 9 * seen.rows:  # and so where there is no row
+    blocked = len(seen.forbidden) + len(seen.private)
+    if blocked >= NEARLY_ALL * (seen.rows + len(seen.forbidden)):  # and so where there is no row
         first = place_advice("forbidden_reference", seen.forbidden) or place_advice("forbidden_address", seen.private)
         say(f"next: no run reads these images as it stands; {first or 'name another list'}")
         say(f"then:\n    unclip doctor {path}")

@@ -269,9 +269,10 @@ def sizes_seen(seen: ListPreview | None) -> str:
         return (
             "Images on the web are measured once they are downloaded: see the report after unclip run --until curation."
         )
+    how = ", as the list says" if seen.stated else ", by their headers"
     return (
         f"Of the first {len(seen.sides):,} images {seen.reaching(1024):,} have a short side of 1024 px or more, "
-        f"{seen.reaching(256):,} of 256 px, {seen.reaching(64):,} of 64 px{', as the list says' * seen.stated}."
+        f"{seen.reaching(256):,} of 256 px, {seen.reaching(64):,} of 64 px{how}."
     )
 
 

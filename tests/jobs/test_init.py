@@ -140,7 +140,9 @@ def test_without_a_list_it_names_one_of_each_kind(capsys: Output) -> None:
     assert made("mine").source.paths == ("pairs.csv",)
     text = Path("mine.yaml").read_text()
     assert all(kind in text for kind in (".csv, .tsv, .jsonl or", "a folder of a.jpg and a.txt", "webdataset tars"))
-    assert "put your list under source.paths first" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "next: name your list in place of pairs.csv below source: paths: in mine.yaml\n" in output
+    assert "unclip run" not in output
     refused("plan", "mine.yaml", says=f"source pairs.csv: no such file or folder in {Path.cwd()}", cwd=Path())
 
 
@@ -170,13 +172,15 @@ def test_what_cannot_be_opened_is_named_with_why_and_so_are_files_that_are_not_r
 )
 def test_a_list_whose_images_no_run_reads_gets_the_line_to_write(image: str, line: str, capsys: Output) -> None:
     Path("pairs.csv").write_text("url,caption\n" + "".join(f"{image.format(i)},a cat\n" for i in range(9)))
+    with open("pairs.csv", "a") as file:
+        file.write("http://closed.test/a.png,a dog\n")
     made("mine", "pairs.csv")
     output = capsys.readouterr().out
     assert f"next: no run reads these images as it stands; if they are yours, write {line}" in output
     assert "unclip run mine.yaml" not in output.partition("next: ")[2]
     assert main(["doctor", "mine.yaml"]) == 1
     found = capsys.readouterr().out
-    assert re.search(r"problem +list +9 of the first 9 rows are forbidden_\w+, such as .*" + re.escape(line), found)
+    assert re.search(r"problem +list +9 of the first 10 rows are forbidden_\w+, such as .*" + re.escape(line), found)
 
 
 def test_rows_that_name_no_image_or_have_no_caption_are_no_pairs(capsys: Output) -> None:

@@ -76,6 +76,8 @@ init my none                                      | source none: no rows; it has
 init my array.jsonl                               | array.jsonl: line 1 ~write one JSON object per line
 init my book.xlsx                                 | book.xlsx: not a spreadsheet that can be read
 init my book.docx                                 | book.docx: not a .parquet, .csv, ~save it as one
+init my list.csv preset=nano                      | preset=nano: init takes lists and no KEY=VALUE; write it into
+init my kohya.json --image-column bild            | kohya's JSON have no column bild; leave out image_column
 init my gone.csv                                  | gone.csv: no such file or folder in
 sample cat                                        | no finished bundle under out/; run one first
 sample cat --from none                            | none: no finished bundle there; name a run's output folder

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.data.source.columns import MOST_SHOWN, Flaw, columns_of
+from pipeline.data.source.columns import KNOWN, MOST_SHOWN, Flaw, columns_of
 from pipeline.data.source.parsers.child import Budget
 from pipeline.data.source.parsers.encoding import decoded
 from pipeline.data.source.parsers.text import HEAD_LINES, object_values
@@ -36,8 +36,10 @@ def annotation_rows(
         raise UserError(f"source {path}: not JSON ({e}); a file with an object a line is called .jsonl") from None
     rows: Iterator[tuple[str, list[Any]]]
     if isinstance(found, dict) and isinstance(found.get("images"), list):
+        _check_columns(path, wanted)
         rows = _coco(path, found, len(wanted))
     elif isinstance(found, dict) and found and all(isinstance(value, dict | str) for value in found.values()):
+        _check_columns(path, wanted)
         rows = _by_name(found, len(wanted))
     elif isinstance(found, list) and any(isinstance(each, dict) for each in found):
         rows = _objects(path, found, wanted)
@@ -45,6 +47,13 @@ def annotation_rows(
         raise UserError(f"source {path}: unsupported JSON; give {KINDS}")
     for where, values in rows:
         yield object_values(where, values)
+
+
+def _check_columns(path: Path, wanted: Sequence[str]) -> None:
+    """Raises UserError where columns are named for a format that has none."""
+    for column, usual, option in zip(wanted, KNOWN, ("image_column", "caption_column"), strict=False):
+        if column != usual:
+            raise UserError(f"source {path}: COCO's and kohya's JSON have no column {column}; leave out {option}")
 
 
 def _coco(path: Path, found: Mapping[str, Any], width: int) -> Iterator[tuple[str, list[Any]]]:
