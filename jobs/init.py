@@ -163,7 +163,8 @@ def _remarks(seen: ListPreview, context: int) -> Iterator[str]:
     if seen.forbidden:
         yield (
             f"warning: {len(seen.forbidden):,} rows are left out, which name what a list may not, such as "
-            f"{shown(seen.forbidden[0])[:200]!r}; {place_advice('forbidden_reference', seen.forbidden)}"
+            f"{shown(seen.forbidden[0])[:200]!r}; "
+            + (place_advice("forbidden_reference", seen.forbidden) or "source.roots names places that it may")
         )
     if seen.private:
         yield (

@@ -220,7 +220,7 @@ def test_init_looks_at_a_foreign_list_and_says_what_it_leaves_out(
     # What lies behind a link to a folder is judged when it is opened.
     refused = [url for url, reason in expected if reason == "forbidden_reference" and url != "up/private.png"]
     assert f"warning: {len(refused):,} rows are left out, which name what a list may not, such as" in out
-    assert "source.roots" in out
+    assert re.search(r"if they are yours, write roots: \[.+\] below source: in", out)
     found = load_config("foreign.yaml")
     assert found.source.roots == ()
     assert leaks([here / "foreign.yaml", ("out", out)], SECRETS) == []

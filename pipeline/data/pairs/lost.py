@@ -117,7 +117,7 @@ def _roots(urls: Iterable[str]) -> Counter[str]:
     for url in urls:
         if url.startswith("s3://"):
             counts["s3://" + url.removeprefix("s3://").partition("/")[0]] += 1
-        elif folder := os.path.dirname(os.path.normpath(_file(url))):
+        elif len(folder := os.path.dirname(os.path.normpath(_file(url)))) > 1:  # not all of a disk
             folders.setdefault(folder.split("/")[1], []).append(folder)
     return counts + Counter({os.path.commonpath(of): len(of) for of in folders.values()})
 

@@ -30,7 +30,7 @@ from tests.pipeline.data.bench import Bench, picture
         ),
         ("forbidden_reference", ["/data/a/1.png", "file:///data/b%20c/2.png"], "roots: [/data] below source:"),
         ("forbidden_reference", ["/mnt/x, y/1.png", "s3://birds/1.png"], "roots: ['s3://birds', '/mnt/x, y'] below"),
-        ("forbidden_reference", ["", "no URL [at all"], ""),
+        ("forbidden_reference", ["", "no URL [at all", "/a.png"], ""),
         ("truncated", ["/data/a.png"], ""),
     ],
 )
