@@ -78,6 +78,11 @@ def archived_bundle(source: str) -> tuple[Path, str]:
     return _cached(sha256, file), file.stem
 
 
+def cached_folders() -> list[Path]:
+    """Returns the folders of the bundles that were unpacked on this machine."""
+    return sorted(path.parent for path in _cache().glob("*/sampling.json") if is_digest(path.parent.name))
+
+
 def demo_address() -> str:
     """Returns the address of the demo's bundle, with its sha256 unless the setting lacks it.
 
@@ -99,9 +104,13 @@ def demo_address() -> str:
     return named
 
 
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "unclip"
+
+
 def _cached(sha256: str, source: str | Path) -> Path:
     """Returns the folder of what has this hash, which a file or an address has."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "unclip"
+    cache = _cache()
     folder = cache / sha256
     if folder.is_dir():
         return folder

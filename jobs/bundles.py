@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.archives import DEMO, archived_bundle, demo_address, is_archive
+from jobs.archives import DEMO, archived_bundle, cached_folders, demo_address, is_archive
 from jobs.command_line import PLACES
 from jobs.project import load_as_run, open_as_run
 from pipeline.data.source.lists import ON_HUB
@@ -128,6 +128,12 @@ def find_bundle(source: str | None, overrides: Sequence[str] = ()) -> Bundle:
             f"wrote; for others {page('export')} has the lines"
         )
     return _of_output(folder)
+
+
+def find_cached(key: str) -> Bundle | None:
+    """Returns the bundle of a key among those that were one file and are unpacked here; None where none has it."""
+    found = (_of_folder(folder, Path("out") / key[:12]) for folder in cached_folders())
+    return next((bundle for bundle in found if bundle.key == key), None)
 
 
 def remember_bundle(output: Path, store: str, key: str, files: str = "") -> None:

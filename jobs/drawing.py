@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from jobs.output import say
@@ -64,6 +65,22 @@ def one_file(to: Path | None, images: int, kinds: Sequence[str] = (".png",)) -> 
     if images > 1:
         raise UserError(f"--to {to}: {images} images do not fit into one file; name a folder")
     return True
+
+
+def writable(place: Path, single: bool) -> Path:
+    """Returns a file or folder for images, with the folders above it made, once a file could be made there.
+
+    Raises UserError: what is drawn for minutes is not lost to a place that cannot be written.
+    """
+    folder = place.parent if single else place
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+        if single and place.exists():
+            open(place, "r+b").close()
+    except OSError as e:
+        raise UserError(f"{place}: cannot be written ({e.strerror}); name another place with --to") from None
+    return place
 
 
 def write_png(path: Path, pixels: np.ndarray, recipe: ImageRecipe, more: Mapping[str, str] | None = None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.bundles import find_bundle
-from jobs.drawing import file_name, one_file, plain_errors, read_options, write_png
+from jobs.drawing import file_name, one_file, plain_errors, read_options, writable, write_png
 from jobs.output import say
 from models.sampling_config import own_names
 from pipeline.data.pairs.decoding import open_image
@@ -37,16 +37,17 @@ def main(arguments: argparse.Namespace) -> int:
     files = _named(arguments)
     images = open_inputs(recipe, files)
     bundle = find_bundle(arguments.source)
-    folder, where = bundle.folder, arguments.to or bundle.output / "edits"
-    (where.parent if single else where).mkdir(parents=True, exist_ok=True)  # before minutes of drawing
+    where = writable(arguments.to or bundle.output / "edits", single)
+    folder = bundle.folder
 
     from pipeline.sampling.drawing import open_bundle, refusals
     from pipeline.sampling.edits import make_edit
-    from pipeline.sampling.operations import with_images
+    from pipeline.sampling.operations import check_images, resolve_sampling, with_images
 
     with refusals():
+        check_images(recipe, images)
         unclip = open_bundle(folder, arguments.device)
-        recipe = replace(recipe, options={"size": min(SIZE, unclip.sampling.size), **recipe.options})
+        recipe = replace(recipe, options={"size": min(SIZE, resolve_sampling(unclip, recipe).size), **recipe.options})
         edit = make_edit(unclip, recipe, images, training=bundle.training)
     done = with_images(recipe.drawn(edit.settings, bundle.key), images, [file.name for file in files])
     if arguments.to and not single:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs.bundles import find_bundle
-from jobs.drawing import plain_errors, read_options, slug
+from jobs.drawing import plain_errors, read_options, slug, writable
 from jobs.output import say
 from pipeline.errors import UserError
 from pipeline.graph.ray import find_machine, this_machine
@@ -33,7 +33,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError("generate draws one image of each prompt, of 64, 256 or 1024 px; leave n and other sizes out")
     column = find_column(arguments.prompts, arguments.column)
     found = find_bundle(arguments.source)
-    to = arguments.to or found.output / "generated"
+    to = writable(arguments.to or found.output / "generated", single=False)
     if column:
         say(f"prompts: column {column} of {arguments.prompts}")
     store, bundle = found.stored()

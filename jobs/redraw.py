@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.bundles import Bundle, find_bundle
-from jobs.drawing import one_file, plain_errors, read_options, write_png
+from jobs.bundles import Bundle, find_bundle, find_cached
+from jobs.drawing import NAME_HASH, file_name, one_file, plain_errors, read_options, writable, write_png
 from jobs.edit import ANIMATIONS, STRIPS, open_input, write_strip
 from jobs.output import say
 from pipeline.data.pairs.decoding import open_image
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SAME = "the same pixels"
+NAMED = re.compile(rf"-[0-9a-f]{{{NAME_HASH}}}-\d+$")  # the end of what ``file_name`` returns
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -44,27 +46,27 @@ def main(arguments: argparse.Namespace) -> int:
     kinds = (".png", *(ANIMATIONS if whole and new.shares else ()))
     single = one_file(arguments.to, 1 if whole else len(new.rows), kinds)
     bundle = _bundle(old, arguments.source)
-    folder, where = bundle.folder, arguments.to or bundle.output / "redrawn"
-    (where.parent if single else where).mkdir(parents=True, exist_ok=True)
+    where = writable(arguments.to or bundle.output / "redrawn", single)
+    folder = bundle.folder
 
     from pipeline.sampling.drawing import open_bundle, refusals
     from pipeline.sampling.edits import make_edit
-    from pipeline.sampling.operations import draw_recipe, resolve_sampling, with_images
+    from pipeline.sampling.operations import check_images, draw_recipe, resolve_sampling, with_images
 
     key, compared = old.bundle if _drew(bundle, old) else bundle.key, ""
     with refusals():
+        check_images(new, images)
         unclip = open_bundle(folder, arguments.device)
         done = new.drawn(asdict(resolve_sampling(unclip, new)), key)
         done = with_images(done, images, [each.name for each in new.images])
         if whole:
-            write_strip(
-                where if single else where / path.name, make_edit(unclip, new, images, training=bundle.training), done
-            )
+            edit = make_edit(unclip, new, images, training=bundle.training)
+            write_strip(where if single else where / _name(path, done), edit, done)
         else:
             before, drawn = open_image(path), draw_recipe(unclip, new, images)
             for row, pixels in zip(done.rows, drawn, strict=True):
-                name = path.name if len(drawn) == 1 else f"{path.stem}-{row.seed}-{row.share:.3g}.png"
-                write_png(where if single else where / name, pixels, done.of(row))
+                one = done.of(row)
+                write_png(where if single else where / _name(path, one), pixels, one)
             if len(drawn) == 1:
                 compared = _compared(drawn[0], before)
                 say(f"  {compared}")
@@ -78,18 +80,32 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _name(path: Path, recipe: ImageRecipe) -> str:
+    """Returns a name for an image that was drawn from this recipe in place of the one in a file."""
+    return f"{file_name(NAMED.sub('', path.stem), asdict(recipe), recipe.seed)}.png"
+
+
 def _drew(bundle: Bundle, recipe: ImageRecipe) -> bool:
     # A copied folder goes by its files, of which a bundle in a store has a digest, too.
     return recipe.bundle in (bundle.key, digest(bundle.blobs))
 
 
 def _bundle(recipe: ImageRecipe, source: str | None) -> Bundle:
-    """Returns the bundle of ``--from``; without it the one that drew, if the store of the newest run has it still."""
-    found = find_bundle(source)
-    if source is None and found.store and not found.files and not _drew(found, recipe) and recipe.bundle:
-        older = load_artifact(found.store, "bundle", recipe.bundle)
+    """Returns the bundle of ``--from``; without it the one that drew, if it is still here, or the newest run's.
+
+    It is looked for in the store of the newest run, and among the bundles that were fetched. Raises UserError.
+    """
+    try:
+        found = find_bundle(source)
+    except UserError:
+        if source is None and (cached := find_cached(recipe.bundle)):
+            return cached
+        raise
+    if source is None and not _drew(found, recipe) and recipe.bundle:
+        older = load_artifact(found.store, "bundle", recipe.bundle) if found.store and not found.files else None
         if older is not None:
             return replace(found, key=older.key, blobs=older.blobs)
+        return find_cached(recipe.bundle) or found
     return found
 
 
@@ -111,7 +127,7 @@ def _inputs(path: Path, recipe: ImageRecipe, named: Sequence[Path]) -> list[Imag
                 found.append(image)
                 break
         else:
-            what = wanted.name if plain else f"an image of sha256 {wanted.sha256[:12]}"
+            what = wanted.name if plain else f"an image whose pixels have the sha256 {wanted.sha256[:12]}"
             raise UserError(f"{path} was made from {what}, which is not beside it; name it with --image FILE")
     return found
 

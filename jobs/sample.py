@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 from dataclasses import asdict, replace
 from typing import Any
 
 from jobs.bundles import find_bundle
-from jobs.drawing import file_name, one_file, plain_errors, read_options, write_png
-from pipeline.progress import say_once
+from jobs.drawing import file_name, one_file, plain_errors, read_options, writable, write_png
+from pipeline.errors import UserError
 from pipeline.sampling.recipe import describe
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs ``unclip sample``."""
     captions, options = arguments.captions, read_options(arguments.overrides)
+    for text in captions:
+        if (kind := os.path.splitext(text)[1].lower()) and os.path.isfile(text):
+            command = f"unclip {'redraw' if kind == '.png' else 'generate'} {shlex.quote(text)}"
+            raise UserError(f"{text}: is a file, and sample takes captions; draw what it holds with {command}")
     with plain_errors():
         asked = describe("draw", options, caption=captions[0], seed=arguments.seed, n=arguments.n)
         each = [replace(asked, caption=text, seed=asked.seed + i * asked.n) for i, text in enumerate(captions)]
     recipes = [one.of(row) for one in each for row in one.rows]
     single = one_file(arguments.to, len(recipes))
     bundle = find_bundle(arguments.source)
-    folder, to = bundle.folder, arguments.to or bundle.output / "samples"
-    (to.parent if single else to).mkdir(parents=True, exist_ok=True)
+    to = writable(arguments.to or bundle.output / "samples", single)
+    folder = bundle.folder
 
     from models.tokens import check_captions
     from pipeline.sampling.drawing import open_bundle, refusals
@@ -36,10 +42,6 @@ def main(arguments: argparse.Namespace) -> int:
             # One at a time: then the same recipe has the same pixels, whatever is drawn beside it.
             [pixels] = draw_recipe(unclip, recipe)
             done = recipe.drawn(settings, bundle.key)
-            if "size" in asked.options and settings["size"] > len(pixels):
-                say_once(
-                    f"size={settings['size']}: this bundle draws up to {len(pixels)} px; bundle.models has the others"
-                )
             request: dict[str, Any] = {"caption": recipe.caption, "settings": settings, "bundle": bundle.name}
             request |= {"side": done.side} if done.side else {}
             write_png(

@@ -7,7 +7,8 @@ slightly damaged image, as in training (docs/how/bundle.md). Sections are those 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from types import UnionType
+from typing import Self, get_type_hints
 
 import numpy as np
 import torch
@@ -79,6 +80,10 @@ class UnCLIP:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if not isinstance(part := getattr(self, name), kind):
+                said = str(kind) if isinstance(kind, UnionType) else kind.__name__
+                raise ValueError(f"{name} is a {type(part).__name__}: give a {said.split(' | ')[0].split('.')[-1]}")
         if self.diffusion_prior is None and self.ar_prior is None:
             raise ValueError("a prior is missing: add diffusion_prior or ar_prior")
         if self.upsampler_1024 is not None and self.upsampler_256 is None:

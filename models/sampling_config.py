@@ -200,10 +200,16 @@ def sampling_for(sampling: SamplingConfig, options: Mapping[str, Any], models: M
     """Returns ``sampling`` with options as ``own_names`` takes them. ``models`` are configurations by name.
 
     Another prior is guided as the default one, but for one that never saw a row without its caption. Raises ValueError
-    as ``change_sampling`` and ``check_sampling`` do.
+    as ``change_sampling`` and ``check_sampling`` do, and for a size that these models do not reach.
     """
     own = own_names(options)
-    changed = change_sampling(sampling, own)
+    changed, largest = change_sampling(sampling, own), largest_side(models)
+    if changed.size > largest:
+        sides = " or ".join(str(side) for side in (BASE, *UPSAMPLERS.values()) if side <= largest)
+        require(
+            "size" not in own, f"size is larger than what this bundle draws, which is {sides} px: use size={largest}"
+        )
+        changed = replace(changed, size=largest)
     prior = models.get(PRIORS[changed.prior])
     if changed.prior != sampling.prior and prior is not None and prior.drop_text == 0:
         changed = change_sampling(sampling, {"prior_guidance": 0.0} | own)

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from models.tokens import check_captions, cut_note
-from pipeline.sampling.recipe import CHARACTERS, LARGEST_SEED, ImageRecipe, drawn_side
+from pipeline.sampling.recipe import CHARACTERS, LARGEST_SEED, ImageRecipe, InputImage, drawn_side
 from serve import nearest
 from serve.answer import MEDIA_TYPES, Answer, encode
 from serve.errors import ApiError, invalid, unreadable
@@ -36,7 +36,7 @@ from serve.requests import (
     names_model,
 )
 from serve.settings import MOST_IMAGES
-from serve.uploads import check_mask, read_caption, read_image, read_mask
+from serve.uploads import check_mask, file_name, read_caption, read_image, read_mask
 from serve.work import Work
 
 STUDIO = Path(__file__).parent / "studio"
@@ -239,6 +239,7 @@ async def _answer(
     cost = max(1, options.get("decoder_steps", own) / own)  # fewer steps save nothing of the upsamplers' work
     seed = random.SystemRandom().randrange(LARGEST_SEED - MOST_IMAGES) if asked.seed is None else asked.seed
     given = {"n": asked.n, "seed": seed, "shares": asked.shares(), "side": side, **more}
+    given["images"] = tuple(InputImage("", file_name(upload)) for upload in asked.uploads())  # hashed when it is drawn
     options["size"] = drawn_side(side)
     try:
         caption = None if operation == "interpolate" else asked.prompt

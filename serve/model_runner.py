@@ -25,7 +25,7 @@ from models.view import view
 from pipeline.data.embeddings.scores import Head
 from pipeline.sampling.drawing import png_with_text
 from pipeline.sampling.operations import draw_rows, find_latents, made_smaller, resolve_sampling, with_images
-from pipeline.sampling.recipe import DRAWN, ImageRecipe, Row
+from pipeline.sampling.recipe import ImageRecipe, Row, drawn_side
 from serve.bundle import sides
 from serve.work import Work
 
@@ -67,7 +67,7 @@ class ModelRunner:
         """Draws one image of the largest side in as few steps as there may be, so that the first request is quick."""
         least = dict.fromkeys(STEPS.values(), 2)
         times = [time.monotonic()]
-        recipe = ImageRecipe(caption="", options={**least, "size": max(DRAWN)})
+        recipe = ImageRecipe(caption="", options={**least, "size": drawn_side(sides(self.unclip)[-1])})
         work = Work(recipe, recipe.rows)
         self.draw(work, lambda _: times.append(time.monotonic()), lambda: False)
         self.slowest = max(after - before for before, after in pairwise(times))
@@ -83,7 +83,7 @@ class ModelRunner:
         asked = work.recipe
         settings = dataclasses.asdict(resolve_sampling(self.unclip, asked))
         images = [opened(png) for png in work.images]
-        named = with_images(asked, images)
+        named = with_images(asked, images, [each.name for each in asked.images])
         latents: list[Inversion] = []
         for start in range(0, len(work.rows), self.batch):
             rows = work.rows[start : start + self.batch]

@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline.data.neighbours.search import embed_opened
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import load_artifact
-from pipeline.sampling.nearest import NO_INDEX, TrainingImage, TrainingImages, find_carried, find_stored
+from pipeline.sampling.nearest import NO_INDEX, TrainingImage, TrainingImages, find_carried, find_stored, web_address
 from pipeline.store import open_store
 from serve.bundle import ServedBundle
 from serve.errors import ApiError
@@ -88,6 +88,6 @@ def _as_json(found: TrainingImage) -> dict[str, Any]:
         "caption": found.caption,
         "license": found.license,
         "attribution": found.attribution,
-        "url": found.url,
+        "url": web_address(found.url),
         "b64_json": None if found.data is None else base64.b64encode(found.data).decode(),
     }

@@ -19,6 +19,8 @@ PING_S = 1.0
 # Pings without any sign of life after which a replica is taken for hung. They are counted and not timed: where the
 # whole machine is busy or was asleep, the gateway's own pings are late, too.
 MISSED = 4
+# Without a step, after which drawing counts as stalled: on a busy machine a step can take 70 times the warm-up's.
+STILL_S = 30.0
 UPSCALE_S = 5.0  # that a batch waits for a replica before another one is started
 # A step of a busy machine may take this many times the slowest one of the warm-up, which drew one image.
 SLACK = 10.0
@@ -171,7 +173,7 @@ class ReplicaPool:
 
     def _hangs(self, member: Member) -> bool:
         """Returns whether a drawing makes no step; it may go on, and is given up only after ``_patience``."""
-        return member.still >= max(MISSED, SLACK * member.images * member.about["slowest_s"] / PING_S)
+        return member.still * PING_S >= max(STILL_S, SLACK * member.images * member.about["slowest_s"])
 
     def _release(self, member: Member) -> None:
         member.busy, member.still, member.since = False, 0, time.monotonic()

@@ -168,6 +168,10 @@ class Common(BaseModel):
         """Returns how far each image is turned, of an operation that turns images."""
         return ()
 
+    def uploads(self) -> Sequence[UploadFile]:
+        """Returns the images that the drawing begins with, in order."""
+        return ()
+
     def side(self, sides: Sequence[int]) -> int:
         """Returns the side that ``size`` asks for, of a bundle whose images have these ``sides``. Raises ApiError."""
         largest = sides[-1]
@@ -240,6 +244,10 @@ class Variation(Common):
     image: Upload
     eta: Share = 1.0
 
+    def uploads(self) -> Sequence[UploadFile]:
+        """Returns the image."""
+        return self.image
+
     @model_validator(mode="after")
     def _of_one(self) -> Self:
         _check_count(self.image, 1, "a variation is of one image")
@@ -263,6 +271,10 @@ class Edit(Generation):
     mask: UploadFile | None = None
     before: str | None = Field(None, max_length=CHARACTERS)
     strength: Share = 0.4
+
+    def uploads(self) -> Sequence[UploadFile]:
+        """Returns the image, or both, and the mask if there is one."""
+        return [*self.image, *([] if self.mask is None else [self.mask])]
 
     def shares(self) -> tuple[float, ...]:
         """Returns how far the image is turned: with a mask not at all, else further and further."""
@@ -295,6 +307,10 @@ class Interpolation(Common):
     first: UploadFile
     second: UploadFile
     n: Whole = Field(5, ge=2, le=MOST_IMAGES)
+
+    def uploads(self) -> Sequence[UploadFile]:
+        """Returns both images."""
+        return self.first, self.second
 
     def shares(self) -> tuple[float, ...]:
         """Returns the share of the way of each image."""

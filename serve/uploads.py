@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import PureWindowsPath
 
 from fastapi import UploadFile
 from PIL import Image
@@ -18,6 +19,7 @@ from pipeline.ledger import REASONS
 from pipeline.sampling.recipe import text_chunks
 from serve.errors import ApiError
 
+NAME_CHARACTERS = 255  # which is what file systems take
 DECODING = ThreadPoolExecutor(1)  # there is one decoder: who waits for it keeps no captions waiting
 
 
@@ -35,6 +37,11 @@ async def read_caption(file: UploadFile) -> str:
     """Returns the caption in the recipe that a PNG of this software carries, "" where there is none."""
     await file.seek(0)
     return text_chunks(await file.read(MAX_BYTES)).get("caption", "")
+
+
+def file_name(file: UploadFile) -> str:
+    """Returns the name of an upload's file without folders, which a recipe keeps so that ``redraw`` finds it."""
+    return PureWindowsPath(file.filename or "").name[:NAME_CHARACTERS]
 
 
 def check_mask(image: bytes, mask: bytes) -> None:

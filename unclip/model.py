@@ -18,7 +18,7 @@ from models.cascade import UnCLIP
 from models.random_streams import check_seeds
 from models.sampling_config import SamplingConfig, own_names
 from pipeline.data.pairs.image import MAX_BYTES
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 from pipeline.graph.device import choose_device
 from pipeline.local import read_local
 from pipeline.sampling.drawing import read_bundle
@@ -110,11 +110,13 @@ class Model:
     def replace(self, **parts: Any) -> Model:
         """Returns a model with other networks or sampling defaults, such as ``diffusion_prior=mine``.
 
-        Networks are moved to its device, in place. Raises ValueError for incompatible networks.
+        Networks are moved to its device, in place. Raises ValueError for unknown parts and incompatible networks.
 
         Examples:
             >>> mine = model.replace(diffusion_prior=unclip.load("out/nano").cascade.diffusion_prior)
         """
+        if unknown := parts.keys() - vars(self.cascade).keys():
+            raise ValueError(f"{min(unknown)}: unknown part{did_you_mean(min(unknown), vars(self.cascade))}")
         there = {name: part.to(self.device) if hasattr(part, "to") else part for name, part in parts.items()}
         return Model(replace(self.cascade, **there))
 
@@ -200,22 +202,20 @@ class Model:
             >>> cactus, planet = model.generate(["a cactus", "a planet"], size=64, progress=False)
         """
         own = own_names({**options, **({} if n is None else {"n": n})})
-        seed, n = own.pop("seed", seed), own.pop("n", None)
+        seed = own.pop("seed", seed)
         seed = seed.tolist() if isinstance(seed, np.ndarray | torch.Tensor) else seed
         several = isinstance(seed, Sequence)
-        one = isinstance(captions, str)
-        single = one and not several and n is None
-        captions = [each for each in check_captions_given(captions) for _ in range(n or 1)]
-        if several and one and n is None:
-            captions = captions * len(seed)
+        alone = isinstance(captions, str) and "n" not in own
+        captions = check_captions_given(captions)
+        recipe = describe("draw", own, caption="")
+        captions = [each for each in captions for _ in range(len(seed) if alone and several else recipe.n)]
         check_seeds(seed if several else [seed])
         seeds = [index(each) for each in seed] if several else range(index(seed), index(seed) + len(captions))
         if len(seeds) != len(captions):
             raise ValueError(f"got {len(captions)} captions and {len(seeds)} seeds: give one seed for each")
-        recipe = describe("draw", own, caption="")
         rows = [Row(caption, seed) for caption, seed in zip(captions, seeds, strict=True)]
         images = self._draw(recipe, [], progress, batch, rows)
-        return images[0] if single else images
+        return images[0] if alone and not several else images
 
     __call__ = generate
 

@@ -26,7 +26,7 @@ from models.tokens import check_captions
 from models.view import view
 from pipeline.errors import UserError
 from pipeline.sampling.drawing import prior_steps
-from pipeline.sampling.nearest import NO_INDEX, SHOWN, TrainingImages
+from pipeline.sampling.nearest import NO_INDEX, SHOWN, TrainingImages, web_address
 from pipeline.sampling.operations import (
     ProgressDisplay,
     draw_recipe,
@@ -98,7 +98,7 @@ def nearest(unclip: UnCLIP, recipe: ImageRecipe, images: Images, training: Train
                     f"{each.similarity:.1%} alike",
                     each.license,
                     each.attribution,
-                    each.url,
+                    web_address(each.url) or (each.url or "").rpartition("/")[2],  # a strip travels: no folders
                     " ".join(each.caption.split()),
                 ),
             )

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from pydantic import Field, PositiveInt
@@ -71,8 +72,9 @@ def generate(
     similarity of image and prompt by the bundle's CLIP, status, reason). Raises UserError for options that the bundle
     cannot take, and, before anything is drawn, for a folder ``to`` that ``export`` would refuse.
     """
-    blobs, lost = [], Counter[str]()
+    blobs, lost, first = [], Counter[str](), dict[str, list[Any]]()
     for part in parts:
+        first = first or dict(part)
         blobs.append((put_blob(store, write_table(_typed(part))), len(part["key"])))
         lost.update(reason for reason in part["reject"] if reason)
     if lost:
@@ -81,7 +83,7 @@ def generate(
     listed = Artifact("prompts", inputs["prompts"], {}, {}, Ledger())
     key = artifact_key(STAGE, VERSION, recipe, inputs)
     if to is not None:
-        check_folder(to, _about(key, inputs, flatten(recipe)))
+        check_folder(to, _about(key, inputs, flatten(recipe)), first)
     ctx = Context(store, STAGE, VERSION, key, recipe, settings, {"bundle": bundle, "prompts": listed}, ray=ray)
     tasks = [
         ShardTask(
@@ -195,11 +197,16 @@ def _about(key: str, inputs: Mapping[str, str], recipe: Mapping[str, Any]) -> di
     return {"key": key, **inputs, **recipe}
 
 
-def check_folder(folder: Path, about: Mapping[str, Any]) -> None:
-    """Raises UserError where a folder holds other images than those of ``about``, and says in what they differ."""
+def check_folder(folder: Path, about: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> None:
+    """Raises UserError where a folder holds other images than those of ``about``, and says in what they differ.
+
+    ``first`` is the first part of the prompts, which may be the same with other seeds.
+    """
     try:
         there = json.loads((folder / SETTINGS).read_bytes())
         differing = [name for name in sorted({*about, *there} - {"key"}) if about.get(name) != there.get(name)]
+        if first and "prompts" in differing and _other_seeds(folder, first):
+            differing[differing.index("prompts")] = "seeds"
         why = f"of other {' and '.join(differing)}" if differing else "of another version of this program"
     except FileNotFoundError:
         there, why = (None if any(folder.glob("[0-9]" * 5 + ".*")) else about), f"without a {SETTINGS} that names them"
@@ -207,6 +214,15 @@ def check_folder(folder: Path, about: Mapping[str, Any]) -> None:
         there, why = None, f"and its {SETTINGS} cannot be read"
     if there != about:
         raise UserError(f"{folder} holds images {why}; name another folder with --to, or delete it")
+
+
+def _other_seeds(folder: Path, first: Mapping[str, Any]) -> bool:
+    """Returns whether a folder's first table has the prompts of ``first`` with other seeds."""
+    try:
+        there = pq.read_table(folder / f"{0:05d}.parquet", columns=["prompt", "seed"]).to_pydict()
+    except (OSError, pa.ArrowException):
+        return False
+    return there["prompt"] == first["prompt"] and there["seed"] != first["seed"]
 
 
 def export(store: Store, made: Artifact, folder: Path) -> Iterator[Path]:

@@ -55,7 +55,8 @@ class TrainingImage:
         caption: Its first caption.
         license: Its licence; None where the list names none.
         attribution: Name to credit; None where the list names nobody.
-        url: Its address, if it is on the web, without a password.
+        url: Its address without a password, such as ``file:///photos/1.jpg``; of a bundle that travelled one on the web
+            or None.
         data: A small JPEG of it; None where the row has no image, or one whose licence does not let it be shown.
     """
 
@@ -116,7 +117,7 @@ class StoredImages:
                 row.caption,
                 row.license,
                 row.attribution,
-                _address(row.url),
+                shown(row.url),
                 self._image(row) if not licenses or row.license in licenses else None,
             )
             for row in found
@@ -154,9 +155,9 @@ def _checked(n: int) -> int:
     return n
 
 
-def _address(url: str) -> str | None:
+def web_address(url: str | None) -> str | None:
     """Returns the address of a web page to show: paths of a machine stay private, and so does a secret in a URL."""
-    return shown(url) if url.startswith(("http://", "https://")) else None
+    return shown(url) if url and url.startswith(("http://", "https://")) else None
 
 
 def _small(data: bytes, storing: Storing) -> bytes | None:
@@ -223,7 +224,7 @@ class CarriedImages:
                 row.caption,
                 row.license,
                 row.attribution,
-                _address(row.url or ""),
+                web_address(row.url),
                 _small(data, SHOWN) if data else None,
             )
             for cosine, row, data in found
@@ -281,7 +282,7 @@ def carry(training: StoredImages, licenses: Collection[str], folder: Path) -> tu
             for pair in (pair for group in reader.read(position, sorted(places[position])) for pair in group):
                 images += (_small(pair.data, CARRIED) or b"") if pair.data is not None else b""
                 ends.append(len(images))
-                rows.append(CarriedRow(pair.caption, pair.license or "", pair.attribution, _address(pair.url)))
+                rows.append(CarriedRow(pair.caption, pair.license or "", pair.attribution, web_address(pair.url)))
                 vectors.append(pair.image_embedding)
                 progress.advance(1)
     file = folder / ROWS

@@ -34,6 +34,13 @@ def resolve_sampling(unclip: UnCLIP, recipe: ImageRecipe) -> SamplingConfig:
     return unclip.sampling_with(options) if from_noise else unclip.manipulation_sampling(options)
 
 
+def check_images(recipe: ImageRecipe, images: Sequence[Image.Image]) -> None:
+    """Raises ValueError for images, or a caption, that a recipe's operation cannot begin with."""
+    check_recipe(recipe, len(images))
+    if recipe.operation == "inpaint" and (flaw := mask_flaw(*images)):
+        raise ValueError(f"the mask {flaw}")
+
+
 def find_latents(
     unclip: UnCLIP, recipe: ImageRecipe, images: Sequence[Image.Image], progress: reverse.Progress = reverse.silent
 ) -> list[Inversion]:
@@ -97,9 +104,7 @@ def draw_recipe(
     Raises:
         ValueError: The bundle cannot draw that, or images or captions are missing.
     """
-    check_recipe(recipe, len(images))
-    if recipe.operation == "inpaint" and (flaw := mask_flaw(*images)):
-        raise ValueError(f"the mask {flaw}")
+    check_images(recipe, images)
     rows = recipe.rows if rows is None else rows
     sampling = resolve_sampling(unclip, recipe)
     check_captions([text for text in (recipe.before, *(row.caption for row in rows)) if text is not None])

@@ -67,10 +67,10 @@ def run(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def draw(run: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[Path]]:
     """Runs a command that draws small images in a few steps, and returns the files that it names."""
 
-    def draw(*words: object, few: bool = True) -> list[Path]:
+    def draw(*words: object) -> list[Path]:
         capsys.readouterr()
-        values = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2") if few else ()
-        assert main([*map(str, words), *values]) == 0
+        few = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2")
+        assert main([*map(str, words), *few]) == 0
         return [Path(line) for line in capsys.readouterr().out.splitlines()]
 
     return draw

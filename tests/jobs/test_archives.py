@@ -99,6 +99,15 @@ def test_one_file_holds_half_of_the_bytes_and_draws_nearly_the_same(folder: Path
     assert "2 of 2 training images (CC-BY 4.0) travel along" in card
 
 
+def test_a_bundle_that_was_fetched_draws_its_images_again_without_being_named(
+    archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = sampled("first.png", "--from", str(archive))
+    capsys.readouterr()
+    assert main(["redraw", str(first)]) == 0
+    assert "the same pixels" in capsys.readouterr().out
+
+
 def test_the_same_bundle_makes_the_same_bytes_without_a_path_of_this_machine(
     folder: Path, archive: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +164,7 @@ def test_a_bundle_that_travelled_names_its_training_images_by_the_same_words_eve
     assert found[0].image.size == (80, 72)
     stored = unclip.load(archive.parent / "out", device="cpu").nearest("mine.png", n=5)
     assert [row.caption for row in stored if row.license == "CC-BY 4.0"] == [row.caption for row in found]
+    assert all(row.url for row in stored)  # files of one's own, by their own names
     capsys.readouterr()
     assert main(["edit", "nearest", "mine.png", "-n", "2", "--from", str(archive), "-o", "strip.png"]) == 0
     _, own, first, second = capsys.readouterr().out.splitlines()

@@ -91,7 +91,9 @@ class Cats:
 
     def nearest(self, embedding: np.ndarray, n: int) -> list[TrainingImage]:
         assert embedding.shape == (1, DIM)
-        return [TrainingImage(0.9, f"a\ncat {i}", "CC0-1.0", None, "https://example.org", None) for i in range(n)]
+        own = TrainingImage(0.9, "mine", "", None, "file:///home/me/photos/001.jpg", None)
+        web = [TrainingImage(0.9, f"a\ncat {i}", "CC0-1.0", None, "https://example.org", None) for i in range(n - 1)]
+        return [own, *web]
 
 
 def test_the_commands_of_the_page_run_as_they_stand(edit: Edit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +109,8 @@ def test_the_commands_of_the_page_run_as_they_stand(edit: Edit, folder: Path, mo
             assert image.height == (192 if words[0] == "nearest" else 128)
             assert names[0].startswith("  1: ")
         if words[0] == "nearest":
-            assert names[8] == "  9: 90.0% alike, CC0-1.0, https://example.org, a cat 7"
+            assert names[1] == "  2: 90.0% alike, 001.jpg, mine"
+            assert names[8] == "  9: 90.0% alike, CC0-1.0, https://example.org, a cat 6"
 
 
 def test_each_kind_is_an_operation_with_one_name() -> None:
@@ -306,7 +309,7 @@ def test_progress_counts_every_step(edit: Edit, capsys: pytest.CaptureFixture[st
         (["vary", "cat.png", "--set", "decoder_sampler=dpm"], "decoder_sampler is 'dpm': images are changed by"),
         (["vary", "cat.png", "--set", "size=["], "--set size=[: [ is not YAML"),
         (["vary", "cat.png", "--to", "cat.jpg"], "--to cat.jpg: the output is a .png file"),
-        (["reconstruct", "cat.png", "--to", "cat.png/x.png"], "cat.png: File exists; name a place"),
+        (["reconstruct", "cat.png", "--to", "cat.png/x.png"], "cat.png/x.png: cannot be written (File exists)"),
         (["interpolate", "cat.png", "house.png", "-n", "1"], "n is 1: interpolate makes 2 images or more"),
         (["change", "cat.png", "a cat", "cat " * 80], "caption 2 has 80 tokens"),
         (["change", "cat.png", "a", "b", "--strength", "2"], "strength 2.0 is outside 0 to 1"),

@@ -66,7 +66,8 @@ def test_a_folder_of_other_images_is_refused_before_drawing(
     for change, says in (
         (["--set", "size=256"], "of other options"),
         (["--set", "size=64", "--batch", "2"], "of other batch"),
-        (["--set", "size=64", "--seed", "2"], "of other prompts"),
+        (["--set", "size=64", "--seed", "2"], "of other seeds"),
+        (["--set", "size=64", "--column", "url"], "of other prompts"),
     ):
         assert main([*words, *change]) == 2
         error = capsys.readouterr().err.splitlines()[-1]

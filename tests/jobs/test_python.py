@@ -178,6 +178,9 @@ def test_what_is_neither_caption_nor_image_is_named_in_a_line(model: unclip.Mode
         lambda: model.generate("a cat", negative_prompt="a dog"): "negative_prompt is not known here",
         lambda: model.generate(["a cat"], seed=[1, 2]): "1 captions and 2 seeds",
         lambda: model.generate("word " * 100): "shorten it",
+        lambda: model.generate("a cat", n=0): "n is 0; use 1 to 1000",
+        lambda: model.generate(["a cat", "a dog"], num_images=0): "n is 0; use 1 to 1000",
+        lambda: model.vary(heart, n=0): "n is 0; use 1 to 1000",
     }
     refuses(values, ValueError)
     types: dict[Callable[[], object], str] = {
@@ -222,6 +225,15 @@ def test_a_model_is_shown_moved_saved_and_given_another_part(model: unclip.Model
     again = unclip.load(tmp_path / "ar", device="cpu")
     assert again.sampling.prior == "ar"
     assert near(again.generate("a cat", **FEW), model.generate("a cat", prior="ar", **FEW))
+    wrong: dict[Callable[[], object], str] = {
+        lambda: model.replace(decoder=model.cascade.diffusion_prior): "decoder is a DiffusionPrior: give a Decoder",
+        lambda: model.replace(upsampler_256=7): "upsampler_256 is a int: give a Upsampler",
+        lambda: model.replace(prior=None): r"prior: unknown part; did you mean ar_prior\?",
+        lambda: model.replace(
+            unet=None
+        ): "unet: unknown part; known are ar_prior, clip, codec, decoder, diffusion_prior",
+    }
+    refuses(wrong, ValueError)
 
 
 def test_a_project_is_planned_and_run(project: unclip.Project, capsys: pytest.CaptureFixture[str]) -> None:

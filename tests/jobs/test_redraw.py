@@ -68,6 +68,19 @@ def test_what_is_asked_for_in_place_of_the_recipe_is_said(draw: Draw, redraw: Re
     assert len([line for line in redraw(first, "-n", "2", "-o", "two") if line.endswith(".png")]) == 2
 
 
+def test_no_image_that_was_redrawn_is_overwritten_by_another_one(draw: Draw, redraw: Redraw) -> None:
+    draw("sample", "a red fox", "-o", "fox.png")
+    first, *_ = redraw("fox.png")
+    before = Path(first).read_bytes()
+    second, *_ = redraw("fox.png", "seed=5")
+    assert first != second
+    assert Path(first).read_bytes() == before
+    assert redraw("fox.png", "--seed", "5")[0] == second
+    third, *_ = redraw(second, "seed=0")
+    assert third == first  # the same recipe: names do not grow
+    assert Path(first).name.startswith("fox-")
+
+
 def test_another_bundle_is_named(draw: Draw, redraw: Redraw, tmp_path: Path) -> None:
     (first,) = draw("sample", "a red fox")
     made = make()
@@ -214,4 +227,9 @@ def test_a_name_in_a_recipe_opens_nothing_elsewhere(redraw: Redraw, tmp_path: Pa
     folder = tmp_path / "sub"
     folder.mkdir()
     (folder / "a.png").write_bytes(png(**GOOD, made=json.dumps(made)))
-    refused("redraw", folder / "a.png", says="was made from an image of sha256 000000000000", cwd=tmp_path)
+    refused(
+        "redraw",
+        folder / "a.png",
+        says="was made from an image whose pixels have the sha256 000000000000",
+        cwd=tmp_path,
+    )

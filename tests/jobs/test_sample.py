@@ -6,6 +6,7 @@ import shutil
 import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +62,45 @@ def test_a_folder_of_ones_own_and_settings_in_the_file(draw: Draw) -> None:
     assert json.loads(text["settings"])["decoder_steps"] == 2
 
 
-def test_a_size_that_the_bundle_cannot_draw_is_said(
-    draw: Draw, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
+def test_a_size_that_the_bundle_does_not_draw_is_refused_everywhere(run: Path, tmp_path: Path) -> None:
     replace(make(), upsampler_1024=None).save(tmp_path / "small")
-    steps = ("decoder_steps=2", "prior_steps=2", "--from", tmp_path / "small")
-    with caplog.at_level("INFO", "unclip"):
-        (file,) = draw("sample", "a cat", "size=1024", *steps, few=False)
-        assert f"size=1024: this bundle draws up to {Image.open(file).width} px" in caplog.text
-        caplog.clear()
-        draw("sample", "a cat", *steps, few=False)
-    assert "this bundle draws" not in caplog.text
+    says = "size is larger than what this bundle draws, which is 64 or 256 px: use size=256"
+    Path("list.txt").write_text("a cat\n")
+    Image.new("RGB", (64, 64)).save("cat.png")
+    for words in (["sample", "a cat"], ["generate", "list.txt", "--workers", "0"], ["edit", "vary", "cat.png"]):
+        for size in ("size=1024", "size=512x512") if words[0] != "generate" else ("size=1024",):
+            refused(*words, size, "--from", "small", "-o", "made", says=says, cwd=Path())
+    model = unclip.load("small")
+    for call in (partial(model.generate, "a cat"), partial(model.vary, "cat.png")):
+        for size in (1024, 512):
+            with pytest.raises(ValueError, match=says):
+                call(size=size, progress=False)
+    image = model.generate("a cat", decoder_steps=2, prior_steps=2, progress=False)  # its default is not its own
+    assert (image.width, image.recipe.options["size"]) == (64, 256)  # of these small models, 256 px are 64
+
+
+def test_a_place_that_cannot_be_written_and_a_mask_that_does_not_fit_are_refused_before_models_are_loaded(
+    draw: Draw,
+) -> None:
+    (first,) = draw("sample", "a cat")
+    (Path("a bundle") / "decoder/model.safetensors").write_text("")  # loading it would end with this
+    Path("list.txt").write_text("a cat\n")
+    commands = (["sample", "a cat"], ["edit", "vary", first], ["redraw", first])
+    for words in (*commands, ["generate", "list.txt", "--workers", "0"]):
+        for place in ("/proc/here", *(["/proc/x.png"] if words in commands else [])):
+            says = f"{place}: cannot be written (No such file or directory); name another place with --to"
+            refused(*words, "--from", "a bundle", "-o", place, says=says, cwd=Path())
+    Image.new("RGBA", (64, 32)).save("mask.png")
+    says = "the mask is 64 x 32 and the image 64 x 64: give both the same shape"
+    refused("edit", "inpaint", first, "mask.png", "a cat", "--from", "a bundle", says=says, cwd=Path())
+
+
+def test_a_file_is_no_caption(draw: Draw) -> None:
+    Path("my list.txt").write_text("a cat\n")
+    says = "my list.txt: is a file, and sample takes captions; draw what it holds with unclip generate 'my list.txt'"
+    refused("sample", "my list.txt", says=says, cwd=Path())
+    draw("sample", "no list.txt", "-o", "a.png")
+    refused("sample", "a cat", "a.png", says="draw what it holds with unclip redraw a.png", cwd=Path())
 
 
 def test_several_images_of_a_caption_have_the_next_seeds_and_one_may_have_a_file(draw: Draw) -> None:

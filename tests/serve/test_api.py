@@ -279,6 +279,11 @@ def test_an_edit_by_its_prompt_alone_begins_at_the_caption_of_the_images_own_rec
     assert (before, said.startswith("before: the empty caption")) == ("", True)
     plain = opened(ours[0].b64_json)
     assert edit(png(plain.copy()))[0] == ""  # a browser's canvas keeps no text
+    named: Any = client.images.edit(
+        image=("C:\\mine\\cat.png", drawn), prompt="a dog", **SMALL, extra_body={"steps": 4}
+    )
+    made = json.loads(opened(named.data[0].b64_json).info["made"])
+    assert [one["name"] for one in made["images"]] == ["cat.png"]  # where redraw looks for it, and no folder
     with pytest.raises(openai.BadRequestError, match="a mask redraws a part"):
         client.images.edit(image=drawn, mask=drawn, prompt="a dog", **SMALL, extra_body={"before": "a cat"})
 

@@ -116,7 +116,11 @@ def serve(bundle: Path, client: Callable[[str], None], **settings: Any) -> None:
         ready[0].result()
 
 
-def test_a_drawing_that_hangs_is_said_and_may_go_on(bundle: Path, go_on: threading.Event) -> None:
+def test_a_drawing_that_hangs_is_said_and_may_go_on(
+    bundle: Path, go_on: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "STILL_S", 3.0)
+
     def client(url: str) -> None:
         with ThreadPoolExecutor(6) as clients:
             asked = [clients.submit(ask, url, seed, 50) for seed in (0, 1, 2, 2, 2, 2)]
@@ -150,7 +154,7 @@ def test_a_process_whose_drawing_hangs_tells_its_clients_and_ends(
 def test_what_was_accepted_is_answered_before_the_end_and_new_requests_are_told_to_come_back(
     bundle: Path, go_on: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "MISSED", 1 << 20)  # pings: it does not count as hung
+    monkeypatch.setattr(pool, "STILL_S", 1e9)  # it does not count as hung
 
     def client(url: str) -> None:
         with ThreadPoolExecutor(4) as clients:
@@ -170,7 +174,7 @@ def test_what_is_not_answered_in_time_is_told_to_come_back(
     bundle: Path, go_on: threading.Event, exits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also what waits outside the queue, for an equal request, and where drawing hangs, which is left behind."""
-    monkeypatch.setattr(pool, "MISSED", 1 << 20)
+    monkeypatch.setattr(pool, "STILL_S", 1e9)
 
     def client(url: str) -> None:
         with ThreadPoolExecutor(6) as clients:

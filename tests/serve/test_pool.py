@@ -98,6 +98,20 @@ async def test_a_step_may_take_as_long_as_the_warm_up_says() -> None:
     assert drawn._patience(member) == 60
     member.about = {"slowest_s": 3.0}
     assert drawn._patience(member) == 120
+
+
+async def test_a_machine_that_is_only_slow_is_not_a_stalled_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "PING_S", 1.0)
+    drawn = await opened([], replicas=1)
+    (member,) = drawn.members
+    member.busy, member.images, member.still = True, 1, 18  # seconds of a step that took a tenth in the warm-up
+    member.about = {"slowest_s": 0.1}
+    assert not drawn._hangs(member)
+    member.still = 30
+    assert drawn._hangs(member)
+    member.about = {"slowest_s": 6.0}
+    assert not drawn._hangs(member)
+    await drawn.close()
     await drawn.close()
 
 
