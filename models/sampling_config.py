@@ -209,7 +209,7 @@ def sampling_for(sampling: SamplingConfig, options: Mapping[str, Any], models: M
         require(
             "size" not in own, f"size is larger than what this bundle draws, which is {sides} px: use size={largest}"
         )
-        changed = replace(changed, size=largest)
+        changed = change_sampling(changed, {"size": largest})
     prior = models.get(PRIORS[changed.prior])
     if changed.prior != sampling.prior and prior is not None and prior.drop_text == 0:
         changed = change_sampling(sampling, {"prior_guidance": 0.0} | own)

@@ -158,7 +158,7 @@ class Recorded:
 def test_the_example_of_the_page_and_a_class_of_ones_own(
     shared_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/trackers.md").read_text(), re.DOTALL)
+    code = re.search(r"```python\n(class ToFile.*?)```", (ROOT / "docs/report.md").read_text(), re.DOTALL)
     (tmp_path / "to_file.py").write_text(code[1])
     monkeypatch.syspath_prepend(tmp_path)
     ctx = context(shared_world, tmp_path, "to_file:ToFile", f"{__name__}:Recorded")
