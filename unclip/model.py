@@ -191,7 +191,7 @@ class Model:
                 with several seeds makes as many images.
             n: Number of images per caption.
             batch: Number of images drawn at once.
-            progress: As in the other methods.
+            progress: Progress line on stderr, or a function of model name, step and number of steps.
             options: Sampling options, such as ``steps=50``.
 
         Returns:

@@ -97,7 +97,7 @@ def read_in_passes(
         shards_before: Shards of the lists before this one.
 
     Returns:
-        What was counted, and how many rows have captions whose image an earlier row names, and which no row has taken.
+        Counts of the rows, and the number of rows of images that an earlier row names whose captions no row took.
 
     Raises:
         UserError: for a part that cannot be read.
