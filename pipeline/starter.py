@@ -89,7 +89,7 @@ samples:
 run:
   output: {output} # report.html and images
   budget_hours: 12 # a run estimated to take longer needs --yes; estimates without measurements assume two CPU cores
-  # trackers: [tensorboard] # event files in output/tensorboard while models train; {trackers}
+  # trackers: [tensorboard] # event files in output/tensorboard while models train; {report}
   # pairs: {{threads: 64, timeout_s: 60}} # more concurrent downloads, and a longer timeout for slow servers
   # ray: {{cpus: 8}} # cores for Ray on this machine; all by default
 """
@@ -160,7 +160,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: ListPreview | N
             ledger=page("ledger"),
             configuration=page("configuration"),
             ar_prior=page("how/ar_prior"),
-            trackers=page("trackers"),
+            report=page("report"),
         )
         + tuned
     )
