@@ -337,7 +337,7 @@ def test_every_example_is_run() -> None:
 
 
 def test_the_script_of_the_report_page_prints_what_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/report.md").read_text(), re.M | re.S)
+    block, _ = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/report.md").read_text(), re.M | re.S)
     report = folder / "out/nano/report.json"
     before = report.read_text()
     told = json.loads(before)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import unclip
 from pipeline.data.fetch import fetcher
 from pipeline.data.fetch.fetcher import Fetcher
 from pipeline.data.fetch.opener import Refused, normal_url
@@ -303,7 +304,7 @@ def test_a_site_whose_robots_txt_cannot_be_had_costs_no_pauses(monkeypatch: pyte
 
 
 def test_evidence_says_what_kept_us_out_and_when_and_the_result_is_the_same_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And can be printed by whoever reads it: what a site says may hold anything, and a reference may be signed."""
     pages = {
@@ -340,8 +341,10 @@ def test_evidence_says_what_kept_us_out_and_when_and_the_result_is_the_same_agai
     assert all(began <= row["seen"].timestamp() <= time.time() for row in found)
 
     page = (ROOT / "docs/fetch.md").read_text()
-    code = page[page.index("    from pipeline.graph.artifacts") : page.index("`store` is")]
-    exec(textwrap.dedent(code), {"store": first.store, "pairs": first.made["pairs"]})
+    code = page[page.index("    import unclip") : page.index("## Private sources")]
+    opened = SimpleNamespace(artifact=lambda stage: unclip.Artifact(first.store, first.made[stage]))
+    monkeypatch.setattr("unclip.open", lambda config: opened)
+    exec(textwrap.dedent(code), {})
     assert (
         capsys.readouterr().out.splitlines()[0].startswith(f"000000000000 {urls[0]} opted_out http://a.test/robots.t")
     )
