@@ -76,7 +76,7 @@ def lost_lines(store: Store, pairs: Artifact, config: str, file: str) -> Iterato
         yield f"{reason}: {named}" + (f"; {advice}" if advice else "")
     if pairs.ledger.deferred:
         yield f"deferred rows are tried again by: unclip data retry {config} && unclip run {config}"
-    yield f"all of them, with their reasons: {file}; what to do: {page('ledger')}"
+    yield f"all rows that {pairs.stage} lost, with their reasons: {file}; what to do: {page('ledger')}"
 
 
 def check_any_kept(store: Store, pairs: Artifact) -> None:
