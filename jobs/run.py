@@ -15,6 +15,7 @@ from jobs.bundles import remember_bundle
 from jobs.output import events_to, say
 from jobs.plan import RunPlan, plan_run
 from jobs.project import Project, open_project, remember_config
+from pipeline.data.curation.stage import CURATION
 from pipeline.data.pairs.lost import FILE, check_any_kept, lost_lines, lost_text
 from pipeline.data.pairs.stage import PAIRS
 from pipeline.doctor.readiness import check_ready
@@ -103,7 +104,7 @@ def main(arguments: argparse.Namespace) -> int:
     say(result)
     if pairs := result.artifacts.get(PAIRS.name):
         file = str(Path(project.config.run.output) / FILE)
-        for line in lost_lines(project.store, pairs, arguments.config, file):
+        for line in lost_lines(project.store, pairs, result.artifacts.get(CURATION.name), arguments.config, file):
             say(line)
     say(places(project, result.plan.wanted))
     return 0
@@ -175,10 +176,13 @@ def _execute(plan: RunPlan, tell: Tell) -> dict[str, Artifact]:
 def _place(project: Project, stage: str, made: Artifact) -> None:
     """Writes images, rejected rows, or where the bundle is, into the run's output folder."""
     output = Path(project.config.run.output)
-    if stage == PAIRS.name:
+    if stage in (PAIRS.name, CURATION.name):
         from pipeline.report.page import replace_file
 
-        replace_file(output / FILE, lost_text(project.store, made))
+        curation = made if stage == CURATION.name else None
+        pairs = load_artifact(project.store, PAIRS.name, made.inputs[PAIRS.name]) if curation else made
+        if pairs:
+            replace_file(output / FILE, lost_text(project.store, pairs, curation))
     if stage == "bundle":
         remember_bundle(output, project.store.url, made.key)
     if stage == "samples":

@@ -73,9 +73,9 @@ def _reasons(given: ReportInput) -> Markup:
         return note("No row was rejected.")
     parts = [DATA.reasons(rows[:REASONS_SHOWN], rows[REASONS_SHOWN:])]
     pairs = given.artifacts.get("pairs")
-    if given.folder and pairs and pairs.ledger.lost and (given.folder / FILE).is_file():
+    if given.folder and pairs and (given.folder / FILE).is_file():
         retried = f"; unclip data retry {given.folder / RUN_FILE} has the deferred ones tried again by the next run"
-        said = f"{FILE} beside this page names each row that pairs lost, with its reason"
+        said = f"{FILE} beside this page names each row that pairs or curation lost, with its reason"
         parts.append(note(f"{said}{retried if pairs.ledger.deferred else ''}."))
     return Markup().join(parts)
 

@@ -1,4 +1,4 @@
-"""Names rows that pairs did not keep, and says what to do where their places are forbidden."""
+"""Names rows that pairs or curation did not keep, and says what to do where their places are forbidden."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NEARLY_ALL = 0.9  # of the rows
 
 
 class LostRow(NamedTuple):
-    """A row that was rejected or deferred; its reference is as people may see it."""
+    """A row that was rejected or deferred, by either; its reference is as people may see it."""
 
     key: str
     status: str
@@ -41,42 +41,49 @@ class LostRow(NamedTuple):
     url: str
 
 
-def lost_references(store: Store, pairs: Artifact) -> Iterator[LostRow]:
-    """Yields the rows that pairs did not keep, in order. One shard is in memory at a time."""
+def lost_references(store: Store, pairs: Artifact, curation: Artifact | None = None) -> Iterator[LostRow]:
+    """Yields the rows that pairs did not keep, or curation after it, in order. One shard is in memory at a time."""
+    later = {shard.number: shard for shard in read_shards(store, curation)} if curation else {}
     for shard in read_shards(store, pairs):
-        if shard.lost:
+        after = later.get(shard.number)
+        rejected = read_table(store, after.blobs["rejected"]).to_pylist() if after and after.lost else []
+        reasons = {row["key"]: row["reason"] for row in rejected}
+        if shard.lost or reasons:
             table = read_table(store, shard.blobs["index"], ["key", "status", "reason", "url"])
             for row in table.to_pylist():
                 if row["status"] != "kept":
                     yield LostRow(row["key"], row["status"], row["reason"], shown(row["url"]))
+                elif row["key"] in reasons:
+                    yield LostRow(row["key"], "rejected", reasons[row["key"]], shown(row["url"]))
 
 
-def lost_text(store: Store, pairs: Artifact) -> str:
+def lost_text(store: Store, pairs: Artifact, curation: Artifact | None = None) -> str:
     """Returns a line for each of the first MOST_LISTED lost rows: reason, status, key and reference, with tabs."""
-    rows = islice(lost_references(store, pairs), MOST_LISTED)
+    rows = islice(lost_references(store, pairs, curation), MOST_LISTED)
     return "".join(f"{row.reason}\t{row.status}\t{row.key}\t{' '.join(printable(row.url).split())}\n" for row in rows)
 
 
-def lost_examples(store: Store, pairs: Artifact) -> Mapping[str, Sequence[str]]:
+def lost_examples(store: Store, pairs: Artifact, curation: Artifact | None = None) -> Mapping[str, Sequence[str]]:
     """Returns references of lost rows by reason, as far as they are among the first LOOKED_AT."""
     found: dict[str, list[str]] = {reason: [] for reason in pairs.ledger.lost}
-    for row in islice(lost_references(store, pairs), LOOKED_AT):
+    for row in islice(lost_references(store, pairs, curation), LOOKED_AT):
         found.setdefault(row.reason, []).append(row.url or f"row {row.key}")
     return found
 
 
-def lost_lines(store: Store, pairs: Artifact, config: str, file: str) -> Iterator[str]:
+def lost_lines(store: Store, pairs: Artifact, curation: Artifact | None, config: str, file: str) -> Iterator[str]:
     """Yields the first lost rows of each reason, what to do about them, and the file that lists all."""
-    if not pairs.ledger.lost:
+    lost = Counter(pairs.ledger.lost) + Counter(curation.ledger.lost if curation else {})
+    if not lost:
         return
-    for reason, urls in lost_examples(store, pairs).items():
-        more = pairs.ledger.lost[reason] - NAMED
+    for reason, urls in lost_examples(store, pairs, curation).items():
+        more = lost[reason] - NAMED
         named = ", ".join(_short(url) for url in urls[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
         advice = place_advice(reason, urls)
         yield f"{reason}: {named}" + (f"; {advice}" if advice else "")
     if pairs.ledger.deferred:
         yield f"deferred rows are tried again by: unclip data retry {config} && unclip run {config}"
-    yield f"all rows that {pairs.stage} lost, with their reasons: {file}; what to do: {page('ledger')}"
+    yield f"all of them, with their reasons: {file}; what to do: {page('ledger')}"
 
 
 def check_any_kept(store: Store, pairs: Artifact) -> None:

@@ -51,7 +51,7 @@ def test_lost_rows_are_named_by_reason_and_listed(tmp_path: Path) -> None:
         file.with_suffix(".txt").write_text("a cat")
     bench = Bench(tmp_path / "store", [str(folder)])
     made = bench.make("source", "pairs")
-    lines = list(lost_lines(bench.store, made, "mine.yaml", "out/rejected.txt"))
+    lines = list(lost_lines(bench.store, made, None, "mine.yaml", "out/rejected.txt"))
     place = str(folder)
     assert f"not_an_image: {place}/x0.png, {place}/x1.png, {place}/x2.png and 1 more" in lines
     assert any(line.endswith(f": {place}/cut.png") for line in lines)

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.embeddings.parts import read_embeddings
+from pipeline.data.pairs.lost import lost_lines, lost_text
 from pipeline.data.source.forget import Request, find
 from pipeline.data.source.journal import ListJournal
 from pipeline.data.source.lists import read_rows
@@ -92,6 +93,12 @@ def test_a_url_that_is_forgotten_or_denied_takes_its_embedding_along(made: Made,
 def test_every_row_arrives_or_is_counted(made: Made) -> None:
     assert made.bench.made["pairs"].ledger.rejected == {"not_an_embedding": 2}
     assert made.bench.made["curation"].ledger.rejected == {"no_caption": 1}
+    bench = made.bench
+    pairs, curation = (bench.made[stage] for stage in ("pairs", "curation"))
+    told = [line.split("\t")[:2] for line in lost_text(bench.store, pairs, curation).splitlines()]
+    assert told.count(["no_caption", "rejected"]) == 1  # rows of both stages are listed
+    assert len(told) == sum(pairs.ledger.lost.values()) + 1
+    assert any(line.startswith("no_caption: ") for line in lost_lines(bench.store, pairs, curation, "a.yaml", "out"))
     rows = made.bench.rows("pairs")
     assert [i for i, row in enumerate(rows) if row["status"] != "kept"] == [NAN, ZERO]
     assert {row["license"] for row in rows} == {"CC0"}
