@@ -28,6 +28,7 @@ FILE = "rejected.txt"  # beside the report
 MOST_LISTED = 100_000  # rows of that file
 LOOKED_AT = 10_000  # rows of a list before it is fetched
 NAMED, NAME_CHARACTERS = 3, 200  # rows of each reason, and characters of one
+SYSTEM = frozenset({"boot", "dev", "etc", "proc", "run", "sys"})  # folders without images: a list may be a stranger's
 MOST_PLACES = 3  # hosts or folders in a line to paste
 NEARLY_ALL = 0.9  # of the rows
 
@@ -124,9 +125,15 @@ def _roots(urls: Iterable[str]) -> Counter[str]:
     for url in urls:
         if url.startswith("s3://"):
             counts["s3://" + url.removeprefix("s3://").partition("/")[0]] += 1
-        elif len(folder := os.path.dirname(os.path.normpath(_file(url)))) > 1:  # not all of a disk
-            folders.setdefault(folder.split("/")[1], []).append(folder)
-    return counts + Counter({os.path.commonpath(of): len(of) for of in folders.values()})
+        elif file := _file(url):
+            folder = os.path.dirname(os.path.realpath(file))  # where a link leads
+            first = folder.split("/")[1]
+            if first and first not in SYSTEM:
+                folders.setdefault(first, []).append(folder)
+    for first, of in folders.items():
+        shared = os.path.commonpath(of)
+        counts.update(of if shared == f"/{first}" else {shared: len(of)})  # no whole branch of a disk
+    return counts
 
 
 def _file(url: str) -> str:

@@ -28,7 +28,9 @@ from tests.pipeline.data.bench import Bench, picture
             ["http://10.0.0.1/a.png", "http://nas.home/b.png"],
             "allow: [10.0.0.1, nas.home] below pairs",
         ),
-        ("forbidden_reference", ["/data/a/1.png", "file:///data/b%20c/2.png"], "roots: [/data] below source:"),
+        ("forbidden_reference", ["/data/a/1.png", "file:///data/b%20c/2.png"], "roots: [/data/a, /data/b c] below"),
+        ("forbidden_reference", ["/data/a/b/1.png", "/data/a/c/2.png"], "roots: [/data/a] below source:"),
+        ("forbidden_reference", ["/etc/passwd", "/data/a/1.png"], "roots: [/data/a] below source:"),
         ("forbidden_reference", ["/mnt/x, y/1.png", "s3://birds/1.png"], "roots: ['s3://birds', '/mnt/x, y'] below"),
         ("forbidden_reference", ["", "no URL [at all", "/a.png"], ""),
         ("truncated", ["/data/a.png"], ""),
@@ -38,6 +40,15 @@ def test_the_line_to_paste_has_the_very_place(reason: str, urls: list[str], says
     advice = place_advice(reason, urls)
     assert says in advice
     assert bool(advice) == bool(says)
+
+
+def test_a_link_is_advised_by_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "links").mkdir()
+    (tmp_path / "photos/a.png").write_bytes(picture(1))
+    link = tmp_path / "links/a.png"
+    link.symlink_to(tmp_path / "photos/a.png")
+    assert f"roots: [{tmp_path}/photos] below" in place_advice("forbidden_reference", [f"file://{link}"])
 
 
 def test_lost_rows_are_named_by_reason_and_listed(tmp_path: Path) -> None:
