@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -104,7 +105,8 @@ def main(arguments: argparse.Namespace) -> int:
     say(result)
     if pairs := result.artifacts.get(PAIRS.name):
         file = str(Path(project.config.run.output) / FILE)
-        for line in lost_lines(project.store, pairs, result.artifacts.get(CURATION.name), arguments.config, file):
+        words = shlex.join([arguments.config, *arguments.overrides])  # as it was run now
+        for line in lost_lines(project.store, pairs, result.artifacts.get(CURATION.name), words, file):
             say(line)
     say(places(project, result.plan.wanted))
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from jobs.cli import guard
 from pipeline.errors import CorruptObject
@@ -76,6 +77,14 @@ def test_all_rows_rejected_says_why(write: Write) -> None:
     for words in ((), ("--until", "pairs")):
         says = ["no pair is left: 3 of 3 rows are unreachable", "unclip data retry CONFIG has them tried again"]
         refused("run", config, *words, says=says)
+
+
+def test_the_command_that_tries_rows_again_has_the_values_of_this_run(write: Write, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    config = write(f"url,caption\n{tmp_path}/a.png,a square\nhttp://closed.test/b.png,another\n")
+    done = here("run", config, "--until", "pairs", "clip.samples=64")
+    assert done.returncode == 0, done.stderr
+    assert f"unclip data retry {config} clip.samples=64 && unclip run {config} clip.samples=64" in done.stdout
 
 
 def test_a_place_that_cannot_be_written(write: Write, tmp_path: Path) -> None:
