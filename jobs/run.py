@@ -17,7 +17,7 @@ from jobs.output import events_to, say
 from jobs.plan import RunPlan, plan_run
 from jobs.project import Project, open_project, remember_config
 from pipeline.data.curation.stage import CURATION
-from pipeline.data.pairs.lost import FILE, check_any_kept, lost_lines, lost_text
+from pipeline.data.pairs.lost import FILE, check_any_kept, lost_heading, lost_lines, lost_text
 from pipeline.data.pairs.stage import PAIRS
 from pipeline.doctor.readiness import check_ready
 from pipeline.errors import UserError
@@ -161,7 +161,10 @@ def _execute(plan: RunPlan, tell: Tell) -> dict[str, Artifact]:
         tell(StageDone(stage, made))
         _place(project, stage, made)
         if stage == PAIRS.name:
+            _list_lost(project, made)
             check_any_kept(project.store, made)
+        if stage == CURATION.name and (pairs := load_artifact(project.store, PAIRS.name, made.inputs[PAIRS.name])):
+            _list_lost(project, pairs, made)
         node = project.graph[stage]
         if node.kind == "result":
             tell_result(make_context(replace(node, inputs=()), made.key, {}, project.store, project.config), made)
@@ -176,15 +179,8 @@ def _execute(plan: RunPlan, tell: Tell) -> dict[str, Artifact]:
 
 
 def _place(project: Project, stage: str, made: Artifact) -> None:
-    """Writes images, rejected rows, or where the bundle is, into the run's output folder."""
+    """Writes images, or where the bundle is, into the run's output folder."""
     output = Path(project.config.run.output)
-    if stage in (PAIRS.name, CURATION.name):
-        from pipeline.report.page import replace_file
-
-        curation = made if stage == CURATION.name else None
-        pairs = load_artifact(project.store, PAIRS.name, made.inputs[PAIRS.name]) if curation else made
-        if pairs:
-            replace_file(output / FILE, lost_text(project.store, pairs, curation))
     if stage == "bundle":
         remember_bundle(output, project.store.url, made.key)
     if stage == "samples":
@@ -194,10 +190,23 @@ def _place(project: Project, stage: str, made: Artifact) -> None:
         materialise(project.store, made.blobs, output / "samples", replace=True)
 
 
+def _list_lost(project: Project, pairs: Artifact, curation: Artifact | None = None) -> None:
+    """Writes which rows were lost into the run's output folder, unless it says so already."""
+    from pipeline.report.page import replace_file
+
+    path = Path(project.config.run.output, FILE)
+    with suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
+        if file.readline() == lost_heading(pairs, curation):
+            return
+    replace_file(path, lost_text(project.store, pairs, curation))
+
+
 def _place_made(project: Project, made: Mapping[str, Artifact]) -> None:
-    """Writes images and where the bundle is, as far as they are made: there may be those of another configuration."""
+    """Writes images, lost rows and where the bundle is, as far as made: there may be those of another configuration."""
     for stage, artifact in made.items():
         _place(project, stage, artifact)
+    if pairs := made.get(PAIRS.name):
+        _list_lost(project, pairs, made.get(CURATION.name))
 
 
 def write_output(project: Project) -> None:

@@ -24,7 +24,7 @@ from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.graph.stages import Stage
 from pipeline.local import read_local
-from pipeline.parse import ContentFile, load_yaml, overlay, parse, read_count, read_value
+from pipeline.parse import SHORTHANDS, ContentFile, load_yaml, overlay, parse, read_count, read_value
 from pipeline.settings import KubernetesSettings, Prices, RaySettings, ReleaseGates
 from pipeline.store.names import is_part
 from pipeline.training.recipes import ClipRecipe
@@ -85,7 +85,7 @@ class Config:
     """
 
     stages: ClassVar[tuple[Stage, ...]]
-    BESIDE: ClassVar = ("preset", "scale")
+    BESIDE: ClassVar = SHORTHANDS
 
     project: str
     store: str

@@ -27,6 +27,7 @@ from pipeline.errors import UserError, did_you_mean
 from pipeline.local import open_local
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}  # of counts that a person writes
+SHORTHANDS = ("preset", "scale")  # values of a configuration that stand for those of many fields
 # What others call the fields of a training's recipe.
 ELSEWHERE = {
     "lr": "learning_rate",

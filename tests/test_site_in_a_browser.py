@@ -21,7 +21,7 @@ pytestmark = pytest.mark.browser
 CONFIGURATION = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 ADDRESSES = [address(place) for place in pages_of(CONFIGURATION["nav"])]
 SCHEMES: dict[str, Literal["light", "dark"]] = {"default": "light", "slate": "dark"}
-# Of a page: where its links and images lead, and the names that links may end with.
+# Links and images of a page, and the names that links may end with.
 LINKS = "[...document.querySelectorAll('a[href], img')].map(one => one.href || one.src)"
 NAMES = "[...document.querySelectorAll('[id], a[name]')].map(one => one.id || one.name)"
 PAINTED = "performance.getEntriesByName('first-contentful-paint').map(entry => entry.startTime)"

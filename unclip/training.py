@@ -17,7 +17,7 @@ from pipeline.graph.device import choose_device
 from pipeline.held_out import FEWEST
 from pipeline.parse import ELSEWHERE
 from pipeline.training.in_process import Examples, TrainedModel, train_on
-from pipeline.training.task import Batch, Task
+from pipeline.training.task import Batch, Task, task_type
 from pipeline.training.tasks.ar_prior import ARPriorTask
 from pipeline.training.tasks.clip import ClipTask
 from pipeline.training.tasks.decoder import DecoderTask
@@ -26,13 +26,6 @@ from pipeline.training.tasks.starts import ROWS
 from pipeline.training.tasks.upsampler import UpsamplerTask
 from unclip.embedded_rows import MADE_OF, embedded, makes
 from unclip.rows import Rows, check_row, open_rows
-
-TASKS: dict[str, Any] = {
-    "clip": ClipTask,
-    "ar_prior": ARPriorTask,
-    "diffusion_prior": DiffusionPriorTask,
-    "decoder": DecoderTask,
-}
 
 
 def train(
@@ -97,7 +90,7 @@ def train(
         raise UserError(f"weights: {chosen.weights} is trained already; leave weights out")
     if chosen.init_from is not None and not chosen.init_from.path:
         raise UserError("init_from: a sha256 names a blob of a store, but this training has no store; name a file")
-    columns, on = task.columns if task else TASKS.get(stage, UpsamplerTask).columns, choose_device(device)
+    columns, on = (task or task_type(chosen)).columns, choose_device(device)
     rows = _open(stage, data, columns, clip)
     held_rows = None if validation is None else _open(stage, validation, columns, clip)
     if held_rows is not None and len(held_rows) < FEWEST:

@@ -16,12 +16,12 @@ from pipeline.graph.keys import flatten, trajectory
 from pipeline.graph.plan import Verdict
 from pipeline.graph.records import RUN_NAME, PlannedStage, RunRecord
 from pipeline.graph.stages import Context, Graph
+from pipeline.parse import SHORTHANDS
 from pipeline.store import Store
 from pipeline.store.base import Entry
 from pipeline.store.records import create_record, peek_record, whoami
 
 OURS = ("unclip", "cli")  # programs whose arguments are recorded
-OPEN = ("preset", "scale")  # values of a command that a run's record has as they were written
 AGAIN_S = 86_400  # after which a run that finds everything made is recorded again
 MOST_RUNS = 10**8 - 1  # of a project: numbers have eight digits, so that names sort as numbers do
 
@@ -96,7 +96,7 @@ def _asked_by() -> dict[str, str]:
 def _command() -> str:
     """Returns the command line without the values of overrides, which may be private; recipes are recorded anyway.
 
-    Values of OPEN stay: they are no secret, and tell two runs apart.
+    Values of SHORTHANDS stay: they are no secret, and tell two runs apart.
     """
     program = Path(sys.argv[0]).stem
     if program not in OURS:  # a program that uses the package: its words are its own
@@ -104,7 +104,7 @@ def _command() -> str:
     words = []
     for word in sys.argv[1:]:
         name, equals, value = word.removeprefix("--set=").partition("=")
-        words.append(f"{name}={value if name in OPEN else '...'}" if equals else word)
+        words.append(f"{name}={value if name in SHORTHANDS else '...'}" if equals else word)
     return " ".join([program, *map(shlex.quote, words)])
 
 

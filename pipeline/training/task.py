@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, get_type_hints, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -128,6 +128,12 @@ class Previews(Protocol):
 
     def preview(self, model: Any, batch: Batch, rng: RandomStreams) -> Tensor:
         """Returns an image of what the model makes of some validation rows, uint8 [3, h, w]."""
+
+
+def task_type(recipe: Any) -> type[Task]:
+    """Returns the type of the tasks that a training's recipe names."""
+    made: type[Task] = get_type_hints(import_module(f"pipeline.training.tasks.{recipe.task}").make)["return"]
+    return made
 
 
 def task_of(ctx: Context) -> Task:

@@ -17,11 +17,12 @@ from pipeline.data.fetch.visit import host_of
 from pipeline.data.source.lists import read_rows
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, read_shards, read_table
+from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table
 from pipeline.ledger import DEFERRED, REASONS
 from pipeline.local import local_path
 from pipeline.pages import page
 from pipeline.store import Store
+from pipeline.store.parallel import ordered_map
 from pipeline.terminal import printable
 
 FILE = "rejected.txt"  # beside the report
@@ -34,7 +35,7 @@ NEARLY_ALL = 0.9  # of the rows
 
 
 class LostRow(NamedTuple):
-    """A row that was rejected or deferred, by either; its reference is as people may see it."""
+    """A row that was rejected or deferred; its reference is as people may see it."""
 
     key: str
     status: str
@@ -43,25 +44,35 @@ class LostRow(NamedTuple):
 
 
 def lost_references(store: Store, pairs: Artifact, curation: Artifact | None = None) -> Iterator[LostRow]:
-    """Yields the rows that pairs did not keep, or curation after it, in order. One shard is in memory at a time."""
-    later = {shard.number: shard for shard in read_shards(store, curation)} if curation else {}
-    for shard in read_shards(store, pairs):
-        after = later.get(shard.number)
-        rejected = read_table(store, after.blobs["rejected"]).to_pylist() if after and after.lost else []
-        reasons = {row["key"]: row["reason"] for row in rejected}
-        if shard.lost or reasons:
-            table = read_table(store, shard.blobs["index"], ["key", "status", "reason", "url"])
-            for row in table.to_pylist():
-                if row["status"] != "kept":
-                    yield LostRow(row["key"], row["status"], row["reason"], shown(row["url"]))
-                elif row["key"] in reasons:
-                    yield LostRow(row["key"], "rejected", reasons[row["key"]], shown(row["url"]))
+    """Yields the rows that pairs did not keep, or curation after it, in order. Some shards are read ahead."""
+    later = {shard.number: shard for shard in read_shards(store, curation) if shard.lost} if curation else {}
+    shards = (each for each in read_shards(store, pairs) if each.lost or each.number in later)
+    for rows in ordered_map(lambda shard: _lost_of(store, shard, later.get(shard.number)), shards):
+        yield from rows
+
+
+def _lost_of(store: Store, shard: ShardRow, after: ShardRow | None) -> list[LostRow]:
+    rejected = read_table(store, after.blobs["rejected"], ["key", "reason"]).to_pylist() if after else []
+    reasons = {row["key"]: row["reason"] for row in rejected}
+    rows = read_table(store, shard.blobs["index"], ["key", "status", "reason", "url"]).to_pylist()
+    lost = (
+        row if row["status"] != "kept" else row | {"status": "rejected", "reason": reasons.get(row["key"])}
+        for row in rows
+    )
+    return [LostRow(row["key"], row["status"], row["reason"], shown(row["url"])) for row in lost if row["reason"]]
+
+
+def lost_heading(pairs: Artifact, curation: Artifact | None = None) -> str:
+    """Returns the first line of FILE: its columns, and of which artefacts it lists the lost rows."""
+    made = ", ".join(f"{each.stage} {each.key[:12]}" for each in (pairs, curation) if each)
+    return f"# reason\tstatus\tkey\treference\tof {made}\n"
 
 
 def lost_text(store: Store, pairs: Artifact, curation: Artifact | None = None) -> str:
-    """Returns a line for each of the first MOST_LISTED lost rows: reason, status, key and reference, with tabs."""
+    """Returns the heading, and a line for each of the first MOST_LISTED lost rows, with tabs between columns."""
     rows = islice(lost_references(store, pairs, curation), MOST_LISTED)
-    return "".join(f"{row.reason}\t{row.status}\t{row.key}\t{' '.join(printable(row.url).split())}\n" for row in rows)
+    lines = (f"{row.reason}\t{row.status}\t{row.key}\t{' '.join(printable(row.url).split())}\n" for row in rows)
+    return lost_heading(pairs, curation) + "".join(lines)
 
 
 def lost_examples(store: Store, pairs: Artifact, curation: Artifact | None = None) -> Mapping[str, Sequence[str]]:
