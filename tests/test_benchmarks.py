@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from benchmarks.billion import PARTS as OF_A_BILLION
-from benchmarks.billion import Simulation, read
+from benchmarks.billion import read
 from benchmarks.fake_web import fetch_web
 from benchmarks.gpu.bench import Bench, Outcome
 from benchmarks.gpu.run import cosines
 from benchmarks.gpu_check import PARTS
 from benchmarks.gpu_check import main as check_gpu
+from benchmarks.simulation import Simulation
 from benchmarks.timing import ratio
 from pipeline.build import build
 from pipeline.config import preset_config

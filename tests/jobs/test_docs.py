@@ -23,7 +23,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 import unclip
-from benchmarks.billion import FILE, Simulation, read
+from benchmarks.billion import FILE, read
+from benchmarks.simulation import Simulation
 from jobs.command_line import command_line
 from pipeline.config import SCHEMA, Config, Run
 from pipeline.errors import UserError
