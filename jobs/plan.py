@@ -147,11 +147,7 @@ class RunPlan:
         return {stage: cost.seconds for stage, cost in self.costs.items()}
 
     def check(self) -> None:
-        """Raises UserError for a run above the budget, of days on a CPU, or with too little room on a disk.
-
-        Examples:
-            >>> project.plan().check()
-        """
+        """Raises UserError for a run above the budget, of days on a CPU, or with too little room on a disk."""
         if lack := next(lacking(self.costs, self.ask, self.project.store), None):
             raise UserError(f"{lack}; add --yes to go on anyway")
         seconds, hours = elapsed(self.costs, self.ask), self.project.config.run.budget_hours

@@ -1,13 +1,10 @@
 """What a release has promised is still there: docs/versions.md."""
 
-import inspect
 import re
 from pathlib import Path
-from pydoc import locate
 
 import pytest
 
-import unclip
 from tests.interface import FOLDER, ROOT, broken, described, interface
 
 RELEASES = sorted(FOLDER.glob("*.txt"))
@@ -17,15 +14,6 @@ RELEASES = sorted(FOLDER.glob("*.txt"))
 def test_nothing_that_a_release_has_is_gone_or_asks_for_more(release: Path) -> None:
     """A line here breaks somebody's program, file or script: keep it, or release a version that may break it."""
     assert broken(release.read_text().splitlines(), interface()) == []
-
-
-def test_every_public_function_shows_how_it_is_called() -> None:
-    """Modules such as ``unclip.stages`` are for plug-ins, which docs/extend.md shows."""
-    names = {re.split(r"[ (]", line)[0] for line in interface() if line.startswith("unclip.")}
-    found = {name: locate(name) for name in names if name.split(".")[1] in unclip.__all__}
-    called = {name for name, one in found.items() if inspect.isroutine(one)}
-    assert len(called) > 30
-    assert sorted(name for name in called if ">>>" not in (inspect.getdoc(found[name]) or "")) == []
 
 
 def test_the_first_release_is_kept() -> None:

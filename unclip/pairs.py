@@ -163,10 +163,7 @@ class Pairs:
     def ray(self) -> Any:
         """Returns a Ray Dataset with a row per pair and the fields of Pair; "data" has the image file's bytes.
 
-        It connects to the cluster at RAY_ADDRESS, or starts a local Ray.
-
-        Examples:
-            >>> sizes = project.pairs().ray().map(lambda row: {"size": len(row["data"])})
+        It connects to the cluster at RAY_ADDRESS, or starts a local Ray: ``pairs.ray().map_batches(...)``.
         """
         start_ray(self.settings)
         import ray.data
