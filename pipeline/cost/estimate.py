@@ -19,6 +19,7 @@ from pipeline.cost.devices import DEVICES, UNKNOWN, Device, Fleet
 from pipeline.cost.memory import SAVED_STATE, Footprint, footprint, host_memory
 from pipeline.cost.observed import Observation, Observations, paces, shape
 from pipeline.data.embeddings.stage import TASK_BYTES
+from pipeline.data.source.passes import TASK_BYTES as LIST_TASK_BYTES
 from pipeline.graph.keys import flatten
 from pipeline.graph.resources import DECODERS, Machine, Resources, WorkerGroup, cores, team_of
 from pipeline.graph.stages import Graph, seconds_to_end
@@ -40,7 +41,9 @@ LAUNCHES = 3  # kernels of a step for each of its forward pass; 2.7 of small's d
 # says that twelve equal blocks take a minute; the stages of a U-Net are all different.
 COMPILE_SECONDS = 15.0
 CLUSTERED_ROWS = 8e6  # up to which near rows are looked for in clusters of one size (docs/near-duplicates.md)
-PART_SECONDS = 0.016  # of Ray's driver, to hand one part of a shard to a decoder and to an encoder (2026-11-30)
+PART_SECONDS = (
+    0.016  # of Ray's driver, to hand one part of a shard to a decoder and to an encoder: 13 to 19 ms, 2026-12-02
+)
 DECODE_SECONDS = 0.004  # of one core, to read a stored image and shrink it to CLIP's view
 START_SECONDS = {"data": 6.0, "training": 5.0, "gpus": 60.0}
 FETCH_WEIGHTS_SECONDS = 60.0
@@ -221,8 +224,11 @@ def resources(stage: str, ask: PlanInput) -> tuple[int, float, float]:
         return 1, ask.machine.cpus, int(bool(on_gpu))
     if kind == "result":
         return (1, 0, 1) if there else (1, ask.machine.cpus, 0)
-    if kind != "data" or settings is None:  # in the driver
+    if settings is None or kind not in ("source", "data"):  # in the driver
         return 1, 1, 0
+    if kind == "source":  # as if the list were a folder of files
+        count = team_of(settings, ask.machine, round(ask.rows * REFERENCE_BYTES / LIST_TASK_BYTES)).count
+        return max(1, count), max(1, count), 0
     if fleet and ask.encodes(stage):
         count = min(fleet.count, max(1, ask.shards))
         each = settings.decoders if settings.decoders not in (0, "auto") else decoders_a_gpu(ask)
@@ -328,12 +334,6 @@ def step_seconds(stage: str, ask: PlanInput, workers: int) -> tuple[float, float
     again = getattr(ask.config.run, stage).recompute or (isinstance(recipe, ClipRecipe) and step.passes > 1)
     computing = step.rows * (size.training + again * size.forward) / rate(ask, recipe.precision, stage)
     return computing, step.passes * (LAUNCHES + again) * size.kernels * LAUNCH_SECONDS
-
-
-def counted_trainings(costs: Mapping[str, Cost], ask: PlanInput) -> dict[str, int]:
-    """Returns the GPUs of those trainings whose costs are counted."""
-    trained = {stage: round(cost.gpus) for stage, cost in costs.items() if ask.graph[stage].kind == "training"}
-    return {stage: gpus for stage, gpus in trained.items() if gpus and costs[stage].basis == "counted"}
 
 
 def rate(ask: PlanInput, precision: str, stage: str = "") -> float:

@@ -12,14 +12,13 @@ from pipeline.cost.devices import DEVICES, Fleet
 from pipeline.cost.estimate import (
     Cost,
     PlanInput,
-    counted_trainings,
     model_size,
     resources,
     step_of,
     worker_memory,
 )
 from pipeline.cost.memory import SAVED_STATE, USABLE, settings_that_fit
-from pipeline.cost.table import devices_of, size
+from pipeline.cost.table import counted_trainings, devices_of, size
 from pipeline.progress import counted, duration
 from pipeline.store import Store, local_folder
 

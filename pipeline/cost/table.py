@@ -13,7 +13,6 @@ from pipeline.cost.estimate import (
     Cost,
     PlanInput,
     cores_a_gpu,
-    counted_trainings,
     decode_seconds,
     decoders_a_gpu,
     driver_seconds,
@@ -21,6 +20,7 @@ from pipeline.cost.estimate import (
     encode_seconds,
     estimate,
     rate,
+    resources,
     row_bytes,
     save,
     step_of,
@@ -157,6 +157,10 @@ def remarks(costs: Mapping[str, Cost], ask: PlanInput, verbose: bool = True) -> 
     guessed = by_basis.get("guess", ())
     if rows := {name: ask.graph[name].row_seconds for name in guessed if ask.graph[name].row_seconds}:
         yield f"assumed: microseconds of a core for a row: {', '.join(f'{n} {1e6 * s:.0f}' for n, s in rows.items())}"
+    for name in guessed:
+        if ask.graph[name].kind == "source" and (workers := resources(name, ask)[0]) > 1:
+            alone = duration(ask.rows * ask.graph[name].row_seconds)
+            yield f"{name}: a list of many files, read by {workers} workers; a list of one file takes {alone}"
     if held := {name: row_bytes(name, ask) for name in guessed if ask.graph[name].row_bytes}:
         yield f"assumed: bytes of a row in the store: {', '.join(f'{name} {size(one)}' for name, one in held.items())}"
     if any(ask.graph[stage].kind in ("training", "result") for stage in guessed):
@@ -183,6 +187,12 @@ def _rare_saves(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
     if rare:
         each = ", ".join(f"{name} {size(held)} every {duration(every)}" for name, (held, every) in rare.items())
         yield f"checkpoints of a worker, at an assumed {size(assumed.SAVED_BYTES)}/s: {each}"
+
+
+def counted_trainings(costs: Mapping[str, Cost], ask: PlanInput) -> dict[str, int]:
+    """Returns the GPUs of those trainings whose costs are counted."""
+    trained = {stage: round(cost.gpus) for stage, cost in costs.items() if ask.graph[stage].kind == "training"}
+    return {stage: gpus for stage, gpus in trained.items() if gpus and costs[stage].basis == "counted"}
 
 
 def _steps(costs: Mapping[str, Cost], ask: PlanInput, verbose: bool) -> Iterator[str]:

@@ -37,7 +37,7 @@ def _sixty_pairs(folder: Path, more: str = "") -> str:
 def test_what_a_gpu_does_in_minutes_is_not_left_to_a_cpu_in_silence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
-    config = _sixty_pairs(tmp_path, "decoder: {preset: small}\n")
+    config = _sixty_pairs(tmp_path, "decoder: {preset: small}\nrun: {decoder: {keep_checkpoints: 1}}\n")
     assert main(["run", config, "--until", "decoder"]) == 2
     shown = capsys.readouterr()
     assert re.search(r"^runs on .*1 core \(.*\)$", shown.out, re.MULTILINE)

@@ -12,6 +12,7 @@ from pipeline.data.source.rows import read_captions
 from pipeline.graph.artifacts import read_shards
 from pipeline.store import open_store
 from tests.chain import ROOT, done, here
+from tests.chain import unclip as run
 from tests.faults import artifact
 from tests.jobs.test_docs import commands, small
 from tests.jobs.test_every_crash import IN_ARTIFACTS, contents, killed_everywhere, unclip
@@ -79,3 +80,24 @@ def test_a_run_that_is_killed_everywhere_pays_once_and_ends_alike(tmp_path: Path
     assert contents(ours, "recaption") == contents(theirs, "recaption")
     # Each part was killed once before its record, and asked for again; killed afterwards it was not.
     assert vision.asked - once == once + once
+
+
+@pytest.mark.slow  # of parts that are killed in the driver, see above
+def test_ray_workers_that_are_killed_at_every_record_end_alike(tmp_path: Path, vision: Vision) -> None:
+    """What a worker had under way is asked for again: a shard in hand, and the one that is begun beside it."""
+    path = write_listed(tmp_path, [picture(i) for i in range(24)], SPLITS)
+    calm = configure(tmp_path / "calm", path, url=vision.url)
+    on_ray = configure(tmp_path / "ray", path, url=vision.url, workers=2)
+    assert unclip("run", calm, "--until", "recaption") == 0
+    assert unclip("run", on_ray, "--until", "pairs") == 0
+    once = vision.asked
+    kills = tmp_path / "kills"
+    kills.mkdir()
+    crash = {"UNCLIP_CRASH": f"shard.before_record@{kills}"}
+    done(run("run", on_ray, "--until", "recaption", env=crash))
+    assert len(list(kills.iterdir())) == 3 + 3  # answers of a shard, and its joined captions
+    theirs, ours = (open_store(str(config.parent / "store")) for config in (calm, on_ray))
+    assert contents(ours, "recaption") == contents(theirs, "recaption")
+    asked = vision.asked - once
+    assert asked.keys() == once.keys()
+    assert all(2 <= count <= 1 + 3 for count in asked.values())  # three of the kills were between answers and record

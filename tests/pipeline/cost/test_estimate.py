@@ -312,6 +312,17 @@ def test_data_stages_grow_with_pairs_and_trainings_do_not() -> None:
     assert all(large[stage] == small[stage] for stage in MODELS)
 
 
+def test_a_list_is_read_by_as_many_workers_as_it_is_worth() -> None:
+    """One file is read by one process, which a plan says beside the time of workers."""
+    config = load_config(ROOT / "configs/nano.yaml", ["run.source.workers=8"])
+    few, some, many = (asked(config, rows) for rows in (1000, 10**6, 10**9))
+    assert [estimate("source", ask).cores for ask in (few, some, many)] == [1, 2, 8]
+    said = [line for ask in (few, many) for line in remarks({"source": estimate("source", ask)}, ask)]
+    assert [line for line in said if line.startswith("source: ")] == [
+        "source: a list of many files, read by 8 workers; a list of one file takes 8 h 53 min"
+    ]
+
+
 # --- bytes and money --------------------------------------------------------------------------------------------------
 
 
