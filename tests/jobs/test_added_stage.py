@@ -45,7 +45,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(tmp_path_factory: pytest.TempPathFactory, pictures: str) -> Path:
     """A configuration of twenty rows and of the stage, whose store is a folder."""
     folder = tmp_path_factory.mktemp("added")
-    rows = [write_list(folder / "list.csv", 30, 50)]
+    rows = [write_list(folder / "list.csv", 0, 20)]
     path = write_config(folder, str(folder / "store"), pictures, rows, brightness={"side": SIDE})
     values = yaml.safe_load(path.read_text())
     values["run"]["brightness"] = {"workers": 0}
