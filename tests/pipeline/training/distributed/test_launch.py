@@ -37,7 +37,6 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         ray = start_ray(RaySettings(cpus=2, object_store_mb=200))
     yield ray
     ray.shutdown()
-    assert marker.exists()
 
 
 def test_ray_workers_train_what_this_process_trains(ray: Any, world: World, caplog: pytest.LogCaptureFixture) -> None:
