@@ -21,6 +21,7 @@ HABITS = {
     "logs": "unclip show CONFIG shows its progress, and unclip submit with the same words follows a job",
     "stop": "Ctrl-C stops a run, and unclip submit with --stop a job; the same command resumes it later",
     "download": "unclip run CONFIG --until pairs fetches the images of its lists",
+    "train": "unclip run CONFIG trains all models, with --until STAGE up to one",
     "finetune": "unclip init NAME LIST --from WHERE fine-tunes the models there",
     "--output": "write run.output=FOLDER",
     "--preset": "write preset=NAME",
@@ -124,7 +125,8 @@ class Parser(argparse.ArgumentParser):
         """Returns the end of a message about an unknown option: what is written here in its place."""
         known, bare = self._option_string_actions, option.lstrip("-")
         if habit := HABITS.get(option.replace("_", "-")):
-            return f"; {habit}"
+            elsewhere = "--set" not in known and habit.startswith("write ")
+            return f"; with unclip run CONFIG, {habit}" if elsewhere else f"; {habit}"
         if "--set" in known and known["--set"].metavar == "KEY=VALUE":
             from pipeline.parse import ELSEWHERE  # with pydantic, for which no help should wait
 

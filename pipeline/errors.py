@@ -71,5 +71,5 @@ def did_you_mean(word: object, words: Iterable[object], mark: str = "") -> str:
     ``mark`` stands before each known word, such as the dashes of options.
     """
     known = sorted(map(str, words))
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.65)
     return f"; did you mean {mark}{close[0]}?" if close else f"; known are {', '.join(mark + w for w in known)}"

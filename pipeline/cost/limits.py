@@ -119,9 +119,11 @@ def _disks(costs: Mapping[str, Cost], ask: PlanInput, store: Store) -> Iterator[
         there = next(path for path in (where, *where.absolute().parents) if path.exists())
         disks.setdefault(there.stat().st_dev, []).append((there, what, need))
     for uses in disks.values():
-        need, free = sum(use[2] for use in uses), shutil.disk_usage(uses[0][0]).free
-        if need > free:
-            what = " and ".join(use[1] for use in uses)
+        need, disk = sum(use[2] for use in uses), shutil.disk_usage(uses[0][0])
+        free, what = disk.free, " and ".join(use[1] for use in uses)
+        if not disk.total:  # such as /proc
+            yield Lack(f"{what}: files cannot be stored there", "name another place")
+        elif need > free:
             room = f"about {size(need)} will be needed, and {size(free)} are free"
             yield Lack(f"the disk of {what} is too small: {room}", "free space, or name another place")
 

@@ -119,7 +119,7 @@ completion bsh                                    | unknown value bsh; did you m
 logs mine.yaml                                    | unknown command logs; unclip show CONFIG shows its progress
 status mine.yaml                                  | unknown command status; unclip show CONFIG shows its progress
 stop mine.yaml                                    | unknown command stop; Ctrl-C stops a run
-train mine.yaml                                   | unknown command train; did you mean run?
+train mine.yaml                                   | unknown command train; unclip run CONFIG trains all models
 help realese                                      | unknown command realese; did you mean release?
 data lok list.csv                                 | unknown command lok; did you mean look?
 data                                              | COMMAND is missing; write unclip data COMMAND
@@ -159,6 +159,8 @@ forget mine.yaml a.png                            | unknown command forget; did 
 download list.csv                                 | unknown command download; unclip run CONFIG --until pairs fetches
 finetune list.csv                                 | unknown command finetune; unclip init NAME LIST --from WHERE
 run mine.yaml --preset nano                       | unknown option --preset; write preset=NAME
+init my list.csv --preset nano                    | unknown option --preset; with unclip run CONFIG, write preset=NAME
+run mine.yaml --until training                    | unknown stage training; known are ar_prior, bundle, captions, clip
 run mine.yaml --epochs 10                         | unknown option --epochs; write STAGE.samples=VALUE, such as decoder
 run mine.yaml +decoder.samples=100                | +decoder.samples=100: not understood here; ~[KEY=VALUE ...]
 plan mine.yaml run.trackers=[comet]               | run.trackers: comet is neither module:function nor one of tensor
@@ -214,7 +216,7 @@ init a long.csv                                   | 1 of the first 1 captions ha
 init a tiny                                       | 1 of the first 1 images are below 64 px, too small to train on
 init a windows.csv                                | 1 of the first 1 images cannot be opened ~: missing_file
 init a cells.csv                                  | 1 of the first 1 images cannot be opened ~: unsupported_reference
-plan mine.yaml store=/proc/self                   | warning: the disk of ~the store /proc/self is too small
+plan mine.yaml store=/proc/self                   | warning: ~the store /proc/self: files cannot be stored there
 """
 
 
