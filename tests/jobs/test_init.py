@@ -212,7 +212,7 @@ def held_out(config: Config) -> tuple[int, int]:
     return found.get("test", 0), found.get("validation", 0)
 
 
-@pytest.mark.parametrize("rows", [3, 5, 71, 160, 200, 320, 1_000, 3_000])
+@pytest.mark.parametrize("rows", [3, 71, 200, 1_000, 3_000])
 def test_a_small_set_gets_a_split_that_can_be_judged(rows: int) -> None:
     """At least 32 and 16 rows where there are that many, with some more, and never over a fifth of all."""
     config = made("mine", listed(rows))
@@ -286,13 +286,9 @@ def test_on_a_machine_with_a_gpu_it_is_used(monkeypatch: pytest.MonkeyPatch, cap
     ("gpu", "pairs", "preset"),
     [
         (False, 5, "tiny"),
-        (False, 1_000, "tiny"),
         (False, 1_000_000, "tiny"),
-        (True, 5, "tiny"),
-        (True, 1_000, "tiny"),
         (True, 9_999, "tiny"),
         (True, 10_000, "small"),
-        (True, 1_000_000, "small"),
     ],
 )
 def test_the_preset_is_for_the_machine_and_for_as_many_pairs(gpu: bool, pairs: int, preset: str) -> None:
@@ -307,8 +303,6 @@ def test_the_preset_is_for_the_machine_and_for_as_many_pairs(gpu: bool, pairs: i
     ("pairs", "scale", "weights"),
     [
         (10_000, 0.02, CLIP_WEIGHTS),
-        (123_000, 0.24, CLIP_WEIGHTS),
-        (500_000, 0.98, CLIP_WEIGHTS),
         (600_000, 1, CLIP_WEIGHTS),
         (1_000_000, 1, "train"),
     ],
