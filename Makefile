@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver lists pairs embeddings streaming \
-  near_duplicates training_loop checkpoints reading generation side_by_side tiny
+  near_duplicates training_loop checkpoints reading generation tiny
 
 .PHONY: help unit test test-browser test-slow test-pythons mutants chaos check bench gpu-check lock format peek demo \
   demo-bundle studio recording site dist clean
