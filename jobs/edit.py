@@ -35,7 +35,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.to and not single and recipe.operation in STRIPS:
         raise UserError(f"--to {arguments.to}: {recipe.operation} makes one strip; name a .png file")
     files = _named(arguments)
-    images = open_inputs(recipe, files)
+    images = [open_input(recipe, i, file) for i, file in enumerate(files)]
     bundle = find_bundle(arguments.source)
     where = writable(arguments.to or bundle.output / "edits", single)
     folder = bundle.folder
@@ -59,11 +59,6 @@ def main(arguments: argparse.Namespace) -> int:
     path = where if single else where / f"{_name(replace(done, strip=True), files)}{suffix}"
     write_strip(path, edit, done)
     return 0
-
-
-def open_inputs(recipe: ImageRecipe, files: Sequence[Path]) -> list[Image]:
-    """Opens the images that a recipe begins with. Raises UserError."""
-    return [open_input(recipe, i, file) for i, file in enumerate(files)]
 
 
 def open_input(recipe: ImageRecipe, i: int, file: Path) -> Image:

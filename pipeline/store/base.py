@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 TRIES = 6  # of a request; with the waits about a minute at most
@@ -53,3 +53,11 @@ def tries() -> Iterator[bool]:
         if attempt:
             time.sleep(random.random() * min(20, 2 ** (attempt - 1)))
         yield attempt == TRIES - 1
+
+
+def has_bytes(read: Callable[[str], bytes], path: str, data: bytes) -> bool:
+    """Returns whether an object is there and has these bytes."""
+    try:
+        return read(path) == data
+    except FileNotFoundError:
+        return False

@@ -20,7 +20,7 @@ from obstore import exceptions
 from obstore.store import AzureStore, GCSStore, from_url
 
 from pipeline.errors import Unreachable, UserError
-from pipeline.store.base import Entry, cut, tries
+from pipeline.store.base import Entry, cut, has_bytes, tries
 from pipeline.store.names import check_path
 
 PART_BYTES = 16 << 20  # a larger file is uploaded in parts
@@ -158,7 +158,7 @@ class CloudStore:
                     obstore.put(self._once, path, data, mode=mode, use_multipart=False)
                     return True
                 except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
-                    return tried and self._holds(path, data)  # perhaps by our own try whose answer was lost
+                    return tried and has_bytes(self.read, path, data)  # perhaps by our own try whose answer was lost
                 except FileNotFoundError as e:
                     if mode == "create":
                         raise self._no_bucket(e) from e
@@ -173,12 +173,6 @@ class CloudStore:
         return UserError(
             f"store {self.url}: there is no such bucket; create it or correct the store's URL ({_said(error)})"
         )
-
-    def _holds(self, path: str, data: bytes) -> bool:
-        try:
-            return self.read(path) == data
-        except FileNotFoundError:
-            return False
 
     def delete(self, paths: Iterable[str]) -> None:
         remaining = iter(paths)

@@ -29,7 +29,7 @@ from urllib3.exceptions import HTTPError
 
 from pipeline.errors import Unreachable, UserError
 from pipeline.pages import page
-from pipeline.store.base import TRIES, Entry, cut, tries
+from pipeline.store.base import TRIES, Entry, cut, has_bytes, tries
 from pipeline.store.names import check_path
 
 TIMEOUT_S = 60.0  # without a byte
@@ -297,17 +297,11 @@ class S3Store:
                         return False
                     tried = tried or e.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
                     if _status(e) == 412:  # the condition failed, perhaps by our own try whose answer was lost
-                        return tried and self._holds(path, data)
+                        return tried and has_bytes(self.read, path, data)
                     if last:  # 409: somebody, perhaps our own first try, is writing, and nobody has won yet
                         raise
                     tried = True
         raise AssertionError("the last try returns or raises")
-
-    def _holds(self, path: str, data: bytes) -> bool:
-        try:
-            return self.read(path) == data
-        except FileNotFoundError:
-            return False
 
     def _upload(self, path: str, file: Path) -> bool:
         """Uploads a file, in parts if it is large, unless the object exists: then it has the same bytes."""

@@ -16,10 +16,10 @@ from pipeline.data.fetch.references import shown
 from pipeline.data.fetch.visit import host_of
 from pipeline.data.source.lists import read_rows
 from pipeline.data.source.recipe import SourceRecipe
+from pipeline.data.source.tables import named_file
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table
 from pipeline.ledger import DEFERRED, REASONS
-from pipeline.local import local_path
 from pipeline.pages import page
 from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
@@ -136,7 +136,7 @@ def _roots(urls: Iterable[str]) -> Counter[str]:
     for url in urls:
         if url.startswith("s3://"):
             counts["s3://" + url.removeprefix("s3://").partition("/")[0]] += 1
-        elif file := _file(url):
+        elif file := named_file(url):
             folder = os.path.dirname(os.path.realpath(file))  # where a link leads
             first = folder.split("/")[1]
             if first and first not in SYSTEM:
@@ -145,13 +145,6 @@ def _roots(urls: Iterable[str]) -> Counter[str]:
         shared = os.path.commonpath(of)
         counts.update(of if shared == f"/{first}" else {shared: len(of)})  # no whole branch of a disk
     return counts
-
-
-def _file(url: str) -> str:
-    try:
-        return local_path(url) or ""
-    except ValueError:
-        return ""
 
 
 def host_of_reference(url: str) -> str:

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import accumulate, islice
 from typing import Any
 
@@ -141,13 +140,9 @@ def _run(ctx: Context, worker: ShardWorker, keys: Sequence[str], unit: str, amou
     # A record of an earlier list has the number that its task had there, and equal tasks have one record.
     tasks = {key: ShardTask(number, key, {}) for number, key in enumerate(keys)}
     title = f"{ctx.stage} {title}"
-    made, _ = run_shards(ctx, list(tasks.values()), partial(_opened, worker), unit, amount, title)
+    made, _ = run_shards(ctx, list(tasks.values()), lambda: worker, unit, amount, title)
     found = {shard.key: shard for shard in made}
     return [found[key] for key in keys]
-
-
-def _opened(worker: ShardWorker) -> ShardWorker:
-    return worker
 
 
 @dataclass(frozen=True)
