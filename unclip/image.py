@@ -58,7 +58,7 @@ def drawn_image(pixels: np.ndarray, recipe: ImageRecipe) -> DrawnImage:
 
 def opened(given: ImageLike) -> Image.Image:
     """Returns an image as PIL's. Raises TypeError for what is none, UserError for a file that cannot be read."""
-    image = _array_of(given) if isinstance(given, torch.Tensor) else given
+    image = _pixels_of(given) if isinstance(given, torch.Tensor) else given
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return Image.fromarray(image)
     if isinstance(image, str | Path):
@@ -71,13 +71,14 @@ def opened(given: ImageLike) -> Image.Image:
     return image
 
 
-def _array_of(tensor: torch.Tensor) -> np.ndarray:
+def _pixels_of(tensor: torch.Tensor) -> np.ndarray | torch.Tensor:
     """Returns a tensor as the array that ``opened`` takes; as it is, where its shape or its range is another."""
+    pixels = tensor
     if tensor.ndim == 3 and tensor.shape[0] == 3:
         within = tensor.is_floating_point() and bool(((tensor >= 0) & (tensor <= 1)).all())
         pixels = (255 * tensor.float()).round().byte() if within else tensor
-        tensor = pixels.permute(1, 2, 0) if pixels.dtype == torch.uint8 else tensor
-    return tensor.detach().cpu().numpy()
+        pixels = pixels.permute(1, 2, 0) if pixels.dtype == torch.uint8 else tensor
+    return pixels.cpu().numpy() if pixels.dtype == torch.uint8 else tensor  # numpy has no bf16
 
 
 def opened_mask(mask: ImageLike) -> Image.Image:

@@ -324,7 +324,7 @@ class Model:
         progress: ProgressDisplay = True,
         **changes: Any,
     ) -> list[DrawnImage]:
-        """Draws a recipe's images again: up to rounding the same, if the models are.
+        """Returns a recipe's images, one or several, drawn again: up to rounding the same, if the models are.
 
         Args:
             image: Image that was drawn here, or the path of a PNG.
@@ -336,7 +336,7 @@ class Model:
             UserError: The file has no recipe, or cannot be read.
 
         Examples:
-            >>> again = model.redraw(monster, seed=8)
+            >>> [again] = model.redraw(monster, seed=8)
         """
         recipe = (
             image.recipe if isinstance(image, DrawnImage) else read_recipe(read_local(image, MAX_BYTES), str(image))

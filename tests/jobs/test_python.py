@@ -186,6 +186,8 @@ def test_what_is_neither_caption_nor_image_is_named_in_a_line(model: unclip.Mode
     types: dict[Callable[[], object], str] = {
         lambda: model.embed(tensor): r"an image is Tensor float32 \[3, 32, 32\], 2 to 2: give PIL's",
         lambda: model.embed([tensor.int()]): r"an image is Tensor int32 \[3, 32, 32\]: .* in \[0, 1\]",
+        lambda: model.vary(tensor.bfloat16()): r"an image is Tensor bfloat16 \[3, 32, 32\], 2 to 2: give PIL's",
+        lambda: model.vary(tensor[0].bfloat16()): r"an image is Tensor bfloat16 \[32, 32\], 2 to 2: give PIL's",
         lambda: model.embed(7): "not int 7",
         lambda: model.embed(None): "not None",
         lambda: model.vary(np.zeros((32, 32, 3))): r"an image is ndarray float64 \[32, 32, 3\], 0 to 0: give",
