@@ -75,7 +75,7 @@ def _check_project(config: Config, store: Store | None) -> Iterator[Finding]:
         else:
             held_out = project.scan.held_out
             splits = " and ".join(f"{held_out.get(split, 0):,} for {split}" for split in HELD_OUT_SPLITS)
-            yield Finding("ok", "list", f"{counted(project.rows, 'pair')}, of which {splits}")
+            yield Finding("ok", "list", f"{counted(project.rows, 'row')}, of which {splits}")
             yield from _check_references(config)
             yield from (Finding("warning", "list", line) for line in project.warnings(stale))
             stale &= {verdict.stage for verdict in project.plan() if verdict.state == "stale"}

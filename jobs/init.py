@@ -97,10 +97,11 @@ def main(arguments: argparse.Namespace) -> int:
             f"share, such as {seen.framed.words!r}, and a CLIP that trains on them learns those words, not the "
             f"objects; add the bare text as a second caption of each row: {page('captions')}"
         )
-    blocked = len(seen.forbidden) + len(seen.private)
+    blocked = len(seen.forbidden) + len(seen.private) + len(seen.unopened)
     if blocked >= NEARLY_ALL * (seen.rows + len(seen.forbidden)):  # and so where there is no row
         first = place_advice("forbidden_reference", seen.forbidden) or place_advice("forbidden_address", seen.private)
-        say(f"next: no run reads these images as it stands; {first or 'name another list'}")
+        first = first or (seen.unopened and "mend the images named above") or "name another list"
+        say(f"next: no run reads these images as it stands; {first}")
         say(f"then:\n    unclip doctor {path}")
         return 0
     until = " --until diffusion_prior" if imageless else ""

@@ -34,11 +34,12 @@ def main(arguments: argparse.Namespace) -> int:
     reading = {name: value for name in READING if (value := getattr(arguments, name)) != getattr(SourceRecipe, name)}
     page = arguments.output or _beside(arguments.sources, arguments.overrides)
     tell = warn if arguments.json else say
+    replaced = " (in place of an earlier one)" if os.path.exists(page) else ""
     found = look(arguments.sources, *arguments.overrides, images=arguments.images, page=page, tell=tell, **reading)
     if arguments.json:
         print_json(found)
     else:
-        say(f"{found}\npage       {page}")
+        say(f"{found}\npage       {page}{replaced}")
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.bundles import find_bundle
 from jobs.drawing import file_name, one_file, plain_errors, read_options, writable, write_png
+from pipeline.data.source.columns import IMAGES
 from pipeline.errors import UserError
 from pipeline.sampling.recipe import describe
 
@@ -18,7 +19,10 @@ def main(arguments: argparse.Namespace) -> int:
     """Runs ``unclip sample``."""
     captions, options = arguments.captions, read_options(arguments.overrides)
     for text in captions:
-        if (kind := os.path.splitext(text)[1].lower()) and os.path.isfile(text):
+        kind = os.path.splitext(text)[1].lower()
+        if kind in IMAGES and not os.path.exists(text):
+            raise UserError(f"{text}: no such file, and sample takes captions; end a caption with a full stop")
+        if kind and os.path.isfile(text):
             command = f"unclip {'redraw' if kind == '.png' else 'generate'} {shlex.quote(text)}"
             raise UserError(f"{text}: is a file, and sample takes captions; draw what it holds with {command}")
     with plain_errors():

@@ -41,7 +41,10 @@ def mask_flaw(image: Image.Image, mask: Image.Image) -> str:
     if abs(width * high - height * wide) > SKEW * width * high:
         return f"is {wide} x {high} and the image {width} x {height}: give both the same shape"
     if view(mask, BASE).min() >= OPAQUE:
-        return "is opaque in all of the square that is drawn: make transparent what is to be drawn again"
+        return (
+            "is opaque in all of the square that is drawn, whatever its colours: make transparent, by an alpha "
+            "channel, what is to be drawn again"
+        )
     return ""
 
 

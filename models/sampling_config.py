@@ -44,8 +44,9 @@ INSTEAD = {
     "generator": "give its seed, such as seed=7",
     **dict.fromkeys(("width", "height"), "images are square: give size, such as size=256"),
     **dict.fromkeys(("cfg", "cfg_scale", "scale"), "give guidance_scale, or guidance, which is one less"),
-    "sampler": "give decoder_sampler or prior_sampler",
-    "scheduler": "give decoder_sampler or prior_sampler",
+    **dict.fromkeys(
+        ("sampler", "scheduler"), "give decoder_sampler (ddpm, ddim or dpm) or prior_sampler (those or analytic)"
+    ),
     "quality": "give steps, such as steps=50",
 }
 """What to do instead of what other programs have and these models have not."""

@@ -213,6 +213,8 @@ def change_recipe(recipe: ImageRecipe, options: Mapping[str, Any]) -> ImageRecip
     given = {name: own.pop(name) for name in PARAMETERS if name in own}
     if (size := own.get("size")) is not None:
         given["side"] = 0
+        if type(size) is int and size not in SIZES:
+            raise ValueError(f"size is {size}: use {', '.join(map(str, SIZES[:-1]))} or {SIZES[-1]}")
         if size in SIZES and size not in DRAWN:
             own["size"], given["side"] = drawn_side(size), size
     if (shares := given.get("shares", recipe.shares)) and ("n" in given or "strength" in own):

@@ -170,7 +170,7 @@ def test_too_few_rows_are_held_out(capsys: Output) -> None:
     code, lines = doctor(capsys, "store", held_out=7)
     assert code == 0
     assert level(lines, "list") == ["ok", "warning", "warning"]
-    assert "ok       list      22 pairs, of which 7 for test and 7 for validation" in lines
+    assert "ok       list      22 rows, of which 7 for test and 7 for validation" in lines
     assert any("7 test pairs, and a figure needs 8; set source.test" in line for line in lines)
     assert level(doctor(capsys, "store")[1], "list") == ["ok"]
 

@@ -183,6 +183,15 @@ def test_a_list_whose_images_no_run_reads_gets_the_line_to_write(image: str, lin
     assert re.search(r"problem +list +9 of the first 10 rows are forbidden_\w+, such as .*" + re.escape(line), found)
 
 
+def test_a_list_whose_only_image_is_missing_is_not_run(capsys: Output) -> None:
+    Path("pairs.csv").write_text("url,caption\ngone.png,a cat\n")
+    made("mine", "pairs.csv")
+    output = capsys.readouterr().out
+    assert "gone.png: missing_file: " in output
+    assert "next: no run reads these images as it stands; mend the images named above" in output
+    assert "unclip run mine.yaml" not in output
+
+
 def test_rows_that_name_no_image_or_have_no_caption_are_no_pairs(capsys: Output) -> None:
     Path("pairs.csv").write_text("url,caption\nhttp://closed.test/a.png,a\n,no image\nhttp://closed.test/b.png,\n")
     made("mine", "pairs.csv")

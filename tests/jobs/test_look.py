@@ -207,6 +207,8 @@ def test_the_command_prints_a_short_table_writes_the_page_and_speaks_json(capsys
     assert (printed["rows"], printed["images"]["rows"], printed["proposal"]["size"]) == (3, 2, 1024)
     assert Path("elsewhere.html").is_file()
     assert {file.name for file in Path().iterdir()} == {"pictures", "look.html", "elsewhere.html"}
+    assert main(["data", "look", str(folder), "--images", "0"]) == 0
+    assert capsys.readouterr().out.endswith("page       look.html (in place of an earlier one)\n")
 
 
 def test_tars_are_shown_from_where_they_lie(here: Path) -> None:

@@ -89,6 +89,9 @@ sample cat -o cat.jpg                             | --to cat.jpg: the output is 
 sample cat --negative-prompt "an ugly dog"        | negative_prompt is not known here: guidance leads away from
 sample cat generator=7                            | generator is not known here: give its seed
 sample cat width=512                              | width is not known here: images are square
+sample missing.png                                | missing.png: no such file, and sample takes captions
+sample cat size=300                               | size is 300: use 64, 256, 512 or 1024
+sample cat sampler=euler                          | give decoder_sampler (ddpm, ddim or dpm) or prior_sampler (
 sample cat size=1792x1024                         | size is 1792x1024, and images are square
 sample cat guidance_scal=7                        | ['guidance_scal']: did you mean guidance_scale?
 sample cat steps=20 num_inference_steps=30        | num_inference_steps: decoder_steps is given twice

@@ -85,7 +85,7 @@ def refusal(field: str, value: Any) -> str:
     if field == "size" and value not in ("auto", "256x256"):
         return "this bundle draws squares of 64, 256 px: use 256x256, the nearest, or auto"
     if field == "mask":
-        return "is opaque in all of the square that is drawn"
+        return "is opaque in all of the square that is drawn, whatever its colours"
     return REFUSED.get(field) or REFUSED.get(f"{field}={value}", "")
 
 
