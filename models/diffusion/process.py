@@ -5,6 +5,7 @@ rounded to x's precision. Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021
 (v). Images are in [-1, 1].
 """
 
+from functools import cache
 from math import log
 from typing import NamedTuple
 
@@ -142,9 +143,13 @@ def log_variance_range(schedule: Schedule, t: Tensor, previous: Tensor) -> tuple
     the lower bound is never below the one of step 1, as in that paper's code.
     """
     level, level_previous = schedule.at(t), schedule.at(previous)
-    floor = posterior_variance(schedule.alpha_bar[1], schedule.alpha_bar[0])
-    low = posterior_variance(level, level_previous).clamp(min=float(floor))
+    low = posterior_variance(level, level_previous).clamp(min=_smallest_variance(schedule))
     return low.log(), (1 - level / level_previous).log()
+
+
+@cache
+def _smallest_variance(schedule: Schedule) -> float:
+    return float(posterior_variance(schedule.alpha_bar[1], schedule.alpha_bar[0]))
 
 
 def learned_log_variance(fraction: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def killed_everywhere(
     for kills in range(500):
         code = forked(target, *arguments, UNCLIP_CRASH=wanted)
         if code == 0:
-            assert len(list(folder.iterdir())) - before == kills
+            assert len(list(folder.iterdir())) - before >= kills  # threads may come to two points at once
             return {file.name.partition(" ")[0] for file in folder.iterdir()}
         assert code == -signal.SIGKILL
     raise AssertionError("it is killed again and again")

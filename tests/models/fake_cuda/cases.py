@@ -19,6 +19,7 @@ from models.clip import Clip
 from models.clip_loss import clip_loss
 from models.decoder import decoder_denoise, decoder_loss
 from models.diffusion import samplers
+from models.diffusion.process import log_variance_range
 from models.diffusion.schedules import Schedule, make_schedule
 from models.diffusion_prior import DiffusionPrior, best_of, diffusion_prior_denoise, diffusion_prior_loss
 from models.losses import Losses
@@ -309,7 +310,8 @@ def run(names: list[str]) -> dict[str, Any]:
     pretend()
     for steps_of in {config("nano", stage).steps for stage in ("decoder", "diffusion_prior", "upsampler_256")}:
         for schedule in ("cosine", "linear"):
-            make_schedule(schedule, steps_of)  # a table of real values, which outlives a case
+            made = make_schedule(schedule, steps_of)  # a table of real values, which outlives a case
+            log_variance_range(made, torch.tensor([1]), torch.tensor([0]))  # and so does its smallest variance
     samplers.grid_steps = steps
     found: dict[str, Any] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
