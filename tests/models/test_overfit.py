@@ -97,7 +97,7 @@ def test_the_decoder_reproduces_eight_images() -> None:
     torch.manual_seed(0)
     batch = pairs()
     model = Decoder(preset_config("nano").decoder.model, DIM, TOWER)
-    overfit(model, lambda rows, draw: decoder_loss(model, rows, draw), batch, 1500, 3e-3, repeats=2)
+    overfit(model, lambda rows, draw: decoder_loss(model, rows, draw), batch, 2000, 3e-3, repeats=2)
     denoise = decoder_denoise(model, batch["image_embedding"], batch["tokens"], guidance=0.0)
     noise, schedule = RandomStreams([(1, ROWS)]).normal("x_T", 3, 64, 64), make_schedule("cosine", 1000)
     samples = ddim(denoise, noise, strided_grid(1000, 50), schedule).clamp(-1, 1)
