@@ -17,7 +17,7 @@ from pipeline.errors import Superseded, UserError
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact
 from pipeline.graph.leases import Lease, lead_or_wait
 from pipeline.graph.plan import Verdict, pin_path
-from pipeline.graph.ray import room_beside, uses_ray
+from pipeline.graph.ray import room_beside, start_ray, uses_ray
 from pipeline.graph.stages import Context, Graph, Stage, ordered, seconds_to_end, stage_key, trajectory_key, trunk_key
 from pipeline.progress import above_lines, under_way
 from pipeline.store import Store
@@ -100,11 +100,14 @@ class _Run:
                 return
             begun = self._next(sorted(stale, key=stages.index))
             stale = [stage for stage in stale if stage not in begun]
-            # In this thread where nothing runs beside it: Ctrl-C then reaches the stage itself.
-            if begun and (len(begun) + len(self._beside) == 1 or not self._on_ray(begun[0])):
+            # In this thread, so that Ctrl-C reaches the stage itself. Ray Train has a thread of its own: in this one
+            # it would take Ctrl-C for itself, and end the process without a word.
+            if begun and not self._on_ray(begun[0]):
                 self._end(begun[0], self._made(begun[0]))
                 continue
-            together |= bool(begun)
+            together |= len(begun) + len(self._beside) > 1
+            if begun:
+                start_ray(self._config.run.ray)  # here, as a Ray that another thread starts leaves no one SIGTERM
             for stage in begun:
                 self._beside[stage.name] = stage
                 Thread(target=self._work_beside, args=(stage,), daemon=True, name=stage.name).start()

@@ -70,6 +70,8 @@ def start_ray(settings: RaySettings) -> Any:
     # Ray's core warns on the console about the actors of Ray Data, where the user can do nothing.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    # A thread that is still at work when Ctrl-C has ended Ray would start another one.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     if _local():
         # As on macOS and Windows, a Ray of one machine then listens on loopback only.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

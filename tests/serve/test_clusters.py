@@ -42,7 +42,7 @@ def test_a_job_serves_on_a_cluster_without_its_submitter_until_it_is_stopped(bun
         taken = finish(start(*words[:-1], f"port={other.getsockname()[1]}"))
     assert taken.returncode == 1
     assert "cannot listen at" in taken.stderr + taken.stdout
-    assert "name another by port=" in taken.stderr + taken.stdout
+    assert "name another port with port=" in taken.stderr + taken.stdout
     submitter = start(*words)
     url = address(submitter)
     submitter.kill()

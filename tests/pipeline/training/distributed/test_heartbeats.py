@@ -205,7 +205,9 @@ def test_a_machine_whose_worker_hangs_is_left_out_as_long_as_others_have_room(
     monkeypatch.setattr("pipeline.training.distributed.launch.STILL_S", SILENT_S + 5.0)
     settings, work = replace(SETTINGS, workers=2), partial(stop, tmp_path)
     try:
-        with pytest.raises(WorkerLost, match=r"no progress for \d+ s after 14 steps: worker 1 on .* does not ans") as e:
+        with pytest.raises(
+            WorkerLost, match=r"no progress for \d+ s after 1[45] steps: worker 1 on .* does not ans"
+        ) as e:
             launch(work, "clip", "hangs", settings, RaySettings())
     finally:
         with suppress(FileNotFoundError, ProcessLookupError):
