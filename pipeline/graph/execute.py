@@ -107,7 +107,8 @@ class _Run:
                 continue
             together |= len(begun) + len(self._beside) > 1
             if begun:
-                start_ray(self._config.run.ray)  # here, as a Ray that another thread starts leaves no one SIGTERM
+                # Not in theirs: only the main thread can keep Ray's handler of SIGTERM out.
+                start_ray(self._config.run.ray)
             for stage in begun:
                 self._beside[stage.name] = stage
                 Thread(target=self._work_beside, args=(stage,), daemon=True, name=stage.name).start()
