@@ -131,7 +131,7 @@ a dead dashboard, localhost | submit mine.yaml --to localhost:9
 a dead dashboard, ray:// | submit mine.yaml --to ray://127.0.0.1:10001
 KubeRay without credentials | cluster/test_submit.py::test_mistakes_cost_one_line_and_leave_nothing
 show with a stage's name | show mine.yaml decoder
-Ctrl-C in run | jobs/test_crashes.py::test_ctrl_c_during_a_training
+Ctrl-C in run | jobs/test_crashes.py::test_ctrl_c_during_pairs
 Ctrl-C in sample | jobs/test_interrupt.py::test_ctrl_c_ends_what_is_stuck
 Ctrl-C in init | jobs/test_interrupt.py::test_the_line_is_all_that_is_said
 --gpus RTX4090 | plan mine.yaml --gpus RTX4090
