@@ -124,11 +124,17 @@ class Run:
     server: float
 
 
+def nearly_all(found: int, rows: int) -> bool:
+    """Returns whether at most one of 1,000 rows is missing: on the web, a slow host's answer can come too late."""
+    return rows - rows // 1000 <= found <= rows
+
+
 def measured(site: Site, rows: int, seconds: float) -> Run:
     """Returns the time from 3/8 of the requests, when all workers work, to 7/8, when none has run out of work."""
     times, cpu = site.report()
-    if len(times) != rows:
+    if not nearly_all(len(times), rows):
         raise SystemExit(f"{len(times)} pictures were asked for instead of {rows}")
+    rows = len(times)
     first, last = rows * 3 // 8, rows * 7 // 8
     return Run((last - first) / (times[last] - times[first]), seconds, cpu / (times[-1] - times[0]))
 
@@ -158,7 +164,7 @@ def ours(file: Path, site: Site, folder: Path, kept: int, shard_rows: int, **set
         start = perf_counter()
         made[name] = stage.run(ctx)
     run = measured(site, kept, perf_counter() - start)
-    if made["pairs"].ledger.kept != kept:
+    if not nearly_all(made["pairs"].ledger.kept, kept):
         raise SystemExit(f"ours kept {made['pairs'].ledger}")
     return run, made["pairs"]
 
@@ -185,7 +191,7 @@ def theirs(file: Path, site: Site, folder: Path, kept: int, shard_rows: int, **s
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     run = measured(site, kept, perf_counter() - start)
     found = sum(json.loads(file.read_text())["successes"] for file in (folder / "out").glob("*_stats.json"))
-    if done.returncode or found != kept:
+    if done.returncode or not nearly_all(found, kept):
         raise SystemExit(f"img2dataset kept {found} of {kept}:\n{done.stdout}")
     return run
 

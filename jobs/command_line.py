@@ -214,12 +214,11 @@ def _data(parser: Parser) -> None:
             "forget": "drop images and their captions from all future results",
             "gc": "delete objects that no pin, recent run or running stage needs",
             "check": "verify all objects of the project, and quarantine damaged ones",
-            "upgrade": "rewrite records of an older version in the current format",
             "export": "write curated pairs and embeddings for other tools",
         },
         lists=("look",),
     )
-    look, search, retry, forget, gc, check, upgrade, export = actions.values()
+    look, search, retry, forget, gc, check, export = actions.values()
     takes_lists(look, "+", "; or a project's YAML file")
     takes_values(look, "KEY=VALUE", OVERRIDES)
     look.add_argument("--images", type=count, default=100, metavar="N", help="images to fetch, drawn at random (100)")
@@ -240,7 +239,6 @@ def _data(parser: Parser) -> None:
     check.add_argument("names", nargs="*", default=[], metavar="OBJECT", help="paths of objects (all that is needed)")
     check.add_argument("--repair", action="store_true", help="quarantine damage; without it, only report it")
     takes_quiet(check)
-    takes_quiet(upgrade)
     for one, verb in ((gc, "keep"), (check, "verify")):
         text = f"{verb} all that a run of the last days needs (30)"
         one.add_argument("--keep-days", type=float, default=30.0, metavar="DAYS", help=text)

@@ -1,4 +1,4 @@
-"""``unclip data look SOURCE``, ``data search | export | retry | forget | gc | check | upgrade CONFIG``."""
+"""``unclip data look SOURCE``, ``data search | export | retry | forget | gc | check CONFIG``."""
 
 from __future__ import annotations
 
@@ -26,10 +26,8 @@ from pipeline.ledger import DEFERRED, REASONS
 from pipeline.local import read_local
 from pipeline.progress import counted, duration
 from pipeline.store import Store, open_store
-from pipeline.store.records import FORMAT
 from pipeline.upkeep.check import repair_store, verify_store
 from pipeline.upkeep.collect import collect
-from pipeline.upkeep.upgrade import upgrade_store
 
 MOST_TOLD = 20  # objects that cannot be read, which are told one by one
 FILE_BYTES = 256 << 20  # of a list of what to forget
@@ -42,7 +40,7 @@ def main(arguments: argparse.Namespace) -> int:
 
         return look(arguments)
     # These work on a whole store, also where the list cannot be opened.
-    if whole := {"gc": _collect, "check": _check, "upgrade": _upgrade}.get(arguments.action):
+    if whole := {"gc": _collect, "check": _check}.get(arguments.action):
         config = load_as_run(arguments.config, arguments.overrides)
         return whole(config, open_store(config.store), arguments)
     runs = {"search": _search, "retry": _retry, "forget": _forget, "export": _export}
@@ -195,17 +193,6 @@ def _check(config: Config, store: Store, arguments: argparse.Namespace) -> int:
     if found.damage and not arguments.repair:
         say(f"nothing is changed without --repair: unclip data check {arguments.config} --repair")
     return 1 if bad else 0
-
-
-def _upgrade(_: Config, store: Store, __: argparse.Namespace) -> int:
-    """Upgrades the store of a project, and prints each record that stays as it is. Returns 1 where any does."""
-    found = upgrade_store(store)
-    for path, why in sorted(found.failed.items())[:MOST_TOLD]:
-        say(f"{store.url}/{path} {why}")
-    say(f"{counted(found.upgraded, 'record')} upgraded to format {FORMAT}, {found.current:,} were of it")
-    if found.failed:
-        say(f"{counted(len(found.failed), 'record')} stayed as before: restore or delete them, and upgrade again")
-    return 1 if found.failed else 0
 
 
 def _listed(project: Project) -> list[SourceShard]:

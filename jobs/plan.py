@@ -59,7 +59,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.profile:
         seen = seen | read_profile(arguments.profile, graph)
     if rows is not None:
-        ask = PlanInput(config, graph, rows, config.source.test, seen, fleet, utilisation)
+        ask = PlanInput(config, graph, rows, config.source.test, None, seen, fleet, utilisation)
         return _tell_of_size(ask, arguments.json, arguments.verbose)
     assert project is not None
     tabled = any((arguments.probe, arguments.gpus, arguments.profile))
@@ -199,7 +199,8 @@ def plan_run(
     machine = machine_of(project.config.run.ray) if stale else None
     if seen is None and stale:  # where there is nothing to do, nothing is read
         seen = observe(project.store, project.config.project, project.graph, project.held_out)
-    ask = PlanInput(project.config, project.graph, project.rows, project.held_out, seen or {}, **asked)
+    unread = project.scan.unstored
+    ask = PlanInput(project.config, project.graph, project.rows, project.held_out, unread, seen or {}, **asked)
     if machine is None:
         return RunPlan(project, wanted, verdicts, {}, ask, verbose, tabled)
     ask = replace(ask, machine=machine, looked=True)

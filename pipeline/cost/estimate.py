@@ -1,8 +1,7 @@
 """Estimates what a stage will cost in time, cores, GPUs and bytes of the store. Runs nothing.
 
 What was observed is scaled by rows, samples and workers (pipeline.cost.observed). Other stages, and all trainings on
-GPUs that are asked for, are counted: the arithmetic of their networks over what the machines can do, by the constants
-below.
+GPUs that are asked for, are counted: operations of their networks over what machines can do, by the constants below.
 """
 
 from __future__ import annotations
@@ -34,16 +33,13 @@ UTILISATION = 0.3  # of a GPU's bf16 peak
 FP32_UTILISATION = 0.5  # of its fp32 peak, which is much lower
 MATMUL_SHARE = 0.75  # of the bf16 peak that large matrix products reach: what a measured utilisation is a share of
 # Of the host, for one kernel: 3,000 small ones took 15 ms alone, 31 to 36 ms beside a busy feed (2 cores, 2026-11-30).
-# Compiled layers launch fewer; nobody has counted how many.
-LAUNCH_SECONDS = 1e-5
+LAUNCH_SECONDS = 1e-5  # compiled layers launch fewer; nobody has counted how many
 LAUNCHES = 3  # kernels of a step for each of its forward pass; 2.7 of small's decoder (docs/gpu-check.md)
 # Of a worker, for the forward and the backward pass of a layer. A guess: nothing here was compiled for a GPU. nanoGPT
 # says that twelve equal blocks take a minute; the stages of a U-Net are all different.
 COMPILE_SECONDS = 15.0
 CLUSTERED_ROWS = 8e6  # up to which near rows are looked for in clusters of one size (docs/near-duplicates.md)
-PART_SECONDS = (
-    0.016  # of Ray's driver, to hand one part of a shard to a decoder and to an encoder: 13 to 19 ms, 2026-12-02
-)
+PART_SECONDS = 0.016  # of Ray's driver, for one part of a shard to a decoder and an encoder: 13 to 19 ms, 2026-12-02
 DECODE_SECONDS = 0.004  # of one core, to read a stored image and shrink it to CLIP's view
 START_SECONDS = {"data": 6.0, "training": 5.0, "gpus": 60.0}
 FETCH_WEIGHTS_SECONDS = 60.0
@@ -63,6 +59,7 @@ class PlanInput:
         graph: Stages of the configuration.
         rows: Pairs in the list.
         held_out: Share of them that an evaluation may look at.
+        unread: Rows that a run has yet to read of a list that was opened, in one process; None for a list of any kind.
         seen: Observations of earlier runs, by stage.
         fleet: GPUs to plan for, in place of the machine's.
         machine: Machine or cluster to run on.
@@ -74,6 +71,7 @@ class PlanInput:
     graph: Graph
     rows: int
     held_out: float
+    unread: int | None = None
     seen: Observations = field(default_factory=dict)
     fleet: Fleet | None = None
     utilisation: float = UTILISATION
@@ -226,9 +224,10 @@ def resources(stage: str, ask: PlanInput) -> tuple[int, float, float]:
         return (1, 0, 1) if there else (1, ask.machine.cpus, 0)
     if settings is None or kind not in ("source", "data"):  # in the driver
         return 1, 1, 0
-    if kind == "source":  # as if the list were a folder of files
-        count = team_of(settings, ask.machine, round(ask.rows * REFERENCE_BYTES / LIST_TASK_BYTES)).count
-        return max(1, count), max(1, count), 0
+    if kind == "source":  # an unknown list as if it were a folder of files
+        tasks = 0 if ask.unread is not None else round(ask.rows * REFERENCE_BYTES / LIST_TASK_BYTES)
+        count = max(1, team_of(settings, ask.machine, tasks).count)
+        return count, count, 0
     if fleet and ask.encodes(stage):
         count = min(fleet.count, max(1, ask.shards))
         each = settings.decoders if settings.decoders not in (0, "auto") else decoders_a_gpu(ask)
@@ -259,7 +258,8 @@ def amount(stage: str, ask: PlanInput) -> float:
         return 1 if ask.fetches(stage) else ask.graph[stage].recipe.samples
     if kind == "result":
         return _operations(ask.graph[stage].passes_of(ask.recipes, ask.held_out * ask.rows), ask)
-    return 0 if kind == "bundle" else _rows_counted(stage, ask.rows, ask)
+    rows = ask.unread if kind == "source" and ask.unread is not None else ask.rows
+    return 0 if kind == "bundle" else _rows_counted(stage, rows, ask)
 
 
 def _rows_counted(stage: str, rows: float, ask: PlanInput) -> float:

@@ -214,30 +214,9 @@ def _read_record(store: Store, path: str, kind: type[R]) -> R | None:
     if _format(store, path, data) < FORMAT:
         raise OtherFormat(
             f"{store.url}/{path}",
-            "was written by an older version of this software; unclip data upgrade CONFIG upgrades its store",
+            "was written by an older version of this software; name another store, and run again",
         )
     return _parse_record(data, path, kind)
-
-
-def read_older(store: Store, path: str, kind: type[R], today: str) -> R | None:
-    """Returns a record of an older format, which lies at ``today`` since; None for one of today's, or where none is.
-
-    Raises CorruptObject for one that is damaged or lacks what this version needs, and OtherFormat for a newer one.
-    """
-
-    def read(store: Store) -> R | None:
-        try:
-            data = store.read(path)
-        except FileNotFoundError:
-            return None
-        if _format(store, path, data) == FORMAT:
-            return None
-        try:
-            return _parse_record(data, today, kind)
-        except CorruptObject as e:
-            raise CorruptObject(path, e.why) from None
-
-    return read_twice(store, read)
 
 
 def _format(store: Store, path: str, data: bytes) -> int:
@@ -245,7 +224,7 @@ def _format(store: Store, path: str, data: bytes) -> int:
     try:
         body = from_json(data)
         checksum, version = body.pop("checksum"), body["format"]
-        # A newer format may compute its checksum in another way; the older ones did as this one does.
+        # A newer format may compute its checksum in another way.
         sealed = type(version) is int and (version > FORMAT or checksum == digest(body))
     except (ValueError, KeyError, TypeError, AttributeError):
         sealed = False

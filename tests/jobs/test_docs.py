@@ -62,7 +62,6 @@ RUN = [
     "unclip data forget my-project.yaml 000000000003 http://example.org/a.jpg",
     "unclip data check my-project.yaml",
     "unclip data check my-project.yaml --repair",
-    "unclip data upgrade my-project.yaml",
     "unclip data gc my-project.yaml",
     "unclip data gc my-project.yaml --yes",
     "unclip run laion.yaml --until diffusion_prior",

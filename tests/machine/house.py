@@ -264,8 +264,8 @@ class House:
     def data(self, store: StepStore, name: str, action: str, **words: Any) -> int:
         """Runs ``unclip data ACTION``."""
         arguments: Any = SimpleNamespace(config=(store, name), overrides=(), json=False, **words)
-        if action in ("gc", "check", "upgrade"):
-            run = {"gc": jobs.data._collect, "check": jobs.data._check, "upgrade": jobs.data._upgrade}[action]
+        if action in ("gc", "check"):
+            run = {"gc": jobs.data._collect, "check": jobs.data._check}[action]
             return run(self.config(store, name), store, arguments)
         commands = {"retry": jobs.data._retry, "forget": jobs.data._forget}
         return commands[action](self.project(store, name, write=True), arguments)

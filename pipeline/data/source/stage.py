@@ -48,10 +48,17 @@ log = logging.getLogger("unclip")
 
 @dataclass(frozen=True)
 class Scan:
-    """Holds all shards of a list, with the names of its segments, and has the two source keys."""
+    """Holds all shards of a list, with the names of its segments, and has the two source keys.
+
+    Attributes:
+        shards: All its shards.
+        segments: Names of its segments.
+        unstored: Number of rows that a scan which writes has to read again.
+    """
 
     shards: list[SourceShard] = field(default_factory=list)
     segments: list[str] = field(default_factory=list)
+    unstored: int = 0
 
     @property
     def keys(self) -> dict[str, str]:
@@ -122,7 +129,9 @@ def scan(
         ShardCutter, recipe, journal.forgotten, Retries(store, journal.retries), ImageVersions(), store, write
     )
     shards, others = _cut(lists, cutter, [reading, cut], workers)
-    return Scan(shards, names + others)
+    stored = sum(shard.ledger.rows for each in lists for shard in each.segment.shards)
+    unstored = 0 if write else sum(shard.ledger.rows for shard in shards) - stored
+    return Scan(shards, names + others, unstored)
 
 
 @dataclass(frozen=True)

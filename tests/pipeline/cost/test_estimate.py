@@ -321,6 +321,8 @@ def test_a_list_is_read_by_as_many_workers_as_it_is_worth() -> None:
     assert [line for line in said if line.startswith("source: ")] == [
         "source: a list of many files, read by 8 workers; a list of one file takes 8 h 53 min"
     ]
+    opened, stored = (estimate("source", replace(many, unread=rows)) for rows in (10**9, 0))
+    assert (opened.cores, opened.seconds, stored.seconds) == (1, 10**9 * many.graph["source"].row_seconds, 0)
 
 
 # --- bytes and money --------------------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ def test_of_a_folder_only_the_appended_file_is_read(tmp_path: Path, folder_store
     assert read == ["a.csv", "b.csv", "c.csv", "c.csv"]
     assert planned.keys == grown.keys == scan(recipe, folder_store, write=False).keys
     assert read[4:] == []
+    assert [each.unstored for each in (before, planned, grown)] == [0, 3, 0]
     assert grown.shards[:2] == before.shards
     assert [shard.ledger.rows for shard in grown.shards] == [4, 4, 3]
     one = write_list(tmp_path / "one.csv", [(f"http://h/{i}.png", f"picture {i}") for i in (*range(7), 2, 7, 1, 8)])
