@@ -62,7 +62,7 @@ def archived_bundle(source: str) -> tuple[Path, str]:
         source: A zip that ``unclip export`` wrote, or an address of one that ends in ``#sha256=`` and its hash.
 
     Raises:
-        UserError: It cannot be reached or read, has another hash, or is no archive of a bundle.
+        UserError: It cannot be reached or read, has another hash, or is not an archive of a bundle.
     """
     if source.startswith(("http://", "https://")):
         url, _, sha256 = source.partition(HASH)
@@ -127,7 +127,7 @@ def _cached(sha256: str, source: str | Path) -> Path:
                 part.truncate(0)
                 raise UserError(
                     f"{source}: has the sha256 {found[:12]}... and not {sha256[:12]}..., so nothing of it is used; ask "
-                    "whoever named the address, or take the file from elsewhere"
+                    "the person who gave the address, or take the file from elsewhere"
                 )
             _unpack(Path(part.name), folder)
         Path(part.name).unlink(missing_ok=True)

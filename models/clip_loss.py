@@ -32,7 +32,7 @@ def clip_loss(
 
     ``batch`` has "image" uint8 [b, 3, image_size, image_size], augmented here, and "tokens" int64 [b, 77]. Other
     workers' rows come through ``gather``, and a worker's own must not be cut. The temperature stops at 1/100. Where
-    ``at_once`` is not 0, so many rows are encoded at once, and again in the backward pass.
+    ``at_once`` is not 0, that many rows are encoded at once, and again in the backward pass.
     """
     image, text = _encoded(clip, batch, random_crops(rng, crop), at_once or len(batch["image"]))
     with torch.autocast(image.device.type, enabled=False):  # near logits of 100 bf16 has steps of 0.5
@@ -49,7 +49,7 @@ def clip_loss(
 def _encoded(clip: Clip, batch: dict[str, Tensor], crops: Tensor | None, at_once: int) -> tuple[Tensor, Tensor]:
     """Returns the embeddings of images and captions, fp32 [b, d] each.
 
-    Where there are more than ``at_once`` rows, memory holds the activations of so many, and the backward pass encodes
+    Where there are more than ``at_once`` rows, memory holds the activations of that many, and the backward pass encodes
     them again: gradients are those of the whole batch (GradCache, Gao et al. 2021).
     """
 

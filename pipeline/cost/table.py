@@ -168,7 +168,7 @@ def remarks(costs: Mapping[str, Cost], ask: PlanInput, verbose: bool = True) -> 
 
 
 def _months(costs: Mapping[str, Cost], ask: PlanInput) -> Iterator[str]:
-    """Yields what would bring trainings of more than three months down to one: so many GPUs, or so small a scale."""
+    """Yields the number of GPUs, or the scale, that would bring trainings of over three months down to one."""
     trained = {name: cost.seconds for name, cost in costs.items() if cost.gpus and ask.graph[name].kind == "training"}
     if slow := sorted((name for name in trained if trained[name] > 3 * MONTH_S), key=lambda name: -trained[name]):
         most = max(trained[name] / MONTH_S for name in slow)

@@ -96,7 +96,7 @@ def _asked_by() -> dict[str, str]:
 def _command() -> str:
     """Returns the command line without the values of overrides, which may be private; recipes are recorded anyway.
 
-    Values of SHORTHANDS stay: they are no secret, and tell two runs apart.
+    Values of SHORTHANDS stay: they are not secret, and tell two runs apart.
     """
     program = Path(sys.argv[0]).stem
     if program not in OURS:  # a program that uses the package: its words are its own

@@ -14,7 +14,7 @@ log = logging.getLogger("unclip")
 def call_shared(kind: type, method: str, *values: Any) -> Any:
     """Calls a method of the one object of this class that all workers of this driver share.
 
-    It lives in a process of its own, which ends with the worker that asked first; then the next one begins anew.
+    It lives in a process of its own, which ends with the worker that asked first; the next starts without its state.
 
     Returns None where this process has no Ray, or the object does not answer.
     """

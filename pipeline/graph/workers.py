@@ -193,7 +193,8 @@ def _counting_deaths(stage: str, task: ShardTask, step: str = "", places: Places
     """Raises UserError if DEATHS workers of this driver died in this block, or LOST_NODES went with their nodes.
 
     Ray replaces a worker that dies, for ever, and gives it the same shard. Its own limits count the tasks that wait
-    behind such a shard, too, and do not say which one it was. A node that was taken back is no fault of the shard.
+    behind such a shard, too, and do not say which one it was. A node that was taken back does not count against the
+    shard.
     """
     import ray
 

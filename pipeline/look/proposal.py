@@ -116,7 +116,7 @@ def _estimate(
     fleet: Fleet | None = None,
     cores: float = 0.0,
 ) -> PlacedEstimate:
-    """Returns what a run takes; with ``cores`` on so many like this machine's, whatever it has itself."""
+    """Returns what a run takes; with ``cores``, on that many like this machine's."""
     ask = PlanInput(config, build(config), rows, held_out, fleet=fleet, machine=machine, looked=True)
     try:
         costs = {stage: estimate(stage, ask) for stage in ask.graph}

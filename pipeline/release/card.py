@@ -48,7 +48,7 @@ LIMITS = """\
 
 Nobody has reviewed every training image. Errors, biases, people and trademarks in the sources can appear in generated
 images, and a generated image may closely resemble a training image. Curation filters content only by the scores that
-its recipe bounds (`min_score`, `max_score`). Nothing beyond the claims above has been evaluated. Whoever publishes the
+its recipe bounds (`min_score`, `max_score`). Nothing beyond the claims above has been evaluated. The publisher of the
 weights chooses their licence, subject to the licences above: replace `unknown` with it.
 """
 

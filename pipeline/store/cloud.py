@@ -102,7 +102,7 @@ class CloudStore:
                 return obstore.get(self._client, path, options=options)
             except FileNotFoundError:
                 raise FileNotFoundError(f"{self.url}/{path}") from None
-            except exceptions.BaseError:  # a range behind the end is no error of its own
+            except exceptions.BaseError:  # also raised for a range behind the end
                 found = self.stat(path)
                 if found is None or start < found.size:
                     raise

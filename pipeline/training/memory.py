@@ -82,7 +82,7 @@ def _lack(row: Batch, rows: int, share: int, recipe: TrainingRecipe, group: Proc
 
 def _try(row: Batch, rows: int, share: int, recipe: TrainingRecipe, group: ProcessGroup, state: TrainState) -> None:
     device, task = group.device, state.objective.task
-    if isinstance(task, Contrastive):  # its rows stay together, of which it encodes so many at once
+    if isinstance(task, Contrastive):  # its rows stay together, and it encodes a few of them at once
         task.at_once, rows = rows, share
         task.gather = lambda own: (own.repeat(-(-recipe.batch // len(own)), 1)[: recipe.batch], 0)
     new = [p for p in state.model.parameters() if p.requires_grad and p not in state.optimizer.state]

@@ -228,7 +228,7 @@ def fit(
             largest = -(-recipe.batch // group.size)  # of the shares
             rows = min(settings.micro_batch or largest, largest)
             with memory_for(f"{rows} rows at once", rows):
-                # A contrastive loss takes its rows together, and encodes so many at once.
+                # A contrastive loss takes its rows together, and encodes ``largest`` at once.
                 passed = largest if isinstance(state.objective.task, Contrastive) else rows
                 losses, values = backward(objective, batch, recipe, passed, group, timer)
                 # An infinite bound clips nothing, and the journal has the norm all the same.

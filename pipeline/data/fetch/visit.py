@@ -44,7 +44,7 @@ class Room:
         self._most, self._used, self._changed = most, 0, Condition()
 
     def take(self, size: int, wait: bool = True) -> None:
-        """Takes so many bytes, and waits until they are free or nothing is used; below 0 it gives some back."""
+        """Takes ``size`` bytes, and waits until they are free or nothing is used; below 0 it gives some back."""
         with self._changed:
             if wait and size > 0:
                 self._changed.wait_for(lambda: not self._used or self._used + size <= self._most)

@@ -2,9 +2,9 @@
 
 A task of the first pass writes a pack: one blob with a piece for each partition, and every partition is a task of the
 second. To read a piece of each pack for each partition would take packs times partitions requests: the square of the
-rows. So many packs are merged first, as an external sort merges its runs: a task reads neighbouring partitions of some
-packs, a range of each, and writes them as one pack. Requests and objects then grow with the rows, times a number of
-merges that is the logarithm of the number of packs. No row passes through the driver.
+rows. Many packs are therefore merged first, as an external sort merges its runs: a task reads neighbouring partitions
+of some packs, a range of each, and writes them as one pack. Requests and objects then grow with the rows, times a
+number of merges that is the logarithm of the number of packs. No row passes through the driver.
 """
 
 from __future__ import annotations
