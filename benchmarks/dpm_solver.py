@@ -20,6 +20,7 @@ from models.diffusion.samplers import Denoise, ddim, dpm_solver
 from models.diffusion.schedules import Schedule, log_snr_grid, make_schedule, strided_grid
 from models.random_streams import RandomStreams
 from pipeline.config import preset_config
+from pipeline.cost.flops import text_tower
 from pipeline.training.state import update_ema
 
 EMBED_DIM = 64
@@ -69,7 +70,9 @@ def trained_decoder(steps: int) -> tuple[Decoder, Callable[[Tensor], Tensor]]:
     Its weights are an average, as those of every trained model are: the last ones alone jump with the timestep.
     """
     torch.manual_seed(0)
-    model = Decoder(preset_config("nano").decoder.model, EMBED_DIM)
+    config = preset_config("nano")
+    sizes = config.decoder.model
+    model = Decoder(sizes, EMBED_DIM, text_tower(sizes, config.clip))
     average = deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     g = torch.Generator().manual_seed(1)

@@ -78,10 +78,13 @@ def make_shard(store: Store, number: int, count: int, fields: np.ndarray, sides:
     return ShardTask(number, f"embeddings-{number}", inputs)
 
 
-def publish(store: Store, shards: int, rows: int, sides: tuple[int, int] = SIDES) -> dict[str, Artifact]:
+def publish(
+    store: Store, shards: int, rows: int, sides: tuple[int, int] = SIDES, dim: int = EMBED_DIM
+) -> dict[str, Artifact]:
     """Publishes the artefacts that trainings read.
 
-    They have ``shards`` of equally many rows: images with captions, random embeddings, and a curation that keeps all.
+    They have ``shards`` of equally many rows: images with captions, random embeddings of ``dim`` components, and a
+    curation that keeps all.
     """
     fields = random_fields(8, max(1024, sides[1] + 256))
     made: dict[str, list[Shard]] = {"pairs": [], "captions": [], "embeddings": [], "curation": []}
@@ -90,7 +93,9 @@ def publish(store: Store, shards: int, rows: int, sides: tuple[int, int] = SIDES
         index = read_table(store, inputs["pairs"].blobs["index"]).to_pylist()
         blobs = {stage: dict(inputs[stage].blobs) for stage in ("pairs", "captions")}
         blobs["curation"] = {"index": inputs["pairs"].blobs["index"]}
-        blobs["embeddings"] = {"embeddings": put_blob(store, write_table(embeddings(index, number), dictionary=False))}
+        blobs["embeddings"] = {
+            "embeddings": put_blob(store, write_table(embeddings(index, number, dim), dictionary=False))
+        }
         for stage, own in made.items():
             counts = index_counts(index) if stage in ("pairs", "curation") else {}
             own.append(Shard(number, f"{stage}-{number}", Ledger(kept=rows), blobs[stage], counts))
@@ -100,14 +105,12 @@ def publish(store: Store, shards: int, rows: int, sides: tuple[int, int] = SIDES
     }
 
 
-def embeddings(index: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+def embeddings(index: list[dict[str, Any]], seed: int, dim: int) -> dict[str, Any]:
     """Returns random unit vectors in the columns of the embeddings stage."""
-    vectors = np.random.default_rng(seed).standard_normal((2, len(index), EMBED_DIM), dtype=np.float32)
+    vectors = np.random.default_rng(seed).standard_normal((2, len(index), dim), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-    image, text = (
-        pa.FixedSizeListArray.from_arrays(pa.array(v.astype(np.float16).ravel()), EMBED_DIM) for v in vectors
-    )
-    empty = pa.array([[] for _ in index], pa.list_(pa.list_(pa.float16(), EMBED_DIM)))
+    image, text = (pa.FixedSizeListArray.from_arrays(pa.array(v.astype(np.float16).ravel()), dim) for v in vectors)
+    empty = pa.array([[] for _ in index], pa.list_(pa.list_(pa.float16(), dim)))
     similarity = pa.array(np.ones(len(index), np.float32))
     keys = [row["key"] for row in index]
     return {

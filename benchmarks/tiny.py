@@ -31,7 +31,7 @@ from models.upsampler import Upsampler
 from pipeline.config import Config, preset_config
 from pipeline.cost.flops import text_tower
 from pipeline.training.optimizer import make_optimizer
-from pipeline.training.recipes import DecoderRecipe
+from pipeline.training.recipes import ClipRecipe, DecoderRecipe
 from pipeline.training.state import ema_half_life, update_ema
 
 IMAGES_PER_SECOND, UPSAMPLING_SECONDS, CAPTION_SECONDS = 150, 15, 25
@@ -50,10 +50,11 @@ CPU = torch.device("cpu")
 class Training:
     """The decoder's training loop without data: random images, captions of 12 tokens, random numbers for every step."""
 
-    def __init__(self, recipe: DecoderRecipe, embed_dim: int):
+    def __init__(self, recipe: DecoderRecipe, clip: ClipRecipe):
         torch.manual_seed(0)
         self.recipe = recipe
-        self.model = Decoder(recipe.model, embed_dim)
+        embed_dim = clip.model.embed_dim
+        self.model = Decoder(recipe.model, embed_dim, text_tower(recipe.model, clip))
         self.ema = deepcopy(self.model).requires_grad_(False)
         self.optimizer = make_optimizer(self.model, recipe)
         self.steps = 0
@@ -207,10 +208,11 @@ def main() -> None:
     options = parser(__doc__).parse_args()
     preset = "nano" if options.quick else "tiny"
     begin(__doc__, options)
-    recipe = preset_config(preset).decoder
+    config = preset_config(preset)
+    recipe = config.decoder
     if options.quick:
         recipe = replace(recipe, batch=4, lanes=4)
-    training = Training(recipe, preset_config(preset).clip.model.embed_dim)
+    training = Training(recipe, config.clip)
     weights = sum(p.numel() for p in training.model.parameters())
     precision = computes_in(CPU, recipe.precision)
     print(f"decoder training: {preset}, batch {recipe.batch}, {precision}, {weights:,} weights")

@@ -23,12 +23,17 @@ from torch import nn
 
 from benchmarks.images import publish
 from benchmarks.timing import Seconds, begin, finish, parser, show
+from models.clip import Clip
 from models.precision import autocast
+from models.prior_configs import ClipConfig
 from models.random_streams import RandomStreams
 from pipeline.config import preset_config
+from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context
+from pipeline.ledger import Ledger
 from pipeline.settings import TrainingSettings
-from pipeline.store import open_store
+from pipeline.store import Store, open_store
+from pipeline.store.records import put_blob
 from pipeline.training.checkpoints import open_checkpoints
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
@@ -156,6 +161,12 @@ def measure(ctx: Context, rounds: int, seconds: float) -> dict[str, float]:
     }
 
 
+def publish_clip(store: Store, model: ClipConfig, folder: Path) -> Artifact:
+    """Publishes a CLIP of random weights, whose text tower the models read. ``folder`` holds its files."""
+    Clip.build(model, seed=0).save(folder)
+    return Artifact("clip", "clip", {}, {}, Ledger(), {file.name: put_blob(store, file) for file in folder.iterdir()})
+
+
 def main() -> None:
     """Runs the benchmark."""
     options = parser(__doc__)
@@ -168,13 +179,17 @@ def main() -> None:
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(str(Path(folder)))
-        inputs = publish(store, SHARDS, 32 if chosen.quick else 512)
+        clip = preset.clip.model
+        inputs = publish(store, SHARDS, 32 if chosen.quick else 512, dim=clip.embed_dim)
+        inputs["clip"] = publish_clip(store, clip, Path(folder) / "clip")
         for stage in chosen.stage or STAGES:
-            model = getattr(preset, stage).model
-            # With a text encoder of its own: no CLIP is loaded here whose text tower it could read.
-            model = replace(model, text_encoder=type(model)().text_encoder)
             recipe = recipes[stage](
-                samples=BATCH, batch=BATCH, lanes=8, learning_rate=1e-4, ema_half_life=10_000, model=model
+                samples=BATCH,
+                batch=BATCH,
+                lanes=8,
+                learning_rate=1e-4,
+                ema_half_life=10_000,
+                model=getattr(preset, stage).model,
             )
             ctx = Context(store, stage, 1, stage, recipe, TrainingSettings(device="cpu"), inputs)
             ratios |= measure(ctx, 1 if chosen.quick else chosen.rounds, 0.0 if chosen.quick else chosen.seconds)
