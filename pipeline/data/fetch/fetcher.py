@@ -148,10 +148,12 @@ class Fetcher:
         return Fetched(None, "unsupported_reference")
 
     def _download(self, url: str) -> Fetched:
-        with closing(Visit(self._access, self._settings.timeout_s, self._max_bytes, self._check)) as visit:
+        limits = (self._settings.timeout_s, self._max_bytes)
+        with closing(Visit(self._access, *limits, self._check, self._recheck)) as visit:
             fetched = self._tries(visit, lambda: _body(visit, url))
             if not visit.barred:
-                unheard = not visit.status and fetched.reason in DEFERRED
+                # A body that does not end in time holds a turn as long as no answer does.
+                unheard = fetched.reason == "timeout" or (not visit.status and fetched.reason in DEFERRED)
                 self._sites.heard(origin_of(visit.url), fetched.reason if unheard else None)
             return self._checked(fetched)
 
@@ -171,6 +173,10 @@ class Fetcher:
         origin = origin_of(url)
         if (seen := self._sites.forbidden_since(origin, url)) is not None:
             raise Refused("opted_out", Evidence(f"{origin}/robots.txt disallows {shown(url)}", seen))
+
+    def _recheck(self, url: str) -> None:
+        """Raises Refused for a URL of a site that has fallen silent while others waited for their turn."""
+        self._sites.check_left_alone(origin_of(url))
 
     def _check_denied(self, url: str) -> None:
         if entry := self._deny.url(url):

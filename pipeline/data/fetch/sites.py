@@ -15,7 +15,7 @@ from pipeline.data.fetch.opener import Refused
 from pipeline.data.fetch.rules import MAX_RULES, allows, parse_robots
 
 MOST_TOLD = 32 << 10  # bytes of a robots.txt that other workers are told of
-SILENT = 10  # requests in a row without an answer, after which a site is left alone
+SILENT = 10  # requests in a row without an answer in time, after which a site is left alone
 Exchange = Callable[[Mapping[str, Note], Sequence[str]], Mapping[str, Note]]
 """Tells other workers of notes, by origin, and returns theirs on some origins."""
 
@@ -28,7 +28,7 @@ class _Site:
     answer: Protego | str = ""  # rules, the reason why they cannot be had, or "" where everything is allowed
     size: int = 0  # bytes of its rules in memory, at most
     failures: int = 0  # in a row, of its robots.txt
-    silent: int = 0  # requests in a row that it did not answer
+    silent: int = 0  # requests in a row that it did not answer in time
 
 
 class Sites:
@@ -36,7 +36,7 @@ class Sites:
 
     A 4xx status allows everything. Any other failure is every image's reason for five minutes, and twice as long each
     time it fails again, for a site whose wishes are unknown is left alone (RFC 9309, 2.3.1). That includes 429, the one
-    4xx that is not an answer. So is a site left alone that has not answered SILENT requests in a row.
+    4xx that is not an answer. So is a site left alone that has not answered SILENT requests in a row, or not in time.
 
     Args:
         fetch: Function that turns the URL of a robots.txt into its bytes, or into the reason why it has none.
@@ -96,6 +96,13 @@ class Sites:
                 raise Refused(answer)
             return None
         return None if allows(answer, url) else seen
+
+    def check_left_alone(self, origin: str) -> None:
+        """Raises Refused with the reason where a site is left alone just now. Waits for nothing and nobody."""
+        with self._lock:
+            site = self._sites.get(origin)
+        if site and isinstance(site.answer, str) and site.answer and site.until > time.monotonic():
+            raise Refused(site.answer)
 
     def _read(self, site: _Site, origin: str) -> None:
         with self._lock:

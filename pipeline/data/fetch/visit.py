@@ -126,17 +126,25 @@ class Visit:
         timeout_s: Seconds for all hops and tries together; waiting for a turn, and what ``check`` takes, does not
             count.
         max_bytes: Largest size of a body, bytes.
-        check: Called with every URL before it is asked for; may raise Refused.
+        check: Called with every URL before its turn at the host, and may wait; raises Refused.
+        recheck: Called with the same when the turn has come, for what has changed meanwhile; must not wait.
         image: False for robots.txt, which may be of any type and has no X-Robots-Tag.
     """
 
     def __init__(
-        self, access: Access, timeout_s: float, max_bytes: int, check: Callable[[str], None], image: bool = True
+        self,
+        access: Access,
+        timeout_s: float,
+        max_bytes: int,
+        check: Callable[[str], None],
+        recheck: Callable[[str], None] = lambda url: None,
+        image: bool = True,
     ):
         self.deadline = time.monotonic() + timeout_s
         self.barred = False
         self.url, self.status = "", 0
-        self._access, self._max_bytes, self._check, self._image = access, max_bytes, check, image
+        self._access, self._max_bytes, self._image = access, max_bytes, image
+        self._check, self._recheck = check, recheck
         self._held = ExitStack()
 
     def reserve(self, size: int) -> None:
@@ -173,6 +181,7 @@ class Visit:
         began = time.monotonic()
         self._check(url)
         self._held.enter_context(self._access.hosts.turn(host))
+        self._recheck(url)
         self.deadline += time.monotonic() - began
         pause = self._access.hosts.held(host)
         if time.monotonic() + pause > self.deadline:

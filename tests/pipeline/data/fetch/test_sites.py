@@ -122,7 +122,9 @@ def test_workers_share_robots_txt_and_dead_hosts() -> None:
     assert not known["http://a.test"].failed
 
 
-def test_a_host_that_is_silent_costs_few_rows_their_time() -> None:
+@pytest.mark.parametrize("threads", [4, 40])  # 36 of 40 wait for their turn while four find out
+@pytest.mark.parametrize("drips", [False, True])
+def test_a_host_that_is_silent_or_never_done_costs_few_rows_their_time(threads: int, drips: bool) -> None:
     """And all of its rows end, with that reason."""
     asked = []
 
@@ -131,12 +133,16 @@ def test_a_host_that_is_silent_costs_few_rows_their_time() -> None:
             if self.path == "/robots.txt":
                 self.send_response(404)
                 self.end_headers()
-            else:
-                asked.append(self.path)
-                time.sleep(0.5)
+                return
+            asked.append(self.path)
+            if drips:
+                self.send_response(200)
+                self.send_header("Content-Length", "100")
+                self.end_headers()
+            time.sleep(1.0)
 
     with listening(Silent) as address:
-        settings = PairsSettings(hosts={"a.test": address}, retries=0, timeout_s=0.2, threads=4)
+        settings = PairsSettings(hosts={"a.test": address}, retries=0, timeout_s=0.6, threads=threads)
         found = fetch_all(Fetcher(settings, 1000), [f"http://a.test/{i}" for i in range(40)])
     assert {each.reason for each in found} == {"timeout"}
     assert SILENT <= len(asked) <= SILENT + 4
