@@ -65,7 +65,7 @@ class Codec:
 
     def project(self, z: Tensor) -> Tensor:
         """Returns the PCA coordinates of embeddings [b, d]: fp64 [b, k]."""
-        return (z.double() - self.mean) @ self.components.T
+        return (z - self.mean) @ self.components.T
 
     def encode(self, z: Tensor) -> Tensor:
         """Returns codes of embeddings [b, d]: int64 [b, k] in [0, buckets). Values outside those of training clamp."""

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from unittest import mock
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -59,6 +62,40 @@ def test_unseen_values_clamp() -> None:
     assert codec.encode(far)[0, 0] == 63
     assert codec.encode(codec.mean - 100 * codec.components[:1])[0, 0] == 0
     assert codec.encode_dot(torch.tensor([-1e9, 1e9])).tolist() == [0, 63]
+
+
+def test_a_dot_product_falls_into_the_bucket_that_numpy_counts_in_fp64_also_on_edges() -> None:
+    codec = make_codec(rows(), k=5, buckets=8)
+    s = torch.linspace(-0.5, 0.5, 7)
+    for shift in (0.0, 1e-12, -1e-12):  # in fp32 all three are one number
+        edges = s.double() + shift
+        assert replace(codec, dot_edges=edges).encode_dot(s).tolist() == np.digitize(s.double(), edges).tolist()
+
+
+def test_upper_dots_are_compared_in_fp64_and_the_median_belongs_to_the_upper_half() -> None:
+    codec = make_codec(rows(), k=5, buckets=8)
+    total = 2**40
+
+    def drawn(uniform: float, edge: float) -> int:
+        """The bucket, of two with an edge between them, that a uniform number leads to."""
+        below = round(edge * total)
+        two = replace(codec, dot_counts=torch.tensor([below, total - below]))
+        with mock.patch.object(RandomStreams, "uniform", return_value=torch.tensor([uniform])):
+            return int(two.sample_upper_dot(RandomStreams([(0, 1)])))
+
+    assert drawn(0.0, 0.5) == 1
+    uniform = float(torch.tensor(0.1))
+    exact = 0.5 + 0.5 * uniform
+    assert float(torch.tensor(exact)) > exact + 1e-8  # what fp32 would make of the number, and of an edge beside it
+    assert drawn(uniform, exact + 1e-9) == 0
+    assert drawn(uniform, exact - 1e-9) == 1
+
+
+def test_a_codec_moves_whole_and_knows_its_sizes() -> None:
+    codec = make_codec(rows(), k=5)
+    assert (codec.codes, codec.buckets) == (5, 64)
+    assert {tensor.device.type for tensor in codec.to("meta").tensors().values()} == {"meta"}
+    assert {name: id(tensor) for name, tensor in vars(codec).items()} == {n: id(x) for n, x in codec.tensors().items()}
 
 
 def test_upper_dots_have_the_distribution_of_the_upper_half() -> None:
