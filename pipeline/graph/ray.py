@@ -276,12 +276,14 @@ def wait_for_room(
         if others is not None and place(others):
             return others
         log.warning("%s: uses excluded machines again, because the others have no room for its workers", stage)
-    team = find_team(ray, stage, own, settings, most)
-    if not place(team):
-        whom = "the stages that run" if _local() else "nodes that have it"
-        log.warning("%s; waiting for %s", _lacking(ray, stage, team), whom)
-        while _local() and not place(team):
-            pass
+    whom, told = "the stages that run" if _local() else "nodes that have it", None
+    # A cluster counts a lost node for a while, in which "auto" is too many workers: it is worked out again each time.
+    while not place(team := find_team(ray, stage, own, settings, most)):
+        if team != told:
+            log.warning("%s; waiting for %s", _lacking(ray, stage, team), whom)
+            told = team
+        if not _local() and own.workers != "auto":  # what starts these workers waits for them
+            break
     return team
 
 

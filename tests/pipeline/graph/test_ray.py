@@ -22,7 +22,7 @@ from pipeline.graph.ray import (
     uses_ray,
     wait_for_room,
 )
-from pipeline.graph.resources import Machine
+from pipeline.graph.resources import Machine, WorkerGroup
 from pipeline.graph.stages import Context
 from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings, TrainingSettings
 from pipeline.store import open_store
@@ -102,6 +102,28 @@ def test_on_this_machine_a_stage_waits_for_those_that_run(
     assert caplog.messages[0].endswith("; waiting for the stages that run")
     with pytest.raises(UserError, match="codec: Ray has no room for 1 worker with 3 cores"):
         wait_for_room(here, "codec", replace(codec, cpus=3), FIXED)
+
+
+@pytest.mark.usefixtures("on_a_cluster")
+@pytest.mark.parametrize(("workers", "placed"), [("auto", 3), (4, 4)])
+def test_a_node_that_counts_after_it_was_lost_costs_its_workers_alone(
+    workers: Any, placed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray counts it for a while, and reserves nothing there. A number of workers that is set is waited for."""
+    cluster, asked = ray_of(8, 4), []
+
+    def place(team: WorkerGroup) -> bool:
+        asked.append(team.count)
+        if len(asked) == 2:
+            cluster.cluster_resources()["GPU"] = 3
+        return team.count <= 3
+
+    monkeypatch.setattr(launch, "place", place)
+    assert wait_for_room(cluster, "decoder", TrainingSettings(workers), FIXED).count == placed
+    assert asked == ([4, 4, 3] if workers == "auto" else [4])
+    assert [message.partition("; it has")[0] for message in caplog.messages] == [
+        "decoder: Ray has no room for 4 workers with 1 GPU each"
+    ]
 
 
 @pytest.mark.usefixtures("on_a_cluster")
