@@ -206,10 +206,13 @@ def _counting_deaths(stage: str, task: ShardTask, step: str = "", places: Places
     name = f"unclip {context.get_job_id()} {stage} {task.key}{step}"
     died_on: list[str] = json.loads(internal_kv._internal_kv_get(name) or "[]")  # nodes
     living = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if died_on else set()
-    with places.take(alone=bool(died_on)) if places else nullcontext():
+    deaths = sum(node in living for node in died_on)
+    # One node that went took all that was on it along. A second may have had too little memory for several shards.
+    suspect = deaths > 0 or len(died_on) > 1
+    with places.take(alone=suspect) if places else nullcontext():
         internal_kv._internal_kv_put(name, json.dumps([*died_on, context.get_node_id()]), overwrite=True)
         try:
-            if sum(node in living for node in died_on) >= DEATHS or len(died_on) >= LOST_NODES:
+            if deaths >= DEATHS or len(died_on) >= LOST_NODES:
                 rows = max((shard.kept + shard.lost for shard in task.inputs.values()), default=0)
                 raise UserError(
                     f"{stage}: shard {task.number} ({rows:,} rows, whose keys begin with {task.number:08d}) killed "

@@ -2,10 +2,12 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from threading import Lock
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -34,12 +36,14 @@ class Cluster:
     def nodes(self) -> list[dict[str, Any]]:
         return [{"NodeID": name, "Alive": name not in self.lost} for name in ("a", "b", *self.lost)]
 
-    def die(self, node: str) -> None:
-        """A worker on this node begins the shard, and does not end."""
-        self.node, task = node, ShardTask(7, "key-7", {})
-        with _counting_deaths("pairs", task):
+    def die(self, node: str) -> bool:
+        """A worker on this node begins the shard, and does not end. Returns whether the shard had it for itself."""
+        self.node, task, asked = node, ShardTask(7, "key-7", {}), []
+        places = SimpleNamespace(take=lambda alone: nullcontext(asked.append(alone)))
+        with _counting_deaths("pairs", task, places=cast(Places, places)):
             [(name, value)] = self.kept.items()
         self.kept[name] = value
+        return asked.pop()
 
 
 def test_a_node_that_was_taken_back_is_no_death_of_its_shard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +55,21 @@ def test_a_node_that_was_taken_back_is_no_death_of_its_shard(monkeypatch: pytest
     with pytest.raises(UserError, match=r"^pairs: shard 7 \(0 rows, .*\) killed 6 workers;"):
         cluster.die("b")
     assert cluster.kept == {}  # the next run begins anew
+
+
+@pytest.mark.parametrize(
+    ("died_on", "alone"),
+    [((), False), (("spot 1",), False), (("a",), True), (("spot 1", "a"), True), (("spot 1", "spot 2"), True)],
+)
+def test_a_shard_that_one_lost_node_had_in_hand_shares_its_worker(
+    died_on: Sequence[str], alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a death on a node that lives, or the second node, the shard is suspect."""
+    cluster = Cluster(monkeypatch)
+    for node in died_on:
+        cluster.die(node)
+        cluster.lost |= {node} - {"a"}
+    assert cluster.die("b") == alone
 
 
 def test_a_shard_that_takes_node_after_node_with_it_ends_some_day(monkeypatch: pytest.MonkeyPatch) -> None:
