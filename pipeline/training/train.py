@@ -38,7 +38,7 @@ from pipeline.training.checks import check, most_workers
 from pipeline.training.compiling import compile_layers, compiles
 from pipeline.training.distributed.heartbeats import BETWEEN
 from pipeline.training.distributed.launch import WorkerLost, gave_up, launch
-from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.distributed.process_group import HUNG_S, LONG_S, ProcessGroup
 from pipeline.training.distributed.sharding import full_tensor
 from pipeline.training.feed.feed import Batches, Feed, LocalBatch
 from pipeline.training.feed.order import share_of
@@ -156,6 +156,7 @@ class Worker:
             task.gather, task.at_once = partial(group.gather, shares), settings.micro_batch
         if compiles(ctx.stage, settings.compile, speed, recipe.samples - state.samples, group):
             compile_layers(state.model)
+            group.wait_at_most(LONG_S, state.model)
         train = partial(fit, ctx.stage, feed, recipe, settings, group, state)
         if not (group.is_rank_0 or group.sharded):  # all workers hold the same: rank 0 alone saves and publishes it
             train(lambda _: None)
@@ -247,6 +248,8 @@ def fit(
                 timer("optimiser")
                 # The average, and not the model, is what is validated and published.
                 update_ema(state.ema, state.model, recipe.batch, ema_half_life(recipe, state.samples))
+                if not group.pulse.steps:  # the first one, in which layers were compiled
+                    group.wait_at_most(HUNG_S, state.model)
                 timer("ema")
             state.journal.add(values | {"gradient_norm": norm.double()})
             line = line_due(state.samples // recipe.batch)

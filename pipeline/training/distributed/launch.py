@@ -29,12 +29,8 @@ from pipeline.graph.ray import start_ray, uses_ray, wait_for_room
 from pipeline.graph.resources import cores
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training.distributed.heartbeats import BEAT_S, DONE, STILL_S, Heartbeats
-from pipeline.training.distributed.process_group import CHECK_EVERY, ProcessGroup
+from pipeline.training.distributed.process_group import CHECK_EVERY, HUNG_S, LONG_S, ProcessGroup
 
-# Workers wait no longer for each other before a training starts again: torchtitan's limit up to the first step, in
-# which layers are compiled. It is above what rank 0 does alone: it restores a checkpoint, validates and publishes.
-# Without GPUs that may take longer, and Ray's 30 minutes stay.
-HUNG_S = 300
 ANSWER_S = 30.0  # for heartbeats: without an answer the next one says the same
 REPORT_EVERY_S = 30.0  # a report waits up to two seconds for the controller's next poll
 LISTEN_EVERY_S = 5.0  # all workers wait for each other when they ask whether a machine is to be taken away
@@ -124,7 +120,7 @@ def launch(
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"work": work, "settings": settings, "heartbeats": heartbeats},
-            torch_config=TorchConfig(backend, timeout_s=HUNG_S if gpus else TorchConfig.timeout_s),
+            torch_config=TorchConfig(backend, timeout_s=HUNG_S if gpus else LONG_S),
             scaling_config=ScalingConfig(**asked),
             run_config=RunConfig(name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
         )

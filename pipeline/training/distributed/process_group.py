@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -17,9 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.graph.resources import container_memory
 from pipeline.settings import STATE_BYTES
 from pipeline.training.distributed.heartbeats import Pulse
-from pipeline.training.distributed.sharding import full_tensor, shard_module, sync_gradients
+from pipeline.training.distributed.sharding import full_tensor, groups, shard_module, sync_gradients
 
 T = TypeVar("T")
+# GPUs wait no longer for each other before a training starts again. It is above what rank 0 does alone: it restores a
+# checkpoint, validates and publishes.
+HUNG_S = 300
+# The same without GPUs, where that takes longer, and in a first step in which layers are compiled: one machine may have
+# to compile what another has in its cache.
+LONG_S = 1800
 CHECK_EVERY = 16  # steps, at most, until workers report, and a loss that is NaN or Inf is noticed
 
 
@@ -144,6 +151,18 @@ class ProcessGroup:
         gathered: list[list[T]] = [[] for _ in range(self.size)]
         dist.all_gather_object(gathered, items, group)
         return [item for part in gathered for item in part]
+
+    def wait_at_most(self, seconds: float, model: nn.Module) -> None:
+        """Lets GPUs wait for each other for so long in all that begins from now on, after all that has begun.
+
+        Without GPUs workers wait for LONG_S at all times.
+        """
+        if self.size == 1 or self.device.type != "cuda":
+            return
+        # This process runs ahead of its GPU: the others may yet be where the limit before holds.
+        torch.cuda.synchronize(self.device)
+        for group in filter(None, {dist.group.WORLD, *groups(model)}):
+            group.set_timeout(timedelta(seconds=seconds))
 
     def side_group(self) -> Any:
         """Returns a process group of all workers for what a thread of each does beside the steps."""

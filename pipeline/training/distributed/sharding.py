@@ -88,6 +88,12 @@ def sync_gradients(module: nn.Module, now: bool) -> None:
         module.set_requires_all_reduce(now)
 
 
+def groups(module: nn.Module) -> list[dist.ProcessGroup]:
+    """Returns the process groups over which a module is sharded; [] where it is not."""
+    tensor = next(module.parameters())
+    return tensor.device_mesh.get_all_groups() if isinstance(tensor, DTensor) else []
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Returns whether other workers hold other rows of it."""
     return isinstance(tensor, DTensor)

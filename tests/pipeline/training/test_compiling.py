@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.training import compiling, stage
 from pipeline.training.compiling import compile_layers, compiles
-from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.distributed.process_group import HUNG_S, LONG_S, ProcessGroup
 from pipeline.training.timing import Speed
 from tests.pipeline.training.conftest import World
 from tests.pipeline.training.trainings import (
@@ -55,6 +55,20 @@ def test_it_goes_on_from_a_checkpoint_that_was_not_compiled_and_leaves_one_to_it
     artifact = stage.train(world.context("diffusion_prior", PRIOR_RECIPE, SETTINGS))
     assert len(graphs) == MODEL.depth * 2
     assert_equal_trainings((world, artifact), straight)
+
+
+def test_workers_wait_long_for_each_other_in_the_step_that_compiles(
+    world: World, graphs: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One may have to compile what another has in its cache. That step is none by which the length of steps is told."""
+    told = []
+
+    def wait_at_most(group: ProcessGroup, seconds: float, _: nn.Module) -> None:
+        told.append((seconds, len(graphs), group.pulse.steps))
+
+    monkeypatch.setattr(ProcessGroup, "wait_at_most", wait_at_most)
+    stage.train(world.context("diffusion_prior", replace(PRIOR_RECIPE, samples=32), COMPILED))
+    assert told == [(LONG_S, 0, 0), (HUNG_S, MODEL.depth * 2, 0)]
 
 
 @pytest.mark.integration  # with a compiler, which takes half a minute

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pipeline.errors import UserError
@@ -206,6 +208,26 @@ def alone(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_gpus_wait_for_each_other_as_long_as_they_are_told(sharded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, and those that hold one copy of a model."""
+
+    def limits() -> list[float]:
+        return [found._get_backend(torch.device("cpu")).options._timeout.seconds for found in (dist.group.WORLD, copy)]
+
+    model, copy, ended = nn.Linear(2, 2), dist.new_group([0]), []
+    if sharded:
+        fully_shard(model, mesh=DeviceMesh.from_group(copy, "cpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: ended.append(limits()))
+    before = limits()
+    ProcessGroup(size=2).wait_at_most(7, model)
+    ProcessGroup(device=torch.device("cuda")).wait_at_most(7, model)
+    assert (limits(), ended) == (before, [])
+    ProcessGroup(size=2, device=torch.device("cuda")).wait_at_most(7, model)
+    assert (limits(), ended) == ([7, 7 if sharded else before[1]], [before])
 
 
 @pytest.mark.usefixtures("alone")
