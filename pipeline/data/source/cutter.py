@@ -73,8 +73,7 @@ class ShardCutter:
 
     def shard(self, place: int, rows: Iterable[JudgedRow]) -> SourceShard:
         """Returns the shard at a place in the segment."""
-        if place >= SEGMENT_SHARDS:
-            raise UserError(f"source: over {SEGMENT_SHARDS:,} shards in one segment; raise source.shard_rows")
+        check_place(place)
         number = self.index * SEGMENT_SHARDS + place
         refs, captions, rejects, named, held_out = [], [], [], [], Counter[str]()
         for row, again in rows:
@@ -195,6 +194,7 @@ class SegmentCutter:
 
     def add(self, spool: RowSpool, seen: SeenReferences) -> None:
         """Cuts the rows of a spool."""
+        self.expect(spool.count)
         judged = seen.judge(spool.hashes())
         rows = spool.judged(judged.duplicate)
         if placed := self._known.places(self._place):
@@ -203,6 +203,10 @@ class SegmentCutter:
         ways = -(-len(judged.fresh) // HASHES_A_BLOB)
         if ways and self.cut.write:
             self.keep_hashes([put_blob(self.cut.store, each.tobytes()) for each in cut_ranges(judged.fresh, ways)])
+
+    def expect(self, rows: int) -> None:
+        """Raises UserError where so many further rows take more shards than a segment may have."""
+        check_place(-(-(self.place + rows) // self.cut.recipe.shard_rows) - 1)
 
     def take(self, rows: Iterable[JudgedRow]) -> None:
         """Cuts rows."""
@@ -259,6 +263,12 @@ class SegmentCutter:
         last = [self.cut.shard(self._place, self._open)] if self._open else []
         hashes = [blob for run in self._runs for blob in run]
         return self.cut.keep(Segment([*self._shards, *last], hashes, [*map(len, self._runs)]), name)
+
+
+def check_place(place: int) -> None:
+    """Raises UserError for a place that no shard of a segment may have."""
+    if place >= SEGMENT_SHARDS:
+        raise UserError(f"source: over {SEGMENT_SHARDS:,} shards in one segment; raise source.shard_rows")
 
 
 def has_caption(captions: Sequence[str]) -> bool:

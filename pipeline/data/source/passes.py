@@ -99,7 +99,7 @@ def read_in_passes(
         Counts of the rows, and the number of rows of images that an earlier row names whose captions no row took.
 
     Raises:
-        UserError: for a part that cannot be read.
+        UserError: for a part that cannot be read, and for more rows than a segment may have.
         CorruptObject: for a damaged blob of an earlier segment.
     """
     cut = cutter.cut
@@ -115,6 +115,7 @@ def read_in_passes(
             say_once(line)
         total.add(shard.counts, note["flaw"])
     total.finish(others=cutter.place > 0)
+    cutter.expect(total.rows)
     rows = shards_before * cut.recipe.shard_rows + cutter.place + total.rows
     ways = min(BUCKETS, -(-rows // RANGE_HASHES) or 1)
     packs = [shard.blobs["pack"] for shard in spools]

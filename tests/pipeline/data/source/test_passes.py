@@ -224,6 +224,27 @@ def test_mistakes_are_those_of_one_task(tmp_path: Path, folder_store: Store, cha
     assert list(folder_store.list("shards/source/segment-")) == []
 
 
+@pytest.mark.parametrize("task_bytes", [AT_ONCE, 1])
+def test_more_rows_than_a_segment_may_have_are_refused_before_they_are_compared(
+    tmp_path: Path, folder_store: Store, monkeypatch: pytest.MonkeyPatch, task_bytes: int
+) -> None:
+    folder = table(table(tmp_path / "lists", "a.csv", *range(3)), "b.csv", 3, 4)
+    recipe = SourceRecipe((str(folder),), shard_rows=4)
+    monkeypatch.setattr(passes, "TASK_BYTES", task_bytes)
+    for module in (cutter, passes, source):
+        monkeypatch.setattr(module, "SEGMENT_SHARDS", 2)
+    assert len(scan(recipe, folder_store, write=True).shards) == 2
+    table(table(folder, "c.csv", 5), "d.csv", 6, 7, 0)
+    with (
+        mock.patch.object(passes.CompareReferences, "__call__", side_effect=AssertionError),
+        mock.patch.object(cutter.ShardCutter, "shard", side_effect=AssertionError),
+        pytest.raises(UserError, match="over 2 shards in one segment"),
+    ):
+        scan(recipe, folder_store, write=True)
+    table(folder, "d.csv", 6, 7)
+    assert len(scan(recipe, folder_store, write=True).shards) == 2
+
+
 def test_what_was_read_is_not_read_again_after_an_interruption(
     tmp_path: Path, folder_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
