@@ -188,18 +188,20 @@ class SegmentCutter:
         return self._place * self.cut.recipe.shard_rows + len(self._open)
 
     @property
+    def knows_rows(self) -> bool:
+        """Returns whether there are rows of an earlier list to find."""
+        return bool(self._known)
+
+    @property
     def reference(self) -> Callable[[ListRow], str]:
         """Returns the function that a spool asks for the reference of each row."""
         return self._known.noting(self.cut.reference, self.cut.is_forgotten)
 
     def add(self, spool: RowSpool, seen: SeenReferences) -> None:
-        """Cuts the rows of a spool."""
+        """Cuts the rows of a spool, which were asked for their ``reference``."""
         self.expect(spool.count)
         judged = seen.judge(spool.hashes())
-        rows = spool.judged(judged.duplicate)
-        if placed := self._known.places(self._place):
-            rows = self._settled(placed, rows)
-        self.take(rows)
+        self.settle(spool.judged(judged.duplicate))
         ways = -(-len(judged.fresh) // HASHES_A_BLOB)
         if ways and self.cut.write:
             self.keep_hashes([put_blob(self.cut.store, each.tobytes()) for each in cut_ranges(judged.fresh, ways)])
@@ -207,6 +209,11 @@ class SegmentCutter:
     def expect(self, rows: int) -> None:
         """Raises UserError where so many further rows take more shards than a segment may have."""
         check_place(-(-(self.place + rows) // self.cut.recipe.shard_rows) - 1)
+
+    def settle(self, rows: Iterator[JudgedRow]) -> None:
+        """Cuts all rows that were asked for their ``reference``, those of an earlier list into its shards."""
+        placed = self._known.places(self._place)
+        self.take(self._settled(placed, rows) if placed else rows)
 
     def take(self, rows: Iterable[JudgedRow]) -> None:
         """Cuts rows."""

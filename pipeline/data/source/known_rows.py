@@ -124,9 +124,13 @@ class KnownRows:
         self._shards, self._shard_rows, self._there = shards, shard_rows, len(there[0])
         self._listed, self._forgotten = array("Q"), array("B")
 
+    def __len__(self) -> int:
+        """Returns how many rows are to be found."""
+        return len(self._hashes)
+
     def noting(self, reference: Callable[[ListRow], str], forgotten: Callable[[str], bool]) -> Callable[[ListRow], str]:
         """Returns ``reference``, which notes of each row of the list that it is asked about who it is."""
-        if not len(self._hashes):
+        if not self:
             return reference
 
         def noted(row: ListRow) -> str:
@@ -143,7 +147,7 @@ class KnownRows:
         None stands for rows that are cut as those of a new list: most of the earlier ones are gone, or they come in
         an order in which too many would wait for others.
         """
-        if not len(self._hashes) or not len(self._listed) or len(self._listed) > MOST_ROWS:
+        if not self or not self._listed or len(self._listed) > MOST_ROWS:
             return None
         rows = _matched(self._hashes, np.array(self._listed, HASH), np.array(self._forgotten, np.bool_))
         self._hashes = self._hashes[:0]  # they are placed once

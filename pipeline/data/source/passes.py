@@ -3,13 +3,15 @@
 The first pass reads files into spools (see ``spool``). The second compares the references of all spools, in the order
 of the list, a range of hashes in each task, and so finds what an earlier row has. The third cuts each spool into
 shards. A shard whose rows are in two spools is cut by the process that opens the list: it holds the rows of one shard,
-and of all others the names.
+and of all others the names. It also cuts a list among whose rows, which are few then, some of an earlier list are to
+stay in their shards (see known_rows).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from pipeline.data.source.cutter import SegmentCutter, ShardCutter
+from pipeline.data.source.cutter import JudgedRow, SegmentCutter, ShardCutter
 from pipeline.data.source.duplicates import BUCKETS, HASH, SeenReferences, cut_ranges, mark_known, ranges, within_range
 from pipeline.data.source.lists import PartReader, check_unchanged
 from pipeline.data.source.segments import LAYOUT, SEGMENT_SHARDS, VERSION, SourceShard
@@ -75,34 +77,44 @@ def divide(parts: Sequence[ListedPart]) -> list[list[ListedPart]]:
     return tasks
 
 
-def read_in_passes(
+@dataclass(frozen=True)
+class ReadList:
+    """Holds parts of a list as the first pass has read them.
+
+    Attributes:
+        ctx: Context of the passes.
+        how: JSON values, as for ``read_in_tasks``.
+        spools: Shard of each task.
+        total: Counts of the rows.
+    """
+
+    ctx: Context
+    how: Any
+    spools: Sequence[Shard]
+    total: PartReader
+
+
+def read_in_tasks(
     workers: ListWorkers,
     path: str,
     tasks: Sequence[Sequence[ListedPart]],
     how: Any,
-    cutter: SegmentCutter,
-    seen: Sequence[Sequence[str]],
-    shards_before: int,
-) -> tuple[PartReader, int]:
-    """Reads parts of a list, and cuts their rows behind those of its segment.
+    cut: ShardCutter,
+    others: bool,
+) -> ReadList:
+    """Reads parts of a list, those of each task on a worker.
 
     Args:
         workers: Workers that read.
         path: Path of the list.
         tasks: Parts of each task.
         how: JSON values that change with whatever decides how a part is read and its rows are cut.
-        cutter: Cutter of the segment, which stores what it cuts.
-        seen: Runs of hashes of all rows before these.
-        shards_before: Shards of the lists before this one.
-
-    Returns:
-        Counts of the rows, and the number of rows of images that an earlier row names whose captions no row took.
+        cut: Cutter of the segment's shards.
+        others: Whether the list has other rows.
 
     Raises:
-        UserError: for a part that cannot be read, and for more rows than a segment may have.
-        CorruptObject: for a damaged blob of an earlier segment.
+        UserError: for a part that cannot be read, or a list in which no row has a caption.
     """
-    cut = cutter.cut
     store = cut.store
     ctx = Context(store, "source", VERSION, "", cut.recipe, workers.settings, {}, ray=workers.ray)
     keys = [digest(["read", LAYOUT, how, [each.version for each in parts]]) for parts in tasks]
@@ -114,26 +126,70 @@ def read_in_passes(
         for line in note["said"]:
             say_once(line)
         total.add(shard.counts, note["flaw"])
-    total.finish(others=cutter.place > 0)
-    cutter.expect(total.rows)
-    rows = shards_before * cut.recipe.shard_rows + cutter.place + total.rows
-    ways = min(BUCKETS, -(-rows // RANGE_HASHES) or 1)
-    packs = [shard.blobs["pack"] for shard in spools]
+    total.finish(others)
+    return ReadList(ctx, how, spools, total)
+
+
+def cut_in_tasks(read: ReadList, cutter: SegmentCutter, seen: Sequence[Sequence[str]], shards_before: int) -> int:
+    """Cuts rows that were read behind those of their segment.
+
+    Args:
+        read: Rows.
+        cutter: Cutter of the segment, which stores what it cuts.
+        seen: Runs of hashes of all rows before these.
+        shards_before: Shards of the lists before this one.
+
+    Returns:
+        Number of rows of images that an earlier row names whose captions no row took.
+
+    Raises:
+        UserError: for more rows than a segment may have.
+        CorruptObject: for a damaged blob of an earlier segment.
+    """
+    cut, ctx, rows = cutter.cut, read.ctx, read.total.rows
+    cutter.expect(rows)
+    ways = min(BUCKETS, -(-(shards_before * cut.recipe.shard_rows + cutter.place + rows) // RANGE_HASHES) or 1)
+    packs = [shard.blobs["pack"] for shard in read.spools]
     keys = [digest(["compare", LAYOUT, packs, seen, ways, number]) for number in range(ways)]
-    judged = _run(ctx, CompareReferences(store, packs, seen, ways), keys, "ranges", ways, "duplicates")
+    judged = _run(ctx, CompareReferences(cut.store, packs, seen, ways), keys, "ranges", ways, "duplicates")
     cutter.keep_hashes([shard.blobs["hashes"] for shard in judged])
     again = [shard.blobs["pack"] for shard in judged]
-    *firsts, _ = accumulate((shard.counts["rows"] for shard in spools), initial=cutter.place)
-    blobs = [shard.blobs["rows"] for shard in spools]
-    given = list(zip(blobs, firsts, strict=True))
-    keys = [digest(["cut", LAYOUT, how, cut.index, again, number, *each]) for number, each in enumerate(given)]
-    made = _run(ctx, CutSpool(cut, given, again), keys, "rows", total.rows, "shards")
+    *firsts, _ = accumulate((shard.counts["rows"] for shard in read.spools), initial=cutter.place)
+    blobs = [shard.blobs["rows"] for shard in read.spools]
+    worker = CutSpool(cut, list(zip(blobs, firsts, strict=True)), again)
+    return _settle(worker, cutter) if cutter.knows_rows else _cut(worker, cutter, read)
+
+
+def _settle(worker: CutSpool, cutter: SegmentCutter) -> int:
+    """Cuts spools here, the rows of an earlier list into its shards; returns what ``cut_in_tasks`` does."""
+    for blob, _ in worker.spools:
+        with RowSpool.load(worker.cut.store, blob) as spool:
+            deque(map(cutter.reference, spool.rows()), maxlen=0)
+    left = 0
+
+    def rows() -> Iterator[JudgedRow]:
+        nonlocal left
+        for number in range(len(worker.spools)):
+            with worker.judged(number) as (spool, judged):
+                yield from judged
+                left += spool.left
+
+    cutter.settle(rows())
+    return left
+
+
+def _cut(worker: CutSpool, cutter: SegmentCutter, read: ReadList) -> int:
+    """Cuts spools on workers; returns what ``cut_in_tasks`` does."""
+    store, index, packs = worker.cut.store, worker.cut.index, worker.packs
+    given = enumerate(worker.spools)
+    keys = [digest(["cut", LAYOUT, read.how, index, packs, number, *each]) for number, each in given]
+    made = _run(read.ctx, worker, keys, "rows", read.total.rows, "shards")
     for data in ordered_map(lambda shard: [read_blob(store, shard.blobs[name]) for name in ("shards", "rest")], made):
         shards, rest = parse_object(data[0], list[SourceShard]), json.loads(data[1])
         cutter.take(map(_with_verdict, rest["head"]))
         cutter.take_shards(shards)
         cutter.take(map(_with_verdict, rest["tail"]))
-    return total, sum(shard.counts["left"] for shard in made)
+    return sum(shard.counts["left"] for shard in made)
 
 
 def _run(ctx: Context, worker: ShardWorker, keys: Sequence[str], unit: str, amount: int, title: str) -> list[Shard]:
@@ -239,21 +295,27 @@ class CutSpool:
     Attributes:
         cut: Cutter of the segment's shards.
         spools: Blob of each spool, and the number of rows of the segment before it.
-        judged: Packs of the hashes in each spool that an earlier one has, too.
+        packs: Packs of the hashes in each spool that an earlier one has, too.
     """
 
     cut: ShardCutter
     spools: Sequence[tuple[str, int]]
-    judged: Sequence[str]
+    packs: Sequence[str]
+
+    @contextmanager
+    def judged(self, number: int) -> Iterator[tuple[RowSpool, Iterator[JudgedRow]]]:
+        """Yields a spool and its rows, each with whether it is a duplicate."""
+        store = self.cut.store
+        pieces = ordered_map(lambda pack: read_pieces(store, pack, number, number + 1)[0], self.packs)
+        with SeenReferences() as seen, RowSpool.load(store, self.spools[number][0]) as spool:
+            seen.add(np.frombuffer(b"".join(pieces), HASH))
+            yield spool, spool.judged(seen.judge(spool.hashes()).duplicate)
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        store, size, number = self.cut.store, self.cut.recipe.shard_rows, task.number
-        blob, before = self.spools[number]
-        pieces = ordered_map(lambda pack: read_pieces(store, pack, number, number + 1)[0], self.judged)
+        size = self.cut.recipe.shard_rows
+        _, before = self.spools[task.number]
         shards: list[SourceShard] = []
-        with SeenReferences() as seen, RowSpool.load(store, blob) as spool:
-            seen.add(np.frombuffer(b"".join(pieces), HASH))
-            rows = spool.judged(seen.judge(spool.hashes()).duplicate)
+        with self.judged(task.number) as (spool, rows):
             head = list(islice(rows, -before % size))
             while len(tail := list(islice(rows, size))) == size:
                 shards.append(self.cut.shard(-(-before // size) + len(shards), tail))

@@ -101,6 +101,10 @@ class RowSpool:
             raise
         return spool
 
+    def rows(self) -> Iterator[ListRow]:
+        """Yields the rows as they were added."""
+        return chain.from_iterable(self._rows(begins, count) for begins, count in self._parts)
+
     def judged(self, duplicate: Verdicts) -> Iterator[tuple[ListRow, bool]]:
         """Yields the rows, each with whether an earlier one has its reference.
 

@@ -26,7 +26,7 @@ from pipeline.data.source.duplicates import HASH, SeenReferences, warn_of_captio
 from pipeline.data.source.journal import EMPTY, ListJournal, read_journal
 from pipeline.data.source.known_rows import MOST_ROWS, shards_of_last_run
 from pipeline.data.source.lists import PartReader, check_unchanged, no_rows, parts_of, source_at, unread
-from pipeline.data.source.passes import HERE, ListedPart, ListWorkers, divide, read_in_passes
+from pipeline.data.source.passes import HERE, ListedPart, ListWorkers, cut_in_tasks, divide, read_in_tasks
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.retry import Retries
 from pipeline.data.source.segments import LAYOUT, SEGMENT_SHARDS, VERSION, Segment, SourceShard, segment_path
@@ -162,9 +162,8 @@ class _List:
 
     @property
     def in_passes(self) -> bool:
-        """Returns whether there is too much to read for one task, and no row of an earlier list to find among it."""
-        known = sum(shard.ledger.rows for shard in self.earlier) - sum(s.ledger.rows for s in self.segment.shards)
-        return len(self.tasks) > 1 and not 0 < known <= MOST_ROWS
+        """Returns whether there is too much to read for one task."""
+        return len(self.tasks) > 1
 
     def readers(self, workers: ListWorkers) -> ListWorkers:
         """Returns the workers; this process where those on other machines would not find the list by its path."""
@@ -202,13 +201,15 @@ def _cut(
             runs += segment.runs
             unseen += segment.hashes
             if each.todo:
-                say_once(unread(each.path, cutter(index).recipe))
+                made = cutter(index)
+                say_once(unread(each.path, made.recipe))
                 if each.in_passes:
-                    cut = SegmentCutter(cutter(index), segment)
-                    found = read_in_passes(each.readers(workers), each.path, each.tasks, how, cut, runs, len(shards))
+                    read = read_in_tasks(each.readers(workers), each.path, each.tasks, how, made, bool(segment.shards))
+                    cut = SegmentCutter(made, segment, each.earlier if read.total.rows <= MOST_ROWS else ())
+                    found = read.total, cut_in_tasks(read, cut, runs, len(shards))
                 else:
-                    cut = SegmentCutter(cutter(index), segment, each.earlier)
-                    for data in ordered_map(partial(read_blob, cut.cut.store), unseen):
+                    cut = SegmentCutter(made, segment, each.earlier)
+                    for data in ordered_map(partial(read_blob, made.store), unseen):
                         seen.add(np.frombuffer(data, HASH))
                     unseen = []
                     found = _read_at_once(each, cut, seen)
@@ -224,7 +225,10 @@ def _cut(
 
 
 def _read_at_once(each: _List, cutter: SegmentCutter, seen: SeenReferences) -> tuple[PartReader, int]:
-    """Reads the parts of a list that are not stored as one task, and returns what ``read_in_passes`` does."""
+    """Reads the parts of a list that are not stored as one task, and cuts their rows.
+
+    Returns counts of the rows, and the number of those of images that an earlier row names whose captions no row took.
+    """
     recipe, reference = cutter.cut.recipe, cutter.reference
     with PartReader(each.path, recipe) as reader, ProgressLine() as line, RowSpool() as spool:
 

@@ -16,16 +16,17 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.source import cutter, lists, passes
+from pipeline.data.source import cutter, known_rows, lists, passes
 from pipeline.data.source import stage as source
-from pipeline.data.source.duplicates import BUCKETS, HASH, cut_ranges, ranges
+from pipeline.data.source.duplicates import BUCKETS, HASH, Hashes, cut_ranges, ranges
 from pipeline.data.source.journal import ListJournal, reference_mark
 from pipeline.data.source.passes import ListedPart, ListWorkers, divide
 from pipeline.data.source.recipe import SourceRecipe
-from pipeline.data.source.segments import Segment, segment_path
+from pipeline.data.source.segments import Segment, SourceShard, segment_of, segment_path
 from pipeline.data.source.source import ListPart, ListRow
 from pipeline.data.source.spool import RowSpool
 from pipeline.data.source.stage import Scan, scan
+from pipeline.data.source.versions import ImageVersions
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.ray import start_ray
 from pipeline.settings import RaySettings, ShardSettings
@@ -118,6 +119,83 @@ def test_a_list_read_in_passes_is_the_list_read_at_once(
                     whole = scan(recipe, mixed, write=True, journal=journal)
         assert whole.shards == expected.shards
         assert hashes(mixed, whole) == hashes(here, expected)
+
+
+@contextmanager
+def last_run(found: Scan, most_rows: int = known_rows.MOST_ROWS) -> Iterator[None]:
+    """A list as the one that the last run had, of whose rows so many are looked for."""
+
+    def shards(store: Store, project: str, index: int, shard_rows: int) -> list[SourceShard]:
+        return [shard for shard in found.shards if segment_of(shard.number) == index]
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(source, "shards_of_last_run", shards))
+        for module in (known_rows, source):
+            stack.enter_context(mock.patch.object(module, "MOST_ROWS", most_rows))
+        yield
+
+
+@contextmanager
+def replaced(urls: set[str]) -> Iterator[None]:
+    """Images of which some are other ones now."""
+
+    def versions(_: ImageVersions, references: Sequence[str]) -> Hashes:
+        return np.array([bool(url) + (url in urls) for url in references], HASH)
+
+    with mock.patch.object(ImageVersions, "of", versions):
+        yield
+
+
+@st.composite
+def changes(draw: st.DrawFn) -> tuple[list[list[ListRow]], list[list[ListRow]]]:
+    """Files, and what becomes of them: rows are taken out and put in, and files change places."""
+    images = iter(range(99))
+    before = [[next(images) for _ in range(n)] for n in draw(st.lists(st.integers(0, 9), min_size=1, max_size=5))]
+    after = [[image for image in images if draw(st.integers(0, 5))] for images in before]
+    for images_of_file in after:
+        images_of_file += draw(st.lists(st.integers(0, 60), max_size=2))
+    if draw(st.booleans()):
+        after = draw(st.permutations(after))
+    return [[[ListRow(f"http://h/{i}", (f"picture {i}",)) for i in of] for of in files] for files in (before, after)]
+
+
+@settings(max_examples=25, phases=[Phase.generate])
+@given(
+    changes(),
+    st.lists(st.sets(st.integers(0, 60).map("http://h/{}".format), max_size=4), min_size=2, max_size=2),
+    st.sampled_from([15, 99]),
+    st.integers(1, 9),
+    st.integers(1, 9),
+)
+def test_rows_of_the_last_run_are_found_in_passes_as_at_once(
+    files: tuple[list[list[ListRow]], list[list[ListRow]]],
+    changed: list[set[str]],
+    most_rows: int,
+    task_bytes: int,
+    at_once: int,
+) -> None:
+    """Also where some are forgotten, images are replaced, or there are too many to look for them."""
+    before, after = files
+    if not any(before) or not any(after):
+        return
+    forgotten, others = changed
+    journal = ListJournal(forgotten=frozenset(map(reference_mark, forgotten)))
+    recipe = SourceRecipe(("one",), shard_rows=3)
+    with tempfile.TemporaryDirectory() as folder:
+        here, there = (open_store(f"{folder}/{name}") for name in ("here", "there"))
+        with listed({"one": before}, AT_ONCE), replaced(set()):
+            earlier, _ = (scan(recipe, store, write=True) for store in (here, there))
+        few = sum(map(len, after)) <= most_rows  # replaced images are found among few rows alone
+        with last_run(earlier, most_rows), replaced(others if few else set()):
+            with listed({"one": after}, AT_ONCE):
+                expected = scan(recipe, here, write=True, journal=journal)
+            with listed({"one": after}, task_bytes, at_once):
+                found = scan(recipe, there, write=False, journal=journal)
+        assert (found.keys, found.segments) == (expected.keys, expected.segments)
+        if not found.unstored:  # else all of it is one task
+            assert found.shards == expected.shards
+            assert stored(there, found) == stored(here, expected)
+            assert hashes(there, found) == hashes(here, expected)
 
 
 def divided(files: Sequence[Sequence[ListRow]], task_bytes: int) -> list[list[ListedPart]]:
@@ -243,6 +321,34 @@ def test_more_rows_than_a_segment_may_have_are_refused_before_they_are_compared(
         scan(recipe, folder_store, write=True)
     table(folder, "d.csv", 6, 7)
     assert len(scan(recipe, folder_store, write=True).shards) == 2
+
+
+@pytest.mark.parametrize("most_rows", [22, 21])
+def test_a_list_that_replaces_a_short_one_is_read_in_passes(
+    tmp_path: Path,
+    folder_store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    most_rows: int,
+) -> None:
+    """Rows of the short one stay in their shards if there are few."""
+    folder = table(table(tmp_path / "lists", "a.csv", *range(8)), "b.csv", 8, 9)
+    recipe = SourceRecipe((str(folder),), shard_rows=4)
+    before = scan(recipe, folder_store, write=True)
+    table(table(folder, "a.csv", *range(1, 8)), "c.csv", 10, 11, *range(1, 8), *range(1, 5))
+    new = scan(recipe, open_store(str(tmp_path / "other")), write=True)
+    said = caplog.messages[:]
+    assert any("11 rows repeat the image of an earlier row" in line for line in said)
+    caplog.clear()
+    monkeypatch.setattr(passes, "TASK_BYTES", 1)
+    with last_run(before, most_rows), mock.patch.object(source, "_read_at_once", side_effect=AssertionError):
+        found = scan(recipe, folder_store, write=False)
+    assert caplog.messages == said
+    if most_rows == 22:
+        assert [shard.ledger.rows for shard in found.shards] == [3, 4, 4, 4, 4, 3]
+        assert found.shards[1] == before.shards[1]
+    else:
+        assert found == new
 
 
 def test_what_was_read_is_not_read_again_after_an_interruption(
