@@ -14,12 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,18 +29,24 @@ from pipeline.config import Config
 from pipeline.cost.observed import Observations, observe
 from pipeline.data.source.journal import reference_marks
 from pipeline.data.source.lists import path_policy, read_rows, serving_lists
+from pipeline.data.source.rows import stored_rows
+from pipeline.data.source.segments import SourceShard, segment_of
 from pipeline.data.source.source import ListRow
+from pipeline.graph.artifacts import read_table
 from pipeline.progress import counted, duration
 from pipeline.sandbox import python_path
 from pipeline.store import Store, local_folder, open_store
 
 SHARD_ROWS = 128  # of the scratch list, at most
 SHARDS = (2, 6)  # of each run of a round
+READ_ROWS = 1_000_000  # of a list, at most: half a minute
+READ_SHARDS = 16  # of a longer list
 ROUNDS = (2, 4)  # at least, and at most as far as they end within PROBE_SECONDS
 PROBE_SECONDS = 600.0
 WORKERS = 2  # of a data stage, at most: a worker's rate is what counts
 STEPS = 2  # of each training, the first time
 TRAINING_SECONDS = 6.0  # of each training, the second time
+T = TypeVar("T")
 
 
 def probe(project: Project, path: str, overrides: Sequence[str], tell: Callable[[str], None]) -> Observations:
@@ -56,7 +62,7 @@ def probe(project: Project, path: str, overrides: Sequence[str], tell: Callable[
         folder, scratch = Path(name), stack.enter_context(_scratch(project.store, name))
         hosts = stack.enter_context(serving_lists(project.config.source.paths, project.graph["pairs"].settings.hosts))
         changes = [f"run.pairs.hosts={json.dumps(dict(hosts))}"]  # else each list's own server starts in every run
-        lists = [_write_list(project, folder / f"{run}.parquet", shards) for run, shards in enumerate(SHARDS)]
+        lists = _write_lists(project, folder)
         for number in range(1, ROUNDS[1] + 1):
             for run, (rows, cut) in enumerate(lists):
                 if number == 1:
@@ -93,31 +99,69 @@ def _scratch(store: Store, folder: str) -> Iterator[str]:
         there.delete([entry.path for entry in there.list("")])
 
 
-def _write_list(project: Project, file: Path, shards: int) -> tuple[int, int]:
-    """Writes a list of rows spread evenly over the user's own; returns how many, and rows a shard."""
+def _write_lists(project: Project, folder: Path) -> list[tuple[int, int]]:
+    """Writes a list for each run of a round, of rows of the user's own, which is read once.
+
+    Returns how many each has, and rows a shard.
+    """
     source = project.config.source
-    total = sum(shard.ledger.rows for shard in project.scan.shards)
     cut = min(source.shard_rows, SHARD_ROWS)
-    wanted = min(total, shards * cut)
-    everything = chain.from_iterable(read_rows(path, source) for path in source.paths)
     # In the scratch list each row may name what any of the lists may; so those that theirs refuses name nothing there.
     forgotten = project.journal.forgotten
     rows = [
         replace(row, url="", captions=()) if row.reject or forgotten & reference_marks(row.url) else row
-        for row in _spread(everything, wanted, total)
+        for row in _sample(project, max(SHARDS) * cut)
     ]
     columns = {source.image_column: "url", source.caption_column: "captions", source.group_column: "group"}
     columns |= {source.split_column: "split", source.hash_column: "sha256"}
     columns |= {name: name for name in ("license", "attribution")}
-    pq.write_table(pa.table({column: [getattr(row, name) for row in rows] for column, name in columns.items()}), file)
-    return len(rows), cut
+    found = []
+    for run, shards in enumerate(SHARDS):
+        few = [*_spread(rows, min(len(rows), shards * cut), len(rows))]
+        table = pa.table({column: [getattr(row, name) for row in few] for column, name in columns.items()})
+        pq.write_table(table, folder / f"{run}.parquet")
+        found.append((len(few), cut))
+    return found
 
 
-def _spread(rows: Iterator[ListRow], wanted: int, total: int) -> Iterator[ListRow]:
-    """Yields ``wanted`` of ``total`` rows, equally far from each other."""
-    for i, row in enumerate(rows):
+def _sample(project: Project, most: int) -> Iterator[ListRow]:
+    """Yields up to ``most`` rows of the user's lists, of each as large a share, spread over what is read of it."""
+    total, before = sum(shard.ledger.rows for shard in project.scan.shards), 0
+    wanted = min(total, most)
+    for index, path in enumerate(project.config.source.paths):
+        shards = [shard for shard in project.scan.shards if segment_of(shard.number) == index]
+        end = before + sum(shard.ledger.rows for shard in shards)
+        share = end * wanted // total - before * wanted // total
+        rows, there = _read(project, path, shards, end - before)
+        yield from _spread(rows, min(share, there), there)
+        before = end
+
+
+def _read(project: Project, path: str, shards: Sequence[SourceShard], count: int) -> tuple[Iterable[ListRow], int]:
+    """Returns rows of a list with ``count`` rows in all, read as they are asked for, and their number.
+
+    They are all of a list of up to READ_ROWS. Of a longer one they are those of READ_SHARDS of the shards that the scan
+    has stored, from its first to its last; only if it is not stored, such as one large file before its first run, they
+    are its first READ_ROWS.
+    """
+    stored = [shard for shard in shards if shard.refs]
+    if sum(shard.ledger.rows for shard in stored) <= READ_ROWS:
+        there = min(count, READ_ROWS)
+        return islice(read_rows(path, project.config.source), there), there
+    few = [*_spread(stored, min(len(stored), READ_SHARDS), len(stored))]
+    rows = chain.from_iterable(_rows_of(project.store, shard) for shard in few)
+    return rows, sum(shard.ledger.rows for shard in few)
+
+
+def _rows_of(store: Store, shard: SourceShard) -> list[ListRow]:
+    return stored_rows(read_table(store, shard.refs), read_table(store, shard.captions))
+
+
+def _spread(items: Iterable[T], wanted: int, total: int) -> Iterator[T]:
+    """Yields ``wanted`` of ``total`` items, equally far from each other."""
+    for i, item in enumerate(items):
         if i * wanted // total != (i + 1) * wanted // total:
-            yield row
+            yield item
 
 
 def _samples(config: Config, stage: str, seen: Observations) -> int:

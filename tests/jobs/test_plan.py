@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import main
-from jobs.probe import _write_list
+from jobs.probe import _write_lists
 from jobs.project import open_project
 from pipeline.data.source.journal import change_journal, reference_mark, with_forgotten
 from pipeline.data.source.lists import read_rows
@@ -89,8 +89,8 @@ def test_a_probe_fetches_nothing_that_was_forgotten(tmp_path: Path, pictures: st
     urls = [row.url for row in read_rows(str(tmp_path / "list.csv"), open_project(config).config.source)]
     marks = {reference_mark(url) for url in urls[:2]}
     change_journal(open_project(config).store, open_project(config).config.project, lambda j: with_forgotten(j, marks))
-    _write_list(open_project(config), tmp_path / "rows.parquet", 9)
-    written = pq.read_table(tmp_path / "rows.parquet").to_pylist()
+    _write_lists(open_project(config), tmp_path)
+    written = pq.read_table(tmp_path / "1.parquet").to_pylist()
     assert [row["url"] for row in written] == ["", "", *urls[2:]]
     assert written[0]["caption"] == []
     assert written[2]["caption"]
