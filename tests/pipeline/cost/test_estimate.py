@@ -10,6 +10,7 @@ import pytest
 from models.sampling_config import MODELS
 from pipeline.build import build
 from pipeline.config import Config, load_config
+from pipeline.cost import limits
 from pipeline.cost.devices import DEVICES, UNKNOWN, Device, Fleet, parse_fleet
 from pipeline.cost.estimate import (
     COMPILE_SECONDS,
@@ -350,6 +351,17 @@ def test_a_disk_that_is_too_small_is_told_of_before_anything_is_made(tmp_path: P
     assert [lack.what.startswith("the disk of the store") for lack in lacking(costs, elsewhere, store)] == [True]
     assert list(lacking(costs, elsewhere, s3)) == []
     assert list(lacking(costs, asked(fleet=H100S), store)) == []
+
+
+@pytest.mark.parametrize(
+    ("workers", "rows", "shards"),
+    [(4, 10**6, 4 * 8), (4, 10_000, 10), (0, 10**6, 1)],  # of 1,000 rows, of which a worker of Ray has eight
+)
+def test_temporary_files_are_those_of_all_shards_that_are_under_way(workers: int, rows: int, shards: int) -> None:
+    """The images of each twice, as a spool and as the tar of it."""
+    config = load_config(ROOT / "configs/nano.yaml", [f"run.pairs.workers={workers}", "source.shard_rows=1000"])
+    cost = Cost(1.0, disk=rows * 1e3)
+    assert limits._scratch("pairs", cost, asked(config, rows)) == pytest.approx(2 * shards * 1e6)
 
 
 def test_the_table_has_money_where_there_are_prices() -> None:
