@@ -18,9 +18,10 @@ from jobs.project import Project, open_project
 from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.cost.devices import parse_fleet
-from pipeline.cost.estimate import UTILISATION, Cost, PlanInput, elapsed, estimate
+from pipeline.cost.estimate import UTILISATION, Cost, PlanInput, estimate
 from pipeline.cost.limits import impossible, lacking
 from pipeline.cost.observed import Observations, observe, read_profile
+from pipeline.cost.schedule import elapsed
 from pipeline.cost.table import cost_table, elapsed_between, places, remarks, said_between, second_prior, size
 from pipeline.errors import UserError
 from pipeline.graph.plan import Verdict

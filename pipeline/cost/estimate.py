@@ -7,7 +7,7 @@ GPUs that are asked for, are counted: operations of their networks over what mac
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import median
@@ -21,7 +21,7 @@ from pipeline.data.embeddings.stage import TASK_BYTES
 from pipeline.data.source.passes import TASK_BYTES as LIST_TASK_BYTES
 from pipeline.graph.keys import flatten
 from pipeline.graph.resources import DECODERS, Machine, Resources, WorkerGroup, cores, team_of
-from pipeline.graph.stages import Graph, seconds_to_end
+from pipeline.graph.stages import Graph
 from pipeline.settings import COMPILE_PAYS_S, SPARED
 from pipeline.training.recipes import ClipRecipe, TrainingRecipe
 
@@ -162,39 +162,7 @@ def estimate(stage: str, ask: PlanInput) -> Cost:
     return Cost(seconds, startup, basis, held, gpus, _disk(stage, ask), between)
 
 
-def elapsed(costs: Mapping[str, Cost], ask: PlanInput) -> float:
-    """Returns the seconds until all these stages are made, in the order of pipeline.graph.execute.
-
-    Trainings whose inputs are there run side by side where there is room, those with the longest way to the end first;
-    of all other stages one runs at a time, and nothing begins beside it.
-    """
-    teams = {stage: _training_team(stage, ask) for stage in costs}
-    left = seconds_to_end(ask.graph, {stage: cost.seconds for stage, cost in costs.items()})
-    todo = sorted((stage for stage in ask.graph if stage in costs), key=lambda stage: -left[stage])
-    now, made, running = 0.0, set[str](), dict[str, float]()
-    while todo or running:
-        ready = [stage for stage in todo if costs.keys() & set(ask.graph[stage].inputs) <= made]
-        alone = [stage for stage in ready if not teams[stage]]
-        if all(teams[stage] for stage in running):
-            for stage in alone[:1] or ready:
-                beside = [team for name in (*running, stage) if (team := teams[name])]
-                if alone or not running or _room(beside, ask):
-                    todo.remove(stage)
-                    running[stage] = now + costs[stage].seconds
-        ended = min(running, key=running.__getitem__)
-        now = running.pop(ended)
-        made.add(ended)
-    return now
-
-
-def _room(teams: Sequence[WorkerGroup], ask: PlanInput) -> bool:
-    """Returns whether trainings have room at once."""
-    cpus, gpus = (sum(getattr(team.worker, what) * team.count for team in teams) for what in ("cpus", "gpus"))
-    there = replace(ask.machine, gpus=ask.fleet.count, grows=False) if ask.fleet else ask.machine
-    return there.grows or (cpus <= there.cpus and gpus <= there.gpus)
-
-
-def _training_team(stage: str, ask: PlanInput) -> WorkerGroup | None:
+def training_team(stage: str, ask: PlanInput) -> WorkerGroup | None:
     """Returns the workers of a training; None for another stage, and where this process trains."""
     if ask.graph[stage].kind != "training" or ask.fetches(stage):
         return None
@@ -216,7 +184,7 @@ def resources(stage: str, ask: PlanInput) -> tuple[int, float, float]:
     kind, settings, fleet = ask.graph[stage].kind, getattr(ask.config.run, stage, None), ask.fleet
     there = fleet.count if fleet else ask.machine.gpus
     if kind == "training" and not ask.fetches(stage):
-        if team := _training_team(stage, ask):
+        if team := training_team(stage, ask):
             return team.count, team.count * team.worker.cpus, team.count * team.worker.gpus
         on_gpu = there and ask.machine.local and settings.device != "cpu"  # type: ignore[union-attr]
         return 1, ask.machine.cpus, int(bool(on_gpu))

@@ -16,7 +16,6 @@ from pipeline.cost.estimate import (
     decode_seconds,
     decoders_a_gpu,
     driver_seconds,
-    elapsed,
     encode_seconds,
     estimate,
     rate,
@@ -27,6 +26,7 @@ from pipeline.cost.estimate import (
     step_seconds,
     worker_memory,
 )
+from pipeline.cost.schedule import elapsed
 from pipeline.graph.resources import amount_of
 from pipeline.progress import counted, duration
 from pipeline.settings import Prices

@@ -10,8 +10,9 @@ from typing import Any
 from pipeline.build import build
 from pipeline.config import Config
 from pipeline.cost.devices import Fleet
-from pipeline.cost.estimate import PlanInput, elapsed, estimate
+from pipeline.cost.estimate import PlanInput, estimate
 from pipeline.cost.limits import impossible
+from pipeline.cost.schedule import elapsed
 from pipeline.data.pairs.preview import ListPreview
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.errors import UserError

@@ -22,13 +22,13 @@ from pipeline.cost.estimate import (
     amount,
     clip_size,
     cores_a_gpu,
-    elapsed,
     estimate,
     model_size,
     save,
 )
 from pipeline.cost.limits import lacking
 from pipeline.cost.observed import Observation, pace, shape
+from pipeline.cost.schedule import elapsed
 from pipeline.cost.table import MONTH_S, cost_table, elapsed_between, remarks
 from pipeline.errors import UserError
 from pipeline.graph.resources import DECODERS, Machine
