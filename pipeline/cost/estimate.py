@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
 from pipeline.cost.devices import DEVICES, UNKNOWN, Device, Fleet
-from pipeline.cost.memory import SAVED_STATE, Footprint, footprint, host_memory
+from pipeline.cost.memory import SAVED_STATE, Footprint, footprint, host_memory, parts_of
 from pipeline.cost.observed import Observation, Observations, paces, shape
 from pipeline.data.embeddings.stage import TASK_BYTES
 from pipeline.data.source.passes import TASK_BYTES as LIST_TASK_BYTES
@@ -316,7 +316,8 @@ def rate(ask: PlanInput, precision: str, stage: str = "") -> float:
 def save(stage: str, ask: PlanInput, workers: int) -> tuple[float, float]:
     """Returns the bytes that a worker writes of a training's checkpoint, and the seconds between two of them."""
     settings = getattr(ask.config.run, stage)
-    size = SAVED_STATE * model_size(ask.config, stage).parameters / (workers if settings.sharded else 1)
+    model = model_size(ask.config, stage)
+    size = SAVED_STATE * model.parameters / parts_of(model, settings, workers, ask.device.memory)
     return size, max(settings.checkpoint_every_s, SPARED * size / SAVED_BYTES)
 
 

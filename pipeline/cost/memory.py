@@ -52,13 +52,10 @@ def footprint(size: Size, recipe: TrainingRecipe, settings: TrainingSettings, wo
     """Returns what a step takes of one of ``workers`` GPUs with ``memory`` bytes each."""
     parameters, rows = size.parameters, -(-recipe.batch // workers)
     width = 1.0 if recipe.precision == "bf16" else 2.0
-    parts = 1
-    if settings.sharded:
-        parts = NODE if workers % NODE == 0 and 2 * STATE_BYTES * parameters <= NODE * memory else workers
     # Weights in bf16 are kept for the backward pass; of a sharded model one layer's, and the next one's.
     held = 2.0 * parameters * (2 / size.layers if settings.sharded else 1)
     if not settings.offload:
-        held += STATE_BYTES * parameters / parts
+        held += STATE_BYTES * parameters / parts_of(size, settings, workers, memory)
     whole = False
     if isinstance(recipe, ClipRecipe):
         held += LOGITS * 4.0 * rows * recipe.batch
@@ -69,6 +66,13 @@ def footprint(size: Size, recipe: TrainingRecipe, settings: TrainingSettings, wo
         at_once = -(-at_once // 2)
     taken = held + at_once * each
     return Footprint(rows, at_once, taken, taken <= USABLE * memory)
+
+
+def parts_of(size: Size, settings: TrainingSettings, workers: int, memory: float) -> int:
+    """Returns over how many of ``workers`` GPUs with ``memory`` bytes each a copy of a model and its state lies."""
+    if not settings.sharded:
+        return 1
+    return NODE if workers % NODE == 0 and 2 * STATE_BYTES * size.parameters <= NODE * memory else workers
 
 
 def host_memory(
