@@ -150,9 +150,10 @@ def estimate(stage: str, ask: PlanInput) -> Cost:
         seen = [one for one in seen if (one.device == "cuda") == bool(gpus)]
     between = None
     if seen:
-        found = paces([(_amount_seen(stage, one, ask), one) for one in seen], amount(stage, ask), workers)
-        startup, seconds = median(start for start, _ in found), median(whole for _, whole in found)
         gpus, basis = gpus or (workers if seen[-1].device == "cuda" else 0), "measured"
+        points = [(_amount_seen(stage, one, ask), one) for one in seen]
+        found = paces(points, amount(stage, ask), workers, _hosts_seconds(stage, ask, workers) if gpus else 0.0)
+        startup, seconds = median(start for start, _ in found), median(whole for _, whole in found)
         if len(found) > 1:
             between = found[0][1], found[-1][1]
     else:
@@ -277,6 +278,16 @@ def _trained(stage: str, ask: PlanInput, workers: int) -> tuple[float, float]:
     # The last checkpoint is waited for, the others only copied.
     startup = START_SECONDS["gpus"] + saved / SAVED_BYTES + compiles * size.layers * COMPILE_SECONDS
     return startup, seconds * (1 + saved / COPIED_BYTES / every)
+
+
+def _hosts_seconds(stage: str, ask: PlanInput, workers: int) -> float:
+    """Returns the seconds that no number of GPUs saves: of Ray's driver, or of hosts that launch kernels."""
+    if ask.encodes(stage):
+        return ask.rows * driver_seconds(ask)
+    if ask.graph[stage].kind != "training" or ask.fetches(stage):
+        return 0.0
+    recipe = ask.graph[stage].recipe
+    return recipe.samples / recipe.batch * step_seconds(stage, ask, workers)[1]
 
 
 def step_of(stage: str, ask: PlanInput, workers: int) -> Footprint:

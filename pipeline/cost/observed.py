@@ -147,7 +147,9 @@ def _shaping(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if SHAPING.fullmatch(name)}
 
 
-def pace(points: Sequence[tuple[float, Observation]], amount: float, workers: int) -> tuple[float, float]:
+def pace(
+    points: Sequence[tuple[float, Observation]], amount: float, workers: int, least: float = 0.0
+) -> tuple[float, float]:
     """Returns the seconds of start-up, and all seconds, that an amount takes.
 
     A straight line through the first and the last point tells the work of workers that grows from what does not; one
@@ -157,6 +159,7 @@ def pace(points: Sequence[tuple[float, Observation]], amount: float, workers: in
         points: Observations with their amounts, the smallest first; at least one.
         amount: The amount to be made.
         workers: Number of workers to plan for.
+        least: Seconds that more workers than those that were observed do not save of those that grow.
     """
     (low, first), (high, last) = points[0], points[-1]
     slope = (last.work - first.work) / (high - low) if high > low else -1.0
@@ -165,10 +168,13 @@ def pace(points: Sequence[tuple[float, Observation]], amount: float, workers: in
         start, slope = 0.0, last.work / high if high else 0.0
     left = [one.seconds - (start + slope * size) / one.workers for size, one in points]
     startup = max(0.0, sum(left) / len(left)) + start / workers
-    return startup, startup + slope * amount / workers
+    growing = slope * amount
+    return startup, startup + max(growing / workers, min(least, growing / last.workers))
 
 
-def paces(points: Sequence[tuple[float, Observation]], amount: float, workers: int) -> list[tuple[float, float]]:
+def paces(
+    points: Sequence[tuple[float, Observation]], amount: float, workers: int, least: float = 0.0
+) -> list[tuple[float, float]]:
     """Returns what ``pace`` says by each pair of a small and a large observation, in order of all seconds.
 
     So repeated observations of the same two amounts tell how far an estimate can be trusted. Those of one amount are
@@ -177,4 +183,4 @@ def paces(points: Sequence[tuple[float, Observation]], amount: float, workers: i
     middle = (min(size for size, _ in points) + max(size for size, _ in points)) / 2
     small, large = ([point for point in points if (point[0] < middle) == below] for below in (True, False))
     lines = [list(pair) for pair in product(small, large)] or [[point] for point in large]
-    return sorted((pace(line, amount, workers) for line in lines), key=lambda found: found[1])
+    return sorted((pace(line, amount, workers, least) for line in lines), key=lambda found: found[1])

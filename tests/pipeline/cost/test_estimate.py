@@ -25,6 +25,7 @@ from pipeline.cost.estimate import (
     estimate,
     model_size,
     save,
+    step_seconds,
 )
 from pipeline.cost.limits import lacking
 from pipeline.cost.observed import Observation, pace, shape
@@ -218,6 +219,26 @@ def test_ray_s_driver_bounds_the_embeddings_of_many_gpus_and_small_shards() -> N
     assert cost.seconds - cost.startup == pytest.approx(1e9 * PART_SECONDS / 100)
     (said,) = [line for line in remarks({"embeddings": cost}, ask) if line.startswith("embeddings: ")]
     assert re.search(r"; Ray's driver hands on 6,250 images/s: \d GPUs would be as fast$", said)
+
+
+def test_what_two_gpus_took_is_no_faster_on_64_than_the_hosts_are() -> None:
+    """Ray's driver hands on parts to all encoders, and a host launches as many kernels for few rows as for many."""
+    workers = ("run.embeddings.workers=64", "run.decoder.workers=64")
+    config = load_config(ROOT / "configs/nano.yaml", ["source.shard_rows=100", "decoder.batch=64", *workers])
+    seen = {name: Observation(1e4, 10.0, 20.0, 2, {}, device="cuda") for name in ("embeddings", "decoder")}
+    many = replace(measured(config, 10**6, **seen), machine=Machine(512, 64, "NVIDIA H100", local=False))
+    launching = config.decoder.samples / config.decoder.batch * step_seconds("decoder", many, 64)[1]
+    for stage, scaled, least in (
+        ("embeddings", 2e-3 * 10**6, 10**6 * PART_SECONDS / 100),
+        ("decoder", 2e-3 * config.decoder.samples, launching),
+    ):
+        assert scaled / 64 < least < scaled / 2, stage
+        cost = estimate(stage, many)
+        assert (cost.basis, cost.seconds) == ("measured", pytest.approx(least))
+    # Not slower than what was measured: a part took the driver less then.
+    (one,) = many.seen["embeddings"]
+    quick = replace(many, seen={"embeddings": [replace(one, seconds=1.0, work=2.0)]})
+    assert estimate("embeddings", quick).seconds == pytest.approx(2e-4 * 10**6 / 2)
 
 
 def test_gpus_that_are_there_are_counted_as_those_that_are_asked_for() -> None:
