@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import digest, peek_record, read_blob, read_record
 
+MOST_STORED = 64 << 20  # rows whose hashes one process copies: 64 bits each
 CAPTIONED = "captioned"  # how a shard of captions counts its rows that have one
 log = logging.getLogger("unclip")
 
@@ -95,7 +96,8 @@ def scan(
     A segment that was cut with the same decisions about its rows is not read again, and of one of many files only those
     behind the ones that it had. Rows that the last run of the ``project`` had stay in their shards (see known_rows).
     References of what is read are compared with the stored hashes of all rows before it. Files that are too much for
-    one task are read by ``workers`` in passes, which meet in the store: then shards are stored in any case.
+    one task, or behind too many rows for it, are read by ``workers`` in passes, which meet in the store: then shards
+    are stored in any case.
 
     Raises:
         UserError: for a list that is missing, unreadable or empty, or lacks a column.
@@ -121,7 +123,8 @@ def scan(
         segment, stored = _stored(store, [part.name for part in parts])
         earlier = shards_of_last_run(store, project, index, recipe.shard_rows) if stored < len(parts) else []
         lists.append(_List(path, parts, stored, segment, earlier))
-    write = write or any(each.in_passes for each in lists)
+    before = accumulate(len(each.segment.shards) * recipe.shard_rows for each in lists)
+    write = write or any(each.in_passes(rows) for each, rows in zip(lists, before, strict=True))
     if write and any(each.todo for each in lists):
         for entry in islice(store.list(SEGMENTS), 1):
             peek_record(store, entry.path, Segment)  # into a store of another version nothing is written
@@ -160,10 +163,9 @@ class _List:
     def tasks(self) -> Sequence[Sequence[ListedPart]]:
         return divide(self.todo)
 
-    @property
-    def in_passes(self) -> bool:
-        """Returns whether there is too much to read for one task."""
-        return len(self.tasks) > 1
+    def in_passes(self, before: int) -> bool:
+        """Returns whether there is too much for one task: to read, or of the rows ``before`` that, about."""
+        return len(self.tasks) > 1 or (bool(self.tasks) and before > MOST_STORED)
 
     def readers(self, workers: ListWorkers) -> ListWorkers:
         """Returns the workers; this process where those on other machines would not find the list by its path."""
@@ -203,7 +205,9 @@ def _cut(
             if each.todo:
                 made = cutter(index)
                 say_once(unread(each.path, made.recipe))
-                if each.in_passes:
+                before = (len(shards) + len(segment.shards)) * made.recipe.shard_rows
+                in_passes = made.write and each.in_passes(before)
+                if in_passes:
                     read = read_in_tasks(each.readers(workers), each.path, each.tasks, how, made, bool(segment.shards))
                     cut = SegmentCutter(made, segment, each.earlier if read.total.rows <= MOST_ROWS else ())
                     found = read.total, cut_in_tasks(read, cut, runs, len(shards))
@@ -216,7 +220,7 @@ def _cut(
                 segment = _finished(each, cut, *found)
                 new = segment.runs[len(each.segment.runs) :]
                 runs += new
-                unseen += [blob for run in new for blob in run] if each.in_passes else []
+                unseen += [blob for run in new for blob in run] if in_passes else []
             if each.stored and not all(part.part.knows_images for part in each.parts):
                 segment, current = cutter(index).current(segment, each.parts[-1].name)
                 others += [current] if current != each.parts[-1].name else []

@@ -55,7 +55,9 @@ def hashes(store: Store, found: Scan) -> list[bytes]:
 
 
 @contextmanager
-def listed(files: dict[str, list[list[ListRow]]], task_bytes: int = 1, at_once: int = 1 << 20) -> Iterator[None]:
+def listed(
+    files: dict[str, list[list[ListRow]]], task_bytes: int = 1, at_once: int = 1 << 20, most_stored: int = 1 << 20
+) -> Iterator[None]:
     """Files of rows in place of lists, each as large as it has rows, read and compared few at once."""
 
     def parts(path: str) -> list[ListPart]:
@@ -69,6 +71,7 @@ def listed(files: dict[str, list[list[ListRow]]], task_bytes: int = 1, at_once: 
             stack.enter_context(mock.patch.object(module, "parts_of", parts))
         stack.enter_context(mock.patch.object(source, "unread", return_value=""))
         stack.enter_context(mock.patch.object(lists, "unread", return_value=""))
+        stack.enter_context(mock.patch.object(source, "MOST_STORED", most_stored))
         stack.enter_context(mock.patch.object(passes, "TASK_BYTES", task_bytes))
         stack.enter_context(mock.patch.object(passes, "RANGE_HASHES", at_once))
         stack.enter_context(mock.patch.object(cutter, "HASHES_A_BLOB", at_once))
@@ -84,16 +87,26 @@ FILES = st.lists(st.one_of(st.lists(ROWS, max_size=7), st.just([]), MANY), min_s
 
 
 @settings(max_examples=15, phases=[Phase.generate])  # to shrink one takes minutes
-@given(FILES, FILES, st.sets(st.sampled_from(URLS[1:]), max_size=2), st.integers(1, 20), st.integers(1, 9), st.data())
+@given(
+    FILES,
+    FILES,
+    st.sets(st.sampled_from(URLS[1:]), max_size=2),
+    st.integers(1, 20),
+    st.integers(1, 9),
+    st.sampled_from([-1, 4, 99]),
+    st.data(),
+)
 def test_a_list_read_in_passes_is_the_list_read_at_once(
     one: list[list[ListRow]],
     two: list[list[ListRow]],
     forgotten: set[str],
     task_bytes: int,
     at_once: int,
+    most_stored: int,
     data: st.DataObject,
 ) -> None:
-    """Two lists, whole and file by file, in one task, in many and in either: also where few hashes are compared."""
+    """Two lists, whole and file by file, in one task, in many and in either, behind few rows and many: also where few
+    hashes are compared."""
     journal = ListJournal(forgotten=frozenset(map(reference_mark, forgotten)))
     recipe = SourceRecipe(("one", "two"), shard_rows=3)
     files = {"one": one, "two": two}
@@ -103,10 +116,11 @@ def test_a_list_read_in_passes_is_the_list_read_at_once(
         here, there, mixed = (open_store(f"{folder}/{name}") for name in ("here", "there", "mixed"))
         with listed(files, AT_ONCE):
             expected = scan(recipe, here, write=True, journal=journal)
-        with listed(files, task_bytes, at_once):
+        with listed(files, task_bytes, at_once, most_stored):
             found = scan(recipe, there, write=False, journal=journal)
             assert (found.keys, found.segments) == (expected.keys, expected.segments)
-            if not any(len(divided(rows, task_bytes)) > 1 for rows in files.values()):  # and nothing is stored
+            many = any(len(divided(rows, task_bytes)) > 1 for rows in files.values())
+            if not many and most_stored >= 0:  # and nothing is stored
                 return
             assert found.shards == expected.shards
             assert stored(there, found) == stored(here, expected)
@@ -115,7 +129,7 @@ def test_a_list_read_in_passes_is_the_list_read_at_once(
         for count in range(1, len(two) + 1):
             grown = {"one": one, "two": two[:count]}
             if any(row.captions for row in chain.from_iterable(grown["two"])):
-                with listed(grown, data.draw(st.sampled_from([AT_ONCE, task_bytes])), at_once):
+                with listed(grown, data.draw(st.sampled_from([AT_ONCE, task_bytes])), at_once, most_stored):
                     whole = scan(recipe, mixed, write=True, journal=journal)
         assert whole.shards == expected.shards
         assert hashes(mixed, whole) == hashes(here, expected)
@@ -166,6 +180,7 @@ def changes(draw: st.DrawFn) -> tuple[list[list[ListRow]], list[list[ListRow]]]:
     st.sampled_from([15, 99]),
     st.integers(1, 9),
     st.integers(1, 9),
+    st.sampled_from([-1, 99]),
 )
 def test_rows_of_the_last_run_are_found_in_passes_as_at_once(
     files: tuple[list[list[ListRow]], list[list[ListRow]]],
@@ -173,6 +188,7 @@ def test_rows_of_the_last_run_are_found_in_passes_as_at_once(
     most_rows: int,
     task_bytes: int,
     at_once: int,
+    most_stored: int,
 ) -> None:
     """Also where some are forgotten, images are replaced, or there are too many to look for them."""
     before, after = files
@@ -189,7 +205,7 @@ def test_rows_of_the_last_run_are_found_in_passes_as_at_once(
         with last_run(earlier, most_rows), replaced(others if few else set()):
             with listed({"one": after}, AT_ONCE):
                 expected = scan(recipe, here, write=True, journal=journal)
-            with listed({"one": after}, task_bytes, at_once):
+            with listed({"one": after}, task_bytes, at_once, most_stored):
                 found = scan(recipe, there, write=False, journal=journal)
         assert (found.keys, found.segments) == (expected.keys, expected.segments)
         if not found.unstored:  # else all of it is one task
@@ -349,6 +365,48 @@ def test_a_list_that_replaces_a_short_one_is_read_in_passes(
         assert found.shards[1] == before.shards[1]
     else:
         assert found == new
+
+
+def test_few_rows_behind_many_are_read_in_passes(
+    tmp_path: Path, folder_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So this process copies no hashes of the many: of a list of one file, of a file that is appended or changed."""
+    folder = table(table(table(tmp_path, "own.csv", 3, 8) / "lists", "a.csv", *range(5)), "b.csv", *range(4, 8))
+    recipe = SourceRecipe((str(folder), str(tmp_path / "own.csv")), shard_rows=4)
+    other, at_once = open_store(str(tmp_path / "other")), source._read_at_once
+
+    def scanned() -> Scan:
+        monkeypatch.setattr(source, "MOST_STORED", 99)
+        monkeypatch.setattr(source, "_read_at_once", at_once)
+        expected = scan(recipe, other, write=True)
+        monkeypatch.setattr(source, "MOST_STORED", 11)
+        monkeypatch.setattr(source, "_read_at_once", mock.Mock(side_effect=AssertionError))
+        found = scan(recipe, folder_store, write=False)
+        assert found == expected
+        assert hashes(folder_store, found) == hashes(other, expected)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "TASK_BYTES", 1)
+        first = scanned()
+    assert first.shards[-1].ledger.rejected == {"duplicate_url": 1}
+    table(tmp_path, "own.csv", 8, 3, 9)
+    with last_run(first):
+        scanned()
+    table(folder, "c.csv", 8, 0)
+    assert scanned().rows == 10
+
+
+def test_what_is_behind_many_rows_that_are_not_stored_is_not_read_in_passes(
+    tmp_path: Path, folder_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = table(table(tmp_path / "lists", "a.csv", *range(5)), "b.csv", 4, 5)
+    recipe = SourceRecipe((str(folder / "a.csv"), str(folder / "b.csv")), shard_rows=4)
+    monkeypatch.setattr(source, "MOST_STORED", 4)
+    planned = scan(recipe, folder_store, write=False)
+    assert list(folder_store.list("")) == []
+    assert planned.keys == scan(recipe, folder_store, write=True).keys
+    assert planned.shards[-1].ledger.rejected == {"duplicate_url": 1}
 
 
 def test_what_was_read_is_not_read_again_after_an_interruption(
