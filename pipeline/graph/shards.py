@@ -6,11 +6,12 @@ Progress is the shard records in the store, never anything of Ray's: what has a 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.graph.artifacts import (
     Artifact,
@@ -39,6 +40,8 @@ from pipeline.graph.workers import (
 )
 from pipeline.progress import Progress, add
 from pipeline.store.parallel import ordered_map
+
+T = TypeVar("T")
 
 
 def map_shards(
@@ -175,15 +178,27 @@ def _run(
     if team.helpers and isinstance(make_worker, Streamed):
         dataset = _stream(ctx, todo, make_worker, team)
     else:
-        make = publisher(ctx.store, ctx.stage, partial(_alone, make_worker), alone=True, at_once=at_once)
+        make = publisher(
+            ctx.store, ctx.stage, partial(_alone, make_worker, team.worker.gpus), alone=True, at_once=at_once
+        )
         dataset = _parts(todo, 1).map_batches(make, batch_size=1, **_pool(team.worker, team.count, at_once))
     for row in dataset.iter_rows():
         yield read_answer(row["answer"])
 
 
-def _alone(make_worker: Callable[[], ShardWorker]) -> Callable[[ShardTask, Sequence[Any]], ShardOutput]:
-    worker = make_worker()
+def _alone(make_worker: Callable[[], ShardWorker], gpus: float) -> Callable[[ShardTask, Sequence[Any]], ShardOutput]:
+    worker = _with_own_gpus(make_worker, gpus)
     return lambda task, made: worker(task)
+
+
+def _with_own_gpus(open_it: Callable[[], T], gpus: float) -> T:
+    """Opens what a worker works with, where torch sees no other GPUs than those that Ray gave the worker.
+
+    One that has none would see all of its machine, which Ray may have been told not to use.
+    """
+    if not gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return open_it()
 
 
 def _parts(todo: Sequence[ShardTask], count: int) -> Any:
@@ -222,7 +237,7 @@ def _stream(ctx: Context, todo: Sequence[ShardTask], make: Streamed, team: Worke
     most = max(make.parts(task) for task in todo)
     prepares, joins = make.prepare, make.join  # not with what works: decoders need no torch
     prepare = step(ctx.stage, make.parts, lambda: prepares, of_workers=False)
-    work = step(ctx.stage, make.parts, make.work, of_workers=True)
+    work = step(ctx.stage, make.parts, partial(_with_own_gpus, make.work, team.worker.gpus), of_workers=True)
     join = publisher(ctx.store, ctx.stage, lambda: joins, alone=False)
     decoders = team.count * team.helpers
     dataset = _parts(todo, most)

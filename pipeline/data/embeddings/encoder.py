@@ -45,7 +45,7 @@ class OpenEncoder:
     def __call__(self) -> Encoder:
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it lies in Ray's object store
-        # Ray shows a worker the GPUs that are its own.
+        # A worker of Ray sees the GPUs that are its own.
         on_gpu = torch.cuda.is_available() if self.gpus == "auto" else self.gpus > 0
         if on_gpu:  # a GPU would convolve in TF32, and that is more than rounding
             torch.backends.cudnn.allow_tf32 = False

@@ -322,6 +322,20 @@ def test_a_stream_makes_what_one_worker_makes(tmp_path: Path, caplog: pytest.Log
     assert "run.pairs.workers: 2 requested, with room for 1; continuing with 1" in caplog.messages
 
 
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("decoders", [0, 1])
+def test_a_worker_without_a_gpu_sees_none(decoders: int, store: Store) -> None:
+    """Ray hides them only from one that has others: "auto" would open a CLIP per core on the first GPU."""
+
+    def see() -> Callable[..., Timed]:
+        seen = repr(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return lambda *_: (seen, {})
+
+    ctx = replace(_context(store), settings=EmbeddingsSettings(workers=1, decoders=decoders))
+    [shard], _ = run_shards(ctx, _tasks(0), Streamed(lambda _: 1, _prepare, see, _join), "rows", 1)
+    assert read_blob(store, shard.blobs["data"]) == b"''"
+
+
 @dataclass
 class Deadly(Worker):
     """Kills its process at shard 1, and writes that down."""
