@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isqrt, log
+from math import log
 
 import numpy as np
 
-from pipeline.data.curation.near_rows import CLUSTER_ROWS, GROUP_ROWS, MAX_CLUSTERS
+from pipeline.data.curation.near_rows import GROUP_ROWS
 from pipeline.data.embeddings.stage import TASK_BYTES
-from pipeline.data.neighbours.clusters import PROBES, TOP_PROBES
+from pipeline.data.neighbours.work import MAX_CLUSTERS, PROBES, comparisons
 from pipeline.data.pairs.stage import PAIRS
 from pipeline.data.source.stage import SEGMENT_SHARDS
 
@@ -54,12 +54,7 @@ class Simulation:
     def near_seconds(self, rows: float) -> float:
         """Returns the seconds of all workers that look for near-duplicates."""
         wide = self._last("wide")
-        # A row is compared in PROBES clusters. Of the last stretch these hold the rows before it and its own, of each
-        # stretch before it half as many, once there are as many clusters as there can be.
-        compared = PROBES * max(2 * CLUSTER_ROWS, 2 / 3 * rows / MAX_CLUSTERS)
-        clusters = min(MAX_CLUSTERS, rows / CLUSTER_ROWS)
-        assigned = 2 * (1 + TOP_PROBES) * isqrt(int(clusters))  # in its own stretch, and as one that is found later
-        pairs = wide["nanoseconds_a_pair"] * (compared + assigned)
+        pairs = wide["nanoseconds_a_pair"] * comparisons(rows)
         return rows * 1e-6 * (wide["microseconds_a_row"] + pairs / 1e3) / WORKERS
 
     def near_bytes(self, rows: float) -> float:
@@ -101,13 +96,18 @@ class Simulation:
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
     def growth(self) -> dict[str, float]:
-        """Returns how near-duplicates grow: the exponent of time, and requests and objects a row, last over first."""
+        """Returns how near-duplicates grow: the exponent of time, and requests and objects a row, last over first.
+
+        Those of "passes" are of longer lists.
+        """
         sizes, found = zip(*self._of("near"), strict=True)
+        passes = [counted["requests_a_row"] for _, counted in self._of("passes")]
         slope = np.polyfit([log(rows) for rows in sizes], [log(one["seconds"]) for one in found], 1)[0]
         return {
             "near_exponent": float(slope),
             "near_requests_last_over_first": found[-1]["requests_a_row"] / found[0]["requests_a_row"],
             "near_objects_last_over_first": found[-1]["objects_a_row"] / found[0]["objects_a_row"],
+            "passes_requests_last_over_first": passes[-1] / passes[0],
         }
 
     def figures(self) -> dict[str, float]:

@@ -18,6 +18,7 @@ from pipeline.cost.devices import DEVICES, UNKNOWN, Device, Fleet
 from pipeline.cost.memory import SAVED_STATE, Footprint, footprint, host_memory, parts_of
 from pipeline.cost.observed import Observation, Observations, paces, shape
 from pipeline.data.embeddings.stage import TASK_BYTES
+from pipeline.data.neighbours.work import PAIR_SECONDS, ROW_SECONDS, comparisons
 from pipeline.data.source.passes import TASK_BYTES as LIST_TASK_BYTES
 from pipeline.graph.keys import flatten
 from pipeline.graph.resources import DECODERS, Machine, Resources, WorkerGroup, cores, team_of
@@ -38,7 +39,6 @@ LAUNCHES = 3  # kernels of a step for each of its forward pass; 2.7 of small's d
 # Of a worker, for the forward and the backward pass of a layer. A guess: nothing here was compiled for a GPU. nanoGPT
 # says that twelve equal blocks take a minute; the stages of a U-Net are all different.
 COMPILE_SECONDS = 15.0
-CLUSTERED_ROWS = 8e6  # up to which near rows are looked for in clusters of one size (docs/near-duplicates.md)
 PART_SECONDS = 0.016  # of Ray's driver, for one part of a shard to a decoder and an encoder: 13 to 19 ms, 2026-12-02
 DECODE_SECONDS = 0.004  # of one core, to read a stored image and shrink it to CLIP's view
 START_SECONDS = {"data": 6.0, "training": 5.0, "gpus": 60.0}
@@ -228,18 +228,18 @@ def amount(stage: str, ask: PlanInput) -> float:
     if kind == "result":
         return _operations(ask.graph[stage].passes_of(ask.recipes, ask.held_out * ask.rows), ask)
     rows = ask.unread if kind == "source" and ask.unread is not None else ask.rows
-    return 0 if kind == "bundle" else _rows_counted(stage, rows, ask)
+    return 0 if kind == "bundle" else rows * row_weight(stage, rows, ask)
 
 
-def _rows_counted(stage: str, rows: float, ask: PlanInput) -> float:
-    """Returns rows, each as often as its cluster of near rows is larger than clusters are while their number grows."""
+def row_weight(stage: str, rows: float, ask: PlanInput) -> float:
+    """Returns how often a row's own time a row of a list takes, of which near ones are compared."""
     recipe = ask.graph[stage].recipe
     near = getattr(recipe, "near_duplicate", None) is not None or getattr(recipe, "near_held_out", None) is not None
-    return rows * max(1.0, rows / CLUSTERED_ROWS) if near else rows
+    return 1 + near * comparisons(rows) * PAIR_SECONDS / ROW_SECONDS
 
 
 def _amount_seen(stage: str, one: Observation, ask: PlanInput) -> float:
-    return _operations(one.passes, ask) if one.passes else _rows_counted(stage, one.amount, ask)
+    return _operations(one.passes, ask) if one.passes else one.amount * row_weight(stage, one.amount, ask)
 
 
 def _operations(passes: Mapping[str, float], ask: PlanInput) -> float:

@@ -21,6 +21,7 @@ from pipeline.cost.estimate import (
     rate,
     resources,
     row_bytes,
+    row_weight,
     save,
     step_of,
     step_seconds,
@@ -155,7 +156,8 @@ def remarks(costs: Mapping[str, Cost], ask: PlanInput, verbose: bool = True) -> 
             f"{assumed.COMPILE_SECONDS:.0f} s, launching a kernel {1e6 * assumed.LAUNCH_SECONDS:.0f} us"
         )
     guessed = by_basis.get("guess", ())
-    if rows := {name: ask.graph[name].row_seconds for name in guessed if ask.graph[name].row_seconds}:
+    rows = {name: ask.graph[name].row_seconds * row_weight(name, ask.rows, ask) for name in guessed}
+    if rows := {name: seconds for name, seconds in rows.items() if seconds}:
         yield f"assumed: microseconds of a core for a row: {', '.join(f'{n} {1e6 * s:.0f}' for n, s in rows.items())}"
     for name in guessed:
         if ask.graph[name].kind == "source" and (workers := resources(name, ask)[0]) > 1:

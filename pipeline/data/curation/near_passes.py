@@ -14,8 +14,9 @@ from safetensors.numpy import load, save
 
 from pipeline.data.curation.rejected import Rejected, rejected_table
 from pipeline.data.neighbours.blocks import candidates, input_name, is_a, read_samples
-from pipeline.data.neighbours.clusters import NONE, PROBES, Clusters, Rows, compare, fit_clusters
+from pipeline.data.neighbours.clusters import NONE, Clusters, Rows, compare, fit_clusters
 from pipeline.data.neighbours.exchange import read_columns, to_piece
+from pipeline.data.neighbours.work import PROBES
 from pipeline.data.pairs.row_index import SPLITS, STAGE_SIDES
 from pipeline.graph.packs import write_pack
 from pipeline.graph.workers import ShardOutput, ShardTask

@@ -30,6 +30,7 @@ from pipeline.data.neighbours.blocks import (
     run_pass,
 )
 from pipeline.data.neighbours.exchange import Fan, exchange
+from pipeline.data.neighbours.work import CLUSTER_ROWS, MAX_CLUSTERS
 from pipeline.graph.artifacts import Shard, ShardRow
 from pipeline.graph.stages import Context
 from pipeline.graph.workers import ShardTask
@@ -37,9 +38,7 @@ from pipeline.graph.workers import ShardTask
 # A change of any of these is a new version of curation.
 FIRST_ROWS = 1 << 14  # of the first stretch
 BLOCK_ROWS = 1 << 16  # that a worker holds
-CLUSTER_ROWS = 256  # of the rows before a stretch, in one of its clusters
 CLUSTER_SAMPLES = 16  # that a cluster is fitted to
-MAX_CLUSTERS = 1 << 14
 # These change no verdict, only what a worker holds in memory and how many objects and requests there are.
 GROUP_ROWS = 1 << 15  # of the rows before a stretch, in one group of its clusters
 RANGE_BLOCKS = 8  # whose verdicts are one task

@@ -17,6 +17,7 @@ from pipeline.data.curation.rejected import Rejected, rejected_table
 from pipeline.data.curation.row_filter import FilterRecipe, captioned_rows, reject_without_clip
 from pipeline.data.embeddings.scores import score_column
 from pipeline.data.neighbours.blocks import as_input
+from pipeline.data.neighbours.work import ROW_SECONDS
 from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_table
@@ -178,5 +179,5 @@ CURATION = Stage(
     fits=_fits,
     warn=_warn,
     counts_list=True,
-    row_seconds=2e-4,
+    row_seconds=ROW_SECONDS,
 )

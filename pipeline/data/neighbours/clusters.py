@@ -16,12 +16,11 @@ from math import isqrt
 import faiss
 import numpy as np
 
+from pipeline.data.neighbours.work import TOP_PROBES
 from pipeline.data.pairs.row_index import SPLITS, STAGE_SIDES
 
 NONE = np.iinfo(np.int64).max  # stands for no row: after every key
-PROBES = 8  # clusters in which a row is searched
 FLAT_CLUSTERS = 4096  # up to which a search for the nearest clusters is exact
-TOP_PROBES = 16  # groups of clusters that are searched where there are more clusters
 MARGIN = 1e-3  # of the fp32 search around the exact verdict
 PAIRS = 1 << 22  # at most, in memory at once
 ROUNDS = 6  # of k-means

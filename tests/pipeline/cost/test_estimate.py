@@ -1,5 +1,6 @@
 """What stages cost: as they were measured, scaled; or by arithmetic."""
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.simulation import Simulation
 from models.sampling_config import MODELS
 from pipeline.build import build
 from pipeline.config import Config, load_config
@@ -31,6 +33,7 @@ from pipeline.cost.limits import lacking
 from pipeline.cost.observed import Observation, pace, shape
 from pipeline.cost.schedule import elapsed
 from pipeline.cost.table import MONTH_S, cost_table, elapsed_between, remarks
+from pipeline.data.neighbours.work import PAIR_SECONDS, ROW_SECONDS
 from pipeline.errors import UserError
 from pipeline.graph.resources import DECODERS, Machine
 from pipeline.progress import duration
@@ -334,6 +337,20 @@ def test_data_stages_grow_with_pairs_and_trainings_do_not() -> None:
         assert large[stage].seconds > 20 * small[stage].seconds, stage
         assert large[stage].disk == pytest.approx(100 * small[stage].disk), stage
     assert all(large[stage] == small[stage] for stage in MODELS)
+
+
+def test_curation_is_planned_by_the_constants_that_were_measured_as_a_simulation_counts_it() -> None:
+    """Comparisons alone grow with the rows, beside them what a row takes."""
+    known = json.loads((ROOT / "lab/billion.json").read_text())
+    measured = [known["wide 50000"][name] for name in ("microseconds_a_row", "nanoseconds_a_pair")]
+    assert measured == pytest.approx([1e6 * ROW_SECONDS, 1e9 * PAIR_SECONDS])
+    config = paper("run.curation.workers=64")
+    for rows in (10**6, 10**8, 650 * 10**6):
+        cost = estimate("curation", asked(config, rows))
+        assert cost.seconds - cost.startup == pytest.approx(Simulation(known).near_seconds(rows))
+    off = paper("curation.near_duplicate=null", "curation.near_held_out=null", "run.curation.workers=64")
+    plain = estimate("curation", asked(off, 10**8))
+    assert plain.seconds - plain.startup == pytest.approx(10**8 * ROW_SECONDS / 64)
 
 
 def test_a_list_is_read_by_as_many_workers_as_it_is_worth() -> None:

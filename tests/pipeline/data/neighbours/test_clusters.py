@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.neighbours import clusters as neighbours
 from pipeline.data.neighbours.clusters import NONE, Clusters, Rows, compare, fit_clusters
+from pipeline.data.neighbours.work import PROBES
 from tests.pipeline.data.vectors import planted, unit
 
 
@@ -70,7 +71,7 @@ def test_the_bound_is_met_to_the_last_bit(seed: int) -> None:
 
 def in_clusters(vectors: np.ndarray, clusters: Clusters) -> Rows:
     n = len(vectors)
-    nearest = clusters.nearest(vectors, neighbours.PROBES)
+    nearest = clusters.nearest(vectors, PROBES)
     zeros = np.zeros(n, np.int8)
     return Rows(np.arange(n, dtype=np.int64), zeros, zeros, vectors, nearest[:, 0], nearest)
 
