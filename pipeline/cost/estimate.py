@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
 from pipeline.cost.devices import DEVICES, UNKNOWN, Device, Fleet
-from pipeline.cost.memory import SAVED_STATE, Footprint, footprint, host_memory, parts_of
+from pipeline.cost.memory import SAVED_STATE, Footprint, footprint, host_memory, state_parts
 from pipeline.cost.observed import Observation, Observations, paces, shape
 from pipeline.data.embeddings.stage import TASK_BYTES
 from pipeline.data.neighbours.work import PAIR_SECONDS, ROW_SECONDS, comparisons
@@ -328,7 +328,7 @@ def save(stage: str, ask: PlanInput, workers: int) -> tuple[float, float]:
     """Returns the bytes that a worker writes of a training's checkpoint, and the seconds between two of them."""
     settings = getattr(ask.config.run, stage)
     model = model_size(ask.config, stage)
-    size = SAVED_STATE * model.parameters / parts_of(model, settings, workers, ask.device.memory)
+    size = SAVED_STATE * model.parameters / state_parts(model, settings, workers, ask.device.memory)
     return size, max(settings.checkpoint_every_s, SPARED * size / SAVED_BYTES)
 
 

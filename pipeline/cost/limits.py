@@ -19,7 +19,7 @@ from pipeline.cost.estimate import (
 )
 from pipeline.cost.memory import SAVED_STATE, USABLE, settings_that_fit
 from pipeline.cost.table import counted_trainings, devices_of, size
-from pipeline.data.pairs.stage import at_once
+from pipeline.data.pairs.stage import shards_at_once
 from pipeline.progress import counted, duration
 from pipeline.store import Store, local_folder
 
@@ -134,7 +134,7 @@ def _scratch(stage: str, cost: Cost, ask: PlanInput) -> float:
     if ask.graph[stage].kind == "data":
         shards, held, copies = max(1, ask.shards), 1, 1
         if stage == "pairs":  # of a shard that is being uploaded the images lie there twice: in a spool and in the tar
-            held, copies = at_once(ask.rows / shards) if ask.config.run.pairs.workers else 1, 2
+            held, copies = shards_at_once(ask.rows / shards) if ask.config.run.pairs.workers else 1, 2
         return cost.disk * copies * min(1.0, held * resources(stage, ask)[0] / shards)
     if ask.graph[stage].kind == "training" and not ask.fetches(stage):
         return SAVED_STATE * model_size(ask.config, stage).parameters

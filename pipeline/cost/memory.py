@@ -55,7 +55,7 @@ def footprint(size: Size, recipe: TrainingRecipe, settings: TrainingSettings, wo
     # Weights in bf16 are kept for the backward pass; of a sharded model one layer's, and the next one's.
     held = 2.0 * parameters * (2 / size.layers if settings.sharded else 1)
     if not settings.offload:
-        held += STATE_BYTES * parameters / parts_of(size, settings, workers, memory)
+        held += STATE_BYTES * parameters / state_parts(size, settings, workers, memory)
     whole = False
     if isinstance(recipe, ClipRecipe):
         held += LOGITS * 4.0 * rows * recipe.batch
@@ -68,7 +68,7 @@ def footprint(size: Size, recipe: TrainingRecipe, settings: TrainingSettings, wo
     return Footprint(rows, at_once, taken, taken <= USABLE * memory)
 
 
-def parts_of(size: Size, settings: TrainingSettings, workers: int, memory: float) -> int:
+def state_parts(size: Size, settings: TrainingSettings, workers: int, memory: float) -> int:
     """Returns over how many of ``workers`` GPUs with ``memory`` bytes each a copy of a model and its state lies."""
     if not settings.sharded:
         return 1

@@ -43,7 +43,7 @@ def run_pairs(ctx: Context) -> Artifact:
     with packing(ctx.store, ctx.recipe, ctx.settings, ctx.given) as pack:
         rows = ctx.inputs["source"].ledger.rows
         make = partial(pack, shares=len(tasks) >= LONG)
-        return map_shards(ctx, tasks, make, "rows", rows, at_once=at_once(rows / max(1, len(tasks))))
+        return map_shards(ctx, tasks, make, "rows", rows, at_once=shards_at_once(rows / max(1, len(tasks))))
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def packing(
         yield partial(Packer, store, recipe, replace(settings, hosts=dict(hosts)), may)
 
 
-def at_once(shard_rows: float) -> int:
+def shards_at_once(shard_rows: float) -> int:
     """Returns how many shards a worker has under way, so that it never only waits for the last answers of one.
 
     While it does, for as long as a dead link may take, and uploads, it asks for the next ones: some 8,000 rows.
