@@ -90,7 +90,7 @@ def host_memory(
     """
     lanes = min(recipe.lanes, -(-recipe.lanes // workers) + 1)
     # The model and its average are built on the CPU, of a sharded one the model on rank 0; a checkpoint lies in pinned
-    # memory until it is written.
+    # memory until it is written, and one that is restored lies in memory, too.
     model = (max(4.0, SAVED_STATE / workers) if settings.sharded else SAVED_STATE) * size.parameters
     # Tables have room for two shards of a lane, whose windows lie in both for a while.
     return WORKER_BYTES + model + settings.cache_mb * 2**20 + lanes * (1.25 * recipe.window * image + 2 * shard)

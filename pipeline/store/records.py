@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Annotated, Any, ClassVar, TypeVar
 
@@ -100,64 +100,58 @@ def read_twice(store: Store, read: Callable[[Store], T]) -> T:
         return read(store.fresh())
 
 
-def read_blob(store: Store, sha256: str, threads: int = 1) -> bytes:
-    """Returns the whole blob, checked. Raises CorruptObject if it is missing or not what its name says.
-
-    With ``threads`` a large one is read in parts of PART_BYTES at once.
-    """
-    return read_twice(store, lambda store: _read_blob(store, sha256, threads))
+def read_blob(store: Store, sha256: str) -> bytes:
+    """Returns the whole blob, checked. Raises CorruptObject if it is missing or not what its name says."""
+    return read_twice(store, lambda store: _read_blob(store, sha256))
 
 
-def _read_blob(store: Store, sha256: str, threads: int) -> bytes:
+def _read_blob(store: Store, sha256: str) -> bytes:
     path = blob_path(sha256)
+    try:
+        data = store.read(path)
+    except FileNotFoundError:
+        raise CorruptObject(path, "is missing") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CorruptObject(path, "has other bytes than its name says")
+    return data
+
+
+def blob_parts(store: Store, sha256: str, threads: int = 1) -> Iterator[bytes]:
+    """Yields the bytes of a blob in parts of PART_BYTES, which as many threads read.
+
+    Raises CorruptObject as ``read_blob``, but after the last part: until then nothing that was yielded can be trusted.
+    """
+    path, found = blob_path(sha256), hashlib.sha256()
 
     def read(start: int) -> bytes:
         return store.read(path, start, start + PART_BYTES)
 
     try:
-        found = store.stat(path) if threads > 1 else None
-        starts = range(0, found.size if found else 0, PART_BYTES)
-        data = b"".join(ordered_map(read, starts, threads)) if len(starts) > 1 else store.read(path)
+        entry = store.stat(path)
+        if entry is None:
+            raise FileNotFoundError(path)
+        starts = range(0, entry.size, PART_BYTES)
+        for data in ordered_map(read, starts, threads) if threads > 1 else map(read, starts):
+            found.update(data)
+            yield data
     except FileNotFoundError:
-        raise CorruptObject(blob_path(sha256), "is missing") from None
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise CorruptObject(blob_path(sha256), "has other bytes than its name says")
-    return data
+        raise CorruptObject(path, "is missing") from None
+    if found.hexdigest() != sha256:
+        raise CorruptObject(path, "has other bytes than its name says")
 
 
 def check_blob(store: Store, sha256: str) -> int:
     """Returns the bytes of a blob, whose content is checked a part at a time. Raises CorruptObject as ``read_blob``."""
-    path = blob_path(sha256)
-
-    def check(store: Store) -> int:
-        entry, found = store.stat(path), hashlib.sha256()
-        if entry is None:
-            raise CorruptObject(path, "is missing")
-        for start in range(0, entry.size, PART_BYTES):
-            found.update(store.read(path, start, start + PART_BYTES))
-        if found.hexdigest() != sha256:
-            raise CorruptObject(path, "has other bytes than its name says")
-        return entry.size
-
-    return read_twice(store, check)
+    return read_twice(store, lambda store: sum(map(len, blob_parts(store, sha256))))
 
 
 def copy_blob(store: Store, sha256: str, file: IO[bytes]) -> None:
     """Writes a whole blob into an empty file, checked, a part in memory at a time. Raises CorruptObject."""
-    path = blob_path(sha256)
 
     def copy(store: Store) -> None:
-        entry, found = store.stat(path), hashlib.sha256()
-        if entry is None:
-            raise CorruptObject(path, "is missing")
         file.seek(0)
         file.truncate()
-        for start in range(0, entry.size, PART_BYTES):
-            data = store.read(path, start, start + PART_BYTES)
-            found.update(data)
-            file.write(data)
-        if found.hexdigest() != sha256:
-            raise CorruptObject(path, "has other bytes than its name says")
+        file.writelines(blob_parts(store, sha256))
         file.flush()
 
     read_twice(store, copy)

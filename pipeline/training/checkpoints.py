@@ -16,11 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import torch
-from safetensors.torch import load
 from torch import Tensor
 
 from models.tensors import save_tensors
@@ -28,16 +26,15 @@ from pipeline.errors import CorruptObject, Superseded
 from pipeline.graph.stages import Context, trajectory_key, trunk_key
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
-from pipeline.store.records import blob_path, create_record, peek_record, put_blob, read_blob, read_record
-from pipeline.training.distributed.sharding import first_row, is_saved, is_sharded, local, rows_of
+from pipeline.store.records import blob_path, create_record, peek_record, put_blob, read_record
+from pipeline.training.distributed.sharding import first_row, is_saved, is_sharded, local
 from pipeline.training.journal import MetricsJournal
 from pipeline.training.records import CheckpointRecord, SavedJournal
+from pipeline.training.saved_tensors import MOST_HEADER, read_about, read_tensors
 from pipeline.training.state import TrainState, forms, parts, put_back
 
-READERS = 16  # of a blob at once
 PartBlob = tuple[str, str]  # a part and its blob
 Collect = Callable[[list[PartBlob]], list[PartBlob]]
-MOST_HEADER = 100_000_000  # bytes, of a file of safetensors
 NAME = re.compile(r"[0-9]{12}-[0-9]{4,}\.json")  # of a checkpoint: its samples and its attempt
 ATTEMPT = re.compile(r"([0-9]{4,})\.json")
 log = logging.getLogger("unclip")
@@ -190,28 +187,11 @@ class Checkpoints:
             return put_blob(self.store, file, move=True)
 
     def _read(self, blobs: Mapping[str, str], part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns this worker's rows of tensors ``like`` these, however many workers saved them.
-
-        Blobs without such rows are not read, and one is in memory at once. Raises CorruptObject, and ValueError where
-        the blobs hold other tensors.
-        """
-        found: dict[str, Tensor] = {}
-        missing: dict[str, int] = {}
-        names = sorted(name for name in blobs if name.partition(".")[0] == part)
-        for saver, name in enumerate(names):
-            if saver and not any(_shares_rows(tensor, saver, len(names)) for tensor in like.values()):
-                continue  # the first holds what is not sharded, too
-            data = read_blob(self.store, blobs[name], READERS)
-            starts = _about(data)["starts"]
-            for tensor, piece in load(data).items():
-                if tensor not in like or piece.shape[1:] != like[tensor].shape[1:]:
-                    raise ValueError(f"checkpoint of another model: {part} {tensor} {list(piece.shape)}")
-                if tensor not in found:
-                    found[tensor] = torch.empty(local(like[tensor]).shape, dtype=piece.dtype)
-                    missing[tensor] = found[tensor].numel()
-                missing[tensor] -= _copy_rows(found[tensor], first_row(like[tensor]), piece, starts.get(tensor, 0))
+        """Returns this worker's rows of the tensors of a part, which are ``like`` these. Raises as ``read_tensors``."""
+        savers = sorted(name for name in blobs if name.partition(".")[0] == part)
+        found = read_tensors(self.store, [blobs[name] for name in savers], like)
         # A parameter that nothing flowed through has no moments.
-        if any(missing.values()) or (part != "optimizer" and found.keys() != like.keys()):
+        if part != "optimizer" and found.keys() != like.keys():
             raise ValueError(f"checkpoint of another model: {part} lacks some of its tensors")
         return found
 
@@ -242,7 +222,7 @@ class Checkpoints:
         path = blob_path(blob)
         try:
             size = int.from_bytes(self.store.read(path, 0, 8), "little")
-            return _about(self.store.read(path, 0, 8 + min(size, MOST_HEADER)))["trajectory"] == self.trajectory
+            return read_about(self.store.read(path, 8, 8 + min(size, MOST_HEADER)))["trajectory"] == self.trajectory
         except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
@@ -250,36 +230,6 @@ class Checkpoints:
         """Returns the blobs that records name, and None if one of the records cannot be read."""
         records = [peek_record(self.store, path, CheckpointRecord) for path in paths]
         return {blob for record in records for blob in (record.blobs.values() if record else [None])}
-
-
-def _about(data: bytes) -> dict[str, Any]:
-    """Returns what the header of a file of tensors says about it."""
-    size = int.from_bytes(data[:8], "little")
-    return json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["about"])
-
-
-def _shares_rows(tensor: Tensor, saver: int, savers: int) -> bool:
-    """Returns whether one of the workers that saved a sharded tensor held rows that this worker has to have."""
-    if not tensor.ndim:
-        return False
-    rows, first = rows_of(saver, savers, len(tensor)), first_row(tensor)
-    return max(first, rows.start) < min(first + len(local(tensor)), rows.stop)
-
-
-def _copy_rows(target: Tensor, first: int, piece: Tensor, start: int) -> int:
-    """Copies the rows that ``target`` and ``piece`` have in common, and returns how many numbers were copied.
-
-    ``first`` and ``start`` are the places of their first rows.
-    """
-    if not piece.ndim:
-        target.copy_(piece)
-        return 1
-    low, high = max(first, start), min(first + len(target), start + len(piece))
-    if low >= high:
-        return 0
-    rows = target[low - first : high - first]
-    rows.copy_(piece[low - start : high - start])
-    return rows.numel()
 
 
 def _samples(path: str) -> int:

@@ -1,7 +1,9 @@
 """Checkpoints: what is saved comes back, damage costs one checkpoint, and attempts fence each other."""
 
 import logging
+import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,6 +127,51 @@ def test_one_read_that_went_wrong_costs_no_checkpoint(
     assert any(path.startswith("checkpoints/t/") for path in flipped)
     assert sum(path.startswith("blobs/") for path in flipped) == 3
     assert not caplog.records
+
+
+@pytest.mark.parametrize("place", [0, 7, 8, 9, 40, 200])  # the length of the header, and what it says
+def test_a_damaged_header_is_damage_like_any_other(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: int
+) -> None:
+    """Of several parts, too; whatever it seems to say, the blob is read again, or the checkpoint skipped."""
+    monkeypatch.setattr("pipeline.store.records.PART_BYTES", 100)
+    checkpoints = Checkpoints(store, "t", 1)
+    for steps in (1, 2):
+        save(checkpoints, make_state(steps))
+    newest = sorted(entry.path for entry in store.list("checkpoints/t/0"))[-1]
+    blob = blob_path(read_record(store, newest, CheckpointRecord).blobs["model"])
+    data = bytearray(store.read(blob))
+    data[place] ^= 0x55
+    state, sound = make_state(), store.read
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "read", lambda self, path, *where: (
+            bytes(data)[slice(*where)] if (self, path) == (store, blob) else sound(path, *where)
+        ))  # fmt: skip
+        assert checkpoints.restore(state, at_most=100)
+    assert same(state, make_state(2))
+    assert not caplog.records
+    store.delete([blob])
+    store.create(blob, bytes(data))
+    assert checkpoints.restore(state, at_most=100)
+    assert same(state, make_state(1))
+    assert "is skipped" in caplog.text
+
+
+def test_a_blob_is_never_in_memory_as_a_whole(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restore takes the memory of the state that it returns, not of its blobs and of copies out of them, too."""
+    monkeypatch.setattr("pipeline.store.records.PART_BYTES", 4 << 10)
+    recipe = replace(RECIPE, model=DiffusionPriorConfig(width=256, depth=2, heads=1))
+    state = begin(DiffusionPriorTask(recipe.model, 4), recipe, ProcessGroup())
+    state.samples = 16
+    save(Checkpoints(store, "t", 1), state)
+    largest = max(entry.size for entry in store.list("blobs/"))
+    tracemalloc.start()  # counts bytes objects, and not what tensors themselves have
+    try:
+        assert Checkpoints(store, "t", 2).restore(state, at_most=100)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < largest / 4
 
 
 def test_damaged_ones_do_not_push_out_what_is_made_in_their_place(store: Store) -> None:

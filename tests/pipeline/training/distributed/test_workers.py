@@ -1,5 +1,6 @@
 """Workers as processes: what they read of a checkpoint, how many rows they compute at once, and how they end."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,7 @@ import torch
 
 from models.clip import Clip
 from pipeline.graph.artifacts import Artifact
-from pipeline.training import checkpoints as checkpoints_module
-from pipeline.training import memory, stage
+from pipeline.training import memory, saved_tensors, stage
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from tests.pipeline.training.conftest import World, make_world
 from tests.pipeline.training.trainings import (
@@ -26,15 +26,15 @@ from tests.pipeline.training.trainings import (
 
 def noting(folder: Path, rank: int) -> None:
     """Writes down how many blobs of checkpoints a worker reads, how many rows it computes at once, and its models."""
-    read_blob, loss, make = checkpoints_module.read_blob, DiffusionPriorTask.loss, DiffusionPriorTask.model
+    blob_parts, loss, make = saved_tensors.blob_parts, DiffusionPriorTask.loss, DiffusionPriorTask.model
 
     def note(name: str, line: object) -> None:
         with open(folder / f"{name}-{rank}", "a") as out:
             out.write(f"{line}\n")
 
-    def read(*given: Any) -> bytes:
+    def read(*given: Any) -> Iterator[bytes]:
         note("read", given[1])
-        return read_blob(*given)
+        return blob_parts(*given)
 
     def noted(self: Any, model: Any, batch: Any, draw: Any) -> Any:
         if model.training:
@@ -45,7 +45,7 @@ def noting(folder: Path, rank: int) -> None:
         note("models", seed)
         return make(self, seed)
 
-    checkpoints_module.read_blob = read
+    saved_tensors.blob_parts = read
     DiffusionPriorTask.loss, DiffusionPriorTask.model = noted, made
 
 
