@@ -2,7 +2,8 @@
 
 Every block of shards has its own faiss indices, one for each split. Making and searching them takes the memory of one
 block. A small set keeps its vectors unchanged, answers are exact, and appended rows leave the blocks before them as
-they are. A large set keeps codes in inverted files (IVF-PQ; Jégou et al., 2011), made again when rows are appended.
+they are. A large set keeps codes in inverted files (IVF-PQ; Jégou et al., 2011), made again when rows are appended; a
+search reads the few lists that are near to its query.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def run_index(ctx: Context) -> Artifact:
 
 INDEX = Stage(
     "index",
-    version=1,
+    version=2,
     recipe=IndexRecipe,
     inputs=("embeddings", "curation"),
     run=run_index,

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -8,8 +9,10 @@ from pipeline.data.neighbours import indices
 from pipeline.data.neighbours.indices import open_index, search
 from pipeline.data.neighbours.stage import IndexRecipe, run_index
 from pipeline.graph.artifacts import Artifact, read_shards
+from pipeline.graph.packs import read_pieces
 from pipeline.graph.stages import Stage
 from pipeline.store import Store, open_store
+from pipeline.store.records import blob_path
 from tests.conftest import folder_store
 from tests.pipeline.data.vectors import Listed, context, curate, planted, publish
 
@@ -73,13 +76,55 @@ def test_more_answers_than_rows_and_equal_ones_in_the_order_of_keys(store: Store
 def test_large_indices_hold_codes_that_find_most(store: Store) -> None:
     rows = listed()
     index = make(store, rows, flat_rows=256)
-    parts = [open_index(store, blob) for shard in read_shards(store, index) for blob in shard.blobs.values()]
-    assert all(isinstance(part, faiss.IndexIVFPQ) and part.pq.M == 8 for part in parts)  # 64 components, 8 a byte
-    assert sum(part.ntotal for part in parts) == ROWS - 12
+    trained = {shard.blobs["empty"] for shard in read_shards(store, index)}
+    assert all(isinstance(part := open_index(store, blob), faiss.IndexIVFPQ) and part.pq.M == 8 for blob in trained)
     kept = np.array([side >= 64 for side in rows.sides])
     keys = np.array([int(key) for key in rows.row_keys])[kept]
     _, found = search(store, index, rows.vectors[kept].astype(np.float32), 5)
     assert (found == keys[:, None]).any(1).mean() > 0.9
+
+
+@pytest.mark.parametrize("probes", [1, 3, 32])
+def test_lists_that_are_read_answer_as_the_whole_inverted_file_does(
+    store: Store, monkeypatch: pytest.MonkeyPatch, probes: int
+) -> None:
+    monkeypatch.setattr(indices, "LIST_PROBES", probes)
+    rows = listed()
+    index = make(store, rows, flat_rows=256)
+    whole = open_index(store, read_shards(store, index)[0].blobs["empty"])
+    kept = np.array([side >= 64 and split == "train" for side, split in zip(rows.sides, rows.splits, strict=True)])
+    whole.add_with_ids(
+        rows.vectors[kept].astype(np.float32), np.array([int(key) for key in rows.row_keys], np.int64)[kept]
+    )
+    whole.nprobe = min(probes, whole.nlist)
+    for queries in (rows.vectors[:1].astype(np.float32), rows.vectors[:9].astype(np.float32)):
+        expected, ids = whole.search(queries, 10)
+        similarity, found = search(store, index, queries, 10, ("train",))
+        np.testing.assert_allclose(np.where(found < 0, 0, similarity), np.where(ids < 0, 0, expected), atol=1e-6)
+        assert [set(row) for row in found.tolist()] == [set(row) for row in ids.tolist()]
+
+
+def test_a_query_reads_the_lists_that_it_looks_in_and_not_the_index(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted on the store: of 20,000 rows in 128 lists, 4 lists and what says where they lie."""
+    monkeypatch.setattr(indices, "CODED_BLOCK_ROWS", 1 << 20)
+    vectors, *_ = planted(20_000, 64, 2000, 0, 0.6)
+    index = make(store, Listed(vectors, ["train"] * 20_000, [64] * 20_000), flat_rows=256)
+    monkeypatch.setattr(indices, "LIST_PROBES", 4)
+    [shard] = read_shards(store, index)
+    size = store.stat(blob_path(shard.blobs["pack"]))
+    read: list[bytes] = []
+
+    def counted(*asked: Any) -> list[bytes]:
+        read.extend(pieces := read_pieces(*asked))
+        return pieces
+
+    monkeypatch.setattr(indices, "read_pieces", counted)
+    search(store, index, vectors[:1].astype(np.float32), 10)
+    assert len(read) == 4
+    assert size is not None
+    assert 0 < sum(map(len, read)) < size.size / 8
 
 
 @pytest.mark.parametrize("flat_rows", [256, 1 << 20])
