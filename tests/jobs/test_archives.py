@@ -326,7 +326,7 @@ def test_a_server_without_ranges_and_a_file_that_is_whole_are_taken(files: Files
 
 def test_what_has_another_hash_is_not_used_and_not_kept(files: Files, address: str, cache: Path) -> None:
     files.data, good = b"another file", files.data
-    with pytest.raises(UserError, match=r"has the sha256 .* and not .*, so nothing of it is used; ask whoever named"):
+    with pytest.raises(UserError, match=r"has the sha256 .* and not .*, so nothing of it is used; ask the person who"):
         find_bundle(address)
     assert [path.stat().st_size for path in cache.iterdir()] == [0]
     files.data = good
