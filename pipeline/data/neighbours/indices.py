@@ -130,12 +130,12 @@ def make_indices(ctx: Context) -> Artifact:
 
 
 def lists_of(rows: int) -> int:
-    """Returns the number of lists for so many training rows: a power of two near their root, LISTS at most."""
+    """Returns the number of lists for ``rows`` training rows: a power of two near their root, LISTS at most."""
     return min(LISTS, 1 << round(math.log2(max(1, rows)) / 2))
 
 
 def _train(ctx: Context, inputs: Sequence[Mapping[str, ShardRow]], rows: int) -> ShardRow:
-    """Trains an IVF-PQ index without rows on some of so many training rows."""
+    """Trains an IVF-PQ index without rows on some of ``rows`` training rows."""
     lists = lists_of(rows)
     stride = max(1, rows // max(TRAINING_SAMPLES, LIST_SAMPLES * lists))
     tasks = [pass_task(ctx, i, "sample", {**own, "plan": constants(stride=stride)}) for i, own in enumerate(inputs)]

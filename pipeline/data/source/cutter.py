@@ -207,7 +207,7 @@ class SegmentCutter:
             self.keep_hashes([put_blob(self.cut.store, each.tobytes()) for each in cut_ranges(judged.fresh, ways)])
 
     def expect(self, rows: int) -> None:
-        """Raises UserError where so many further rows take more shards than a segment may have."""
+        """Raises UserError where ``rows`` further rows take more shards than a segment may have."""
         check_place(-(-(self.place + rows) // self.cut.recipe.shard_rows) - 1)
 
     def settle(self, rows: Iterator[JudgedRow]) -> None:

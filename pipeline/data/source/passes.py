@@ -110,7 +110,7 @@ def read_in_tasks(
         tasks: Parts of each task.
         how: JSON values that change with whatever decides how a part is read and its rows are cut.
         cut: Cutter of the segment's shards.
-        others: Whether the list has other rows.
+        others: True where the list has other rows, too.
 
     Raises:
         UserError: for a part that cannot be read, or a list in which no row has a caption.
