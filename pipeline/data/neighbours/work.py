@@ -17,8 +17,8 @@ PAIR_SECONDS = 16.36e-9
 
 def comparisons(rows: float) -> float:
     """Returns with how many others, rows or centres of clusters, each row of a list is compared."""
-    # Of the last stretch the clusters of a row hold the rows before it and its own, of each stretch before it half as
-    # many, once there are as many clusters as there can be.
+    # Clusters of a row hold, of the last stretch, the rows before it and its own; once there are as many clusters as
+    # there can be, they hold half as many of each stretch before it.
     compared = PROBES * max(2 * CLUSTER_ROWS, 2 / 3 * rows / MAX_CLUSTERS)
     clusters = min(MAX_CLUSTERS, rows / CLUSTER_ROWS)
     assigned = 2 * (1 + TOP_PROBES) * isqrt(int(clusters))  # in its own stretch, and as one that is found later
