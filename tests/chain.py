@@ -143,3 +143,21 @@ def shard_paths(store: Store, stage: str) -> set[str]:
 
 def open_at(url: str | Path) -> Store:
     return open_store(str(url))
+
+
+def refused(
+    *words: object,
+    says: str | Sequence[str],
+    env: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+) -> Finished:
+    """Run a command that must be refused with one line that holds ``says``, or all of them."""
+    process = here(*words, env=env, cwd=cwd)
+    assert "Traceback" not in process.stderr + process.stdout
+    assert process.returncode == 2, process.stdout + process.stderr
+    lines = [line for line in process.stderr.splitlines() if not line.startswith("  ")]  # progress is indented
+    assert len(lines) == 1, process.stderr
+    assert lines[0].startswith("error: ")
+    for text in [says] if isinstance(says, str) else says:
+        assert text in lines[0]
+    return process

@@ -24,7 +24,7 @@ from benchmarks.timing import ratio
 from pipeline.build import build
 from pipeline.config import preset_config
 from pipeline.cost.observed import read_profile
-from tests.models.test_cascade import make
+from tests.models.small_models import make
 
 ROOT = Path(__file__).parents[1]
 RELEASE = re.search(r"^BENCHMARKS := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.chain import MICRO, ROOT
-from tests.cluster.test_dockerfile import PROJECT, copied
+from tests.cluster.dockerfile import PROJECT, copied
 from tests.dist import build, git, unpack_commit
 
 pytestmark = pytest.mark.slow

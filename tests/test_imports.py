@@ -121,3 +121,9 @@ def _is_there(module: str, name: str) -> bool:
 @cache
 def _words(file: Path) -> set[str]:
     return set(re.findall(r"\w+", file.read_text()))
+
+
+def test_tests_share_helpers_and_fixtures_and_not_each_other() -> None:
+    """A test that is moved, renamed or deleted breaks no other."""
+    imports = re.compile(r"^ *(?:from|import) tests\.(?:\w+\.)*test_\w+\b", re.M)
+    assert [str(file.relative_to(ROOT)) for file in _files("tests") if imports.search(file.read_text())] == []

@@ -13,7 +13,7 @@ import pytest
 from pipeline.training.recipes import DecoderRecipe
 from pipeline.training.stage import train
 from tests.chain import ROOT
-from tests.models.test_cascade import make
+from tests.models.small_models import make
 from tests.pipeline.evaluate.made_up import DECODER
 from tests.pipeline.training.conftest import make_world
 

@@ -14,7 +14,7 @@ from pipeline.parse import parse
 from serve.bundle import ServedBundle
 from serve.guard import read_tokens
 from serve.settings import ServeSettings
-from tests.jobs.test_mistakes import refused
+from tests.chain import refused
 
 KEY = f"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI{'B' * 43} ana@example.org"
 KUBERNETES: dict[str, Any] = {"image": "registry.example.org/unclip:1", "secret": "unclip"}

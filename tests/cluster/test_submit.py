@@ -16,8 +16,7 @@ from jobs.plan import plan_run
 from jobs.project import Project, open_project
 from jobs.submit import follow
 from pipeline.errors import UserError
-from tests.chain import done, here, write_config, write_list
-from tests.jobs.test_mistakes import refused
+from tests.chain import done, here, refused, write_config, write_list
 from tests.seaweed import Server
 
 

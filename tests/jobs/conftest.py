@@ -13,7 +13,7 @@ from pipeline.data.source import reader
 from pipeline.store import open_store
 from tests.faults import Undisturbed, run_undisturbed
 from tests.jobs.releases import Made, project_in
-from tests.pipeline.sampling.test_generation import publish_bundle
+from tests.pipeline.sampling.bundles import publish_bundle
 from tests.reader_thread import IN_A_THREAD
 
 

@@ -15,7 +15,7 @@ from jobs.project import open_project
 from pipeline.plugins import plugins
 from pipeline.store.records import read_blob
 from tests.chain import ROOT, done, here, keys, open_at
-from tests.jobs.test_docs import small
+from tests.jobs.pages import small
 from tests.pipeline.data.bench import picture, write_listed
 from tests.plugin import install
 

@@ -15,8 +15,7 @@ from jobs.project import open_as_run, open_project
 from pipeline.config import load_config, make_config, resolved_values, whole_values
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.ledger import Ledger
-from tests.chain import ROOT, done, here, write_config
-from tests.jobs.test_mistakes import refused
+from tests.chain import ROOT, done, here, refused, write_config
 from tests.pipeline.data.bench import picture, save_clip, write_listed
 
 SMALLER = "pairs.encode_quality=90"

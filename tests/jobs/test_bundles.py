@@ -17,8 +17,7 @@ from jobs.cli import main
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import load_artifact
 from pipeline.store.records import blob_path
-from tests.chain import done, here
-from tests.jobs.test_mistakes import refused
+from tests.chain import done, here, refused
 
 Draw = Callable[..., list[Path]]
 

@@ -26,7 +26,7 @@ from tests.faults import (
     start,
     wait_until,
 )
-from tests.jobs.test_every_crash import IN_ARTIFACTS, IN_DRIVER, IN_SHARDS
+from tests.jobs.kills import IN_ARTIFACTS, IN_DRIVER, IN_SHARDS
 
 # Where the first process to come by is killed: in Ray's workers here, and without them in test_every_crash.py.
 IN_TRAINING = ("checkpoint.before_record", "checkpoint.after_record", "training.before_artifact")  # also test_stage.py

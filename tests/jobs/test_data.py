@@ -17,8 +17,7 @@ from pipeline.data.source.duplicates import hashes_of
 from pipeline.data.source.journal import read_journal
 from pipeline.graph.artifacts import load_artifact, read_shards, read_table
 from pipeline.store import Store, open_store
-from tests.chain import done, here, shard_paths, write_config, write_list
-from tests.jobs.test_mistakes import refused
+from tests.chain import done, here, refused, shard_paths, write_config, write_list
 from tests.pipeline.data.bench import save_clip
 from tests.seaweed import Server
 

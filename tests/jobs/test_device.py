@@ -30,8 +30,8 @@ from pipeline.graph.device import choose_device
 from pipeline.graph.stages import Context
 from pipeline.sampling.samples import SamplesRecipe, run_samples
 from pipeline.settings import GenerationSettings
-from tests.jobs.test_mistakes import refused
-from tests.jobs.test_notebook import of_type
+from tests.chain import refused
+from tests.jobs.pages import of_type
 
 FEW = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2")
 

@@ -1,6 +1,5 @@
 """The documents hold what the code holds, and the commands in them run."""
 
-import argparse
 import dataclasses
 import doctest
 import json
@@ -25,13 +24,12 @@ from huggingface_hub import ModelCard
 import unclip
 from benchmarks.billion import FILE, read
 from benchmarks.simulation import Simulation
-from jobs.command_line import command_line
 from pipeline.config import SCHEMA, Config, Run
-from pipeline.errors import UserError
-from tests.chain import MICRO, ROOT, here
+from tests.chain import ROOT, here
+from tests.jobs.pages import check_commands, check_links, small, tables
 from tests.pipeline.data.bench import picture, save_clip, write_list
-from tests.pipeline.data.source.test_imported import write_parts
-from tests.pipeline.data.source.test_sheets import write as write_sheets
+from tests.pipeline.data.source.imported import write_parts
+from tests.pipeline.data.source.workbooks import write as write_sheets
 from tests.pipeline.golden import golden_keys
 from tests.reference import KINDS, fields, schema_text
 from tests.site import MARKER
@@ -110,19 +108,6 @@ RUN = [
 ]
 
 
-def tables(text: str) -> Iterator[dict[str, str]]:
-    """Every row of the tables in a text, by the heads of its columns."""
-    head: list[str] = []
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
-        if not cells:
-            head = []
-        elif not head:
-            head = cells
-        elif not set(cells[0]) <= {"-"}:
-            yield dict(zip(head, cells, strict=True))
-
-
 def test_the_configuration_page_and_the_schema_have_every_class_of_the_code() -> None:
     text = (ROOT / "docs/configuration.md").read_text()
     assert SCHEMA.read_text() == schema_text(), "python -m tests.reference writes the schema anew"
@@ -143,48 +128,10 @@ def test_the_keys_of_the_first_half_hour_are_those_that_one_sees() -> None:
     assert [(stage, key) for stage, key in shown if not keys[stage].startswith(key)] == []
 
 
-def commands(text: str) -> Iterator[tuple[str, bool]]:
-    """Commands on indented lines, of which several may stand on one and one on several, and between backticks."""
-    text = text.replace("\\\n", " ")
-    for line in re.findall(r"^    ((?:unclip|make|python examples/)(?!  ).*)$", text, flags=re.MULTILINE):
-        for part in re.split(r"\|\||&&|[{};]", line.partition(" #")[0]):
-            if part.strip():
-                yield part.partition(">")[0].strip(), True
-    for command in re.findall(r"`((?:unclip|make) [^`]+)`", text):
-        yield command, False
-
-
 def test_every_command_of_the_documents_is_one_that_is_taken() -> None:
     """Those on lines of their own with all their words, those within a sentence by their names."""
     for document in DOCUMENTS:
         check_commands(document, document.read_text())
-
-
-def check_commands(document: Path, text: str) -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    for command, whole in commands(text):
-        program, *words = shlex.split(command, comments=True)
-        if program == "make":
-            assert f"\n{words[0]}:" in makefile, f"{document.name}: {command}"
-        elif program == "unclip":
-            taken(words, whole, f"{document.name}: {command}")
-
-
-def taken(words: list[str], whole: bool, where: str) -> None:
-    """Fails unless the command line takes these words, or knows the command that they begin with."""
-    parser = command_line(words)
-    if whole and not {"help", "--help"} & set(words):
-        try:
-            parser.parse_args(words)
-        except (SystemExit, UserError) as e:
-            pytest.fail(f"{where}: {e}")
-        return
-    for word in words:
-        below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-        if not below or word in ("help", "--help"):
-            break
-        assert word in below[0].choices, where
-        parser = below[0].choices[word]
 
 
 def test_every_command_that_runs_here_is_in_a_document() -> None:
@@ -202,22 +149,6 @@ def test_the_figures_of_the_page_on_scale_are_those_that_were_measured() -> None
     for row in rows:
         name, digits = row["constant"].strip("`"), len(row["value"].partition(".")[2])
         assert round(figures[name], digits) == float(row["value"]), name
-
-
-def anchors(text: str) -> set[str]:
-    """What GitHub calls the headings of a page."""
-    heads = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
-
-
-def check_links(document: Path, text: str) -> None:
-    """Every link that is no URL leads to a file or a folder, and to a heading of it if it names one."""
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        path, _, anchor = link.partition("#")
-        if not path.startswith(("http://", "https://")):
-            target = document.parent / path if path else document
-            assert target.exists(), f"{document.name}: {link}"
-            assert not anchor or anchor in anchors(target.read_text()), f"{document.name}: {link}"
 
 
 def test_every_link_leads_somewhere() -> None:
@@ -266,21 +197,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     nano["run"]["output"] = "../out/nano"
     (folder / "configs/nano.yaml").write_text(yaml.safe_dump(nano))
     return folder
-
-
-def small(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that runs in seconds."""
-    short = {"samples": 16, "batch": 8, "warmup_steps": 0}
-    models = ["ar_prior", "diffusion_prior", "decoder"]
-    sampling = {"size": 64, "prior_steps": 2, "decoder_steps": 2}
-    return {
-        **config,
-        "preset": "nano",
-        "bundle": {"models": models, "sampling": sampling},
-        "samples": {"captions": ["a red heart"]},
-        **dict.fromkeys(("clip", "ar_prior", "diffusion_prior", "decoder"), short),
-        "run": {**MICRO["run"], "output": f"out/{config['project']}"},
-    }
 
 
 @pytest.mark.parametrize("command", RUN)

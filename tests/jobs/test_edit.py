@@ -24,12 +24,10 @@ from pipeline.sampling import edits
 from pipeline.sampling.edits import END_MS, FRAME_MS, GAP
 from pipeline.sampling.nearest import TrainingImage
 from pipeline.sampling.recipe import OPERATIONS, ImageRecipe, pixels_hash
-from tests.chain import ROOT
-from tests.jobs.test_docs import commands
-from tests.jobs.test_mistakes import refused
-from tests.models.test_cascade import DIM, make, make_codec
-from tests.models.test_manipulations import IMAGES
-from tests.pipeline.sampling.test_generation import publish_bundle
+from tests.chain import ROOT, refused
+from tests.jobs.pages import commands
+from tests.models.small_models import DIM, IMAGES, make, make_codec
+from tests.pipeline.sampling.bundles import publish_bundle
 
 OPTIONS: Any = {"decoder_steps": 3, "upsampler_256_steps": 2, "size": 64}
 FEW = ("--set", "size=64", "--set", "decoder_steps=3", "--set", "upsampler_256_steps=2")

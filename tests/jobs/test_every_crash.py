@@ -4,25 +4,15 @@ A run is started again until it ends. The processes are forked from one that has
 that hundreds of them take no longer than a few that start as a user starts them.
 """
 
-import dataclasses
 import importlib
 import inspect
-import multiprocessing
-import os
 import pkgutil
-import signal
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-import jobs.cli
-import jobs.data
-import jobs.run
 import pipeline.data
 from pipeline.build import build
 from pipeline.config import make_config
@@ -30,7 +20,7 @@ from pipeline.data.codec import fit as codec_fit
 from pipeline.data.curation import near_rows
 from pipeline.data.neighbours import indices
 from pipeline.data.neighbours.exchange import Fan
-from pipeline.data.source import passes, reader
+from pipeline.data.source import passes
 from pipeline.data.source.journal import read_journal
 from pipeline.data.source.recipe import SourceRecipe
 from pipeline.data.source.stage import scan
@@ -42,15 +32,11 @@ from pipeline.store import Store
 from pipeline.store.records import blob_path
 from tests.chain import keys, open_at
 from tests.faults import artifact
+from tests.jobs.kills import FORKED, IN_ARTIFACTS, IN_DRIVER, IN_SHARDS, contents, forked, killed_everywhere, unclip
 from tests.pipeline.data import vectors
 from tests.pipeline.data.bench import picture, save_clip, write_list
-from tests.reader_thread import IN_A_THREAD
 
-FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload([__name__])
-IN_SHARDS = ("blob.created", "shard.before_record", "shard.after_record")
-IN_ARTIFACTS = ("artifact.before_record", "artifact.after_record")
-IN_DRIVER = ("pin.before_swap", "report.before_replace")
 SLOW = pytest.mark.slow
 VALUES: dict[str, Any] = {
     "project": "crash",
@@ -78,37 +64,6 @@ def workers() -> set[str]:
             if value.__module__ == module.name and call and "task" in inspect.signature(call).parameters:
                 found.add(name)
     return found
-
-
-def _within(environment: Mapping[str, str], target: Callable[..., int | None], arguments: tuple[Any, ...]) -> None:
-    os.environ.update(environment)
-    reader.subprocess = IN_A_THREAD
-    sys.exit(target(*arguments))
-
-
-def forked(target: Callable[..., int | None], *arguments: Any, **environment: str) -> int:
-    """The exit code of a process that calls ``target``."""
-    process = FORKED.Process(target=_within, args=(environment, target, arguments))
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None, "it hangs"
-    return process.exitcode
-
-
-def killed_everywhere(
-    points: tuple[str, ...], folder: Path, target: Callable[..., int | None], *arguments: Any
-) -> set[str]:
-    """Call ``target`` in new processes until one ends; returns the points at which the others were killed."""
-    folder.mkdir(exist_ok=True)
-    wanted = ",".join(f"{point}@{folder}" for point in points)
-    before = len(list(folder.iterdir()))
-    for kills in range(500):
-        code = forked(target, *arguments, UNCLIP_CRASH=wanted)
-        if code == 0:
-            assert len(list(folder.iterdir())) - before >= kills  # threads may come to two points at once
-            return {file.name.partition(" ")[0] for file in folder.iterdir()}
-        assert code == -signal.SIGKILL
-    raise AssertionError("it is killed again and again")
 
 
 def make_passes(url: str, inputs: dict[str, Artifact], seen: str) -> None:
@@ -171,13 +126,6 @@ def test_in_every_pass_after_embeddings(
     assert all(entry.path in {e.path for e in calm.list("blobs/")} for entry in killed.list("blobs/"))
 
 
-def contents(store: Store, stage: str) -> Any:
-    """All of a stage's only artefact that is part of its result."""
-    made = artifact(store, stage)
-    listed = read_shards(store, made) if made.shard_table else []
-    return made.key, made.blobs, made.metrics, made.ledger, [dataclasses.asdict(shard) for shard in listed]
-
-
 def read_files(url: str, folder: str, seen: str) -> None:
     """Reads a folder of files in passes. A file in ``seen`` for each class of workers."""
     passes.TASK_BYTES = 1
@@ -234,11 +182,6 @@ def configure(folder: Path, clip: str) -> Path:
     }
     (folder / "crash.yaml").write_text(yaml.safe_dump(values))
     return folder / "crash.yaml"
-
-
-def unclip(*words: object) -> int:
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        return jobs.cli.main([str(word) for word in words])
 
 
 @SLOW

@@ -27,8 +27,7 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
 from pipeline.sampling.prompts import TABLES, read_prompts
 from pipeline.store import open_store
-from tests.chain import ROOT
-from tests.jobs.test_mistakes import refused
+from tests.chain import ROOT, refused
 from tests.pipeline.data.bench import Bench, picture, write_list
 from tests.secrets import leaks
 

@@ -12,9 +12,8 @@ from jobs.bundles import remember_bundle
 from jobs.cli import main
 from pipeline.sampling import generation
 from pipeline.sampling.recipe import read_recipe
-from tests.chain import done, unclip
-from tests.jobs.test_mistakes import refused
-from tests.pipeline.sampling.test_generation import publish_bundle
+from tests.chain import done, refused, unclip
+from tests.pipeline.sampling.bundles import publish_bundle
 
 
 @pytest.mark.slow

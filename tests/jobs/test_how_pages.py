@@ -18,7 +18,7 @@ from pipeline.graph.artifacts import read_shards, read_table
 from pipeline.store.records import read_blob
 from tests.chain import ROOT
 from tests.faults import Undisturbed, artifact
-from tests.jobs.test_docs import tables
+from tests.jobs.pages import tables
 
 FOLDER = ROOT / "docs/how"
 PAGES = sorted(FOLDER.glob("*.md"))

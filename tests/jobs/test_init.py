@@ -23,10 +23,10 @@ from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
 from pipeline.starter import CLIP_WEIGHTS, starter
 from pipeline.store import open_store
-from tests.jobs.test_mistakes import refused
-from tests.models.test_cascade import make
+from tests.chain import refused
+from tests.models.small_models import make
 from tests.pipeline.data.bench import Bench, Page, picture, serving
-from tests.pipeline.data.source.test_imported import write_parts
+from tests.pipeline.data.source.imported import write_parts
 
 Output = pytest.CaptureFixture[str]
 UNREAD = b'url,caption\na.png,a cat\nb.png,a cat\nc.png,"a dog\nd.png\n'

@@ -17,9 +17,9 @@ from jobs.look import look
 from pipeline.data.source.journal import ListJournal, change_journal, journal_path, reference_mark
 from pipeline.look.overview import Look
 from pipeline.store import open_store
-from tests.jobs.test_mistakes import refused
+from tests.chain import refused
 from tests.pipeline.data.bench import Page, Pages, picture, save_clip, serving, write_tar
-from tests.pipeline.data.source.test_imported import write_parts
+from tests.pipeline.data.source.imported import write_parts
 
 Output = pytest.CaptureFixture[str]
 ENGLISH = "a small picture of thing number {} on a plain ground"

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,26 +11,7 @@ from PIL import Image
 
 from jobs.cli import guard
 from pipeline.errors import CorruptObject
-from tests.chain import MICRO, ROOT, Finished, here, unclip
-
-
-def refused(
-    *words: object,
-    says: str | Sequence[str],
-    env: Mapping[str, str] | None = None,
-    cwd: Path = ROOT,
-) -> Finished:
-    """Run a command that must be refused with one line that holds ``says``, or all of them."""
-    process = here(*words, env=env, cwd=cwd)
-    assert "Traceback" not in process.stderr + process.stdout
-    assert process.returncode == 2, process.stdout + process.stderr
-    lines = [line for line in process.stderr.splitlines() if not line.startswith("  ")]  # progress is indented
-    assert len(lines) == 1, process.stderr
-    assert lines[0].startswith("error: ")
-    for text in [says] if isinstance(says, str) else says:
-        assert text in lines[0]
-    return process
-
+from tests.chain import MICRO, here, refused, unclip
 
 Write = Callable[..., Path]
 

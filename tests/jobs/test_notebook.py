@@ -11,18 +11,10 @@ from PIL import Image
 
 from jobs.bundles import remember_bundle
 from models.sampling_config import SamplingConfig
-from tests.chain import ROOT
-from tests.jobs.test_docs import check_commands, check_links
-from tests.pipeline.sampling.test_generation import publish_bundle
+from tests.jobs.pages import CELLS, NOTEBOOK, check_commands, check_links, of_type
+from tests.pipeline.sampling.bundles import publish_bundle
 
-NOTEBOOK = ROOT / "docs/notebook.ipynb"
-CELLS: list[dict[str, Any]] = json.loads(NOTEBOOK.read_text())["cells"]
 SIDE = 256  # of a picture in a row
-
-
-def of_type(kind: str) -> dict[str, str]:
-    """The text of each cell of this type, by its id, in order."""
-    return {cell["id"]: "".join(cell["source"]) for cell in CELLS if cell["cell_type"] == kind}
 
 
 def test_it_is_a_notebook_without_outputs() -> None:

@@ -13,8 +13,7 @@ from jobs.probe import _write_lists
 from jobs.project import open_project
 from pipeline.data.source.journal import change_journal, reference_mark, with_forgotten
 from pipeline.data.source.lists import read_rows
-from tests.chain import ROOT, done, here, unclip, write_config, write_list
-from tests.jobs.test_mistakes import refused
+from tests.chain import ROOT, done, here, refused, unclip, write_config, write_list
 
 
 @pytest.mark.slow  # it counts the arithmetic of the largest models; test_for_programs.py plans for a list of some size

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import unclip
 from models.sampling_config import OTHER_NAMES, SamplingConfig
 from tests.chain import ROOT
 from tests.faults import Undisturbed, copy
-from tests.models.test_cascade import make
+from tests.jobs.mistakes import refuses
+from tests.models.small_models import make
 from unclip.options import Options
 
 FEW: dict[str, Any] = {"size": 64, "decoder_steps": 2, "prior_steps": 2, "candidates": 1, "progress": False}
@@ -42,14 +43,6 @@ def project(tmp_path_factory: pytest.TempPathFactory, undisturbed: Undisturbed) 
     folder = tmp_path_factory.mktemp("project")
     copy(undisturbed.data, folder)
     return unclip.open(undisturbed.config(folder))
-
-
-def refuses(calls: Mapping[Callable[[], object], str], kind: type[Exception] = unclip.UserError) -> None:
-    """Each call must end with a line that has its words."""
-    for call, words in calls.items():
-        with pytest.raises(kind, match=words) as refused:
-            call()
-        assert "\n" not in str(refused.value)
 
 
 def test_opening_a_model_leaves_the_number_of_threads_alone(model: unclip.Model, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from models.view import view
 from pipeline.config import preset_config
 from pipeline.data.curation.reading import Pair
 from tests.faults import Undisturbed, copy
-from tests.jobs.test_python import refuses
+from tests.jobs.mistakes import refuses
 
 
 def test_a_model_trained_on_tensors_is_that_of_the_pipeline(undisturbed: Undisturbed, tmp_path: Path) -> None:

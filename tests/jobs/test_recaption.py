@@ -14,8 +14,8 @@ from pipeline.store import open_store
 from tests.chain import ROOT, done, here
 from tests.chain import unclip as run
 from tests.faults import artifact
-from tests.jobs.test_docs import commands, small
-from tests.jobs.test_every_crash import IN_ARTIFACTS, contents, killed_everywhere, unclip
+from tests.jobs.kills import IN_ARTIFACTS, contents, killed_everywhere, unclip
+from tests.jobs.pages import commands, small
 from tests.pipeline.data.bench import picture, write_listed
 from tests.vision import KEY, Vision, serving
 

@@ -20,9 +20,8 @@ from pipeline.errors import UserError
 from pipeline.sampling.recipe import CHUNK_BYTES, ImageRecipe, describe, own_version, read_recipe, text_chunks
 from serve.model_runner import ModelRunner
 from serve.work import Work
-from tests.jobs.test_mistakes import refused
-from tests.models.test_cascade import make
-from tests.models.test_manipulations import IMAGES
+from tests.chain import refused
+from tests.models.small_models import IMAGES, make
 
 Draw = Callable[..., list[Path]]
 Redraw = Callable[..., list[str]]

@@ -18,8 +18,8 @@ from pipeline.release.pointer import release_path
 from pipeline.report.comparison import comparison_section
 from pipeline.report.inputs import ReportInput
 from pipeline.store.records import blob_path, put_blob
+from tests.chain import refused
 from tests.jobs.releases import DATA, FEW, LATER, OTHER, Made
-from tests.jobs.test_mistakes import refused
 
 
 def test_before_anything_is_made_or_released(made: Made) -> None:

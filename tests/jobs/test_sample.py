@@ -22,8 +22,8 @@ from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.ledger import Ledger
 from pipeline.store import open_store
 from pipeline.store.records import put_blob
-from tests.jobs.test_mistakes import refused
-from tests.models.test_cascade import make
+from tests.chain import refused
+from tests.models.small_models import make
 
 Draw = Callable[..., list[Path]]
 

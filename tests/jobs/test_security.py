@@ -23,8 +23,7 @@ from pipeline.store import s3 as store_s3
 from pipeline.store.records import peek_record
 from pipeline.upkeep.collect import collect
 from pipeline.upkeep.repair import quarantine
-from tests.chain import MICRO, ROOT, Finished, done, here, keys, write_config, write_list
-from tests.jobs.test_mistakes import refused
+from tests.chain import MICRO, ROOT, Finished, done, here, keys, refused, write_config, write_list
 from tests.pipeline.data.bench import picture
 from tests.seaweed import BUCKET, Identity, Server, serving
 from tests.secrets import leaks, objects

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import artifact_path, load_artifact, publish_artifact
 from pipeline.store.records import put_blob
 from tests.jobs.releases import LATER, OTHER, Made
-from tests.pipeline.release.test_signing import make_key, public
+from tests.pipeline.release.keys import make_key, public
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import re
 from functools import cache
 
 from tests.chain import ROOT
-from tests.jobs.test_table_of_mistakes import DONE, ROWS
+from tests.jobs.mistakes import DONE, ROWS
 
 LEAST = 160
 COMMAND_LINE = """

@@ -97,3 +97,9 @@ def _root(matrix: Tensor) -> Tensor:
     """The symmetric square root of a covariance."""
     values, vectors = torch.linalg.eigh(matrix)
     return vectors @ torch.diag_embed(values.sqrt()) @ vectors.mT
+
+
+def ring(schedule: Schedule) -> Mixture:
+    """Eight clusters on a circle."""
+    angle = torch.arange(8, dtype=torch.float64) * torch.pi / 4
+    return Mixture(schedule, torch.stack([angle.cos(), angle.sin()], dim=1), torch.full((8,), 0.15).double())

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tests.chain import ROOT
-from tests.models.test_cascade import make
+from tests.models.small_models import make
 
 FOLDER = Path(__file__).parent / "formats"
 IMAGES = "images.npz"

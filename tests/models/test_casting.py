@@ -6,7 +6,7 @@ import torch
 
 from models.nn.casting import call_in
 from models.nn.unet import ResBlock
-from tests.models.test_unet import normal, randomised
+from tests.models.small_models import normal, randomised
 
 
 def test_a_block_computes_and_learns_as_one_with_half_weights() -> None:

@@ -12,20 +12,12 @@ from models.clip_loss import clip_loss, cropped, random_crops
 from models.prior_configs import ClipConfig
 from models.random_streams import RandomStreams
 from models.tokens import text_ends, tokenize
+from tests.models.clip_folders import VIT, views
 
-VIT = ClipConfig(
-    embed_dim=24, image_size=32, layers=(1,), width=32, patch=16, text_width=16, text_layers=1, text_heads=2,
-    text_context=12,
-)  # fmt: skip
 RESNET = ClipConfig(
     embed_dim=24, image_size=32, tower="resnet", layers=(1, 1, 1, 1), width=4, text_width=16, text_layers=1,
     text_heads=2,
 )  # fmt: skip
-
-
-def views(rows: int = 4, size: int = 32) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(256, (rows, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])

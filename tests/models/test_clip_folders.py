@@ -15,7 +15,6 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from models.clip import TOKENIZER_FILES, WEIGHTS_FILE, Clip, config_in, tokenizer_in
 from models.tensors import shapes_only
@@ -25,7 +24,7 @@ from pipeline.doctor import clip_weights
 from pipeline.errors import UserError
 from pipeline.store import open_store
 from pipeline.store.records import put_blob
-from tests.models.test_clip import VIT, views
+from tests.models.clip_folders import LETTERS, VIT, bring_code, change, change_text, save_siglip, views
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,35 +45,18 @@ def test_a_text_tower_that_a_folder_cannot_hold_is_refused(tmp_path: Path) -> No
     Clip.build(VIT, seed=0).save(tmp_path)
     path = tmp_path / "open_clip_config.json"
     saved = json.loads(path.read_text())
-    for change, said in (
+    for edit, said in (
         ({"hf_model_name": "roberta-base"}, "roberta-base needs the hub"),
         ({"tokenizer_kwargs": {"clean": "canonicalize"}}, "does not read CLIP's own BPE"),
         ({"vocab_size": 32000}, "does not read CLIP's own BPE"),
         ({"context_length": 248}, "does not read CLIP's own BPE"),
     ):
-        text = saved["model_cfg"]["text_cfg"] | change
+        text = saved["model_cfg"]["text_cfg"] | edit
         path.write_text(json.dumps({**saved, "model_cfg": saved["model_cfg"] | {"text_cfg": text}}))
         with pytest.raises(ValueError, match=said):
             Clip.from_folder(tmp_path)
     with pytest.raises(ValueError, match="needs the hub"):
         Clip.pretrained("roberta-ViT-B-32", "laion2b_s12b_b32k")
-
-
-SIGLIP = {  # as ViT-B-16-SigLIP, but tiny
-    "embed_dim": 20,
-    "init_logit_bias": -10,
-    "custom_text": True,
-    "vision_cfg": {
-        "image_size": 32, "timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "avg",
-        "timm_proj": "linear",
-    },
-    "text_cfg": {
-        "context_length": 8, "hf_tokenizer_name": "timm/ViT-B-16-SigLIP",
-        "tokenizer_kwargs": {"clean": "canonicalize"}, "width": 16, "heads": 2, "layers": 1, "no_causal_mask": True,
-        "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6},
-    },
-}  # fmt: skip
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 class AutoTokenizer:
@@ -118,19 +100,6 @@ def siglip(saved_siglip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return Path(shutil.copytree(saved_siglip, tmp_path / "siglip"))
 
 
-def save_siglip(folder: Path, tokens: int = 50_000) -> Path:
-    """Writes a folder as open_clip's hub has one for a SigLIP, with random weights and without a tokenizer's files."""
-    folder.mkdir()
-    preprocess = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
-    text = SIGLIP["text_cfg"] | {"vocab_size": tokens}
-    document = {"model_cfg": SIGLIP | {"text_cfg": text}, "preprocess_cfg": preprocess}
-    (folder / "open_clip_config.json").write_text(json.dumps(document))
-    torch.manual_seed(0)
-    model = open_clip.create_model(f"local-dir:{folder}")
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    return folder
-
-
 def test_a_siglip_reads_its_own_tokens_and_squashes_as_we_crop(siglip: Path, tmp_path: Path) -> None:
     """Against open_clip's transform and tokenizer; again after it was saved elsewhere, as the clip stage does."""
     clip = Clip.from_folder(siglip)
@@ -171,38 +140,6 @@ class Evil:
 
     def __reduce__(self) -> tuple:
         return (Path.touch, (self.folder / "ran",))
-
-
-EVIL = """
-from pathlib import Path
-from transformers import PreTrainedTokenizerFast
-Path(__file__).with_name("ran").touch()
-class Evil(PreTrainedTokenizerFast):
-    pass
-"""
-AUTO_MAP = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil"}
-
-
-def bring_code(folder: Path, said_in: str) -> None:
-    """Puts code into a CLIP folder and has one of its files ask for it."""
-    (folder / "evil.py").write_text(EVIL)
-    if said_in == "tokenizer_kwargs":
-        (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": AUTO_MAP}))
-        change_text(folder, tokenizer_kwargs={"trust_remote_code": True})
-    else:
-        (folder / said_in).write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": AUTO_MAP}))
-
-
-def change_text(folder: Path, **values: object) -> None:
-    """Changes fields of the text tower in a CLIP folder's configuration."""
-    change(folder, "text_cfg", values)
-
-
-def change(folder: Path, tower: str, values: dict[str, object]) -> None:
-    path = folder / "open_clip_config.json"
-    document = json.loads(path.read_text())
-    document["model_cfg"][tower] |= values
-    path.write_text(json.dumps(document))
 
 
 @pytest.mark.parametrize("said_in", ["tokenizer_kwargs", "tokenizer_config.json", "config.json"])

@@ -8,14 +8,7 @@ from torch import Tensor
 from models.codec import Codec, digitize
 from models.codec_fit import fit_codec
 from models.random_streams import RandomStreams
-
-
-def rows(n: int = 500, d: int = 24, rank: int = 24, seed: int = 0) -> Tensor:
-    """Unit-norm rows with an offset, a falling spectrum and at most ``rank`` directions."""
-    generator = torch.Generator().manual_seed(seed)
-    spread = torch.linspace(1, 0.05, rank) * torch.randn(n, rank, generator=generator)
-    z = spread @ torch.randn(rank, d, generator=generator) / d**0.5 + torch.ones(d) / d**0.5
-    return (z / z.norm(dim=-1, keepdim=True)) if rank == d else z
+from tests.models.small_models import rows
 
 
 def make_codec(z: Tensor, k: int, buckets: int = 64) -> Codec:

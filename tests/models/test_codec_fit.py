@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.codec_fit import Buckets, FittedCodec, fit_buckets, fit_codec
-from tests.models.test_codec import rows
+from tests.models.small_models import rows
 
 
 def fit(z: Tensor, k: int = 319, buckets: int = 64, variance_target: float | None = None) -> FittedCodec:

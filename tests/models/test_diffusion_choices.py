@@ -19,8 +19,8 @@ from models.sampling_config import STEPS as STEPS_OPTION
 from models.sampling_config import SamplingConfig
 from models.tokens import tokenize
 from models.upsampler import Upsampler
-from tests.models.test_cascade import CAPTIONS, DIM, make
-from tests.models.test_diffusion_dpm_solver import ring
+from tests.models.closed_form import ring
+from tests.models.small_models import CAPTIONS, DIM, make
 
 PRIOR_SAMPLERS = get_args(get_type_hints(SamplingConfig)["prior_sampler"])
 DECODER_SAMPLERS = get_args(get_type_hints(SamplingConfig)["decoder_sampler"])

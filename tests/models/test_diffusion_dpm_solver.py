@@ -5,8 +5,7 @@ from torch import Tensor
 
 from models.diffusion.process import Prediction, predict
 from models.diffusion.samplers import ddim, dpm_solver
-from models.diffusion.schedules import Schedule, fast27_grid, log_snr_grid, make_schedule, strided_grid
-from tests.models.closed_form import Mixture
+from models.diffusion.schedules import fast27_grid, log_snr_grid, make_schedule, strided_grid
 
 SCHEDULE = make_schedule("cosine", 1000)
 GRIDS = [strided_grid(1000, 25), fast27_grid(1000), log_snr_grid(SCHEDULE, 20), strided_grid(1000, 4)]
@@ -50,9 +49,3 @@ def test_two_steps_are_those_of_ddim() -> None:
     grid = strided_grid(1000, 2)
     ours = dpm_solver(denoise, start(torch.float64), grid, SCHEDULE)
     torch.testing.assert_close(ours, ddim(denoise, start(torch.float64), grid, SCHEDULE), atol=1e-10, rtol=0)
-
-
-def ring(schedule: Schedule) -> Mixture:
-    """Eight clusters on a circle."""
-    angle = torch.arange(8, dtype=torch.float64) * torch.pi / 4
-    return Mixture(schedule, torch.stack([angle.cos(), angle.sin()], dim=1), torch.full((8,), 0.15).double())

@@ -19,7 +19,7 @@ from models.image_configs import DecoderConfig
 from models.interchange import export_prior
 from models.prior_configs import DiffusionPriorConfig
 from tests.models import karlo
-from tests.models.test_clip import VIT
+from tests.models.clip_folders import VIT
 
 DECODER = DecoderConfig(
     image_size=16, channels=32, depth=1, multipliers=(1, 2), head_channels=32, attention_resolutions=(8,),

@@ -10,7 +10,7 @@ from models.diffusion.schedules import make_schedule, strided_grid
 from models.inpainting import RESAMPLINGS, KnownRegion, repaint
 from models.random_streams import RandomStreams
 from models.view import view
-from tests.models.test_cascade import make
+from tests.models.small_models import make
 
 SIDE = 256
 

@@ -22,7 +22,7 @@ from models.random_streams import RandomStreams, derive_seed
 from models.sampling_config import SamplingConfig
 from models.tokens import tokenize
 from tests.models.karlo import DIM, assert_same
-from tests.models.test_unet import normal
+from tests.models.small_models import normal
 
 CAPTIONS, SEEDS = ["a portrait of an old monk", ""], [3, 4]
 SCHEDULE = make_schedule("cosine", 1000)

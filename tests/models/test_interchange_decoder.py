@@ -29,7 +29,7 @@ from tests.models.karlo import (
     text_features,
     write_text_encoder,
 )
-from tests.models.test_unet import normal
+from tests.models.small_models import normal
 
 
 class Theirs(NamedTuple):

@@ -15,13 +15,7 @@ from models.decoder import Decoder
 from models.diffusion.samplers import ancestral
 from models.diffusion.schedules import make_schedule, strided_grid
 from models.diffusion_prior import DiffusionPrior, diffusion_prior_denoise
-from models.interchange import (
-    export_decoder,
-    export_prior,
-    import_decoder,
-    import_prior,
-    prior_inputs,
-)
+from models.interchange import export_decoder, export_prior, import_decoder, import_prior, prior_inputs
 from models.prior_configs import DiffusionPriorConfig
 from models.random_streams import RandomStreams
 from tests.models import karlo
@@ -39,7 +33,7 @@ from tests.models.karlo import (
     write_text_encoder,
 )
 from tests.models.karlo import CONFIG as DECODER_CONFIG
-from tests.models.test_unet import normal
+from tests.models.small_models import normal
 
 CONFIG = DiffusionPriorConfig(text_context=CONTEXT, width=32, depth=2, heads=2, vocabulary=VOCABULARY)
 T = torch.tensor([0, 421, 999])

@@ -20,7 +20,7 @@ from models.upsampler import Upsampler, upsampler_denoise
 from tests.models import karlo
 from tests.models.karlo import UPSAMPLER as CONFIG
 from tests.models.karlo import assert_same, lively, precise
-from tests.models.test_unet import normal
+from tests.models.small_models import normal
 
 NAMES = ("super_res_first", "super_res_last")
 

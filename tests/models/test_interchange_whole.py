@@ -22,7 +22,7 @@ from models.upsampler import Upsampler
 from pipeline.config import preset_config
 from pipeline.cost.flops import text_tower
 from tests.models.karlo import assert_same
-from tests.models.test_cascade import CAPTIONS, DECODER, DIM, UPSAMPLER_256, make
+from tests.models.small_models import CAPTIONS, DECODER, DIM, UPSAMPLER_256, make
 
 OPTIONS: Any = {"size": 64, "decoder_steps": 2, "prior_steps": 2}
 

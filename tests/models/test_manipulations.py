@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from models import cascade
 from models.cascade import UnCLIP
@@ -16,15 +15,7 @@ from models.manipulation import Inversion, first_components, slerp
 from models.pixels import from_uint8
 from models.tokens import tokenize
 from models.view import view
-from tests.models.test_cascade import DECODER, DIM, make
-
-
-def _image(seed: int) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(60, 200, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((40, 40), Image.Resampling.BICUBIC)
-
-
-IMAGES = [_image(0), _image(1)]
+from tests.models.small_models import DECODER, DIM, IMAGES, make
 
 
 @pytest.fixture(scope="module")

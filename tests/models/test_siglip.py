@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from models.clip import Clip
-from tests.models.test_clip_folders import LETTERS, bring_code, save_siglip
+from tests.models.clip_folders import LETTERS, bring_code, save_siglip
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from models.folder import load_model, save_model
 from models.tensors import save_half, save_tensors
-from tests.models.test_cascade import make
+from tests.models.small_models import make
 
 
 def test_what_the_system_says_is_said_as_of_any_other_file(tmp_path: Path) -> None:

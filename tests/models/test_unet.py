@@ -1,23 +1,10 @@
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
-from torch import Tensor, nn
 
 from models.nn.embedding import timestep_embedding
 from models.nn.unet import Attention, UNet
-
-
-def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
-    """The same module with all weights drawn anew, so that no zero at the start hides a branch."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        with torch.no_grad():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return module.eval()
-
-
-def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.models.small_models import normal, randomised
 
 
 def attentive() -> UNet:

@@ -1,4 +1,5 @@
 import functools
+import io
 
 import pytest
 
@@ -12,3 +13,8 @@ def s3(s3: Server) -> Server:
 
     botocore.session.create_loader = functools.cache(botocore.session.create_loader)
     return s3
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True

@@ -5,6 +5,7 @@ import pytest
 
 from pipeline import progress
 from pipeline.progress import Progress, ProgressLine, above_lines, duration, under_way
+from tests.pipeline.conftest import Terminal
 
 
 class Clock:
@@ -13,11 +14,6 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.fixture

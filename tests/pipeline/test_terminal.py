@@ -10,7 +10,7 @@ import pytest
 from pipeline.progress import ProgressLine
 from pipeline.terminal import Printable, printable
 from tests.chain import ROOT
-from tests.pipeline.test_progress import Terminal
+from tests.pipeline.conftest import Terminal
 
 HOSTILE = "\x1b]0;PWNED\x07 \x9b2J\r\b\x7f\x00 \u202egnp.exe\u2066 \udc80"
 

@@ -16,7 +16,7 @@ from serve.guard import requests_log
 from serve.settings import ServeSettings
 from tests.asgi import running
 from tests.faults import Running, start
-from tests.models.test_cascade import make
+from tests.models.small_models import make
 from tests.pipeline.data.bench import Bench
 from tests.serve.trained import make_trained
 

@@ -19,16 +19,10 @@ from serve.answer import encode
 from serve.metrics import FIGURES
 from tests.boards import expressions
 from tests.chain import ROOT
+from tests.serve.images import noise, opened, png
 from tests.serve.load import figure, until
 
 SMALL: dict[str, Any] = {"size": "64x64"}
-
-
-def opened(data: Any) -> Any:
-    """The PNG in base64 as an image."""
-    image = Image.open(io.BytesIO(base64.b64decode(data)))
-    image.load()
-    return image
 
 
 def test_the_same_request_gets_the_same_images_with_their_recipe(client: openai.OpenAI) -> None:
@@ -199,16 +193,6 @@ def test_the_model_is_listed_and_found_by_each_of_its_names(client: openai.OpenA
     assert made.warnings == []
     long = client.images.generate(prompt="fox " * 11, **SMALL)
     assert long.warnings == ["the caption has more than the 10 tokens that these models read; the rest is cut"]
-
-
-def png(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
-
-
-def noise(seed: int = 0, side: int = 80) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8))
 
 
 def images(made: Any) -> list[Any]:

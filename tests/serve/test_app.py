@@ -30,8 +30,8 @@ from serve.replica import Replica
 from serve.settings import ServeSettings
 from serve.work import Work
 from tests.chain import ROOT, here, unclip
-from tests.pipeline.release.test_signing import make_key
-from tests.pipeline.sampling.test_generation import publish_bundle
+from tests.pipeline.release.keys import make_key
+from tests.pipeline.sampling.bundles import publish_bundle
 from tests.serve.conftest import named
 from tests.serve.load import until
 

@@ -27,8 +27,8 @@ from openai.types.images_response import ImagesResponse, Usage
 from PIL import Image
 
 from serve.requests import IGNORED, REFUSED
-from tests.chain import ROOT
-from tests.serve.test_api import noise, opened, png
+from tests.serve.clients import block
+from tests.serve.images import noise, opened, png
 
 pytestmark = pytest.mark.filterwarnings("ignore:deprecated")  # OpenAI has given up variations; we have not
 # What stands for a field's value where the client's types leave it open.
@@ -131,13 +131,6 @@ def test_every_value_of_the_clients_types_is_drawn_warned_of_or_refused_with_the
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
-
-(PAGE,) = re.findall(r"^## Other programs\n(.*?)^## ", (ROOT / "docs/serve.md").read_text(), re.MULTILINE | re.DOTALL)
-
-
-def block(language: str) -> str:
-    (text,) = re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
-    return str(text)
 
 
 def test_the_program_of_the_page_draws(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

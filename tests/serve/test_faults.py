@@ -19,8 +19,8 @@ from pipeline.release.pointer import Move, move_release, read_releases
 from pipeline.store import Store
 from pipeline.store.records import put_blob
 from tests.faults import Running, start
-from tests.models.test_cascade import make
-from tests.pipeline.sampling.test_generation import publish_bundle
+from tests.models.small_models import make
+from tests.pipeline.sampling.bundles import publish_bundle
 from tests.serve.conftest import address
 from tests.serve.load import figure, load, memory, processes_below, until
 

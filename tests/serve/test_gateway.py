@@ -13,7 +13,7 @@ from serve.gateway import Gateway, Result, ResultCache
 from serve.queue import ReplicaDied
 from serve.settings import ServeSettings
 from serve.work import Work
-from tests.serve.test_queue import B, Replica, make_queue, work
+from tests.serve.queues import B, Replica, make_queue, work
 
 
 async def ask() -> dict[str, Any]:

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.serve.test_api import noise, png
-from tests.serve.test_clients import block
+from tests.serve.clients import block
+from tests.serve.images import noise, png
 
 pytestmark = pytest.mark.slow
 VERSION = "1.108.14"

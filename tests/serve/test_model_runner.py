@@ -16,7 +16,7 @@ from pipeline.sampling.recipe import ImageRecipe, Row
 from serve.bundle import read_head
 from serve.model_runner import DrawingCancelled, ModelRunner
 from serve.work import Work
-from tests.models.test_cascade import DIM, make
+from tests.models.small_models import DIM, make
 
 OPTIONS: Any = {"decoder_steps": 2, "size": 64}
 WORK = Work(ImageRecipe(side=64, options=OPTIONS), (Row("a fox", 1), Row("the sea", 2), Row("a tree", 3)), partial=True)

@@ -17,7 +17,7 @@ from serve.gateway import Gateway, ResultCache
 from serve.queue import Event, RequestQueue, RequestRefused
 from serve.settings import ServeSettings
 from serve.work import Work
-from tests.models.test_cascade import make
+from tests.models.small_models import make
 from tests.pipeline.data.bench import Bench, picture
 
 LICENSES = ("CC-BY 4.0", "unknown", "CC-BY 4.0", "CC0")

@@ -39,19 +39,9 @@ from pipeline.graph.resources import DECODERS, Machine
 from pipeline.progress import duration
 from pipeline.settings import Prices
 from pipeline.store import open_store
+from tests.pipeline.cost.asks import NANO, PAPER, ROOT, again, asked, paper
 
-ROOT = Path(__file__).parents[3]
-NANO = load_config(ROOT / "configs/nano.yaml")
-PAPER = load_config(ROOT / "configs/paper.yaml")
 H100S = Fleet(64, "H100")
-
-
-def paper(*overrides: str) -> Config:
-    return load_config(ROOT / "configs/paper.yaml", overrides)
-
-
-def asked(config: Config = NANO, rows: int = 320, fleet: Fleet | None = None) -> PlanInput:
-    return PlanInput(config, build(config), rows, 0.1, fleet=fleet)
 
 
 def measured(config: Config = NANO, rows: int = 320, **stages: Observation) -> PlanInput:
@@ -59,11 +49,6 @@ def measured(config: Config = NANO, rows: int = 320, **stages: Observation) -> P
     ask = asked(config, rows)
     seen = {name: [replace(one, shape=shape(name, ask.graph, ask.recipes))] for name, one in stages.items()}
     return replace(ask, seen=seen)
-
-
-def again(ask: PlanInput, config: Config) -> PlanInput:
-    """Returns the same ask of another configuration."""
-    return replace(ask, config=config, graph=build(config))
 
 
 def test_nothing_made_yet_is_a_guess() -> None:
@@ -181,8 +166,8 @@ def test_a_utilisation_that_was_measured_on_a_gpu_goes_before_the_assumed_one() 
     ask = replace(measured(PAPER, decoder=one), fleet=H100S)
     slow = replace(measured(PAPER, decoder=replace(one, device="cpu")), fleet=H100S)
     work = PAPER.decoder.samples * model_size(PAPER, "decoder").training
-    for asked, share in ((ask, 0.5 * MATMUL_SHARE), (slow, 0.3)):
-        cost = estimate("decoder", asked)
+    for one_ask, share in ((ask, 0.5 * MATMUL_SHARE), (slow, 0.3)):
+        cost = estimate("decoder", one_ask)
         assert cost.seconds - cost.startup == pytest.approx(work / (64 * DEVICES["H100"].peak * share), rel=0.01)
 
 

@@ -17,7 +17,7 @@ from pipeline.graph.resources import Machine
 from pipeline.settings import STATE_BYTES, TrainingSettings
 from pipeline.store import open_store
 from pipeline.training.recipes import ClipRecipe, DecoderRecipe
-from tests.pipeline.cost.test_estimate import PAPER, again, asked, paper
+from tests.pipeline.cost.asks import PAPER, again, asked, paper
 
 GB = 1e9
 SIZE = Size(forward=1e12, parameters=10**9, activations=1 * GB, recomputed=0.1 * GB, kernels=1000, layers=20)

@@ -24,7 +24,7 @@ from pipeline.report.rows import read_pairs, thumbnail
 from pipeline.training.feed.views import Views
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_tar
 from tests.pipeline.data.odd import encoded, odd_images
-from tests.pipeline.data.pairs.test_decoding import with_word, wrapped
+from tests.pipeline.data.pairs.decoders import with_word, wrapped
 
 SIZE = 64
 KINDS = {"0.png": picture(0), "1.jpg": picture(1, 200, 150, "JPEG"), "2.webp": picture(2, kind="WEBP")}

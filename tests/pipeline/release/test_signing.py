@@ -1,6 +1,5 @@
 """Signed releases: what was signed is read, and nothing else, whoever else may write to the store."""
 
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,17 +22,7 @@ from pipeline.release.signing import (
 from pipeline.store import Store
 from pipeline.store.records import put_blob, seal
 from serve.bundle import ServedBundle
-
-
-def make_key(folder: Path, name: str = "release.key", kind: str = "ed25519", passphrase: str = "") -> Path:
-    """Makes a pair of keys as the documentation says."""
-    file = folder / name
-    subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-f", str(file)], check=True)
-    return file
-
-
-def public(file: Path) -> str:
-    return file.with_name(f"{file.name}.pub").read_text().strip()
+from tests.pipeline.release.keys import make_key, public
 
 
 class Team:

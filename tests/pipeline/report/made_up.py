@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
@@ -268,3 +269,38 @@ def _evaluation(store: Store, caption: str | None) -> Artifact:
     shown = {"captions": captions, "licenses": ["CC-BY-4.0"] * 4 + [None] * 4, "models": ["ar_prior", "decoder"]}
     metrics = {"figures": without_values(found), "shown": shown}
     return _publish(store, "evaluation", 9.0, ledger=Ledger(kept=8), blobs=blobs, metrics=metrics, recipe={"rows": 8})
+
+
+JUDGED = 16
+
+
+def bundle_of(store: Store, made: dict[str, Artifact], name: str, gain: float, better: str) -> dict[str, Artifact]:
+    """Publishes a bundle, its samples and its evaluation, whose one figure with values is ``gain`` higher."""
+    decoder = publish_artifact(
+        store, replace(made["decoder"], key=digest(f"{name} decoder"), recipe={"gain": gain}), 1.0
+    )
+    publish_artifact(store, made["clip"], 1.0)
+    inputs = {"clip": made["clip"].key, "decoder": decoder.key}
+    bundle = publish_artifact(store, replace(made["bundle"], key=digest(name), inputs=inputs), 1.0)
+    values = tuple(np.random.default_rng(0).normal(0.5, 0.2, JUDGED) + gain)
+    figure = Figure(
+        "draws", "It draws.", "decoder", "top", "top", better=better, values=values, groups=tuple(range(JUDGED))
+    ).as_json()
+    measured: dict[str, Any] = {"version": 1, "recipe": {}, "rows": {}, "figures": [figure]}
+    blobs = {**made["evaluation"].blobs, "evaluation.json": put_blob(store, json.dumps(measured).encode())}
+    of = {"bundle": bundle.key}
+    evaluation = replace(made["evaluation"], key=digest(f"{name} evaluation"), inputs=of, blobs=blobs)
+    samples = replace(made["samples"], key=digest(f"{name} samples"), inputs=of)
+    found = {"decoder": decoder, "bundle": bundle, "samples": publish_artifact(store, samples, 1.0)}
+    return made | found | {"evaluation": publish_artifact(store, evaluation, 1.0)}
+
+
+def figure(holds: bool | None, text: str = "It draws.", **more: Any) -> dict[str, Any]:
+    known = {"model": "decoder", "name": "x", "says": "x"} | more
+    values = {"value": 0.5, "baseline": 0.4, "rows": 8} if holds is not None else {}
+    return Figure(text, text, **known | values, holds=holds).as_json()
+
+
+def judged(made: dict[str, Artifact], *figures: dict[str, Any]) -> dict[str, Artifact]:
+    metrics = {**made["evaluation"].metrics, "figures": list(figures)}
+    return made | {"evaluation": replace(made["evaluation"], metrics=metrics)}

@@ -3,42 +3,16 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from pipeline.evaluate.figure import Figure
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.report.document import document
 from pipeline.report.inputs import ComparedBundle, ReportInput
 from pipeline.report.page import render
-from pipeline.store import FolderStore, Store
+from pipeline.store import FolderStore
 from pipeline.store.records import digest, put_blob
-from tests.pipeline.report.made_up import config, graph
-
-ROWS = 16
-
-
-def bundle_of(store: Store, made: dict[str, Artifact], name: str, gain: float, better: str) -> dict[str, Artifact]:
-    """Publishes a bundle, its samples and its evaluation, whose one figure with values is ``gain`` higher."""
-    decoder = publish_artifact(
-        store, replace(made["decoder"], key=digest(f"{name} decoder"), recipe={"gain": gain}), 1.0
-    )
-    publish_artifact(store, made["clip"], 1.0)
-    inputs = {"clip": made["clip"].key, "decoder": decoder.key}
-    bundle = publish_artifact(store, replace(made["bundle"], key=digest(name), inputs=inputs), 1.0)
-    values = tuple(np.random.default_rng(0).normal(0.5, 0.2, ROWS) + gain)
-    figure = Figure(
-        "draws", "It draws.", "decoder", "top", "top", better=better, values=values, groups=tuple(range(ROWS))
-    ).as_json()
-    measured: dict[str, Any] = {"version": 1, "recipe": {}, "rows": {}, "figures": [figure]}
-    blobs = {**made["evaluation"].blobs, "evaluation.json": put_blob(store, json.dumps(measured).encode())}
-    of = {"bundle": bundle.key}
-    evaluation = replace(made["evaluation"], key=digest(f"{name} evaluation"), inputs=of, blobs=blobs)
-    samples = replace(made["samples"], key=digest(f"{name} samples"), inputs=of)
-    found = {"decoder": decoder, "bundle": bundle, "samples": publish_artifact(store, samples, 1.0)}
-    return made | found | {"evaluation": publish_artifact(store, evaluation, 1.0)}
+from tests.pipeline.report.made_up import bundle_of, config, graph
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from pipeline.report.document import ReportDocument, document
 from pipeline.report.inputs import ComparedBundle, ReportInput
 from pipeline.schema import descriptions
 from pipeline.store import FolderStore
-from tests.pipeline.report.made_up import config, graph
-from tests.pipeline.report.test_comparison import bundle_of
+from tests.pipeline.report.made_up import bundle_of, config, graph
 from tests.reference import OBJECTS, ROW_VALUES, table
 
 

@@ -21,8 +21,7 @@ from pipeline.store import FolderStore
 from pipeline.store.records import put_blob
 from tests.chain import write_config
 from tests.pipeline.data.bench import picture, write_listed
-from tests.pipeline.report.made_up import config, graph
-from tests.pipeline.report.test_summary import figure, judged
+from tests.pipeline.report.made_up import config, figure, graph, judged
 
 Made = dict[str, Artifact]
 STEPS = (250, 500, 750, 1000)  # samples

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluate.figure import Figure
 from pipeline.graph.artifacts import Artifact
 from pipeline.report.document import document
 from pipeline.report.evaluation import claims
@@ -14,18 +13,7 @@ from pipeline.report.inputs import ReportInput
 from pipeline.report.page import render
 from pipeline.report.summary import verdict
 from pipeline.store import FolderStore
-from tests.pipeline.report.made_up import config, graph
-
-
-def figure(holds: bool | None, text: str = "It draws.", **more: Any) -> dict[str, Any]:
-    known = {"model": "decoder", "name": "x", "says": "x"} | more
-    values = {"value": 0.5, "baseline": 0.4, "rows": 8} if holds is not None else {}
-    return Figure(text, text, **known | values, holds=holds).as_json()
-
-
-def judged(made: dict[str, Artifact], *figures: dict[str, Any]) -> dict[str, Artifact]:
-    metrics = {**made["evaluation"].metrics, "figures": list(figures)}
-    return made | {"evaluation": replace(made["evaluation"], metrics=metrics)}
+from tests.pipeline.report.made_up import config, figure, graph, judged
 
 
 def test_the_sentence_says_what_is_done_and_then_what_was_found(made: dict[str, Artifact]) -> None:

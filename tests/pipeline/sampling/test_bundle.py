@@ -17,7 +17,7 @@ from pipeline.sampling.bundle import BUNDLE, run_bundle
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, materialise, put_blob
 from tests.chain import ROOT
-from tests.pipeline.store.test_names import ARTIFACT, AWAY, forge
+from tests.pipeline.store.objects import ARTIFACT, AWAY, forge
 
 Write = Callable[[Store, dict[str, str], Path], None]
 

@@ -12,15 +12,15 @@ import webdataset
 from PIL import Image
 
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards
+from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.ledger import Ledger
 from pipeline.sampling.generation import GenerationRecipe, export, generate
 from pipeline.sampling.prompts import read_prompts
 from pipeline.settings import GenerationSettings, RaySettings
-from pipeline.store import Store, open_store
-from pipeline.store.records import blob_path, put_blob
+from pipeline.store import Store
+from pipeline.store.records import blob_path
 from pipeline.upkeep.check import repair_store
-from tests.models.test_cascade import make
+from tests.pipeline.sampling.bundles import publish_bundle
 
 PROMPTS = ["a red fox", "a blue house", "the sea", "a tree", "a cat under a tree"]
 RECIPE = GenerationRecipe({"size": 64, "decoder_steps": 2}, batch=3)
@@ -29,15 +29,6 @@ RECIPE = GenerationRecipe({"size": 64, "decoder_steps": 2}, batch=3)
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Artifact]:
     return publish_bundle(tmp_path_factory.mktemp("generation"))
-
-
-def publish_bundle(folder: Path) -> tuple[Store, Artifact]:
-    """A bundle of random weights in a store of its own."""
-    make().save(folder / "bundle")
-    store = open_store(str(folder / "store"))
-    files = [path for path in (folder / "bundle").rglob("*") if path.is_file()]
-    blobs = {str(path.relative_to(folder / "bundle")): put_blob(store, path) for path in files}
-    return store, publish_artifact(store, Artifact("bundle", "b" * 64, {}, {}, Ledger(), blobs), 0.0)
 
 
 def text(folder: Path, prompts: list[str]) -> Path:

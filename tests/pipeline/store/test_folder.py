@@ -16,7 +16,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.store import check_conditions, open_store
 from tests.links import exchanging
-from tests.pipeline.store.test_store import acts
+from tests.pipeline.store.objects import acts
 
 
 def test_a_file_that_is_given_up_is_not_copied(tmp_path: Path) -> None:

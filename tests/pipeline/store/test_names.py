@@ -30,21 +30,14 @@ from pipeline.ledger import Ledger
 from pipeline.release.pointer import Pointer, read_releases, release_path
 from pipeline.store import Store
 from pipeline.store.names import is_blob_or_record, is_file_name, is_part
-from pipeline.store.records import FORMAT, Record, blob_path, canonical, digest, put_blob, read_blob, read_record, seal
+from pipeline.store.records import Record, blob_path, put_blob, read_blob, read_record, seal
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.records import CheckpointRecord
 from tests.conftest import folder_store
+from tests.pipeline.store.objects import ARTIFACT, AWAY, BLOB, CHECKPOINT, LEDGER, RELEASE, RUN, SHARD, forge
 
-BLOB = "0123456789abcdef" * 4
-AWAY = ("../x", "../../x", "a/../../x", "/etc/x", "//x", "a//b", "a/", "", ".", "..", "a/./b", "a\\b", "a\0", "a\nb")
-NO_BLOBS = (*AWAY, BLOB[:-1], BLOB.upper(), BLOB + "\n", f"{BLOB}/..", 7, None)
 store = folder_store
-
-
-def forge(store: Store, path: str, body: dict[str, Any]) -> None:
-    """Creates a record as anybody can who may write to the store: its checksum holds."""
-    body = {**body, "format": FORMAT}
-    assert store.create(path, canonical({**body, "checksum": digest(body)}))
+NO_BLOBS = (*AWAY, BLOB[:-1], BLOB.upper(), BLOB + "\n", f"{BLOB}/..", 7, None)
 
 
 def test_no_name_of_a_file_or_of_a_part_leads_away() -> None:
@@ -74,25 +67,8 @@ def test_what_may_be_quarantined() -> None:
     assert [path for path in (*ours, *foreign) if is_blob_or_record(path)] == [*ours]
 
 
-LEDGER = Ledger(kept=1).as_json()
-ARTIFACT = {
-    "stage": "bundle", "key": "k", "inputs": {"clip": "c"}, "recipe": {}, "ledger": LEDGER, "blobs": {"a": BLOB},
-    "shard_table": None, "metrics": {}, "environment": {}, "times": {"finished": 0.5, "seconds": 1},
-}  # fmt: skip
-SHARD = {"number": 0, "key": "k", "ledger": LEDGER, "blobs": {"index": BLOB}, "counts": {}}
 SOURCE_SHARD = {"number": 0, "image_key": BLOB, "caption_key": BLOB, "ledger": LEDGER, "refs": BLOB, "captions": BLOB}
 SEGMENT = {"shards": [SOURCE_SHARD], "hashes": [BLOB]}
-CHECKPOINT = {
-    "samples": 8, "attempt": 1, "seconds": 0.5, "laps": {}, "blobs": {"model": BLOB},
-    "journal": {"lines": [{"samples": 8, "preview": BLOB}], "sums": {}, "steps": 0},
-}  # fmt: skip
-RUN = {
-    "project": "p", "forgettings": 0, "wanted": ["clip"], "by": {"host": "h"}, "package": f"packages/{BLOB}.zip",
-    "stages": {
-        "clip": {"key": "k", "version": 1, "recipe": {}, "trajectory": "t", "trunk": "u", "inputs": {"pairs": "k"}}
-    },
-}  # fmt: skip
-RELEASE = {"project": "p", "moves": [{"action": "promote", "bundle": "b", "evaluation": "e", "at": 0, "failed": []}]}
 PATHS: dict[type[Record], str] = {
     Artifact: artifact_path("bundle", "k"),
     Shard: shard_path("pairs", "k"),

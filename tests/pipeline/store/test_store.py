@@ -1,6 +1,5 @@
 import os
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,19 +12,7 @@ from pipeline.store import Store, check_conditions, open_store
 from pipeline.store.base import cut
 from tests.aws import NEEDS, lacking
 from tests.pipeline.data.bench import Page, serving
-
-
-def acts(store: Store, path: str) -> tuple[Callable[[], object], ...]:
-    """All that can be done to an object."""
-    return (
-        lambda: store.read(path),
-        lambda: list(store.read_parts(path, [(0, 1)])),
-        lambda: list(store.list(path)),
-        lambda: store.create(path, b"1"),
-        lambda: store.stat(path),
-        lambda: store.swap(path, None, b"1"),
-        lambda: store.delete([path]),
-    )
+from tests.pipeline.store.objects import acts
 
 
 def test_create_read_and_never_overwrite(store: Store) -> None:

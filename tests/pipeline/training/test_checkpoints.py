@@ -14,32 +14,16 @@ from pipeline.store import Store
 from pipeline.store.records import blob_path, read_record
 from pipeline.training.checkpoints import Checkpoints, last_attempt, snapshot, take_attempt
 from pipeline.training.distributed.process_group import ProcessGroup
-from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.records import CheckpointRecord
 from pipeline.training.state import TrainState, begin, parts
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from tests.conftest import folder_store
 from tests.flips import flip_first_reads
-from tests.pipeline.store.test_names import CHECKPOINT, forge
-from tests.pipeline.upkeep.test_check import released
+from tests.pipeline.store.objects import CHECKPOINT, forge
+from tests.pipeline.training.trainings import MUON_RECIPE, make_state
+from tests.pipeline.upkeep.runs import released
 
-RECIPE = DiffusionPriorRecipe(
-    samples=64, batch=16, lanes=8, optimizer="muon", model=DiffusionPriorConfig(width=8, depth=1, heads=1)
-)
 store = folder_store  # stores are alike, and some tests here look at both
-
-
-def make_state(steps: int = 0, seed: int = 0) -> TrainState:
-    """A state after some steps on noise."""
-    state = begin(DiffusionPriorTask(RECIPE.model, 4), RECIPE, ProcessGroup())
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        for parameter in state.model.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        state.optimizer.step()
-        state.samples += RECIPE.batch
-        state.journal.add({"loss": 0.1 * state.samples})
-    return state
 
 
 def save(checkpoints: Checkpoints, state: TrainState) -> None:
@@ -160,7 +144,7 @@ def test_a_damaged_header_is_damage_like_any_other(
 def test_a_blob_is_never_in_memory_as_a_whole(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A restore takes the memory of the state that it returns, not of its blobs and of copies out of them, too."""
     monkeypatch.setattr("pipeline.store.records.PART_BYTES", 4 << 10)
-    recipe = replace(RECIPE, model=DiffusionPriorConfig(width=256, depth=2, heads=1))
+    recipe = replace(MUON_RECIPE, model=DiffusionPriorConfig(width=256, depth=2, heads=1))
     state = begin(DiffusionPriorTask(recipe.model, 4), recipe, ProcessGroup())
     state.samples = 16
     save(Checkpoints(store, "t", 1), state)

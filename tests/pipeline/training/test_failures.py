@@ -23,8 +23,7 @@ from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.timing import NOT_MEASURED
 from pipeline.training.train import BetweenSteps
 from tests.pipeline.training.conftest import EMBED_DIM, World, rewritten
-from tests.pipeline.training.test_checkpoints import make_state
-from tests.pipeline.training.trainings import MODEL, SETTINGS
+from tests.pipeline.training.trainings import MODEL, SETTINGS, make_state
 
 RECIPE = DiffusionPriorRecipe(samples=320, batch=16, lanes=8, window=5, precision="fp32", ema_half_life=64, model=MODEL)
 

@@ -21,8 +21,7 @@ from pipeline.training.saver import Saver
 from pipeline.training.state import learning_rate
 from tests.flips import flip_first_reads
 from tests.pipeline.training.conftest import World
-from tests.pipeline.training.test_checkpoints import make_state
-from tests.pipeline.training.trainings import MODEL, SETTINGS
+from tests.pipeline.training.trainings import MODEL, SETTINGS, make_state
 
 
 def test_steps_go_on_while_the_store_takes_its_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,16 +25,22 @@ from pipeline.training import stage
 from pipeline.training.checkpoints import Checkpoints, last_attempt, open_checkpoints, take_attempt
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.tables import Tables
-from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
+from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, UpsamplerRecipe
 from pipeline.training.results import Results
 from pipeline.training.state import begin
 from pipeline.training.task import task_of
 from pipeline.training.train import Worker
 from tests.pipeline.training.conftest import World, make_world, with_codec
-from tests.pipeline.training.trainings import CLIP_MODEL, DECODER, MODEL, SETTINGS, assert_close, lines, made, weights
-
-RECIPE = DiffusionPriorRecipe(
-    samples=192, batch=16, lanes=8, window=5, learning_rate=1e-2, ema_half_life=64, warmup_steps=2, model=MODEL
+from tests.pipeline.training.trainings import (
+    CLIP_MODEL,
+    DECODER,
+    MODEL,
+    RECIPE,
+    SETTINGS,
+    assert_close,
+    lines,
+    made,
+    weights,
 )
 
 

@@ -21,6 +21,8 @@ from pipeline.store.records import read_blob
 from pipeline.training.checkpoints import Checkpoints, open_checkpoints
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.recipes import ClipRecipe, DiffusionPriorRecipe
+from pipeline.training.state import TrainState, begin
+from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.train import Worker
 from tests.pipeline.training.conftest import EMBED_DIM, World
 
@@ -101,3 +103,26 @@ def train_together(ctx: Context, folder: Path, before: Callable[[int], None] = a
     meeting = folder / f"meeting-{own.attempt}"
     given, workers = (ctx, own, meeting, before), ctx.settings.workers
     return multiprocessing.start_processes(_work, given, workers, join, start_method="forkserver")
+
+
+RECIPE = DiffusionPriorRecipe(
+    samples=192, batch=16, lanes=8, window=5, learning_rate=1e-2, ema_half_life=64, warmup_steps=2, model=MODEL
+)
+
+
+MUON_RECIPE = DiffusionPriorRecipe(
+    samples=64, batch=16, lanes=8, optimizer="muon", model=DiffusionPriorConfig(width=8, depth=1, heads=1)
+)
+
+
+def make_state(steps: int = 0, seed: int = 0) -> TrainState:
+    """A state after some steps on noise."""
+    state = begin(DiffusionPriorTask(MUON_RECIPE.model, 4), MUON_RECIPE, ProcessGroup())
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for parameter in state.model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        state.optimizer.step()
+        state.samples += MUON_RECIPE.batch
+        state.journal.add({"loss": 0.1 * state.samples})
+    return state

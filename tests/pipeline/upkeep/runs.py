@@ -20,7 +20,7 @@ from pipeline.graph.plan import plan
 from pipeline.graph.runs import record_run, run_entries
 from pipeline.graph.stages import Graph, Stage
 from pipeline.ledger import Ledger
-from pipeline.release.pointer import Move, move_release, read_releases
+from pipeline.release.pointer import Move, Releases, move_release, read_releases
 from pipeline.store import Store
 from pipeline.store.base import Entry
 from pipeline.store.records import blob_path, create_record, put_blob, read_blob
@@ -145,3 +145,22 @@ def lift_when_listed(monkeypatch: pytest.MonkeyPatch, store: Store, *prefixes: s
         return iter(entries)
 
     monkeypatch.setattr(type(store), "list", list_and_delete)
+
+
+def publish_model(store: Store, stage: str, **inputs: str) -> Artifact:
+    blobs = {"model.safetensors": put_blob(store, f"weights of {stage} {inputs}".encode())}
+    return publish_artifact(store, Artifact(stage, f"{stage}-key", inputs, {}, Ledger(), blobs), 1.0)
+
+
+def released(store: Store) -> dict[str, Artifact]:
+    """A bundle of a model, which is the release, with the data that the model was trained on."""
+    shard = put_blob(store, b"pictures")
+    table, ledger = write_shard_table(store, [])
+    pairs = publish_artifact(store, Artifact("pairs", "pairs-key", {}, {}, ledger, {"a": shard}, table), 1.0)
+    decoder = publish_model(store, "decoder", pairs="pairs-key")
+    blobs = {"decoder/model.safetensors": decoder.blobs["model.safetensors"], "README.md": put_blob(store, b"card")}
+    inputs = {"decoder": "decoder-key"}
+    bundle = publish_artifact(store, Artifact("bundle", "bundle-key", inputs, {}, Ledger(), blobs), 1.0)
+    evaluation = publish_model(store, "evaluation", bundle="bundle-key")
+    move_release(store, "p", Releases(), Move("promote", "bundle-key", "evaluation-key", NOW))
+    return {"pairs": pairs, "decoder": decoder, "bundle": bundle, "evaluation": evaluation}

@@ -22,7 +22,6 @@ from pipeline.graph.artifacts import (
     publish_artifact,
     read_shards,
     shard_path,
-    write_shard_table,
 )
 from pipeline.graph.packs import read_pieces, write_pack
 from pipeline.graph.plan import pin_path, plan, read_pin
@@ -35,7 +34,19 @@ from pipeline.upkeep.check import Damage, repair_store, verify_store
 from pipeline.upkeep.collect import collect
 from pipeline.upkeep.repair import protected_objects, quarantine
 from tests.flips import flip_first_reads
-from tests.pipeline.upkeep.runs import DAY, NOW, forget, lift_when_listed, release, rows, run, sweep, two_stages
+from tests.pipeline.upkeep.runs import (
+    DAY,
+    NOW,
+    forget,
+    lift_when_listed,
+    publish_model,
+    release,
+    released,
+    rows,
+    run,
+    sweep,
+    two_stages,
+)
 
 
 def spoil(store: Store, path: str) -> bytes:
@@ -238,25 +249,6 @@ def test_nothing_but_blobs_and_records_is_quarantined(tmp_path: Path) -> None:
     assert (tmp_path / "precious.txt").exists()
 
 
-def _model(store: Store, stage: str, **inputs: str) -> Artifact:
-    blobs = {"model.safetensors": put_blob(store, f"weights of {stage} {inputs}".encode())}
-    return publish_artifact(store, Artifact(stage, f"{stage}-key", inputs, {}, Ledger(), blobs), 1.0)
-
-
-def released(store: Store) -> dict[str, Artifact]:
-    """A bundle of a model, which is the release, with the data that the model was trained on."""
-    shard = put_blob(store, b"pictures")
-    table, ledger = write_shard_table(store, [])
-    pairs = publish_artifact(store, Artifact("pairs", "pairs-key", {}, {}, ledger, {"a": shard}, table), 1.0)
-    decoder = _model(store, "decoder", pairs="pairs-key")
-    blobs = {"decoder/model.safetensors": decoder.blobs["model.safetensors"], "README.md": put_blob(store, b"card")}
-    inputs = {"decoder": "decoder-key"}
-    bundle = publish_artifact(store, Artifact("bundle", "bundle-key", inputs, {}, Ledger(), blobs), 1.0)
-    evaluation = _model(store, "evaluation", bundle="bundle-key")
-    move_release(store, "p", Releases(), Move("promote", "bundle-key", "evaluation-key", NOW))
-    return {"pairs": pairs, "decoder": decoder, "bundle": bundle, "evaluation": evaluation}
-
-
 STAYS = "it stays, because {} names it: put a sound copy in its place; if there is none, {}, and run again"
 BEHIND = {
     "blob of a model": lambda made: blob_path(made["decoder"].blobs["model.safetensors"]),
@@ -309,7 +301,7 @@ def test_what_was_rolled_back_is_nobodys_release(store: Store) -> None:
 
 @pytest.mark.parametrize("victim", ["blob", "record"])
 def test_what_a_pin_names_stays(victim: str, store: Store) -> None:
-    clip = _model(store, "clip")
+    clip = publish_model(store, "clip")
     store.swap(pin_path("lineage"), None, json.dumps({"key": clip.key}).encode())
     path = blob_path(clip.blobs["model.safetensors"]) if victim == "blob" else artifact_path("clip", clip.key)
     spoil(store, path)

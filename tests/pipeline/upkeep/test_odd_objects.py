@@ -22,7 +22,7 @@ from pipeline.upkeep.check import repair_store
 from pipeline.upkeep.collect import TOMBSTONES
 from pipeline.upkeep.overview import overview
 from pipeline.upkeep.show import show_overview
-from tests.pipeline.store.test_names import ARTIFACT, BLOB, CHECKPOINT, RELEASE, RUN, SHARD
+from tests.pipeline.store.objects import ARTIFACT, BLOB, CHECKPOINT, RELEASE, RUN, SHARD
 from tests.pipeline.upkeep.runs import (
     AGES,
     DAY,

@@ -1,6 +1,5 @@
 """Lists of many files: each is read once and alone, and the shards are those of one list with all of the rows."""
 
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from pipeline.graph.artifacts import read_table
 from pipeline.store import Store, open_store
 from pipeline.store.s3 import S3Store
 from tests.pipeline.data.bench import write_list, write_tar
+from tests.pipeline.data.source.lists import ROWS, URLS, lines, table
 from tests.seaweed import BUCKET, Server
 
 
@@ -37,12 +37,6 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     whole = PartReader.read
     monkeypatch.setattr(PartReader, "read", lambda self, part: names.append(Path(part.name).name) or whole(self, part))
     return names
-
-
-def table(folder: Path, name: str, *numbers: int) -> Path:
-    folder.mkdir(exist_ok=True)
-    write_list(folder / name, [(f"http://h/{i}.png", f"picture {i}") for i in numbers])
-    return folder
 
 
 def urls_of(store: Store, found: Scan) -> list[str]:
@@ -151,17 +145,6 @@ def test_a_full_disk_for_temporary_files_is_one_sentence(
 # --- any rows, in any files -------------------------------------------------------------------------------------------
 
 
-URLS = ["", *(f"http://h/{i}" for i in range(8))]
-ROWS = st.builds(
-    ListRow,
-    st.sampled_from(URLS),
-    st.lists(st.sampled_from(["a cat", "a dog"]), max_size=2).map(tuple),
-    st.sampled_from(["", "group"]),
-    st.sampled_from(["", "test"]),
-    reject=st.sampled_from([None, None, None, "malformed_row"]),
-)
-
-
 def first_wins(rows: Sequence[ListRow], forgotten: set[str]) -> list[str | None]:
     """How rows end, by a set."""
     seen: set[str] = set()
@@ -227,10 +210,6 @@ def test_files_at_once_or_one_by_one_are_cut_as_by_a_set(
 
 
 # --- a folder on S3 ---------------------------------------------------------------------------------------------------
-
-
-def lines(*urls: str) -> bytes:
-    return "".join(json.dumps({"url": url, "caption": f"picture of {url}"}) + "\n" for url in urls).encode()
 
 
 @pytest.fixture

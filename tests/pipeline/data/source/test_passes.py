@@ -32,7 +32,7 @@ from pipeline.graph.ray import start_ray
 from pipeline.settings import RaySettings, ShardSettings
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, put_blob, read_blob, read_record
-from tests.pipeline.data.source.test_parts import ROWS, URLS, lines, table
+from tests.pipeline.data.source.lists import ROWS, URLS, lines, table
 from tests.pipeline.data.vectors import CountedStore
 from tests.seaweed import Server
 

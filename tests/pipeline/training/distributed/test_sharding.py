@@ -43,7 +43,7 @@ from pipeline.training.tasks.decoder import DecoderTask
 from pipeline.training.timing import StepTimer
 from pipeline.training.train import backward
 from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
-from tests.pipeline.training.distributed.test_workers import lines, noting
+from tests.pipeline.training.distributed.notes import lines, noting
 from tests.pipeline.training.trainings import (
     DECODER,
     PRIOR_RECIPE,

@@ -1,6 +1,5 @@
 """Workers as processes: what they read of a checkpoint, how many rows they compute at once, and how they end."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +10,10 @@ import torch
 
 from models.clip import Clip
 from pipeline.graph.artifacts import Artifact
-from pipeline.training import memory, saved_tensors, stage
+from pipeline.training import memory, stage
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from tests.pipeline.training.conftest import World, make_world
+from tests.pipeline.training.distributed.notes import lines, noting
 from tests.pipeline.training.trainings import (
     CLIP_RECIPE,
     PRIOR_RECIPE,
@@ -22,35 +22,6 @@ from tests.pipeline.training.trainings import (
     made,
     train_together,
 )
-
-
-def noting(folder: Path, rank: int) -> None:
-    """Writes down how many blobs of checkpoints a worker reads, how many rows it computes at once, and its models."""
-    blob_parts, loss, make = saved_tensors.blob_parts, DiffusionPriorTask.loss, DiffusionPriorTask.model
-
-    def note(name: str, line: object) -> None:
-        with open(folder / f"{name}-{rank}", "a") as out:
-            out.write(f"{line}\n")
-
-    def read(*given: Any) -> Iterator[bytes]:
-        note("read", given[1])
-        return blob_parts(*given)
-
-    def noted(self: Any, model: Any, batch: Any, draw: Any) -> Any:
-        if model.training:
-            note("rows", draw.rows)
-        return loss(self, model, batch, draw)
-
-    def made(self: Any, seed: int) -> Any:
-        note("models", seed)
-        return make(self, seed)
-
-    saved_tensors.blob_parts = read
-    DiffusionPriorTask.loss, DiffusionPriorTask.model = noted, made
-
-
-def lines(file: Path) -> list[str]:
-    return file.read_text().splitlines() if file.exists() else []
 
 
 def noting_and_hungry(folder: Path, rank: int) -> None:
