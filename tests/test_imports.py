@@ -7,6 +7,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 from benchmarks.house import ROOT, SOURCE, floors, import_graph
 
 OURS = (*SOURCE, "tests", "benchmarks")
@@ -57,6 +59,7 @@ def test_ray_is_known_in_few_files() -> None:
     assert files == RAY
 
 
+@pytest.mark.integration
 def test_configuration_and_graph_need_neither_ray_nor_torch() -> None:
     code = (
         "import sys; from pipeline.config import load_config; from pipeline.build import build;"
@@ -66,6 +69,7 @@ def test_configuration_and_graph_need_neither_ray_nor_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.integration
 def test_a_training_without_captions_imports_no_open_clip() -> None:
     """It takes seconds, in each worker of each attempt."""
     code = (

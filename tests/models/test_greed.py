@@ -96,6 +96,7 @@ def merged(document: Any, change: Any) -> Any:
     return document | {name: merged(document.get(name), value) for name, value in change.items()}
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_configuration_takes_no_more_than_the_weights_beside_it(karlo_folder: Path, tmp_path: Path) -> None:
     """A folder of 13 MB could take 38 GB, or time without end. A fresh process knows what it takes, and an old one has

@@ -116,6 +116,7 @@ assert draw()[0].tobytes() == first[0].tobytes()
 """
 
 
+@pytest.mark.integration
 def test_diffusers_draws_what_we_draw_without_a_package_of_ours(tmp_path: Path) -> None:
     unclip = wide()
     export_unclip(unclip, tmp_path / "exported")

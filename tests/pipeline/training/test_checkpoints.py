@@ -113,12 +113,12 @@ def test_one_read_that_went_wrong_costs_no_checkpoint(
     assert not caplog.records
 
 
-@pytest.mark.parametrize("place", [0, 7, 8, 9, 40, 200])  # the length of the header, and what it says
+@pytest.mark.parametrize("place", [0, 7, 8, 9, 40, 2000])  # the length of the header, and what it says
 def test_a_damaged_header_is_damage_like_any_other(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: int
 ) -> None:
     """Of several parts, too; whatever it seems to say, the blob is read again, or the checkpoint skipped."""
-    monkeypatch.setattr("pipeline.store.records.PART_BYTES", 100)
+    monkeypatch.setattr("pipeline.store.records.PART_BYTES", 1000)  # the header has 2,720
     checkpoints = Checkpoints(store, "t", 1)
     for steps in (1, 2):
         save(checkpoints, make_state(steps))
@@ -143,7 +143,7 @@ def test_a_damaged_header_is_damage_like_any_other(
 
 def test_a_blob_is_never_in_memory_as_a_whole(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A restore takes the memory of the state that it returns, not of its blobs and of copies out of them, too."""
-    monkeypatch.setattr("pipeline.store.records.PART_BYTES", 4 << 10)
+    monkeypatch.setattr("pipeline.store.records.PART_BYTES", 64 << 10)
     recipe = replace(MUON_RECIPE, model=DiffusionPriorConfig(width=256, depth=2, heads=1))
     state = begin(DiffusionPriorTask(recipe.model, 4), recipe, ProcessGroup())
     state.samples = 16
