@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jobs.export import ExportResult as ExportResult
+    from jobs.export import export as export
     from jobs.look import look as look
     from jobs.plan import RunPlan as RunPlan
     from jobs.run import RunResult as RunResult
@@ -31,6 +33,7 @@ _PLACES = {
     "Artifact": "unclip.artifact",
     "CorruptObject": "pipeline.errors",
     "DrawnImage": "unclip.image",
+    "ExportResult": "jobs.export",
     "ImageLike": "unclip.image",
     "Look": "pipeline.look.overview",
     "Model": "unclip.model",
@@ -41,6 +44,7 @@ _PLACES = {
     "StageDone": "jobs.run",
     "TrainingImage": "pipeline.sampling.nearest",
     "UserError": "pipeline.errors",
+    "export": "jobs.export",
     "load": "unclip.model",
     "look": "jobs.look",
     "open": "unclip.project",

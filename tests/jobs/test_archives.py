@@ -126,6 +126,22 @@ def test_the_same_bundle_makes_the_same_bytes_without_a_path_of_this_machine(
     assert find_bundle("fox-2.zip").training().nearest(np.ones((1, 16), np.float32), 9)
 
 
+def test_a_program_exports_what_the_command_does_and_nothing_is_printed(
+    folder: Path, archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = unclip.export(folder / "out", "again.zip", licenses=["CC-BY 4.0"])
+    assert Path("again.zip").read_bytes() == archive.read_bytes()
+    assert (made.files, made.size) == (1, archive.stat().st_size)
+    assert made.sha256 == hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert "(CC-BY 4.0) travel along" in made.remarks[0]
+    native = unclip.export("again.zip", Path("theirs"), format="diffusers")
+    assert "all others are in ours/" in native.remarks[0]
+    assert native.files == sum(path.is_file() for path in Path("theirs").rglob("*"))
+    with pytest.raises(unclip.UserError, match="unknown format onnx; use one of bundle, diffusers"):
+        unclip.export(folder / "out", "onnx", format="onnx")
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

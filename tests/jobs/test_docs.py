@@ -282,7 +282,7 @@ def examples() -> Iterator[doctest.DocTest]:
     """The docstrings of every public class and function, and of its methods."""
     for name in unclip.__all__:
         thing = getattr(unclip, name)
-        if getattr(thing, "__module__", "").startswith(("unclip.", "jobs.look")):
+        if getattr(thing, "__module__", "").startswith(("unclip.", "jobs.look", "jobs.export")):
             yield from doctest.DocTestFinder(exclude_empty=False).find(thing, name)
 
 
@@ -306,4 +306,4 @@ def test_every_public_call_has_an_example() -> None:
             and not (owner and isinstance(vars(getattr(unclip, owner))[name], property))
         ):
             bare.add(test.name)
-    assert bare == {"Artifact", "Model", "Project", "Pairs.ray"}
+    assert bare == {"Artifact", "ExportResult", "Model", "Project", "Pairs.ray"}
