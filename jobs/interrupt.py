@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from functools import cache, partial
 from types import FrameType
@@ -49,6 +50,8 @@ def ending_on_signals() -> Iterator[None]:
         nonlocal code
         code = 128 + signum
         interrupted.set()
+        # Threads that are still at work meet what has been taken apart, such as Ray: their tracebacks help nobody.
+        threading.excepthook = lambda _: None
         for each in (*free, signal.SIGALRM):
             signal.signal(each, partial(_end, code))
         signal.setitimer(signal.ITIMER_REAL, GRACE_S)

@@ -45,6 +45,27 @@ def erroneous(words):
 
 sys.exit(guard(erroneous, []))
 """
+# As one that asks an actor of Ray, which is gone.
+THREAD = """
+import sys, threading, time
+from jobs.cli import guard
+
+def working(words):
+    over = threading.Event()
+    def late():
+        over.wait()
+        raise AttributeError("'Worker' object has no attribute 'core_worker'")
+    thread = threading.Thread(target=late, daemon=True)
+    thread.start()
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        over.set()
+        thread.join()
+
+sys.exit(guard(working, []))
+"""
 # At that time Python has given signals back to the system, whose alarm would end it with another code.
 SLOW = """
 import sys, time
@@ -103,8 +124,12 @@ def test_ctrl_c_ends_what_is_stuck(grace_s: float, presses: int, sent: signal.Si
 
 @pytest.mark.parametrize(
     ("program", "sent", "code"),
-    [(WITH_RAY, signal.SIGTERM, 143), (SLOW, signal.SIGINT, 130), (ERRONEOUS, signal.SIGINT, 130)],
-    ids=["while Ray runs, whose core would abort", "an interpreter that is slow to go", "an error that it causes"],
+    [
+        pytest.param(WITH_RAY, signal.SIGTERM, 143, id="while Ray runs, whose core would abort"),
+        pytest.param(SLOW, signal.SIGINT, 130, id="an interpreter that is slow to go"),
+        pytest.param(ERRONEOUS, signal.SIGINT, 130, id="an error that it causes"),
+        pytest.param(THREAD, signal.SIGINT, 130, id="an error that it causes in a thread"),
+    ],
 )
 @pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["alone", "with its group, as timeout does"])
 def test_the_line_is_all_that_is_said(
