@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jobs.artifact import Artifact
 from jobs.bundles import remember_bundle
 from jobs.output import events_to, say
 from jobs.plan import RunPlan, plan_run
@@ -22,7 +23,8 @@ from pipeline.data.pairs.stage import PAIRS
 from pipeline.doctor.readiness import check_ready
 from pipeline.errors import UserError
 from pipeline.evaluate.figure import as_text
-from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph import artifacts as stored
+from pipeline.graph.artifacts import load_artifact
 from pipeline.graph.execute import execute, make_context
 from pipeline.graph.runs import record_run
 from pipeline.progress import counted, duration
@@ -39,7 +41,7 @@ class StageDone:
     artifact: Artifact
 
     def __repr__(self) -> str:
-        ledger = self.artifact.ledger
+        ledger = self.artifact.record.ledger
         lost = (("rejected", ledger.rejected), ("deferred", ledger.deferred))
         counts = [f"{counted(sum(reasons.values()), 'row')} {end}" for end, reasons in lost if reasons]
         return ", ".join([f"{self.stage} done: {self.artifact.key[:12]}", *counts])
@@ -54,7 +56,7 @@ class RunResult:
 
     Attributes:
         plan: Plan that was followed.
-        artifacts: Artefacts of the wanted stages, by stage; none where nothing was stale.
+        artifacts: Artefacts of the wanted stages, by stage.
         seconds: Wall-clock time.
     """
 
@@ -63,10 +65,10 @@ class RunResult:
     seconds: float
 
     def __repr__(self) -> str:
-        if not self.artifacts:
+        if not self.plan.stale:
             return "nothing to do"
         lines = ["", f"{'stage':16}{'rows or samples':>18}{'rejected':>10}{'seconds':>9}  key"]
-        for name, artifact in self.artifacts.items():
+        for name, artifact in ((name, made.record) for name, made in self.artifacts.items()):
             amount = artifact.metrics.get("samples_seen", artifact.ledger.kept)
             rejected = sum(artifact.ledger.rejected.values())
             took = f"{artifact.times['seconds']:.1f}" if name in self.plan.stale else "-"
@@ -98,15 +100,16 @@ def main(arguments: argparse.Namespace) -> int:
             if isinstance(event, RunPlan):
                 record("plan", project=project.config.project, stale=event.stale, keys=event.keys)
             else:
-                made = event.artifact
+                made = event.artifact.record
                 record("stage", stage=event.stage, key=made.key, rows=made.ledger, seconds=made.times["seconds"])
 
         result = run(*asked, arguments.yes, arguments.verbose, tell)
     say(result)
-    if pairs := result.artifacts.get(PAIRS.name):
+    made = {name: artifact.record for name, artifact in result.artifacts.items()}
+    if result.plan.stale and (pairs := made.get(PAIRS.name)):
         file = str(Path(project.config.run.output) / FILE)
         words = shlex.join([arguments.config, *arguments.overrides])  # as it was run now
-        for line in lost_lines(project.store, pairs, result.artifacts.get(CURATION.name), words, file):
+        for line in lost_lines(project.store, pairs, made.get(CURATION.name), words, file):
             say(line)
     say(places(project, result.plan.wanted))
     return 0
@@ -138,27 +141,28 @@ def run(
     tell(plan)
     if not yes:
         plan.check()
-    for verdict in plan.verdicts:
-        wanted = verdict.stage == PAIRS.name and verdict.stage in plan.wanted and verdict.state != "stale"
-        if wanted and (made := load_artifact(project.store, verdict.stage, verdict.key)):
-            check_any_kept(project.store, made)
-    if not plan.stale:
+    made = project.finished(plan.verdicts)
+    if PAIRS.name in plan.wanted & {*made}:
+        check_any_kept(project.store, made[PAIRS.name])
+    if plan.stale:
+        check_ready(project.config, project.store, plan.stale)
+        check_conditions(project.store)
+        asked_for = project.store, project.config.project, project.graph, plan.verdicts
+        record_run(*asked_for, None, project.journal.forgettings, plan.wanted, project.scan.segments)
+        remember_config(project.config)
+        _place_made(project, made)
+        made = _execute(plan, tell)
+    else:
         confirm(plan)
-        return RunResult(plan, {}, time.monotonic() - began)
-    check_ready(project.config, project.store, plan.stale)
-    check_conditions(project.store)
-    asked_for = project.store, project.config.project, project.graph, plan.verdicts
-    record_run(*asked_for, None, project.journal.forgettings, plan.wanted, project.scan.segments)
-    remember_config(project.config)
-    _place_made(project, project.finished(plan.verdicts))
-    return RunResult(plan, _execute(plan, tell), time.monotonic() - began)
+    wanted = {stage: Artifact(project.store, made[stage]) for stage in project.graph if stage in plan.wanted & {*made}}
+    return RunResult(plan, wanted, time.monotonic() - began)
 
 
-def _execute(plan: RunPlan, tell: Tell) -> dict[str, Artifact]:
+def _execute(plan: RunPlan, tell: Tell) -> dict[str, stored.Artifact]:
     project = plan.project
 
-    def on_stage(stage: str, made: Artifact) -> None:
-        tell(StageDone(stage, made))
+    def on_stage(stage: str, made: stored.Artifact) -> None:
+        tell(StageDone(stage, Artifact(project.store, made)))
         _place(project, stage, made)
         if stage == PAIRS.name:
             _list_lost(project, made)
@@ -169,7 +173,7 @@ def _execute(plan: RunPlan, tell: Tell) -> dict[str, Artifact]:
         if node.kind == "result":
             tell_result(make_context(replace(node, inputs=()), made.key, {}, project.store, project.config), made)
 
-    def report(running: Sequence[Artifact], artifacts: Mapping[str, Artifact]) -> None:
+    def report(running: Sequence[stored.Artifact], artifacts: Mapping[str, stored.Artifact]) -> None:
         from pipeline.report.page import write_report
 
         write_report(project.store, project.config, project.graph, artifacts, project.report, running)
@@ -178,7 +182,7 @@ def _execute(plan: RunPlan, tell: Tell) -> dict[str, Artifact]:
     return execute(project.graph, project.plan(), plan.wanted, *told)
 
 
-def _place(project: Project, stage: str, made: Artifact) -> None:
+def _place(project: Project, stage: str, made: stored.Artifact) -> None:
     """Writes images, or where the bundle is, into the run's output folder."""
     output = Path(project.config.run.output)
     if stage == "bundle":
@@ -190,7 +194,7 @@ def _place(project: Project, stage: str, made: Artifact) -> None:
         materialise(project.store, made.blobs, output / "samples", replace=True)
 
 
-def _list_lost(project: Project, pairs: Artifact, curation: Artifact | None = None) -> None:
+def _list_lost(project: Project, pairs: stored.Artifact, curation: stored.Artifact | None = None) -> None:
     """Writes which rows were lost into the run's output folder, unless it says so already."""
     from pipeline.report.page import replace_file
 
@@ -201,7 +205,7 @@ def _list_lost(project: Project, pairs: Artifact, curation: Artifact | None = No
     replace_file(path, lost_text(project.store, pairs, curation))
 
 
-def _place_made(project: Project, made: Mapping[str, Artifact]) -> None:
+def _place_made(project: Project, made: Mapping[str, stored.Artifact]) -> None:
     """Writes images, lost rows and where the bundle is, as far as made: there may be those of another configuration."""
     for stage, artifact in made.items():
         _place(project, stage, artifact)

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jobs.artifact import Artifact as Artifact
     from jobs.export import ExportResult as ExportResult
     from jobs.export import export as export
     from jobs.look import look as look
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from pipeline.errors import UserError as UserError
     from pipeline.look.overview import Look as Look
     from pipeline.sampling.nearest import TrainingImage as TrainingImage
-    from unclip.artifact import Artifact as Artifact
     from unclip.image import DrawnImage as DrawnImage
     from unclip.image import ImageLike as ImageLike
     from unclip.model import Model as Model
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _PLACES = {
-    "Artifact": "unclip.artifact",
+    "Artifact": "jobs.artifact",
     "CorruptObject": "pipeline.errors",
     "DrawnImage": "unclip.image",
     "ExportResult": "jobs.export",

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from jobs.artifact import Artifact
 from jobs.bundles import Bundle
 from jobs.plan import RunPlan, plan_run
 from jobs.project import Project as Opened
@@ -17,7 +18,6 @@ from pipeline.config import resolved_values
 from pipeline.data.curation.reading import PairReader
 from pipeline.data.curation.stage import READS
 from pipeline.graph.stages import Stage
-from unclip.artifact import Artifact
 from unclip.pairs import Pairs
 
 if TYPE_CHECKING:

@@ -282,7 +282,7 @@ def examples() -> Iterator[doctest.DocTest]:
     """The docstrings of every public class and function, and of its methods."""
     for name in unclip.__all__:
         thing = getattr(unclip, name)
-        if getattr(thing, "__module__", "").startswith(("unclip.", "jobs.look", "jobs.export")):
+        if getattr(thing, "__module__", "").startswith(("unclip.", "jobs.artifact", "jobs.look", "jobs.export")):
             yield from doctest.DocTestFinder(exclude_empty=False).find(thing, name)
 
 
