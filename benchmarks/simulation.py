@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.data.curation.near_rows import GROUP_ROWS
 from pipeline.data.embeddings.stage import TASK_BYTES
 from pipeline.data.neighbours.work import MAX_CLUSTERS, PROBES, comparisons
-from pipeline.data.pairs.stage import PAIRS
+from pipeline.data.pairs.stage import ROW_SECONDS
 from pipeline.data.source.stage import SEGMENT_SHARDS
 
 Constants = dict[str, dict[str, float]]
@@ -49,7 +49,7 @@ class Simulation:
     def fetch_seconds(self, rows: float) -> float:
         """Returns the seconds of all fetchers: each as fast as the web lets it be, or as its core decodes."""
         web = self._last("web")
-        return rows * max(web["kept"] / web["images_per_second"], PAIRS.row_seconds) / FETCHERS
+        return rows * max(web["kept"] / web["images_per_second"], ROW_SECONDS) / FETCHERS
 
     def near_seconds(self, rows: float) -> float:
         """Returns the seconds of all workers that look for near-duplicates."""

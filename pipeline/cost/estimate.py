@@ -18,7 +18,6 @@ from pipeline.cost.devices import DEVICES, UNKNOWN, Device, Fleet
 from pipeline.cost.memory import SAVED_STATE, Footprint, footprint, host_memory, state_parts
 from pipeline.cost.observed import Observation, Observations, paces, shape
 from pipeline.data.embeddings.stage import TASK_BYTES
-from pipeline.data.neighbours.work import PAIR_SECONDS, ROW_SECONDS, comparisons
 from pipeline.data.source.passes import TASK_BYTES as LIST_TASK_BYTES
 from pipeline.graph.keys import flatten
 from pipeline.graph.resources import DECODERS, Machine, Resources, WorkerGroup, cores, team_of
@@ -227,19 +226,29 @@ def amount(stage: str, ask: PlanInput) -> float:
         return 1 if ask.fetches(stage) else ask.graph[stage].recipe.samples
     if kind == "result":
         return _operations(ask.graph[stage].passes_of(ask.recipes, ask.held_out * ask.rows), ask)
-    rows = ask.unread if kind == "source" and ask.unread is not None else ask.rows
-    return 0 if kind == "bundle" else rows * row_weight(stage, rows, ask)
+    return 0 if kind == "bundle" else _work(stage, _rows(stage, ask), ask)
 
 
-def row_weight(stage: str, rows: float, ask: PlanInput) -> float:
-    """Returns how often a row's own time a row of a list takes, of which near ones are compared."""
-    recipe = ask.graph[stage].recipe
-    near = getattr(recipe, "near_duplicate", None) is not None or getattr(recipe, "near_held_out", None) is not None
-    return 1 + near * comparisons(rows) * PAIR_SECONDS / ROW_SECONDS
+def _rows(stage: str, ask: PlanInput) -> float:
+    """Returns the rows that a stage of rows makes."""
+    return ask.unread if ask.graph[stage].kind == "source" and ask.unread is not None else ask.rows
+
+
+def row_seconds(stage: str, rows: float, ask: PlanInput) -> float:
+    """Returns the seconds of one core that are assumed for one of ``rows`` rows; 0 where networks make them."""
+    node = ask.graph[stage]
+    return node.row_seconds(node.recipe, rows) if node.row_seconds else 0.0
+
+
+def _work(stage: str, rows: float, ask: PlanInput) -> float:
+    """Returns what the time of a stage of rows grows with: rows, weighted by the time that one takes among so many."""
+    return rows * (row_seconds(stage, rows, ask) or 1.0)
 
 
 def _amount_seen(stage: str, one: Observation, ask: PlanInput) -> float:
-    return _operations(one.passes, ask) if one.passes else one.amount * row_weight(stage, one.amount, ask)
+    if one.passes:
+        return _operations(one.passes, ask)
+    return one.amount if ask.graph[stage].kind == "training" else _work(stage, one.amount, ask)
 
 
 def _operations(passes: Mapping[str, float], ask: PlanInput) -> float:
@@ -263,10 +272,11 @@ def _counted(stage: str, ask: PlanInput, workers: int, on_gpus: bool) -> tuple[f
         decoders = resources(stage, ask)[1] or workers  # a worker without helpers decodes on a thread of its own
         each = max(encode_seconds(ask), decode_seconds(ask) * workers / decoders)
         return START_SECONDS["gpus"], ask.rows * max(each / workers, driver_seconds(ask))
-    each = node.row_seconds
+    rows = _rows(stage, ask)
+    each = row_seconds(stage, rows, ask)
     if any(ask.graph[name].kind == "training" for name in node.inputs):
         each += encode_seconds(ask) + decode_seconds(ask)
-    return START_SECONDS["data"] if workers > 1 else 0.0, each * amount(stage, ask) / workers
+    return START_SECONDS["data"] if workers > 1 else 0.0, each * rows / workers
 
 
 def _trained(stage: str, ask: PlanInput, workers: int) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from pipeline.cost.estimate import (
     rate,
     resources,
     row_bytes,
-    row_weight,
+    row_seconds,
     save,
     step_of,
     step_seconds,
@@ -156,12 +156,12 @@ def remarks(costs: Mapping[str, Cost], ask: PlanInput, verbose: bool = True) -> 
             f"{assumed.COMPILE_SECONDS:.0f} s, launching a kernel {1e6 * assumed.LAUNCH_SECONDS:.0f} us"
         )
     guessed = by_basis.get("guess", ())
-    rows = {name: ask.graph[name].row_seconds * row_weight(name, ask.rows, ask) for name in guessed}
+    rows = {name: row_seconds(name, ask.rows, ask) for name in guessed}
     if rows := {name: seconds for name, seconds in rows.items() if seconds}:
         yield f"assumed: microseconds of a core for a row: {', '.join(f'{n} {1e6 * s:.0f}' for n, s in rows.items())}"
     for name in guessed:
         if ask.graph[name].kind == "source" and (workers := resources(name, ask)[0]) > 1:
-            alone = duration(ask.rows * ask.graph[name].row_seconds)
+            alone = duration(ask.rows * row_seconds(name, ask.rows, ask))
             yield f"{name}: a list of many files, read by {workers} workers; a list of one file takes {alone}"
     if held := {name: row_bytes(name, ask) for name in guessed if ask.graph[name].row_bytes}:
         yield f"assumed: bytes of a row in the store: {', '.join(f'{name} {size(one)}' for name, one in held.items())}"

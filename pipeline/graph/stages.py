@@ -99,7 +99,8 @@ class Stage:
         show: Function of the store and of the artefact that returns the stage's section of the report: numbers, text
             and images, as encoded bytes, by name.
         counts_list: The ledger counts all rows of the list that earlier stages kept.
-        row_seconds: Seconds of one core that a row takes, for estimates before anything was measured.
+        row_seconds: Function of the recipe and of the number of rows that returns the seconds of one core that a row
+            takes, for estimates before anything was measured, and how that grows with the rows.
         row_bytes: Function of the recipe, the number of rows and the dimension of an embedding that returns the bytes
             that are stored for a row, likewise.
         passes_of: Function of all recipes and of the number of held-out rows that returns the forward passes of each
@@ -130,7 +131,7 @@ class Stage:
     warn: Callable[[Stage, Any], Iterator[str]] | None = None
     show: Callable[[Store, Artifact], Mapping[str, Any]] | None = None
     counts_list: bool = False
-    row_seconds: float = 0.0
+    row_seconds: Callable[[Any, float], float] | None = None
     row_bytes: Callable[[Any, int, int], float] | None = None
     passes_of: Callable[[Recipes, float], dict[str, float]] = lambda recipes, held_out: {}
     few: Callable[[Any, bool], dict[str, Any]] | None = None

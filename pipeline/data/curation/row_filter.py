@@ -100,5 +100,5 @@ FILTER = Stage(
     settings=ShardSettings,
     section="curation",
     on_demand=True,
-    row_seconds=5e-5,
+    row_seconds=lambda *_: 5e-5,
 )

@@ -17,7 +17,7 @@ from pipeline.data.curation.rejected import Rejected, rejected_table
 from pipeline.data.curation.row_filter import FilterRecipe, captioned_rows, reject_without_clip
 from pipeline.data.embeddings.scores import score_column
 from pipeline.data.neighbours.blocks import as_input
-from pipeline.data.neighbours.work import ROW_SECONDS
+from pipeline.data.neighbours.work import PAIR_SECONDS, ROW_SECONDS, comparisons
 from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_table
@@ -168,6 +168,11 @@ def _warn(stage: Stage, found: Any) -> Iterator[str]:
         )
 
 
+def _row_seconds(recipe: CurationRecipe, rows: float) -> float:
+    near = recipe.near_duplicate is not None or recipe.near_held_out is not None
+    return ROW_SECONDS + near * comparisons(rows) * PAIR_SECONDS
+
+
 CURATION = Stage(
     "curation",
     version=3,
@@ -179,5 +184,5 @@ CURATION = Stage(
     fits=_fits,
     warn=_warn,
     counts_list=True,
-    row_seconds=ROW_SECONDS,
+    row_seconds=_row_seconds,
 )

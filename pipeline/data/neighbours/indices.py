@@ -6,7 +6,6 @@ list of its inverted file, of which a query reads those that it looks in.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, product
@@ -27,6 +26,7 @@ from pipeline.data.neighbours.blocks import (
     read_samples,
     run_pass,
 )
+from pipeline.data.neighbours.work import lists_of
 from pipeline.data.pairs.row_index import SPLITS
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards
 from pipeline.graph.packs import read_pieces, write_pack
@@ -42,10 +42,6 @@ from pipeline.store.records import read_blob
 FLAT_BLOCK_ROWS = 1 << 16  # vectors of a block
 CODED_BLOCK_ROWS = 1 << 22  # codes of a block: a query reads some lists of each, by requests of their own
 TRAINING_SAMPLES = 1 << 16  # training rows that the codes are trained on, at least
-# Lists of an inverted file, at most. There are about as many as the root of the training rows: comparing a query with
-# them takes as long as with the rows of one. A row of 768 components takes 30 us of a core with 1,024 lists and 127 us
-# with 8,192 (2026-12-03).
-LISTS = 8192
 LIST_SAMPLES = 39  # a list, at least: faiss's own advice
 CODE_COMPONENTS = 8  # components of a vector in one byte of its code
 
@@ -128,11 +124,6 @@ def make_indices(ctx: Context) -> Artifact:
     tasks = [pass_task(ctx, block.number, "index", own) for block, own in zip(blocks, inputs, strict=True)]
     rows = sum(block.rows for block in blocks)
     return map_shards(ctx, tasks, OneThread(MakeIndex(ctx.store)), "rows", rows)
-
-
-def lists_of(rows: int) -> int:
-    """Returns the number of lists for ``rows`` training rows: a power of two near their root, LISTS at most."""
-    return min(LISTS, 1 << round(math.log2(max(1, rows)) / 2))
 
 
 def _train(ctx: Context, inputs: Sequence[Mapping[str, ShardRow]], rows: int) -> ShardRow:

@@ -13,6 +13,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.data.neighbours.work import INDEXED_SECONDS, LIST_SECONDS, lists_of
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context, Stage
 from pipeline.settings import ShardSettings
@@ -37,6 +38,10 @@ def run_index(ctx: Context) -> Artifact:
     return make_indices(ctx)
 
 
+def _row_seconds(recipe: IndexRecipe, rows: float) -> float:
+    return INDEXED_SECONDS + (rows > recipe.flat_rows) * lists_of(rows) * LIST_SECONDS
+
+
 INDEX = Stage(
     "index",
     version=2,
@@ -44,7 +49,7 @@ INDEX = Stage(
     inputs=("embeddings", "curation"),
     run=run_index,
     settings=ShardSettings,
-    row_seconds=5e-5,
+    row_seconds=_row_seconds,
     # float16, or of many a code of a byte for 8 components and a number
     row_bytes=lambda recipe, rows, dim: 2 * dim if rows <= recipe.flat_rows else dim / 8 + 8,
 )

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pipeline.data.pairs.packer import Packer
 
 LONG = 16  # shards of a list that is worth a process where workers share what they know of sites
+# Of the worker and its decoder; waiting for dead links takes none, as others are asked meanwhile.
+ROW_SECONDS = 0.02
 BYTES_A_PIXEL = 0.25  # of a stored image, as wide as it is high
 
 
@@ -82,6 +84,6 @@ PAIRS = Stage(
     settings=PairsSettings,
     given=lambda config: config.source,  # for paths that rows may name
     counts_list=True,
-    row_seconds=0.02,  # of the worker and its decoder; waiting for dead links takes none, as others are asked meanwhile
+    row_seconds=lambda *_: ROW_SECONDS,
     row_bytes=lambda recipe, *_: BYTES_A_PIXEL * recipe.image_size**2,
 )

@@ -26,6 +26,7 @@ from pipeline.cost.estimate import (
     cores_a_gpu,
     estimate,
     model_size,
+    row_seconds,
     save,
     step_seconds,
 )
@@ -338,6 +339,13 @@ def test_curation_is_planned_by_the_constants_that_were_measured_as_a_simulation
     assert plain.seconds - plain.startup == pytest.approx(10**8 * ROW_SECONDS / 64)
 
 
+def test_a_row_of_the_index_takes_longer_the_more_lists_there_are() -> None:
+    """As was measured with 1,024, 4,096 and 8,192 lists, which 2 to the power of twice as many rows have."""
+    index = asked(paper())
+    taken = [1e6 * row_seconds("index", rows, index) for rows in (10**6, 2**20 + 1, 2**24, 2**26, 650 * 10**6)]
+    assert taken == pytest.approx([16, 30, 71, 127, 127], rel=0.03)
+
+
 def test_a_list_is_read_by_as_many_workers_as_it_is_worth() -> None:
     """One file is read by one process, which a plan says beside the time of workers."""
     config = load_config(ROOT / "configs/nano.yaml", ["run.source.workers=8"])
@@ -348,7 +356,7 @@ def test_a_list_is_read_by_as_many_workers_as_it_is_worth() -> None:
         "source: a list of many files, read by 8 workers; a list of one file takes 8 h 53 min"
     ]
     opened, stored = (estimate("source", replace(many, unread=rows)) for rows in (10**9, 0))
-    assert (opened.cores, opened.seconds, stored.seconds) == (1, 10**9 * many.graph["source"].row_seconds, 0)
+    assert (opened.cores, opened.seconds, stored.seconds) == (1, 10**9 * row_seconds("source", 10**9, many), 0)
 
 
 # --- bytes and money --------------------------------------------------------------------------------------------------
