@@ -226,12 +226,15 @@ def amount(stage: str, ask: PlanInput) -> float:
         return 1 if ask.fetches(stage) else ask.graph[stage].recipe.samples
     if kind == "result":
         return _operations(ask.graph[stage].passes_of(ask.recipes, ask.held_out * ask.rows), ask)
-    return 0 if kind == "bundle" else _work(stage, _rows(stage, ask), ask)
+    return _work(stage, _rows(stage, ask), ask)
 
 
 def _rows(stage: str, ask: PlanInput) -> float:
-    """Returns the rows that a stage of rows makes."""
-    return ask.unread if ask.graph[stage].kind == "source" and ask.unread is not None else ask.rows
+    """Returns the rows that a stage reads itself."""
+    kind = ask.graph[stage].kind
+    if kind == "source" and ask.unread is not None:
+        return ask.unread
+    return 0 if kind == "bundle" else ask.rows
 
 
 def row_seconds(stage: str, rows: float, ask: PlanInput) -> float:

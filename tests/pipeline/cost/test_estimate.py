@@ -323,6 +323,7 @@ def test_data_stages_grow_with_pairs_and_trainings_do_not() -> None:
         assert large[stage].seconds > 20 * small[stage].seconds, stage
         assert large[stage].disk == pytest.approx(100 * small[stage].disk), stage
     assert all(large[stage] == small[stage] for stage in MODELS)
+    assert large["bundle"].seconds == 0  # it names models, and reads no row
 
 
 def test_curation_is_planned_by_the_constants_that_were_measured_as_a_simulation_counts_it() -> None:
