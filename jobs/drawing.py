@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from jobs.output import say
 from models.sampling_config import OTHER_NAMES, SamplingConfig
 from pipeline.errors import UserError
 from pipeline.parse import parse, read_value
@@ -83,12 +82,12 @@ def writable(place: Path, single: bool) -> Path:
     return place
 
 
-def write_png(path: Path, pixels: np.ndarray, recipe: ImageRecipe, more: Mapping[str, str] | None = None) -> None:
-    """Writes an image, uint8 [height, width, 3], with its recipe, and says where."""
+def write_png(path: Path, pixels: np.ndarray, recipe: ImageRecipe, more: Mapping[str, str] | None = None) -> Path:
+    """Writes an image, uint8 [height, width, 3], with its recipe, and returns its file."""
     from pipeline.sampling.drawing import png_with_text
 
     path.write_bytes(png_with_text(pixels, {**recipe.chunks(), **(more or {})}))
-    say(path)
+    return path
 
 
 def file_name(words: str, request: Mapping[str, Any], seed: int) -> str:

@@ -53,7 +53,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.to and not single:
         for row, pixels in zip(done.rows, edit.images[edit.given :], strict=True):
             one = done.of(row)
-            write_png(where / f"{_name(one, files)}.png", pixels, one)
+            say(write_png(where / f"{_name(one, files)}.png", pixels, one))
         return 0
     suffix = ".webp" if vars(arguments).get("animate") else ".png"
     path = where if single else where / f"{_name(replace(done, strip=True), files)}{suffix}"
@@ -73,9 +73,9 @@ def write_strip(path: Path, edit: Edit, recipe: ImageRecipe) -> None:
     whole, names = replace(recipe, strip=True), {"images": json.dumps(edit.names)}
     if path.suffix.lower() in ANIMATIONS:
         path.write_bytes(animation(edit.images, {**whole.chunks(), **names}, path.suffix[1:].lower()))
-        say(path)
     else:
         write_png(path, strip(edit.images), whole, names)
+    say(path)
     for i, name in enumerate(edit.names, 1):
         say(f"  {i}: {name}")
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jobs.bundles import find_bundle
 from jobs.output import say
@@ -32,82 +34,126 @@ VALUE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
 ENOUGH = 1000  # pairs, below which models memorise images
 
 
+@dataclass(frozen=True)
+class InitResult:
+    """Describes a configuration that was written.
+
+    Attributes:
+        path: File of the configuration.
+        remarks: Lines about the list, its models, and the rows that a run would reject.
+        first: Change that is to be made before anything can run; "" if none is.
+        commands: Commands to type next.
+    """
+
+    path: Path
+    remarks: tuple[str, ...]
+    first: str
+    commands: tuple[str, ...]
+
+
 def main(arguments: argparse.Namespace) -> int:
     """Writes the configuration and says what to do next."""
-    arguments.name = arguments.name.removesuffix(".yaml")
-    if "/" in arguments.name or (Path(arguments.name).exists() and not arguments.sources):
-        raise UserError(f"unclip init NAME SOURCE: a name comes first; write unclip init my-project {arguments.name}")
-    check_project(arguments.name)
-    if word := next((each for each in arguments.sources if VALUE.match(each) and not Path(each).exists()), None):
-        raise UserError(
-            f"{word}: init takes lists and no KEY=VALUE; write it into {arguments.name}.yaml once that is there"
-        )
-    path = Path(f"{arguments.name}.yaml")
+    reading = {name: getattr(arguments, name) for name in READING}
+    made = init(arguments.name, arguments.sources, arguments.origin, **reading)
+    say(f"{made.path} written; its comments explain what you can change")
+    for remark in made.remarks:
+        say(remark)
+    if made.first:
+        say(f"next: {made.first}")
+    say("\n    ".join(["then:" if made.first else "next:", *made.commands]))
+    return 0
+
+
+def init(name: str, sources: Sequence[str] = (), origin: str | None = None, **reading: Any) -> InitResult:
+    """Writes NAME.yaml, a commented configuration for pairs of one's own.
+
+    Args:
+        name: Name of the project.
+        sources: Lists as in ``source.paths``.
+        origin: Bundle to go on from.
+        reading: Fields of ``source``, those of READING.
+
+    Raises:
+        UserError: For a name that is taken or is none, and for lists that cannot be read.
+    """
+    name = name.removesuffix(".yaml")
+    if "/" in name or (Path(name).exists() and not sources):
+        raise UserError(f"unclip init NAME SOURCE: a name comes first; write unclip init my-project {name}")
+    check_project(name)
+    if word := next((each for each in sources if VALUE.match(each) and not Path(each).exists()), None):
+        raise UserError(f"{word}: init takes lists and no KEY=VALUE; write it into {name}.yaml once that is there")
+    path = Path(f"{name}.yaml")
     if path.exists():
         raise UserError(f"{path} exists already and is not overwritten; remove it, or choose another name")
-    reading = {name: getattr(arguments, name) for name in READING}
-    source = SourceRecipe(tuple(map(pinned, arguments.sources)) or ("pairs.csv",), **reading)
+    source = SourceRecipe(tuple(map(pinned, sources)) or ("pairs.csv",), **reading)
     lists = [behind_embeddings(Path(os.path.expanduser(folder)), source) for folder in embedded(source)]
     fetched = all(metadata for metadata, _ in lists) and len(lists) == len(source.paths)
     if fetched:
         source = SourceRecipe(tuple(metadata for metadata, _ in lists), **reading)
-    seen = preview_named(source) if arguments.sources else None
-    origin = Path(os.path.abspath(find_bundle(arguments.origin).folder)) if arguments.origin else None
+    seen = preview_named(source) if sources else None
+    start = Path(os.path.abspath(find_bundle(origin).folder)) if origin else None
     gpu = _has_gpu()
-    text = starter(arguments.name, gpu, source, seen, origin)
-    trains, bare = origin is None and not existing_clip(gpu, source, seen), embedded(source)
-    imageless = len(bare) == len(source.paths)
+    text = starter(name, gpu, source, seen, start)
     with open(path, "x", encoding="utf-8") as file:
         file.write(text)
-    say(f"{path} written; its comments explain what you can change")
-    context = load_config(path).clip.model.text_context
     if seen is None:
-        say(f"next: name your list in place of {source.paths[0]} below source: paths: in {path}")
-        say(f"then:\n    unclip doctor {path}")
-        return 0
-    for line in _remarks(seen, context):
-        say(line)
+        first = f"name your list in place of {source.paths[0]} below source: paths: in {path}"
+        return InitResult(path, (), first, (f"unclip doctor {path}",))
+    remarks = [*_remarks(seen, load_config(path).clip.model.text_context)]
+    bare, imageless = embedded(source), len(embedded(source)) == len(source.paths)
     if not imageless and (line := _left_out(seen)):
-        say(line)
+        remarks.append(line)
     if fetched:
-        say(
+        remarks.append(
             f"{source.paths[0]}: the list of images from which the embeddings beside it were made; a run fetches them, "
             "and all models train. For priors alone, on the embeddings, name their folder in source.paths and their "
             "CLIP in clip.weights"
         )
     if bare:
         here = next((f" ({folder} has them)" for _, folder in lists if folder), "")
-        say(
+        remarks.append(
             f"{bare[0]}: embeddings, without images: clip.weights in {path} has to name the CLIP that made them, and "
             f"only priors train on them; name images with captions as another source{here}, and all models train"
         )
-    elif origin is None and not trains:
-        say(
-            f"clip.weights names a pretrained CLIP, a download of 0.6 GB: with fewer than {CLIP_PAIRS:,} pairs it is "
-            "better than one trained on them"
-        )
-    if seen.pairs < CLIP_PAIRS and trains:
-        say(
+    if start is None:
+        remarks += _clip_remarks(seen, path, existing_clip(gpu, source, seen), bool(bare))
+    if first := _blocked(seen):
+        return InitResult(path, tuple(remarks), first, (f"unclip doctor {path}",))
+    until = " --until diffusion_prior" if imageless else ""
+    look = () if gpu or until or start else (f"unclip run {path} preset=nano    # a first look, in minutes",)
+    return InitResult(path, tuple(remarks), "", (f"unclip doctor {path}", *look, f"unclip run {path}{until}"))
+
+
+def _clip_remarks(seen: ListPreview, path: Path, exists: bool, bare: bool) -> Iterator[str]:
+    """Yields which CLIP a configuration has, one that ``exists`` or one that trains on the list, and warnings."""
+    if exists:
+        if not bare:
+            yield (
+                f"clip.weights names a pretrained CLIP, a download of 0.6 GB: with fewer than {CLIP_PAIRS:,} pairs it "
+                "is better than one trained on them"
+            )
+        return
+    if seen.pairs < CLIP_PAIRS:
+        yield (
             f"warning: a CLIP trained on fewer than {CLIP_PAIRS:,} pairs is poor; use an existing one, which is slow "
             f"without a GPU: uncomment clip.weights in {path}, or go on from a run's models with --from"
         )
-    if 2 * seen.framed.rows > seen.rows and trains:
-        say(
+    if 2 * seen.framed.rows > seen.rows:
+        yield (
             f"warning: every caption of {seen.framed.rows:,} of {seen.rows:,} rows begins or ends with words that many "
             f"share, such as {seen.framed.words!r}, and a CLIP that trains on them learns those words, not the "
             f"objects; add the bare text as a second caption of each row: {page('captions')}"
         )
+
+
+def _blocked(seen: ListPreview) -> str:
+    """Returns what to do about a list of whose images a run could read almost none; "" for any other."""
     blocked = len(seen.forbidden) + len(seen.private) + len(seen.unopened)
-    if blocked >= NEARLY_ALL * (seen.rows + len(seen.forbidden)):  # and so where there is no row
-        first = place_advice("forbidden_reference", seen.forbidden) or place_advice("forbidden_address", seen.private)
-        first = first or (seen.unopened and "mend the images named above") or "name another list"
-        say(f"next: no run reads these images as it stands; {first}")
-        say(f"then:\n    unclip doctor {path}")
-        return 0
-    until = " --until diffusion_prior" if imageless else ""
-    first = "" if gpu or until or origin else f"    unclip run {path} preset=nano    # a first look, in minutes\n"
-    say(f"next:\n    unclip doctor {path}\n{first}    unclip run {path}{until}")
-    return 0
+    if blocked < NEARLY_ALL * (seen.rows + len(seen.forbidden)):  # never where there is no row
+        return ""
+    advice = place_advice("forbidden_reference", seen.forbidden) or place_advice("forbidden_address", seen.private)
+    advice = advice or (seen.unopened and "mend the images named above") or "name another list"
+    return f"no run reads these images as it stands; {advice}"
 
 
 def preview_named(source: SourceRecipe) -> ListPreview:

@@ -66,7 +66,7 @@ def main(arguments: argparse.Namespace) -> int:
             before, drawn = open_image(path), draw_recipe(unclip, new, images)
             for row, pixels in zip(done.rows, drawn, strict=True):
                 one = done.of(row)
-                write_png(where if single else where / _name(path, one), pixels, one)
+                say(write_png(where if single else where / _name(path, one), pixels, one))
             if len(drawn) == 1:
                 compared = _compared(drawn[0], before)
                 say(f"  {compared}")

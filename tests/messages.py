@@ -41,11 +41,15 @@ def text(node: ast.expr) -> str:
 
 
 def messages(file: Path) -> Iterator[str]:
-    """Yields the messages of a file, in order, each on a line."""
-    calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
-    for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset)):
-        name = getattr(call.func, "id", getattr(call.func, "attr", ""))
-        for argument in call.args[SAID[name] :] if name in SAID else ():
+    """Yields the messages of a file, in order, each on a line: what is said, and what is yielded for others to say."""
+    nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call | ast.Yield)]
+    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            arguments = node.args[SAID[name] :] if name in SAID else []
+        else:
+            arguments = [node.value] if node.value else []
+        for argument in arguments:
             if " " in (found := text(argument)):
                 yield found.replace("\n", "\\n")
 

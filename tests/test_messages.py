@@ -22,9 +22,16 @@ def test_literals_with_values_are_found_wherever_they_are_raised_or_printed(tmp_
         'Finding("problem", "nodes", "does not answer")\n'
         'say("one\\ntwo three")\n'
         'other("not a message")\n'
+        'def remarks():\n    yield f"{rows} rows"\n    yield other\n'
         "say(text)\n"
     )
-    assert list(messages(file)) == ["{path}: not here at all", "of %s: %s", "does not answer", "one\\ntwo three"]
+    assert list(messages(file)) == [
+        "{path}: not here at all",
+        "of %s: %s",
+        "does not answer",
+        "one\\ntwo three",
+        "{rows} rows",
+    ]
 
 
 def test_every_page_that_a_text_names_is_there() -> None:
