@@ -93,11 +93,14 @@ def export(
         raise UserError(f"unknown format {format}; use one of {', '.join(LOADING)}")
     if to.endswith(SUFFIX):
         if format == "diffusers":
-            raise UserError("--format diffusers writes a folder; name one with --to, or leave --format out")
+            raise UserError(
+                f"{to} is a file, and the format diffusers is a folder; name a folder, or the format bundle"
+            )
         return _export_file(source, to, overrides, licenses)
     if licenses:
         raise UserError(
-            f"--license: training images are packed into a single file only; name one, such as --to my{SUFFIX}"
+            f"{to} is a folder, and training images are packed into a single file only; name one, such as my{SUFFIX}, "
+            "or no licences"
         )
     return _export_folder(source, to, overrides, format)
 
@@ -106,7 +109,7 @@ def _export_folder(source: str, to: str, overrides: Sequence[str], format: str) 
     """Writes a bundle as a folder, in a format."""
     target, remarks = open_store(to), tuple[str, ...]()
     if next(target.list(""), None) is not None:
-        raise UserError(f"{to} is not empty; name a new folder with --to")
+        raise UserError(f"{to} is not empty; name a new folder")
     with tempfile.TemporaryDirectory() as made:
         if format == "diffusers" or (Path(source) / INDEX).is_file():
             remarks = _convert(source, overrides, format, Path(made))
@@ -131,7 +134,7 @@ def _export_file(source: str, to: str, overrides: Sequence[str], licenses: Colle
     place, _, name = to.rpartition("/")
     target = open_store(place or ".")
     if target.stat(name) is not None:
-        raise UserError(f"{to} exists already; name another file with --to")
+        raise UserError(f"{to} exists already; name another file")
     bundle, remarks = find_bundle(source, overrides), tuple[str, ...]()
     with tempfile.TemporaryDirectory() as made:
         folder, file = Path(made, "bundle"), Path(made, name)
@@ -146,7 +149,7 @@ def _export_file(source: str, to: str, overrides: Sequence[str], licenses: Colle
         if licenses:
             training = bundle.training()
             if not isinstance(training, StoredImages):
-                raise UserError(f"--license: {source} has no store to take images from; leave it out")
+                raise UserError(f"{source} has no store to take training images from; name no licences")
             carried, rows = carry(training, set(licenses), folder)
             remarks = (
                 f"{carried:,} of {rows:,} training images ({', '.join(licenses)}) travel along, "
@@ -159,7 +162,7 @@ def _export_file(source: str, to: str, overrides: Sequence[str], licenses: Colle
         sha256 = pack(folder, file)
         size = file.stat().st_size
         if not target.create(name, file, move=True):
-            raise UserError(f"{to} exists already; name another file with --to")
+            raise UserError(f"{to} exists already; name another file")
     return ExportResult(1, size, remarks, sha256)
 
 

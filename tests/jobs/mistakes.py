@@ -164,7 +164,7 @@ init my apart                                     | no row has a caption, ~a.txt
 init my suffixes                                  | no row has a caption, ~1 .txt without an image (such as a.jpg.txt)
 generate gone.txt --from none                     | gone.txt: cannot be read (No such file or directory)
 generate book.docx --from none                    | book.docx: not a list of prompts; give a .txt with a prompt a line
-export none --to photos                           | photos is not empty; name a new folder with --to
+export none --to photos                           | photos is not empty; name a new folder
 edit vary drawing.svg --from none                 | drawing.svg: cannot be used (not_an_image
 edit vary cat.gif --from none -o strip.jpg        | --to strip.jpg: the output is a .png file
 show mine.yaml decoder                            | no artefact in ~unclip show without a key lists

@@ -145,13 +145,16 @@ def test_a_program_exports_what_the_command_does_and_nothing_is_printed(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--to", "fox.zip"), "fox.zip exists already; name another file with --to"),
+        (("--to", "fox.zip"), "fox.zip exists already; name another file"),
         (
             ("--to", "a.zip", "--license", "CC-BY"),
             "no training image has the licence CC-BY; the list names CC-BY 4.0, unknown",
         ),
-        (("--to", "a.zip", "--format", "diffusers"), "--format diffusers writes a folder"),
-        (("--to", "a", "--license", "CC0"), "--license: training images are packed into a single file only"),
+        (("--to", "a.zip", "--format", "diffusers"), "a.zip is a file, and the format diffusers is a folder"),
+        (
+            ("--to", "a", "--license", "CC0"),
+            "a is a folder, and training images are packed into a single file only",
+        ),
         (("--to", "a.zip", "--license", "CC0"), "no training image has the licence CC0"),  # of the held-out one
     ],
 )
@@ -160,7 +163,9 @@ def test_what_cannot_be_packed(
 ) -> None:
     Path("fox.zip").touch()
     assert main(["export", str(folder / "out"), *words]) == 2
-    assert says in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert says in said
+    assert "--" not in said  # as a program that calls unclip.export has not written
     assert [path.name for path in Path().iterdir()] == ["fox.zip"]
 
 

@@ -114,7 +114,7 @@ def test_to_diffusers_and_back(run: Path, draw: Draw, tmp_path: Path) -> None:
     assert done(here("export", "theirs", "--to", "back", "-q", cwd=tmp_path)) == ""
     (after,) = draw("sample", "a red heart", "--from", "back")
     assert pixels(after) == before
-    refused("export", run, "--to", tmp_path / "back", says=["is not empty; name a new folder with --to"])
+    refused("export", run, "--to", tmp_path / "back", says=["is not empty; name a new folder"])
     refused("export", run, "a.b=1", "--to", tmp_path / "new", says=["a.b=1", "is not a project"])
 
 
