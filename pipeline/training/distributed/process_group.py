@@ -98,7 +98,7 @@ class ProcessGroup:
         if self.sharded or self.size == 1:
             return module
         # Gradients lie in the buckets that are sent. Buffers are the same everywhere: statistics take one worker.
-        return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(module, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
     @contextmanager
     def accumulation(self, module: nn.Module, last: bool) -> Iterator[None]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pipeline.errors import UserError
@@ -228,6 +229,12 @@ def test_gpus_wait_for_each_other_as_long_as_they_are_told(sharded: bool, monkey
     assert (limits(), ended) == (before, [])
     ProcessGroup(size=2, device=torch.device("cuda")).wait_at_most(7, model)
     assert (limits(), ended) == ([7, 7 if sharded else before[1]], [before])
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("error")
+def test_a_module_is_wrapped_without_a_warning() -> None:
+    assert isinstance(ProcessGroup(size=2).wrap(nn.Linear(2, 2)), DistributedDataParallel)
 
 
 @pytest.mark.usefixtures("alone")
