@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,10 +212,12 @@ def train_on(
         UserError: The training diverged, or ``init_from`` or ``checkpoint`` holds another model.
     """
     group, feed = ProcessGroup(device=device), ExampleFeed(examples, recipe)
-    warm = None
-    if (file := recipe.init_from) is not None:
-        with open_local(file.path) as opened:
-            warm = partial(load_weights, name, file, opened.read(), task)
+
+    def warm(model: nn.Module) -> None:
+        if (file := recipe.init_from) is not None:
+            with open_local(file.path) as opened:
+                load_weights(name, file, opened.read(), task, model)
+
     state = begin(task, recipe, group, warm)
     between = Beside(name, task, recipe, group, held_out, callback, checkpoint)
     between.restore(state)

@@ -173,11 +173,15 @@ class Worker:
 
     def restored(self, task: Task, group: ProcessGroup) -> TrainState:
         """Returns the state of the newest checkpoint that every worker can read, else that before the first sample."""
-        ctx, newest, weights = self.ctx, self.ctx.recipe.whole_samples, None
-        if (file := ctx.recipe.init_from) is not None:
-            weights = partial(load_weights, ctx.stage, file, read_blob(ctx.store, file), task)
+        ctx, newest = self.ctx, self.ctx.recipe.whole_samples
+
+        def warm(model: nn.Module) -> None:
+            # Read here, so that these bytes are gone before a checkpoint takes its memory.
+            if (file := ctx.recipe.init_from) is not None:
+                load_weights(ctx.stage, file, read_blob(ctx.store, file), task, model)
+
         while True:
-            state = begin(task, ctx.recipe, group, weights, ctx.settings.recompute)
+            state = begin(task, ctx.recipe, group, warm, ctx.settings.recompute)
             if group.is_rank_0 or group.sharded:  # one reads what all have; of a sharded state each reads its rows
                 self.checkpoints.restore(state, newest)
             if group.size > 1 and not group.sharded:

@@ -1,5 +1,6 @@
 """Beginning with weights that exist."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from pipeline.errors import UserError
 from pipeline.parse import ContentFile
 from pipeline.store.records import put_blob, read_blob
 from pipeline.training import stage
+from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.recipes import ClipRecipe, DiffusionPriorRecipe
+from pipeline.training.state import TrainState
 from tests.pipeline.training.conftest import World
 from tests.pipeline.training.trainings import CLIP_MODEL, MODEL, weights
 
@@ -50,6 +53,24 @@ def test_a_clip_begins_with_a_clips_weights(world: World) -> None:
     like = replace(recipe, seed=1, init_from=file, **STILL)
     again = weights(world, stage.train(world.context("clip", like, inputs=("pairs", "captions", "filter"))))
     assert all(torch.equal(tensor, again[name]) for name, tensor in weights(world, first).items())
+
+
+def test_weights_to_begin_with_are_not_held_while_a_checkpoint_is_read(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob, _ = trained(world, RECIPE)
+    data, restore = read_blob(world.store, blob), Checkpoints.restore
+    counts = []
+
+    def counted(self: Checkpoints, state: TrainState, at_most: int) -> bool:
+        counts.append(sys.getrefcount(data))
+        return restore(self, state, at_most)
+
+    monkeypatch.setattr(Checkpoints, "restore", counted)
+    monkeypatch.setattr("pipeline.training.train.read_blob", lambda store, sha256: data)
+    before = sys.getrefcount(data)
+    trained(world, replace(RECIPE, init_from=ContentFile.at(blob, "init_from")))
+    assert counts == [before]
 
 
 @pytest.mark.parametrize(
