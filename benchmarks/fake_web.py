@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 from urllib.parse import urlsplit
 
 from benchmarks.pairs import DEAD_S, SMALL, WEB_S, WEB_SPREAD, Site, make_pictures
-from benchmarks.pairs_server import Server
+from benchmarks.pairs_server import BEGUN, Server
 from pipeline.data.fetch import fetcher, opener, sites, visit
 from pipeline.data.fetch.fetcher import Fetcher
 from pipeline.data.fetch.opener import Guard, Response
@@ -43,17 +44,25 @@ class Clock:
         time.sleep(seconds / self.speed)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Stands for a socket from which an answer can be read."""
+class Answer(io.BytesIO):
+    """Stands for a socket from which an answer can be read, and for its file; for more of BEGUN it waits in vain."""
 
-    data: bytes
+    def __init__(self, data: bytes, clock: Clock):
+        super().__init__(data)
+        self._begun, self._clock = data is BEGUN, clock
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(io.BytesIO(self.data))
+        return io.BufferedReader(self)
 
     def settimeout(self, seconds: float) -> None:
-        pass
+        self._timeout_s = seconds
+
+    def readinto(self, buffer: Any) -> int:
+        size = super().readinto(buffer)
+        if self._begun and not size:
+            self._clock.sleep(self._timeout_s)
+            raise TimeoutError
+        return size
 
 
 @contextmanager
@@ -62,12 +71,13 @@ def played(server: Server, clock: Clock) -> Iterator[None]:
 
     def ask(guard: Guard, url: str, headers: Mapping[str, str], deadline: float, max_bytes: int) -> Response:
         parts = urlsplit(url)
-        delay = server.delay(parts.hostname or "", parts.path)
+        host = parts.hostname or ""
+        delay = server.delay(host, parts.path)
         left = deadline - clock.monotonic()
         clock.sleep(max(0.0, min(left, math.inf if delay is None else delay)))
         if delay is None or delay > left:
             raise TimeoutError
-        answer = Answer(server.answer(parts.path))
+        answer = Answer(server.answer(host, parts.path), clock)
         response = Response(answer, deadline=deadline, max_bytes=max_bytes)  # type: ignore[arg-type]
         response.begin()
         return response

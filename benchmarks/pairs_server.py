@@ -2,9 +2,10 @@
 
 python -m benchmarks.pairs_server PICTURES DELAY_S SPREAD: PICTURES is a folder of *.jpg. It prints its port, answers
 on all addresses of 127.0.0.0/8, and ends with its standard input. It answers after DELAY_S on average, by a log-normal
-law of width SPREAD; on 127.8.0.0/16 five times later, and on 127.9.0.0/16 it never does. /N.jpg is picture N modulo
-their number, /gone a 404, /page a page, and /report what was asked for since the last one: JSON of the times of
-pictures' answers, in seconds, and the seconds of processor time.
+law of width SPREAD; on 127.8.0.0/16 five times later, and on 127.9.0.0/16 it never does. On 127.7.0.0/16 it answers
+for robots.txt, and begins answers for all else that never end. /N.jpg is picture N modulo their number, /gone a 404,
+/page a page, and /report what was asked for since the last one: JSON of the times of pictures' answers, in seconds, and
+the seconds of processor time.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from pathlib import Path
 from time import monotonic, process_time
 
 ROBOTS = b"User-agent: *\nDisallow: /private/\nAllow: /\n"
+BEGUN = b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: 100000\r\n\r\n"  # of which no more comes
 
 
 class Server:
@@ -36,14 +38,16 @@ class Server:
         drawn = self._random.lognormvariate(-(self._spread**2) / 2, self._spread)
         return None if host.startswith("127.9.") else self._delay_s * drawn * (5 if host.startswith("127.8.") else 1)
 
-    def answer(self, path: str) -> bytes:
-        """Returns a whole response."""
+    def answer(self, host: str, path: str) -> bytes:
+        """Returns a whole response, or BEGUN."""
         if path.startswith("/gone"):
             return b"HTTP/1.1 404 Gone\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         if path.startswith("/page"):
             return self._page
         if path == "/robots.txt":
             return self._robots
+        if host.startswith("127.7."):
+            return BEGUN
         if path == "/report":
             report = {"times": self._times, "cpu": process_time() - self._cpu}
             self._times, self._cpu = [], process_time()
@@ -67,13 +71,16 @@ class Connection(asyncio.Protocol):
         self._request += data
         if self._request.endswith(b"\r\n\r\n"):
             path = self._request.split(b" ", 2)[1].decode()
-            delay = self._server.delay(self._transport.get_extra_info("sockname")[0], path)
+            host = self._transport.get_extra_info("sockname")[0]
+            delay = self._server.delay(host, path)
             if delay is not None:
-                asyncio.get_running_loop().call_later(delay, self._answer, path)
+                asyncio.get_running_loop().call_later(delay, self._answer, host, path)
 
-    def _answer(self, path: str) -> None:
-        self._transport.write(self._server.answer(path))
-        self._transport.close()
+    def _answer(self, host: str, path: str) -> None:
+        answer = self._server.answer(host, path)
+        self._transport.write(answer)
+        if answer is not BEGUN:
+            self._transport.close()
 
 
 def _answer(body: bytes, kind: str) -> bytes:
