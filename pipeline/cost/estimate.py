@@ -244,7 +244,7 @@ def row_seconds(stage: str, rows: float, ask: PlanInput) -> float:
 
 
 def _work(stage: str, rows: float, ask: PlanInput) -> float:
-    """Returns what the time of a stage of rows grows with: rows, weighted by the time that one takes among so many."""
+    """Returns what the time of a stage of rows grows with: rows, weighted by the time that each takes."""
     return rows * (row_seconds(stage, rows, ask) or 1.0)
 
 
