@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import yaml
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 DATA_STAGES = ("source", "captions", "pairs", "filter", "clip", "embeddings", "curation", "codec")
 
 LIGHT = {"channels": 8, "patch": 8}  # an upsampler that takes an eighth of the nano preset's time
-MICRO = {
+MICRO: dict[str, Any] = {
     "project": "micro",
     "preset": "nano",
     "source": {"shard_rows": 20},
@@ -55,7 +56,7 @@ def write_list(path: Path, start: int, stop: int) -> Path:
     return path
 
 
-def write_config(folder: Path, store: str, pictures: str, lists: Sequence[Path], **changes: object) -> Path:
+def write_config(folder: Path, store: str, pictures: str, lists: Sequence[Path | str], **changes: object) -> Path:
     """A configuration in ``folder``; ``pictures`` is the drawing server. ``changes`` replace top-level keys."""
     values = json.loads(json.dumps(MICRO)) | {"store": store} | changes
     values["source"] = {**values["source"], "paths": [str(path) for path in lists]}

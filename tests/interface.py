@@ -68,7 +68,7 @@ def command_words() -> Iterator[str]:
     """Yields every command with each of its words, and with each value of those that have few."""
     for leaf in leaves(command_line(["run"])):
         for action in leaf._actions:
-            for word in action.option_strings or [action.metavar or action.dest]:
+            for word in action.option_strings or [str(action.metavar or action.dest)]:
                 yield f"{leaf.prog} {word}"
                 yield from (f"{leaf.prog} {word} {choice}" for choice in action.choices or ())
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ class Made:
         verdicts = project.plan()
         keys = {verdict.stage: verdict.key for verdict in verdicts}
         values = np.random.default_rng(0).normal(0.5, 0.2, ROWS) + gain
-        figure = {"model": "decoder", "name": "top", "says": "top", "better": "above", "claim": "draws"}
+        figure: dict[str, Any] = {"model": "decoder", "name": "top", "says": "top", "better": "above", "claim": "draws"}
         figure["text"] = "It draws."
         figure |= {"note": FEW if holds is None else "", "values": None if holds is None else list(values)}
         figure |= {"holds": holds, "groups": list(range(ROWS))}

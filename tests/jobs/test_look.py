@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -212,7 +212,7 @@ def test_the_command_prints_a_short_table_writes_the_page_and_speaks_json(capsys
 
 
 def test_tars_are_shown_from_where_they_lie(here: Path) -> None:
-    members = {}
+    members: dict[str, Any] = {}
     for i in range(2):
         members |= {f"{i}.png": picture(i), f"{i}.txt": f"picture {i}".encode()}
     seen = look(write_tar(here / "00000.tar", members), page="look.html")

@@ -23,7 +23,7 @@ def test_it_is_a_notebook_without_outputs() -> None:
     assert (document["nbformat"], document["nbformat_minor"]) == (4, 5)
     assert document["metadata"].keys() == {"kernelspec", "language_info"}
     for cell in CELLS:
-        own = {"execution_count": None, "outputs": []} if cell["cell_type"] == "code" else {}
+        own: dict[str, Any] = {"execution_count": None, "outputs": []} if cell["cell_type"] == "code" else {}
         assert cell == {name: cell[name] for name in ("cell_type", "id", "source")} | {"metadata": {}} | own
         assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", cell["id"])
         assert cell["source"] == "".join(cell["source"]).splitlines(keepends=True)

@@ -189,7 +189,7 @@ def test_what_is_neither_caption_nor_image_is_named_in_a_line(model: unclip.Mode
         lambda: model.interpolate(heart, 7): "an image is int 7",
         lambda: model.generate(7): "captions are int 7: give a text, or a list of texts",
         lambda: model.generate(None): "captions are None",
-        lambda: model.generate(["a cat", 7]): "captions are list of int, str",
+        lambda: model.generate(["a cat", 7]): "captions are list of int, str",  # type: ignore[list-item]
         lambda: model.generate("a cat", seed=1.5): r"a seed is 1\.5",
     }
     refuses(types, TypeError)

@@ -109,7 +109,7 @@ def _shards(ctx: Context, name: str, make: Callable[[ShardRow], tuple[Ledger, di
         if shard is None:
             ledger, blobs = make(row)
             note = {"note.times": json.dumps([ctx.began, ctx.stage]).encode()}
-            made_of = {**blobs, **note}, {}, {name: row.key}
+            made_of: Any = {**blobs, **note}, {}, {name: row.key}
             shard = publish_shard(ctx.store, ctx.stage, row.number, key, ledger, *made_of)
         made.append(replace(shard, number=row.number))
     table, ledger = write_shard_table(ctx.store, made)

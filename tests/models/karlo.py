@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -35,7 +36,7 @@ UPSAMPLER = UpsamplerConfig(
 )  # fmt: skip
 
 
-def lively(module: nn.Module, seed: int = 0) -> nn.Module:
+def lively(module: nn.Module, seed: int = 0) -> Any:
     """The same module, all of whose weights matter: none are zero, and signals keep their size."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -69,7 +69,7 @@ def _image(seed: int) -> Image.Image:
 IMAGES = [_image(0), _image(1)]
 
 
-def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
+def randomised(module: nn.Module, seed: int = 0) -> Any:
     """The same module with all weights drawn anew, so that no zero at the start hides a branch."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():

@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def test_guidance_is_one_plus_w_times_the_conditional_minus_w_times_the_uncondit
     x_t, t = torch.randn(2, 3, 4, 4, generator=g), torch.tensor([3, 5])
     conditional, empty = torch.randn(2, 2, 6, 4, 4, generator=g).unbind()
     for weight in (0.0, 0.25, 3.0):
-        passes = []
+        passes: list[Any] = []
 
         def network(x: Tensor, times: Tensor, passes: list[tuple[Tensor, Tensor]] = passes) -> Tensor:
             passes.append((x, times))

@@ -102,7 +102,7 @@ def test_class_defaults_are_the_paper() -> None:
         (preset_config("tiny").clip.model, {"image_size": 48}, "image_size is 48: a resnet takes multiples of 32"),
     ],
 )
-def test_impossible_values_are_refused_by_name(config: object, change: dict, message: str) -> None:
+def test_impossible_values_are_refused_by_name(config: Any, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(config, **change)
 

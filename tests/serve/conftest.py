@@ -1,7 +1,7 @@
 import asyncio
 import inspect
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def studio(browser: Any, server: str) -> Iterator[Any]:
     shown.page.context.close()
 
 
-def serving(*words: object) -> Iterator[str]:
+def serving(*words: object) -> Generator[str]:
     """Starts ``unclip serve`` on a free port, yields its address when it is ready, and ends it."""
     process = start("serve", *words, "port=0")
     try:

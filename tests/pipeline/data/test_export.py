@@ -41,7 +41,8 @@ class Made:
 
     def rows(self) -> list[dict[str, Any]]:
         """The curated rows, each with its image and embeddings."""
-        store, images, vectors = self.bench.store, {}, {}
+        store, images = self.bench.store, {}
+        vectors: dict[str, Any] = {}
         tars = {s.number: s.blobs["images"] for s in read_shards(store, self.bench.made["pairs"])}
         for row in self.bench.rows("curation"):
             (images[row["key"]],) = read_images(store, [Place.of(row, tars[int(row["key"][:8])])])

@@ -31,7 +31,7 @@ KINDS = {"0.png": picture(0), "1.jpg": picture(1, 200, 150, "JPEG"), "2.webp": p
 
 
 def tar_bench(folder: Path, images: dict[str, bytes], **changes: Any) -> Bench:
-    members = {}
+    members: dict[str, Any] = {}
     for name, data in images.items():
         members |= {name: data, f"{name.split('.')[0]}.txt": b"a picture"}
     return Bench(folder / "store", [str(write_tar(folder / "images.tar", members))], **changes)

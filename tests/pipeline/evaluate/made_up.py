@@ -32,7 +32,6 @@ from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.stages import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.store.records import put_blob, read_blob
-from pipeline.training.tasks.figures import seeded
 from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
 
 PLANETS = [
@@ -83,7 +82,8 @@ def unclip(priors: tuple[str, ...] = ("ar", "diffusion")) -> UnCLIP:
     diffusion = DiffusionPriorConfig(text_context=16, width=16, depth=1, heads=1, steps=20)
     upsampler = UpsamplerConfig(**SMALL, patch=8)
 
-    def build() -> UnCLIP:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         return UnCLIP(
             clip=Clip.build(CLIP, 0),
             decoder=awake(Decoder(DECODER, EMBED_DIM)),
@@ -93,8 +93,6 @@ def unclip(priors: tuple[str, ...] = ("ar", "diffusion")) -> UnCLIP:
             upsampler_256=Upsampler(upsampler),
             sampling=replace(SAMPLING, prior=priors[-1]),
         )
-
-    return seeded(build, 0)
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,8 @@ def test_images_are_upsampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, original = Upsampler(SMALL).eval(), normal(5, 3, SMALL.crop_size, SMALL.crop_size).clamp(-1, 1)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    whole, parts = [], []
+    whole: list[Any] = []
+    parts: list[Any] = []
     for at_once, made in ((5, whole), (2, parts)):
         monkeypatch.setattr(upsamplers, "BATCH", at_once)
         with torch.no_grad():

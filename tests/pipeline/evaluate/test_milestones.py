@@ -30,7 +30,9 @@ def evaluated(case: Case, prior: Artifact, name: str) -> EvaluatedBundle:
     blobs = others | {f"diffusion_prior/{file}": blob for file, blob in prior.blobs.items()}
     bundle = publish_artifact(case.world.store, Artifact("bundle", name, {}, {}, Ledger(), blobs), 0.0)
     recipe = replace(RECIPE, rows=24, samples=4)
-    return load_measured(case.world.store, run_evaluation(replace(case, bundle=bundle).context(recipe)))
+    evaluated = load_measured(case.world.store, run_evaluation(replace(case, bundle=bundle).context(recipe)))
+    assert evaluated is not None
+    return evaluated
 
 
 @pytest.fixture(scope="module")

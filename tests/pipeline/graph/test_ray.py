@@ -241,7 +241,8 @@ def test_what_draws_goes_to_a_gpu_of_the_cluster(cluster: Any, monkeypatch: pyte
     assert on_a_gpu(draw, ctx)[0] == os.getpid()
     node = cluster.add_node(num_cpus=0, num_gpus=1, object_store_memory=MEMORY)
     try:
-        process, devices = on_a_gpu(draw, ctx)
+        drawn: Any = on_a_gpu(draw, ctx)
+        process, devices = drawn
         assert (process != os.getpid(), devices) == (True, "0")
         with pytest.raises(UserError, match=r"^no such caption$"):
             on_a_gpu(draw, replace(ctx, version=2))

@@ -80,7 +80,7 @@ def test_another_measurement_is_named(old: dict[str, Any], says: str) -> None:
 
 
 def test_rows_of_a_model_that_only_one_bundle_has_do_not_matter() -> None:
-    more = ROWS | {"upsampler_256": {"split": None, "keys": []}}
+    more: dict[str, Any] = ROWS | {"upsampler_256": {"split": None, "keys": []}}
     assert obstacles(evaluation(rows=more), evaluation()) == []
 
 

@@ -1,6 +1,7 @@
 """Tests that other people's text is escaped and shortened, and that nothing that fails stops a page."""
 
 import math
+from typing import Any
 
 from markupsafe import Markup
 
@@ -20,7 +21,14 @@ def test_text_becomes_one_short_line_that_templates_escape() -> None:
 
 
 def test_values_are_for_reading() -> None:
-    shown = {41_216: "41,216", 0: "0", 0.012344: "0.01234", 1.2e-05: "1.2e-05", 12.0: "12", 1234.5: "1,234"}
+    shown: dict[Any, str] = {
+        41_216: "41,216",
+        0: "0",
+        0.012344: "0.01234",
+        1.2e-05: "1.2e-05",
+        12.0: "12",
+        1234.5: "1,234",
+    }
     shown |= {-math.inf: "-inf", True: "True", None: "None", "<b>": "<b>"}
     assert {value: number(value) for value in shown} == shown
     assert number(math.nan) == "nan"

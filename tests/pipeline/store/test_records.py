@@ -1,6 +1,8 @@
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,7 +53,8 @@ def test_a_corrupt_record_is_an_error_and_stays(damage: bytes, tmp_path: Path) -
     """Also where another one is to be created in its place."""
     store = open_store(str(tmp_path))
     store.create("artifacts/a.json", damage)
-    for meet, what in ((read_record, Number), (create_record, Number(1))):
+    meetings: tuple[tuple[Callable[..., object], Any], ...] = ((read_record, Number), (create_record, Number(1)))
+    for meet, what in meetings:
         with pytest.raises(CorruptObject, match=r"^artifacts/a.json: is corrupt$"):
             meet(store, "artifacts/a.json", what)
     assert peek_record(store, "artifacts/a.json", Number) is None

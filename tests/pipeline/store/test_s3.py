@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
@@ -121,7 +122,7 @@ def test_every_method_answers_as_on_a_folder(
 
 def _lose(*parts: str) -> Callable[[int, str, str], str | None]:
     """Lose every answer to the first request with these words in its method and path, and only that one."""
-    met = []
+    met: list[Any] = []
 
     def choose(number: int, method: str, path: str) -> str | None:
         if met or not all(part in f"{method} {path}" for part in parts):
@@ -166,7 +167,7 @@ def test_an_object_that_came_meanwhile_is_not_ours(store: S3Store, proxy: FaultP
 
 
 def test_an_upload_that_was_aborted_as_abandoned_is_begun_again(store: S3Store, proxy: FaultProxy, big: Path) -> None:
-    aborted = []
+    aborted: list[Any] = []
 
     def choose(number: int, method: str, path: str) -> str | None:
         if method == "POST" and "uploadId=" in path and not aborted:
@@ -207,7 +208,10 @@ def test_what_does_not_pass_is_one_clear_line(
         monkeypatch.setattr(store_s3, "TIMEOUT_S", 0.15)
     store.create("a", b"0123456789" * 100)
     proxy.choose, proxy.pause_s, proxy.requests = always(fault), 0.3, []
-    calls = [lambda: store.read("a", 2, 900), lambda: list(store.read_parts("a", [(2, 600), (610, 900)]))]
+    calls: list[Callable[[], Any]] = [
+        lambda: store.read("a", 2, 900),
+        lambda: list(store.read_parts("a", [(2, 600), (610, 900)])),
+    ]
     if fault != "drip":  # it is bodies that drip, and these answers are short
         calls += [lambda: store.create("b", b"1"), lambda: list(store.list("")), lambda: store.delete(["a"])]
     for call in calls:

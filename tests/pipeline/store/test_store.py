@@ -39,7 +39,8 @@ def test_parts_of_one_request(store: Store) -> None:
 @given(st.binary(max_size=60), st.lists(st.integers(1, 9)), st.lists(st.integers(0, 70), max_size=12))
 def test_a_stream_is_cut_into_its_parts(data: bytes, sizes: list[int], bounds: list[int]) -> None:
     """Whatever the chunks are, and also where parts lie beyond the end."""
-    chunks, rest = [], data
+    chunks: list[bytes] = []
+    rest = data
     for size in sizes:
         chunks, rest = [*chunks, rest[:size]], rest[size:]
     bounds = sorted(bounds)

@@ -61,6 +61,7 @@ def test_every_look_is_saved_and_shown(shared_world: World, monkeypatch: pytest.
     assert [int(path.rpartition("/")[2][:12]) for path in saved] == [4 * 16, 6 * 16]
     assert [artifact.metrics["samples_seen"] for artifact in shown[-2:]] == [4 * 16, 6 * 16][-len(shown) :]
     running = so_far(ctx)
+    assert running is not None
     assert replace(running, times={}) == replace(shown[-1], times={})  # their times differ
     assert running.blobs == {name: b for name, b in made.blobs.items() if name.endswith((".png", ".jsonl"))}
     assert {"metrics.jsonl", "preview.png", "previews/000000000000.png"} <= set(running.blobs)

@@ -156,7 +156,7 @@ def train_until_killed(folder: Path) -> None:
 
 def results(world: World) -> dict[str, bytes]:
     """All blobs of all diffusion priors in a store, by samples and name."""
-    found = {}
+    found: dict[str, Any] = {}
     for entry in world.store.list("artifacts/diffusion_prior/"):
         record = read_record(world.store, entry.path, Artifact)
         samples = record.recipe["samples"]

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,8 @@ from tests.pipeline.upkeep.runs import (
 
 def collect_while(store: Store, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Collect a day later, while ``act`` happens once between the look and the deletion."""
-    original, seen = type(store).list, []
+    original = type(store).list
+    seen: list[Any] = []
 
     def list_and_act(self: Store, prefix: str) -> object:
         if prefix == "blobs/" and not seen:

@@ -67,7 +67,7 @@ def all_pairs(rows: Listed) -> dict[str, Rejected]:
     keys = rows.row_keys
     found = {}
     for i in range(len(keys)):
-        held = np.flatnonzero(near[i] & (splits != "train")) if splits[i] == "train" else []
+        held = np.flatnonzero(near[i] & (splits != "train") & (splits[i] == "train"))
         twins = np.flatnonzero(near[i, :i] & (splits[:i] == splits[i]) & (sizes[:i] >= sizes[i]))
         if len(held):
             found[keys[i]] = Rejected(keys[i], "near_held_out", keys[held[0]])

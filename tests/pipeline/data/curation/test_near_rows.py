@@ -5,6 +5,7 @@ from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,7 +229,7 @@ def test_no_held_out_row_teaches_the_clusters(tmp_path: Path) -> None:
     rows = listed(8, 400)
     poisoned = rows.vectors.copy()
     poisoned[[split != "train" for split in rows.splits]] = np.nan
-    made = []
+    made: list[Any] = []
     for vectors in (rows.vectors, poisoned):
         own = open_store(str(tmp_path / str(len(made))))
         run(own, Listed(vectors, rows.splits, rows.sides))

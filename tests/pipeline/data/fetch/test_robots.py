@@ -156,7 +156,7 @@ def test_what_the_lack_of_a_robots_txt_means(answer: bytes | str, reason: str | 
 def test_it_is_asked_for_anew_after_a_day_and_after_a_failure_in_five_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, answers, asked = [0.0], ["http_5xx", b"User-agent: *\nDisallow: /", b""], []
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    robots = Sites(lambda url: asked.append(url) or answers[len(asked) - 1])
+    robots = Sites(lambda url: asked.append(url) or answers[len(asked) - 1])  # type: ignore[return-value]
     found = []
     for clock[0] in (1.0, 300.0, 302.0, 86_000.0, 86_703.0):
         try:

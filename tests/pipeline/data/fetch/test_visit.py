@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -186,7 +187,7 @@ def test_a_large_body_waits_for_room_and_its_server_is_not_blamed() -> None:
     with serving(pages) as address, patch("pipeline.data.fetch.fetcher.MOST_BYTES", 3 * SMALL_BYTES):
         settings = PairsSettings(threads=5, timeout_s=1.5, retries=0, per_host=8, hosts={"a.test": address})
         fetcher = Fetcher(settings, 2 * len(body))
-        found = []
+        found: list[Any] = []
         for place, fetched in fetcher.fetch([f"http://a.test{path}" for path in pages]):
             if not found:
                 time.sleep(1.6)  # in which the others wait, for longer than their server has

@@ -33,7 +33,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def stored(bench: Bench) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Image and text embeddings of every row, by key."""
-    found = {}
+    found: dict[str, Any] = {}
     for shard in read_shards(bench.store, bench.made["embeddings"]):
         keys, image, text, _ = read_embeddings(bench.store, shard.blobs["embeddings"])
         found |= {key: (image[i], text[i]) for i, key in enumerate(keys)}

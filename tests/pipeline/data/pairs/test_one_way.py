@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ IMAGES = odd_images() | {f"whole.{kind.lower()}": encoded(Image.new("RGB", SIDES
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Every image twice, as a file that is fetched and as a member of a tar; stored without loss."""
     folder = tmp_path_factory.mktemp("one_way")
-    members = {}
+    members: dict[str, Any] = {}
     for i, (name, data) in enumerate(IMAGES.items()):
         (folder / name).write_bytes(data)
         members |= {f"{i:02}-{name}": data, f"{i:02}-{name.split('.')[0]}.txt": b"a caption"}

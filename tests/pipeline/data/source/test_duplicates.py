@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -34,7 +35,7 @@ LISTS = st.lists(st.lists(st.sampled_from(["", *(f"http://h/{i}" for i in range(
 def plainly(lists: list[list[str]]) -> list[list[bool]]:
     """Whether an earlier row has a row's reference, by a set."""
     seen: set[str] = set()
-    verdicts = []
+    verdicts: list[Any] = []
     for references in lists:
         verdicts.append([])
         for reference in references:

@@ -170,7 +170,10 @@ def changes(draw: st.DrawFn) -> tuple[list[list[ListRow]], list[list[ListRow]]]:
         images_of_file += draw(st.lists(st.integers(0, 60), max_size=2))
     if draw(st.booleans()):
         after = draw(st.permutations(after))
-    return [[[ListRow(f"http://h/{i}", (f"picture {i}",)) for i in of] for of in files] for files in (before, after)]
+    first, second = (
+        [[ListRow(f"http://h/{i}", (f"picture {i}",)) for i in of] for of in files] for files in (before, after)
+    )
+    return first, second
 
 
 @settings(max_examples=25, phases=[Phase.generate])
