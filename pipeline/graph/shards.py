@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pipeline.graph.artifacts import (
@@ -52,17 +53,20 @@ def map_shards(
     rows: int = 0,
     measure: Callable[[Sequence[Shard]], Mapping[str, Any]] = lambda shards: {},
     at_once: int = 1,
+    blobs: Mapping[str, str] = MappingProxyType({}),
 ) -> Artifact:
     """Makes every shard without a record as ``run_shards`` does, then publishes the artefact that lists them all.
 
-    Its metrics are their number and what ``measure`` says of them.
+    Its metrics are their number and what ``measure`` says of them; ``blobs`` are those that no shard has.
     """
     began = time.monotonic()
     shards, made = run_shards(ctx, tasks, make_worker, unit, rows, at_once=at_once)
     blob, ledger = write_shard_table(ctx.store, shards)
     metrics, times = {"shards": len(tasks), **measure(shards)}, {"shards_made": made}
     environment = {"device": "cuda"} if ctx.work.get("gpus") else {}
-    artifact = ctx.publishable(shard_table=blob, ledger=ledger, metrics=metrics, times=times, environment=environment)
+    artifact = ctx.publishable(
+        shard_table=blob, ledger=ledger, blobs=dict(blobs), metrics=metrics, times=times, environment=environment
+    )
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)
 
 

@@ -7,6 +7,7 @@ that hundreds of them take no longer than a few that start as a user starts them
 import importlib
 import inspect
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.data.codec import fit as codec_fit
 from pipeline.data.curation import near_rows
 from pipeline.data.neighbours import indices
 from pipeline.data.neighbours.exchange import Fan
+from pipeline.data.neighbours.stage import IndexRecipe
 from pipeline.data.source import passes
 from pipeline.data.source.journal import read_journal
 from pipeline.data.source.recipe import SourceRecipe
@@ -51,6 +53,7 @@ VALUES: dict[str, Any] = {
 }
 GRAPH = build(make_config(VALUES))
 STAGES = [GRAPH[name] for name in ("thresholds", "curation", "index", "codec")]
+STAGES.append(replace(GRAPH["index"], name="flat", recipe=IndexRecipe()))  # as the index of a small list is
 BEFORE = {"Packer", "Captioner", "CaptionJoin", "FilterRows", "Encoder"}  # the workers of the stages before
 IN_LISTS = {"ReadParts", "CompareReferences", "CutSpool"}  # those over a list: test_in_every_pass_over_a_list
 

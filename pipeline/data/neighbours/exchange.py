@@ -93,23 +93,23 @@ def _merges(ctx: Context, packs: Packs, fan: Fan, first: int) -> list[ShardTask]
     """Makes the tasks of a merge, numbered from ``first``: of each new run in order, and in it by partition."""
     finer = list(_finer(packs, fan))
     together = [packs.runs[start : start + fan.packs] for start in range(0, len(packs.runs), fan.packs)]
-    tables = iter(_tables(ctx.store, [[run[i] for run in runs] for runs in together for i in range(len(finer))]))
+    tables = iter(store_tables(ctx.store, [[run[i] for run in runs] for runs in together for i in range(len(finer))]))
     tasks: list[ShardTask] = []
     for _ in together:
         for cuts, table in zip(finer, tables, strict=False):
             for start, stop in pairwise(cuts):
-                inputs = {"packs": _range(table, start - cuts[0], stop - cuts[0])}
+                inputs = {"packs": pack_range(table, start - cuts[0], stop - cuts[0])}
                 tasks.append(pass_task(ctx, first + len(tasks), "merge packs", inputs))
     return tasks
 
 
 def _partitions(store: Store, packs: Packs) -> list[ShardRow]:
-    tables = _tables(store, [[run[i] for run in packs.runs] for i in range(len(packs.bounds) - 1)])
+    tables = store_tables(store, [[run[i] for run in packs.runs] for i in range(len(packs.bounds) - 1)])
     ranges = zip(tables, pairwise(packs.bounds), strict=True)
-    return [_range(table, i, i + 1) for table, (low, high) in ranges for i in range(high - low)]
+    return [pack_range(table, i, i + 1) for table, (low, high) in ranges for i in range(high - low)]
 
 
-def _tables(store: Store, lists: Iterable[Sequence[Shard]]) -> list[str]:
+def store_tables(store: Store, lists: Iterable[Sequence[Shard]]) -> list[str]:
     """Stores lists of packs, which tasks name: the names of packs in every task would be packs times partitions."""
 
     def put(packs: Sequence[Shard]) -> str:
@@ -118,7 +118,7 @@ def _tables(store: Store, lists: Iterable[Sequence[Shard]]) -> list[str]:
     return list(ordered_map(put, lists))
 
 
-def _range(table: str, start: int, stop: int) -> ShardRow:
+def pack_range(table: str, start: int, stop: int) -> ShardRow:
     """Returns partitions [start, stop) of listed packs, as an input of a task."""
     return ShardRow(0, digest([table, start, stop]), 0, 0, {"packs": table}, {"start": start, "stop": stop})
 
@@ -130,7 +130,7 @@ class MergePacks:
     store: Store
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        packs = list(_read_packs(self.store, task.inputs["packs"]))
+        packs = list(read_packs(self.store, task.inputs["packs"]))
         return write_pack((_join(pieces) for pieces in zip(*packs, strict=True)), len(packs[0]))
 
 
@@ -139,10 +139,10 @@ def read_columns(store: Store, partition: ShardRow) -> dict[str, np.ndarray]:
 
     Raises CorruptObject.
     """
-    return _concatenate(piece for [piece] in _read_packs(store, partition))
+    return concatenate(piece for [piece] in read_packs(store, partition))
 
 
-def _read_packs(store: Store, partitions: ShardRow) -> Iterator[list[bytes]]:
+def read_packs(store: Store, partitions: ShardRow) -> Iterator[list[bytes]]:
     """Yields the pieces of some partitions in each pack. Packs are read at once, as many as ``ordered_map`` does."""
     packs = read_table(store, partitions.blobs["packs"], ["blob.pack"])["blob.pack"].to_pylist()
     start, stop = partitions.counts["start"], partitions.counts["stop"]
@@ -151,10 +151,11 @@ def _read_packs(store: Store, partitions: ShardRow) -> Iterator[list[bytes]]:
 
 def _join(pieces: Iterable[bytes]) -> bytes:
     there = [piece for piece in pieces if piece]
-    return there[0] if len(there) == 1 else to_piece(_concatenate(there))
+    return there[0] if len(there) == 1 else to_piece(concatenate(there))
 
 
-def _concatenate(pieces: Iterable[bytes]) -> dict[str, np.ndarray]:
+def concatenate(pieces: Iterable[bytes]) -> dict[str, np.ndarray]:
+    """Returns the rows of pieces, in their order, as columns of one length; no column of no rows."""
     tables = [load(piece) for piece in pieces if piece]
     # Popped, so that one column is in memory twice, and not all of them.
     return {name: np.concatenate([table.pop(name) for table in tables]) for name in sorted(tables[0])} if tables else {}

@@ -1,9 +1,8 @@
 """The index: finds the curated images nearest to an embedding, for audits and for search by caption.
 
-Every block of shards has its own faiss indices, one for each split. Making and searching them takes the memory of one
-block. A small set keeps its vectors unchanged, answers are exact, and appended rows leave the blocks before them as
-they are. A large set keeps codes in inverted files (IVF-PQ; Jégou et al., 2011), made again when rows are appended; a
-search reads the few lists that are near to its query.
+A small set keeps its vectors unchanged, in faiss indices of each block of shards, one for each split: answers are
+exact, and appended rows leave the blocks before them as they are. A large set keeps codes in one inverted file (IVF-PQ;
+Jégou et al., 2011), made again when rows are appended; a search reads the few lists that are near to its query.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.data.neighbours.work import INDEXED_SECONDS, LIST_SECONDS, lists_of
+from pipeline.data.neighbours.work import INDEXED_SECONDS, coding_seconds
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context, Stage
 from pipeline.settings import ShardSettings
@@ -39,17 +38,17 @@ def run_index(ctx: Context) -> Artifact:
 
 
 def _row_seconds(recipe: IndexRecipe, rows: float) -> float:
-    return INDEXED_SECONDS + (rows > recipe.flat_rows) * lists_of(rows) * LIST_SECONDS
+    return coding_seconds(rows) if rows > recipe.flat_rows else INDEXED_SECONDS
 
 
 INDEX = Stage(
     "index",
-    version=2,
+    version=3,
     recipe=IndexRecipe,
     inputs=("embeddings", "curation"),
     run=run_index,
     settings=ShardSettings,
     row_seconds=_row_seconds,
-    # float16, or of many a code of a byte for 8 components and a number
-    row_bytes=lambda recipe, rows, dim: 2 * dim if rows <= recipe.flat_rows else dim / 8 + 8,
+    # float16, or of many a code of a byte for 8 components and a number, twice: before lists are merged, and merged
+    row_bytes=lambda recipe, rows, dim: 2 * dim if rows <= recipe.flat_rows else 2 * (dim / 8 + 8),
 )

@@ -14,12 +14,6 @@ TOP_PROBES = 16  # groups of clusters that are searched where there are more clu
 ROW_SECONDS = 175.8e-6
 PAIR_SECONDS = 16.36e-9
 
-# Lists of an index of codes, at most. There are about as many as the root of the training rows: comparing a query with
-# them takes as long as with the rows of one. A change is a new version of the index.
-LISTS = 8192
-# At 768 dimensions, 2026-12-03: a row takes 30 us of a core with 1,024 lists, 71 with 4,096, and 127 with 8,192.
-INDEXED_SECONDS, LIST_SECONDS = 16e-6, 13.6e-9
-
 
 def comparisons(rows: float) -> float:
     """Returns with how many others, rows or centres of clusters, each row of a list is compared."""
@@ -31,6 +25,27 @@ def comparisons(rows: float) -> float:
     return min(rows, compared + assigned)
 
 
+# A change of these is a new version of the index. Lists are about as many as the root of the training rows, and more
+# where each would have more than 8,192 of these: of 768 components a search then reads 27 MB, 1.4 times that at worst.
+LISTS, LIST_ROWS = 1 << 16, 1 << 13
+GROUP_PROBES = 32  # groups of centroids in which the list of a row is looked for
+# At 768 dimensions, 2026-12-03: a row takes 15 us to find its list among 512, 20 among 1,024, 54 among 8,192 and 282
+# among 65,536, that is 33 to 61 ns for each centroid with which it is compared; and 16 us besides.
+INDEXED_SECONDS, CENTROID_SECONDS = 16e-6, 50e-9
+
+
 def lists_of(rows: float) -> int:
-    """Returns the number of lists for ``rows`` training rows: a power of two near their root, LISTS at most."""
-    return min(LISTS, 1 << round(log2(max(1.0, rows)) / 2))
+    """Returns about how many lists an index of codes has for ``rows`` training rows: a power of two."""
+    return min(LISTS, 1 << round(log2(max(1, rows**0.5, rows / LIST_ROWS))))
+
+
+def groups_of(lists: int) -> int:
+    """Returns the number of groups in which the centroids of ``lists`` lie: so many that few are compared."""
+    return min(lists, isqrt(4 * lists))
+
+
+def coding_seconds(rows: float) -> float:
+    """Returns the seconds of a core in which one of ``rows`` rows finds its list and gets its code."""
+    lists = lists_of(rows)
+    groups = groups_of(lists)
+    return INDEXED_SECONDS + CENTROID_SECONDS * (groups + lists * min(1.0, GROUP_PROBES / groups))

@@ -341,10 +341,10 @@ def test_curation_is_planned_by_the_constants_that_were_measured_as_a_simulation
 
 
 def test_a_row_of_the_index_takes_longer_the_more_lists_there_are() -> None:
-    """As was measured with 1,024, 4,096 and 8,192 lists, which 2 to the power of twice as many rows have."""
+    """As was measured with 1,024, 8,192 and 65,536 lists, within 1.4."""
     index = asked(paper())
-    taken = [1e6 * row_seconds("index", rows, index) for rows in (10**6, 2**20 + 1, 2**24, 2**26, 650 * 10**6)]
-    assert taken == pytest.approx([16, 30, 71, 127, 127], rel=0.03)
+    taken = [1e6 * row_seconds("index", rows, index) for rows in (10**6, 2**20 + 1, 2**26, 650 * 10**6)]
+    assert taken == pytest.approx([16, 36, 70, 298], rel=0.4)
 
 
 def test_a_list_is_read_by_as_many_workers_as_it_is_worth() -> None:

@@ -5,16 +5,18 @@ import faiss
 import numpy as np
 import pytest
 
-from pipeline.data.neighbours import indices
-from pipeline.data.neighbours.indices import open_index, search
+from pipeline.data.neighbours import indices, inverted_files
+from pipeline.data.neighbours.indices import search
+from pipeline.data.neighbours.inverted_files import open_index
 from pipeline.data.neighbours.stage import IndexRecipe, run_index
-from pipeline.graph.artifacts import Artifact, read_shards
-from pipeline.graph.packs import read_pieces
+from pipeline.data.neighbours.work import groups_of, lists_of
+from pipeline.errors import CorruptObject
+from pipeline.graph.artifacts import Artifact, Shard, read_shard, read_shards
 from pipeline.graph.stages import Stage
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path
 from tests.conftest import folder_store
-from tests.pipeline.data.vectors import Listed, context, curate, planted, publish
+from tests.pipeline.data.vectors import CountedStore, Listed, context, curate, planted, publish
 
 ROWS = 600
 store = folder_store
@@ -76,8 +78,11 @@ def test_more_answers_than_rows_and_equal_ones_in_the_order_of_keys(store: Store
 def test_large_indices_hold_codes_that_find_most(store: Store) -> None:
     rows = listed()
     index = make(store, rows, flat_rows=256)
-    trained = {shard.blobs["empty"] for shard in read_shards(store, index)}
-    assert all(isinstance(part := open_index(store, blob), faiss.IndexIVFPQ) and part.pq.M == 8 for blob in trained)
+    trained = open_index(store, index.blobs["empty"])
+    assert isinstance(trained, faiss.IndexIVFPQ)
+    assert trained.pq.M == 8
+    assert index.ledger.kept == ROWS - 12
+    assert len(read_shards(store, index)) == 3  # as many as blocks, each with some of the lists of all blocks
     kept = np.array([side >= 64 for side in rows.sides])
     keys = np.array([int(key) for key in rows.row_keys])[kept]
     _, found = search(store, index, rows.vectors[kept].astype(np.float32), 5)
@@ -85,46 +90,98 @@ def test_large_indices_hold_codes_that_find_most(store: Store) -> None:
 
 
 @pytest.mark.parametrize("probes", [1, 3, 32])
+@pytest.mark.parametrize("splits", [("train",), ("train", "test"), ("validation",)])
 def test_lists_that_are_read_answer_as_the_whole_inverted_file_does(
-    store: Store, monkeypatch: pytest.MonkeyPatch, probes: int
+    store: Store, monkeypatch: pytest.MonkeyPatch, splits: tuple[str, ...], probes: int
 ) -> None:
-    monkeypatch.setattr(indices, "LIST_PROBES", probes)
+    """The whole one has all centroids and all rows."""
+    monkeypatch.setattr(inverted_files, "GROUP_PROBES", probes)
+    monkeypatch.setattr(inverted_files, "SEARCHED_GROUPS", probes)
+    monkeypatch.setattr(inverted_files, "LIST_PROBES", probes)
     rows = listed()
     index = make(store, rows, flat_rows=256)
-    whole = open_index(store, read_shards(store, index)[0].blobs["empty"])
-    kept = np.array([side >= 64 and split == "train" for side, split in zip(rows.sides, rows.splits, strict=True)])
-    whole.add_with_ids(
-        rows.vectors[kept].astype(np.float32), np.array([int(key) for key in rows.row_keys], np.int64)[kept]
-    )
+    [whole] = [open_index(store, shard.blobs["trained"]) for shard in passed(store) if "trained" in shard.blobs]
+    kept = np.array([side >= 64 and split in splits for side, split in zip(rows.sides, rows.splits, strict=True)])
+    keys = np.array([int(key) for key in rows.row_keys], np.int64)[kept]
+    whole.add_with_ids(rows.vectors[kept].astype(np.float32), keys)
     whole.nprobe = min(probes, whole.nlist)
     for queries in (rows.vectors[:1].astype(np.float32), rows.vectors[:9].astype(np.float32)):
         expected, ids = whole.search(queries, 10)
-        similarity, found = search(store, index, queries, 10, ("train",))
+        similarity, found = search(store, index, queries, 10, splits)
         np.testing.assert_allclose(np.where(found < 0, 0, similarity), np.where(ids < 0, 0, expected), atol=1e-6)
         assert [set(row) for row in found.tolist()] == [set(row) for row in ids.tolist()]
 
 
-def test_a_query_reads_the_lists_that_it_looks_in_and_not_the_index(
+def passed(store: Store) -> list[Shard]:
+    """The shards of all passes."""
+    names = [entry.path.rpartition("/")[2].removesuffix(".json") for entry in store.list("shards/index/")]
+    return [shard for name in names if (shard := read_shard(store, "index", name))]
+
+
+class MeasuredStore(CountedStore):
+    """A store that notes also how many bytes were read at each request."""
+
+    def __init__(self, store: Store):
+        super().__init__(store)
+        self.sizes: list[int] = []
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        data = super().read(path, start, stop)
+        self.sizes.append(len(data))
+        return data
+
+
+def query_bytes(rows: int, dim: int, groups_read: int, lists_read: int) -> float:
+    """By arithmetic, what a search for one vector reads: the index without rows, groups of centroids, and lists."""
+    lists = lists_of(rows)
+    groups = groups_of(lists)
+    trained = 4 * dim * (groups + 256)
+    return trained + groups_read / groups * lists * (2 * dim + 8) + lists_read / lists * rows * (dim / 8 + 8)
+
+
+def test_a_query_reads_the_lists_that_it_looks_in_whatever_the_number_of_blocks(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted on the store: of 20,000 rows in 128 lists, 4 lists and what says where they lie."""
-    monkeypatch.setattr(indices, "CODED_BLOCK_ROWS", 1 << 20)
+    """Counted on the store: of 20,000 rows in 128 lists 4 lists, of 22 groups of centroids 4, and where these lie."""
+    monkeypatch.setattr(inverted_files, "SEARCHED_GROUPS", 4)
+    monkeypatch.setattr(inverted_files, "LIST_PROBES", 4)
     vectors, *_ = planted(20_000, 64, 2000, 0, 0.6)
-    index = make(store, Listed(vectors, ["train"] * 20_000, [64] * 20_000), flat_rows=256)
-    monkeypatch.setattr(indices, "LIST_PROBES", 4)
-    [shard] = read_shards(store, index)
-    size = store.stat(blob_path(shard.blobs["pack"]))
-    read: list[bytes] = []
+    inputs = publish(store, Listed(vectors, ["train"] * 20_000, [64] * 20_000))
+    inputs["curation"] = curate(store, inputs, near_duplicate=None, near_held_out=None)
+    measured = []
+    for version, block_rows in enumerate((1 << 20, 2_000)):
+        monkeypatch.setattr(indices, "CODED_BLOCK_ROWS", block_rows)
+        stage = Stage("index", version, IndexRecipe(256), ("embeddings", "curation"), run_index)
+        index = run_index(context(store, stage, inputs))
+        assert len(read_shards(store, index)) == -(-20_000 // block_rows)
+        counted: Any = MeasuredStore(store)
+        search(counted, index, vectors[:1].astype(np.float32), 10)
+        tables = {blob_path(str(index.shard_table))}
+        reads = [size for path, size in zip(counted.read_paths, counted.sizes, strict=True) if path not in tables]
+        assert len(reads) == 1 + 2 * (4 + 4)  # the trained index, and two for each group and list
+        measured.append(sum(reads))
+    assert measured[0] == measured[1]
+    assert 0.5 < measured[0] / query_bytes(20_000, 64, 4, 4) < 1.5
 
-    def counted(*asked: Any) -> list[bytes]:
-        read.extend(pieces := read_pieces(*asked))
-        return pieces
 
-    monkeypatch.setattr(indices, "read_pieces", counted)
-    search(store, index, vectors[:1].astype(np.float32), 10)
-    assert len(read) == 4
-    assert size is not None
-    assert 0 < sum(map(len, read)) < size.size / 8
+@pytest.mark.parametrize("rows", [1 << 20, 4_000_000, 64_000_000, 379_000_000, 650_000_000])
+def test_a_query_of_hundreds_of_millions_of_rows_reads_less_than_50_mb(rows: int) -> None:
+    assert query_bytes(rows, 768, inverted_files.SEARCHED_GROUPS, inverted_files.LIST_PROBES) < 50e6
+
+
+def test_damage_to_a_list_that_is_read_names_its_object(store: Store) -> None:
+    rows = listed()
+    index = make(store, rows, flat_rows=256)
+    for blob in (index.blobs["centroids"], read_shards(store, index)[1].blobs["pack"]):
+        path = blob_path(blob)
+        whole = store.read(path)
+        for data in (whole[:-1] + bytes([whole[-1] ^ 1]), b"\0" + whole[1:]):
+            store.delete([path])
+            store.create(path, data)
+            with pytest.raises(CorruptObject, match=path):
+                search(store, index, rows.vectors.astype(np.float32), 10)
+        store.delete([path])
+        store.create(path, whole)
 
 
 @pytest.mark.parametrize("flat_rows", [256, 1 << 20])
