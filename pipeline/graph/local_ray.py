@@ -23,7 +23,7 @@ PREFIX = "unclip-ray-"
 # Processes without which Ray does nothing.
 WATCHED = {"gcs_server": "head process (gcs_server)", "raylet": "node process (raylet)"}
 REMOVALS = 20  # attempts
-SIGNALLED_S = 3.0  # from the end of Ray's processes to the signal that ends this one, at most
+SIGNALLED_S = 10.0  # from the end of Ray's processes to the signal that ends this one, at most; 3 s were too few once
 interrupted = threading.Event()  # this process ends by a signal, which its whole group may have
 log = logging.getLogger("unclip")
 

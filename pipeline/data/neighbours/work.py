@@ -40,7 +40,7 @@ def lists_of(rows: float) -> int:
 
 
 def groups_of(lists: int) -> int:
-    """Returns the number of groups in which the centroids of ``lists`` lie: so many that few are compared."""
+    """Returns the number of groups of the centroids of ``lists``: twice their root, so that few are compared."""
     return min(lists, isqrt(4 * lists))
 
 

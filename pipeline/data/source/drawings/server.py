@@ -90,7 +90,7 @@ def main() -> None:
     """Serves on a free loopback port, says which; ends, as its forks do, when stdin closes or its parent dies."""
     parent = os.getppid()
     server = _Server(("127.0.0.1", 0), _Handler)
-    os.write(1, f"127.0.0.1:{server.server_port}\n".encode())  # to the parent, which waits for it
+    print(f"127.0.0.1:{server.server_port}", flush=True)
     for _ in range(cores() - 1):
         first = os.getpid()
         if os.fork() == 0:  # it takes requests from the same socket
