@@ -99,10 +99,12 @@ def find_namers(
 ) -> tuple[Mapping[str, Collection[str]], Mapping[str, CorruptObject]]:
     """Returns which records of a store name each of some blobs (paths), and the tables of shards that are damaged.
 
-    Reads every artefact and its table; other shards only for a blob that none of these name.
+    Reads every artefact and its table; other shards for a blob that none of these name, and those of a stage whose
+    artefact has one that is in no table: a pass of its workers may have made it.
     """
     named: dict[str, dict[str, None]] = defaultdict(dict)
     tables: dict[str, CorruptObject] = {}
+    passes: set[str] = set()
 
     def note(path: str, names: Iterable[str]) -> None:
         for blob in {*map(blob_path, names)}.intersection(blobs):
@@ -115,6 +117,8 @@ def find_namers(
         paths = (entry.path for entry in store.list(prefix) if "/attempts/" not in entry.path)
         for path, record in ordered_map(read, paths):
             note(path, record.named if record else ())
+            if isinstance(record, Artifact) and not {*map(blob_path, record.blobs.values())}.isdisjoint(blobs):
+                passes.add(f"shards/{record.stage}/")
             if isinstance(record, Artifact) and record.shard_table:
                 try:
                     rows = read_shards(store, record)
@@ -129,5 +133,7 @@ def find_namers(
     for prefix in ("artifacts/", SEGMENTS, "checkpoints/"):
         note_all(prefix)
     if not named.keys() >= set(blobs):  # an interrupted run has left shards that no artefact lists
-        note_all("shards/")
+        passes = {"shards/"}
+    for prefix in sorted(passes):
+        note_all(prefix)
     return named, tables

@@ -1,8 +1,8 @@
 """Inverted files of codes: IVF-PQ indices (Jégou et al., 2011) of many rows, of which a query reads a few lists.
 
-A list holds the rows that are nearest to one centroid. Centroids are as many as to be an inverted file themselves, with
-a list for each group of near ones: so neither a row nor a query is compared with all of them. Both files lie in packs,
-of which a piece is a list.
+A list holds the rows that are nearest to one centroid. There can be 65,536 centroids, which lie in an inverted file,
+too, with a list for each group of near ones: neither a row nor a query is compared with all of them. Both files are
+packs, of which a piece is a list.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipeline.data.pairs.packer import Packer
 
 LONG = 16  # shards of a list that is worth a process where workers share what they know of sites
-# Of the worker and its decoder; waiting for dead links takes none, as others are asked meanwhile.
+# Time of the worker and its decoder; waiting for dead links takes none, as others are asked meanwhile.
 ROW_SECONDS = 0.02
 BYTES_A_PIXEL = 0.25  # of a stored image, as wide as it is high
 

@@ -15,6 +15,7 @@ from pipeline.graph.artifacts import Artifact, Shard, read_shard, read_shards
 from pipeline.graph.stages import Stage
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path
+from pipeline.upkeep.repair import find_namers, quarantine
 from tests.conftest import folder_store
 from tests.pipeline.data.vectors import CountedStore, Listed, context, curate, planted, publish
 
@@ -182,6 +183,18 @@ def test_damage_to_a_list_that_is_read_names_its_object(store: Store) -> None:
                 search(store, index, rows.vectors.astype(np.float32), 10)
         store.delete([path])
         store.create(path, whole)
+
+
+@pytest.mark.parametrize("name", ["empty", "centroids", "pack"])
+def test_a_damaged_index_is_made_again_with_the_pass_that_made_it(store: Store, name: str) -> None:
+    rows = listed()
+    index = make(store, rows, flat_rows=256)
+    path = blob_path({**read_shards(store, index)[1].blobs, **index.blobs}[name])
+    whole = store.read(path)
+    namers, _ = find_namers(store, [path])
+    quarantine(store, [path, *namers[path]])
+    assert make(store, rows, flat_rows=256).blobs == index.blobs
+    assert store.read(path) == whole
 
 
 @pytest.mark.parametrize("flat_rows", [256, 1 << 20])
